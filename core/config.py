@@ -1,0 +1,163 @@
+"""Typed configuration: a YAML file plus ``key=value`` overrides, validated once, with every error told at once."""
+
+import difflib
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from core.errors import InputError
+
+__all__ = ["Count", "Flag", "RunConfig", "Section", "Share", "Size", "describe_differences", "dump_config", "load_config",
+           "parse_config"]  # fmt: skip
+
+# YAML's integers and booleans are taken as written (`true` is no 1); floats stay lax, because YAML reads `1e-4` as text.
+Count = Annotated[int, Field(strict=True, gt=0)]
+Size = Annotated[int, Field(strict=True, ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Flag = Annotated[bool, Field(strict=True)]
+
+
+class Section(BaseModel):
+    """A group of a configuration: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunConfig(Section):
+    """Where a run writes and what it starts from."""
+
+    dir: str = Field(min_length=1)
+    """The run folder; the same command with the same folder resumes."""
+    seed: Size = 0
+    """Every random number of the run follows from it."""
+    trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+    """Accelerate's trackers; `metrics.jsonl` is always written."""
+
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+def load_config(schema: type[ConfigT], path: str | Path, overrides: list[str] | None = None) -> ConfigT:
+    """Reads a YAML file, merges ``group.key=value`` overrides (values in YAML syntax), then validates.
+
+    Raises:
+        InputError: the file is missing or not YAML, an override is malformed, or any key or value is wrong. All wrong
+            keys and values are listed in one message.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=3, cutoff=0.4)
+        hint = f"; in {path.parent} there is {', '.join(near)}" if near else ""
+        raise InputError(f"config {path}: no such file{hint}")
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if document is None:
+        document = {}
+    if not isinstance(document, dict):
+        raise InputError(f"config {path}: expected groups such as `data:` and `train:`, got {document!r}")
+    for override in overrides or []:
+        _apply_override(document, override)
+    return parse_config(schema, document, f"config {path}")
+
+
+def parse_config(schema: type[ConfigT], document: dict[str, Any], name: str) -> ConfigT:
+    """Validates a document (nested dicts); ``name`` says in the message where it came from."""
+    try:
+        return schema.model_validate(document)
+    except ValidationError as error:
+        lines = [_describe(schema, details) for details in error.errors()]
+        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise InputError(f"{name} has {count}:\n  " + "\n  ".join(lines)) from None
+
+
+def dump_config(config: Section) -> str:
+    """The whole configuration, defaults included, as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def describe_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """One line a key whose value differs: ``train.lr: 0.001 there, 0.002 now``."""
+    lines = []
+    for key in dict.fromkeys([*old, *new]):
+        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += describe_differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} there, {after!r} now")
+    return lines
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise InputError(f"override {override!r}: expected key=value, such as train.lr=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    group = document
+    for key in keys[:-1]:
+        if not isinstance(group.get(key), dict):
+            group[key] = {}
+        group = group[key]
+    group[keys[-1]] = value
+
+
+def _describe(schema: type[Section], details: ErrorDetails) -> str:
+    path, group = _locate(schema, details["loc"])
+    kind, got = details["type"], details["input"]
+    if kind == "extra_forbidden":
+        known = list(group.model_fields) if group else []
+        near = difflib.get_close_matches(path.rpartition(".")[2], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{path}: unknown key; {hint}"
+    if kind == "missing":
+        return f"{path}: required, but not given"
+    if kind == "union_tag_not_found":
+        return f"{path}.type: required, but not given; expected one of {_expected_tags(details)}"
+    if kind == "union_tag_invalid":
+        tag = details.get("ctx", {}).get("tag")
+        near = difflib.get_close_matches(str(tag), _expected_tags(details).replace("'", "").split(", "), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{path}.type: got {tag!r}, expected one of {_expected_tags(details)}{hint}"
+    message = details["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if kind in ("value_error", "assertion_error"):
+        return f"{path}: {message}" if path else message
+    return f"{path}: {message}, got {got!r}"
+
+
+def _expected_tags(details: ErrorDetails) -> str:
+    context = details.get("ctx", {})
+    return context.get("expected_tags") or "the types named in the docs"
+
+
+def _locate(schema: type[Section], location: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None]:
+    """The path as the user writes it (a union's tag is no part of it), and the group that holds its last key."""
+    shown: list[str] = []
+    group: Any = schema
+    holder: type[BaseModel] | None = schema
+    for part in location:
+        members = get_args(group) if get_origin(group) in (Union, UnionType) else (group,)
+        tagged = [m for m in members if len(members) > 1 and _tag(m) == part]
+        if tagged:
+            group = tagged[0]
+            continue
+        shown.append(str(part))
+        owners = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
+        holder = owners[0] if owners else None
+        field = holder.model_fields.get(str(part)) if holder else None
+        group = field.annotation if field else None
+    return ".".join(shown), holder
+
+
+def _tag(member: Any) -> str | None:
+    if isinstance(member, type) and issubclass(member, BaseModel) and "type" in member.model_fields:
+        return get_args(member.model_fields["type"].annotation)[0]
+    return None

@@ -1,0 +1,259 @@
+"""`data`: from a named source to uint8 batches, indexed by row.
+
+Sets that fit ``in_memory_gb`` are decoded once, into one uint8 array; larger ones are checked once and then decoded as
+they are needed, by threads.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from core.config import Count, Flag, Section
+from core.errors import InputError
+from core.images import image_to_uint8
+from core.shapes import CLASS_NAMES, draw_shapes
+from core.sources import Records, Source, find_source
+
+__all__ = ["DataConfig", "ImageData", "ImageSplit", "load_images"]
+
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class DataConfig(Section):
+    """Which pictures, and the form that they are brought to."""
+
+    source: str = Field(default="shapes", min_length=1)
+    """`shapes`, a folder, a parquet or arrow file or a folder of them, a name under $TWOSTAGE_DATA, or a Hugging Face
+    dataset `owner/name`."""
+    image_size: Count | tuple[Count, Count] = 32
+    """Pixels: one number for squares, or [height, width]. Other pictures are cropped at their centre, then resized."""
+    channels: Literal[1, 3, 4] = 3
+    """1 grey, 3 RGB, 4 RGBA."""
+    horizontal_flip: Flag = False
+    """Training images are mirrored with probability 1/2."""
+    num_images: Count | None = None
+    """Training images used at most; None: all (20,000 for `shapes`)."""
+    validation_share: Share = 0.05
+    """Held out from `train` where the source has neither `val` nor `test`."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """What to do about pictures that cannot be read: stop before training, or leave them out and say how many."""
+    in_memory_gb: float = Field(default=4.0, ge=0.0)
+    """Sets up to this many gigabytes of pixels are kept decoded in memory."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+
+class ImageSplit:
+    """The pictures of one split.
+
+    Args:
+        labels: (n,) int64, or None.
+        pixels: (n, C, H, W) uint8 when they are kept in memory; else ``records`` are decoded on demand.
+    """
+
+    def __init__(self, labels: np.ndarray | None, pixels: np.ndarray | None, records: Records | None,
+                 config: DataConfig) -> None:  # fmt: skip
+        self.labels = None if labels is None else torch.from_numpy(labels)
+        self.pixels = None if pixels is None else torch.from_numpy(pixels)
+        self.records, self.config = records, config
+        self._length = len(pixels) if pixels is not None else len(records or [])
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def in_memory(self) -> bool:
+        return self.pixels is not None
+
+    def read(self, rows: Tensor) -> Tensor:
+        """(len(rows), C, H, W) uint8."""
+        if self.pixels is not None:
+            return self.pixels[rows]
+        assert self.records is not None
+        out = np.empty((len(rows), self.config.channels, *self.config.size), dtype=np.uint8)
+        _decode(self.records, rows.tolist(), out, self.config)
+        return torch.from_numpy(out)
+
+    def read_labels(self, rows: Tensor) -> Tensor | None:
+        """(len(rows),) int64, or None."""
+        return None if self.labels is None else self.labels[rows]
+
+
+@dataclass
+class ImageData:
+    """The splits of a source: `train`, and `val` or `test` or both."""
+
+    description: str
+    splits: dict[str, ImageSplit]
+    class_names: list[str] | None
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def validation_name(self) -> str:
+        """The split that validation reads: `val` where there is one, else `test`."""
+        return "val" if "val" in self.splits else "test"
+
+    @property
+    def validation(self) -> ImageSplit:
+        return self.splits[self.validation_name]
+
+
+def load_images(config: DataConfig) -> ImageData:
+    """Opens the source, decodes or checks every picture, and makes sure that a split is held out.
+
+    Raises:
+        InputError: nothing at the source, or an unreadable picture (named) unless ``on_bad_image`` is `skip`.
+    """
+    if config.source == "shapes":
+        return _load_shapes(config)
+    source = find_source(config.source)
+    _limit_and_hold_out(source, config)
+    bytes_needed = sum(map(len, source.splits.values())) * config.channels * config.size[0] * config.size[1]
+    in_memory = bytes_needed <= config.in_memory_gb * 1e9
+    splits, bad, modes = {}, [], Counter()
+    for name, records in source.splits.items():
+        pixels = np.empty((len(records), config.channels, *config.size), dtype=np.uint8) if in_memory else None
+        found = _check(records, pixels, config)
+        bad += [f"{records.names[row]} ({reason})" for row, reason in found.bad.items()]
+        modes += found.modes
+        good = np.array([row for row in range(len(records)) if row not in found.bad], dtype=np.int64)
+        if found.bad:
+            records, pixels = _take(records, good), None if pixels is None else pixels[good]
+        splits[name] = ImageSplit(records.labels, pixels, records, config)
+    _report_bad(bad, source, config)
+    if not len(splits["train"]):
+        raise InputError(f"data.source {config.source}: no readable picture in `train`")
+    source.notices += _describe_modes(modes, config.channels)
+    return ImageData(source.description, splits, source.class_names, source.notices)
+
+
+def _load_shapes(config: DataConfig) -> ImageData:
+    num_train = config.num_images or 20_000
+    num_test = max(64, num_train // 10)
+    splits = {}
+    # The held-out pictures come from another seed, so that no training picture is ever among them.
+    for seed, (name, count) in enumerate({"train": num_train, "test": num_test}.items()):
+        pixels = draw_shapes(0, count, config.size, config.channels, seed)
+        splits[name] = ImageSplit(np.arange(count) % len(CLASS_NAMES), pixels, None, config)
+    description = f"shapes: drawn, {len(CLASS_NAMES)} classes, {num_train} for training, {num_test} held out"
+    return ImageData(description, splits, list(CLASS_NAMES))
+
+
+def _limit_and_hold_out(source: Source, config: DataConfig) -> None:
+    if "train" not in source.splits:
+        raise InputError(f"data.source {config.source}: has the splits {list(source.splits)}, expected one named train")
+    train = source.splits["train"]
+    if not {"val", "test"} & set(source.splits):
+        held_out = max(1, round(len(train) * config.validation_share))
+        order = np.random.default_rng(0).permutation(len(train))
+        source.splits["val"] = _take(train, np.sort(order[:held_out]))
+        train = _take(train, np.sort(order[held_out:]))
+        source.notices.append(f"no `val` or `test` split: {held_out} of {len(order)} pictures are held out as `val`")
+    if config.num_images is not None and config.num_images < len(train):
+        train = _take(train, np.sort(np.random.default_rng(1).permutation(len(train))[: config.num_images]))
+    source.splits = {"train": train, **{k: v for k, v in source.splits.items() if k in ("val", "test") and len(v)}}
+
+
+def _take(records: Records, rows: np.ndarray) -> Records:
+    labels = None if records.labels is None else records.labels[rows]
+    return Records([records.names[row] for row in rows], labels, lambda i: records.open(int(rows[i])))
+
+
+# --- decoding -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Findings:
+    bad: dict[int, str] = field(default_factory=dict)  # row -> reason
+    modes: Counter[str] = field(default_factory=Counter)
+
+
+def _decode(records: Records, rows: list[int], out: np.ndarray, config: DataConfig) -> _Findings:
+    """Decodes ``rows`` into ``out`` by threads (Pillow works outside the interpreter's lock)."""
+    findings = _Findings()
+
+    def work(chunk: range) -> None:
+        for place in chunk:
+            try:
+                with records.open(rows[place]) as image:
+                    findings.modes[image.mode] += 1
+                    out[place] = image_to_uint8(image, config.size, config.channels)
+            except Exception as error:  # a broken file can raise nearly anything in a decoder
+                reason = " ".join(str(error).split()) or type(error).__name__
+                findings.bad[rows[place]] = "not a readable picture" if "cannot identify" in reason else reason
+
+    threads = min(os.cpu_count() or 1, 8, max(1, len(rows) // 16))
+    chunks = [range(start, len(rows), threads) for start in range(threads)]
+    if threads == 1:
+        work(chunks[0])
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, chunks))
+    return findings
+
+
+def _check(records: Records, pixels: np.ndarray | None, config: DataConfig) -> _Findings:
+    """Decodes every picture: into ``pixels``, or to see only whether it can be (remembered between runs)."""
+    if pixels is not None:
+        return _decode(records, list(range(len(records))), pixels, config)
+    cache = _scan_cache(records)
+    if cache.is_file():
+        stored = json.loads(cache.read_text(encoding="utf-8"))
+        return _Findings({int(row): reason for row, reason in stored["bad"].items()}, Counter(stored["modes"]))
+    findings = _Findings()
+    for start in range(0, len(records), 1024):
+        rows = list(range(start, min(start + 1024, len(records))))
+        out = np.empty((len(rows), config.channels, *config.size), dtype=np.uint8)
+        found = _decode(records, rows, out, config)
+        findings.bad.update(found.bad)
+        findings.modes += found.modes
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    partial = cache.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({"bad": findings.bad, "modes": findings.modes}), encoding="utf-8")
+    partial.replace(cache)
+    return findings
+
+
+def _scan_cache(records: Records) -> Path:
+    digest = hashlib.sha256()
+    for name in records.names:
+        path = Path(name)
+        stat = path.stat() if path.is_file() else None
+        digest.update(f"{name}|{stat.st_size if stat else ''}|{stat.st_mtime_ns if stat else ''}\n".encode())
+    root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return root / "twostage" / "scans" / f"{digest.hexdigest()[:32]}.json"
+
+
+def _report_bad(bad: list[str], source: Source, config: DataConfig) -> None:
+    if not bad:
+        return
+    shown = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
+    if config.on_bad_image == "error":
+        raise InputError(
+            f"data.source {config.source}: {len(bad)} unreadable pictures: {shown}. "
+            "Mend or remove them, or set data.on_bad_image=skip to go on without them"
+        )
+    source.notices.append(f"{len(bad)} unreadable pictures are skipped: {shown}")
+
+
+def _describe_modes(modes: Counter[str], channels: int) -> list[str]:
+    total = sum(modes.values())
+    grey = sum(count for mode, count in modes.items() if mode in ("1", "L", "LA", "I", "I;16", "F"))
+    if channels > 1 and grey:
+        return [f"{grey} of {total} pictures are grey and are repeated over the colours (data.channels={channels})"]
+    if channels == 1 and grey < total:
+        return [f"{total - grey} of {total} pictures have colour and are reduced to grey (data.channels=1)"]
+    return []

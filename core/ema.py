@@ -1,0 +1,22 @@
+"""Exponential moving average of the weights: what validation measures and inference loads."""
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+__all__ = ["averaged_copy"]
+
+
+def averaged_copy(model: nn.Module, decay: float) -> AveragedModel:
+    """An :class:`AveragedModel` whose ``update_parameters(model)`` keeps the average; buffers are copied as they are.
+
+    The decay warms up as (1 + t) / (10 + t) until it reaches ``decay`` (as TensorFlow's ExponentialMovingAverage does),
+    so that a short run is not held back by its first weights.
+    """
+
+    @torch.no_grad()
+    def update(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
+        count = float(num_averaged)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + count) / (10 + count)))
+
+    return AveragedModel(model, multi_avg_fn=update)

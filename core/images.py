@@ -1,0 +1,48 @@
+"""The one place where pixels change their form: PIL image -> uint8 (C, H, W) -> float [-1, 1] and back."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+__all__ = ["image_to_uint8", "to_float", "to_pil", "to_uint8"]
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def image_to_uint8(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
+    """Brings any picture to (channels, H, W) uint8: EXIF orientation applied, mode converted, cropped at its centre to
+    the wanted shape and resized (Lanczos, antialiased) to ``size`` = (H, W).
+
+    Transparent pictures are laid on white when ``channels`` is below 4; 16-bit grey is scaled to 8 bits.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        wide = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray(np.clip(wide / (257.0 if wide.max() > 255 else 1.0), 0, 255).round().astype(np.uint8))
+    transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    if transparent and channels < 4:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert(MODES[channels])
+    height, width = size
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    pixels = np.asarray(image)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1]."""
+    return pixels.float().mul_(2 / 255).sub_(1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float [-1, 1] -> uint8 [0, 255], clipped and rounded."""
+    return images.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def to_pil(pixels: Tensor) -> Image.Image:
+    """One uint8 image (C, H, W) as a PIL image."""
+    array = pixels.cpu().numpy()
+    return Image.fromarray(array[0] if array.shape[0] == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))

@@ -1,0 +1,76 @@
+"""A trained model on disk: `config.json` + `model.safetensors`. Nothing executable is ever loaded."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from core.errors import InputError
+
+__all__ = ["FORMAT_VERSION", "fill", "find_model_folder", "load_model_folder", "save_model_folder", "write_json"]
+
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON so that a reader finds the old file or the new one, never half of one."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def save_model_folder(folder: Path, kind: str, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Writes ``folder``; ``kind`` is what it holds (`tokenizer`, `prior`), so that one is not taken for the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{WEIGHTS}.partial"
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial)
+    write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "kind": kind, **config})
+    partial.replace(folder / WEIGHTS)
+
+
+def find_model_folder(path: str | Path) -> Path:
+    """``path`` itself where it is a model folder, or its `model/` where it is a run folder."""
+    path = Path(path)
+    for folder in (path, path / "model"):
+        if (folder / "config.json").is_file():
+            return folder
+    if not path.exists():
+        raise InputError(f"{path}: no such folder; expected a run folder (runs/NAME) or a model folder")
+    why = " (its training has not reached a first checkpoint)" if (path / "config.yaml").is_file() else ""
+    raise InputError(f"{path}: no trained model there{why}; expected {path / 'model' / 'config.json'}")
+
+
+def load_model_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the weights of a model folder, or of a run folder's `model/`."""
+    folder = find_model_folder(path)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        state = load_file(folder / WEIGHTS)
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: incomplete model folder: {Path(error.filename or WEIGHTS).name} is missing") from None
+    except (ValueError, SafetensorError) as error:
+        raise InputError(f"{folder}: damaged model folder: {error}") from None
+    version = config.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise InputError(f"{folder}: written in format {version}, this version of twostage reads {FORMAT_VERSION}")
+    found = config.pop("kind", None)
+    if found != kind:
+        raise InputError(f"{folder}: holds a {found}, expected a {kind}")
+    return config, state
+
+
+def fill(module: nn.Module, state: dict[str, Tensor], where: str | Path) -> None:
+    """Loads ``state`` into ``module``; names and shapes must be the same."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{where}: the weights do not fit config.json: {' '.join(str(error).split())}") from None

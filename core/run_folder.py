@@ -1,0 +1,80 @@
+"""A run's folder: config.yaml, metrics.jsonl, samples/, checkpoints/, model/."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from core.config import Section, describe_differences, dump_config
+from core.errors import InputError
+
+__all__ = ["RunFolder", "read_metrics"]
+
+
+class RunFolder:
+    """The folder of one run; opening it checks that it belongs to the same configuration.
+
+    Raises:
+        InputError: the folder holds a run with another configuration (the differences are shown; nothing is changed),
+            or is a file, or other things are in it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+
+    def stored_config(self) -> dict[str, Any] | None:
+        """The configuration that the run was started with, or None for a new folder."""
+        if self.config_file.is_file():
+            return yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+            raise InputError(f"run.dir {self.path}: exists and is no run of twostage; choose another run.dir=")
+        return None
+
+    def check(self, config: Section) -> None:
+        """Refuses a configuration that is not the stored one."""
+        stored = self.stored_config()
+        differences = describe_differences(stored, config.model_dump(mode="json")) if stored else []
+        if differences:
+            raise InputError(
+                f"run.dir {self.path}: holds a run with another configuration:\n  "
+                + "\n  ".join(differences)
+                + "\nNothing was changed. Choose another run.dir=, give the same values to go on, or remove the folder"
+            )
+
+    def create(self, config: Section) -> None:
+        """Makes the folder and writes the resolved configuration."""
+        self.samples.mkdir(parents=True, exist_ok=True)
+        if not self.config_file.exists():
+            partial = self.path / ".config.yaml.partial"
+            partial.write_text(dump_config(config), encoding="utf-8")
+            partial.replace(self.config_file)
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Adds one JSON object to metrics.jsonl."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def cut_metrics(self, step: int) -> None:
+        """Drops what a killed run had logged after the checkpoint that is gone on from, so that no line is doubled."""
+        if self.metrics_file.exists():
+            kept = [line for line in read_metrics(self.metrics_file) if line["step"] <= step]
+            partial = self.metrics_file.with_name(".metrics.jsonl.partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            partial.replace(self.metrics_file)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines

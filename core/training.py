@@ -1,0 +1,331 @@
+"""The bookkeeping that both trainings call: processes, data order, metrics, checkpoints. The steps themselves are
+visible in `train_tokenizer` and `train_prior`."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from core.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
+from core.config import Count, RunConfig, Section, Share, Size
+from core.errors import InputError
+from core.model_folder import fill
+from core.pictures import draw_curves
+from core.precision import MixedPrecision, fastest_precision
+from core.random import BatchRandom, seed_for
+from core.run_folder import RunFolder, read_metrics
+from core.schedules import Schedule, lr_at
+
+__all__ = ["Batches", "TrainConfig", "TrainingRun", "make_optimizer", "share_cores"]
+
+
+class TrainConfig(Section):
+    """How long, how fast, and what is written when. Steps are updates of the weights."""
+
+    batch_size: Count = 128
+    """Samples an update, over all processes and accumulation steps together."""
+    max_steps: Count | None = None
+    """Updates; or give `epochs`."""
+    epochs: Count | None = None
+    """Passes over the training split; a last batch that is not full is left out."""
+    lr: float = Field(default=3e-4, gt=0)
+    lr_schedule: Schedule = "constant"
+    warmup_steps: Size = 0
+    """Updates over which the learning rate rises from 0."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Adam's."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled (AdamW), on matrices and convolution kernels."""
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """Gradients are clipped to this norm; None: never."""
+    gradient_accumulation_steps: Count = 1
+    """Parts that an update's batch is worked on in, one after another."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Of the averaged weights that validation measures and inference loads; None: the weights themselves."""
+    mixed_precision: MixedPrecision = "no"
+    """`auto` measures this machine and takes bf16 where it is clearly faster."""
+    log_every: Count = 50
+    """Steps between training lines in metrics.jsonl (each the mean since the one before)."""
+    validate_every: Count | None = None
+    """Steps between validations and sample pictures; None: once an epoch."""
+    checkpoint_every: Count | None = None
+    """Steps between checkpoints; None: once an epoch."""
+    keep_checkpoints: Count = 2
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError(f"give either max_steps or epochs, got max_steps={self.max_steps}, epochs={self.epochs}")
+        return self
+
+
+class _TrainingSections(Protocol):
+    @property
+    def run(self) -> RunConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+    def model_copy(self, *, update: dict[str, Any]) -> Any: ...
+
+
+ConfigT = TypeVar("ConfigT", bound=_TrainingSections)
+DataT = TypeVar("DataT")
+
+
+def share_cores() -> None:
+    """On a CPU, divides the cores among this machine's processes (launchers set one thread a process)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def make_optimizer(model: nn.Module, train: TrainConfig) -> Optimizer:
+    """AdamW over ``model``; biases, gains and embeddings of one dimension are not decayed."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    device = next(model.parameters()).device
+    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, fused=device.type in ("cpu", "cuda"))
+
+
+class Batches:
+    """The data order as a pure function of the step: nothing to save, and the same at any number of processes.
+
+    Args:
+        num_samples: of the training split.
+        what: a sample's name for messages (`images`, `code grids`).
+
+    Raises:
+        InputError: fewer samples than one batch, or a batch that the processes cannot share equally.
+    """
+
+    def __init__(self, num_samples: int, train: TrainConfig, seed: int, accelerator: Accelerator, what: str) -> None:
+        parts = accelerator.num_processes * train.gradient_accumulation_steps
+        if num_samples < train.batch_size:
+            raise InputError(
+                f"train.batch_size {train.batch_size}: the training split has only {num_samples} {what}, fewer than "
+                f"one batch; set train.batch_size to at most {num_samples}"
+            )
+        if train.batch_size % parts:
+            raise InputError(
+                f"train.batch_size {train.batch_size}: cannot be shared equally by {accelerator.num_processes} "
+                f"processes x {train.gradient_accumulation_steps} accumulation steps; use a multiple of {parts}"
+            )
+        self.num_samples, self.batch_size, self.seed = num_samples, train.batch_size, seed
+        self.steps_per_epoch = num_samples // train.batch_size
+        self.max_steps = train.max_steps or (train.epochs or 0) * self.steps_per_epoch
+        size = train.batch_size // parts
+        index, total = accelerator.process_index, accelerator.num_processes
+        starts = [(part * total + index) * size for part in range(train.gradient_accumulation_steps)]
+        self.places = [slice(start, start + size) for start in starts]  # of this process in the global batch
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def rows(self, step: int) -> Tensor:
+        """The rows of the training split in the global batch of ``step``, (batch_size,) int64."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            order = np.random.default_rng(seed_for(self.seed, "order", epoch)).permutation(self.num_samples)
+            self._epoch, self._order = epoch, torch.from_numpy(order)
+        return self._order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def at(self, step: int, read: Callable[[Tensor], DataT]) -> list[tuple[DataT, BatchRandom]]:
+        """This process's parts of the batch of ``step``: the data and the random numbers that go with it."""
+        rows, seed = self.rows(step), seed_for(self.seed, "step", step)
+        return [(read(rows[place]), BatchRandom(seed, place, self.batch_size)) for place in self.places]
+
+    def read_ahead(self, start: int, read: Callable[[Tensor], DataT]) -> Iterator[list[tuple[DataT, BatchRandom]]]:
+        """:meth:`at` from ``start`` to the last step, each read by a thread while the one before is worked on."""
+        with ThreadPoolExecutor(1) as pool:
+            upcoming = pool.submit(self.at, start, read)
+            for step in range(start + 1, self.max_steps + 1):
+                batch = upcoming.result()
+                upcoming = pool.submit(self.at, step, read)
+                yield batch
+
+
+class TrainingRun(Generic[ConfigT]):
+    """One run: its processes, its folder, and what is written when.
+
+    Args:
+        config: of the training verb; the run goes on with :attr:`config`, in which `auto` is decided.
+    """
+
+    def __init__(self, config: ConfigT) -> None:
+        share_cores()
+        self.folder = RunFolder(config.run.dir)
+        state = PartialState()
+        self.config: ConfigT = self._resolve(config, state)
+        self.folder.check(self.config)  # type: ignore[arg-type]
+        state.wait_for_everyone()
+        if state.is_main_process:
+            self.folder.create(self.config)  # type: ignore[arg-type]
+        state.wait_for_everyone()
+        train = self.config.train
+        self.accelerator = Accelerator(
+            mixed_precision=train.mixed_precision,
+            gradient_accumulation_steps=train.gradient_accumulation_steps,
+            log_with=list(self.config.run.trackers),
+            project_dir=self.folder.path,
+            # Broadcasting buffers would overwrite every rank's codebook with rank 0's.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        self.seed = self.config.run.seed
+        self.step = 0
+        self.facts: dict[str, Any] = {}  # what a restart must know beside the tensors; plain JSON
+        self.finished: str | None = None
+        self._checkpoints = Checkpoints(self.folder.checkpoints, train.keep_checkpoints)
+        self._modules: dict[str, nn.Module] = {}
+        self._optimizers: dict[str, tuple[nn.Module, Optimizer]] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._recorded = 0
+        self._bar: tqdm | None = None
+        self._lr = 0.0
+        torch.manual_seed(seed_for(self.seed, "initial weights"))
+
+    def _resolve(self, config: ConfigT, state: PartialState) -> ConfigT:
+        """`auto` becomes what the run was started with, or else what this machine is fastest in."""
+        if config.train.mixed_precision != "auto":
+            return config
+        stored = self.folder.stored_config() or {}
+        choice = [stored.get("train", {}).get("mixed_precision") or fastest_precision(state.device)]
+        if state.num_processes > 1:
+            broadcast_object_list(choice)
+        return config.model_copy(update={"train": config.train.model_copy(update={"mixed_precision": choice[0]})})
+
+    def say(self, message: str) -> None:
+        """One line for the person who watches, from the main process, above the progress bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(message)
+
+    # --- beginning, stepping, ending ---------------------------------------------------------------------------------
+
+    def restore(self, batches: Batches, modules: dict[str, nn.Module], optimizers: dict[str, tuple[nn.Module, Optimizer]]
+                ) -> bool:  # fmt: skip
+        """Names what checkpoints hold and loads the newest one; True where the run goes on from one.
+
+        Args:
+            modules: unwrapped, by name.
+            optimizers: by name, each with the module whose parameters it has.
+        """
+        self.batches, self._modules, self._optimizers = batches, modules, optimizers
+        found = [self._checkpoints.latest()]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        if found[0] is not None:
+            tensors, state = self._checkpoints.load(found[0])
+            for name, module in modules.items():
+                fill(module, tensors[name], found[0])
+            for name, (module, optimizer) in optimizers.items():
+                restore_optimizer(module, optimizer, tensors[name])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.step, self.facts, self.finished = state["step"], state["facts"], state["finished"]
+            self.say(f"going on from step {self.step} ({found[0]})" if not self.finished else
+                     f"{self.folder.path}: finished at step {self.step} ({self.finished}); nothing left to do")  # fmt: skip
+        if self.accelerator.is_main_process:
+            self.folder.cut_metrics(self.step)
+        self.accelerator.wait_for_everyone()
+        return found[0] is not None
+
+    def steps(self, read: Callable[[Tensor], DataT], read_ahead: bool) -> Iterator[list[tuple[DataT, BatchRandom]]]:
+        """The batches of the steps that are left. Sets the learning rate and the seeds of each, draws the bar."""
+        if self.finished:
+            return
+        purge = {"tensorboard": {"purge_step": self.step}} if "tensorboard" in self.config.run.trackers else {}
+        self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
+        ahead = self.batches.read_ahead(self.step, read) if read_ahead else None
+        size, last = self.batches.batch_size, self.batches.max_steps
+        self._bar = tqdm(total=last * size, initial=self.step * size, unit="img", unit_scale=True, smoothing=0.05,
+                         dynamic_ncols=True, mininterval=0.5, disable=not self.accelerator.is_main_process)  # fmt: skip
+        with self._bar:
+            while self.step < last and not self.finished:
+                self._set_lr()
+                # Dropout draws from torch's own stream: seeded by step and rank, it is the same after a restart.
+                torch.manual_seed(seed_for(self.seed, "torch", self.step, self.accelerator.process_index))
+                yield next(ahead) if ahead else self.batches.at(self.step, read)
+        self.accelerator.end_training()
+
+    def record(self, metrics: dict[str, Tensor]) -> None:
+        """Takes scalars by name (`loss` among them) from one part of a batch; what is logged is their mean."""
+        self._recorded += 1
+        for name, value in metrics.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def advance(self) -> None:
+        """Counts a finished update."""
+        self.step += 1
+        if self._bar is not None:
+            self._bar.update(self.batches.batch_size)
+        # A line is due at every checkpoint too, so that a checkpoint never has a half-filled mean to remember.
+        if self.step % self.config.train.log_every == 0 or self.due("validate") or self.due("checkpoint"):
+            self._log_training()
+
+    def due(self, what: str) -> bool:
+        """Whether `validate` or `checkpoint` falls on the update just finished; both always on the last."""
+        every = getattr(self.config.train, f"{what}_every") or self.batches.steps_per_epoch
+        return self.step % every == 0 or self.step == self.batches.max_steps
+
+    def log_validation(self, metrics: dict[str, float]) -> None:
+        """Writes a `val` line."""
+        self._write_metrics("val", metrics)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.say(f"step {self.step}: held out: {shown}")
+
+    def finish(self, reason: str) -> None:
+        """Ends the run after this step."""
+        self.finished = reason
+
+    def save(self, title: str, baselines: dict[str, float] | None = None) -> None:
+        """Writes a checkpoint and the loss curves; called by every process."""
+        if self.step == self.batches.max_steps and not self.finished:
+            self.finish("all steps done")
+        if self.accelerator.is_main_process:
+            tensors = {name: module.state_dict() for name, module in self._modules.items()}
+            tensors |= {name: optimizer_tensors(*pair) for name, pair in self._optimizers.items()}
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+            state = {"facts": self.facts, "finished": self.finished, "scaler": scaler}
+            self._checkpoints.save(self.step, tensors, state)
+            draw_curves(read_metrics(self.folder.metrics_file), self.folder.path / "losses.png", title, baselines)
+        self.accelerator.wait_for_everyone()
+
+    # --- within ------------------------------------------------------------------------------------------------------
+
+    def _set_lr(self) -> None:
+        train = self.config.train
+        self._lr = lr_at(self.step, lr=train.lr, max_steps=self.batches.max_steps, warmup_steps=train.warmup_steps,
+                         schedule=train.lr_schedule)  # fmt: skip
+        for _, optimizer in self._optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = self._lr
+
+    def _log_training(self) -> None:
+        names = list(self._sums)
+        means = torch.stack([self._sums[name] for name in names]) / self._recorded
+        values = self.accelerator.reduce(means, reduction="mean").tolist()  # type: ignore[union-attr]
+        metrics = dict(zip(names, values, strict=True))
+        self._sums, self._recorded = {}, 0
+        broken = [name for name, value in metrics.items() if not np.isfinite(value)]
+        if broken:
+            raise InputError(
+                f"step {self.step}: {', '.join(broken)} is not finite; the run stops, and its last good checkpoint in "
+                f"{self.folder.checkpoints} is kept. Try a lower train.lr, train.max_grad_norm=1.0, or "
+                "train.mixed_precision=no"
+            )
+        self._write_metrics("train", metrics | {"lr": self._lr})
+        if self._bar is not None:
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
+
+    def _write_metrics(self, split: str, metrics: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            self.folder.append_metrics({"step": self.step, "split": split, **metrics})
+        self.accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=self.step)
+

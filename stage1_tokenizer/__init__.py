@@ -1,0 +1,1 @@
+"""Stage one: images -> a small grid of codes -> images. One `Autoencoder`: backbone + bottleneck + losses."""

@@ -1,0 +1,21 @@
+"""The one result of all bottlenecks."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+__all__ = ["BottleneckOutput"]
+
+
+@dataclass
+class BottleneckOutput:
+    """What every bottleneck returns."""
+
+    z: Tensor
+    """(B, C, h, w): what the decoder gets."""
+    indices: Tensor | None = None
+    """(B, h, w) int64 codes, for the discrete bottlenecks."""
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars to be added to the reconstruction loss."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars to be looked at."""
