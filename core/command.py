@@ -1,28 +1,43 @@
 """How a command ends: a user's mistake is one sentence, never a traceback."""
 
+import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+
+import typer
 
 from core.errors import InputError
 
-__all__ = ["run_command"]
+__all__ = ["as_command", "new_app", "run_command"]
 
 
-def run_command(command: Callable[[], object]) -> NoReturn:
-    """Runs ``command`` and exits: 0, or 2 after an :class:`InputError` (said once, by the main process), or 130 after
-    Ctrl-C."""
-    status = 0
-    try:
-        command()
-    except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        status = 130
-    sys.stdout.flush()
-    sys.stderr.flush()
-    sys.exit(status)
+def new_app(help_text: str | None = None) -> typer.Typer:
+    """A command line whose bugs show Python's own traceback."""
+    return typer.Typer(help=help_text, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+def as_command(function: Callable[..., object]) -> Callable[..., None]:
+    """``function`` as a command: an :class:`InputError` is said once, by the main process, and exits with 2; Ctrl-C
+    exits with 130."""
+
+    @functools.wraps(function)
+    def command(*args: object, **kwargs: object) -> None:
+        try:
+            function(*args, **kwargs)
+        except InputError as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            print("\nstopped; a training goes on from its last checkpoint by the same command", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return command
+
+
+def run_command(function: Callable[..., object]) -> None:
+    """Runs ``function`` on this process's arguments: what `python -m` and `accelerate launch -m` start."""
+    app = new_app()
+    app.command()(as_command(function))
+    app()

@@ -9,7 +9,7 @@ import json
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -100,6 +100,11 @@ class ImageData:
     splits: dict[str, ImageSplit]
     class_names: list[str] | None
     notices: list[str] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    """The pictures that were left out, each with the reason."""
+    modes: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[str] = field(default_factory=Counter)
+    """How often each mode and size ("width x height") occurs among the files."""
 
     @property
     def validation_name(self) -> str:
@@ -123,12 +128,13 @@ def load_images(config: DataConfig) -> ImageData:
     _limit_and_hold_out(source, config)
     bytes_needed = sum(map(len, source.splits.values())) * config.channels * config.size[0] * config.size[1]
     in_memory = bytes_needed <= config.in_memory_gb * 1e9
-    splits, bad, modes = {}, [], Counter()
+    splits, bad, modes, sizes = {}, [], Counter(), Counter()
     for name, records in source.splits.items():
         pixels = np.empty((len(records), config.channels, *config.size), dtype=np.uint8) if in_memory else None
         found = _check(records, pixels, config)
         bad += [f"{records.names[row]} ({reason})" for row, reason in found.bad.items()]
         modes += found.modes
+        sizes += found.sizes
         good = np.array([row for row in range(len(records)) if row not in found.bad], dtype=np.int64)
         if found.bad:
             records, pixels = _take(records, good), None if pixels is None else pixels[good]
@@ -137,7 +143,7 @@ def load_images(config: DataConfig) -> ImageData:
     if not len(splits["train"]):
         raise InputError(f"data.source {config.source}: no readable picture in `train`")
     source.notices += _describe_modes(modes, config.channels)
-    return ImageData(source.description, splits, source.class_names, source.notices)
+    return ImageData(source.description, splits, source.class_names, source.notices, bad, modes, sizes)
 
 
 def _load_shapes(config: DataConfig) -> ImageData:
@@ -179,30 +185,39 @@ def _take(records: Records, rows: np.ndarray) -> Records:
 class _Findings:
     bad: dict[int, str] = field(default_factory=dict)  # row -> reason
     modes: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: "_Findings") -> None:
+        self.bad.update(other.bad)
+        self.modes += other.modes
+        self.sizes += other.sizes
 
 
 def _decode(records: Records, rows: list[int], out: np.ndarray, config: DataConfig) -> _Findings:
     """Decodes ``rows`` into ``out`` by threads (Pillow works outside the interpreter's lock)."""
-    findings = _Findings()
 
-    def work(chunk: range) -> None:
+    def work(chunk: range) -> _Findings:
+        findings = _Findings()
         for place in chunk:
             try:
                 with records.open(rows[place]) as image:
                     findings.modes[image.mode] += 1
+                    findings.sizes[f"{image.width} x {image.height}"] += 1
                     out[place] = image_to_uint8(image, config.size, config.channels)
             except Exception as error:  # a broken file can raise nearly anything in a decoder
                 reason = " ".join(str(error).split()) or type(error).__name__
                 findings.bad[rows[place]] = "not a readable picture" if "cannot identify" in reason else reason
+        return findings
 
     threads = min(os.cpu_count() or 1, 8, max(1, len(rows) // 16))
     chunks = [range(start, len(rows), threads) for start in range(threads)]
     if threads == 1:
-        work(chunks[0])
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, chunks))
-    return findings
+        return work(chunks[0])
+    total = _Findings()
+    with ThreadPoolExecutor(threads) as pool:
+        for findings in pool.map(work, chunks):
+            total.add(findings)
+    return total
 
 
 def _check(records: Records, pixels: np.ndarray | None, config: DataConfig) -> _Findings:
@@ -212,17 +227,16 @@ def _check(records: Records, pixels: np.ndarray | None, config: DataConfig) -> _
     cache = _scan_cache(records)
     if cache.is_file():
         stored = json.loads(cache.read_text(encoding="utf-8"))
-        return _Findings({int(row): reason for row, reason in stored["bad"].items()}, Counter(stored["modes"]))
+        bad = {int(row): reason for row, reason in stored["bad"].items()}
+        return _Findings(bad, Counter(stored["modes"]), Counter(stored["sizes"]))
     findings = _Findings()
     for start in range(0, len(records), 1024):
         rows = list(range(start, min(start + 1024, len(records))))
         out = np.empty((len(rows), config.channels, *config.size), dtype=np.uint8)
-        found = _decode(records, rows, out, config)
-        findings.bad.update(found.bad)
-        findings.modes += found.modes
+        findings.add(_decode(records, rows, out, config))
     cache.parent.mkdir(parents=True, exist_ok=True)
     partial = cache.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps({"bad": findings.bad, "modes": findings.modes}), encoding="utf-8")
+    partial.write_text(json.dumps(asdict(findings)), encoding="utf-8")
     partial.replace(cache)
     return findings
 

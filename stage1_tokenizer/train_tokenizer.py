@@ -203,4 +203,4 @@ def command(
 
 
 if __name__ == "__main__":
-    run_command(lambda: typer.run(command))
+    run_command(command)

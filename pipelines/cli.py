@@ -1,0 +1,34 @@
+"""The `twostage` command: one verb a task. Only the verb that is asked for is imported, so that help is instant."""
+
+import importlib
+import sys
+
+from core.command import as_command, new_app
+
+__all__ = ["main"]
+
+VERBS = {
+    "inspect": ("pipelines.inspect_data", "Show what a data source holds: splits, classes, sizes, bad files."),
+    "train-tokenizer": ("stage1_tokenizer.train_tokenizer", "Train a tokenizer (or AE, VAE ...) from a config."),
+    "encode": ("pipelines.encode_dataset", "Turn a data set into codes with a trained tokenizer."),
+    "train-prior": ("stage2_prior.train_prior", "Train a prior over a tokenizer's codes."),
+    "generate": ("pipelines.generate", "Generate images with a trained prior and its tokenizer."),
+    "reconstruct": ("pipelines.reconstruct", "Show held-out images over their reconstructions."),
+}
+
+
+def main() -> None:
+    """Runs `twostage VERB ...`."""
+    app = new_app("Train an image generator in two stages on your own pictures: first a tokenizer, then a prior.")
+    app.callback()(lambda: None)  # keeps the verb in the usage line, also while there is only one
+    asked = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    for verb, (module, summary) in VERBS.items():
+        if verb == asked:
+            app.command(verb)(as_command(importlib.import_module(module).command))
+        else:
+            app.command(verb, help=summary)(lambda: None)
+    app(prog_name="twostage")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Generates images with a trained prior and its tokenizer.
+
+accelerate launch -m pipelines.generate runs/PRIOR --num-images 64 --class-name cat --seed 0 --out DIR
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+
+from core.command import run_command
+from core.config import describe_differences, parse_config
+from core.errors import InputError
+from core.images import to_pil
+from core.model_folder import write_json
+from core.pictures import contact_sheet, save_picture
+from core.training import share_cores
+from pipelines.two_stage import TwoStagePipeline, load_pipeline
+from stage2_prior.sampling import SamplingConfig
+
+__all__ = ["generate_folder"]
+
+MOST_PICTURED = 80
+
+
+def generate_folder(pipeline: TwoStagePipeline, out: Path, num_images: int, class_names: list[str] | None, seed: int,
+                    sampling: SamplingConfig, batch_size: int) -> None:  # fmt: skip
+    """Writes ``out``/images/000000.png ..., grid.png and settings.json, the images shared by the processes.
+
+    Images that are there already, from the same settings, are kept.
+
+    Raises:
+        InputError: the folder holds images from other settings (the differences are shown; nothing is changed).
+    """
+    state = PartialState()
+    pipeline.to(state.device)
+    cycle = pipeline.labels_for(class_names)
+    settings = _settings(pipeline, class_names, seed, sampling)
+    _check_folder(out, settings)
+    state.wait_for_everyone()
+    images = out / "images"
+    if state.is_main_process:
+        images.mkdir(parents=True, exist_ok=True)
+        names = pipeline.class_names
+        labels = None if cycle is None or names is None else [names[cycle[i % len(cycle)]] for i in range(num_images)]
+        write_json(out / "settings.json", {**settings, "num_images": num_images, "classes": labels})
+    state.wait_for_everyone()
+    starts = range(0, num_images, batch_size)[state.process_index :: state.num_processes]
+    with tqdm(total=num_images, unit="img", disable=not state.is_main_process) as bar:
+        for start in starts:
+            numbers = range(start, min(start + batch_size, num_images))
+            if not all(_file(images, i).exists() for i in numbers):
+                for pixels, _ in pipeline.generate(numbers, cycle, sampling, seed, batch_size):
+                    for number, image in zip(numbers, pixels, strict=True):
+                        save_picture(to_pil(image), _file(images, number))
+            bar.update(min(len(numbers) * state.num_processes, num_images - bar.n))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _draw_grid(pipeline, out, min(num_images, MOST_PICTURED), cycle)
+        print(f"{num_images} images: {images}; at a glance: {out / 'grid.png'}; how: {out / 'settings.json'}")
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.png"
+
+
+def _settings(pipeline: TwoStagePipeline, class_names: list[str] | None, seed: int, sampling: SamplingConfig
+              ) -> dict[str, Any]:  # fmt: skip
+    digest = hashlib.sha256()
+    for model in (pipeline.prior, pipeline.tokenizer):
+        for name, tensor in model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return {
+        "weights": digest.hexdigest(),
+        "tokenizer": pipeline.prior.config.tokenizer.hash,
+        "seed": seed,
+        "class_names": class_names,
+        **sampling.model_dump(mode="json"),
+    }
+
+
+def _check_folder(out: Path, settings: dict[str, Any]) -> None:
+    file = out / "settings.json"
+    if file.is_file():
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        differences = describe_differences({key: stored.get(key) for key in settings}, settings)
+        if differences:
+            raise InputError(
+                f"--out {out}: holds images from other settings:\n  " + "\n  ".join(differences)
+                + "\nNothing was changed. Give another --out, or remove the folder"
+            )  # fmt: skip
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out}: exists and holds no generated images; give another --out")
+
+
+def _draw_grid(pipeline: TwoStagePipeline, out: Path, count: int, cycle: list[int] | None) -> None:
+    arrays = [np.asarray(Image.open(_file(out / "images", i))) for i in range(count)]
+    pixels = torch.from_numpy(np.stack([a[None] if a.ndim == 2 else a.transpose(2, 0, 1) for a in arrays]))
+    names, captions, columns = pipeline.class_names, None, 8
+    if cycle is not None and names is not None:
+        captions = [names[cycle[i % len(cycle)]] for i in range(count)]
+        columns = len(cycle) if 4 <= len(cycle) <= 12 else 8  # one class a column, where that fits
+    save_picture(contact_sheet(pixels, min(columns, count), captions), out / "grid.png")
+
+
+def command(
+    prior: Annotated[str, typer.Argument(help="runs/NAME of a trained prior, a pipeline folder, or a hub id.")],
+    out: Annotated[Path, typer.Option(help="The folder for images/, grid.png and settings.json.")],
+    num_images: Annotated[int, typer.Option(min=1)] = 64,
+    class_name: Annotated[list[str] | None, typer.Option(help="Repeat for several, which take turns.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Image i depends on the seed and i alone.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Below 1 is safer, above 1 more varied.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k most likely codes only.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest codes with this share only.")] = None,
+    guidance_scale: Annotated[float, typer.Option(help="Above 1 presses for the class.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, each process.")] = 32,
+    tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, where it has moved.")] = None,
+) -> None:
+    """Generate images with a trained prior and its tokenizer."""
+    share_cores()
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
+    sampling = parse_config(SamplingConfig, options, "the sampling options")
+    generate_folder(load_pipeline(prior, tokenizer), out, num_images, class_name or None, seed, sampling, batch_size)
+
+
+if __name__ == "__main__":
+    run_command(command)

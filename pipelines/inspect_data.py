@@ -1,0 +1,85 @@
+"""Says what a data source holds, and shows it as a model would see it."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from core.command import run_command
+from core.config import parse_config
+from core.data import DataConfig, ImageData, load_images
+from core.pictures import contact_sheet, save_picture
+from core.sources import find_source
+
+__all__ = ["inspect_data"]
+
+NUM_PICTURED = 40
+
+
+def inspect_data(config: DataConfig, out: Path) -> ImageData:
+    """Prints splits, classes, sizes, modes and every unreadable file; draws a contact sheet into ``out``."""
+    data = load_images(config.model_copy(update={"on_bad_image": "skip"}))
+    print(data.description)
+    for name, split in data.splits.items():
+        print(f"  {name}: {len(split):,} pictures")
+        if split.labels is not None and data.class_names:
+            counts = torch.bincount(split.labels, minlength=len(data.class_names)).tolist()
+            shown = ", ".join(f"{c} {n:,}" for c, n in list(zip(data.class_names, counts, strict=True))[:20])
+            print(f"    classes: {shown}{' ...' if len(counts) > 20 else ''}")
+    print(f"  sizes (width x height): {_most_common(data.sizes)}")
+    print(f"  modes: {_most_common(data.modes)}")
+    for line in data.notices:
+        print(f"  {line}")
+    for name in data.bad:
+        print(f"  unreadable: {name}")
+    train = data.splits["train"]
+    rows = torch.linspace(0, len(train) - 1, min(NUM_PICTURED, len(train))).long()
+    labels = train.read_labels(rows)
+    captions = None if labels is None or not data.class_names else [data.class_names[i] for i in labels.tolist()]
+    save_picture(contact_sheet(train.read(rows), min(8, len(rows)), captions), out)
+    height, width = config.size
+    print(f"{out}: as a model with data.image_size=[{height}, {width}] data.channels={config.channels} sees them")
+    return data
+
+
+def _most_common(counter: Counter[str]) -> str:
+    shown = ", ".join(f"{name} ({count:,})" for name, count in counter.most_common(5))
+    return shown + (f" and {len(counter) - 5} more" if len(counter) > 5 else "") if counter else "as drawn"
+
+
+def command(
+    data: Annotated[str, typer.Argument(help="shapes, a folder, parquet files, a name, or owner/name.")],
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; the first picture's by default.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1, 3 or 4; the first picture's by default.")] = None,
+    out: Annotated[Path, typer.Option(help="The contact sheet.")] = Path("inspect.png"),
+) -> None:
+    """Show what a data source holds: splits, classes, sizes, modes, bad files, a contact sheet."""
+    size, found_channels = (32, 32), 3
+    if data != "shapes":
+        size, found_channels = _first_form(data)
+    document = {
+        "source": data,
+        "image_size": image_size or list(size),
+        "channels": channels or found_channels,
+    }
+    inspect_data(parse_config(DataConfig, document, "the options"), out)
+
+
+def _first_form(data: str) -> tuple[tuple[int, int], int]:
+    """The size (at most 256) and the channels of the first readable picture."""
+    records = next(iter(find_source(data).splits.values()))
+    for row in range(len(records)):
+        try:
+            with records.open(row) as image:
+                scale = min(1.0, 256 / max(image.size))
+                height, width = max(1, round(image.height * scale)), max(1, round(image.width * scale))
+                return (height, width), 1 if image.mode in ("1", "L", "LA", "I", "I;16") else 3
+        except Exception:  # counted and named by load_images
+            continue
+    return (32, 32), 3
+
+
+if __name__ == "__main__":
+    run_command(command)

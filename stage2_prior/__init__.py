@@ -1,0 +1,1 @@
+"""Stage two: a prior over the code grids. It sees codes and their manifest, never a tokenizer."""

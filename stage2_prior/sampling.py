@@ -1,0 +1,70 @@
+"""Sampling as pure functions: logits and noise in, codes out. Nothing here draws a random number by itself.
+
+Axes: B images, K codes.
+"""
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from core.config import Count, Section
+from core.errors import InputError
+from core.random import seed_for
+
+__all__ = ["SamplingConfig", "choose", "filter_logits", "guide", "image_seeds", "uniform_noise"]
+
+
+class SamplingConfig(Section):
+    """How codes are drawn from a prior's predictions."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Logits are divided by it: below 1 is safer, above 1 is more varied."""
+    top_k: Count | None = None
+    """Only the k most likely codes can be drawn; None: all."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Only the most likely codes that together hold this probability can be drawn; None: all."""
+    guidance_scale: float = Field(default=1.0, ge=0)
+    """1: the class-conditional model as it is; above 1 pushes away from the unconditional one (alias: `cfg_scale`)."""
+
+
+def image_seeds(seed: int, first: int, count: int) -> list[int]:
+    """The seeds of images ``first`` ... of a run with ``seed``: image i's depends on ``seed`` and i alone."""
+    return [seed_for(seed, "image", i) for i in range(first, first + count)]
+
+
+def uniform_noise(seeds: list[int], count: int) -> Tensor:
+    """``count`` uniform draws in [0, 1) for each image, (len(seeds), count) float64, each row from its own seed."""
+    return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(key=s)).random(count) for s in seeds]))
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): unconditional + scale x difference."""
+    return torch.lerp(unconditional, conditional, scale)
+
+
+def filter_logits(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Applies temperature, then top-k, then top-p to (B, K); what cannot be drawn becomes -inf."""
+    logits = logits / sampling.temperature
+    codes = logits.shape[-1]
+    if sampling.top_k is not None:
+        if sampling.top_k > codes:
+            raise InputError(f"top_k {sampling.top_k}: expected at most the {codes} codes of the codebook")
+        threshold = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if sampling.top_p is not None:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        shares = ordered.softmax(-1)
+        beyond = shares.cumsum(-1) - shares >= sampling.top_p  # the first code is never beyond
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+    return logits
+
+
+def choose(logits: Tensor, noise: Tensor) -> Tensor:
+    """Draws a code for each row by inverting its distribution, (B, K) and uniform (B,) -> (B,) int64.
+
+    One number of noise a draw, so that a row's code depends on its own noise alone.
+    """
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    wanted = noise.to(cumulative).unsqueeze(-1) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, wanted, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
