@@ -44,8 +44,11 @@ class Checkpoints:
         _flush(partial)
         partial.rename(final)
         _flush(self.folder)
-        for old in self._steps()[: -self.keep]:
-            shutil.rmtree(old)
+        # Later ones are damaged (or the run would have gone on from them), so they do not count among the newest.
+        kept = [folder for folder in self._steps() if folder.name <= final.name][-self.keep :]
+        for folder in self._steps():
+            if folder not in kept:
+                shutil.rmtree(folder)
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint whose files have the sizes and hashes that its manifest says."""

@@ -50,7 +50,7 @@ def load_config(schema: type[ConfigT], path: str | Path, overrides: list[str] | 
     """
     path = Path(path)
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=3, cutoff=0.4)
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=3, cutoff=0.6)
         hint = f"; in {path.parent} there is {', '.join(near)}" if near else ""
         raise InputError(f"config {path}: no such file{hint}")
     try:
@@ -111,7 +111,7 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
 
 
 def _describe(schema: type[Section], details: ErrorDetails) -> str:
-    path, group = _locate(schema, details["loc"])
+    path, group, annotation = _locate(schema, details["loc"])
     kind, got = details["type"], details["input"]
     if kind == "extra_forbidden":
         known = list(group.model_fields) if group else []
@@ -121,30 +121,32 @@ def _describe(schema: type[Section], details: ErrorDetails) -> str:
     if kind == "missing":
         return f"{path}: required, but not given"
     if kind == "union_tag_not_found":
-        return f"{path}.type: required, but not given; expected one of {_expected_tags(details)}"
+        return f"{path}.type: required, but not given; expected one of {_quoted(_tags(annotation))}"
     if kind == "union_tag_invalid":
-        tag = details.get("ctx", {}).get("tag")
-        near = difflib.get_close_matches(str(tag), _expected_tags(details).replace("'", "").split(", "), n=1)
+        tag = got["type"]
+        near = difflib.get_close_matches(str(tag), _tags(annotation), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{path}.type: got {tag!r}, expected one of {_expected_tags(details)}{hint}"
+        return f"{path}.type: got {tag!r}, expected one of {_quoted(_tags(annotation))}{hint}"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{path}: expected a group of keys, got {got!r}"
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if kind in ("value_error", "assertion_error"):
         return f"{path}: {message}" if path else message
     return f"{path}: {message}, got {got!r}"
 
 
-def _expected_tags(details: ErrorDetails) -> str:
-    context = details.get("ctx", {})
-    return context.get("expected_tags") or "the types named in the docs"
+def _quoted(names: list[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
-def _locate(schema: type[Section], location: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None]:
-    """The path as the user writes it (a union's tag is no part of it), and the group that holds its last key."""
+def _locate(schema: type[Section], location: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None, Any]:
+    """The path as the user writes it (a union's tag is no part of it), the group that holds its last key, and that
+    key's annotation."""
     shown: list[str] = []
     group: Any = schema
     holder: type[BaseModel] | None = schema
     for part in location:
-        members = get_args(group) if get_origin(group) in (Union, UnionType) else (group,)
+        members = _members(group)
         tagged = [m for m in members if len(members) > 1 and _tag(m) == part]
         if tagged:
             group = tagged[0]
@@ -154,7 +156,15 @@ def _locate(schema: type[Section], location: tuple[int | str, ...]) -> tuple[str
         holder = owners[0] if owners else None
         field = holder.model_fields.get(str(part)) if holder else None
         group = field.annotation if field else None
-    return ".".join(shown), holder
+    return ".".join(shown), holder, group
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _tags(annotation: Any) -> list[str]:
+    return [tag for member in _members(annotation) if (tag := _tag(member))]
 
 
 def _tag(member: Any) -> str | None:

@@ -4,18 +4,19 @@ Sets that fit ``in_memory_gb`` are decoded once, into one uint8 array; larger on
 they are needed, by threads.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from core.config import Count, Flag, Section
@@ -49,6 +50,14 @@ class DataConfig(Section):
     """What to do about pictures that cannot be read: stop before training, or leave them out and say how many."""
     in_memory_gb: float = Field(default=4.0, ge=0.0)
     """Sets up to this many gigabytes of pixels are kept decoded in memory."""
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _pixels(cls, value: Any) -> Any:
+        sides = list(value) if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
+        if not all(type(side) is int and side > 0 for side in sides):
+            raise ValueError(f"expected pixels such as 32, or [height, width], got {value!r}")
+        return value
 
     @property
     def size(self) -> tuple[int, int]:
@@ -84,7 +93,9 @@ class ImageSplit:
             return self.pixels[rows]
         assert self.records is not None
         out = np.empty((len(rows), self.config.channels, *self.config.size), dtype=np.uint8)
-        _decode(self.records, rows.tolist(), out, self.config)
+        if bad := _decode(self.records, rows.tolist(), out, self.config).bad:
+            row, reason = next(iter(bad.items()))
+            raise InputError(f"{self.records.names[row]}: could be read when the run began, and now cannot ({reason})")
         return torch.from_numpy(out)
 
     def read_labels(self, rows: Tensor) -> Tensor | None:
@@ -140,8 +151,9 @@ def load_images(config: DataConfig) -> ImageData:
             records, pixels = _take(records, good), None if pixels is None else pixels[good]
         splits[name] = ImageSplit(records.labels, pixels, records, config)
     _report_bad(bad, source, config)
-    if not len(splits["train"]):
-        raise InputError(f"data.source {config.source}: no readable picture in `train`")
+    for name, split in splits.items():
+        if not len(split):
+            raise InputError(f"data.source {config.source}: no readable picture in `{name}`")
     source.notices += _describe_modes(modes, config.channels)
     return ImageData(source.description, splits, source.class_names, source.notices, bad, modes, sizes)
 
@@ -162,8 +174,13 @@ def _limit_and_hold_out(source: Source, config: DataConfig) -> None:
     if "train" not in source.splits:
         raise InputError(f"data.source {config.source}: has the splits {list(source.splits)}, expected one named train")
     train = source.splits["train"]
-    if not {"val", "test"} & set(source.splits):
-        held_out = max(1, round(len(train) * config.validation_share))
+    if not any(source.splits.get(name) for name in ("val", "test")):
+        if len(train) < 2:
+            raise InputError(
+                f"data.source {config.source}: holds {len(train)} picture{'s' * (len(train) != 1)}, expected at least "
+                "2: one to train on and one held out"
+            )
+        held_out = min(max(1, round(len(train) * config.validation_share)), len(train) - 1)
         order = np.random.default_rng(0).permutation(len(train))
         source.splits["val"] = _take(train, np.sort(order[:held_out]))
         train = _take(train, np.sort(order[held_out:]))
@@ -175,7 +192,7 @@ def _limit_and_hold_out(source: Source, config: DataConfig) -> None:
 
 def _take(records: Records, rows: np.ndarray) -> Records:
     labels = None if records.labels is None else records.labels[rows]
-    return Records([records.names[row] for row in rows], labels, lambda i: records.open(int(rows[i])))
+    return Records([records.names[row] for row in rows], labels, lambda i: records.open(int(rows[i])), records.version)
 
 
 # --- decoding -------------------------------------------------------------------------------------------------------
@@ -234,15 +251,16 @@ def _check(records: Records, pixels: np.ndarray | None, config: DataConfig) -> _
         rows = list(range(start, min(start + 1024, len(records))))
         out = np.empty((len(rows), config.channels, *config.size), dtype=np.uint8)
         findings.add(_decode(records, rows, out, config))
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = cache.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(asdict(findings)), encoding="utf-8")
-    partial.replace(cache)
+    with contextlib.suppress(OSError):  # a home that cannot be written to costs the next run another check
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        partial = cache.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(vars(findings)), encoding="utf-8")
+        partial.replace(cache)
     return findings
 
 
 def _scan_cache(records: Records) -> Path:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(records.version.encode())
     for name in records.names:
         path = Path(name)
         stat = path.stat() if path.is_file() else None

@@ -19,7 +19,8 @@ def image_to_uint8(image: Image.Image, size: tuple[int, int], channels: int) -> 
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         wide = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray(np.clip(wide / (257.0 if wide.max() > 255 else 1.0), 0, 255).round().astype(np.uint8))
+        scale = 257.0 if image.mode.startswith("I;16") or wide.max() > 255 else 1.0
+        image = Image.fromarray(np.clip(wide / scale, 0, 255).round().astype(np.uint8))
     transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     if transparent and channels < 4:
         image = image.convert("RGBA")

@@ -52,13 +52,15 @@ def find_model_folder(path: str | Path) -> Path:
 def load_model_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and the weights of a model folder, or of a run folder's `model/`."""
     folder = find_model_folder(path)
+    file = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        state = load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
-        raise InputError(f"{folder}: incomplete model folder: {Path(error.filename or WEIGHTS).name} is missing") from None
+        config = json.loads(file.read_text(encoding="utf-8"))
+        file = folder / WEIGHTS
+        state = load_file(file)
+    except FileNotFoundError:
+        raise InputError(f"{folder}: incomplete model folder: {file.name} is missing") from None
     except (ValueError, SafetensorError) as error:
-        raise InputError(f"{folder}: damaged model folder: {error}") from None
+        raise InputError(f"{folder}: damaged model folder: {file.name} cannot be read ({error})") from None
     version = config.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise InputError(f"{folder}: written in format {version}, this version of twostage reads {FORMAT_VERSION}")

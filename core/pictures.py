@@ -1,5 +1,6 @@
 """Pictures that people look at: contact sheets with captions, and loss curves."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def draw_curves(lines: list[dict[str, Any]], path: Path, title: str, baselines: 
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
     shown: list[float] = []
     for split, style in {"train": {"alpha": 0.7}, "val": {"marker": "o", "markersize": 3}}.items():
-        points = [(line["step"], line["loss"]) for line in lines if line["split"] == split]
+        points = [(x["step"], x["loss"]) for x in lines if x["split"] == split and math.isfinite(x["loss"])]
         if points:
             axes.plot(*zip(*points, strict=True), label="held out" if split == "val" else "training", **style)
             # The first steps would press everything after them flat.
@@ -76,7 +77,8 @@ def draw_curves(lines: list[dict[str, Any]], path: Path, title: str, baselines: 
         margin = 0.06 * (max(shown) - min(shown)) or 1.0
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.set(xlabel="step", ylabel="loss", title=title)
-    axes.legend()
+    if shown:
+        axes.legend()
     axes.grid(alpha=0.3)
     save_picture(_to_image(canvas), path)
 

@@ -72,6 +72,8 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 CLASS_NAMES = list(SHAPES)
 _BLOCK = 512  # pictures whose random numbers are drawn together
 _DRAWS = 16  # random numbers a picture
+MOST_ROTATION = np.pi / 6  # either way
+NUM_HUES = 8  # of the shapes, each varied a little; backgrounds have any
 
 
 def draw_shapes(start: int, count: int, size: tuple[int, int], channels: int, seed: int = 0) -> np.ndarray:
@@ -94,19 +96,22 @@ def draw_shapes(start: int, count: int, size: tuple[int, int], channels: int, se
 def _draw(distance: Callable, draws: np.ndarray, size: tuple[int, int], channels: int) -> np.ndarray:
     height, width = size
     u = draws.T[:, :, None, None]  # (draws, n, 1, 1)
-    radius = min(size) * (0.26 + 0.14 * u[0])  # in pixels
-    x = np.arange(width, dtype=np.float32)[None, None, :] + 0.5 - (radius + u[1] * (width - 2 * radius))
-    y = np.arange(height, dtype=np.float32)[None, :, None] + 0.5 - (radius + u[2] * (height - 2 * radius))
-    cos, sin = np.cos(2 * np.pi * u[3]), np.sin(2 * np.pi * u[3])
+    radius = min(size) * (0.28 + 0.12 * u[0])  # in pixels
+    x = np.arange(width, dtype=np.float32)[None, None, :] + 0.5 - _centre(u[1], width, radius)
+    y = np.arange(height, dtype=np.float32)[None, :, None] + 0.5 - _centre(u[2], height, radius)
+    turn = MOST_ROTATION * (2 * u[3] - 1)
+    cos, sin = np.cos(turn), np.sin(turn)
     signed = distance((cos * x + sin * y) / radius, (cos * y - sin * x) / radius) * radius
     cover = np.clip(0.5 - signed, 0, 1)[..., None]  # (n, h, w, 1): the share of the pixel that the shape covers
 
     dark = draws[:, 4] < 0.5  # a dark background under a bright shape, or the reverse: the shape stands out
-    ink = _colour(draws[:, 5], 0.55 + 0.45 * draws[:, 6], np.where(dark, 0.85, 0.35) + 0.15 * draws[:, 7])
-    low = _colour(draws[:, 8], 0.6 * draws[:, 9], np.where(dark, 0.05, 0.8) + 0.2 * draws[:, 10])
-    high = _colour(draws[:, 8], 0.6 * draws[:, 9], np.where(dark, 0.05, 0.8) + 0.2 * draws[:, 11])
-    turn = 2 * np.pi * u[12]
-    ramp = np.cos(turn) * x / width + np.sin(turn) * y / height  # a gentle gradient across the background
+    hue = (np.floor(draws[:, 5] * NUM_HUES) + 0.3 * (draws[:, 6] - 0.5)) / NUM_HUES
+    ink = _colour(hue, 0.75 + 0.25 * draws[:, 7], np.where(dark, 0.9, 0.55) + 0.1 * draws[:, 8])
+    tint = np.where(dark, 0.5, 0.2) * draws[:, 10]
+    low = _colour(draws[:, 9], tint, np.where(dark, 0.06, 0.84) + 0.16 * draws[:, 11])
+    high = _colour(draws[:, 9], tint, np.where(dark, 0.06, 0.84) + 0.16 * draws[:, 12])
+    slope = 2 * np.pi * u[13]
+    ramp = np.cos(slope) * x / width + np.sin(slope) * y / height  # a gentle gradient across the background
     ramp = np.clip(0.5 + 0.5 * ramp, 0, 1)[..., None]
     ground = low[:, None, None] * (1 - ramp) + high[:, None, None] * ramp  # (n, h, w, 3)
     rgb = (ground * (1 - cover) + ink[:, None, None] * cover).transpose(0, 3, 1, 2)
@@ -116,6 +121,11 @@ def _draw(distance: Callable, draws: np.ndarray, size: tuple[int, int], channels
     if channels == 4:
         pixels = np.concatenate([pixels, np.full_like(pixels[:, :1], 255)], axis=1)
     return pixels
+
+
+def _centre(draw: np.ndarray, side: int, radius: np.ndarray) -> np.ndarray:
+    """Where along a side the shape stands: anywhere in the middle of what keeps it inside the picture."""
+    return side / 2 + (draw - 0.5) * 0.8 * (side - 2 * radius)
 
 
 def _colour(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:

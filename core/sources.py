@@ -7,7 +7,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ class Records:
     names: list[str]
     labels: np.ndarray | None  # (n,) int64
     open: Callable[[int], Image.Image]
+    version: str = ""
+    """Changes when a file that holds many pictures does; a picture's own file tells by its size and time."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -62,13 +64,15 @@ def find_source(name: str) -> Source:
     looks_local = name.startswith((".", "/", "~")) or path.suffix in TABLE_SUFFIXES or name.count("/") > 1
     candidates = [path]
     if root and not looks_local:
-        candidates += [Path(root) / name, Path(root) / Path(name).name]
+        candidates += dict.fromkeys([Path(root) / name, Path(root) / Path(name).name])
     for candidate in candidates:
         if candidate.exists():
             return _read_local(candidate)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not looks_local:
         return _read_hub(name, candidates)
-    hint = "" if root else "; the variable TWOSTAGE_DATA (a folder that holds datasets by name) is not set"
+    hint = ""
+    if not root and not looks_local:
+        hint = "; the variable TWOSTAGE_DATA (a folder that holds datasets by name) is not set"
     if name in KNOWN_NAMES:
         hint += f"; data.source={KNOWN_NAMES[name]} downloads it"
     looked = ", ".join(str(candidate) for candidate in candidates)
@@ -88,12 +92,19 @@ def _read_local(path: Path) -> Source:
 
 
 def _read_folder(root: Path) -> Source:
-    split_folders = {
-        SPLIT_NAMES[p.name.lower()]: p for p in _subfolders(root) if p.name.lower() in SPLIT_NAMES and _find_images(p)
-    }
-    if "train" not in split_folders or _images_directly_in(root):
+    folders = [p for p in _subfolders(root) if _holds_images(p)]
+    split_folders = {SPLIT_NAMES[p.name.lower()]: p for p in folders if p.name.lower() in SPLIT_NAMES}
+    beside = [p.name for p in folders if p.name.lower() not in SPLIT_NAMES]
+    if _images_directly_in(root) or (beside and "train" not in split_folders) or not folders:
         split_folders = {"train": root}
-    classes = [p.name for p in _subfolders(split_folders["train"]) if _find_images(p)]
+    elif beside:
+        raise InputError(
+            f"data.source {root}: holds the split `train` and also the folders {', '.join(beside[:5])}; expected "
+            "either only train, val and test or one folder a class"
+        )
+    elif "train" not in split_folders:
+        raise InputError(f"data.source {root}: has the splits {list(split_folders)}, expected one named train")
+    classes = [p.name for p in _subfolders(split_folders["train"]) if _holds_images(p)]
     flat = bool(_images_directly_in(split_folders["train"]))
     if flat and classes:
         raise InputError(
@@ -102,17 +113,19 @@ def _read_folder(root: Path) -> Source:
         )
     splits, others = {}, 0
     for split, folder in split_folders.items():
-        unknown = [p.name for p in _subfolders(folder) if p.name not in classes and _find_images(p)]
+        unknown = [p.name for p in _subfolders(folder) if p.name not in classes and _holds_images(p)]
         if unknown or (not flat and _images_directly_in(folder)):
             what = f"has the folders {unknown}" if unknown else "holds pictures outside class folders"
-            raise InputError(f"data.source {folder}: {what}, but `train` has the classes {classes}; name them alike")
+            known = f"the classes {classes}; name them alike" if classes else "no classes; give both the same layout"
+            raise InputError(f"data.source {folder}: {what}, but `train` has {known}")
         if flat:
             paths, labels = _find_images(folder), None
         else:
             of_class = [_find_images(folder / name) if (folder / name).is_dir() else [] for name in classes]
             paths = [path for group in of_class for path in group]
             labels = np.repeat(np.arange(len(classes)), [len(group) for group in of_class])
-        others += sum(1 for p in folder.rglob("*") if p.is_file() and p.suffix.lower() not in IMAGE_SUFFIXES)
+        visible = (p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p, folder))
+        others += sum(1 for p in visible if p.suffix.lower() not in IMAGE_SUFFIXES)
         splits[split] = Records([str(p) for p in paths], labels, lambda i, paths=paths: Image.open(paths[i]))
     if not any(len(records) for records in splits.values()):
         known = " ".join(sorted(IMAGE_SUFFIXES))
@@ -132,8 +145,20 @@ def _images_directly_in(folder: Path) -> list[Path]:
 
 
 def _find_images(folder: Path) -> list[Path]:
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-    return sorted(p for p in found if p.is_file())
+    return sorted(_images_below(folder))
+
+
+def _holds_images(folder: Path) -> bool:
+    return next(_images_below(folder), None) is not None
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(p, folder))
+    return (p for p in found if p.is_file())
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 # --- parquet and arrow files, Hugging Face datasets -------------------------------------------------------------------
@@ -148,8 +173,14 @@ def _read_tables(root: Path, files: list[Path]) -> Source:
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"data.source {file}: not a readable {file.suffix} file: {error}") from None
         by_split.setdefault(SPLIT_NAMES.get(first_word, "train"), []).append(table)
-    tables = {split: pa.concat_tables(parts, promote_options="permissive") for split, parts in by_split.items()}
-    return _from_tables(f"{files[0].suffix[1:]} {root}", tables, str(root))
+    tables = {}
+    for split, parts in by_split.items():
+        try:
+            tables[split] = pa.concat_tables(parts, promote_options="permissive")
+        except pa.ArrowException as error:
+            raise InputError(f"data.source {root}: the files of `{split}` do not fit together: {error}") from None
+    version = " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+    return _from_tables(f"{files[0].suffix[1:]} {root}", tables, str(root), version)
 
 
 def _read_table(file: Path) -> pa.Table:
@@ -176,22 +207,30 @@ def _read_hub(name: str, looked: list[Path]) -> Source:
             f"train.parquet and test.parquet into $TWOSTAGE_DATA/{Path(name).name}/, or give data.source=FOLDER"
         ) from None
     tables = {SPLIT_NAMES.get(split, split): part.data.table for split, part in loaded.items()}
-    return _from_tables(f"Hugging Face dataset {name}", tables, name)
+    version = " ".join(part._fingerprint for part in loaded.values())
+    return _from_tables(f"Hugging Face dataset {name}", tables, name, version)
 
 
-def _from_tables(description: str, tables: dict[str, pa.Table], origin: str) -> Source:
-    schema = next(iter(tables.values())).schema
+def _from_tables(description: str, tables: dict[str, pa.Table], origin: str, version: str) -> Source:
+    first = "train" if "train" in tables else next(iter(tables))
+    schema = tables[first].schema
     column = next((n for n in ("image", "img", "png", "jpg", "pixels") if n in schema.names), None)
     if column is None:
         raise InputError(f"data.source {origin}: expected a column `image`, got {schema.names}")
     label_column = next((n for n in ("label", "labels", "class", "fine_label") if n in schema.names), None)
+    for split, table in tables.items():
+        if not {column, label_column} - {None} <= set(table.schema.names):
+            raise InputError(f"data.source {origin}: `{split}` has the columns {table.schema.names}, but `{first}` has "
+                             f"{schema.names}; name them alike")  # fmt: skip
     class_names = _class_names(schema, tables, label_column)
     splits = {}
     for split, table in tables.items():
         images = table.column(column)
-        labels = _labels(table, label_column, class_names, origin) if label_column and class_names else None
+        labels = None
+        if label_column and class_names:
+            labels = _labels(table, label_column, class_names, f"{origin}: `{split}`")
         names = [f"{origin}:{split}:{row}" for row in range(table.num_rows)]
-        splits[split] = Records(names, labels, lambda i, images=images: _open_cell(images[i].as_py()))
+        splits[split] = Records(names, labels, lambda i, images=images: _open_cell(images[i].as_py()), version)
     return Source(description, splits, class_names)
 
 
@@ -227,7 +266,7 @@ def _labels(table: pa.Table, column: str, class_names: list[str], origin: str) -
     if len(wrong):
         row = int(wrong[0])
         raise InputError(
-            f"data.source {origin}: row {row} has the {column} {values[row]!r}; "
+            f"data.source {origin} has in row {row} the {column} {values[row]!r}; "
             f"expected a number from 0 to {len(class_names) - 1} or one of its class names"
         )
     return labels

@@ -4,7 +4,7 @@ visible in `train_tokenizer` and `train_prior`."""
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from core.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
-from core.config import Count, RunConfig, Section, Share, Size
+from core.config import Count, RunConfig, Section, Size
 from core.errors import InputError
 from core.model_folder import fill
 from core.pictures import draw_curves
@@ -26,6 +26,9 @@ from core.run_folder import RunFolder, read_metrics
 from core.schedules import Schedule, lr_at
 
 __all__ = ["Batches", "TrainConfig", "TrainingRun", "make_optimizer", "share_cores"]
+
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class TrainConfig(Section):
@@ -41,7 +44,7 @@ class TrainConfig(Section):
     lr_schedule: Schedule = "constant"
     warmup_steps: Size = 0
     """Updates over which the learning rate rises from 0."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Adam's."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled (AdamW), on matrices and convolution kernels."""
@@ -147,7 +150,8 @@ class Batches:
             upcoming = pool.submit(self.at, start, read)
             for step in range(start + 1, self.max_steps + 1):
                 batch = upcoming.result()
-                upcoming = pool.submit(self.at, step, read)
+                if step < self.max_steps:
+                    upcoming = pool.submit(self.at, step, read)
                 yield batch
 
 
@@ -172,7 +176,7 @@ class TrainingRun(Generic[ConfigT]):
         self.accelerator = Accelerator(
             mixed_precision=train.mixed_precision,
             gradient_accumulation_steps=train.gradient_accumulation_steps,
-            log_with=list(self.config.run.trackers),
+            log_with=list(self.config.run.trackers) or None,  # it warns about an empty list
             project_dir=self.folder.path,
             # Broadcasting buffers would overwrite every rank's codebook with rank 0's.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],

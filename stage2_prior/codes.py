@@ -113,8 +113,10 @@ class CodeCache:
         file = self.path / Path(name).name
         try:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"codes {file}: missing or cut short ({error}); encode the images again") from None
+        except (OSError, ValueError, EOFError) as error:  # an empty file is an EOFError
+            raise InputError(
+                f"codes {file}: missing or cut short ({error}), expected the shape {shape}; encode the images again"
+            ) from None
         if array.shape != shape:
             raise InputError(f"codes {file}: expected the shape {shape}, found {array.shape}; encode the images again")
         return array

@@ -52,7 +52,7 @@ def filter_logits(logits: Tensor, sampling: SamplingConfig) -> Tensor:
             raise InputError(f"top_k {sampling.top_k}: expected at most the {codes} codes of the codebook")
         threshold = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:  # at 1 rounding would cut off the rarest codes
         ordered, order = logits.sort(dim=-1, descending=True)
         shares = ordered.softmax(-1)
         beyond = shares.cumsum(-1) - shares >= sampling.top_p  # the first code is never beyond

@@ -1,0 +1,46 @@
+# Every target makes the virtual environment it needs; nothing else has to be installed but Python >= 3.11.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: demo test lint format
+
+# From nothing to generated images in a few minutes: look at runs/demo/ afterwards.
+# DEMO_OPTIONS goes to both trainings, such as train.max_steps=100.
+demo: $(VENV)/.installed
+	$(BIN)/twostage train-tokenizer configs/tokenizer/vqvae_shapes.yaml run.dir=runs/demo/tokenizer $(DEMO_OPTIONS)
+	$(BIN)/twostage encode runs/demo/tokenizer --out runs/demo/codes
+	$(BIN)/twostage train-prior configs/prior/gpt_shapes.yaml codes=runs/demo/codes run.dir=runs/demo/prior $(DEMO_OPTIONS)
+	$(BIN)/twostage reconstruct runs/demo/tokenizer --out runs/demo/reconstructions.png
+	$(BIN)/twostage generate runs/demo/prior --num-images 64 --guidance-scale 2 --out runs/demo/generated
+	@echo "Look at runs/demo/: reconstructions.png, generated/grid.png, tokenizer/losses.png, prior/losses.png"
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# A torch that is there already (in the environment, or beside $(PYTHON)) is kept; else the pinned one is installed.
+$(VENV)/constraints.txt: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("twostage needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
+	if torch=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null); \
+	then { echo "torch==$$torch"; grep -vE '^(torch|torchvision|triton|nvidia|cuda)' constraints.txt; }; \
+	else cat constraints.txt; fi > $@.partial
+	mv $@.partial $@
+
+$(VENV)/.installed: $(VENV)/constraints.txt pyproject.toml
+	$(PIP) --constraint $< --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	touch $@

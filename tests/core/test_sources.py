@@ -1,0 +1,269 @@
+"""What a `data.source` is understood as, and what is said when it cannot be."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from core.errors import InputError
+from core.sources import Source, find_source
+
+pytestmark = pytest.mark.usefixtures("no_network")
+
+
+def labelled(source: Source, split: str) -> dict[str, str]:
+    """The class of each picture, by file name."""
+    records = source.splits[split]
+    assert records.labels is not None
+    assert source.class_names is not None
+    return {Path(n).name: source.class_names[label] for n, label in zip(records.names, records.labels, strict=True)}
+
+
+def reds(source: Source, split: str = "train") -> list[int]:
+    records = source.splits[split]
+    opened = []
+    for i in range(len(records)):
+        with records.open(i) as image:
+            opened.append(image.getpixel((0, 0))[0])
+    return opened
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def test_flat_folder_has_no_classes(pictures):
+    source = find_source(str(pictures("b.png", "a.jpg", "c.PNG")))
+    assert list(source.splits) == ["train"]
+    assert [Path(name).name for name in source.splits["train"].names] == ["a.jpg", "b.png", "c.PNG"]
+    assert source.class_names is None
+    assert source.splits["train"].labels is None
+    assert "pictures without classes" in source.description
+
+
+def test_class_folders_give_sorted_classes(pictures):
+    source = find_source(str(pictures("dog/0.png", "cat/1.png", "cat/deep/2.png", "ant/3.png")))
+    assert source.class_names == ["ant", "cat", "dog"]
+    assert labelled(source, "train") == {"0.png": "dog", "1.png": "cat", "2.png": "cat", "3.png": "ant"}
+    assert reds(source) == [30, 10, 20, 0]
+
+
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "validation", "testing")])
+def test_splits_above_class_folders(pictures, names):
+    train, val, test = names
+    root = pictures(f"{train}/cat/0.png", f"{train}/dog/1.png", f"{val}/dog/2.png", f"{test}/cat/3.png")
+    source = find_source(str(root))
+    assert source.class_names == ["cat", "dog"]
+    assert labelled(source, "train") == {"0.png": "cat", "1.png": "dog"}
+    assert labelled(source, "val") == {"2.png": "dog"}, "the class keeps its number where others are missing"
+    assert labelled(source, "test") == {"3.png": "cat"}
+
+
+def test_classes_called_like_splits_stay_classes_among_others(pictures):
+    assert find_source(str(pictures("test/0.png", "dev/1.png", "ant/2.png"))).class_names == ["ant", "dev", "test"]
+
+
+def test_splits_above_flat_folders(pictures):
+    source = find_source(str(pictures("train/0.png", "train/1.png", "test/2.png")))
+    assert {split: reds(source, split) for split in source.splits} == {"train": [0, 10], "test": [20]}
+    assert source.class_names is None
+
+
+def test_a_class_called_like_a_split_keeps_its_class(pictures):
+    source = find_source(str(pictures("train_station/0.png", "testimony/1.png")))
+    assert list(source.splits) == ["train"]
+    assert labelled(source, "train") == {"0.png": "train_station", "1.png": "testimony"}
+
+
+def test_other_files_are_counted_and_hidden_ones_left_out(pictures):
+    root = pictures("cat/0.png", "cat/.ipynb_checkpoints/0-checkpoint.png", ".thumbnails/0.png", "cat/._0.png")
+    (root / "cat" / "notes.txt").touch()
+    source = find_source(str(root))
+    assert labelled(source, "train") == {"0.png": "cat"}
+    assert source.notices == [f"1 files in {root} are no pictures and are left out"]
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (("0.png", "cat/1.png", "dog/2.png"),
+         "{root}: holds pictures and also folders of pictures (cat, dog); expected either pictures only (no classes) "),
+        (("train/cat/0.png", "test/cat/1.png", "test/dog/2.png"),
+         "{root}/test: has the folders ['dog'], but `train` has the classes ['cat']; name them alike"),
+        (("train/cat/0.png", "test/1.png"),
+         "{root}/test: holds pictures outside class folders, but `train` has the classes ['cat']; name them alike"),
+        (("train/0.png", "test/cat/1.png"), "{root}/test: has the folders ['cat'], but `train` has no classes"),
+        (("train/0.png", "bus/1.png", "car/2.png"),
+         "{root}: holds the split `train` and also the folders bus, car; expected either only train, val and test or "),
+        (("val/cat/0.png", "test/cat/1.png"), "{root}: has the splits ['test', 'val'], expected one named train"),
+    ],
+    ids=["mixed", "class only in test", "test is flat", "train is flat", "train among classes", "no train"],
+)  # fmt: skip
+def test_ambiguous_folder_is_refused(pictures, names, sentence):
+    root = pictures(*names)
+    with pytest.raises(InputError, match=re.escape(f"data.source {sentence.format(root=root)}")):
+        find_source(str(root))
+
+
+def test_empty_folder_says_what_was_looked_for(tmp_path):
+    with pytest.raises(InputError, match=rf"data.source {tmp_path}: no pictures in this folder \(looked for .*\.png"):
+        find_source(str(tmp_path))
+
+
+def test_single_picture_file_is_refused(pictures):
+    file = pictures("cat.png") / "cat.png"
+    with pytest.raises(InputError, match=f"data.source {file}: expected a folder, or a .parquet or .arrow file"):
+        find_source(str(file))
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_is_found_under_the_data_folder(monkeypatch, pictures):
+    root = pictures("flowers/train/rose/0.png", "flowers/test/rose/1.png")
+    monkeypatch.setenv("TWOSTAGE_DATA", str(root))
+    assert find_source("flowers").class_names == find_source("someone/flowers").class_names == ["rose"]
+
+
+def test_unknown_name_says_where_it_was_looked_for(monkeypatch, tmp_path):
+    with pytest.raises(
+        InputError, match=r"'flowers': nothing there \(looked for flowers\); the variable TWOSTAGE_DATA"
+    ):
+        find_source("flowers")
+    monkeypatch.setenv("TWOSTAGE_DATA", str(tmp_path))
+    with pytest.raises(InputError, match=rf"'flowers': nothing there \(looked for flowers, {tmp_path}/flowers\)$"):
+        find_source("flowers")
+    with pytest.raises(InputError, match=r"; data.source=ylecun/mnist downloads it$"):
+        find_source("mnist")
+
+
+@pytest.mark.parametrize(
+    "name", ["./nothing", "../no/thing", "/no/thing", "~/no_such_thing", "no.parquet", "a/b.arrow"]
+)
+def test_missing_path_is_never_a_download(name):
+    looked = re.escape(str(Path(name).expanduser()))
+    with pytest.raises(InputError, match=rf"data.source '{re.escape(name)}': nothing there \(looked for {looked}\)$"):
+        find_source(name)
+
+
+def test_a_dataset_that_cannot_be_downloaded_is_one_sentence(tmp_path):
+    code = ("from core.sources import find_source\ntry: find_source('someone/flowers')\n"
+            "except Exception as error: print(type(error).__name__, error)")  # fmt: skip
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "TWOSTAGE_DATA": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True,
+                          timeout=60, check=True, cwd=Path(__file__).parents[2])  # fmt: skip
+    assert done.stderr == ""
+    assert re.fullmatch(
+        r"InputError data\.source 'someone/flowers': not on this machine \(looked for someone/flowers, .*/flowers\), "
+        r"and it could not be had as a Hugging Face dataset \(.+\)\. Without a network, put its train\.parquet and "
+        r"test\.parquet into \$TWOSTAGE_DATA/flowers/, or give data\.source=FOLDER\n", done.stdout)  # fmt: skip
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "data.parquet", "train-00000-of-00001.arrow"])
+def test_table_with_hugging_face_class_names(table, name):
+    source = find_source(str(table(name, [1, 0, 1], class_names=["ant", "bee", "cow"])))
+    assert source.class_names == ["ant", "bee", "cow"]
+    assert source.splits["train"].labels.tolist() == [1, 0, 1]
+    assert reds(source) == [0, 10, 20]
+
+
+def test_arrow_file_format(table, tmp_path):
+    with pa.ipc.open_stream(table("stream.arrow", [0, 1])) as reader:
+        content = reader.read_all()
+    path = tmp_path / "file.arrow"
+    with pa.ipc.new_file(path, content.schema) as writer:
+        writer.write_table(content)
+    assert reds(find_source(str(path))) == [0, 10]
+
+
+def test_plain_integer_labels_are_named_by_their_numbers(table):
+    source = find_source(str(table("train.parquet", [0, 2, 2])))
+    assert source.class_names == ["0", "1", "2"]
+    assert source.splits["train"].labels.tolist() == [0, 2, 2]
+
+
+def test_text_labels_are_sorted_over_all_splits(table):
+    table("train.parquet", ["dog", "ant", "dog"])
+    source = find_source(str(table("test.parquet", ["cat"]).parent))
+    assert source.class_names == ["ant", "cat", "dog"]
+    assert source.splits["train"].labels.tolist() == [2, 0, 2]
+    assert source.splits["test"].labels.tolist() == [1]
+
+
+def test_other_column_names_and_plain_bytes(table):
+    source = find_source(str(table("train.parquet", count=2, column="img", as_struct=False)))
+    assert reds(source) == [0, 10]
+    assert source.class_names is None
+
+
+def test_shards_of_a_split_are_joined_in_order(table):
+    for name, labels in {"train-00000-of-00002": [0, 0], "train-00001-of-00002": [1], "validation-0": [1]}.items():
+        folder = table(f"{name}.parquet", labels, class_names=["ant", "bee"]).parent
+    source = find_source(str(folder))
+    assert source.class_names == ["ant", "bee"]
+    assert {split: records.labels.tolist() for split, records in source.splits.items()} == {
+        "train": [0, 0, 1],
+        "val": [1],
+    }
+
+
+def test_a_row_is_named_by_file_split_and_number(table):
+    path = table("train.parquet", [0, 0])
+    assert find_source(str(path)).splits["train"].names == [f"{path}:train:0", f"{path}:train:1"]
+
+
+def test_corrupt_table_is_named(table):
+    path = table("train.parquet", [0, 1])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=rf"^data.source {path}: not a readable .parquet file: [^\n]+$"):
+        find_source(str(path.parent))
+
+
+@pytest.mark.parametrize(
+    ("test_file", "sentence"),
+    [
+        ({"labels": [5]}, "`test` has in row 0 the label 5; expected a number from 0 to 1 or one of its class names"),
+        (
+            {"labels": [None]},
+            "`test` has in row 0 the label None; expected a number from 0 to 1 or one of its class names",
+        ),
+        ({"count": 1}, r"`test` has the columns \['image'\], but `train` has \['image', 'label'\]; name them alike"),
+        ({"labels": [0], "column": "img"}, r"`test` has the columns \['img', 'label'\], but `train` has "),
+    ],
+    ids=["unknown class", "no class", "no labels", "no images"],
+)
+def test_splits_that_do_not_fit_together_are_refused(table, test_file, sentence):
+    folder = table("train.parquet", [0, 1], class_names=["ant", "bee"]).parent
+    table("test.parquet", **test_file)
+    with pytest.raises(InputError, match=f"data.source {folder}: {sentence}"):
+        find_source(str(folder))
+
+
+def test_shards_with_labels_of_two_kinds_are_refused(table):
+    table("train-0.parquet", [0, 1])
+    folder = table("train-1.parquet", ["ant"]).parent
+    with pytest.raises(InputError, match=rf"^data.source {folder}: the files of `train` do not fit together: [^\n]+$"):
+        find_source(str(folder))
+
+
+def test_table_without_pictures_is_refused(table):
+    path = table("train.parquet", [0], column="text")
+    with pytest.raises(InputError, match=rf"{path}: expected a column `image`, got \['text', 'label'\]"):
+        find_source(str(path))
+
+
+def test_real_mnist(monkeypatch, data_folder):
+    monkeypatch.setenv("TWOSTAGE_DATA", str(data_folder))
+    source = find_source("ylecun/mnist")
+    assert {split: len(records) for split, records in source.splits.items()} == {"test": 10_000, "train": 60_000}
+    assert source.class_names == [str(digit) for digit in range(10)]
+    assert np.bincount(source.splits["test"].labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    with source.splits["train"].open(0) as image:
+        assert (image.size, image.mode) == ((28, 28), "L")

@@ -1,0 +1,68 @@
+"""What the tests of stage one share: tiny autoencoders of every family, and random numbers for a whole batch."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from core.random import BatchRandom
+from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig
+from stage1_tokenizer.losses import LossConfig
+
+BACKBONES = {
+    "conv": {"type": "conv", "channels": 8, "channel_mult": [1, 1], "num_res_blocks": [0, 1]},
+    "mlp": {"type": "mlp", "hidden_sizes": [16]},
+}
+BOTTLENECKS = {
+    "identity": {"type": "identity"},
+    "gaussian": {"type": "gaussian"},
+    "vector": {"type": "vector", "codebook_size": 8},
+    "learned": {"type": "vector", "codebook_size": 8, "codebook": "learned"},
+}
+
+
+def _whole_batch(size: int, seed: int = 0) -> BatchRandom:
+    return BatchRandom(seed, slice(0, size), size)
+
+
+def _tiny_autoencoder(bottleneck: str = "vector", backbone: str = "conv", size: tuple[int, int] = (8, 8),
+                      channels: int = 3, **loss: object) -> Autoencoder:  # fmt: skip
+    torch.manual_seed(0)
+    model = {"latent_channels": 4, "backbone": BACKBONES[backbone], "bottleneck": BOTTLENECKS[bottleneck]}
+    return Autoencoder(
+        AutoencoderConfig(
+            image_size=size, channels=channels, model=ModelConfig.model_validate(model), loss=LossConfig(**loss)
+        )
+    )
+
+
+def _random_images(count: int, channels: int = 3, size: tuple[int, int] = (8, 8)) -> Tensor:
+    return torch.rand(count, channels, *size, generator=torch.Generator().manual_seed(count)) * 2 - 1
+
+
+@pytest.fixture(scope="session")
+def whole_batch() -> Callable[..., BatchRandom]:
+    """``whole_batch(size, seed=0)``: the random numbers of a batch that one process works on."""
+    return _whole_batch
+
+
+@pytest.fixture(scope="session")
+def tiny_autoencoder() -> Callable[..., Autoencoder]:
+    """``tiny_autoencoder(bottleneck, backbone, size, channels, **loss)``: always from the same initial weights."""
+    return _tiny_autoencoder
+
+
+@pytest.fixture(scope="session")
+def random_images() -> Callable[..., Tensor]:
+    """``random_images(count, channels, size)``: float (count, channels, H, W) in [-1, 1], the same every time."""
+    return _random_images
+
+
+@pytest.fixture
+def new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Accelerate's state is one a process; calling this (as the test's end does) lets a training start anew."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")  # one thread a training
+    yield lambda: AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,0 +1,230 @@
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from core.errors import InputError
+from core.model_folder import save_model_folder
+from stage1_tokenizer.autoencoder import Autoencoder
+
+FAMILIES = ["identity", "gaussian", "vector", "learned"]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 12)])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("backbone", ["mlp", "conv"])
+@pytest.mark.parametrize("family", ["gaussian", "vector"])
+def test_shapes(family, backbone, channels, size, tiny_autoencoder, random_images, whole_batch):
+    model, images = tiny_autoencoder(family, backbone, size, channels), random_images(2, channels, size)
+    grid = (1, 1) if backbone == "mlp" else (size[0] // 2, size[1] // 2)
+    output, latent = model(images, None, whole_batch(2)), model.encode(images)
+    assert model.grid == grid
+    assert output.loss.shape == ()
+    assert output.reconstruction.shape == model.reconstruct(images).shape == images.shape
+    assert latent.z.shape == (2, 4, *grid)
+    assert latent.indices is None if family == "gaussian" else latent.indices.shape == (2, *grid)
+
+
+def test_a_size_that_cannot_be_halved_is_refused(tiny_autoencoder):
+    with pytest.raises(InputError, match=r"data.image_size 9x8: .* multiples of 2; try 8 x 8"):
+        tiny_autoencoder("vector", "conv", (9, 8))
+
+
+@pytest.mark.parametrize("reconstruction", ["bce", "l1", "l2"])
+def test_beta_1_is_exactly_the_bound(reconstruction, tiny_autoencoder, random_images, whole_batch):
+    images = random_images(4)
+    metrics = tiny_autoencoder("gaussian", reconstruction=reconstruction)(images, None, whole_batch(4)).metrics
+    assert metrics["loss"] == metrics["nats_per_image"]
+    torch.testing.assert_close(metrics["nats_per_image"], metrics["reconstruction"] + metrics["kl"])
+    level = 0 if reconstruction == "bce" else math.log2(255 / 2)
+    expected = metrics["nats_per_image"] / (3 * 8 * 8 * math.log(2)) + level
+    torch.testing.assert_close(metrics["bits_per_dim"], expected)
+
+
+def test_beta_scales_the_kl_alone(tiny_autoencoder, random_images, whole_batch):
+    images = random_images(4)
+    metrics = tiny_autoencoder("gaussian", kl_weight=4.0)(images, None, whole_batch(4)).metrics
+    plain = tiny_autoencoder("gaussian")(images, None, whole_batch(4)).metrics
+    torch.testing.assert_close(metrics["loss"], metrics["reconstruction"] + 4 * metrics["kl"])
+    assert metrics["nats_per_image"] == plain["nats_per_image"]
+
+
+@pytest.mark.parametrize("family", ["identity", "vector", "learned"])
+def test_the_loss_is_reconstruction_plus_the_bottlenecks(family, tiny_autoencoder, random_images, whole_batch):
+    images = random_images(4)
+    output = tiny_autoencoder(family)(images, None, whole_batch(4))
+    torch.testing.assert_close(
+        output.metrics["loss"], output.metrics["reconstruction"] + sum(output.bottleneck.losses.values())
+    )
+    assert not any(value.requires_grad for value in output.metrics.values())
+
+
+@pytest.mark.parametrize("reconstruction", ["bce", "l2"])
+def test_images_stay_in_range(reconstruction, tiny_autoencoder, random_images, whole_batch):
+    model, images = tiny_autoencoder("identity", reconstruction=reconstruction), random_images(4)
+    for parameter in model.decoder.parameters():
+        nn.init.normal_(parameter, std=3)
+    for decoded in (model.reconstruct(images), model(images, None, whole_batch(4)).reconstruction):
+        assert -1 <= decoded.min() < -0.9
+        assert 0.9 < decoded.max() <= 1
+
+
+def test_bce_pixels_are_the_sigmoid_of_the_logits(tiny_autoencoder, random_images):
+    model, images = tiny_autoencoder("identity", reconstruction="bce"), random_images(2)
+    with torch.no_grad():
+        expected = model.decoder(model.encoder(images)).sigmoid() * 2 - 1
+    torch.testing.assert_close(model.reconstruct(images), expected)
+
+
+@pytest.mark.parametrize("family", ["vector", "learned"])
+def test_codes_alone_give_the_reconstruction(family, tiny_autoencoder, random_images):
+    model, images = tiny_autoencoder(family), random_images(4)
+    indices = model.encode(images).indices
+    assert len(indices.unique()) > 1
+    assert torch.equal(model.decode_indices(indices), model.reconstruct(images))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evaluation_does_not_depend_on_the_batch(family, tiny_autoencoder, random_images):
+    model, images = tiny_autoencoder(family).eval(), random_images(4)
+    torch.testing.assert_close(model.reconstruct(images)[1:2], model.reconstruct(images[1:2]), rtol=1e-5, atol=1e-5)
+
+
+def test_samples_of_a_vae(tiny_autoencoder):
+    model = tiny_autoencoder("gaussian", size=(8, 12))
+    first, again = (model.sample(3, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert first.shape == (3, 3, 8, 12)
+    assert torch.equal(first, again)
+    assert not torch.equal(first[0], first[1])
+    assert first.abs().max() <= 1
+
+
+@pytest.mark.parametrize("family", ["identity", "gaussian"])
+def test_a_continuous_latent_has_no_codes(family, tiny_autoencoder):
+    model = tiny_autoencoder(family)
+    assert model.codebook_size is None
+    with pytest.raises(InputError, match=f"bottleneck is '{family}': it has no codes"):
+        model.decode_indices(torch.zeros(1, 4, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("family", ["identity", "vector"])
+def test_codes_have_no_prior_of_their_own(family, tiny_autoencoder):
+    with pytest.raises(InputError, match=f"bottleneck is '{family}': it has no prior .*twostage train-prior"):
+        tiny_autoencoder(family).sample(1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("backbone", ["mlp", "conv"])
+def test_one_batch_can_be_learned_by_heart(family, backbone, tiny_autoencoder, random_images, whole_batch):
+    model, images = tiny_autoencoder(family, backbone), random_images(2).sign() * 0.5
+    if model.codebook_size:
+        model.bottleneck.initialize(model.encoder(images), torch.Generator().manual_seed(0))
+    first = (model.reconstruct(images) - images).square().mean()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(150):
+        output = model(images, None, whole_batch(2, step))
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        if model.codebook_size:
+            model.bottleneck.update_codebook(lambda statistics: statistics)
+    assert (model.reconstruct(images) - images).square().mean() < 0.1 * first
+
+
+# --- the content hash -----------------------------------------------------------------------------------------------
+
+
+def test_the_hash_is_of_what_decides_the_codes(tiny_autoencoder):
+    model = tiny_autoencoder("vector")
+    original = model.content_hash()
+    assert len(original) == 64
+    assert tiny_autoencoder("vector").content_hash() == original
+
+    def hash_after_changing(tensor: torch.Tensor) -> str:
+        with torch.no_grad():
+            tensor.view(-1)[-1] += 1e-3
+        changed = model.content_hash()
+        with torch.no_grad():
+            tensor.view(-1)[-1] -= 1e-3
+        return changed
+
+    assert hash_after_changing(next(model.decoder.parameters())) == original
+    assert hash_after_changing(model.bottleneck.ema_counts) == original
+    assert hash_after_changing(next(model.encoder.parameters())) != original
+    assert hash_after_changing(list(model.encoder.parameters())[-1]) != original
+    assert hash_after_changing(model.bottleneck.codebook) != original
+
+
+def test_the_hash_is_of_the_form_of_the_images(tiny_autoencoder):
+    hashes = [tiny_autoencoder("vector", size=size).content_hash() for size in [(8, 8), (8, 12), (12, 8)]]
+    assert len(set(hashes)) == 3
+
+
+# --- on disk --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_model_gives_the_same_pixels_and_hash(family, tiny_autoencoder, random_images, tmp_path):
+    model, images = tiny_autoencoder(family, size=(8, 12), channels=4).eval(), random_images(2, 4, (8, 12))
+    model.save_pretrained(tmp_path / "run" / "model")
+    for path in (tmp_path / "run" / "model", tmp_path / "run"):
+        loaded = Autoencoder.from_pretrained(path)
+        assert not loaded.training
+        assert loaded.config == model.config
+        assert loaded.content_hash() == model.content_hash()
+        assert torch.equal(loaded.reconstruct(images), model.reconstruct(images))
+
+
+@pytest.fixture
+def saved(tiny_autoencoder, tmp_path):
+    tiny_autoencoder().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_folder_holds_config_and_weights_and_names_its_hash(saved):
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert json.loads((saved / "config.json").read_text())["hash"] == Autoencoder.from_pretrained(saved).content_hash()
+
+
+def test_a_prior_is_not_taken_for_a_tokenizer(saved):
+    save_model_folder(saved, "prior", {}, {"weight": torch.zeros(1)})
+    with pytest.raises(InputError, match=f"{saved}: holds a prior, expected a tokenizer"):
+        Autoencoder.from_pretrained(saved)
+
+
+def test_missing_weights_are_named(saved):
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"incomplete model folder: model.safetensors is missing$"):
+        Autoencoder.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_weights_that_were_cut_short_are_one_sentence(saved, length):
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:length])
+    with pytest.raises(InputError, match="damaged model folder") as refusal:
+        Autoencoder.from_pretrained(saved)
+    assert "\n" not in str(refusal.value)
+
+
+def test_weights_of_another_architecture_are_refused(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config["model"]["latent_channels"] = 5
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"the weights do not fit config\.json"):
+        Autoencoder.from_pretrained(saved)
+
+
+def test_an_unknown_key_is_refused(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config["model"]["latent_chanels"] = 5
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="did you mean 'latent_channels'"):
+        Autoencoder.from_pretrained(saved)
+
+
+def test_no_folder_is_said(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        Autoencoder.from_pretrained(tmp_path / "nowhere")

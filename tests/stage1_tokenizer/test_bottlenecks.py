@@ -1,0 +1,97 @@
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from core.random import BatchRandom
+from stage1_tokenizer.bottlenecks import Gaussian, GaussianConfig, IdentityConfig, build_bottleneck
+from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
+
+
+@pytest.fixture
+def encoded():
+    """What an encoder gives a Gaussian bottleneck of 3 channels: means and log-variances, (8, 6, 2, 2)."""
+    return torch.randn(8, 6, 2, 2, generator=torch.Generator().manual_seed(0))
+
+
+def posterior(encoded: torch.Tensor) -> Normal:
+    mean, log_variance = encoded.double().chunk(2, dim=1)
+    return Normal(mean, log_variance.exp().sqrt())
+
+
+def test_each_type_builds_its_bottleneck():
+    identity, gaussian = build_bottleneck(IdentityConfig(), 5), build_bottleneck(GaussianConfig(), 5)
+    vector = build_bottleneck(VectorConfig(codebook_size=4), 5)
+    assert (identity.encoded_channels, gaussian.encoded_channels, vector.encoded_channels) == (5, 10, 5)
+    assert isinstance(vector, VectorQuantizer)
+    assert vector.codebook.shape == (4, 5)
+
+
+def test_identity_is_the_latent_as_it_is(encoded, whole_batch):
+    identity = build_bottleneck(IdentityConfig(), 6)
+    for output in (identity(encoded, whole_batch(8)), identity.encode(encoded)):
+        assert torch.equal(output.z, encoded)
+        assert output.indices is None
+        assert output.losses == {}
+
+
+def test_kl_and_its_gradient_equal_those_of_torch_distributions(encoded, whole_batch):
+    encoded.requires_grad_()
+    kl = Gaussian(3)(encoded, whole_batch(8)).losses["kl"]
+    expected = kl_divergence(posterior(encoded), Normal(0.0, 1.0)).flatten(1).sum(1).mean()
+    torch.testing.assert_close(kl.double(), expected, rtol=1e-6, atol=1e-6)
+    gradient, expected_gradient = (torch.autograd.grad(value, encoded)[0] for value in (kl, expected))
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_kl_of_the_prior_itself_is_zero(whole_batch):
+    assert Gaussian(3)(torch.zeros(4, 6, 1, 1), whole_batch(4)).losses["kl"] == 0
+
+
+def test_samples_have_the_posteriors_moments(whole_batch):
+    count, mean, std = 20_000, torch.tensor([-2.0, 0.5]), torch.tensor([0.3, 2.0])
+    encoded = torch.cat([mean, 2 * std.log()]).view(1, 4, 1, 1).expand(count, -1, -1, -1)
+    z = Gaussian(2)(encoded, whole_batch(count)).z[:, :, 0, 0]
+    assert ((z.mean(0) - mean).abs() < 4 * std / count**0.5).all()
+    torch.testing.assert_close(z.std(0), std, rtol=0.03, atol=0)
+
+
+def test_the_gradient_passes_through_the_sample(encoded, whole_batch):
+    encoded.requires_grad_()
+    z = Gaussian(3)(encoded, whole_batch(8)).z
+    by_mean, by_log_variance = torch.autograd.grad(z.sum(), encoded)[0].chunk(2, dim=1)
+    assert (by_mean == 1).all()
+    deviation = z - encoded.chunk(2, dim=1)[0]  # std x noise, whose derivative by the log-variance is half of it
+    torch.testing.assert_close(by_log_variance, deviation / 2)
+
+
+def test_encode_gives_the_mean_without_noise(encoded):
+    assert torch.equal(Gaussian(3).encode(encoded).z, encoded[:, :3])
+
+
+def test_noise_belongs_to_the_image_not_to_the_process(encoded, whole_batch):
+    gaussian = Gaussian(3)
+    whole = gaussian(encoded, whole_batch(8, seed=1)).z
+    halves = [gaussian(encoded[rows], BatchRandom(1, rows, 8)).z for rows in (slice(0, 4), slice(4, 8))]
+    assert torch.equal(torch.cat(halves), whole)
+    assert not torch.equal(gaussian(encoded, whole_batch(8, seed=2)).z, whole)
+
+
+@pytest.mark.parametrize("value", [-1e6, 1e6])
+def test_extreme_encodings_stay_finite(value, whole_batch):
+    encoded = torch.cat([torch.zeros(2, 3, 1, 1), torch.full((2, 3, 1, 1), value)], dim=1)
+    output = Gaussian(3)(encoded, whole_batch(2))
+    assert output.z.isfinite().all()
+    assert output.losses["kl"].isfinite()
+
+
+def test_the_latent_is_float32_under_mixed_precision(encoded, whole_batch):
+    output = Gaussian(3)(encoded.bfloat16(), whole_batch(8))
+    assert output.z.dtype == output.losses["kl"].dtype == torch.float32
+
+
+def test_samples_of_the_prior_are_standard_normal_and_repeatable():
+    gaussian, cpu = Gaussian(3), torch.device("cpu")
+    first, again = (gaussian.sample((4000, 3, 2, 1), torch.Generator().manual_seed(0), cpu) for _ in range(2))
+    assert torch.equal(first, again)
+    assert abs(first.mean()) < 0.03
+    assert abs(first.std() - 1) < 0.03

@@ -1,0 +1,182 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from core.config import parse_config
+from core.data import load_images
+from core.errors import InputError
+from core.images import to_float, to_uint8
+from core.random import BatchRandom
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.train_tokenizer import TokenizerConfig, command, flip_half, train
+
+VAE = {"backbone": {"type": "mlp", "hidden_sizes": [16]}, "bottleneck": {"type": "gaussian"}}
+
+
+@pytest.fixture
+def document(tmp_path) -> Callable[..., dict]:
+    """``document(model, **train)``: a config of six small steps."""
+
+    def document(model: dict | None = None, **train: object) -> dict:
+        vector = {
+            "backbone": {"type": "conv", "channels": 8, "channel_mult": [1, 1], "num_res_blocks": [0, 1]},
+            "bottleneck": {"type": "vector", "codebook_size": 8},
+        }
+        return {
+            "run": {"dir": str(tmp_path / "run"), "seed": 3, "trackers": []},
+            "data": {"source": "shapes", "image_size": 8, "num_images": 64},
+            "model": {"latent_channels": 4} | (model or vector),
+            "train": {"batch_size": 16, "max_steps": 6, "lr": 1e-3, "validate_every": 2, "checkpoint_every": 3,
+                      "log_every": 2, "keep_checkpoints": 9} | train,
+        }  # fmt: skip
+
+    return document
+
+
+@pytest.fixture
+def start(new_process) -> Callable[[dict], Path]:
+    """``start(document)``: trains as a new process would; returns the run folder."""
+
+    def start(document: dict) -> Path:
+        new_process()
+        train(parse_config(TokenizerConfig, document, "config"))
+        return Path(document["run"]["dir"])
+
+    return start
+
+
+def read_metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_writes_its_folder(document, tmp_path, new_process):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(document(max_steps=99)))
+    command(tmp_path / "config.yaml", ["train.max_steps=6", "train.keep_checkpoints=1"])
+    run = tmp_path / "run"
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["max_steps"] == 6
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines if line["split"] == "train"] == [2, 3, 4, 6]
+    assert [line["step"] for line in lines if line["split"] == "val"] == [2, 4, 6]
+    assert lines[-1].keys() >= {"loss", "reconstruction", "commitment", "psnr", "codebook_usage", "perplexity"}
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step_{s:08d}.png" for s in (2, 4, 6)]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000006"]
+    assert Autoencoder.from_pretrained(run).codebook_size == 8
+    assert (run / "losses.png").is_file()
+
+
+def test_a_vae_reports_nats_and_bits_and_shows_samples(document, start):
+    run = start(document(VAE, max_steps=2))
+    for line in read_metrics(run):
+        assert line.keys() >= {"loss", "nats_per_image", "bits_per_dim", "kl"}
+        assert line["loss"] == line["nats_per_image"]
+    with Image.open(run / "samples" / "step_00000002.png") as picture:
+        assert picture.height > 3 * 88  # originals, reconstructions, samples
+        assert picture.width > 12 * 88
+
+
+def test_the_loss_falls(document, start):
+    run = start(document(max_steps=40, lr=3e-3, validate_every=20, checkpoint_every=40))
+    first, last = (line["reconstruction"] for line in read_metrics(run) if line["split"] == "val")
+    assert last < 0.8 * first
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_the_last_validation_is_of_the_stored_model(ema_decay, document, start):
+    config = document(lr=1e-2, ema_decay=ema_decay)
+    run = start(config)
+    model, line = Autoencoder.from_pretrained(run), read_metrics(run)[-1]
+    split = load_images(parse_config(TokenizerConfig, config, "config").data).validation
+    pixels = split.read(torch.arange(len(split)))
+    restored, indices = model.reconstruct(to_float(pixels)), model.encode(to_float(pixels)).indices
+    error = (to_uint8(restored).double() - pixels).square().flatten(1).mean(1)
+    assert line["psnr"] == pytest.approx((10 * (255**2 / error).log10()).mean().item(), rel=1e-5)
+    assert line["codebook_usage"] == len(indices.unique()) / 8
+    shares = indices.flatten().bincount(minlength=8) / indices.numel()
+    assert line["perplexity"] == pytest.approx(torch.special.entr(shares).sum().exp().item(), rel=1e-5)
+    decoded = model.decoder(model.encode(to_float(pixels)).z)
+    assert line["reconstruction"] == pytest.approx((decoded - to_float(pixels)).square().mean().item(), rel=1e-4)
+
+
+def test_the_average_follows_the_weights(document, start):
+    run = start(document(max_steps=2, validate_every=1, checkpoint_every=1, ema_decay=0.9))
+    first, second = (load_file(run / "checkpoints" / f"step_{step:08d}" / "model.safetensors") for step in (1, 2))
+    averages = [load_file(run / "checkpoints" / f"step_{step:08d}" / "ema.safetensors") for step in (1, 2)]
+    name = "encoder.layers.0.bias"
+    assert torch.equal(averages[0][f"module.{name}"], first[name])
+    moved = (averages[1][f"module.{name}"] - first[name]) / (second[name] - first[name])
+    assert 0.1 < moved.min() < moved.max() < 0.9
+    stored = load_file(run / "model" / "model.safetensors")[name]
+    assert torch.equal(stored, averages[1][f"module.{name}"])
+
+
+@pytest.mark.parametrize("family", ["ema", "learned", "vae"])
+def test_a_killed_run_ends_as_if_it_had_not_been(family, document, start):
+    config = document(VAE if family == "vae" else None, ema_decay=0.9, gradient_accumulation_steps=2,
+                      lr_schedule="cosine", warmup_steps=2, max_grad_norm=0.1, checkpoint_every=2)  # fmt: skip
+    config["data"]["horizontal_flip"] = True
+    if family == "learned":
+        config["model"]["bottleneck"]["codebook"] = "learned"
+    run = start(config)
+    uninterrupted = contents(run)
+    for step in (4, 6):
+        shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "split": "tr')  # the kill came in the middle of a line
+    start(config)
+    assert contents(run) == uninterrupted
+
+
+def test_accumulation_changes_no_loss(document, start, tmp_path):
+    losses = []
+    for parts in (1, 2, 4):
+        config = document(gradient_accumulation_steps=parts)
+        config["run"]["dir"] = str(tmp_path / f"run_{parts}")
+        losses.append(torch.tensor([line["loss"] for line in read_metrics(start(config))]))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses[2], losses[0], rtol=1e-4, atol=0)
+
+
+def test_a_finished_run_has_nothing_left_to_do(document, start, capsys):
+    run = start(document(max_steps=2))
+    before, checkpoint = contents(run), (run / "checkpoints" / "step_00000002").stat().st_mtime_ns
+    start(document(max_steps=2))
+    assert "finished at step 2 (all steps done); nothing left to do" in capsys.readouterr().out
+    assert contents(run) == before
+    assert (run / "checkpoints" / "step_00000002").stat().st_mtime_ns == checkpoint
+
+
+def test_another_config_is_refused_and_changes_nothing(document, start):
+    run = start(document(max_steps=2))
+    before = contents(run)
+    with pytest.raises(InputError, match=r"train.lr: 0.001 there, 0.01 now"):
+        start(document(max_steps=2, lr=1e-2))
+    assert contents(run) == before
+
+
+def test_the_codebook_starts_on_the_data(document, start):
+    config = document(lr=1e-9, max_steps=1)
+    config["model"]["bottleneck"] |= {"codebook_size": 4, "revive_below": 0.0, "ema_decay": 1.0}
+    line = read_metrics(start(config))[-1]
+    assert line["codebook_usage"] == 1.0
+    assert line["perplexity"] > 2
+
+
+def test_half_of_the_images_are_mirrored(whole_batch, random_images):
+    images = random_images(400, channels=1)
+    flipped = flip_half(images, whole_batch(400))
+    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
+    assert (mirrored | (flipped == images).flatten(1).all(1)).all()
+    assert 150 < mirrored.sum() < 250
+    halves = [flip_half(images[rows], BatchRandom(0, rows, 400)) for rows in (slice(0, 200), slice(200, 400))]
+    assert torch.equal(torch.cat(halves), flipped)

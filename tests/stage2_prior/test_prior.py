@@ -1,0 +1,210 @@
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from core.errors import InputError
+from core.model_folder import save_model_folder
+from core.random import BatchRandom
+from stage2_prior.prior import Prior, prior_config, replace_codes
+from stage2_prior.sampling import SamplingConfig, image_seeds
+
+PETS = ["cat", "dog"]
+
+
+# --- replacement of codes -------------------------------------------------------------------------------------------
+
+
+def test_the_wanted_share_is_replaced_by_uniform_codes(whole_batch):
+    codes = torch.full((5000, 10), 3)
+    shares = replace_codes(codes, 0.4, 8, whole_batch(5000)).flatten().bincount(minlength=8) / codes.numel()
+    expected = torch.full((8,), 0.4 / 8)  # 3 itself is among the replacements
+    expected[3] += 0.6
+    torch.testing.assert_close(shares, expected, rtol=0, atol=0.005)
+
+
+def test_replacements_cover_the_codebook_and_stay_in_it(whole_batch):
+    replaced = replace_codes(torch.zeros(500, 10, dtype=torch.long), 1.0, 7, whole_batch(500))
+    assert replaced.unique().tolist() == list(range(7))
+    assert replaced.dtype == torch.long
+
+
+def test_nothing_is_replaced_at_0(whole_batch):
+    codes = torch.arange(12).view(2, 6)
+    assert replace_codes(codes, 0.0, 12, whole_batch(2)) is codes
+
+
+def test_replacement_belongs_to_the_image_not_to_the_process(random_codes, whole_batch):
+    codes = random_codes(8).flatten(1)
+    whole = replace_codes(codes, 0.5, 5, whole_batch(8))
+    halves = [replace_codes(codes[rows], 0.5, 5, BatchRandom(0, rows, 8)) for rows in (slice(0, 4), slice(4, 8))]
+    assert torch.equal(torch.cat(halves), whole)
+    assert not torch.equal(replace_codes(codes, 0.5, 5, whole_batch(8, seed=1)), whole)
+
+
+# --- the loss -------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_loss_is_that_of_uniform_codes(tiny_prior, random_codes, whole_batch):
+    prior = tiny_prior(trained=False, class_names=PETS)
+    output = prior(random_codes(4), torch.tensor([0, 1, 0, 1]), whole_batch(4))
+    assert output.loss.item() == pytest.approx(math.log(5), rel=1e-6)
+    assert output.metrics["loss"] == output.loss
+    assert not output.metrics["loss"].requires_grad
+
+
+def test_the_true_codes_are_predicted_from_the_replaced_ones(tiny_prior, random_codes, whole_batch):
+    prior, codes = tiny_prior(replace_prob=0.7, class_dropout_prob=0.0), random_codes(4)
+    inputs = replace_codes(codes.flatten(1), 0.7, 5, whole_batch(4))
+    logits = prior.network(inputs, torch.zeros(4, dtype=torch.long)).flatten(0, 1)
+    of_true, of_inputs = (nn.functional.cross_entropy(logits, target.flatten()) for target in (codes, inputs))
+    loss = prior.train()(codes, None, whole_batch(4)).loss
+    torch.testing.assert_close(loss, of_true)
+    assert abs(loss - of_inputs) > 0.01
+
+
+def test_evaluation_replaces_no_code_and_hides_no_class(tiny_prior, random_codes, whole_batch):
+    codes, labels = random_codes(4), torch.tensor([0, 1, 1, 0])
+    careless = tiny_prior(class_names=PETS, replace_prob=1.0, class_dropout_prob=1.0).eval()
+    plain = tiny_prior(class_names=PETS, replace_prob=0.0, class_dropout_prob=0.0)
+    expected = plain(codes, labels, whole_batch(4)).loss
+    assert torch.equal(careless(codes, labels, whole_batch(4)).loss, expected)
+    assert not torch.equal(careless.train()(codes, labels, whole_batch(4)).loss, expected)
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.3, 1.0])
+def test_the_wanted_share_of_images_is_trained_without_its_class(prob, tiny_prior, random_codes, whole_batch):
+    count = 300
+    prior = tiny_prior(class_names=[f"class {i}" for i in range(count)], class_dropout_prob=prob)
+    prior(random_codes(count), torch.arange(count), whole_batch(count)).loss.backward()
+    used = prior.network.class_embedding.weight.grad.abs().sum(1) > 0
+    assert used[:count].float().mean().item() == pytest.approx(1 - prob, abs=0.08)
+    assert used[count] == (prob > 0)
+
+
+def test_images_without_labels_are_of_no_class(tiny_prior, random_codes):
+    prior, codes = tiny_prior(class_names=PETS).eval(), random_codes(4)
+    no_class = torch.full((4,), prior.num_classes)
+    assert torch.equal(prior.log_likelihood(codes, None), prior.log_likelihood(codes, no_class))
+    assert not torch.equal(prior.log_likelihood(codes, None), prior.log_likelihood(codes, torch.zeros(4).long()))
+
+
+def test_a_prior_without_classes_takes_no_notice_of_labels(tiny_prior, random_codes):
+    prior, codes = tiny_prior().eval(), random_codes(4)
+    assert torch.equal(prior.log_likelihood(codes, torch.tensor([0, 1, 5, 9])), prior.log_likelihood(codes, None))
+
+
+# --- the likelihood -------------------------------------------------------------------------------------------------
+
+
+def test_log_likelihood_is_the_sum_of_the_codes_logarithms(tiny_prior, random_codes, whole_batch):
+    prior, codes, labels = tiny_prior(class_names=PETS).eval(), random_codes(4), torch.tensor([0, 1, 1, 0])
+    log_probabilities = prior.network(codes.flatten(1), labels).double().log_softmax(-1)
+    expected = log_probabilities.gather(2, codes.flatten(1)[..., None]).flatten(1).sum(1)
+    likelihood = prior.log_likelihood(codes, labels)
+    torch.testing.assert_close(likelihood.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    nats_per_code = prior(codes, labels, whole_batch(4)).loss.item()
+    assert -likelihood.mean().item() / 6 == pytest.approx(nats_per_code, rel=1e-5)
+
+
+def test_the_probabilities_of_all_grids_sum_to_1(tiny_prior):
+    prior = tiny_prior(codebook_size=2, grid=(2, 2), class_names=PETS).eval()
+    grids = torch.tensor(list(itertools.product([0, 1], repeat=4))).view(16, 2, 2)
+    for label in (0, 1, 2):
+        probabilities = prior.log_likelihood(grids, torch.full((16,), label)).double().exp()
+        assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+        assert probabilities.max() > 1.3 / 16
+
+
+# --- learning and sampling ------------------------------------------------------------------------------------------
+
+
+def test_one_batch_can_be_learned_by_heart_and_sampled(tiny_prior, random_codes, whole_batch):
+    names = [f"class {i}" for i in range(6)]
+    prior, codes = tiny_prior(trained=False, class_names=names, class_dropout_prob=0.0), random_codes(6)
+    optimizer = torch.optim.Adam(prior.parameters(), lr=1e-2)
+    for step in range(80):
+        loss = prior(codes, torch.arange(6), whole_batch(6, step)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.02
+    samples = prior.eval().sample(torch.arange(6), SamplingConfig(temperature=0.5), image_seeds(0, 0, 6))
+    assert torch.equal(samples, codes)
+
+
+def test_samples_are_grids_that_depend_on_seed_and_label_alone(tiny_prior):
+    prior = tiny_prior(grid=(3, 2), class_names=PETS).eval()
+    labels, seeds, sampling = torch.tensor([0, 1] * 4), image_seeds(0, 0, 8), SamplingConfig(guidance_scale=2.0)
+    samples = prior.sample(labels, sampling, seeds)
+    assert samples.shape == (8, 3, 2)
+    assert 0 <= samples.min() <= samples.max() < 5
+    assert torch.equal(prior.sample(labels[5:7], sampling, seeds[5:7]), samples[5:7])
+    assert not torch.equal(prior.sample(labels, sampling, image_seeds(1, 0, 8)), samples)
+
+
+def test_samples_without_labels_are_of_no_class(tiny_prior):
+    prior, seeds = tiny_prior(class_names=PETS).eval(), image_seeds(0, 0, 20)
+    unlabelled = prior.sample(None, SamplingConfig(), seeds)
+    assert torch.equal(unlabelled, prior.sample(torch.full((20,), 2), SamplingConfig(), seeds))
+    assert not torch.equal(unlabelled, prior.sample(torch.zeros(20).long(), SamplingConfig(), seeds))
+
+
+def test_guidance_needs_classes(tiny_prior):
+    with pytest.raises(InputError, match=r"guidance_scale 2.0: this prior has no classes; use 1"):
+        tiny_prior().sample(None, SamplingConfig(guidance_scale=2.0), [0])
+
+
+def test_guidance_needs_class_dropout(tiny_prior):
+    prior = tiny_prior(class_names=PETS, class_dropout_prob=0.0)
+    with pytest.raises(InputError, match=r"trained with loss.class_dropout_prob=0 .*no unconditional branch"):
+        prior.sample(torch.tensor([0]), SamplingConfig(guidance_scale=0.5), [0])
+    assert prior.sample(torch.tensor([0]), SamplingConfig(), [0]).shape == (1, 2, 3)
+
+
+# --- on disk --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tiny_prior, tmp_path):
+    tiny_prior(class_names=PETS).save_pretrained(tmp_path / "run" / "model")
+    return tmp_path / "run" / "model"
+
+
+def test_a_saved_prior_gives_the_same_likelihoods_and_samples(saved, tiny_prior, random_codes):
+    prior, codes, labels = tiny_prior(class_names=PETS).eval(), random_codes(4), torch.tensor([0, 1, 2, 0])
+    for path in (saved, saved.parent):
+        loaded = Prior.from_pretrained(path)
+        assert not loaded.training
+        assert loaded.config == prior.config
+        assert torch.equal(loaded.log_likelihood(codes, labels), prior.log_likelihood(codes, labels))
+        seeds = image_seeds(0, 0, 4)
+        samples = prior.sample(labels, SamplingConfig(), seeds)
+        assert torch.equal(loaded.sample(labels, SamplingConfig(), seeds), samples)
+
+
+def test_a_tokenizer_is_not_taken_for_a_prior(saved):
+    save_model_folder(saved, "tokenizer", {}, {"weight": torch.zeros(1)})
+    with pytest.raises(InputError, match=f"{saved}: holds a tokenizer, expected a prior"):
+        Prior.from_pretrained(saved)
+
+
+def test_weights_of_another_grid_are_refused(saved):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"grid": [3, 3]}))
+    with pytest.raises(InputError, match=r"the weights do not fit config\.json: .*positions"):
+        Prior.from_pretrained(saved)
+
+
+def test_the_stored_config_is_what_the_codes_are(tiny_prior, write_codes, random_codes, tmp_path):
+    splits = {"train": random_codes(10).numpy(), "val": random_codes(4, seed=1).numpy()}
+    labels = {name: codes[:, 0, 0] % 2 for name, codes in splits.items()}
+    manifest = write_codes(tmp_path / "codes", splits, 5, PETS, labels)
+    prior = tiny_prior()
+    config = prior_config(prior.config.model, prior.config.loss, manifest)
+    assert (config.codebook_size, config.grid, config.class_names) == (5, (2, 3), PETS)
+    assert (config.image_size, config.channels, config.tokenizer) == ((8, 8), 3, manifest.tokenizer)
+    assert config.unigram_nats_per_code == manifest.unigram_nats_per_code["val"]

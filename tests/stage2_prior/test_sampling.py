@@ -1,0 +1,147 @@
+import pytest
+import torch
+
+from core.config import parse_config
+from core.errors import InputError
+from stage2_prior.sampling import SamplingConfig, choose, filter_logits, guide, image_seeds, uniform_noise
+
+ALMOST_1 = 1 - 2**-53  # the largest number that is ever drawn
+
+
+def random_logits(rows: int = 6, codes: int = 9) -> torch.Tensor:
+    return 2 * torch.randn(rows, codes, generator=torch.Generator().manual_seed(0))
+
+
+def draw(logits: torch.Tensor, count: int, **sampling: object) -> torch.Tensor:
+    """``count`` draws from one row of logits, with evenly spaced noise."""
+    filtered = filter_logits(logits.expand(count, -1), SamplingConfig(**sampling))
+    return choose(filtered, (torch.arange(count, dtype=torch.double) + 0.5) / count)
+
+
+# --- seeds and noise ------------------------------------------------------------------------------------------------
+
+
+def test_an_images_seed_does_not_depend_on_where_a_batch_begins():
+    assert image_seeds(3, 0, 10)[4:7] == image_seeds(3, 4, 3)
+    assert len({*image_seeds(3, 0, 100), *image_seeds(4, 0, 100)}) == 200
+
+
+def test_noise_is_uniform_and_each_rows_own():
+    seeds = image_seeds(0, 0, 50)
+    noise = uniform_noise(seeds, 400)
+    assert torch.equal(uniform_noise(seeds[10:12], 400), noise[10:12])
+    assert torch.equal(uniform_noise(seeds[:1], 7), noise[:1, :7])
+    assert 0 <= noise.min() < 0.001
+    assert 0.999 < noise.max() < 1
+    assert (noise.flatten().histc(10, 0, 1) / noise.numel() - 0.1).abs().max() < 0.01
+    assert abs(torch.corrcoef(noise[:2])[0, 1]) < 0.2
+
+
+# --- guidance -------------------------------------------------------------------------------------------------------
+
+
+def test_guidance_of_1_is_the_conditional_model():
+    conditional, unconditional = random_logits(), random_logits().flip(0)
+    assert torch.equal(guide(conditional, unconditional, 1.0), conditional)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, 2.5, 10.0])
+def test_guidance_is_unconditional_plus_scaled_difference(scale):
+    conditional, unconditional = random_logits(), random_logits().flip(0)
+    expected = unconditional + scale * (conditional - unconditional)
+    torch.testing.assert_close(guide(conditional, unconditional, scale), expected, rtol=1e-5, atol=1e-5)
+
+
+# --- temperature, top-k, top-p --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}])
+def test_the_safest_settings_take_the_most_likely_code(sampling):
+    for row in random_logits():
+        assert (draw(row, 50, **sampling) == row.argmax()).all()
+
+
+@pytest.mark.parametrize("sampling", [{}, {"top_k": 4096}, {"top_p": 1.0}, {"top_k": 4096, "top_p": 1.0}])
+def test_the_widest_settings_change_nothing(sampling):
+    logits = random_logits(20, 4096)
+    assert torch.equal(filter_logits(logits, SamplingConfig(**sampling)), logits)
+
+
+def test_temperature_divides():
+    torch.testing.assert_close(filter_logits(random_logits(), SamplingConfig(temperature=2.0)), random_logits() / 2)
+
+
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_top_k_keeps_the_k_most_likely_codes(k):
+    kept = filter_logits(random_logits(), SamplingConfig(top_k=k)).isfinite()
+    assert (kept.sum(1) == k).all()
+    assert kept.gather(1, random_logits().topk(k).indices).all()
+
+
+def test_top_k_above_the_vocabulary_is_refused():
+    with pytest.raises(InputError, match="top_k 10: expected at most the 9 codes of the codebook"):
+        filter_logits(random_logits(), SamplingConfig(top_k=10))
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.3, [1]), (0.5, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.81, [0, 1, 3]), (0.99, [0, 1, 2, 3])]
+)
+def test_top_p_keeps_the_fewest_codes_that_hold_the_probability(top_p, kept):
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
+    filtered = filter_logits(logits, SamplingConfig(top_p=top_p))
+    assert filtered.isfinite()[0].nonzero().flatten().tolist() == kept
+    assert torch.equal(filtered[0, kept], logits[0, kept])
+
+
+def test_top_p_works_on_what_temperature_and_top_k_leave():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    for sampling, kept in [({"top_k": 2, "top_p": 0.55}, [0]), ({"top_p": 0.55}, [0, 1]),
+                           ({"temperature": 0.1, "top_p": 0.55}, [0])]:  # fmt: skip
+        filtered = filter_logits(logits, SamplingConfig(**sampling))
+        assert filtered.isfinite()[0].nonzero().flatten().tolist() == kept
+
+
+def test_filtering_leaves_its_argument_alone():
+    logits = random_logits()
+    filter_logits(logits, SamplingConfig(temperature=0.5, top_k=3, top_p=0.5))
+    assert torch.equal(logits, random_logits())
+
+
+@pytest.mark.parametrize("key", ["temperature", "top_k", "top_p"])
+def test_zero_is_refused(key):
+    with pytest.raises(InputError, match=key):
+        parse_config(SamplingConfig, {key: 0}, "sampling")
+
+
+# --- the draw -------------------------------------------------------------------------------------------------------
+
+
+def test_frequencies_follow_the_distribution():
+    shares = torch.tensor([0.1, 0.0, 0.45, 0.05, 0.4])
+    counts = draw(shares.log(), 2000).bincount(minlength=5)
+    torch.testing.assert_close(counts / 2000, shares, atol=0.001, rtol=0)
+    noise = uniform_noise([5], 20_000)[0]
+    counts = choose(shares.log().expand(20_000, -1), noise).bincount(minlength=5)
+    torch.testing.assert_close(counts / 20_000, shares, atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize("noise", [0.0, ALMOST_1])
+@pytest.mark.parametrize("impossible", [[], [0], [4], [0, 1, 3, 4]])
+def test_what_cannot_be_drawn_is_not_even_at_the_ends(noise, impossible):
+    logits = torch.zeros(1, 5)
+    logits[:, impossible] = -torch.inf
+    possible = [code for code in range(5) if code not in impossible]
+    assert choose(logits, torch.tensor([noise], dtype=torch.double)).item() == possible[0 if noise == 0 else -1]
+
+
+def test_the_largest_noise_never_meets_an_impossible_code():
+    logits = random_logits(200, 50)
+    logits[:, 40:] = -torch.inf
+    noise = torch.full((200,), ALMOST_1, dtype=torch.double)
+    assert (choose(logits, noise) == 39).all()
+
+
+def test_a_rows_draw_depends_on_its_own_noise_alone():
+    logits, noise = random_logits(), uniform_noise(image_seeds(0, 0, 6), 1)[:, 0]
+    alone = [choose(logits[row : row + 1], noise[row : row + 1]).item() for row in range(6)]
+    assert choose(logits, noise).tolist() == alone

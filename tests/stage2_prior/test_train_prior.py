@@ -1,0 +1,224 @@
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from core.config import parse_config
+from core.errors import InputError
+from stage2_prior.codes import CodeCache, TokenizerReference
+from stage2_prior.prior import Prior
+from stage2_prior.train_prior import PriorTrainingConfig, command, train
+
+
+def random_grids(count: int, seed: int) -> np.ndarray:
+    """Nothing can be learned from these but themselves."""
+    return np.random.default_rng(seed).integers(0, 4, (count, 2, 2))
+
+
+def regular_grids(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Grids (count, 2, 2) that their labels decide, and the labels."""
+    labels = np.arange(count) % 2
+    return np.array([[[0, 1], [2, 3]], [[3, 3], [0, 1]]])[labels], labels
+
+
+@pytest.fixture
+def document(tmp_path) -> Callable[..., dict]:
+    """``document(loss, **train)``: a config of six small steps on the codes in `codes/`."""
+
+    def document(loss: dict | None = None, **train: object) -> dict:
+        return {
+            "run": {"dir": str(tmp_path / "run"), "seed": 3, "trackers": []},
+            "codes": str(tmp_path / "codes"),
+            "model": {"hidden_size": 16, "depth": 1, "num_heads": 2, "dropout": 0.0},
+            "loss": loss or {},
+            "train": {"batch_size": 8, "max_steps": 6, "lr": 1e-2, "validate_every": 2, "checkpoint_every": 3,
+                      "log_every": 2, "keep_checkpoints": 9} | train,
+        }  # fmt: skip
+
+    return document
+
+
+@pytest.fixture
+def start(new_process) -> Callable[[dict], Path]:
+    """``start(document)``: trains as a new process would; returns the run folder."""
+
+    def start(document: dict) -> Path:
+        new_process()
+        train(parse_config(PriorTrainingConfig, document, "config"))
+        return Path(document["run"]["dir"])
+
+    return start
+
+
+@pytest.fixture
+def regular(tmp_path, write_codes) -> Path:
+    """Codes that can be learned, with classes."""
+    (training, labels), (held_out, held_out_labels) = regular_grids(32), regular_grids(10)
+    write_codes(tmp_path / "codes", {"train": training, "val": held_out}, 4, ["up", "down"],
+                {"train": labels, "val": held_out_labels})  # fmt: skip
+    return tmp_path / "codes"
+
+
+@pytest.fixture
+def noise(tmp_path, write_codes) -> Path:
+    """A few codes that can be learned by heart alone, without classes."""
+    write_codes(tmp_path / "codes", {"train": random_grids(8, 0), "val": random_grids(12, 1)}, 4)
+    return tmp_path / "codes"
+
+
+def read_metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def held_out(run: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(run) if line["split"] == "val"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def nats_per_code(model: Prior, codes: Path) -> float:
+    cache = CodeCache(codes)
+    indices, labels = cache.validation.read(torch.arange(len(cache.validation)))
+    return -model.log_likelihood(indices, labels).mean().item() / 4
+
+
+def test_a_run_writes_its_folder(regular, document, tmp_path, new_process, capsys):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(document(max_steps=99)))
+    command(tmp_path / "config.yaml", ["train.max_steps=6", "train.keep_checkpoints=1"])
+    run, manifest = tmp_path / "run", CodeCache(regular).manifest
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["max_steps"] == 6
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines if line["split"] == "train"] == [2, 3, 4, 6]
+    assert [line["step"] for line in lines if line["split"] == "val"] == [2, 4, 6]
+    assert {line["unigram"] for line in lines if line["split"] == "val"} == {manifest.unigram_nats_per_code["val"]}
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000006"]
+    model = Prior.from_pretrained(run)
+    assert (model.config.tokenizer, model.config.class_names) == (manifest.tokenizer, ["up", "down"])
+    assert (run / "losses.png").is_file()
+    shown = capsys.readouterr().out
+    assert f"uniform {math.log(4):.4f}, unigram {manifest.unigram_nats_per_code['val']:.4f}" in shown
+    assert "32 train, 10 val; grid 2x2, 4 of 4 codes used, tokenizer 0123456789ab" in shown
+
+
+def test_regular_codes_are_learned_far_below_the_unigram(regular, document, start):
+    run = start(document(max_steps=60, validate_every=30, checkpoint_every=60))
+    assert held_out(run)[60] < 0.1 < 1 < CodeCache(regular).manifest.unigram_nats_per_code["val"]
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_a_run_stops_when_it_overfits_and_keeps_its_best_model(ema_decay, noise, document, start, capsys):
+    config = document(max_steps=60, lr=3e-2, patience=3, checkpoint_every=50, ema_decay=ema_decay)
+    run = start(config)
+    losses = held_out(run)
+    best = min(losses, key=losses.__getitem__)
+    assert list(losses) == list(range(2, best + 7, 2))  # the best, then three that are no better
+    assert best + 6 < 50
+    assert nats_per_code(Prior.from_pretrained(run), noise) == pytest.approx(losses[best], rel=1e-5)
+    assert losses[best + 6] > losses[best] + 0.01
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{best + 6:08d}"]
+    shown = capsys.readouterr().out
+    assert f"best held-out loss {losses[best]:.4f} nats per code at step {best}" in shown
+    assert f"was not better at step {best + 6}, the last; model/ holds the weights of step {best}" in shown
+
+    before = contents(run)
+    start(config)
+    reason = f"the held-out loss has not improved since step {best}"
+    assert f"finished at step {best + 6} ({reason}); nothing left to do" in capsys.readouterr().out
+    assert contents(run) == before
+
+
+def test_the_average_follows_the_weights(regular, document, start):
+    run = start(document(max_steps=2, validate_every=1, checkpoint_every=1, ema_decay=0.9))
+    first, second = (load_file(run / "checkpoints" / f"step_{step:08d}" / "model.safetensors") for step in (1, 2))
+    averages = [load_file(run / "checkpoints" / f"step_{step:08d}" / "ema.safetensors") for step in (1, 2)]
+    name = "network.blocks.0.norm1.bias"
+    assert torch.equal(averages[0][f"module.{name}"], first[name])
+    moved = (averages[1][f"module.{name}"] - first[name]) / (second[name] - first[name])
+    assert 0.1 < moved.min() < moved.max() < 0.9
+    stored = load_file(run / "model" / "model.safetensors")[name]
+    assert torch.equal(stored, averages[1][f"module.{name}"])
+
+
+@pytest.mark.parametrize("codes", ["regular", "noise"])
+def test_a_killed_run_ends_as_if_it_had_not_been(codes, request, document, start):
+    request.getfixturevalue(codes)
+    config = document({"replace_prob": 0.2, "class_dropout_prob": 0.3}, max_steps=12, patience=2, checkpoint_every=2,
+                      ema_decay=0.8, gradient_accumulation_steps=2, lr_schedule="cosine", warmup_steps=2,
+                      max_grad_norm=0.5, weight_decay=0.1, lr=3e-2)  # fmt: skip
+    config["model"]["dropout"] = 0.2
+    run = start(config)
+    uninterrupted = contents(run)
+    checkpoints = sorted((run / "checkpoints").iterdir())
+    assert len(checkpoints) >= 3
+    for newer in checkpoints[1:]:
+        shutil.rmtree(newer)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "split": "va')  # the kill came in the middle of a line
+    start(config)
+    assert contents(run) == uninterrupted
+
+
+def test_accumulation_changes_no_loss(regular, document, start, tmp_path):
+    losses = []
+    for parts in (1, 2, 4):
+        config = document({"replace_prob": 0.3}, gradient_accumulation_steps=parts)
+        config["run"]["dir"] = str(tmp_path / f"run_{parts}")
+        losses.append(torch.tensor([line["loss"] for line in read_metrics(start(config))]))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses[2], losses[0], rtol=1e-4, atol=0)
+
+
+def test_a_finished_run_has_nothing_left_to_do(regular, document, start, capsys):
+    run = start(document(max_steps=2))
+    before, checkpoint = contents(run), (run / "checkpoints" / "step_00000002").stat().st_mtime_ns
+    start(document(max_steps=2))
+    assert "finished at step 2 (all steps done); nothing left to do" in capsys.readouterr().out
+    assert contents(run) == before
+    assert (run / "checkpoints" / "step_00000002").stat().st_mtime_ns == checkpoint
+
+
+def test_another_config_is_refused_and_changes_nothing(regular, document, start):
+    run = start(document(max_steps=2))
+    before = contents(run)
+    with pytest.raises(InputError, match=r"loss.replace_prob: 0.0 there, 0.5 now"):
+        start(document({"replace_prob": 0.5}, max_steps=2))
+    assert contents(run) == before
+
+
+def test_codes_of_another_tokenizer_are_refused_on_resume(noise, document, start, write_codes):
+    run = start(document(max_steps=2))
+    before = contents(run)
+    other = TokenizerReference(hash="f" * 64, path="runs/other")
+    write_codes(noise, {"train": random_grids(8, 0), "val": random_grids(12, 1)}, 4, tokenizer=other)
+    with pytest.raises(InputError, match=r"made by the tokenizer ffffffffffff, but the prior in .* of 0123456789ab"):
+        start(document(max_steps=2))
+    assert contents(run) == before
+
+
+def test_a_collapsed_codebook_stops_before_anything_is_written(tmp_path, write_codes, document, start):
+    grids = np.zeros((32, 2, 2), dtype=np.int64)
+    grids[0, 0, 0] = 3
+    write_codes(tmp_path / "codes", {"train": grids, "val": grids}, 4)
+    with pytest.raises(InputError, match=r"entropy is 0.046 nats per code \(2 of 4 codes are used\).*has collapsed"):
+        start(document())
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_codes_are_said_before_anything_is_written(tmp_path, document, start):
+    with pytest.raises(InputError, match="codes: no such folder; make one with: twostage encode"):
+        start(document())
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_codes_than_a_batch_are_refused(noise, document, start):
+    with pytest.raises(InputError, match="the training split has only 8 code grids, fewer than one batch"):
+        start(document(batch_size=9))
