@@ -7,14 +7,15 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 .PHONY: demo test lint format
 
 # From nothing to generated images in a few minutes: look at runs/demo/ afterwards.
-# DEMO_OPTIONS goes to both trainings, such as train.max_steps=100.
+# DEMO_OPTIONS goes to both trainings, such as train.max_steps=100; another DEMO is another folder.
+DEMO ?= runs/demo
 demo: $(VENV)/.installed
-	$(BIN)/twostage train-tokenizer configs/tokenizer/vqvae_shapes.yaml run.dir=runs/demo/tokenizer $(DEMO_OPTIONS)
-	$(BIN)/twostage encode runs/demo/tokenizer --out runs/demo/codes
-	$(BIN)/twostage train-prior configs/prior/gpt_shapes.yaml codes=runs/demo/codes run.dir=runs/demo/prior $(DEMO_OPTIONS)
-	$(BIN)/twostage reconstruct runs/demo/tokenizer --out runs/demo/reconstructions.png
-	$(BIN)/twostage generate runs/demo/prior --num-images 64 --guidance-scale 2 --out runs/demo/generated
-	@echo "Look at runs/demo/: reconstructions.png, generated/grid.png, tokenizer/losses.png, prior/losses.png"
+	$(BIN)/twostage train-tokenizer configs/tokenizer/vqvae_shapes.yaml run.dir=$(DEMO)/tokenizer $(DEMO_OPTIONS)
+	$(BIN)/twostage encode $(DEMO)/tokenizer --out $(DEMO)/codes
+	$(BIN)/twostage train-prior configs/prior/gpt_shapes.yaml codes=$(DEMO)/codes run.dir=$(DEMO)/prior $(DEMO_OPTIONS)
+	$(BIN)/twostage reconstruct $(DEMO)/tokenizer --out $(DEMO)/reconstructions.png
+	$(BIN)/twostage generate $(DEMO)/prior --num-images 64 --guidance-scale 2 --out $(DEMO)/generated
+	@echo "Look at $(DEMO)/: reconstructions.png, generated/grid.png, tokenizer/losses.png, prior/losses.png"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -6,25 +6,37 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from core.errors import InputError
 
-__all__ = ["Count", "Flag", "RunConfig", "Section", "Share", "Size", "describe_differences", "dump_config", "load_config",
-           "parse_config"]  # fmt: skip
+__all__ = [
+    "Count",
+    "Flag",
+    "Number",
+    "RunConfig",
+    "Section",
+    "Share",
+    "Size",
+    "describe_differences",
+    "dump_config",
+    "load_config",
+    "parse_config",
+]
 
-# YAML's integers and booleans are taken as written (`true` is no 1); floats stay lax, because YAML reads `1e-4` as text.
+# Integers and booleans are taken as written (`true` is no 1); floats stay lax, because YAML reads `1e-4` as text.
 Count = Annotated[int, Field(strict=True, gt=0)]
 Size = Annotated[int, Field(strict=True, ge=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Number = Annotated[float, BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)]
+Share = Annotated[Number, Field(ge=0.0, le=1.0)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
 class Section(BaseModel):
     """A group of a configuration: immutable, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunConfig(Section):

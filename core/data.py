@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from core.config import Count, Flag, Section
+from core.config import Count, Flag, Number, Section
 from core.errors import InputError
 from core.images import image_to_uint8
 from core.shapes import CLASS_NAMES, draw_shapes
@@ -27,7 +27,7 @@ from core.sources import Records, Source, find_source
 
 __all__ = ["DataConfig", "ImageData", "ImageSplit", "load_images"]
 
-Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+Share = Annotated[Number, Field(gt=0.0, lt=1.0)]
 
 
 class DataConfig(Section):
@@ -48,7 +48,7 @@ class DataConfig(Section):
     """Held out from `train` where the source has neither `val` nor `test`."""
     on_bad_image: Literal["error", "skip"] = "error"
     """What to do about pictures that cannot be read: stop before training, or leave them out and say how many."""
-    in_memory_gb: float = Field(default=4.0, ge=0.0)
+    in_memory_gb: Number = Field(default=4.0, ge=0.0)
     """Sets up to this many gigabytes of pixels are kept decoded in memory."""
 
     @field_validator("image_size", mode="before")
@@ -73,8 +73,9 @@ class ImageSplit:
         pixels: (n, C, H, W) uint8 when they are kept in memory; else ``records`` are decoded on demand.
     """
 
-    def __init__(self, labels: np.ndarray | None, pixels: np.ndarray | None, records: Records | None,
-                 config: DataConfig) -> None:  # fmt: skip
+    def __init__(
+        self, labels: np.ndarray | None, pixels: np.ndarray | None, records: Records | None, config: DataConfig
+    ) -> None:
         self.labels = None if labels is None else torch.from_numpy(labels)
         self.pixels = None if pixels is None else torch.from_numpy(pixels)
         self.records, self.config = records, config

@@ -1,8 +1,10 @@
 """Exponential moving average of the weights: what validation measures and inference loads."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 __all__ = ["averaged_copy"]
 
@@ -15,8 +17,8 @@ def averaged_copy(model: nn.Module, decay: float) -> AveragedModel:
     """
 
     @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
+    def update(averaged: Any, current: Any, num_averaged: Tensor | int) -> None:
         count = float(num_averaged)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + count) / (10 + count)))
+        get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(averaged, current, num_averaged)
 
     return AveragedModel(model, multi_avg_fn=update)

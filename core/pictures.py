@@ -16,8 +16,9 @@ __all__ = ["contact_sheet", "draw_curves", "save_picture"]
 MARGIN = 4
 
 
-def contact_sheet(pixels: Tensor, columns: int, captions: Sequence[str] | None = None, row_titles: Sequence[str] | None =
-                  None) -> Image.Image:  # fmt: skip
+def contact_sheet(
+    pixels: Tensor, columns: int, captions: Sequence[str] | None = None, row_titles: Sequence[str] | None = None
+) -> Image.Image:
     """Pictures side by side, small ones enlarged with square pixels.
 
     Args:

@@ -72,8 +72,8 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 CLASS_NAMES = list(SHAPES)
 _BLOCK = 512  # pictures whose random numbers are drawn together
 _DRAWS = 16  # random numbers a picture
-MOST_ROTATION = np.pi / 6  # either way
-NUM_HUES = 8  # of the shapes, each varied a little; backgrounds have any
+MOST_ROTATION = np.pi / 8  # either way
+NUM_HUES = 6  # of the shapes, each varied a little; backgrounds have any
 
 
 def draw_shapes(start: int, count: int, size: tuple[int, int], channels: int, seed: int = 0) -> np.ndarray:
@@ -96,7 +96,7 @@ def draw_shapes(start: int, count: int, size: tuple[int, int], channels: int, se
 def _draw(distance: Callable, draws: np.ndarray, size: tuple[int, int], channels: int) -> np.ndarray:
     height, width = size
     u = draws.T[:, :, None, None]  # (draws, n, 1, 1)
-    radius = min(size) * (0.28 + 0.12 * u[0])  # in pixels
+    radius = min(size) * (0.3 + 0.11 * u[0])  # in pixels
     x = np.arange(width, dtype=np.float32)[None, None, :] + 0.5 - _centre(u[1], width, radius)
     y = np.arange(height, dtype=np.float32)[None, :, None] + 0.5 - _centre(u[2], height, radius)
     turn = MOST_ROTATION * (2 * u[3] - 1)
@@ -107,9 +107,9 @@ def _draw(distance: Callable, draws: np.ndarray, size: tuple[int, int], channels
     dark = draws[:, 4] < 0.5  # a dark background under a bright shape, or the reverse: the shape stands out
     hue = (np.floor(draws[:, 5] * NUM_HUES) + 0.3 * (draws[:, 6] - 0.5)) / NUM_HUES
     ink = _colour(hue, 0.75 + 0.25 * draws[:, 7], np.where(dark, 0.9, 0.55) + 0.1 * draws[:, 8])
-    tint = np.where(dark, 0.5, 0.2) * draws[:, 10]
-    low = _colour(draws[:, 9], tint, np.where(dark, 0.06, 0.84) + 0.16 * draws[:, 11])
-    high = _colour(draws[:, 9], tint, np.where(dark, 0.06, 0.84) + 0.16 * draws[:, 12])
+    tint = np.where(dark, 0.4, 0.12) * draws[:, 10]
+    low = _colour(draws[:, 9], tint, np.where(dark, 0.06, 0.88) + 0.12 * draws[:, 11])
+    high = _colour(draws[:, 9], tint, np.where(dark, 0.06, 0.88) + 0.12 * draws[:, 12])
     slope = 2 * np.pi * u[13]
     ramp = np.cos(slope) * x / width + np.sin(slope) * y / height  # a gentle gradient across the background
     ramp = np.clip(0.5 + 0.5 * ramp, 0, 1)[..., None]
@@ -125,7 +125,7 @@ def _draw(distance: Callable, draws: np.ndarray, size: tuple[int, int], channels
 
 def _centre(draw: np.ndarray, side: int, radius: np.ndarray) -> np.ndarray:
     """Where along a side the shape stands: anywhere in the middle of what keeps it inside the picture."""
-    return side / 2 + (draw - 0.5) * 0.8 * (side - 2 * radius)
+    return side / 2 + (draw - 0.5) * 0.7 * (side - 2 * radius)
 
 
 def _colour(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
-import pyarrow.parquet
+import pyarrow.parquet as pq
 from PIL import Image
 
 from core.errors import InputError
@@ -24,8 +24,16 @@ __all__ = ["Records", "Source", "find_source"]
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TABLE_SUFFIXES = {".parquet", ".arrow"}
-SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-               "test": "test", "testing": "test"}  # fmt: skip
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
 KNOWN_NAMES = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist", "cifar10": "uoft-cs/cifar10"}
 
 
@@ -185,7 +193,7 @@ def _read_tables(root: Path, files: list[Path]) -> Source:
 
 def _read_table(file: Path) -> pa.Table:
     if file.suffix == ".parquet":
-        return pa.parquet.read_table(file)
+        return pq.read_table(file)
     source = pa.memory_map(str(file))
     try:
         return pa.ipc.open_file(source).read_all()
@@ -206,7 +214,7 @@ def _read_hub(name: str, looked: list[Path]) -> Source:
             f"Face dataset ({type(error).__name__}: {' '.join(str(error).split())[:200]}). Without a network, put its "
             f"train.parquet and test.parquet into $TWOSTAGE_DATA/{Path(name).name}/, or give data.source=FOLDER"
         ) from None
-    tables = {SPLIT_NAMES.get(split, split): part.data.table for split, part in loaded.items()}
+    tables = {SPLIT_NAMES.get(str(split), str(split)): part.data.table for split, part in loaded.items()}
     version = " ".join(part._fingerprint for part in loaded.values())
     return _from_tables(f"Hugging Face dataset {name}", tables, name, version)
 
@@ -220,8 +228,10 @@ def _from_tables(description: str, tables: dict[str, pa.Table], origin: str, ver
     label_column = next((n for n in ("label", "labels", "class", "fine_label") if n in schema.names), None)
     for split, table in tables.items():
         if not {column, label_column} - {None} <= set(table.schema.names):
-            raise InputError(f"data.source {origin}: `{split}` has the columns {table.schema.names}, but `{first}` has "
-                             f"{schema.names}; name them alike")  # fmt: skip
+            raise InputError(
+                f"data.source {origin}: `{split}` has the columns {table.schema.names}, but `{first}` has "
+                f"{schema.names}; name them alike"
+            )
     class_names = _class_names(schema, tables, label_column)
     splits = {}
     for split, table in tables.items():

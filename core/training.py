@@ -2,7 +2,7 @@
 visible in `train_tokenizer` and `train_prior`."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Generic, Protocol, TypeVar
 
@@ -12,11 +12,12 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from core.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
-from core.config import Count, RunConfig, Section, Size
+from core.config import Count, Number, RunConfig, Section, Size
 from core.errors import InputError
 from core.model_folder import fill
 from core.pictures import draw_curves
@@ -40,19 +41,19 @@ class TrainConfig(Section):
     """Updates; or give `epochs`."""
     epochs: Count | None = None
     """Passes over the training split; a last batch that is not full is left out."""
-    lr: float = Field(default=3e-4, gt=0)
+    lr: Number = Field(default=3e-4, gt=0)
     lr_schedule: Schedule = "constant"
     warmup_steps: Size = 0
     """Updates over which the learning rate rises from 0."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Adam's."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: Number = Field(default=0.0, ge=0)
     """Decoupled (AdamW), on matrices and convolution kernels."""
-    max_grad_norm: float | None = Field(default=None, gt=0)
+    max_grad_norm: Number | None = Field(default=None, gt=0)
     """Gradients are clipped to this norm; None: never."""
     gradient_accumulation_steps: Count = 1
     """Parts that an update's batch is worked on in, one after another."""
-    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    ema_decay: Number | None = Field(default=None, gt=0, lt=1)
     """Of the averaged weights that validation measures and inference loads; None: the weights themselves."""
     mixed_precision: MixedPrecision = "no"
     """`auto` measures this machine and takes bf16 where it is clearly faster."""
@@ -186,7 +187,7 @@ class TrainingRun(Generic[ConfigT]):
         self.facts: dict[str, Any] = {}  # what a restart must know beside the tensors; plain JSON
         self.finished: str | None = None
         self._checkpoints = Checkpoints(self.folder.checkpoints, train.keep_checkpoints)
-        self._modules: dict[str, nn.Module] = {}
+        self._modules: Mapping[str, nn.Module] = {}
         self._optimizers: dict[str, tuple[nn.Module, Optimizer]] = {}
         self._sums: dict[str, Tensor] = {}
         self._recorded = 0
@@ -199,7 +200,9 @@ class TrainingRun(Generic[ConfigT]):
         if config.train.mixed_precision != "auto":
             return config
         stored = self.folder.stored_config() or {}
-        choice = [stored.get("train", {}).get("mixed_precision") or fastest_precision(state.device)]
+        choice = [
+            stored.get("train", {}).get("mixed_precision") or fastest_precision(torch.device(state.device or "cpu"))
+        ]
         if state.num_processes > 1:
             broadcast_object_list(choice)
         return config.model_copy(update={"train": config.train.model_copy(update={"mixed_precision": choice[0]})})
@@ -211,8 +214,9 @@ class TrainingRun(Generic[ConfigT]):
 
     # --- beginning, stepping, ending ---------------------------------------------------------------------------------
 
-    def restore(self, batches: Batches, modules: dict[str, nn.Module], optimizers: dict[str, tuple[nn.Module, Optimizer]]
-                ) -> bool:  # fmt: skip
+    def restore(
+        self, batches: Batches, modules: Mapping[str, nn.Module], optimizers: dict[str, tuple[nn.Module, Optimizer]]
+    ) -> bool:
         """Names what checkpoints hold and loads the newest one; True where the run goes on from one.
 
         Args:
@@ -232,8 +236,11 @@ class TrainingRun(Generic[ConfigT]):
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.step, self.facts, self.finished = state["step"], state["facts"], state["finished"]
-            self.say(f"going on from step {self.step} ({found[0]})" if not self.finished else
-                     f"{self.folder.path}: finished at step {self.step} ({self.finished}); nothing left to do")  # fmt: skip
+            self.say(
+                f"going on from step {self.step} ({found[0]})"
+                if not self.finished
+                else f"{self.folder.path}: finished at step {self.step} ({self.finished}); nothing left to do"
+            )
         if self.accelerator.is_main_process:
             self.folder.cut_metrics(self.step)
         self.accelerator.wait_for_everyone()
@@ -247,8 +254,16 @@ class TrainingRun(Generic[ConfigT]):
         self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
         ahead = self.batches.read_ahead(self.step, read) if read_ahead else None
         size, last = self.batches.batch_size, self.batches.max_steps
-        self._bar = tqdm(total=last * size, initial=self.step * size, unit="img", unit_scale=True, smoothing=0.05,
-                         dynamic_ncols=True, mininterval=0.5, disable=not self.accelerator.is_main_process)  # fmt: skip
+        self._bar = tqdm(
+            total=last * size,
+            initial=self.step * size,
+            unit="img",
+            unit_scale=True,
+            smoothing=0.05,
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=not self.accelerator.is_main_process,
+        )
         with self._bar:
             while self.step < last and not self.finished:
                 self._set_lr()
@@ -279,7 +294,12 @@ class TrainingRun(Generic[ConfigT]):
         return self.step % every == 0 or self.step == self.batches.max_steps
 
     def log_validation(self, metrics: dict[str, float]) -> None:
-        """Writes a `val` line."""
+        """Writes a `val` line.
+
+        Raises:
+            InputError: a number that is not finite; no checkpoint is written of this step.
+        """
+        self._check_finite(metrics)
         self._write_metrics("val", metrics)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self.say(f"step {self.step}: held out: {shown}")
@@ -292,6 +312,9 @@ class TrainingRun(Generic[ConfigT]):
         """Writes a checkpoint and the loss curves; called by every process."""
         if self.step == self.batches.max_steps and not self.finished:
             self.finish("all steps done")
+        # The losses were finite before this update; the weights must be so after it.
+        parameters = [p.detach() for module in self._modules.values() for p in module.parameters()]
+        self._check_finite({"the weights' norm": get_total_norm(parameters).item()})
         if self.accelerator.is_main_process:
             tensors = {name: module.state_dict() for name, module in self._modules.items()}
             tensors |= {name: optimizer_tensors(*pair) for name, pair in self._optimizers.items()}
@@ -305,8 +328,13 @@ class TrainingRun(Generic[ConfigT]):
 
     def _set_lr(self) -> None:
         train = self.config.train
-        self._lr = lr_at(self.step, lr=train.lr, max_steps=self.batches.max_steps, warmup_steps=train.warmup_steps,
-                         schedule=train.lr_schedule)  # fmt: skip
+        self._lr = lr_at(
+            self.step,
+            lr=train.lr,
+            max_steps=self.batches.max_steps,
+            warmup_steps=train.warmup_steps,
+            schedule=train.lr_schedule,
+        )
         for _, optimizer in self._optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = self._lr
@@ -317,6 +345,12 @@ class TrainingRun(Generic[ConfigT]):
         values = self.accelerator.reduce(means, reduction="mean").tolist()  # type: ignore[union-attr]
         metrics = dict(zip(names, values, strict=True))
         self._sums, self._recorded = {}, 0
+        self._check_finite(metrics)
+        self._write_metrics("train", metrics | {"lr": self._lr})
+        if self._bar is not None:
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
+
+    def _check_finite(self, metrics: dict[str, float]) -> None:
         broken = [name for name, value in metrics.items() if not np.isfinite(value)]
         if broken:
             raise InputError(
@@ -324,12 +358,8 @@ class TrainingRun(Generic[ConfigT]):
                 f"{self.folder.checkpoints} is kept. Try a lower train.lr, train.max_grad_norm=1.0, or "
                 "train.mixed_precision=no"
             )
-        self._write_metrics("train", metrics | {"lr": self._lr})
-        if self._bar is not None:
-            self._bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
 
     def _write_metrics(self, split: str, metrics: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
             self.folder.append_metrics({"step": self.step, "split": split, **metrics})
         self.accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=self.step)
-

@@ -83,10 +83,12 @@ def encode_dataset(tokenizer: str | Path, out: str | Path | None = None, source:
         write_json(partial / "manifest.json", manifest.model_dump(mode="json"))
         partial.rename(final)
         unigram = manifest.unigram_nats_per_code[manifest.validation_split]
-        print(f"{final}: {sum(len(s) for s in data.splits.values()):,} images, grid {model.grid[0]}x{model.grid[1]}, "
-              f"{manifest.codes_used} of {manifest.codebook_size} codes used, entropy "
-              f"{manifest.entropy_nats_per_code:.3f} and held-out unigram {unigram:.3f} nats per code "
-              f"(uniform {math.log(manifest.codebook_size):.3f})")  # fmt: skip
+        print(
+            f"{final}: {sum(len(s) for s in data.splits.values()):,} images, grid {model.grid[0]}x{model.grid[1]}, "
+            f"{manifest.codes_used} of {manifest.codebook_size} codes used, entropy "
+            f"{manifest.entropy_nats_per_code:.3f} and held-out unigram {unigram:.3f} nats per code "
+            f"(uniform {math.log(manifest.codebook_size):.3f})"
+        )
     state.wait_for_everyone()
     return final
 
@@ -133,8 +135,13 @@ def _encode_split(model: Autoencoder, images: ImageSplit, name: str, folder: Pat
     return total.cpu()
 
 
-def _manifest(model: Autoencoder, data: ImageData, data_config: DataConfig, reference: TokenizerReference,
-              counts: dict[str, Tensor]) -> Manifest:  # fmt: skip
+def _manifest(
+    model: Autoencoder,
+    data: ImageData,
+    data_config: DataConfig,
+    reference: TokenizerReference,
+    counts: dict[str, Tensor],
+) -> Manifest:
     assert model.codebook_size is not None
     train = counts["train"].double()
     shares = train / train.sum()

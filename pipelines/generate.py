@@ -30,8 +30,15 @@ __all__ = ["generate_folder"]
 MOST_PICTURED = 80
 
 
-def generate_folder(pipeline: TwoStagePipeline, out: Path, num_images: int, class_names: list[str] | None, seed: int,
-                    sampling: SamplingConfig, batch_size: int) -> None:  # fmt: skip
+def generate_folder(
+    pipeline: TwoStagePipeline,
+    out: Path,
+    num_images: int,
+    class_names: list[str] | None,
+    seed: int,
+    sampling: SamplingConfig,
+    batch_size: int,
+) -> None:
     """Writes ``out``/images/000000.png ..., grid.png and settings.json, the images shared by the processes.
 
     Images that are there already, from the same settings, are kept.
@@ -40,7 +47,7 @@ def generate_folder(pipeline: TwoStagePipeline, out: Path, num_images: int, clas
         InputError: the folder holds images from other settings (the differences are shown; nothing is changed).
     """
     state = PartialState()
-    pipeline.to(state.device)
+    pipeline.to(state.device or "cpu")
     cycle = pipeline.labels_for(class_names)
     settings = _settings(pipeline, class_names, seed, sampling)
     _check_folder(out, settings)
@@ -59,7 +66,8 @@ def generate_folder(pipeline: TwoStagePipeline, out: Path, num_images: int, clas
             if not all(_file(images, i).exists() for i in numbers):
                 for pixels, _ in pipeline.generate(numbers, cycle, sampling, seed, batch_size):
                     for number, image in zip(numbers, pixels, strict=True):
-                        save_picture(to_pil(image), _file(images, number))
+                        if not _file(images, number).exists():
+                            save_picture(to_pil(image), _file(images, number))
             bar.update(min(len(numbers) * state.num_processes, num_images - bar.n))
     state.wait_for_everyone()
     if state.is_main_process:
@@ -71,8 +79,9 @@ def _file(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.png"
 
 
-def _settings(pipeline: TwoStagePipeline, class_names: list[str] | None, seed: int, sampling: SamplingConfig
-              ) -> dict[str, Any]:  # fmt: skip
+def _settings(
+    pipeline: TwoStagePipeline, class_names: list[str] | None, seed: int, sampling: SamplingConfig
+) -> dict[str, Any]:
     digest = hashlib.sha256()
     for model in (pipeline.prior, pipeline.tokenizer):
         for name, tensor in model.state_dict().items():
@@ -94,9 +103,10 @@ def _check_folder(out: Path, settings: dict[str, Any]) -> None:
         differences = describe_differences({key: stored.get(key) for key in settings}, settings)
         if differences:
             raise InputError(
-                f"--out {out}: holds images from other settings:\n  " + "\n  ".join(differences)
+                f"--out {out}: holds images from other settings:\n  "
+                + "\n  ".join(differences)
                 + "\nNothing was changed. Give another --out, or remove the folder"
-            )  # fmt: skip
+            )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: exists and holds no generated images; give another --out")
 

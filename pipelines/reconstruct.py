@@ -32,8 +32,11 @@ def reconstruct(tokenizer: str | Path, out: Path, source: str | None = None, num
     psnr = 10 * torch.log10(255**2 / error.clamp(min=1e-8))
     strips, titles = [], []
     for part in rows.split(COLUMNS):
-        strips += [_padded(originals[part]), _padded(pictures[part])] if len(rows) > COLUMNS else [
-            originals[part], pictures[part]]  # fmt: skip
+        strips += (
+            [_padded(originals[part]), _padded(pictures[part])]
+            if len(rows) > COLUMNS
+            else [originals[part], pictures[part]]
+        )
         titles += ["original", "reconstruction"]
     save_picture(contact_sheet(torch.cat(strips), min(COLUMNS, len(rows)), row_titles=titles), out)
     return psnr.mean().item()

@@ -1,7 +1,7 @@
 """`TwoStagePipeline`: a prior and its tokenizer as one object that makes images. For inference only.
 
-    pipeline = TwoStagePipeline.from_pretrained("my_pipeline")
-    pipeline(num_images=8, class_names=["star"], seed=0).images[0].save("star.png")
+pipeline = TwoStagePipeline.from_pretrained("my_pipeline")
+pipeline(num_images=8, class_names=["star"], seed=0).images[0].save("star.png")
 """
 
 import difflib
@@ -157,8 +157,9 @@ class TwoStagePipeline:
         return PipelineOutput(_as_type(pixels, output_type), codes, chosen)
 
     @torch.no_grad()
-    def generate(self, numbers: range, cycle: list[int] | None, sampling: SamplingConfig, seed: int, batch_size: int
-                 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    def generate(
+        self, numbers: range, cycle: list[int] | None, sampling: SamplingConfig, seed: int, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (n, C, H, W) uint8 and codes (n, h, w) of the images ``numbers`` of a seed, batch by batch."""
         for start in range(numbers.start, numbers.stop, batch_size):
             count = min(batch_size, numbers.stop - start)

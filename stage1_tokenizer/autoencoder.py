@@ -73,8 +73,9 @@ class Autoencoder(nn.Module):
         model = config.model
         self.grid = grid_of(model.backbone, config.image_size)
         self.bottleneck = build_bottleneck(model.bottleneck, model.latent_channels)
-        self.encoder, self.decoder = build_backbone(model.backbone, config.channels, config.image_size,
-                                                    self.bottleneck.encoded_channels, model.latent_channels)  # fmt: skip
+        self.encoder, self.decoder = build_backbone(
+            model.backbone, config.channels, config.image_size, self.bottleneck.encoded_channels, model.latent_channels
+        )
 
     @property
     def codebook_size(self) -> int | None:
@@ -129,11 +130,11 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def sample(self, num_images: int, generator: torch.Generator | None = None) -> Tensor:
-        """Images from the bottleneck's own prior, (num_images, C, H, W) in [-1, 1]; the variational families have one."""
+        """Images from the bottleneck's own prior, (num_images, C, H, W) in [-1, 1]; variational families have one."""
         if not isinstance(self.bottleneck, Gaussian):
             raise InputError(
-                f"this autoencoder's bottleneck is {self.config.model.bottleneck.type!r}: it has no prior of its own to "
-                "sample from; train one over its codes (twostage encode, twostage train-prior)"
+                f"this autoencoder's bottleneck is {self.config.model.bottleneck.type!r}: it has no prior of its own "
+                "to sample from; train one over its codes (twostage encode, twostage train-prior)"
             )
         device = next(self.parameters()).device
         shape = (num_images, self.config.model.latent_channels, *self.grid)

@@ -3,6 +3,7 @@
 Axes: B images, C channels, H and W pixels, h and w cells of the latent grid.
 """
 
+import itertools
 from typing import Annotated, Literal
 
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ class ConvConfig(Section):
     """Width that ``channel_mult`` multiplies."""
     channel_mult: list[Count] = Field(default=[1, 2, 2], min_length=1)
     """One number a resolution, the full one first: n numbers reduce each side by 2^(n-1)."""
-    num_res_blocks: list[Size] = [0, 0, 2]
+    num_res_blocks: list[Size] = Field(default=[0, 0, 2])
     """Residual blocks at each of these resolutions; few at the full one is what makes a tokenizer cheap."""
 
     @model_validator(mode="after")
@@ -68,8 +69,9 @@ def grid_of(config: MLPConfig | ConvConfig, size: tuple[int, int]) -> tuple[int,
     return (size[0] // config.factor, size[1] // config.factor)
 
 
-def build_backbone(config: MLPConfig | ConvConfig, channels: int, size: tuple[int, int], encoded_channels: int,
-                   latent_channels: int) -> tuple[nn.Module, nn.Module]:  # fmt: skip
+def build_backbone(
+    config: MLPConfig | ConvConfig, channels: int, size: tuple[int, int], encoded_channels: int, latent_channels: int
+) -> tuple[nn.Module, nn.Module]:
     """An encoder (B, C, H, W) -> (B, encoded_channels, h, w) and a decoder (B, latent_channels, h, w) -> (B, C, H, W).
 
     The decoder's last layer is linear: pixels in [-1, 1], or logits for a Bernoulli likelihood.
@@ -96,7 +98,7 @@ class UnitRange(nn.Module):
 
 def _mlp(sizes: list[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

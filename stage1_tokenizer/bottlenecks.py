@@ -74,8 +74,9 @@ class Gaussian(nn.Module):
         return mean, log_variance.clamp(-30, 20)  # exp() of an untrained encoder's output stays finite
 
 
-def build_bottleneck(config: IdentityConfig | GaussianConfig | VectorConfig, latent_channels: int
-                     ) -> Identity | Gaussian | VectorQuantizer:  # fmt: skip
+def build_bottleneck(
+    config: IdentityConfig | GaussianConfig | VectorConfig, latent_channels: int
+) -> Identity | Gaussian | VectorQuantizer:
     """The bottleneck that ``config`` names."""
     match config:
         case IdentityConfig():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from core.config import Section
+from core.config import Number, Section
 
 __all__ = ["LossConfig", "negative_log_likelihood", "reconstruction_loss"]
 
@@ -21,9 +21,9 @@ class LossConfig(Section):
     reconstruction: Literal["bce", "l1", "l2"] = "l2"
     """`bce`: Bernoulli, `l2`: Gaussian, `l1`: Laplace. A mean over pixels, except for the variational families: there
     the likelihood is summed over the image, in nats."""
-    kl_weight: float = Field(default=1.0, ge=0)
+    kl_weight: Number = Field(default=1.0, ge=0)
     """Of the KL term of the variational families (alias: beta); 1 is exactly the evidence lower bound."""
-    likelihood_scale: float = Field(default=0.1, gt=0)
+    likelihood_scale: Number = Field(default=0.1, gt=0)
     """Standard deviation (`l2`) or Laplace scale (`l1`) of a pixel's likelihood, in units of [-1, 1], for the
     variational families."""
 

@@ -10,6 +10,7 @@ import torch
 import typer
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from PIL import Image
 from torch import Tensor
 
 from core.command import run_command
@@ -68,8 +69,10 @@ def train(config: TokenizerConfig) -> None:
     final = averaged.module if averaged else autoencoder  # what validation measures and inference loads
     assert isinstance(final, Autoencoder)
     parameters = sum(p.numel() for p in autoencoder.parameters())
-    run.say(f"{parameters:,} parameters, latent grid {autoencoder.grid[0]}x{autoencoder.grid[1]}, "
-            f"{batches.steps_per_epoch} steps an epoch, {batches.max_steps} in all")  # fmt: skip
+    run.say(
+        f"{parameters:,} parameters, latent grid {autoencoder.grid[0]}x{autoencoder.grid[1]}, "
+        f"{batches.steps_per_epoch} steps an epoch, {batches.max_steps} in all"
+    )
     if not run.restore(batches, modules, {"optimizer": (autoencoder, optimizer)}):
         initialize_codebook(autoencoder, split, batches, accelerator)
 
@@ -118,7 +121,9 @@ def flip_half(images: Tensor, random: BatchRandom) -> Tensor:
 
 
 @torch.no_grad()
-def initialize_codebook(autoencoder: Autoencoder, split: ImageSplit, batches: Batches, accelerator: Accelerator) -> None:
+def initialize_codebook(
+    autoencoder: Autoencoder, split: ImageSplit, batches: Batches, accelerator: Accelerator
+) -> None:
     """Starts a codebook from the first training images, the same ones in every process."""
     quantizer = autoencoder.bottleneck
     if not isinstance(quantizer, VectorQuantizer):
@@ -136,8 +141,9 @@ def initialize_codebook(autoencoder: Autoencoder, split: ImageSplit, batches: Ba
 
 
 @torch.no_grad()
-def validate(model: Autoencoder, split: ImageSplit, batch_size: int, seed: int, accelerator: Accelerator
-             ) -> dict[str, float]:  # fmt: skip
+def validate(
+    model: Autoencoder, split: ImageSplit, batch_size: int, seed: int, accelerator: Accelerator
+) -> dict[str, float]:
     """The mean metrics over a split, the batches shared by the processes; PSNR in dB of 8-bit images; for codes the
     share of the codebook in use and its perplexity, over the whole split."""
     model.eval()
@@ -179,8 +185,8 @@ def _metric_names(model: Autoencoder) -> list[str]:
     return [*names, "psnr"]
 
 
-def picture(model: Autoencoder, data: ImageData, seed: int):  # noqa: ANN201
-    """The same held-out images each time, originals over reconstructions; under them samples, where there is a prior."""
+def picture(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
+    """The same held-out images each time, originals over reconstructions; samples under them, where it has any."""
     model.eval()
     rows = torch.arange(min(NUM_PICTURED, len(data.validation)))
     pixels = data.validation.read(rows)

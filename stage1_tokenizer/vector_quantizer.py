@@ -12,7 +12,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from core.config import Section, Share
+from core.config import Number, Section, Share
 from core.random import BatchRandom
 from stage1_tokenizer.bottleneck_output import BottleneckOutput
 
@@ -31,7 +31,7 @@ class VectorConfig(Section):
     """Who moves the codes: a moving average of the vectors that chose them, or the optimizer."""
     ema_decay: Share = 0.99
     """Of the codes' statistics (usage, and with `ema` the codes themselves)."""
-    commitment_weight: float = Field(default=0.25, ge=0)
+    commitment_weight: Number = Field(default=0.25, ge=0)
     """Scales the pull of the encoder towards the codes, and that alone (alias: beta)."""
     revive_below: Share = 0.05
     """A code used less than this share of the average is put onto a vector of the current batch; 0: never."""
@@ -47,6 +47,9 @@ class VectorQuantizer(nn.Module):
     codebook: Tensor
     ema_counts: Tensor
     ema_sums: Tensor
+    pending_counts: Tensor
+    pending_sums: Tensor
+    pending_candidates: Tensor
 
     def __init__(self, config: VectorConfig, latent_channels: int) -> None:
         super().__init__()
@@ -139,8 +142,9 @@ class VectorQuantizer(nn.Module):
         # Candidates are places in the global batch; each process fills in those that are its own.
         per_sample = len(vectors) // (random.rows.stop - random.rows.start)
         generator = random.generator("revival", vectors.device)
-        places = torch.randint(random.batch_size * per_sample, (len(self.pending_candidates),), generator=generator,
-                               device=vectors.device)  # fmt: skip
+        places = torch.randint(
+            random.batch_size * per_sample, (len(self.pending_candidates),), generator=generator, device=vectors.device
+        )
         places -= random.rows.start * per_sample
         mine = (places >= 0) & (places < len(vectors))
         self.pending_candidates += vectors[places.clamp(0, len(vectors) - 1)] * mine[:, None]

@@ -3,7 +3,7 @@
 Axes: B images, N = h w codes of a grid, D hidden size, H heads, E = D / H, K codes.
 """
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,6 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from core.config import Count, Section, Share
-from core.random import BatchRandom
 from stage2_prior.fast_linear import Linear, fast_linear
 from stage2_prior.sampling import SamplingConfig, choose, filter_logits, guide, uniform_noise
 
@@ -81,8 +80,9 @@ class CausalTransformer(nn.Module):
         num_classes: 0 for a prior without classes. One further class, the last, stands for "no class".
     """
 
-    def __init__(self, config: CausalTransformerConfig, codebook_size: int, grid: tuple[int, int], num_classes: int
-                 ) -> None:  # fmt: skip
+    def __init__(
+        self, config: CausalTransformerConfig, codebook_size: int, grid: tuple[int, int], num_classes: int
+    ) -> None:
         super().__init__()
         self.config, self.codebook_size, self.grid, self.num_classes = config, codebook_size, grid, num_classes
         size, cells = config.hidden_size, grid[0] * grid[1]
@@ -100,9 +100,9 @@ class CausalTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for block in self.blocks:  # what the blocks add together stays of order one (GPT-2)
+        for block in cast(list[Block], list(self.blocks)):  # what the blocks add together stays of order one (GPT-2)
             for layer in (block.attention_out, block.mlp_out):
-                nn.init.normal_(layer.weight, std=0.02 * (2 * len(self.blocks)) ** -0.5)  # type: ignore[union-attr]
+                nn.init.normal_(layer.weight, std=0.02 * (2 * len(self.blocks)) ** -0.5)
         nn.init.normal_(self.positions, std=0.02)
         nn.init.zeros_(self.head.weight)  # the first prediction is uniform
 
@@ -156,9 +156,10 @@ class CausalTransformerDecoder:
         shape = (config.depth, rows * config.num_heads, cells, width)
         self.keys = list(model.positions.new_empty(shape))  # a (B H, N, E) each block
         self.values = list(model.positions.new_empty(shape))
+        self.blocks = cast(list[Block], list(model.blocks))
         self.linears: list[tuple[Linear, ...]] = [
             tuple(fast_linear(layer, rows) for layer in (b.qkv, b.attention_out, b.mlp_in, b.mlp_out))
-            for b in model.blocks
+            for b in self.blocks
         ]
         self.head = fast_linear(model.head, rows)
 
@@ -170,7 +171,7 @@ class CausalTransformerDecoder:
         x = self.added + model.positions[cell]
         if codes is not None:
             x += model.code_embedding(codes)
-        for number, block in enumerate(model.blocks):
+        for number, block in enumerate(self.blocks):
             qkv, attention_out, mlp_in, mlp_out = self.linears[number]
             keys, values = self.keys[number], self.values[number]
             y = F.layer_norm(x, (size,), block.norm1.weight, block.norm1.bias)

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from core.config import Count, Section, Share, parse_config
+from core.config import Count, Number, Section, Share, parse_config
 from core.errors import InputError
 from core.model_folder import fill, load_model_folder, save_model_folder
 from core.random import BatchRandom
@@ -43,7 +43,7 @@ class PriorConfig(Section):
     image_size: tuple[Count, Count]
     channels: Count
     tokenizer: TokenizerReference
-    unigram_nats_per_code: float = Field(ge=0)
+    unigram_nats_per_code: Number = Field(ge=0)
     """The held-out baseline."""
 
 

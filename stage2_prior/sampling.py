@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from core.config import Count, Section
+from core.config import Count, Number, Section
 from core.errors import InputError
 from core.random import seed_for
 
@@ -18,13 +18,13 @@ __all__ = ["SamplingConfig", "choose", "filter_logits", "guide", "image_seeds", 
 class SamplingConfig(Section):
     """How codes are drawn from a prior's predictions."""
 
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Number = Field(default=1.0, gt=0)
     """Logits are divided by it: below 1 is safer, above 1 is more varied."""
     top_k: Count | None = None
     """Only the k most likely codes can be drawn; None: all."""
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: Number | None = Field(default=None, gt=0, le=1)
     """Only the most likely codes that together hold this probability can be drawn; None: all."""
-    guidance_scale: float = Field(default=1.0, ge=0)
+    guidance_scale: Number = Field(default=1.0, ge=0)
     """1: the class-conditional model as it is; above 1 pushes away from the unconditional one (alias: `cfg_scale`)."""
 
 

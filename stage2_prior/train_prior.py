@@ -71,8 +71,12 @@ def train(config: PriorTrainingConfig) -> None:
     parameters = sum(p.numel() for p in prior.parameters())
     run.say(f"{parameters:,} parameters, {batches.steps_per_epoch} steps an epoch, {batches.max_steps} in all")
     if not run.restore(batches, modules, {"optimizer": (prior, optimizer)}):
-        run.facts = {"best_loss": math.inf, "best_step": 0, "validations_since_best": 0, "tokenizer_hash":
-                     cache.manifest.tokenizer.hash}  # fmt: skip
+        run.facts = {
+            "best_loss": math.inf,
+            "best_step": 0,
+            "validations_since_best": 0,
+            "tokenizer_hash": cache.manifest.tokenizer.hash,
+        }
     elif run.facts["tokenizer_hash"] != cache.manifest.tokenizer.hash:
         raise InputError(
             f"codes {config.codes}: made by the tokenizer {cache.manifest.tokenizer.hash[:12]}, but the prior in "
@@ -122,10 +126,13 @@ def describe_codes(cache: CodeCache, run: TrainingRun[PriorTrainingConfig]) -> f
     manifest = cache.manifest
     baseline = manifest.unigram_nats_per_code[manifest.validation_split]
     rows = ", ".join(f"{files.rows:,} {name}" for name, files in manifest.splits.items())
-    run.say(f"codes {cache.path}: {rows}; grid {manifest.grid[0]}x{manifest.grid[1]}, {manifest.codes_used} of "
-            f"{manifest.codebook_size} codes used, tokenizer {manifest.tokenizer.hash[:12]}")  # fmt: skip
-    run.say(f"baselines in nats per code, held out: uniform {math.log(manifest.codebook_size):.4f}, "
-            f"unigram {baseline:.4f}")  # fmt: skip
+    run.say(
+        f"codes {cache.path}: {rows}; grid {manifest.grid[0]}x{manifest.grid[1]}, {manifest.codes_used} of "
+        f"{manifest.codebook_size} codes used, tokenizer {manifest.tokenizer.hash[:12]}"
+    )
+    run.say(
+        f"baselines in nats per code, held out: uniform {math.log(manifest.codebook_size):.4f}, unigram {baseline:.4f}"
+    )
     return baseline
 
 
@@ -160,10 +167,14 @@ def keep_best(run: TrainingRun[PriorTrainingConfig], prior: Prior, loss: float) 
 def say_result(run: TrainingRun[PriorTrainingConfig], baseline: float) -> None:
     """The last word: the best loss, when it was, and whether the prior went on to overfit."""
     best, step = run.facts["best_loss"], run.facts["best_step"]
-    run.say(f"best held-out loss {best:.4f} nats per code at step {step} (unigram baseline {baseline:.4f}); "
-            f"model: {run.folder.model}; curves: {run.folder.path / 'losses.png'}")  # fmt: skip
+    run.say(
+        f"best held-out loss {best:.4f} nats per code at step {step} (unigram baseline {baseline:.4f}); "
+        f"model: {run.folder.model}; curves: {run.folder.path / 'losses.png'}"
+    )
     if step < run.step:
-        run.say(f"the held-out loss was not better at step {run.step}, the last; model/ holds the weights of step {step}")
+        run.say(
+            f"the held-out loss was not better at step {run.step}, the last; model/ holds the weights of step {step}"
+        )
 
 
 def command(

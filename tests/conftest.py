@@ -1,10 +1,20 @@
-"""What several tests use: the real data where it is at hand, and one thread a process."""
+"""What several tests use: the real data where it is at hand, one thread a process, and the whole program: its command,
+and one small tokenizer, its codes and a prior, trained once."""
 
+import io
 import os
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from accelerate.state import AcceleratorState
+
+from pipelines.cli import main
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -22,3 +32,84 @@ def data_folder() -> Path:
     if not (folder / "mnist" / "train.parquet").is_file():
         pytest.skip(f"no real data: {folder / 'mnist' / 'train.parquet'} is missing (set TWOSTAGE_DATA)")
     return folder
+
+
+# --- the whole program ----------------------------------------------------------------------------------------------
+
+TOKENIZER = {
+    "run": {"dir": "runs/tokenizer", "trackers": []},
+    "data": {"source": "shapes", "image_size": 16, "num_images": 320},
+    "model": {
+        "latent_channels": 4,
+        "backbone": {"type": "conv", "channels": 8, "channel_mult": [1, 1, 1], "num_res_blocks": [0, 0, 0]},
+        "bottleneck": {"type": "vector", "codebook_size": 16},
+    },
+    "train": {"batch_size": 16, "max_steps": 40, "lr": 3e-3, "validate_every": 40, "checkpoint_every": 40},
+}
+PRIOR = {
+    "run": {"dir": "runs/prior", "trackers": []},
+    "codes": "codes/tokenizer",
+    "model": {"hidden_size": 32, "depth": 2, "num_heads": 2, "dropout": 0.0},
+    "train": {"batch_size": 16, "max_steps": 40, "lr": 3e-3, "validate_every": 40, "checkpoint_every": 40},
+}
+
+
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Runs:
+    """The folders of what was trained."""
+
+    tokenizer: Path
+    codes: Path
+    prior: Path
+
+
+def _twostage(*words: object) -> Ended:
+    """Runs `twostage WORDS` as a new process would, in this one."""
+    out, err = io.StringIO(), io.StringIO()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setenv("LOCAL_WORLD_SIZE", "1000")  # one thread
+        patch.setattr(sys, "argv", ["twostage", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Ended(int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def twostage() -> Callable[..., Ended]:
+    """``twostage("generate", run, "--out", folder)``: how that command ends (code, out, err)."""
+    return _twostage
+
+
+@pytest.fixture(scope="session")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `tokenizer.yaml` and `prior.yaml`, both of a few small steps."""
+    folder = tmp_path_factory.mktemp("configs")
+    for name, document in {"tokenizer": TOKENIZER, "prior": PRIOR}.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> Runs:
+    """A tokenizer, its codes and a prior, trained once; nobody writes into them."""
+    root = tmp_path_factory.mktemp("whole_program")
+    runs = Runs(root / "runs" / "tokenizer", root / "codes" / "tokenizer", root / "runs" / "prior")
+    for words in [
+        ("train-tokenizer", configs / "tokenizer.yaml", f"run.dir={runs.tokenizer}"),
+        ("encode", runs.tokenizer, "--out", runs.codes),
+        ("train-prior", configs / "prior.yaml", f"run.dir={runs.prior}", f"codes={runs.codes}"),
+    ]:
+        ended = _twostage(*words)
+        assert ended.code == 0, ended.err
+    return runs

@@ -1,0 +1,68 @@
+"""How every benchmark here ends: a table on the screen and, with ``--json FILE``, the same as JSON."""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Arguments that all benchmarks have."""
+    arguments = argparse.ArgumentParser(description=description)
+    arguments.add_argument("--json", type=Path, help="write the table to this file too")
+    return arguments
+
+
+def alternate(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each candidate, run in turns after one warm-up, so that a noisy machine is noisy for all."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in range(repeats + 1):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def compared(name: str, ours: list[float], peer: list[float]) -> Row:
+    """A row: medians, the ratio of medians (above 1: ours is faster) and the ratios of each turn."""
+    ratios = [p / o for o, p in zip(ours, peer, strict=True)]
+    return {
+        "name": name,
+        "ours_s": statistics.median(ours),
+        "peer_s": statistics.median(peer),
+        "ratio": statistics.median(peer) / statistics.median(ours),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
+
+
+def report(settings: dict[str, Any], rows: list[Row], file: Path | None) -> None:
+    """Prints the rows, and writes {"settings": ..., "rows": [...]} where asked for."""
+    settings = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        **settings,
+    }
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns] + [[_shown(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    print(", ".join(f"{key} {value}" for key, value in settings.items()))
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    if file:
+        file.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

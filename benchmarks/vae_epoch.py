@@ -1,0 +1,124 @@
+"""What does an epoch of the classic MNIST VAE cost, beside the usual loop?
+
+python -m benchmarks.vae_epoch [--repeats 3] [--json FILE]
+
+The usual loop, as in torch's examples: a data set of PIL images, `ToTensor`, `DataLoader(num_workers=1)`, the model
+written out, Adam. Ours is the training command's own loop (Accelerate, metrics, learning rate, seeds and all) as
+`configs/tokenizer/vae_mnist.yaml` sets it, an epoch without its validation and checkpoint. The images must be in
+$TWOSTAGE_DATA/mnist (or are downloaded as ylecun/mnist).
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from benchmarks.reporting import compared, parser, report
+from core.config import load_config
+from core.data import ImageSplit, load_images
+from core.images import to_float
+from core.training import Batches, TrainingRun, make_optimizer
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.train_tokenizer import TokenizerConfig, autoencoder_config
+
+CONFIG = Path(__file__).parents[1] / "configs" / "tokenizer" / "vae_mnist.yaml"
+
+
+class PILDataset(Dataset):
+    """As torchvision's MNIST: an array of pixels, made a PIL image and a tensor again for each sample."""
+
+    def __init__(self, split: ImageSplit) -> None:
+        assert split.pixels is not None
+        assert split.labels is not None
+        self.pixels, self.labels, self.transform = split.pixels[:, 0], split.labels, transforms.ToTensor()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[index].numpy(), mode="L")), int(self.labels[index])
+
+
+class UsualVAE(nn.Module):
+    """784-400-20 as torch's example writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc21, self.fc22 = nn.Linear(784, 400), nn.Linear(400, 20), nn.Linear(400, 20)
+        self.fc3, self.fc4 = nn.Linear(20, 400), nn.Linear(400, 784)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = F.relu(self.fc1(x.view(-1, 784)))
+        mean, log_variance = self.fc21(h), self.fc22(h)
+        z = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
+        return torch.sigmoid(self.fc4(F.relu(self.fc3(z)))), mean, log_variance
+
+
+def usual_epoch(loader: DataLoader, model: UsualVAE, optimizer: torch.optim.Optimizer) -> float:
+    """Seconds of one epoch."""
+    start = time.perf_counter()
+    total = 0.0
+    for images, _ in loader:
+        optimizer.zero_grad()
+        decoded, mean, log_variance = model(images)
+        likelihood = F.binary_cross_entropy(decoded, images.view(-1, 784), reduction="sum")
+        loss = likelihood - 0.5 * torch.sum(1 + log_variance - mean.pow(2) - log_variance.exp())
+        loss.backward()
+        total += loss.item()
+        optimizer.step()
+    return time.perf_counter() - start
+
+
+def our_epochs(config: TokenizerConfig, split: ImageSplit):
+    """Yields the seconds of each epoch of the training command's loop."""
+    run = TrainingRun(config)
+    accelerator = run.accelerator
+    batches = Batches(len(split), config.train, run.seed, accelerator, "images")
+    autoencoder = Autoencoder(autoencoder_config(config))
+    optimizer = make_optimizer(autoencoder, config.train)
+    model, prepared = accelerator.prepare(autoencoder, optimizer)
+    run.restore(batches, {"model": autoencoder}, {"optimizer": (autoencoder, optimizer)})
+    start = time.perf_counter()
+    for batch in run.steps(split.read, read_ahead=False):
+        for pixels, random in batch:
+            with accelerator.accumulate(model):
+                output = model(to_float(pixels), None, random)
+                accelerator.backward(output.loss)
+                prepared.step()
+                prepared.zero_grad()
+            run.record(output.metrics)
+        run.advance()
+        if run.step % batches.steps_per_epoch == 0:
+            yield time.perf_counter() - start
+            start = time.perf_counter()
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--repeats", type=int, default=3)
+    options = arguments.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [f"run.dir={folder}/run", "run.trackers=[]", f"train.epochs={options.repeats + 1}"]
+        config = load_config(TokenizerConfig, CONFIG, overrides)
+        split = load_images(config.data).splits["train"]
+        ours = our_epochs(config, split)
+        usual, peer = UsualVAE(), []
+        optimizer = torch.optim.Adam(usual.parameters(), lr=1e-3)
+        loader = DataLoader(PILDataset(split), batch_size=128, shuffle=True, num_workers=1)
+        measured = []
+        for _ in range(options.repeats + 1):  # in turns; the first is a warm-up
+            measured.append(next(ours))
+            peer.append(usual_epoch(loader, usual, optimizer))
+    row = compared("epoch of 60,000 images", measured[1:], peer[1:])
+    row["share_of_usual"] = row["ours_s"] / row["peer_s"]
+    report({"batch_size": 128, "repeats": options.repeats}, [row], options.json)
+
+
+if __name__ == "__main__":
+    main()

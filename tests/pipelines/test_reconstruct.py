@@ -1,0 +1,50 @@
+"""Originals over reconstructions, and the PSNR of what is shown."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core.data import DataConfig, load_images
+from core.images import to_float
+from pipelines.reconstruct import reconstruct
+from stage1_tokenizer.autoencoder import Autoencoder
+
+
+def test_psnr_is_that_of_the_pictures(runs, tmp_path):
+    found = reconstruct(runs.tokenizer, tmp_path / "pictures.png", num_images=5)
+    originals = load_images(DataConfig(image_size=16, num_images=320)).validation.read(torch.arange(5))
+    model = Autoencoder.from_pretrained(runs.tokenizer)
+    decoded = model.decode_indices(model.encode(to_float(originals)).indices).double().numpy()
+    pixels = np.clip(np.round((decoded + 1) * 127.5), 0, 255)
+    error = ((originals.numpy() - pixels) ** 2).reshape(5, -1).mean(1)
+    assert found == pytest.approx((10 * np.log10(255**2 / error)).mean(), rel=1e-3)
+    tile = np.asarray(Image.open(tmp_path / "pictures.png"))[4:100, -100:-4]  # the last original
+    assert np.array_equal(tile, originals[4].permute(1, 2, 0).numpy().repeat(6, 0).repeat(6, 1))
+
+
+@pytest.mark.parametrize(("num_images", "columns", "rows"), [(3, 3, 2), (12, 12, 2), (14, 12, 4)])
+def test_the_command_writes_a_picture(runs, twostage, tmp_path, num_images, columns, rows):
+    out = tmp_path / "pictures.png"
+    ended = twostage("reconstruct", runs.tokenizer, "--num-images", num_images, "--out", out)
+    assert ended.code == 0, ended.err
+    assert ended.out.startswith(f"{out}: PSNR ")
+    with Image.open(out) as picture:
+        assert picture.height == rows * (6 * 16 + 4) + 4
+        assert columns * 100 < picture.width < (columns + 1) * 100 + 50
+
+
+def test_the_picture_goes_beside_the_model(runs, twostage, changed_tokenizer):
+    run = changed_tokenizer("decoder")
+    assert twostage("reconstruct", run).code == 0
+    assert (run / "reconstructions.png").is_file()
+
+
+def test_pictures_of_another_source(runs, twostage, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("L", (30, 20), 60 * i).save(folder / f"{i}.png")
+    ended = twostage("reconstruct", runs.tokenizer, "--data", folder, "--out", tmp_path / "out.png")
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "out.png").is_file()

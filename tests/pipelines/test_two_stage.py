@@ -1,0 +1,110 @@
+"""A pipeline makes the same images wherever it is loaded from, and refuses a tokenizer that its prior does not know."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core.errors import InputError
+from core.images import to_uint8
+from pipelines.two_stage import TwoStagePipeline, load_pipeline
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage2_prior.prior import Prior
+
+
+def images(pipeline: TwoStagePipeline, num_images: int = 11, **options: object) -> torch.Tensor:
+    return pipeline(num_images=num_images, output_type="pt", **options).images
+
+
+def test_a_saved_pipeline_makes_the_same_images(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    assert sorted(p.name for p in (tmp_path / "pipeline").iterdir()) == ["pipeline.json", "prior", "tokenizer"]
+    for loaded in (TwoStagePipeline.from_pretrained(tmp_path / "pipeline"), load_pipeline(tmp_path / "pipeline")):
+        assert torch.equal(images(loaded), images(pipeline))
+
+
+def test_a_run_folder_finds_its_tokenizer(runs, pipeline, tmp_path):
+    assert torch.equal(images(load_pipeline(runs.prior)), images(pipeline))
+    moved = Prior.from_pretrained(runs.prior)
+    reference = moved.config.tokenizer.model_copy(update={"path": str(tmp_path / "gone")})
+    moved.config = moved.config.model_copy(update={"tokenizer": reference})
+    moved.save_pretrained(tmp_path / "prior")
+    with pytest.raises(InputError, match=r"its tokenizer was at .*gone, which is gone; give --tokenizer"):
+        load_pipeline(tmp_path / "prior")
+    assert torch.equal(images(load_pipeline(tmp_path / "prior", runs.tokenizer)), images(pipeline))
+
+
+def test_another_tokenizer_is_refused_with_both_hashes(pipeline, changed_tokenizer):
+    other = Autoencoder.from_pretrained(changed_tokenizer("encoder"))
+    with pytest.raises(InputError) as raised:
+        TwoStagePipeline(other, pipeline.prior)
+    assert other.content_hash()[:12] in str(raised.value)
+    assert pipeline.tokenizer.content_hash()[:12] in str(raised.value)
+
+
+def test_another_decoder_is_taken(pipeline, changed_tokenizer):
+    other = TwoStagePipeline(Autoencoder.from_pretrained(changed_tokenizer("decoder")), pipeline.prior)
+    assert not torch.equal(images(other), images(pipeline))
+    assert torch.equal(other(num_images=4).codes, pipeline(num_images=4).codes)
+
+
+def test_output_types(pipeline):
+    as_pil, as_pt, as_np = (pipeline(num_images=3, output_type=kind).images for kind in ("pil", "pt", "np"))
+    assert (as_pt.shape, as_pt.dtype) == ((3, 3, 16, 16), torch.uint8)
+    assert (as_np.shape, as_np.dtype) == ((3, 16, 16, 3), np.uint8)
+    assert [image.size for image in as_pil] == [(16, 16)] * 3
+    assert isinstance(as_pil[0], Image.Image)
+    assert np.array_equal(np.stack([np.asarray(image) for image in as_pil]), as_np)
+    assert np.array_equal(as_pt.permute(0, 2, 3, 1), as_np)
+    with pytest.raises(InputError, match="output_type 'jpeg': expected 'pil', 'pt' or 'np'"):
+        pipeline(num_images=1, output_type="jpeg")
+
+
+def test_codes_are_what_the_images_show(pipeline):
+    output = pipeline(num_images=8, output_type="pt")
+    assert (output.codes.shape, output.codes.dtype) == ((8, 4, 4), torch.int64)
+    assert torch.equal(to_uint8(pipeline.tokenizer.decode_indices(output.codes)), output.images)
+
+
+def test_classes_take_turns(pipeline):
+    names = pipeline.class_names
+    assert pipeline(num_images=len(names) + 1).labels == [*range(len(names)), 0]
+    by_name = pipeline(num_images=5, class_names=[names[2], names[0]], output_type="pt")
+    by_number = pipeline(num_images=5, labels=[2, 0], output_type="pt")
+    assert by_name.labels == by_number.labels == [2, 0, 2, 0, 2]
+    assert torch.equal(by_name.images, by_number.images)
+    assert not torch.equal(by_name.codes, pipeline(num_images=5, labels=[5]).codes)
+
+
+def test_classes_given_twice_or_wrongly_are_refused(pipeline):
+    names = pipeline.class_names
+    with pytest.raises(InputError, match="labels, class_names: give one of them"):
+        pipeline(class_names=names[:1], labels=[0])
+    with pytest.raises(InputError, match=f"expected numbers from 0 to {len(names) - 1}"):
+        pipeline(labels=[len(names)])
+    with pytest.raises(InputError, match=f"class name 'strar'.*did you mean 'star'.*It knows: {', '.join(names)}"):
+        pipeline(class_names=["strar"])
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0, "temperature": 0.8, "top_k": 9, "top_p": 0.9}])
+def test_an_image_depends_on_the_seed_and_its_number_alone(pipeline, options):
+    expected = images(pipeline, 20, batch_size=20, **options)
+    for batch_size in (1, 3, 8, 32):
+        assert torch.equal(images(pipeline, 20, batch_size=batch_size, **options), expected)
+    assert torch.equal(images(pipeline, 5, **options), expected[:5])
+    assert not torch.equal(images(pipeline, 20, seed=1, **options), expected)
+
+
+def test_sampling_settings_reach_the_prior(pipeline):
+    codes = pipeline(num_images=16, labels=[0], top_k=1).codes
+    assert (codes == codes[0]).all()
+    assert not torch.equal(pipeline(num_images=16, guidance_scale=3.0).codes, pipeline(num_images=16).codes)
+
+
+def test_a_prior_without_classes_has_no_labels(pipeline):
+    torch.manual_seed(0)
+    free = TwoStagePipeline(pipeline.tokenizer, Prior(pipeline.prior.config.model_copy(update={"class_names": None})))
+    output = free(num_images=3)
+    assert (output.labels, len(output.images)) == (None, 3)
+    with pytest.raises(InputError, match="class name 'star': this prior was trained without classes"):
+        free(class_names=["star"])

@@ -1,0 +1,145 @@
+"""Two processes do what one does: the same losses, codebook, codes and images."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+          "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+STEPS = ["train.max_steps=20", "train.log_every=1", "train.validate_every=10", "train.checkpoint_every=20"]
+
+EMA = ["data.horizontal_flip=true", "train.ema_decay=0.9"]
+LEARNED = ["model.bottleneck={type: vector, codebook_size: 16, codebook: learned}", "train.max_grad_norm=0.1"]
+ACCUMULATED = ["train.gradient_accumulation_steps=2"]
+GAUSSIAN = ["model.bottleneck={type: gaussian}", "train.lr=1e-4"]
+PRIOR = ["loss={replace_prob: 0.3, class_dropout_prob: 0.1}", "train.ema_decay=0.9"]
+
+# Trains once for each list of overrides; each process writes the hash of the codebook that it ends with.
+WATCH = """
+import hashlib, json, os, sys
+from pathlib import Path
+from accelerate.state import AcceleratorState
+from core.config import load_config
+from stage1_tokenizer import train_tokenizer
+from stage1_tokenizer.autoencoder import Autoencoder
+
+class Watched(Autoencoder):
+    def __init__(self, *args):
+        super().__init__(*args)
+        trained.append(self)
+
+train_tokenizer.Autoencoder = Watched
+config, out, runs = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+hashes = {}
+for name, overrides in runs.items():
+    trained = []
+    train_tokenizer.train(load_config(train_tokenizer.TokenizerConfig, config, overrides))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if hasattr(trained[0].bottleneck, "codebook"):
+        codebook = trained[0].bottleneck.codebook.detach().numpy()
+        hashes[name] = hashlib.sha256(codebook.tobytes()).hexdigest()
+(out / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(hashes))
+"""
+
+# Runs one module after another, as `-m` does.
+EACH = """
+import json, runpy, sys
+for sys.argv in json.loads(sys.argv[1]):
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        if ended.code:
+            raise
+"""
+
+
+def launch(*words: object) -> None:
+    """Starts ``words`` (a script or -m MODULE, and its arguments) as two processes, and waits."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*LAUNCH, "--main_process_port", str(port), *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+
+
+def losses(run: Path, split: str = "train") -> torch.Tensor:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([line["loss"] for line in lines if line["split"] == split], dtype=torch.float64)
+
+
+def codebook(run: Path) -> torch.Tensor:
+    return load_file(run / "checkpoints" / "step_00000020" / "model.safetensors")["bottleneck.codebook"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_losses(two: Path, one: Path) -> None:
+    assert len(losses(one)) == 20
+    torch.testing.assert_close(losses(two), losses(one), rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses(two, "val"), losses(one, "val"), rtol=1e-4, atol=0)
+
+
+@pytest.fixture
+def alone(twostage) -> Callable[..., None]:
+    """``alone("train-tokenizer", config, *overrides)``: the same command on one process."""
+
+    def alone(*words: object) -> None:
+        ended = twostage(*words)
+        assert ended.code == 0, ended.err
+
+    return alone
+
+
+def test_the_tokenizer_command(configs, alone, tmp_path):
+    config, one, two = configs / "tokenizer.yaml", tmp_path / "one", tmp_path / "two"
+    launch("-m", "stage1_tokenizer.train_tokenizer", config, f"run.dir={two}", *STEPS, *EMA)
+    alone("train-tokenizer", config, f"run.dir={one}", *STEPS, *EMA)
+    assert_same_losses(two, one)
+    torch.testing.assert_close(codebook(two), codebook(one), rtol=1e-3, atol=1e-5)
+
+
+def test_both_processes_have_one_codebook(configs, alone, tmp_path):
+    (tmp_path / "watch.py").write_text(WATCH, encoding="utf-8")
+    families = {"ema": EMA, "learned": LEARNED, "accumulated": ACCUMULATED, "gaussian": GAUSSIAN}
+    overrides = {name: [f"run.dir={tmp_path / name}", *STEPS, *words] for name, words in families.items()}
+    launch(tmp_path / "watch.py", configs / "tokenizer.yaml", tmp_path, json.dumps(overrides))
+    first, second = (json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1))
+    assert first.keys() == families.keys() - {"gaussian"}
+    assert first == second
+    for name, words in families.items():
+        one = tmp_path / f"{name}_alone"
+        alone("train-tokenizer", configs / "tokenizer.yaml", f"run.dir={one}", *STEPS, *words)
+        assert_same_losses(tmp_path / name, one)
+
+
+def test_the_prior_command(runs, configs, alone, tmp_path):
+    config, one, two = configs / "prior.yaml", tmp_path / "one", tmp_path / "two"
+    words = [f"codes={runs.codes}", *STEPS, *PRIOR]
+    launch("-m", "stage2_prior.train_prior", config, f"run.dir={two}", *words)
+    alone("train-prior", config, f"run.dir={one}", *words)
+    assert_same_losses(two, one)
+
+
+def test_codes_and_images(runs, alone, tmp_path):
+    options = ["--num-images", "20", "--seed", "5", "--temperature", "0.9", "--guidance-scale", "1.5"]
+    encode = ["pipelines.encode_dataset", runs.tokenizer, "--out", tmp_path / "codes"]
+    generate = ["pipelines.generate", runs.prior, "--batch-size", "3", "--out", tmp_path / "two", *options]
+    (tmp_path / "each.py").write_text(EACH, encoding="utf-8")
+    launch(tmp_path / "each.py", json.dumps([encode, generate], default=str))
+    assert contents(tmp_path / "codes") == contents(runs.codes)
+    alone("generate", runs.prior, "--out", tmp_path / "one", *options)
+    assert len(contents(tmp_path / "two" / "images")) == 20
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
