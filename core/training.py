@@ -9,7 +9,7 @@ from typing import Annotated, Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
@@ -26,7 +26,7 @@ from core.random import BatchRandom, seed_for
 from core.run_folder import RunFolder, read_metrics
 from core.schedules import Schedule, lr_at
 
-__all__ = ["Batches", "TrainConfig", "TrainingRun", "make_optimizer", "share_cores"]
+__all__ = ["Batches", "TrainConfig", "TrainingRun", "join_processes", "make_optimizer", "share_cores"]
 
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -91,6 +91,15 @@ def share_cores() -> None:
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+def join_processes() -> PartialState:
+    """This process's place among those that the launcher started.
+
+    Without a GPU, Accelerate takes each of several processes for the only one, unless it is told that they are on the CPU.
+    """
+    share_cores()
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
 def make_optimizer(model: nn.Module, train: TrainConfig) -> Optimizer:
     """AdamW over ``model``; biases, gains and embeddings of one dimension are not decayed."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
@@ -98,6 +107,13 @@ def make_optimizer(model: nn.Module, train: TrainConfig) -> Optimizer:
     groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
     device = next(model.parameters()).device
     return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, fused=device.type in ("cpu", "cuda"))
+
+
+def _seed_torch(seed: int, device: torch.device) -> None:
+    """torch.manual_seed for every step: where CUDA is never used, that one would queue a call for it each time."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 class Batches:
@@ -164,9 +180,8 @@ class TrainingRun(Generic[ConfigT]):
     """
 
     def __init__(self, config: ConfigT) -> None:
-        share_cores()
         self.folder = RunFolder(config.run.dir)
-        state = PartialState()
+        state = join_processes()
         self.config: ConfigT = self._resolve(config, state)
         self.folder.check(self.config)  # type: ignore[arg-type]
         state.wait_for_everyone()
@@ -268,7 +283,9 @@ class TrainingRun(Generic[ConfigT]):
             while self.step < last and not self.finished:
                 self._set_lr()
                 # Dropout draws from torch's own stream: seeded by step and rank, it is the same after a restart.
-                torch.manual_seed(seed_for(self.seed, "torch", self.step, self.accelerator.process_index))
+                _seed_torch(
+                    seed_for(self.seed, "torch", self.step, self.accelerator.process_index), self.accelerator.device
+                )
                 yield next(ahead) if ahead else self.batches.at(self.step, read)
         self.accelerator.end_training()
 

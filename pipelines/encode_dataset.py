@@ -23,7 +23,7 @@ from core.errors import InputError
 from core.images import to_float
 from core.model_folder import find_model_folder, write_json
 from core.run_folder import RunFolder
-from core.training import share_cores
+from core.training import join_processes
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.codes import CodeCache, Manifest, SplitFiles, TokenizerReference, code_dtype
 
@@ -53,8 +53,7 @@ def encode_dataset(tokenizer: str | Path, out: str | Path | None = None, source:
     Raises:
         InputError: no tokenizer there, one without codes, or a folder that holds other codes already.
     """
-    share_cores()
-    state = PartialState()
+    state = join_processes()
     model = Autoencoder.from_pretrained(tokenizer).to(state.device)
     if model.codebook_size is None:
         kind = model.config.model.bottleneck.type

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
@@ -21,7 +20,7 @@ from core.errors import InputError
 from core.images import to_pil
 from core.model_folder import write_json
 from core.pictures import contact_sheet, save_picture
-from core.training import share_cores
+from core.training import join_processes
 from pipelines.two_stage import TwoStagePipeline, load_pipeline
 from stage2_prior.sampling import SamplingConfig
 
@@ -46,7 +45,7 @@ def generate_folder(
     Raises:
         InputError: the folder holds images from other settings (the differences are shown; nothing is changed).
     """
-    state = PartialState()
+    state = join_processes()
     pipeline.to(state.device or "cpu")
     cycle = pipeline.labels_for(class_names)
     settings = _settings(pipeline, class_names, seed, sampling)
@@ -135,7 +134,6 @@ def command(
     tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, where it has moved.")] = None,
 ) -> None:
     """Generate images with a trained prior and its tokenizer."""
-    share_cores()
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
     sampling = parse_config(SamplingConfig, options, "the sampling options")
     generate_folder(load_pipeline(prior, tokenizer), out, num_images, class_name or None, seed, sampling, batch_size)

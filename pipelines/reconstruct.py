@@ -14,6 +14,7 @@ from core.pictures import contact_sheet, save_picture
 from core.training import share_cores
 from pipelines.encode_dataset import training_data
 from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.metrics import psnr
 
 __all__ = ["reconstruct"]
 
@@ -28,23 +29,17 @@ def reconstruct(tokenizer: str | Path, out: Path, source: str | None = None, num
     rows = torch.arange(min(num_images, len(data.validation)))
     originals = data.validation.read(rows)
     pictures = to_uint8(model.reconstruct(to_float(originals)))
-    error = (originals.float() - pictures.float()).square().flatten(1).mean(1)
-    psnr = 10 * torch.log10(255**2 / error.clamp(min=1e-8))
-    strips, titles = [], []
-    for part in rows.split(COLUMNS):
-        strips += (
-            [_padded(originals[part]), _padded(pictures[part])]
-            if len(rows) > COLUMNS
-            else [originals[part], pictures[part]]
-        )
-        titles += ["original", "reconstruction"]
-    save_picture(contact_sheet(torch.cat(strips), min(COLUMNS, len(rows)), row_titles=titles), out)
-    return psnr.mean().item()
+    columns, strips = min(COLUMNS, len(rows)), []
+    for part in rows.split(columns):
+        strips += [_padded(originals[part], columns), _padded(pictures[part], columns)]
+    titles = ["original", "reconstruction"] * (len(strips) // 2)
+    save_picture(contact_sheet(torch.cat(strips), columns, row_titles=titles), out)
+    return psnr(pictures, originals).mean().item()
 
 
-def _padded(strip: torch.Tensor) -> torch.Tensor:
-    """A last row that is not full is filled with white."""
-    missing = strip.new_full((COLUMNS - len(strip), *strip.shape[1:]), 255)
+def _padded(strip: torch.Tensor, columns: int) -> torch.Tensor:
+    """A row that is not full is filled with white."""
+    missing = strip.new_full((columns - len(strip), *strip.shape[1:]), 255)
     return torch.cat([strip, missing])
 
 
@@ -57,8 +52,8 @@ def command(
     """Show held-out images over their reconstructions."""
     share_cores()
     out = out or find_model_folder(tokenizer).parent / "reconstructions.png"
-    psnr = reconstruct(tokenizer, out, data, num_images)
-    print(f"{out}: PSNR {psnr:.2f} dB, the mean of the pictures shown")
+    ratio = reconstruct(tokenizer, out, data, num_images)
+    print(f"{out}: PSNR {ratio:.2f} dB, the mean of the pictures shown")
 
 
 if __name__ == "__main__":

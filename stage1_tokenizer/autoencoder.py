@@ -50,8 +50,8 @@ class AutoencoderOutput:
 
     loss: Tensor
     """Scalar, to be minimised."""
-    reconstruction: Tensor
-    """(B, C, H, W) in [-1, 1], detached."""
+    decoded: Tensor
+    """The decoder's output (B, C, H, W), detached; :meth:`Autoencoder.to_images` makes images of it."""
     bottleneck: BottleneckOutput
     metrics: dict[str, Tensor]
     """Scalars by name, `loss` among them, detached."""
@@ -104,7 +104,7 @@ class Autoencoder(nn.Module):
             metrics = {"reconstruction": distortion}
         metrics = {"loss": loss, **metrics, **latent.losses, **latent.metrics}
         metrics = {name: value.detach() for name, value in metrics.items()}
-        return AutoencoderOutput(loss, self._to_images(decoded.detach()), latent, metrics)
+        return AutoencoderOutput(loss, decoded.detach(), latent, metrics)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> BottleneckOutput:
@@ -114,7 +114,7 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """A latent (B, latent_channels, h, w) -> images (B, C, H, W) in [-1, 1]."""
-        return self._to_images(self.decoder(z))
+        return self.to_images(self.decoder(z))
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor) -> Tensor:
@@ -168,7 +168,8 @@ class Autoencoder(nn.Module):
         fill(model, state, path)
         return model.eval()
 
-    def _to_images(self, decoded: Tensor) -> Tensor:
+    def to_images(self, decoded: Tensor) -> Tensor:
+        """The decoder's output, pixels or logits, as images (B, C, H, W) in [-1, 1]."""
         if self.config.loss.reconstruction == "bce":
             return torch.sigmoid(decoded.float()) * 2 - 1
         return decoded.float().clamp(-1, 1)

@@ -23,6 +23,7 @@ from core.random import BatchRandom, seed_for
 from core.training import Batches, TrainConfig, TrainingRun, make_optimizer
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig
 from stage1_tokenizer.losses import LossConfig
+from stage1_tokenizer.metrics import psnr
 from stage1_tokenizer.vector_quantizer import VectorQuantizer
 
 __all__ = ["TokenizerConfig", "autoencoder_config", "train"]
@@ -156,10 +157,9 @@ def validate(
         labels = split.read_labels(rows)
         random = BatchRandom(seed_for(seed, "validation", number), slice(0, len(rows)), len(rows))
         output = model(to_float(pixels), None if labels is None else labels.to(accelerator.device), random)
-        error = (to_uint8(output.reconstruction).float() - pixels.float()).square().flatten(1).mean(1)
-        psnr = 10 * torch.log10(255**2 / error.clamp(min=1e-8))  # (B,) dB
+        ratios = psnr(to_uint8(model.to_images(output.decoded)), pixels)
         values = {name: value * len(rows) for name, value in output.metrics.items() if name != "perplexity"}
-        for name, value in (values | {"psnr": psnr.sum()}).items():
+        for name, value in (values | {"psnr": ratios.sum()}).items():
             sums[name] = sums.get(name, torch.zeros((), device=accelerator.device)) + value
         if output.bottleneck.indices is not None:
             counts += torch.bincount(output.bottleneck.indices.flatten(), minlength=len(counts))

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-          "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+# With --cpu, accelerate starts one process, whatever their number; --multi_gpu starts them and ACCELERATE_USE_CPU says where.
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+          "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
 STEPS = ["train.max_steps=20", "train.log_every=1", "train.validate_every=10", "train.checkpoint_every=20"]
 
 EMA = ["data.horizontal_flip=true", "train.ema_decay=0.9"]
@@ -27,7 +28,7 @@ PRIOR = ["loss={replace_prob: 0.3, class_dropout_prob: 0.1}", "train.ema_decay=0
 WATCH = """
 import hashlib, json, os, sys
 from pathlib import Path
-from accelerate.state import AcceleratorState
+from accelerate import PartialState
 from core.config import load_config
 from stage1_tokenizer import train_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
@@ -38,12 +39,12 @@ class Watched(Autoencoder):
         trained.append(self)
 
 train_tokenizer.Autoencoder = Watched
+PartialState.destroy_process_group = lambda self: None  # the next training needs it
 config, out, runs = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 hashes = {}
 for name, overrides in runs.items():
     trained = []
     train_tokenizer.train(load_config(train_tokenizer.TokenizerConfig, config, overrides))
-    AcceleratorState._reset_state(reset_partial_state=True)
     if hasattr(trained[0].bottleneck, "codebook"):
         codebook = trained[0].bottleneck.codebook.detach().numpy()
         hashes[name] = hashlib.sha256(codebook.tobytes()).hexdigest()
@@ -68,7 +69,7 @@ def launch(*words: object) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [*LAUNCH, "--main_process_port", str(port), *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
 

@@ -1,0 +1,295 @@
+"""A mistake costs one clear sentence and status 2; what was there before is there afterwards, untouched."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from core.config import parse_config
+from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+
+FEW = ["train.max_steps=2", "train.validate_every=2", "train.checkpoint_every=2"]
+
+
+@pytest.fixture(autouse=True)
+def _own_machine(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TWOSTAGE_DATA", raising=False)
+
+
+@pytest.fixture
+def refused(twostage, runs) -> Callable[..., str]:
+    """``refused(*words)``: what `twostage WORDS` says; it has to be one error, and to change nothing."""
+
+    def refused(*words: object) -> str:
+        folders = [Path.cwd(), *vars(runs).values()]
+        before = [snapshot(folder) for folder in folders]
+        ended = twostage(*words)
+        assert ended.code == 2, ended
+        assert ended.err.startswith("error: ")
+        assert ended.err.count("error: ") == 1
+        assert "Traceback" not in ended.err + ended.out
+        assert [snapshot(folder) for folder in folders] == before
+        return ended.err
+
+    return refused
+
+
+@pytest.fixture
+def works(twostage) -> Callable[..., str]:
+    """``works(*words)``: what `twostage WORDS` says on the way."""
+
+    def works(*words: object) -> str:
+        ended = twostage(*words)
+        assert ended.code == 0, ended.err
+        return ended.out
+
+    return works
+
+
+@pytest.fixture
+def other_tokenizer(runs, tmp_path) -> Path:
+    """The run folder of a tokenizer with another encoder."""
+    run = tmp_path / "other_tokenizer"
+    shutil.copytree(runs.tokenizer, run)
+    model = Autoencoder.from_pretrained(run)
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.mul_(1.5)
+    model.save_pretrained(run / "model")
+    return run
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file below ``folder``, its content and when it was last written."""
+    return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def short_hash(tokenizer: Path) -> str:
+    return Autoencoder.from_pretrained(tokenizer).content_hash()[:12]
+
+
+def pictures(folder: Path, count: int = 20, mode: str = "RGB") -> Path:
+    folder.mkdir()
+    for i in range(count):
+        Image.new(mode, (16, 16), (10 * i, 90, 200) if mode == "RGB" else 10 * i).save(folder / f"{i:02d}.png")
+    return folder
+
+
+# --- a training that cannot begin -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.batchsize=4"], ["train.batchsize: unknown key; did you mean 'batch_size'?"]),
+        (["modle.latent_channels=4"], ["modle: unknown key; did you mean 'model'?"]),
+        (["train.lr=fast"], ["train.lr: ", "valid number", "got 'fast'"]),
+        (["train.batch_size=4.5"], ["train.batch_size: ", "got 4.5"]),
+        (["model.bottleneck={type: vectr}"], ["model.bottleneck.type: got 'vectr'", "did you mean 'vector'?"]),
+        (["train.lr=-1", "data.channels=2"], ["2 mistakes", "train.lr: ", "data.channels: "]),
+        (["train.epochs=2"], ["give either max_steps or epochs"]),
+        (["train.lr"], ["override 'train.lr': expected key=value"]),
+        (["data.source=./nowhere"], ["data.source './nowhere': nothing there"]),
+        (["data.source=no_such_set"], ["data.source 'no_such_set': nothing there", "TWOSTAGE_DATA"]),
+        (["data.image_size=18"], ["18", "4"]),
+        (["data.num_images=8"], ["train.batch_size 16: the training split has only 8 images", "at most 8"]),
+        (["train.batch_size=15", "train.gradient_accumulation_steps=2"], ["cannot be shared equally", "multiple of 2"]),
+    ],
+)
+def test_a_wrong_config_says_so_and_blocks_nothing(refused, works, configs, overrides, said):
+    words = ["train-tokenizer", configs / "tokenizer.yaml", "run.dir=run", *FEW]
+    error = refused(*words, *overrides)
+    assert [part for part in said if part not in error] == []
+    assert "run: finished" not in works(*words), "the corrected command works in the same folder"
+
+
+def test_a_config_that_is_not_there(refused, configs):
+    assert "tokenizer.yaml" in refused("train-tokenizer", configs / "tokeniser.yaml")
+
+
+def test_an_empty_folder(refused, configs, tmp_path):
+    (tmp_path / "empty").mkdir()
+    error = refused("train-tokenizer", configs / "tokenizer.yaml", "run.dir=run", "data.source=./empty")
+    assert "data.source empty: no pictures in this folder" in error
+    assert "no pictures" in refused("inspect", "./empty")
+
+
+def test_an_unreadable_picture_is_named_or_skipped(refused, works, configs, tmp_path):
+    folder = pictures(tmp_path / "pictures")
+    (folder / "07.png").write_bytes((folder / "06.png").read_bytes()[:40])
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    words = ["train-tokenizer", configs / "tokenizer.yaml", "run.dir=run", f"data.source={folder}", *FEW]
+    error = refused(*words)
+    assert "2 unreadable pictures" in error
+    assert str(folder / "07.png") in error
+    assert str(folder / "broken.jpg") in error
+    assert "data.on_bad_image=skip" in error
+    said = works(*words, "data.on_bad_image=skip")
+    assert "2 unreadable pictures are skipped" in said
+    assert str(folder / "broken.jpg") in said
+
+
+@pytest.mark.parametrize(("mode", "channels", "said"), [
+    ("L", 3, "1 of 21 pictures are grey and are repeated over the colours (data.channels=3)"),
+    ("RGB", 1, "1 of 21 pictures have colour and are reduced to grey (data.channels=1)"),
+])  # fmt: skip
+def test_a_picture_of_another_mode_is_converted_and_said(works, configs, tmp_path, mode, channels, said):
+    folder = pictures(tmp_path / "pictures", mode="L" if mode == "RGB" else "RGB")
+    Image.new(mode, (16, 16)).save(folder / "other.png")
+    words = ["train-tokenizer", configs / "tokenizer.yaml", "run.dir=run", f"data.source={folder}", *FEW]
+    assert said in works(*words, f"data.channels={channels}")
+
+
+def test_a_run_with_another_config_is_left_alone(refused, runs, configs):
+    words = ["train-tokenizer", configs / "tokenizer.yaml", f"run.dir={runs.tokenizer}"]
+    error = refused(*words, "train.lr=0.5", "model.latent_channels=8")
+    assert "train.lr: 0.003 there, 0.5 now" in error
+    assert "model.latent_channels: 4 there, 8 now" in error
+    assert "Nothing was changed" in error
+    words = ["train-prior", configs / "prior.yaml", f"run.dir={runs.prior}", f"codes={runs.codes}"]
+    assert "loss.replace_prob: 0.0 there, 0.2 now" in refused(*words, "loss.replace_prob=0.2")
+
+
+def test_a_folder_of_other_things_is_no_run(refused, configs, tmp_path):
+    pictures(tmp_path / "run", 2)
+    error = refused("train-tokenizer", configs / "tokenizer.yaml", "run.dir=run")
+    assert "run.dir run: exists and is no run of twostage" in error
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(twostage, configs, tmp_path):
+    words = ["train-tokenizer", configs / "tokenizer.yaml", "run.dir=run", "train.max_steps=40", "train.warmup_steps=20",
+             "train.log_every=1", "train.checkpoint_every=1", "train.lr=1e12"]  # fmt: skip
+    ended = twostage(*words)
+    assert ended.code == 2
+    error = ended.err[ended.err.index("error: ") :]
+    assert "is not finite; the run stops, and its last good checkpoint in run/checkpoints is kept" in error
+    kept = list((tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert kept
+    assert f"step {max(int(path.name[5:]) for path in kept) + 1}: " in error
+
+
+# --- a prior and its codes ------------------------------------------------------------------------------------------
+
+
+def test_a_prior_is_not_trained_on_another_tokenizers_codes(refused, works, runs, configs, other_tokenizer, tmp_path):
+    shutil.copytree(runs.codes, tmp_path / "codes")
+    words = ["train-prior", configs / "prior.yaml", "run.dir=prior", "codes=codes", *FEW]
+    works(*words)
+    shutil.rmtree(tmp_path / "codes")
+    works("encode", other_tokenizer, "--out", "codes")
+    error = refused(*words)
+    assert short_hash(other_tokenizer) in error
+    assert short_hash(runs.tokenizer) in error
+
+
+def test_codes_that_are_missing_or_damaged(refused, runs, configs, tmp_path):
+    words = ["train-prior", configs / "prior.yaml", "run.dir=prior"]
+    assert "codes nowhere: no such folder; make one with: twostage encode" in refused(*words, "codes=nowhere")
+    shutil.copytree(runs.codes, tmp_path / "codes")
+    whole = (tmp_path / "codes" / "train.codes.npy").read_bytes()
+    (tmp_path / "codes" / "train.codes.npy").write_bytes(whole[:-100])
+    assert "train.codes.npy: missing or cut short" in refused(*words, "codes=codes")
+
+
+def test_a_continuous_autoencoder_has_no_codes(refused, runs, tmp_path):
+    document = json.loads((runs.tokenizer / "model" / "config.json").read_text())
+    document = {key: document[key] for key in AutoencoderConfig.model_fields}
+    document["model"]["bottleneck"] = {"type": "gaussian"}
+    Autoencoder(parse_config(AutoencoderConfig, document, "config")).save_pretrained(tmp_path / "vae" / "model")
+    shutil.copy(runs.tokenizer / "config.yaml", tmp_path / "vae")
+    assert "vae: its bottleneck is 'gaussian', which has no codes" in refused("encode", "vae", "--out", "codes")
+
+
+def test_codes_are_not_written_over_others(refused, runs, other_tokenizer, tmp_path):
+    error = refused("encode", other_tokenizer, "--out", runs.codes)
+    assert short_hash(other_tokenizer) in error
+    assert short_hash(runs.tokenizer) in error
+    assert "nothing was changed" in error
+    source = pictures(tmp_path / "pictures")
+    error = refused("encode", runs.tokenizer, "--data", source, "--out", runs.codes)
+    assert f"holds the codes of 'shapes', this is '{source}'" in error
+    refused("encode", runs.tokenizer, "--out", source)
+
+
+# --- generating -----------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_class_lists_the_known(refused, runs):
+    error = refused("generate", runs.prior, "--class-name", "strar", "--out", "out")
+    assert "class name 'strar': not a class of this prior; did you mean 'star'?" in error
+    assert "circle" in error
+    assert "crescent" in error
+
+
+def test_a_prior_refuses_another_tokenizer(refused, runs, other_tokenizer):
+    error = refused("generate", runs.prior, "--tokenizer", other_tokenizer, "--out", "out")
+    assert short_hash(other_tokenizer) in error
+    assert short_hash(runs.tokenizer) in error
+
+
+def test_images_of_other_settings_are_not_mixed(refused, works, runs, tmp_path):
+    words = ["generate", runs.prior, "--num-images", 4, "--out", "out"]
+    works(*words)
+    error = refused(*words, "--seed", 1, "--top-k", 3)
+    assert "seed: 0 there, 1 now" in error
+    assert "top_k: None there, 3 now" in error
+    pictures(tmp_path / "holiday", 2)
+    assert "exists and holds no generated images" in refused("generate", runs.prior, "--out", "holiday")
+
+
+@pytest.mark.parametrize(("option", "value", "said"), [
+    ("--top-k", 17, "top_k 17: expected at most the 16 codes"),
+    ("--top-p", 1.5, "top_p"),
+    ("--temperature", 0, "temperature"),
+    ("--guidance-scale", 2, "guidance_scale 2.0: this prior was trained with loss.class_dropout_prob=0"),
+])  # fmt: skip
+def test_wrong_sampling_settings_block_nothing(refused, works, runs, tmp_path, option, value, said):
+    shutil.copytree(runs.prior / "model", tmp_path / "prior")
+    document = json.loads((tmp_path / "prior" / "config.json").read_text())
+    document["loss"]["class_dropout_prob"] = 0.0
+    (tmp_path / "prior" / "config.json").write_text(json.dumps(document))
+    words = ["generate", "./prior", "--num-images", 2, "--out", "out"]
+    assert said in refused(*words, option, value)
+    works(*words)  # the corrected command works in the same folder
+
+
+# --- models that are not there, or not whole ------------------------------------------------------------------------
+
+
+def test_a_model_that_is_not_there(refused, tmp_path):
+    assert "runs/nothing: no such folder" in refused("reconstruct", "runs/nothing")
+    assert "runs/nothing: no such folder" in refused("encode", "runs/nothing")
+    assert "runs/nothing: no such folder" in refused("generate", "runs/nothing", "--out", "out")
+    (tmp_path / "empty").mkdir()
+    assert "./empty: no trained model there" in refused("reconstruct", "./empty")
+
+
+def test_one_kind_of_model_is_not_taken_for_the_other(refused, runs):
+    assert "holds a prior, expected a tokenizer" in refused("reconstruct", runs.prior)
+    assert "holds a tokenizer, expected a prior" in refused("generate", runs.tokenizer, "--out", "out")
+
+
+def test_damaged_models(refused, runs, tmp_path):
+    shutil.copytree(runs.tokenizer, tmp_path / "run")
+    weights = tmp_path / "run" / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert "damaged model folder: model.safetensors cannot be read" in refused("reconstruct", "run")
+    weights.unlink()
+    assert "incomplete model folder: model.safetensors is missing" in refused("encode", "run", "--out", "codes")
+    weights.write_bytes(whole)
+    (tmp_path / "run" / "model" / "config.json").write_text('{"format_version": 1, "ki')
+    assert "damaged model folder: config.json cannot be read" in refused("reconstruct", "run")
+
+
+def test_damaged_pipelines(refused, runs, tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    for content, said in {"{": "pipeline.json", '{"kind": "other"}': "is of the kind 'other'"}.items():
+        (tmp_path / "pipeline" / "pipeline.json").write_text(content)
+        assert said in refused("generate", "./pipeline", "--out", "out")
