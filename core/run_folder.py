@@ -64,9 +64,11 @@ class RunFolder:
         """Drops what a killed run had logged after the checkpoint that is gone on from, so that no line is doubled."""
         if self.metrics_file.exists():
             kept = [line for line in read_metrics(self.metrics_file) if line["step"] <= step]
-            partial = self.metrics_file.with_name(".metrics.jsonl.partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            partial.replace(self.metrics_file)
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            if text != self.metrics_file.read_text(encoding="utf-8"):
+                partial = self.metrics_file.with_name(".metrics.jsonl.partial")
+                partial.write_text(text, encoding="utf-8")
+                partial.replace(self.metrics_file)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

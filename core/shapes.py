@@ -107,9 +107,10 @@ def _draw(distance: Callable, draws: np.ndarray, size: tuple[int, int], channels
     dark = draws[:, 4] < 0.5  # a dark background under a bright shape, or the reverse: the shape stands out
     hue = (np.floor(draws[:, 5] * NUM_HUES) + 0.3 * (draws[:, 6] - 0.5)) / NUM_HUES
     ink = _colour(hue, 0.75 + 0.25 * draws[:, 7], np.where(dark, 0.9, 0.55) + 0.1 * draws[:, 8])
-    tint = np.where(dark, 0.4, 0.12) * draws[:, 10]
-    low = _colour(draws[:, 9], tint, np.where(dark, 0.06, 0.88) + 0.12 * draws[:, 11])
-    high = _colour(draws[:, 9], tint, np.where(dark, 0.06, 0.88) + 0.12 * draws[:, 12])
+    tint = np.where(dark, 0.5, 0.15) * (np.floor(draws[:, 10] * 3) / 2)  # none, some, more
+    value = np.where(dark, 0.1, 0.92) + 0.04 * draws[:, 11]
+    ground_hue = np.floor(draws[:, 9] * NUM_HUES) / NUM_HUES
+    low, high = _colour(ground_hue, tint, value), _colour(ground_hue, tint, value + 0.04 * draws[:, 12])
     slope = 2 * np.pi * u[13]
     ramp = np.cos(slope) * x / width + np.sin(slope) * y / height  # a gentle gradient across the background
     ramp = np.clip(0.5 + 0.5 * ramp, 0, 1)[..., None]

@@ -94,7 +94,7 @@ def share_cores() -> None:
 def join_processes() -> PartialState:
     """This process's place among those that the launcher started.
 
-    Without a GPU, Accelerate takes each of several processes for the only one, unless it is told that they are on the CPU.
+    Without a GPU, Accelerate takes each of several processes for the only one, unless told that they are on the CPU.
     """
     share_cores()
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
@@ -185,9 +185,6 @@ class TrainingRun(Generic[ConfigT]):
         self.config: ConfigT = self._resolve(config, state)
         self.folder.check(self.config)  # type: ignore[arg-type]
         state.wait_for_everyone()
-        if state.is_main_process:
-            self.folder.create(self.config)  # type: ignore[arg-type]
-        state.wait_for_everyone()
         train = self.config.train
         self.accelerator = Accelerator(
             mixed_precision=train.mixed_precision,
@@ -234,6 +231,8 @@ class TrainingRun(Generic[ConfigT]):
     ) -> bool:
         """Names what checkpoints hold and loads the newest one; True where the run goes on from one.
 
+        A new run's folder is made here: a start that failed before leaves nothing that would be in the way of the next.
+
         Args:
             modules: unwrapped, by name.
             optimizers: by name, each with the module whose parameters it has.
@@ -257,6 +256,7 @@ class TrainingRun(Generic[ConfigT]):
                 else f"{self.folder.path}: finished at step {self.step} ({self.finished}); nothing left to do"
             )
         if self.accelerator.is_main_process:
+            self.folder.create(self.config)  # type: ignore[arg-type]
             self.folder.cut_metrics(self.step)
         self.accelerator.wait_for_everyone()
         return found[0] is not None

@@ -48,6 +48,7 @@ def generate_folder(
     state = join_processes()
     pipeline.to(state.device or "cpu")
     cycle = pipeline.labels_for(class_names)
+    pipeline.prior.check_sampling(sampling)
     settings = _settings(pipeline, class_names, seed, sampling)
     _check_folder(out, settings)
     state.wait_for_everyone()

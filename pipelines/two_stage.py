@@ -83,7 +83,10 @@ class TwoStagePipeline:
         if not (folder / "pipeline.json").is_file():
             what = "holds no pipeline (pipeline.json is missing)" if folder.exists() else "no such folder"
             raise InputError(f"{path}: {what}; expected a folder that save_pretrained wrote, or runs/PRIOR of a prior")
-        kind = json.loads((folder / "pipeline.json").read_text(encoding="utf-8")).get("kind")
+        try:
+            kind = json.loads((folder / "pipeline.json").read_text(encoding="utf-8")).get("kind")
+        except ValueError:
+            raise InputError(f"{folder / 'pipeline.json'}: not valid JSON; save the pipeline again") from None
         if kind != "two_stage_pipeline":
             raise InputError(f"{folder / 'pipeline.json'}: is of the kind {kind!r}, expected 'two_stage_pipeline'")
         return cls(Autoencoder.from_pretrained(folder / "tokenizer"), Prior.from_pretrained(folder / "prior"))

@@ -99,13 +99,16 @@ class Prior(nn.Module):
         codes = indices.flatten(1)
         return -self.network.loss(codes, self._classes(labels, indices), codes).sum(1)
 
-    @torch.no_grad()
-    def sample(self, labels: Tensor | None, sampling: SamplingConfig, seeds: list[int]) -> Tensor:
-        """Codes (len(seeds), h, w) int64; image i depends on its label, the settings and ``seeds[i]`` alone.
+    def check_sampling(self, sampling: SamplingConfig) -> None:
+        """Refuses settings that this prior cannot be sampled with.
 
         Raises:
-            InputError: guidance on a prior without classes, or trained without class dropout.
+            InputError: top-k above the codebook, or guidance on a prior without classes or class dropout.
         """
+        if sampling.top_k is not None and sampling.top_k > self.config.codebook_size:
+            raise InputError(
+                f"top_k {sampling.top_k}: expected at most the {self.config.codebook_size} codes of the codebook"
+            )
         if sampling.guidance_scale != 1.0:
             if not self.num_classes:
                 raise InputError(f"guidance_scale {sampling.guidance_scale}: this prior has no classes; use 1")
@@ -114,6 +117,15 @@ class Prior(nn.Module):
                     f"guidance_scale {sampling.guidance_scale}: this prior was trained with loss.class_dropout_prob=0 "
                     "and has no unconditional branch; use 1"
                 )
+
+    @torch.no_grad()
+    def sample(self, labels: Tensor | None, sampling: SamplingConfig, seeds: list[int]) -> Tensor:
+        """Codes (len(seeds), h, w) int64; image i depends on its label, the settings and ``seeds[i]`` alone.
+
+        Raises:
+            InputError: settings that :meth:`check_sampling` refuses.
+        """
+        self.check_sampling(sampling)
         device = next(self.parameters()).device
         if labels is None:
             labels = torch.full((len(seeds),), self.num_classes, device=device)

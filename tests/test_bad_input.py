@@ -163,8 +163,8 @@ def test_a_folder_of_other_things_is_no_run(refused, configs, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(twostage, configs, tmp_path):
-    words = ["train-tokenizer", configs / "tokenizer.yaml", "run.dir=run", "train.max_steps=40", "train.warmup_steps=20",
-             "train.log_every=1", "train.checkpoint_every=1", "train.lr=1e12"]  # fmt: skip
+    words = ["train-tokenizer", configs / "tokenizer.yaml", "run.dir=run", "train.max_steps=40",
+             "train.warmup_steps=20", "train.log_every=1", "train.checkpoint_every=1", "train.lr=1e12"]  # fmt: skip
     ended = twostage(*words)
     assert ended.code == 2
     error = ended.err[ended.err.index("error: ") :]
@@ -267,7 +267,7 @@ def test_a_model_that_is_not_there(refused, tmp_path):
     assert "runs/nothing: no such folder" in refused("encode", "runs/nothing")
     assert "runs/nothing: no such folder" in refused("generate", "runs/nothing", "--out", "out")
     (tmp_path / "empty").mkdir()
-    assert "./empty: no trained model there" in refused("reconstruct", "./empty")
+    assert "empty: no trained model there" in refused("reconstruct", "./empty")
 
 
 def test_one_kind_of_model_is_not_taken_for_the_other(refused, runs):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
-# With --cpu, accelerate starts one process, whatever their number; --multi_gpu starts them and ACCELERATE_USE_CPU says where.
+# `--cpu` starts one process whatever their number is; `--multi_gpu` starts them, ACCELERATE_USE_CPU keeps them there.
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
           "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
 STEPS = ["train.max_steps=20", "train.log_every=1", "train.validate_every=10", "train.checkpoint_every=20"]
@@ -39,12 +39,13 @@ class Watched(Autoencoder):
         trained.append(self)
 
 train_tokenizer.Autoencoder = Watched
-PartialState.destroy_process_group = lambda self: None  # the next training needs it
+PartialState.destroy_process_group = lambda *_: None  # the next training needs it
 config, out, runs = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 hashes = {}
 for name, overrides in runs.items():
     trained = []
     train_tokenizer.train(load_config(train_tokenizer.TokenizerConfig, config, overrides))
+    assert PartialState().num_processes == 2
     if hasattr(trained[0].bottleneck, "codebook"):
         codebook = trained[0].bottleneck.codebook.detach().numpy()
         hashes[name] = hashlib.sha256(codebook.tobytes()).hexdigest()
@@ -54,12 +55,14 @@ for name, overrides in runs.items():
 # Runs one module after another, as `-m` does.
 EACH = """
 import json, runpy, sys
+from accelerate import PartialState
 for sys.argv in json.loads(sys.argv[1]):
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         if ended.code:
             raise
+    assert PartialState().num_processes == 2
 """
 
 
@@ -89,6 +92,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def assert_same_losses(two: Path, one: Path) -> None:
     assert len(losses(one)) == 20
+    assert not torch.equal(losses(two), losses(one)), "bit for bit: both came from one process"
     torch.testing.assert_close(losses(two), losses(one), rtol=1e-4, atol=0)
     torch.testing.assert_close(losses(two, "val"), losses(one, "val"), rtol=1e-4, atol=0)
 
