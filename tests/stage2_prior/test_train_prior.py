@@ -143,7 +143,7 @@ def test_the_average_follows_the_weights(regular, document, start):
     name = "network.blocks.0.norm1.bias"
     assert torch.equal(averages[0][f"module.{name}"], first[name])
     moved = (averages[1][f"module.{name}"] - first[name]) / (second[name] - first[name])
-    assert 0.1 < moved.min() < moved.max() < 0.9
+    assert 0.1 < moved.min() <= moved.max() < 0.9
     stored = load_file(run / "model" / "model.safetensors")[name]
     assert torch.equal(stored, averages[1][f"module.{name}"])
 
