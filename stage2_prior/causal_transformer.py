@@ -3,6 +3,7 @@
 Axes: B images, N = h w codes of a grid, D hidden size, H heads, E = D / H, K codes.
 """
 
+import math
 from typing import Literal, cast
 
 import torch
@@ -18,7 +19,7 @@ __all__ = ["CausalTransformer", "CausalTransformerConfig", "CausalTransformerDec
 
 
 class CausalTransformerConfig(Section):
-    """Pre-normalised blocks as in GPT-2, with learned positions."""
+    """Pre-normalised blocks as in GPT-2, with learned positions and, in the attention, two-dimensional rotary ones."""
 
     type: Literal["causal_transformer"] = "causal_transformer"
     hidden_size: Count = 256
@@ -32,7 +33,32 @@ class CausalTransformerConfig(Section):
     def _heads_divide(self) -> "CausalTransformerConfig":
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
+        if self.hidden_size // self.num_heads % 4:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} / num_heads {self.num_heads} must be a multiple of 4, because half of "
+                "each head is turned by the row and half by the column"
+            )
         return self
+
+
+def rotations(grid: tuple[int, int], width: int) -> Tensor:
+    """Cosines and sines (2, N, width / 2) that turn a head by a cell's row and column (RoPE, Su et al. 2021, arXiv
+    2104.09864, in two dimensions): attention can then see how far apart two cells are, whichever they are.
+
+    The slowest turn is a quarter circle in ten cells, the fastest one in a cell.
+    """
+    frequencies = math.pi / 2 * 10 ** -(torch.arange(width // 4) / (width // 4))
+    rows, columns = torch.arange(grid[0]), torch.arange(grid[1])
+    cells = torch.cartesian_prod(rows, columns).float()  # (N, 2)
+    angles = (cells[:, :, None] * frequencies).flatten(1)  # (N, width / 2)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turns each pair of (..., E) by (2, ..., E / 2) cosines and sines."""
+    cos, sin = rotation.to(x.dtype)
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -62,11 +88,11 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(size, config.mlp_ratio * size)
         self.mlp_out = nn.Linear(config.mlp_ratio * size, size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         batch, length, size = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, E)
-        attended = causal_attention(q, k, v)
+        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = rotate(qkv[:2], rotation)  # each (B, H, N, E)
+        attended = causal_attention(q, k, qkv[2])
         attended = attended.transpose(1, 2).reshape(batch, length, size)
         x = x + F.dropout(self.attention_out(attended), self.dropout, self.training)
         hidden = F.gelu(self.mlp_in(self.norm2(x)), approximate="tanh")
@@ -80,6 +106,8 @@ class CausalTransformer(nn.Module):
         num_classes: 0 for a prior without classes. One further class, the last, stands for "no class".
     """
 
+    rotation: Tensor
+
     def __init__(
         self, config: CausalTransformerConfig, codebook_size: int, grid: tuple[int, int], num_classes: int
     ) -> None:
@@ -89,6 +117,8 @@ class CausalTransformer(nn.Module):
         self.code_embedding = nn.Embedding(codebook_size, size)
         self.class_embedding = nn.Embedding(num_classes + 1, size)
         self.positions = nn.Parameter(torch.empty(cells, size))
+        rotation = rotations(grid, size // config.num_heads)
+        self.register_buffer("rotation", rotation, persistent=False)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(size)
         self.head = nn.Linear(size, codebook_size, bias=False)
@@ -113,7 +143,7 @@ class CausalTransformer(nn.Module):
         x = x + self.class_embedding(labels)[:, None] + self.positions
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, self.rotation)
         return self.head(self.norm(x))
 
     def loss(self, indices: Tensor, labels: Tensor, inputs: Tensor) -> Tensor:
@@ -175,9 +205,10 @@ class CausalTransformerDecoder:
             qkv, attention_out, mlp_in, mlp_out = self.linears[number]
             keys, values = self.keys[number], self.values[number]
             y = F.layer_norm(x, (size,), block.norm1.weight, block.norm1.bias)
-            q, k, v = qkv(y).view(self.rows, 3, heads, -1).unbind(1)  # each (B, H, E)
+            projected = qkv(y).view(self.rows, 3, heads, -1)
+            q, k = rotate(projected[:, :2], model.rotation[:, cell]).unbind(1)  # each (B, H, E)
             keys[:, cell] = k.reshape(len(keys), -1)
-            values[:, cell] = v.reshape(len(values), -1)
+            values[:, cell] = projected[:, 2].reshape(len(values), -1)
             scores = torch.bmm(keys[:, : cell + 1], q.reshape(len(keys), -1, 1)).mul_(self.scale)  # (B H, cell + 1, 1)
             attended = torch.bmm(scores.softmax(1).transpose(1, 2), values[:, : cell + 1])  # (B H, 1, E)
             x = x + attention_out(attended.view(self.rows, size))
