@@ -71,9 +71,9 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 CLASS_NAMES = list(SHAPES)
 _BLOCK = 512  # pictures whose random numbers are drawn together
-_DRAWS = 16  # random numbers a picture
+_DRAWS = 8  # random numbers a picture
 MOST_ROTATION = np.pi / 8  # either way
-NUM_HUES = 6  # of the shapes, each varied a little; backgrounds have any
+NUM_HUES = 6  # of shapes and of grounds
 
 
 def draw_shapes(start: int, count: int, size: tuple[int, int], channels: int, seed: int = 0) -> np.ndarray:
@@ -104,18 +104,12 @@ def _draw(distance: Callable, draws: np.ndarray, size: tuple[int, int], channels
     signed = distance((cos * x + sin * y) / radius, (cos * y - sin * x) / radius) * radius
     cover = np.clip(0.5 - signed, 0, 1)[..., None]  # (n, h, w, 1): the share of the pixel that the shape covers
 
-    dark = draws[:, 4] < 0.5  # a dark background under a bright shape, or the reverse: the shape stands out
-    hue = (np.floor(draws[:, 5] * NUM_HUES) + 0.3 * (draws[:, 6] - 0.5)) / NUM_HUES
-    ink = _colour(hue, 0.75 + 0.25 * draws[:, 7], np.where(dark, 0.9, 0.55) + 0.1 * draws[:, 8])
-    tint = np.where(dark, 0.5, 0.15) * (np.floor(draws[:, 10] * 3) / 2)  # none, some, more
-    value = np.where(dark, 0.1, 0.92) + 0.04 * draws[:, 11]
-    ground_hue = np.floor(draws[:, 9] * NUM_HUES) / NUM_HUES
-    low, high = _colour(ground_hue, tint, value), _colour(ground_hue, tint, value + 0.04 * draws[:, 12])
-    slope = 2 * np.pi * u[13]
-    ramp = np.cos(slope) * x / width + np.sin(slope) * y / height  # a gentle gradient across the background
-    ramp = np.clip(0.5 + 0.5 * ramp, 0, 1)[..., None]
-    ground = low[:, None, None] * (1 - ramp) + high[:, None, None] * ramp  # (n, h, w, 3)
-    rgb = (ground * (1 - cover) + ink[:, None, None] * cover).transpose(0, 3, 1, 2)
+    # Colours come from a small palette: which shade it is then takes a prior few nats, and the shape gets the rest.
+    dark = draws[:, 4] < 0.5  # a dark ground under a bright shape, or the reverse: the shape stands out
+    hue, ground_hue = np.floor(draws[:, 5:7] * NUM_HUES).T / NUM_HUES
+    ink = _colour(hue, 0.95, np.where(dark, 0.95, 0.6))
+    ground = _colour(ground_hue, np.where(dark, 0.5, 0.16) * (draws[:, 7] < 0.5), np.where(dark, 0.14, 0.96))
+    rgb = (ground[:, None, None] * (1 - cover) + ink[:, None, None] * cover).transpose(0, 3, 1, 2)
     if channels == 1:
         rgb = np.tensordot(np.array([0.299, 0.587, 0.114], dtype=np.float32), rgb, axes=(0, 1))[:, None]
     pixels = np.round(rgb * 255).astype(np.uint8)
@@ -129,7 +123,7 @@ def _centre(draw: np.ndarray, side: int, radius: np.ndarray) -> np.ndarray:
     return side / 2 + (draw - 0.5) * 0.7 * (side - 2 * radius)
 
 
-def _colour(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """HSV in [0, 1], each (n,) -> RGB (n, 3)."""
+def _colour(hue: np.ndarray, saturation: np.ndarray | float, value: np.ndarray) -> np.ndarray:
+    """HSV in [0, 1], each (n,) or one number -> RGB (n, 3)."""
     k = (np.array([5, 3, 1]) + 6 * hue[:, None]) % 6
-    return value[:, None] * (1 - saturation[:, None] * np.clip(np.minimum(k, 4 - k), 0, 1))
+    return value[:, None] * (1 - np.reshape(saturation, (-1, 1)) * np.clip(np.minimum(k, 4 - k), 0, 1))

@@ -2,6 +2,7 @@
 visible in `train_tokenizer` and `train_prior`."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Generic, Protocol, TypeVar
@@ -186,6 +187,8 @@ class TrainingRun(Generic[ConfigT]):
         self.folder.check(self.config)  # type: ignore[arg-type]
         state.wait_for_everyone()
         train = self.config.train
+        # torch 2.14 has a newer name for `broadcast_buffers`, which older ones and Accelerate do not know yet.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         self.accelerator = Accelerator(
             mixed_precision=train.mixed_precision,
             gradient_accumulation_steps=train.gradient_accumulation_steps,

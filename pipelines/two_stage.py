@@ -145,6 +145,10 @@ class TwoStagePipeline:
             labels: the same by number; not beside ``class_names``.
             batch_size: images worked on at a time; changes memory and speed, no image.
         """
+        if num_images < 1 or batch_size < 1:
+            raise InputError(f"num_images {num_images}, batch_size {batch_size}: expected at least 1 of each")
+        if output_type not in ("pil", "pt", "np"):
+            raise InputError(f"output_type {output_type!r}: expected 'pil', 'pt' or 'np'")
         if labels is not None and class_names is not None:
             raise InputError("labels, class_names: give one of them, got both")
         if labels is not None:
@@ -181,9 +185,8 @@ def _as_type(pixels: Tensor, output_type: str) -> list[Image.Image] | Tensor | n
             return [to_pil(image) for image in pixels]
         case "pt":
             return pixels
-        case "np":
+        case _:
             return pixels.permute(0, 2, 3, 1).numpy()
-    raise InputError(f"output_type {output_type!r}: expected 'pil', 'pt' or 'np'")
 
 
 def _download(name: str) -> Path:
