@@ -72,7 +72,7 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 CLASS_NAMES = list(SHAPES)
 _BLOCK = 512  # pictures whose random numbers are drawn together
 _DRAWS = 8  # random numbers a picture
-MOST_ROTATION = np.pi / 8  # either way
+MOST_ROTATION = np.pi / 10  # either way
 NUM_HUES = 6  # of shapes and of grounds
 
 

@@ -12,6 +12,8 @@ from stage2_prior.causal_transformer import (
     CausalTransformerConfig,
     CausalTransformerDecoder,
     causal_attention,
+    rotate,
+    rotations,
 )
 from stage2_prior.sampling import SamplingConfig, image_seeds, uniform_noise
 
@@ -140,6 +142,17 @@ def test_a_single_cell_is_enough(labels):
     assert model.sample(labels, SamplingConfig(), image_seeds(0, 0, 4)).shape == (4, 1)
 
 
+def test_rotated_heads_see_how_far_apart_two_cells_are_and_nothing_else():
+    grid, width = (5, 6), 8
+    rotation = rotations(grid, width)
+    q, k = (torch.randn(width, generator=torch.Generator().manual_seed(i)).expand(30, -1) for i in range(2))
+    scores = (rotate(q, rotation) @ rotate(k, rotation).T).view(*grid, *grid)  # of one head, from cell to cell
+    torch.testing.assert_close(scores[1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1], rtol=1e-4, atol=1e-5)
+    turned = rotate(q, rotation)  # (30, 8): another direction at every cell
+    assert (torch.cdist(turned, turned) + torch.eye(30)).min() > 0.1
+    torch.testing.assert_close(turned.norm(dim=1), q.norm(dim=1))
+
+
 def test_attention_in_bfloat16_equals_that_in_float32_and_looks_at_nothing_later():
     q, k, v = (torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(3))
     expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
@@ -152,3 +165,8 @@ def test_attention_in_bfloat16_equals_that_in_float32_and_looks_at_nothing_later
 def test_heads_must_divide_the_width():
     with pytest.raises(InputError, match="hidden_size 10 must be a multiple of num_heads 4"):
         parse_config(CausalTransformerConfig, {"hidden_size": 10, "num_heads": 4}, "model")
+
+
+def test_heads_must_be_as_wide_as_rows_and_columns_need():
+    with pytest.raises(InputError, match="hidden_size 12 / num_heads 2 must be a multiple of 4"):
+        parse_config(CausalTransformerConfig, {"hidden_size": 12, "num_heads": 2}, "model")

@@ -140,9 +140,7 @@ def test_the_average_follows_the_weights(regular, document, start):
     run = start(document(max_steps=2, validate_every=1, checkpoint_every=1, ema_decay=0.9))
     first, second = (run / "checkpoints" / f"step_{step:08d}" for step in (1, 2))
     weights = [load_file(folder / "model.safetensors")["network.norm.bias"] for folder in (first, second)]
-    averages = [
-        load_file(folder / "ema.safetensors")["module.network.norm.bias"] for folder in (first, second)
-    ]
+    averages = [load_file(folder / "ema.safetensors")["module.network.norm.bias"] for folder in (first, second)]
     assert torch.equal(averages[0], weights[0])
     torch.testing.assert_close(averages[1], weights[0] * 2 / 11 + weights[1] * 9 / 11)  # the decay warms up
     assert not torch.equal(averages[1], weights[1])
