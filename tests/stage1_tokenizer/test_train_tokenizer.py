@@ -109,6 +109,14 @@ def test_the_last_validation_is_of_the_stored_model(ema_decay, document, start):
     assert line["reconstruction"] == pytest.approx((decoded - to_float(pixels)).square().mean().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, 1e-12])
+def test_gradients_are_clipped(max_grad_norm, document, start):
+    run = start(document(max_steps=2, checkpoint_every=1, max_grad_norm=max_grad_norm))
+    first, second = (run / "checkpoints" / f"step_{step:08d}" / "model.safetensors" for step in (1, 2))
+    moved = (load_file(second)["encoder.layers.0.bias"] - load_file(first)["encoder.layers.0.bias"]).abs().max()
+    assert moved < 1e-5 if max_grad_norm else moved > 1e-4  # far below Adam's epsilon a gradient does nothing
+
+
 def test_the_average_follows_the_weights(document, start):
     run = start(document(max_steps=2, validate_every=1, checkpoint_every=1, ema_decay=0.9))
     first, second = (run / "checkpoints" / f"step_{step:08d}" for step in (1, 2))

@@ -20,14 +20,24 @@ def test_equals_the_layer(layer, rows):
     assert not result.requires_grad
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.fixture
+def always_packed(monkeypatch):
+    """As on a machine where packed weights win, however the clock runs on this one."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(module, "WORTH_IT", 0.0)
+    module._packing_wins.cache_clear()
+    yield
+    module._packing_wins.cache_clear()
+
+
 @pytest.mark.parametrize("rows", [1, 7])
-def test_packed_weights_equal_the_layer_whether_they_win_or_not(layer, rows):
+def test_packed_weights_equal_the_layer(layer, rows, always_packed):
     x = torch.randn(rows, 24)
-    packed = module._packed(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
-    torch.testing.assert_close(packed(x), layer(x).detach(), rtol=1e-5, atol=1e-5)
+    assert module._packing_wins(40, 24, rows, torch.float32, x.device, 1)
+    torch.testing.assert_close(fast_linear(layer, rows)(x), layer(x).detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_other_types_are_never_packed(layer):
+def test_other_types_are_never_packed(layer, always_packed):
     x = torch.randn(3, 24, dtype=torch.double)
     assert torch.equal(fast_linear(layer.double(), 3)(x), layer(x))

@@ -158,6 +158,12 @@ def test_guidance_needs_classes(tiny_prior):
         tiny_prior().sample(None, SamplingConfig(guidance_scale=2.0), [0])
 
 
+def test_top_k_above_the_codebook_is_refused_before_sampling(tiny_prior):
+    tiny_prior().check_sampling(SamplingConfig(top_k=5))
+    with pytest.raises(InputError, match="top_k 6: expected at most the 5 codes of the codebook"):
+        tiny_prior().check_sampling(SamplingConfig(top_k=6))
+
+
 def test_guidance_needs_class_dropout(tiny_prior):
     prior = tiny_prior(class_names=PETS, class_dropout_prob=0.0)
     with pytest.raises(InputError, match=r"trained with loss.class_dropout_prob=0 .*no unconditional branch"):

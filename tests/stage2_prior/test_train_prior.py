@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from core.config import parse_config
 from core.errors import InputError
+from core.training import TrainingRun
 from stage2_prior.codes import CodeCache, TokenizerReference
 from stage2_prior.prior import Prior
-from stage2_prior.train_prior import PriorTrainingConfig, command, train
+from stage2_prior.train_prior import PriorTrainingConfig, command, keep_best, train
 
 
 def random_grids(count: int, seed: int) -> np.ndarray:
@@ -136,6 +137,14 @@ def test_a_run_stops_when_it_overfits_and_keeps_its_best_model(ema_decay, noise,
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, 1e-12])
+def test_gradients_are_clipped(max_grad_norm, regular, document, start):
+    run = start(document(max_steps=2, checkpoint_every=1, max_grad_norm=max_grad_norm))
+    first, second = (run / "checkpoints" / f"step_{step:08d}" / "model.safetensors" for step in (1, 2))
+    moved = (load_file(second)["network.norm.bias"] - load_file(first)["network.norm.bias"]).abs().max()
+    assert moved < 1e-5 if max_grad_norm else moved > 1e-4  # far below Adam's epsilon a gradient does nothing
+
+
 def test_the_average_follows_the_weights(regular, document, start):
     run = start(document(max_steps=2, validate_every=1, checkpoint_every=1, ema_decay=0.9))
     first, second = (run / "checkpoints" / f"step_{step:08d}" for step in (1, 2))
@@ -145,6 +154,17 @@ def test_the_average_follows_the_weights(regular, document, start):
     torch.testing.assert_close(averages[1], weights[0] * 2 / 11 + weights[1] * 9 / 11)  # the decay warms up
     assert not torch.equal(averages[1], weights[1])
     assert torch.equal(load_file(run / "model" / "model.safetensors")["network.norm.bias"], averages[1])
+
+
+def test_patience_is_counted_from_the_last_best(document, new_process, tiny_prior):
+    run = TrainingRun(parse_config(PriorTrainingConfig, document(patience=2), "config"))
+    run.facts = {"best_loss": math.inf, "best_step": 0, "validations_since_best": 0}
+    for loss in (3.0, 4.0, 2.0, 3.0, 1.0, 2.0):
+        run.step += 1
+        keep_best(run, tiny_prior(), loss)
+        assert not run.finished
+    keep_best(run, tiny_prior(), 1.0)  # as good is no better
+    assert run.finished == "the held-out loss has not improved since step 5"
 
 
 @pytest.mark.parametrize("codes", ["regular", "noise"])
