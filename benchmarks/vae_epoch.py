@@ -22,6 +22,7 @@ from torchvision import transforms
 from benchmarks.reporting import compared, parser, report
 from core.config import load_config
 from core.data import ImageSplit, load_images
+from core.ema import averaged_copy
 from core.images import to_float
 from core.training import Batches, TrainingRun, make_optimizer
 from stage1_tokenizer.autoencoder import Autoencoder
@@ -81,6 +82,7 @@ def our_epochs(config: TokenizerConfig, split: ImageSplit):
     accelerator = run.accelerator
     batches = Batches(len(split), config.train, run.seed, accelerator, "images")
     autoencoder = Autoencoder(autoencoder_config(config))
+    averaged = averaged_copy(autoencoder, config.train.ema_decay) if config.train.ema_decay else None
     optimizer = make_optimizer(autoencoder, config.train)
     model, prepared = accelerator.prepare(autoencoder, optimizer)
     run.restore(batches, {"model": autoencoder}, {"optimizer": (autoencoder, optimizer)})
@@ -93,6 +95,8 @@ def our_epochs(config: TokenizerConfig, split: ImageSplit):
                 prepared.step()
                 prepared.zero_grad()
             run.record(output.metrics)
+        if averaged:
+            averaged.update_parameters(autoencoder)
         run.advance()
         if run.step % batches.steps_per_epoch == 0:
             yield time.perf_counter() - start
