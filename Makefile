@@ -34,7 +34,7 @@ $(VENV)/constraints.txt: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("twostage needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
 	if torch=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null); \
-	then { echo "torch==$$torch"; grep -vE '^(torch|torchvision|triton|nvidia|cuda)' constraints.txt; }; \
+	then { echo "torch==$$torch"; grep -vE '^(torch|torchvision|triton|nvidia|cuda)[=-]' constraints.txt; }; \
 	else cat constraints.txt; fi > $@.partial
 	mv $@.partial $@
 

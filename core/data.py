@@ -99,6 +99,12 @@ class ImageSplit:
             raise InputError(f"{self.records.names[row]}: could be read when the run began, and now cannot ({reason})")
         return torch.from_numpy(out)
 
+    def names(self, rows: Tensor) -> list[str]:
+        """What each picture is called in messages: its file, or its row."""
+        if self.records is None:
+            return [f"picture {row}" for row in rows.tolist()]
+        return [self.records.names[row] for row in rows.tolist()]
+
     def read_labels(self, rows: Tensor) -> Tensor | None:
         """(len(rows),) int64, or None."""
         return None if self.labels is None else self.labels[rows]

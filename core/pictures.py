@@ -11,7 +11,7 @@ from torch import Tensor
 
 from core.images import to_pil
 
-__all__ = ["contact_sheet", "draw_curves", "save_picture"]
+__all__ = ["contact_sheet", "draw_curves", "figure_canvas", "save_picture", "to_image"]
 
 MARGIN = 4
 
@@ -58,11 +58,8 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 def draw_curves(lines: list[dict[str, Any]], path: Path, title: str, baselines: dict[str, float] | None = None) -> None:
     """The loss over the steps for both splits; ``baselines`` are drawn as level lines."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    canvas, figure = figure_canvas((6.4, 4.0))
+    axes = figure.subplots()
     shown: list[float] = []
     for split, style in {"train": {"alpha": 0.7}, "val": {"marker": "o", "markersize": 3}}.items():
         points = [(x["step"], x["loss"]) for x in lines if x["split"] == split and math.isfinite(x["loss"])]
@@ -81,9 +78,19 @@ def draw_curves(lines: list[dict[str, Any]], path: Path, title: str, baselines: 
     if shown:
         axes.legend()
     axes.grid(alpha=0.3)
-    save_picture(_to_image(canvas), path)
+    save_picture(to_image(canvas), path)
 
 
-def _to_image(canvas: Any) -> Image.Image:
+def figure_canvas(size: tuple[float, float]) -> tuple[Any, Any]:
+    """A matplotlib canvas and its figure, ``size`` in inches, without the state that pyplot keeps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return FigureCanvasAgg(figure), figure
+
+
+def to_image(canvas: Any) -> Image.Image:
+    """What was drawn on a matplotlib canvas."""
     canvas.draw()
     return Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")

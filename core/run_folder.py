@@ -55,6 +55,10 @@ class RunFolder:
             partial.write_text(dump_config(config), encoding="utf-8")
             partial.replace(self.config_file)
 
+    def write_note(self, name: str, lines: list[str]) -> None:
+        """A text file for the person who runs it."""
+        (self.path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Adds one JSON object to metrics.jsonl."""
         with self.metrics_file.open("a", encoding="utf-8") as file:

@@ -30,6 +30,8 @@ from core.schedules import Schedule, lr_at
 __all__ = ["Batches", "TrainConfig", "TrainingRun", "join_processes", "make_optimizer", "share_cores"]
 
 
+ADVICE = "Try a lower train.lr, train.max_grad_norm=1.0, or train.mixed_precision=no"
+
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -101,13 +103,27 @@ def join_processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
-def make_optimizer(model: nn.Module, train: TrainConfig) -> Optimizer:
-    """AdamW over ``model``; biases, gains and embeddings of one dimension are not decayed."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    device = next(model.parameters()).device
-    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, fused=device.type in ("cpu", "cuda"))
+def make_optimizer(
+    model: nn.Module, train: TrainConfig, *, lr: float | None = None, betas: tuple[float, float] | None = None
+) -> Optimizer:
+    """AdamW over the trainable weights of ``model``; biases, gains and embeddings of one dimension are not decayed.
+
+    Args:
+        lr: of a second network; None: `train.lr`. Both follow the same schedule.
+        betas: likewise.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if train.weight_decay:
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": train.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+    else:
+        groups = [{"params": trained, "weight_decay": 0.0}]
+    for group in groups:
+        group["initial_lr"] = lr or train.lr
+    fused = trained[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=lr or train.lr, betas=betas or train.betas, fused=fused)
 
 
 def _seed_torch(seed: int, device: torch.device) -> None:
@@ -204,7 +220,10 @@ class TrainingRun(Generic[ConfigT]):
         self._checkpoints = Checkpoints(self.folder.checkpoints, train.keep_checkpoints)
         self._modules: Mapping[str, nn.Module] = {}
         self._optimizers: dict[str, tuple[nn.Module, Optimizer]] = {}
-        self._sums: dict[str, Tensor] = {}
+        self.name_rows: Callable[[Tensor], list[str]] = lambda rows: [f"row {row}" for row in rows.tolist()]
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._first_broken: Tensor | None = None  # by metric: the step that was first not finite, or -1
         self._recorded = 0
         self._bar: tqdm | None = None
         self._lr = 0.0
@@ -294,19 +313,31 @@ class TrainingRun(Generic[ConfigT]):
 
     def record(self, metrics: dict[str, Tensor]) -> None:
         """Takes scalars by name (`loss` among them) from one part of a batch; what is logged is their mean."""
+        values = torch.stack([value.detach().float() for value in metrics.values()])
+        if self._sums is None or self._first_broken is None or self._names != list(metrics):
+            if self._recorded:  # a term begins here: what came before has a line of its own
+                self._log_training()
+            self._names, self._sums = list(metrics), torch.zeros_like(values)
+            self._first_broken = torch.full_like(values, -1, dtype=torch.long)
         self._recorded += 1
-        for name, value in metrics.items():
-            value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._sums += values
+        # Remembered on the device: looking at it in every step would make the step wait.
+        self._first_broken.masked_fill_(~values.isfinite() & (self._first_broken < 0), self.step)
 
-    def advance(self) -> None:
-        """Counts a finished update."""
+    def advance(self) -> dict[str, float] | None:
+        """Counts a finished update; the training metrics where a line of them was due, the same in every process."""
         self.step += 1
         if self._bar is not None:
             self._bar.update(self.batches.batch_size)
         # A line is due at every checkpoint too, so that a checkpoint never has a half-filled mean to remember.
         if self.step % self.config.train.log_every == 0 or self.due("validate") or self.due("checkpoint"):
-            self._log_training()
+            return self._log_training()
+        return None
+
+    @property
+    def progress(self) -> float:
+        """The share of the run that is done, in [0, 1]."""
+        return self.step / self.batches.max_steps
 
     def due(self, what: str) -> bool:
         """Whether `validate` or `checkpoint` falls on the update just finished; both always on the last."""
@@ -348,35 +379,60 @@ class TrainingRun(Generic[ConfigT]):
 
     def _set_lr(self) -> None:
         train = self.config.train
-        self._lr = lr_at(
+        factor = lr_at(
             self.step,
-            lr=train.lr,
+            lr=1.0,
             max_steps=self.batches.max_steps,
             warmup_steps=train.warmup_steps,
             schedule=train.lr_schedule,
         )
         for _, optimizer in self._optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = self._lr
+                group["lr"] = group["initial_lr"] * factor
+        self._lr = train.lr * factor
 
-    def _log_training(self) -> None:
-        names = list(self._sums)
-        means = torch.stack([self._sums[name] for name in names]) / self._recorded
-        values = self.accelerator.reduce(means, reduction="mean").tolist()  # type: ignore[union-attr]
-        metrics = dict(zip(names, values, strict=True))
-        self._sums, self._recorded = {}, 0
-        self._check_finite(metrics)
+    def _log_training(self) -> dict[str, float]:
+        assert self._sums is not None
+        assert self._first_broken is not None
+        means: list[float] = self.accelerator.reduce(self._sums / self._recorded, "mean").tolist()  # type: ignore[union-attr]
+        metrics = dict(zip(self._names, means, strict=True))
+        if not np.isfinite(means).all():
+            self._stop_at_broken(metrics)
+        self._sums.zero_()
+        self._recorded = 0
         self._write_metrics("train", metrics | {"lr": self._lr})
         if self._bar is not None:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
+        return metrics
+
+    def _stop_at_broken(self, metrics: dict[str, float]) -> None:
+        """Names the term that was not finite first, the step, and the samples of that step's batch."""
+        assert self._first_broken is not None
+        steps = torch.where(self._first_broken < 0, self.batches.max_steps, self._first_broken)
+        # The first in any process; each has the same names.
+        steps = -self.accelerator.gather(-steps[None]).amax(0)  # type: ignore[union-attr,operator]
+        first = int(steps.min())
+        if first == self.batches.max_steps:  # every value was finite, their sum is not
+            return self._check_finite(metrics)
+        terms = [name for name, step in zip(self._names, steps.tolist(), strict=True) if step == first]
+        parts = [name for name in terms if name not in ("loss", "nats_per_image", "bits_per_dim")] or terms
+        rows = self.batches.rows(first)
+        names = self.name_rows(rows)
+        if self.accelerator.is_main_process:
+            self.folder.write_note("not_finite.txt", [f"step {first + 1}: {', '.join(terms)}", *names])
+        shown = ", ".join(names[:3])
+        raise InputError(
+            f"step {first + 1}: {', '.join(parts)} is not finite for the batch of {shown} and {len(names) - 3} more "
+            f"(all in {self.folder.path / 'not_finite.txt'}); the run stops, and its last good checkpoint in "
+            f"{self.folder.checkpoints} is kept. {ADVICE}"
+        )
 
     def _check_finite(self, metrics: dict[str, float]) -> None:
         broken = [name for name, value in metrics.items() if not np.isfinite(value)]
         if broken:
             raise InputError(
                 f"step {self.step}: {', '.join(broken)} is not finite; the run stops, and its last good checkpoint in "
-                f"{self.folder.checkpoints} is kept. Try a lower train.lr, train.max_grad_norm=1.0, or "
-                "train.mixed_precision=no"
+                f"{self.folder.checkpoints} is kept. {ADVICE}"
             )
 
     def _write_metrics(self, split: str, metrics: dict[str, float]) -> None:

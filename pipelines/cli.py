@@ -10,9 +10,21 @@ __all__ = ["main"]
 VERBS = {
     "inspect": ("pipelines.inspect_data", "Show what a data source holds: splits, classes, sizes, bad files."),
     "train-tokenizer": ("stage1_tokenizer.train_tokenizer", "Train a tokenizer (or AE, VAE ...) from a config."),
+    "train-features": (
+        "stage1_tokenizer.train_features",
+        "Train a feature network: for perceptual losses, Frechet distances, class accuracy.",
+    ),
+    "import": (
+        "pipelines.import_tokenizer",
+        "Take over a published VQ tokenizer: taming-transformers, diffusers or LlamaGen.",
+    ),
     "encode": ("pipelines.encode_dataset", "Turn a data set into codes with a trained tokenizer."),
     "train-prior": ("stage2_prior.train_prior", "Train a prior over a tokenizer's codes."),
     "generate": ("pipelines.generate", "Generate images with a trained prior and its tokenizer."),
+    "evaluate": (
+        "pipelines.evaluate",
+        "Measure a tokenizer on held-out images, and say whether it is ready for stage two.",
+    ),
     "reconstruct": ("pipelines.reconstruct", "Show held-out images over their reconstructions."),
 }
 

@@ -83,7 +83,8 @@ def encode_dataset(tokenizer: str | Path, out: str | Path | None = None, source:
         partial.rename(final)
         unigram = manifest.unigram_nats_per_code[manifest.validation_split]
         print(
-            f"{final}: {sum(len(s) for s in data.splits.values()):,} images, grid {model.grid[0]}x{model.grid[1]}, "
+            f"{final}: {sum(len(s) for s in data.splits.values()):,} images, "
+            f"grid {model.code_grid[0]}x{model.code_grid[1]}, "
             f"{manifest.codes_used} of {manifest.codebook_size} codes used, entropy "
             f"{manifest.entropy_nats_per_code:.3f} and held-out unigram {unigram:.3f} nats per code "
             f"(uniform {math.log(manifest.codebook_size):.3f})"
@@ -115,7 +116,7 @@ def _encode_split(model: Autoencoder, images: ImageSplit, name: str, folder: Pat
     file = folder / f"{name}.codes.npy"
     if state.is_main_process:
         dtype = code_dtype(model.codebook_size)
-        np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(len(images), *model.grid)).flush()
+        np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(len(images), *model.code_grid)).flush()
         if images.labels is not None:
             np.save(folder / f"{name}.labels.npy", images.labels.numpy().astype(np.int32))
     state.wait_for_everyone()
@@ -151,7 +152,7 @@ def _manifest(
         source=data_config.source,
         image_size=model.config.image_size,
         channels=model.config.channels,
-        grid=model.grid,
+        grid=model.code_grid,
         codebook_size=model.codebook_size,
         class_names=data.class_names,
         validation_split=data.validation_name,

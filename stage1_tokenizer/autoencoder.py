@@ -1,4 +1,4 @@
-"""The one autoencoder: backbone + bottleneck + losses. AE, VAE, beta-VAE and VQ-VAE are choices, not classes.
+"""The one autoencoder: backbone + bottleneck + losses. AE, VAE, CVAE, VQ-VAE, VQ-GAN are choices, not classes.
 
 Axes: B images, C channels, H and W pixels, h and w cells of the latent grid.
 """
@@ -11,19 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from core.config import Count, Section, parse_config
 from core.errors import InputError
 from core.model_folder import fill, load_model_folder, save_model_folder
 from core.random import BatchRandom
-from stage1_tokenizer.backbones import BackboneConfig, ConvConfig, build_backbone, grid_of
+from stage1_tokenizer.backbones import BackboneConfig, ConvConfig, build_backbone, factor_of, grid_of
 from stage1_tokenizer.bottleneck_output import BottleneckOutput
-from stage1_tokenizer.bottlenecks import BottleneckConfig, Gaussian, build_bottleneck
-from stage1_tokenizer.losses import LossConfig, negative_log_likelihood, reconstruction_loss
-from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
+from stage1_tokenizer.bottlenecks import BottleneckConfig, Gaussian, Identity, build_bottleneck
+from stage1_tokenizer.finite_scalar import FiniteScalarConfig
+from stage1_tokenizer.lookup_free import LookupFreeConfig
+from stage1_tokenizer.losses import LossConfig, corrupt, negative_log_likelihood, reconstruction_loss
+from stage1_tokenizer.vector_quantizer import VectorConfig
 
 __all__ = ["Autoencoder", "AutoencoderConfig", "AutoencoderOutput", "ModelConfig"]
+
+MAX_BITS = 20  # the usage of 2^20 codes is 4 MiB of counts
 
 
 class ModelConfig(Section):
@@ -34,12 +40,28 @@ class ModelConfig(Section):
     backbone: BackboneConfig = ConvConfig()
     bottleneck: BottleneckConfig = VectorConfig()
 
+    @model_validator(mode="after")
+    def _channels_of_the_codes(self) -> "ModelConfig":
+        bottleneck, channels = self.bottleneck, self.latent_channels
+        if isinstance(bottleneck, FiniteScalarConfig) and len(bottleneck.levels) != channels:
+            raise ValueError(
+                f"latent_channels {channels}: finite_scalar has a channel for each of its levels {bottleneck.levels}; "
+                f"set latent_channels to {len(bottleneck.levels)}"
+            )
+        if isinstance(bottleneck, LookupFreeConfig) and channels > MAX_BITS:
+            raise ValueError(
+                f"latent_channels {channels}: lookup_free has 2^latent_channels codes; expected at most {MAX_BITS}"
+            )
+        return self
+
 
 class AutoencoderConfig(Section):
     """All that a trained autoencoder needs to be built again: what its `config.json` holds."""
 
     image_size: tuple[Count, Count]
     channels: Count
+    class_names: list[str] | None = None
+    """Of the data that it was trained on."""
     model: ModelConfig
     loss: LossConfig
 
@@ -49,9 +71,11 @@ class AutoencoderOutput:
     """What a training step needs."""
 
     loss: Tensor
-    """Scalar, to be minimised."""
+    """Scalar, to be minimised: reconstruction and the bottleneck's terms."""
+    reconstruction: Tensor
+    """Scalar, the first of these."""
     decoded: Tensor
-    """The decoder's output (B, C, H, W), detached; :meth:`Autoencoder.to_images` makes images of it."""
+    """The decoder's output (B, C, H, W); :meth:`Autoencoder.to_images` makes images of it."""
     bottleneck: BottleneckOutput
     metrics: dict[str, Tensor]
     """Scalars by name, `loss` among them, detached."""
@@ -61,10 +85,11 @@ class Autoencoder(nn.Module):
     """Images -> latent -> images.
 
     ``forward`` is what training (and DDP) calls; ``encode``, ``decode``, ``decode_indices``, ``reconstruct`` and
-    ``sample`` are for use.
+    ``sample`` are for use. Images whose sides the backbone cannot halve are padded at the right and at the bottom, and
+    cropped back.
 
     Raises:
-        InputError: an image size that the backbone cannot halve.
+        InputError: a class bottleneck without class names.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -72,7 +97,8 @@ class Autoencoder(nn.Module):
         self.config = config
         model = config.model
         self.grid = grid_of(model.backbone, config.image_size)
-        self.bottleneck = build_bottleneck(model.bottleneck, model.latent_channels)
+        self.factor = factor_of(model.backbone)
+        self.bottleneck = build_bottleneck(model.bottleneck, model.latent_channels, self.grid, config.class_names)
         self.encoder, self.decoder = build_backbone(
             model.backbone, config.channels, config.image_size, self.bottleneck.encoded_channels, model.latent_channels
         )
@@ -80,46 +106,76 @@ class Autoencoder(nn.Module):
     @property
     def codebook_size(self) -> int | None:
         """The number of codes, or None for a continuous latent."""
-        return self.bottleneck.config.codebook_size if isinstance(self.bottleneck, VectorQuantizer) else None
+        return self.bottleneck.codebook_size
+
+    @property
+    def code_grid(self) -> tuple[int, int]:
+        """The grid of codes (h, w) that a prior sees; wider than :attr:`grid` where a cell has several codes."""
+        depth = 1 if isinstance(self.bottleneck, Identity | Gaussian) else self.bottleneck.depth
+        return (self.grid[0], self.grid[1] * depth)
 
     @property
     def variational(self) -> bool:
         """Whether the loss is an evidence lower bound."""
         return isinstance(self.bottleneck, Gaussian)
 
+    @property
+    def class_conditional(self) -> bool:
+        """Whether samples are of a class."""
+        return isinstance(self.bottleneck, Gaussian) and self.bottleneck.class_means is not None
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weights of the decoder's last layer."""
+        layers = [layer for layer in self.decoder.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        assert isinstance(layers[-1].weight, nn.Parameter)
+        return layers[-1].weight
+
     def forward(self, images: Tensor, labels: Tensor | None, random: BatchRandom) -> AutoencoderOutput:
         """The loss of images (B, C, H, W) in [-1, 1]. ``labels`` (B,) are for the class-conditional families."""
-        latent = self.bottleneck(self.encoder(images), random)
-        decoded = self.decoder(latent.z)
+        corruption = self.config.loss.corruption
+        inputs = corrupt(images, corruption, random) if corruption else images
+        latent = self.bottleneck(self.encoded(inputs), labels, random)
+        decoded = self.decoded(latent.z)
         metrics: dict[str, Tensor] = {}
         if self.variational:
             distortion, level = negative_log_likelihood(decoded, images, self.config.loss)
             nats = distortion + latent.losses["kl"]
             loss = distortion + self.config.loss.kl_weight * latent.losses["kl"]
             bits = nats / (images[0].numel() * math.log(2)) + level
-            metrics = {"nats_per_image": nats, "bits_per_dim": bits, "reconstruction": distortion}
+            metrics = {"nats_per_image": nats, "bits_per_dim": bits}
         else:
             distortion = reconstruction_loss(decoded, images, self.config.loss.reconstruction)
             loss = distortion + sum(latent.losses.values())
-            metrics = {"reconstruction": distortion}
-        metrics = {"loss": loss, **metrics, **latent.losses, **latent.metrics}
+        metrics = {"loss": loss, **metrics, "reconstruction": distortion, **latent.losses, **latent.metrics}
         metrics = {name: value.detach() for name, value in metrics.items()}
-        return AutoencoderOutput(loss, decoded.detach(), latent, metrics)
+        return AutoencoderOutput(loss, distortion, decoded, latent, metrics)
+
+    def encoded(self, images: Tensor) -> Tensor:
+        """The encoder's output for images (B, C, H, W) of any size, padded to what the backbone needs."""
+        below, right = (-side % self.factor for side in images.shape[2:])
+        return self.encoder(F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images)
+
+    def decoded(self, z: Tensor) -> Tensor:
+        """The decoder's output for a latent (B, latent_channels, h, w), cropped where images are padded."""
+        height, width = self.config.image_size
+        decoded = self.decoder(z)
+        return decoded[..., :height, :width] if z.shape[2:] == self.grid else decoded
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> BottleneckOutput:
         """The latent of images (B, C, H, W) in [-1, 1]: z, and the codes of the discrete families."""
-        return self.bottleneck.encode(self.encoder(images))
+        return self.bottleneck.encode(self.encoded(images))
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """A latent (B, latent_channels, h, w) -> images (B, C, H, W) in [-1, 1]."""
-        return self.to_images(self.decoder(z))
+        return self.to_images(self.decoded(z))
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """Codes (B, h, w) int64 -> images (B, C, H, W) in [-1, 1]."""
-        if not isinstance(self.bottleneck, VectorQuantizer):
+        """Codes (B, h, w) int64, a grid as :attr:`code_grid` -> images (B, C, H, W) in [-1, 1]."""
+        if isinstance(self.bottleneck, Identity | Gaussian):
             raise InputError(f"this autoencoder's bottleneck is {self.config.model.bottleneck.type!r}: it has no codes")
         return self.decode(self.bottleneck.lookup(indices))
 
@@ -129,27 +185,36 @@ class Autoencoder(nn.Module):
         return self.decode(self.encode(images).z)
 
     @torch.no_grad()
-    def sample(self, num_images: int, generator: torch.Generator | None = None) -> Tensor:
-        """Images from the bottleneck's own prior, (num_images, C, H, W) in [-1, 1]; variational families have one."""
+    def sample(self, num_images: int, labels: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Images from the bottleneck's own prior, (num_images, C, H, W) in [-1, 1]; variational families have one.
+
+        Args:
+            labels: (num_images,) classes of a class-conditional family; None: all classes in turn.
+        """
         if not isinstance(self.bottleneck, Gaussian):
             raise InputError(
                 f"this autoencoder's bottleneck is {self.config.model.bottleneck.type!r}: it has no prior of its own "
                 "to sample from; train one over its codes (twostage encode, twostage train-prior)"
             )
+        if self.class_conditional and labels is None:
+            labels = torch.arange(num_images) % len(self.config.class_names or [])
         device = next(self.parameters()).device
-        shape = (num_images, self.config.model.latent_channels, *self.grid)
-        return self.decode(self.bottleneck.sample(shape, generator, device))
+        return self.decode(self.bottleneck.sample(num_images, labels, generator, device))
 
     def content_hash(self) -> str:
         """A hash of all that decides the codes: the form of the images, the encoder, the codebook. The decoder is no
         part of it, so that a decoder trained further keeps its priors."""
-        model = self.config.model.model_dump(mode="json")
-        form = {"image_size": self.config.image_size, "channels": self.config.channels, "model": model}
+        model = self.config.model
+        form = {"image_size": self.config.image_size, "channels": self.config.channels}
+        for name, part in {"backbone": model.backbone, "bottleneck": model.bottleneck}.items():
+            # Without the defaults, so that a new setting does not change the hash of what was trained before it.
+            form[name] = {"type": part.type} | part.model_dump(mode="json", exclude_defaults=True)
         digest = hashlib.sha256(json.dumps(form, sort_keys=True).encode())
         deciding = {f"encoder.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
-        if isinstance(self.bottleneck, VectorQuantizer):
-            deciding["codebook"] = self.bottleneck.codebook
+        deciding |= {f"bottleneck.{name}": tensor for name, tensor in self.bottleneck.state_dict().items()}
         for name, tensor in sorted(deciding.items()):
+            if "ema_" in name:  # statistics of the training
+                continue
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -168,8 +233,12 @@ class Autoencoder(nn.Module):
         fill(model, state, path)
         return model.eval()
 
-    def to_images(self, decoded: Tensor) -> Tensor:
-        """The decoder's output, pixels or logits, as images (B, C, H, W) in [-1, 1]."""
+    def to_pixels(self, decoded: Tensor) -> Tensor:
+        """The decoder's output, pixels or logits, as pixels: in [-1, 1] from logits, else about so; differentiable."""
         if self.config.loss.reconstruction == "bce":
             return torch.sigmoid(decoded.float()) * 2 - 1
-        return decoded.float().clamp(-1, 1)
+        return decoded.float()
+
+    def to_images(self, decoded: Tensor) -> Tensor:
+        """The decoder's output as images (B, C, H, W) in [-1, 1]."""
+        return self.to_pixels(decoded).clamp(-1, 1)

@@ -14,7 +14,9 @@ class BottleneckOutput:
     z: Tensor
     """(B, C, h, w): what the decoder gets."""
     indices: Tensor | None = None
-    """(B, h, w) int64 codes, for the discrete bottlenecks."""
+    """int64 codes of the discrete bottlenecks: (B, h, w), or (B, h, w * depth) where a cell has `depth` codes."""
+    mean: Tensor | None = None
+    """(B, C, h, w): the posterior's mean, of the variational bottlenecks."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Scalars to be added to the reconstruction loss."""
     metrics: dict[str, Tensor] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Reconstruction losses, and the evidence lower bound of the variational families.
+"""Reconstruction losses, the evidence lower bound of the variational families, and the denoising ones' corruption.
 
 Images and reconstructions are in [-1, 1]; `bce` works on logits and on targets in [0, 1].
 """
@@ -10,9 +10,21 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from core.config import Number, Section
+from core.config import Number, Section, Share
+from core.random import BatchRandom
+from stage1_tokenizer.discriminator import AdversarialConfig
+from stage1_tokenizer.perceptual import PerceptualConfig
 
-__all__ = ["LossConfig", "negative_log_likelihood", "reconstruction_loss"]
+__all__ = ["CorruptionConfig", "LossConfig", "corrupt", "negative_log_likelihood", "reconstruction_loss"]
+
+
+class CorruptionConfig(Section):
+    """What is done to the input of a denoising autoencoder (Vincent et al. 2008); the target stays clean."""
+
+    masked_share: Share = 0.0
+    """Of the values of each image, exactly this share is set to 0 on the scale [0, 1], that is to black."""
+    noise_std: Number = Field(default=0.0, ge=0)
+    """Standard deviation of the Gaussian noise added before that, in units of [-1, 1]."""
 
 
 class LossConfig(Section):
@@ -26,6 +38,23 @@ class LossConfig(Section):
     likelihood_scale: Number = Field(default=0.1, gt=0)
     """Standard deviation (`l2`) or Laplace scale (`l1`) of a pixel's likelihood, in units of [-1, 1], for the
     variational families."""
+    corruption: CorruptionConfig | None = None
+    """Makes it a denoising autoencoder."""
+    perceptual: PerceptualConfig | None = None
+    """A distance in the features of a frozen network, added to the reconstruction loss."""
+    adversarial: AdversarialConfig | None = None
+    """A discriminator trained beside the autoencoder: VQ-GAN."""
+
+
+def corrupt(images: Tensor, config: CorruptionConfig, random: BatchRandom) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] with noise and masked values."""
+    if config.noise_std:
+        images = images + config.noise_std * random.normal("corruption noise", tuple(images.shape[1:]), images.device)
+    if masked := round(config.masked_share * images[0].numel()):
+        draws = random.uniform("corruption mask", (images[0].numel(),), images.device)
+        chosen = draws.topk(masked, dim=1, sorted=False).indices
+        images = images.flatten(1).scatter(1, chosen, -1.0).view_as(images)
+    return images
 
 
 def reconstruction_loss(decoded: Tensor, images: Tensor, kind: Literal["bce", "l1", "l2"]) -> Tensor:

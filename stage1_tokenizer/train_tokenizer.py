@@ -3,54 +3,105 @@
 accelerate launch -m stage1_tokenizer.train_tokenizer configs/tokenizer/vqvae_cifar10.yaml [key=value ...]
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from PIL import Image
-from torch import Tensor
+from pydantic import model_validator
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from core.command import run_command
-from core.config import RunConfig, Section, load_config
-from core.data import DataConfig, ImageData, ImageSplit, load_images
+from core.config import RunConfig, Section, describe_differences, load_config
+from core.data import DataConfig, ImageSplit, load_images
 from core.ema import averaged_copy
-from core.images import to_float, to_uint8
-from core.pictures import contact_sheet, save_picture
+from core.errors import InputError
+from core.images import to_float
+from core.model_folder import fill, load_model_folder
+from core.pictures import save_picture
 from core.random import BatchRandom, seed_for
 from core.training import Batches, TrainConfig, TrainingRun, make_optimizer
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig
+from stage1_tokenizer.bottlenecks import Gaussian, Identity
+from stage1_tokenizer.diagnosis import Diagnosis
+from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, discriminator_loss, r1_penalty
+from stage1_tokenizer.image_losses import ImageLosses
 from stage1_tokenizer.losses import LossConfig
-from stage1_tokenizer.metrics import psnr
+from stage1_tokenizer.residual_quantizer import ResidualQuantizer
+from stage1_tokenizer.sample_pictures import draw_pictures
+from stage1_tokenizer.validation import validate
 from stage1_tokenizer.vector_quantizer import VectorQuantizer
 
-__all__ = ["TokenizerConfig", "autoencoder_config", "train"]
+__all__ = ["TokenizerConfig", "TokenizerTrainConfig", "autoencoder_config", "train"]
 
-NUM_PICTURED = 12
 VECTORS_PER_CODE = 32  # what k-means starts the codebook from
+MAX_DISTANCES = 1 << 30  # and of how many distances it may work out a round
+REMEDIES = {
+    "vector": "model.bottleneck.revive_below=0.2, a smaller model.bottleneck.codebook_size, or "
+    "model.bottleneck.l2_normalize=true with model.latent_channels=8",
+    "residual": "model.bottleneck.revive_below=0.2, a smaller model.bottleneck.codebook_size, or a smaller "
+    "model.bottleneck.depth",
+    "finite_scalar": "fewer or smaller model.bottleneck.levels, a higher train.lr, or more data",
+    "lookup_free": "a higher model.bottleneck.entropy_weight, a higher model.bottleneck.diversity_weight, or a smaller "
+    "model.latent_channels",
+}
+
+
+class TokenizerTrainConfig(TrainConfig):
+    """As of every training, and which part is trained."""
+
+    parts: Literal["all", "decoder"] = "all"
+    """`decoder`: encoder and codebook stay as `init_from` has them, so the codes and the priors trained on them stay
+    valid."""
 
 
 class TokenizerConfig(Section):
     """A file of `configs/tokenizer/`."""
 
     run: RunConfig
+    init_from: str | None = None
+    """A trained model (a run, or a model folder, such as `twostage import` makes) to start from; its `model` group is
+    taken over where none is given."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
-    train: TrainConfig
+    train: TokenizerTrainConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_of_init_from(cls, document: Any) -> Any:
+        if isinstance(document, dict) and isinstance(document.get("init_from"), str) and "model" not in document:
+            return document | {"model": load_model_folder(document["init_from"], "tokenizer")[0]["model"]}
+        return document
+
+    @model_validator(mode="after")
+    def _decoder_of_something(self) -> "TokenizerConfig":
+        if self.train.parts == "decoder" and self.init_from is None:
+            raise ValueError("train.parts 'decoder': needs init_from=RUN, whose encoder and codes are kept")
+        return self
 
 
-def autoencoder_config(config: TokenizerConfig) -> AutoencoderConfig:
+def autoencoder_config(config: TokenizerConfig, class_names: list[str] | None) -> AutoencoderConfig:
     """What of a training's configuration the trained model keeps."""
     return AutoencoderConfig(
-        image_size=config.data.size, channels=config.data.channels, model=config.model, loss=config.loss
+        image_size=config.data.size,
+        channels=config.data.channels,
+        class_names=class_names,
+        model=config.model,
+        loss=config.loss,
     )
 
 
-def train(config: TokenizerConfig) -> None:
-    """Trains into ``config.run.dir``, going on from its last checkpoint where there is one."""
+def train(config: TokenizerConfig, weights_dir: Path | None = None) -> None:
+    """Trains into ``config.run.dir``, going on from its last checkpoint where there is one.
+
+    Args:
+        weights_dir: where LPIPS's trunk lies; None: torch's cache.
+    """
     run = TrainingRun(config)
     config, accelerator = run.config, run.accelerator
 
@@ -59,60 +110,154 @@ def train(config: TokenizerConfig) -> None:
     for line in [data.description, *data.notices]:
         run.say(line)
     split = data.splits["train"]
+    run.name_rows = split.names
     batches = Batches(len(split), config.train, run.seed, accelerator, "images")
 
-    # 2. The model, its average, its optimizer.
-    autoencoder = Autoencoder(autoencoder_config(config)).to(accelerator.device)
+    # 2. The model, its average, its opponent, their optimizers.
+    autoencoder = Autoencoder(autoencoder_config(config, data.class_names)).to(accelerator.device)
+    if config.init_from:
+        start_from(autoencoder, config.init_from)
+    if config.train.parts == "decoder":
+        autoencoder.encoder.requires_grad_(False)
+        autoencoder.bottleneck.requires_grad_(False)
     averaged = averaged_copy(autoencoder, config.train.ema_decay) if config.train.ema_decay else None
+    final = averaged.module if averaged else autoencoder  # what validation measures and inference loads
+    assert isinstance(final, Autoencoder)
     optimizer = make_optimizer(autoencoder, config.train)
     model, prepared_optimizer = accelerator.prepare(autoencoder, optimizer)
     modules = {"model": autoencoder} | ({"ema": averaged} if averaged else {})
-    final = averaged.module if averaged else autoencoder  # what validation measures and inference loads
-    assert isinstance(final, Autoencoder)
+    optimizers: dict[str, tuple[nn.Module, Optimizer]] = {"optimizer": (autoencoder, optimizer)}
+    opponent = make_opponent(config, accelerator) if config.loss.adversarial else None
+    if opponent:
+        modules |= {"discriminator": opponent.net}
+        optimizers["discriminator_optimizer"] = (opponent.net, opponent.optimizer)
+    image_losses = ImageLosses(config.loss, autoencoder, opponent and opponent.net, weights_dir, accelerator)
     parameters = sum(p.numel() for p in autoencoder.parameters())
     run.say(
         f"{parameters:,} parameters, latent grid {autoencoder.grid[0]}x{autoencoder.grid[1]}, "
         f"{batches.steps_per_epoch} steps an epoch, {batches.max_steps} in all"
     )
-    if not run.restore(batches, modules, {"optimizer": (autoencoder, optimizer)}):
+    if not run.restore(batches, modules, optimizers) and not config.init_from:
         initialize_codebook(autoencoder, split, batches, accelerator)
+        if averaged:
+            averaged.module.load_state_dict(autoencoder.state_dict())
+    diagnosis = Diagnosis(REMEDIES.get(config.model.bottleneck.type, ""), run.facts, run.say)
+    nets = [model, opponent.prepared] if opponent else [model]
 
     def read(rows: Tensor) -> tuple[Tensor, Tensor | None]:
         return split.read(rows), split.read_labels(rows)
 
+    def reduce_sum(statistics: Tensor) -> Tensor:
+        return accelerator.reduce(statistics, "sum")  # type: ignore[return-value]
+
     # 3. The training.
     for batch in run.steps(read, read_ahead=not split.in_memory):
         model.train()
+        if config.train.parts == "decoder":
+            autoencoder.bottleneck.eval()
+        against = opponent if opponent and run.progress >= opponent.config.start else None
         for (pixels, labels), random in batch:
             images = to_float(pixels.to(accelerator.device, non_blocking=True))
             labels = None if labels is None else labels.to(accelerator.device, non_blocking=True)
             if config.data.horizontal_flip:
                 images = flip_half(images, random)
-            with accelerator.accumulate(model):
+            with accelerator.accumulate(*nets):  # entered once for both: it counts
                 output = model(images, labels, random)
-                accelerator.backward(output.loss)
+                gradient, terms = image_losses.pixel_gradient(output, images, run.progress)
+                loss = output.loss if gradient is None else output.loss + (output.decoded * gradient).sum()
+                accelerator.backward(loss)
                 if accelerator.sync_gradients and config.train.max_grad_norm:
                     accelerator.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
                 prepared_optimizer.step()
                 prepared_optimizer.zero_grad()
-            run.record(output.metrics)
-        if isinstance(autoencoder.bottleneck, VectorQuantizer):
-            autoencoder.bottleneck.update_codebook(lambda statistics: accelerator.reduce(statistics, "sum"))  # type: ignore[arg-type,return-value]
+
+                if against:
+                    real = images.requires_grad_(against.config.r1_weight > 0)
+                    fake = autoencoder.to_pixels(output.decoded.detach())
+                    logits_real, logits_fake = against.prepared(real, fake)
+                    loss = discriminator_loss(logits_real, logits_fake, against.config, against.net.ema_logits)
+                    if against.config.r1_weight:
+                        loss = loss + against.config.r1_weight * r1_penalty(logits_real, real)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients and config.train.max_grad_norm:
+                        accelerator.clip_grad_norm_(against.prepared.parameters(), config.train.max_grad_norm)
+                    against.prepared_optimizer.step()
+                    against.prepared_optimizer.zero_grad()
+                    terms |= against.net.observe(loss, logits_real, logits_fake)
+            run.record(with_terms(output.metrics, terms))
+        if not isinstance(autoencoder.bottleneck, Identity | Gaussian) and config.train.parts == "all":
+            autoencoder.bottleneck.update_codebook(reduce_sum)
+        if against:
+            against.net.update_statistics(reduce_sum)
         if averaged:
             averaged.update_parameters(autoencoder)
-        run.advance()
+        if metrics := run.advance():
+            diagnosis.observe(run.step, metrics)
 
         # 4. Once in a while: measure, picture, save.
         if run.due("validate"):
-            run.log_validation(validate(final, data.validation, config.train.batch_size, run.seed, accelerator))
+            metrics = validate(final, data.validation, config.train.batch_size, run.seed, accelerator)
+            run.log_validation(metrics)
+            diagnosis.observe(run.step, {name: metrics[name] for name in ("active_units",) if name in metrics})
             if accelerator.is_main_process:
-                path = run.folder.samples / f"step_{run.step:08d}.png"
-                save_picture(picture(final, data, run.seed), path)
+                for name, picture in draw_pictures(final, data, run.seed).items():
+                    file = f"step_{run.step:08d}_{name}.png" if name else f"step_{run.step:08d}.png"
+                    save_picture(picture, run.folder.samples / file)
         if run.due("checkpoint"):
             if accelerator.is_main_process:
                 final.save_pretrained(run.folder.model)
             run.save(title=f"{run.folder.path.name}: {config.model.bottleneck.type} autoencoder")
     run.say(f"model: {run.folder.model}; pictures: {run.folder.samples}; curves: {run.folder.path / 'losses.png'}")
+
+
+def start_from(autoencoder: Autoencoder, source: str) -> None:
+    """Fills a new autoencoder with the weights of a trained one.
+
+    Raises:
+        InputError: another architecture; the differences are named.
+    """
+    document, state = load_model_folder(source, "tokenizer")
+    differences = describe_differences(document["model"], autoencoder.config.model.model_dump(mode="json"), "model.")
+    if differences:
+        raise InputError(f"init_from {source}: is another model:\n  " + "\n  ".join(differences))
+    fill(autoencoder, state, f"init_from {source}")
+
+
+@dataclass
+class Opponent:
+    """The discriminator as the training step needs it."""
+
+    config: AdversarialConfig
+    net: Discriminator
+    optimizer: Optimizer
+    prepared: nn.Module
+    prepared_optimizer: Optimizer
+
+
+def make_opponent(config: TokenizerConfig, accelerator: Accelerator) -> Opponent:
+    """The discriminator of ``loss.adversarial``.
+
+    Raises:
+        InputError: statistics that torch cannot share between processes on a CPU.
+    """
+    adversarial = config.loss.adversarial
+    assert adversarial is not None
+    if adversarial.norm == "sync_batch" and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        raise InputError(
+            "loss.adversarial.norm 'sync_batch': torch shares these statistics between GPUs only, and this run has "
+            f"{accelerator.num_processes} processes on the CPU; use 'group'"
+        )
+    net = Discriminator(adversarial, config.data.channels, config.data.size).to(accelerator.device)
+    optimizer = make_optimizer(net, config.train, lr=adversarial.lr, betas=adversarial.betas)
+    return Opponent(adversarial, net, optimizer, *accelerator.prepare(net, optimizer))
+
+
+def with_terms(metrics: dict[str, Tensor], terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All metrics of a step; `loss` is what the autoencoder minimised."""
+    loss = metrics["loss"] + terms.get("perceptual", 0)
+    if "adversarial" in terms:
+        loss = loss + terms["adversarial_weight"] * terms["adversarial"]
+    return metrics | {"loss": loss} | terms
 
 
 def flip_half(images: Tensor, random: BatchRandom) -> Tensor:
@@ -127,13 +272,17 @@ def initialize_codebook(
 ) -> None:
     """Starts a codebook from the first training images, the same ones in every process."""
     quantizer = autoencoder.bottleneck
-    if not isinstance(quantizer, VectorQuantizer):
+    if not isinstance(quantizer, VectorQuantizer | ResidualQuantizer):
         return
     cells = autoencoder.grid[0] * autoencoder.grid[1]
-    wanted = min(len(split), 4096, -(-VECTORS_PER_CODE * quantizer.config.codebook_size // cells))
+    vectors = max(
+        quantizer.codebook_size,
+        min(VECTORS_PER_CODE * quantizer.codebook_size, MAX_DISTANCES // quantizer.codebook_size),
+    )
+    wanted = min(len(split), 4096, -(-vectors // cells))
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed_for(batches.seed, "codebook")))
     encoded = [
-        autoencoder.encoder(to_float(split.read(rows).to(accelerator.device)))
+        autoencoder.encoded(to_float(split.read(rows).to(accelerator.device)))
         for rows in order[:wanted].split(batches.batch_size)
     ]
     quantizer.initialize(torch.cat(encoded), torch.Generator().manual_seed(seed_for(batches.seed, "k-means")))
@@ -141,71 +290,15 @@ def initialize_codebook(
         tensor.copy_(broadcast(tensor))
 
 
-@torch.no_grad()
-def validate(
-    model: Autoencoder, split: ImageSplit, batch_size: int, seed: int, accelerator: Accelerator
-) -> dict[str, float]:
-    """The mean metrics over a split, the batches shared by the processes; PSNR in dB of 8-bit images; for codes the
-    share of the codebook in use and its perplexity, over the whole split."""
-    model.eval()
-    sums: dict[str, Tensor] = {}
-    counts = torch.zeros(model.codebook_size or 1, device=accelerator.device)
-    parts = list(torch.arange(len(split)).split(batch_size))
-    for number in range(accelerator.process_index, len(parts), accelerator.num_processes):
-        rows = parts[number]
-        pixels = split.read(rows).to(accelerator.device)
-        labels = split.read_labels(rows)
-        random = BatchRandom(seed_for(seed, "validation", number), slice(0, len(rows)), len(rows))
-        output = model(to_float(pixels), None if labels is None else labels.to(accelerator.device), random)
-        ratios = psnr(to_uint8(model.to_images(output.decoded)), pixels)
-        values = {name: value * len(rows) for name, value in output.metrics.items() if name != "perplexity"}
-        for name, value in (values | {"psnr": ratios.sum()}).items():
-            sums[name] = sums.get(name, torch.zeros((), device=accelerator.device)) + value
-        if output.bottleneck.indices is not None:
-            counts += torch.bincount(output.bottleneck.indices.flatten(), minlength=len(counts))
-    # A process without a batch of its own still takes part in the sums: the names are the same everywhere.
-    names = _metric_names(model)
-    totals = torch.stack([sums.get(name, torch.zeros((), device=accelerator.device)) for name in names])
-    totals = accelerator.reduce(totals, "sum") / len(split)  # type: ignore[operator]
-    metrics = dict(zip(names, totals.tolist(), strict=True))
-    if model.codebook_size:
-        counts = accelerator.reduce(counts, "sum")
-        assert isinstance(counts, Tensor)
-        metrics["codebook_usage"] = (counts > 0).float().mean().item()
-        metrics["perplexity"] = torch.special.entr(counts / counts.sum()).sum().exp().item()
-    return metrics
-
-
-def _metric_names(model: Autoencoder) -> list[str]:
-    if model.variational:
-        return ["loss", "nats_per_image", "bits_per_dim", "reconstruction", "kl", "psnr"]
-    names = ["loss", "reconstruction"]
-    if isinstance(model.bottleneck, VectorQuantizer):
-        names += ["commitment", "codebook"] if model.bottleneck.config.codebook == "learned" else ["commitment"]
-    return [*names, "psnr"]
-
-
-def picture(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
-    """The same held-out images each time, originals over reconstructions; samples under them, where it has any."""
-    model.eval()
-    rows = torch.arange(min(NUM_PICTURED, len(data.validation)))
-    pixels = data.validation.read(rows)
-    device = next(model.parameters()).device
-    parts = [pixels, to_uint8(model.reconstruct(to_float(pixels.to(device)))).cpu()]
-    titles = ["original", "reconstruction"]
-    if model.variational:
-        generator = torch.Generator(device).manual_seed(seed_for(seed, "samples"))
-        parts.append(to_uint8(model.sample(len(rows), generator)).cpu())
-        titles.append("sample")
-    return contact_sheet(torch.cat(parts), columns=len(rows), row_titles=titles)
-
-
 def command(
     config: Annotated[Path, typer.Argument(help="A file of configs/tokenizer/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as train.lr=1e-4.")] = None,
+    weights_dir: Annotated[
+        Path | None, typer.Option(help="Where LPIPS's vgg16-397923af.pth lies; torch's cache by default.")
+    ] = None,
 ) -> None:
     """Train a tokenizer (or AE, VAE ...) from a config. The same command resumes."""
-    train(load_config(TokenizerConfig, config, overrides))
+    train(load_config(TokenizerConfig, config, overrides), weights_dir)
 
 
 if __name__ == "__main__":

@@ -12,23 +12,27 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from core.config import Number, Section, Share
+from core.config import Flag, Number, Section, Share
 from core.random import BatchRandom
 from stage1_tokenizer.bottleneck_output import BottleneckOutput
+from stage1_tokenizer.nearest_codes import k_means, nearest_codes
+from stage1_tokenizer.quantizer import GradientRule, Quantizer, pass_gradient
 
-__all__ = ["VectorConfig", "VectorQuantizer", "k_means", "nearest_codes"]
+__all__ = ["CodebookConfig", "VectorConfig", "VectorQuantizer"]
 
-TILE = 1 << 20  # scores held at a time: 4 MiB, which stays in a CPU's cache
 MAX_CANDIDATES = 1024
 
 
-class VectorConfig(Section):
-    """A codebook of ``codebook_size`` vectors."""
+class CodebookConfig(Section):
+    """A codebook of ``codebook_size`` vectors and how it is trained."""
 
-    type: Literal["vector"] = "vector"
-    codebook_size: Annotated[int, Field(strict=True, ge=2, le=2**31)] = 512
-    codebook: Literal["ema", "learned"] = "ema"
-    """Who moves the codes: a moving average of the vectors that chose them, or the optimizer."""
+    codebook_size: Annotated[int, Field(strict=True, ge=2, le=2**31 - 1)] = 512
+    """Codes; on disk they are 16-bit numbers up to 65,536 and 32-bit ones above."""
+    codebook: Literal["ema", "learned", "simvq"] = "ema"
+    """Who moves the codes: a moving average of the vectors that chose them; the optimizer; or the optimizer through one
+    linear map of fixed random codes, so that all of them move (SimVQ, Zhu et al. 2024, arXiv 2411.02038)."""
+    gradient: GradientRule = "straight_through"
+    """How the decoder's gradient reaches the encoder: as it is, or turned with the vector (the rotation trick)."""
     ema_decay: Share = 0.99
     """Of the codes' statistics (usage, and with `ema` the codes themselves)."""
     commitment_weight: Number = Field(default=0.25, ge=0)
@@ -37,74 +41,94 @@ class VectorConfig(Section):
     """A code used less than this share of the average is put onto a vector of the current batch; 0: never."""
 
 
-class VectorQuantizer(nn.Module):
-    """Nearest-code lookup with straight-through gradients, in float32 whatever the mixed precision.
+class VectorConfig(CodebookConfig):
+    """One code a cell."""
+
+    type: Literal["vector"] = "vector"
+    l2_normalize: Flag = False
+    """Vectors and codes are compared and passed on with length 1 (Yu et al. 2021, arXiv 2110.04627); meant for low
+    `latent_channels`, such as 8."""
+
+
+class VectorQuantizer(Quantizer):
+    """Nearest-code lookup in float32 whatever the mixed precision.
 
     ``forward`` gathers statistics while training; ``update_codebook`` uses them, once an update, after the optimizer.
     The statistics of all processes are summed, so every process has the same codebook.
     """
 
     codebook: Tensor
-    ema_counts: Tensor
     ema_sums: Tensor
-    pending_counts: Tensor
     pending_sums: Tensor
     pending_candidates: Tensor
 
-    def __init__(self, config: VectorConfig, latent_channels: int) -> None:
-        super().__init__()
-        self.config, self.encoded_channels = config, latent_channels
+    def __init__(self, config: CodebookConfig, latent_channels: int) -> None:
+        super().__init__(config.codebook_size, latent_channels, config.ema_decay)
+        self.config = config
+        self.l2_normalize = isinstance(config, VectorConfig) and config.l2_normalize
         size, dim = config.codebook_size, latent_channels
-        codes = torch.randn(size, dim) * dim**-0.5
+        codes = self._normalized(torch.randn(size, dim) * dim**-0.5)
         if config.codebook == "learned":
             self.codebook = nn.Parameter(codes)
         else:
             self.register_buffer("codebook", codes)
+        self.projection = nn.Parameter(torch.eye(dim)) if config.codebook == "simvq" else None
+        # What an update still has to take in, beside the counts.
+        if config.codebook == "ema":
             self.register_buffer("ema_sums", codes.clone())
-        self.register_buffer("ema_counts", torch.ones(size))
-        # What an update still has to take in: counts | sums | candidates, in one tensor for one reduction.
+            self.register_buffer("pending_sums", torch.zeros(size, dim), persistent=False)
         candidates = min(size, MAX_CANDIDATES)
-        self.register_buffer("pending_counts", torch.zeros(size), persistent=False)
-        self.register_buffer("pending_sums", torch.zeros(size, dim), persistent=False)
         self.register_buffer("pending_candidates", torch.zeros(candidates, dim), persistent=False)
 
-    def forward(self, encoded: Tensor, random: BatchRandom) -> BottleneckOutput:
+    def forward(self, encoded: Tensor, labels: Tensor | None, random: BatchRandom) -> BottleneckOutput:
         """Quantizes (B, D, h, w); the losses are `commitment` (weighted) and, for a learned codebook, `codebook`
         (equation 3 of the paper, each a mean over all elements)."""
         with torch.autocast(encoded.device.type, enabled=False):
-            encoded = encoded.float()
-            vectors = rearrange(encoded, "b d h w -> (b h w) d")
-            indices = nearest_codes(vectors, self.codebook)
-            chosen = F.embedding(indices, self.codebook)  # (N, D)
-            losses = {"commitment": self.config.commitment_weight * F.mse_loss(vectors, chosen.detach())}
-            if self.config.codebook == "learned":
-                losses["codebook"] = F.mse_loss(chosen, vectors.detach())
-            if self.training:
-                self._gather_statistics(vectors.detach(), indices, random)
             batch, _, height, width = encoded.shape
-            z_q = rearrange(chosen, "(b h w) d -> b d h w", h=height, w=width)
-            z = encoded + (z_q - encoded).detach()  # the decoder's gradient goes straight to the encoder
-            grid = indices.view(batch, height, width)
-        return BottleneckOutput(z, grid, losses, self._usage_metrics())
+            vectors = self._normalized(rearrange(encoded.float(), "b d h w -> (b h w) d"))
+            indices, chosen, losses = self.quantize(vectors, random)
+            z = pass_gradient(vectors, chosen.detach(), self.config.gradient)
+            z = rearrange(z, "(b h w) d -> b d h w", h=height, w=width)
+        return BottleneckOutput(z, indices.view(batch, height, width), losses=losses, metrics=self.usage_metrics())
+
+    def quantize(self, vectors: Tensor, random: BatchRandom) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Vectors (N, D) -> codes (N,), their vectors (N, D) and the loss terms; gathers statistics while training."""
+        indices = nearest_codes(vectors, self.codes())
+        chosen = self.embed(indices)
+        losses = {"commitment": self.config.commitment_weight * F.mse_loss(vectors, chosen.detach())}
+        if self.config.codebook != "ema":
+            losses["codebook"] = F.mse_loss(chosen, vectors.detach())
+        if self.training:
+            self._gather_statistics(vectors.detach(), indices, random)
+        return indices, chosen, losses
 
     def encode(self, encoded: Tensor) -> BottleneckOutput:
         """The codes and their vectors, no losses."""
-        vectors = rearrange(encoded.float(), "b d h w -> b h w d")
-        indices = nearest_codes(vectors.reshape(-1, vectors.shape[-1]), self.codebook).view(vectors.shape[:-1])
-        return BottleneckOutput(self.lookup(indices), indices)
+        with torch.autocast(encoded.device.type, enabled=False):
+            vectors = self._normalized(rearrange(encoded.float(), "b d h w -> (b h w) d"))
+            indices = nearest_codes(vectors, self.codes()).view(-1, *encoded.shape[2:])
+            return BottleneckOutput(self.lookup(indices), indices)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes (B, h, w) -> their vectors (B, D, h, w)."""
-        return rearrange(F.embedding(indices, self.codebook), "b h w d -> b d h w")
+        return rearrange(self.embed(indices), "b h w d -> b d h w")
+
+    def embed(self, indices: Tensor) -> Tensor:
+        """Codes (...) -> their vectors (..., D), differentiable for a learned codebook."""
+        chosen = F.embedding(indices, self.codebook)
+        return self._normalized(chosen if self.projection is None else chosen @ self.projection)
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """All vectors (K, D) as they are compared."""
+        return self._normalized(self.codebook if self.projection is None else self.codebook @ self.projection)
 
     @torch.no_grad()
     def initialize(self, encoded: Tensor, generator: torch.Generator) -> None:
         """Puts the codes onto the k-means centres of encoded images (B, D, h, w)."""
-        vectors = rearrange(encoded.float(), "b d h w -> (b h w) d")
-        centres = k_means(vectors, self.config.codebook_size, generator)
-        self.codebook.copy_(centres)
-        if self.config.codebook == "ema":
-            self.ema_sums.copy_(centres)
+        vectors = self._normalized(rearrange(encoded.float(), "b d h w -> (b h w) d"))
+        centres = self._normalized(k_means(vectors, self.codebook_size, generator))
+        self._place(centres, torch.ones_like(self.ema_counts, dtype=torch.bool), torch.ones_like(self.ema_counts[0]))
         self.ema_counts.fill_(1.0)
 
     @torch.no_grad()
@@ -114,29 +138,34 @@ class VectorQuantizer(nn.Module):
         Counts and sums decay by ``ema_decay`` (appendix A.1 of the paper; Laplace smoothing as in sonnet). A code that
         has fallen out of use gets a vector of the batch and, or the next update would undo it, fresh statistics.
         """
-        pending = torch.cat([self.pending_sums, self.pending_candidates])
-        counts, pending = reduce_sum(self.pending_counts), reduce_sum(pending)
-        sums, candidates = pending.split([len(self.pending_sums), len(self.pending_candidates)])
-        keep, size = self.config.ema_decay, self.config.codebook_size
-        self.ema_counts.lerp_(counts, 1 - keep)
-        total = self.ema_counts.sum()
+        super().update_codebook(reduce_sum)
+        size, total = self.codebook_size, self.ema_counts.sum()
         average = total / size
         if self.config.codebook == "ema":
-            self.ema_sums.lerp_(sums, 1 - keep)
+            self.ema_sums.lerp_(reduce_sum(self.pending_sums), 1 - self.config.ema_decay)
             smoothed = (self.ema_counts + 1e-5) / (total + size * 1e-5) * total
-            self.codebook.copy_(self.ema_sums / smoothed[:, None])
+            self.codebook.copy_(self._normalized(self.ema_sums / smoothed[:, None]))
+            self.pending_sums.zero_()
+        candidates = reduce_sum(self.pending_candidates)
         dead = self.ema_counts < self.config.revive_below * average
         fresh = candidates[torch.arange(size, device=candidates.device) % len(candidates)]
-        self.codebook.copy_(torch.where(dead[:, None], fresh, self.codebook))
-        if self.config.codebook == "ema":
-            self.ema_sums.copy_(torch.where(dead[:, None], fresh * average, self.ema_sums))
+        self._place(fresh, dead, average)
         self.ema_counts.copy_(torch.where(dead, average, self.ema_counts))
-        for buffer in (self.pending_counts, self.pending_sums, self.pending_candidates):
-            buffer.zero_()
+        self.pending_candidates.zero_()
+
+    def _place(self, vectors: Tensor, where: Tensor, count: Tensor) -> None:
+        """Moves the codes ``where`` (K,) onto ``vectors`` (K, D), as if each had been chosen ``count`` times."""
+        rows = vectors
+        if self.projection is not None:  # the fixed code that the linear map brings there
+            rows, _ = torch.linalg.solve_ex(self.projection, vectors, left=False)
+            where = where & rows.isfinite().all(1)
+        self.codebook.copy_(torch.where(where[:, None], rows, self.codebook))
+        if self.config.codebook == "ema":
+            self.ema_sums.copy_(torch.where(where[:, None], vectors * count, self.ema_sums))
 
     @torch.no_grad()
     def _gather_statistics(self, vectors: Tensor, indices: Tensor, random: BatchRandom) -> None:
-        self.pending_counts.index_add_(0, indices, torch.ones_like(vectors[:, 0]))
+        self.count(indices)
         if self.config.codebook == "ema":
             self.pending_sums.index_add_(0, indices, vectors)
         # Candidates are places in the global batch; each process fills in those that are its own.
@@ -149,39 +178,5 @@ class VectorQuantizer(nn.Module):
         mine = (places >= 0) & (places < len(vectors))
         self.pending_candidates += vectors[places.clamp(0, len(vectors) - 1)] * mine[:, None]
 
-    def _usage_metrics(self) -> dict[str, Tensor]:
-        shares = self.ema_counts / self.ema_counts.sum()
-        return {"perplexity": torch.special.entr(shares).sum().exp()}
-
-
-@torch.no_grad()
-def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """The index of the nearest code of each vector, (N, D) and (K, D) -> (N,) int64.
-
-    argmin |v - e|^2 = argmax v.e - |e|^2 / 2, worked on in tiles: no (N, K) matrix is ever held, and no |v|^2 drowns
-    the differences between close codes.
-    """
-    bias = codebook.square().sum(1).mul_(-0.5)
-    rows = min(len(vectors), max(16, TILE // len(codebook)))
-    scores = vectors.new_empty(rows, len(codebook))
-    indices = torch.empty(len(vectors), dtype=torch.long, device=vectors.device)
-    transposed = codebook.t()
-    for start in range(0, len(vectors), rows):
-        tile = vectors[start : start + rows]
-        torch.argmax(torch.addmm(bias, tile, transposed, out=scores[: len(tile)]), 1, out=indices[start : start + rows])
-    return indices
-
-
-@torch.no_grad()
-def k_means(vectors: Tensor, num_centres: int, generator: torch.Generator, iterations: int = 10) -> Tensor:
-    """Lloyd's algorithm from random vectors, (N, D) -> (num_centres, D); an empty cluster starts again at a vector."""
-    device = vectors.device
-    order = torch.randperm(len(vectors), generator=generator, device=generator.device).to(device)
-    centres = vectors[order[torch.arange(num_centres, device=device) % len(vectors)]].clone()
-    for _ in range(iterations):
-        indices = nearest_codes(vectors, centres)
-        counts = torch.zeros(num_centres, device=device).index_add_(0, indices, torch.ones_like(vectors[:, 0]))
-        sums = torch.zeros_like(centres).index_add_(0, indices, vectors)
-        draws = torch.randint(len(vectors), (num_centres,), generator=generator, device=generator.device).to(device)
-        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], vectors[draws])
-    return centres
+    def _normalized(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.l2_normalize else vectors

@@ -1,6 +1,7 @@
 """A mistake costs one clear sentence and status 2; what was there before is there afterwards, untouched."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,7 +98,14 @@ def pictures(folder: Path, count: int = 20, mode: str = "RGB") -> Path:
         (["train.lr"], ["override 'train.lr': expected key=value"]),
         (["data.source=./nowhere"], ["data.source './nowhere': nothing there"]),
         (["data.source=no_such_set"], ["data.source 'no_such_set': nothing there", "TWOSTAGE_DATA"]),
-        (["data.image_size=18"], ["18", "4"]),
+        (["model.backbone.attention_factors=[8]"], ["attention_factors [8]", "expected some of [1, 2, 4]"]),
+        (["model.bottleneck={type: finite_scalar, levels: [8, 5]}"], ["latent_channels 4", "set latent_channels to 2"]),
+        (["model.bottleneck={type: lookup_free}", "model.latent_channels=21"], ["latent_channels 21", "at most 20"]),
+        (["model.bottleneck.codebook_size=4294967296"], ["codebook_size", "2147483647"]),
+        (["loss.adversarial={num_layers: 4}"], ["loss.adversarial.num_layers 4", "16x16", "Use fewer layers"]),
+        (["loss.perceptual={type: features, path: runs/none}"], ["runs/none: no such folder"]),
+        (["train.parts=decoder"], ["train.parts", "init_from=RUN"]),
+        (["init_from=runs/none"], ["runs/none: no such folder"]),
         (["data.num_images=8"], ["train.batch_size 16: the training split has only 8 images", "at most 8"]),
         (["train.batch_size=15", "train.gradient_accumulation_steps=2"], ["cannot be shared equally", "multiple of 2"]),
     ],
@@ -168,7 +176,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(twosta
     ended = twostage(*words)
     assert ended.code == 2
     error = ended.err[ended.err.index("error: ") :]
-    assert "is not finite; the run stops, and its last good checkpoint in run/checkpoints is kept" in error
+    assert re.search(r"step \d+: reconstruction, commitment is not finite for the batch of picture \d+, ", error)
+    assert "its last good checkpoint in run/checkpoints is kept" in error
     kept = list((tmp_path / "run" / "checkpoints").glob("step_*"))
     assert kept
     assert f"step {max(int(path.name[5:]) for path in kept) + 1}: " in error

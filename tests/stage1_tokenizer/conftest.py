@@ -19,7 +19,13 @@ BOTTLENECKS = {
     "identity": {"type": "identity"},
     "gaussian": {"type": "gaussian"},
     "vector": {"type": "vector", "codebook_size": 8},
+    "class_gaussian": {"type": "class_gaussian"},
     "learned": {"type": "vector", "codebook_size": 8, "codebook": "learned"},
+    "simvq": {"type": "vector", "codebook_size": 8, "codebook": "simvq", "ema_decay": 0.9},
+    "l2": {"type": "vector", "codebook_size": 8, "l2_normalize": True},
+    "finite_scalar": {"type": "finite_scalar", "levels": [4, 3, 2, 5]},
+    "lookup_free": {"type": "lookup_free"},
+    "residual": {"type": "residual", "codebook_size": 8, "depth": 2},
 }
 
 
@@ -33,7 +39,11 @@ def _tiny_autoencoder(bottleneck: str = "vector", backbone: str = "conv", size: 
     model = {"latent_channels": 4, "backbone": BACKBONES[backbone], "bottleneck": BOTTLENECKS[bottleneck]}
     return Autoencoder(
         AutoencoderConfig(
-            image_size=size, channels=channels, model=ModelConfig.model_validate(model), loss=LossConfig(**loss)
+            image_size=size,
+            channels=channels,
+            class_names=["a", "b", "c"],
+            model=ModelConfig.model_validate(model),
+            loss=LossConfig(**loss),
         )
     )
 

@@ -4,7 +4,17 @@ from torch import nn
 
 from core.config import parse_config
 from core.errors import InputError
-from stage1_tokenizer.backbones import ConvConfig, MLPConfig, ResBlock, UnitRange, build_backbone, grid_of
+from stage1_tokenizer.backbones import (
+    AttentionBlock,
+    ConvConfig,
+    MLPConfig,
+    ResBlock,
+    UnitRange,
+    build_backbone,
+    factor_of,
+    grid_of,
+    group_norm,
+)
 
 CONV = ConvConfig(channels=8, channel_mult=[1, 2, 1], num_res_blocks=[0, 1, 1])
 MLP = MLPConfig(hidden_sizes=[16, 12])
@@ -21,14 +31,33 @@ def test_images_become_latents_and_latents_images(config, channels, size):
     assert decoder(torch.zeros(2, 5, *grid)).shape == (2, channels, *size)
 
 
-@pytest.mark.parametrize("size", [(10, 12), (12, 10), (2, 8)])
-def test_a_size_that_cannot_be_halved_is_refused_and_the_suggested_one_works(size):
-    with pytest.raises(InputError, match="halves each side 2 times, so both must be multiples of 4") as refusal:
-        grid_of(CONV, size)
-    height, width = str(refusal.value).rpartition("try ")[2].split(" x ")
-    assert min(grid_of(CONV, (int(height), int(width)))) > 0
-    with pytest.raises(InputError, match=f"data.image_size {size[0]}x{size[1]}"):
-        build_backbone(CONV, 3, size, 4, 4)
+@pytest.mark.parametrize(("size", "grid"), [((10, 12), (3, 3)), ((2, 8), (1, 2)), ((1, 1), (1, 1))])
+def test_a_grid_covers_images_that_are_no_multiple_of_the_factor(size, grid):
+    assert factor_of(CONV) == 4
+    assert grid_of(CONV, size) == grid
+
+
+@pytest.mark.parametrize("attention_factors", [[], [4], [1, 2, 4]])
+def test_attention_sees_every_cell_and_convolutions_only_near_ones(attention_factors):
+    config = ConvConfig(
+        channels=8, channel_mult=[1, 1, 1], num_res_blocks=[0, 0, 0], attention_factors=attention_factors
+    )
+    encoder, decoder = build_backbone(config, 1, (64, 64), 2, 2)
+    assert sum(isinstance(m, AttentionBlock) for m in encoder.modules()) == len(attention_factors)
+    assert sum(isinstance(m, AttentionBlock) for m in decoder.modules()) == len(attention_factors)
+    images = torch.randn(1, 1, 64, 64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(encoder(images)[0, 0, 0, 0], images)
+    assert bool(gradient[0, 0, 40:, 40:].abs().sum() > 0) == bool(attention_factors)
+
+
+def test_attention_at_a_resolution_that_is_not_there_is_refused():
+    with pytest.raises(InputError, match=r"attention_factors \[3\]: expected some of \[1, 2\]"):
+        parse_config(ConvConfig, {"channel_mult": [1, 1], "num_res_blocks": [0, 0], "attention_factors": [2, 3]}, "b")
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(1, 1), (6, 1), (8, 2), (64, 16), (128, 32), (256, 32), (48, 8)])
+def test_groups_hold_at_least_four_channels(channels, groups):
+    assert group_norm(channels).num_groups == groups
 
 
 def test_no_halving_keeps_every_size():

@@ -2,9 +2,19 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from core.errors import InputError
 from core.random import BatchRandom
-from stage1_tokenizer.bottlenecks import Gaussian, GaussianConfig, IdentityConfig, build_bottleneck
-from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
+from stage1_tokenizer.bottlenecks import (
+    ClassGaussianConfig,
+    Gaussian,
+    GaussianConfig,
+    IdentityConfig,
+    build_bottleneck,
+)
+from stage1_tokenizer.finite_scalar import FiniteScalarConfig
+from stage1_tokenizer.lookup_free import LookupFreeConfig
+from stage1_tokenizer.residual_quantizer import ResidualConfig
+from stage1_tokenizer.vector_quantizer import VectorConfig
 
 
 @pytest.fixture
@@ -19,16 +29,56 @@ def posterior(encoded: torch.Tensor) -> Normal:
 
 
 def test_each_type_builds_its_bottleneck():
-    identity, gaussian = build_bottleneck(IdentityConfig(), 5), build_bottleneck(GaussianConfig(), 5)
-    vector = build_bottleneck(VectorConfig(codebook_size=4), 5)
-    assert (identity.encoded_channels, gaussian.encoded_channels, vector.encoded_channels) == (5, 10, 5)
-    assert isinstance(vector, VectorQuantizer)
-    assert vector.codebook.shape == (4, 5)
+    def build(config):
+        return build_bottleneck(config, 3, (2, 2), ["a", "b"])
+
+    configs = [
+        *(IdentityConfig(), GaussianConfig(), ClassGaussianConfig(), VectorConfig(codebook_size=4)),
+        *(FiniteScalarConfig(levels=[4, 3, 2]), LookupFreeConfig(), ResidualConfig(codebook_size=4, depth=2)),
+    ]
+    built = [build(config) for config in configs]
+    names = "Identity Gaussian Gaussian VectorQuantizer FiniteScalar LookupFree ResidualQuantizer"
+    assert [type(bottleneck).__name__ for bottleneck in built] == names.split()
+    assert [bottleneck.encoded_channels for bottleneck in built] == [3, 6, 6, 3, 3, 3, 3]
+    assert [bottleneck.codebook_size for bottleneck in built] == [None, None, None, 4, 24, 8, 4]
+    assert built[2].class_means.shape == (2, 3, 2, 2)
+    assert built[1].class_means is None
+
+
+def test_a_class_bottleneck_needs_classes_and_labels(encoded, whole_batch):
+    with pytest.raises(InputError, match="'class_gaussian': the data has no classes"):
+        build_bottleneck(ClassGaussianConfig(), 3, (2, 2), None)
+    with pytest.raises(InputError, match="needs the class of every image, got no labels"):
+        Gaussian((3, 2, 2), num_classes=2)(encoded, None, whole_batch(8))
+
+
+def test_the_class_kl_is_to_a_unit_gaussian_around_the_class_mean(encoded, whole_batch):
+    """L = 1/2 sum[(mu - mu_y)^2 + sigma^2 - log sigma^2 - 1], its value and its gradients."""
+    bottleneck, labels = Gaussian((3, 2, 2), num_classes=2), torch.tensor([0, 1] * 4)
+    torch.nn.init.normal_(bottleneck.class_means)
+    encoded.requires_grad_()
+    kl = bottleneck(encoded, labels, whole_batch(8)).losses["kl"]
+    prior = Normal(bottleneck.class_means[labels].double(), 1.0)
+    expected = kl_divergence(posterior(encoded), prior).flatten(1).sum(1).mean()
+    torch.testing.assert_close(kl.double(), expected, rtol=1e-6, atol=1e-6)
+    for tensor in (encoded, bottleneck.class_means):
+        gradients = [torch.autograd.grad(value, tensor, retain_graph=True)[0] for value in (kl, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_samples_of_a_class_lie_around_its_mean():
+    bottleneck, labels = Gaussian((3, 1, 1), num_classes=2), torch.tensor([0, 1]).repeat(4000)
+    torch.nn.init.normal_(bottleneck.class_means, std=5)
+    z = bottleneck.sample(8000, labels, torch.Generator().manual_seed(0), torch.device("cpu"))
+    for label in (0, 1):
+        difference = z[labels == label].mean(0) - bottleneck.class_means[label]
+        assert difference.abs().max() < 0.07
+        assert (z[labels == label].std(0) - 1).abs().max() < 0.05
 
 
 def test_identity_is_the_latent_as_it_is(encoded, whole_batch):
-    identity = build_bottleneck(IdentityConfig(), 6)
-    for output in (identity(encoded, whole_batch(8)), identity.encode(encoded)):
+    identity = build_bottleneck(IdentityConfig(), 6, (2, 2), None)
+    for output in (identity(encoded, None, whole_batch(8)), identity.encode(encoded)):
         assert torch.equal(output.z, encoded)
         assert output.indices is None
         assert output.losses == {}
@@ -36,7 +86,7 @@ def test_identity_is_the_latent_as_it_is(encoded, whole_batch):
 
 def test_kl_and_its_gradient_equal_those_of_torch_distributions(encoded, whole_batch):
     encoded.requires_grad_()
-    kl = Gaussian(3)(encoded, whole_batch(8)).losses["kl"]
+    kl = Gaussian((3, 2, 2))(encoded, None, whole_batch(8)).losses["kl"]
     expected = kl_divergence(posterior(encoded), Normal(0.0, 1.0)).flatten(1).sum(1).mean()
     torch.testing.assert_close(kl.double(), expected, rtol=1e-6, atol=1e-6)
     gradient, expected_gradient = (torch.autograd.grad(value, encoded)[0] for value in (kl, expected))
@@ -44,20 +94,20 @@ def test_kl_and_its_gradient_equal_those_of_torch_distributions(encoded, whole_b
 
 
 def test_kl_of_the_prior_itself_is_zero(whole_batch):
-    assert Gaussian(3)(torch.zeros(4, 6, 1, 1), whole_batch(4)).losses["kl"] == 0
+    assert Gaussian((3, 1, 1))(torch.zeros(4, 6, 1, 1), None, whole_batch(4)).losses["kl"] == 0
 
 
 def test_samples_have_the_posteriors_moments(whole_batch):
     count, mean, std = 20_000, torch.tensor([-2.0, 0.5]), torch.tensor([0.3, 2.0])
     encoded = torch.cat([mean, 2 * std.log()]).view(1, 4, 1, 1).expand(count, -1, -1, -1)
-    z = Gaussian(2)(encoded, whole_batch(count)).z[:, :, 0, 0]
+    z = Gaussian((2, 1, 1))(encoded, None, whole_batch(count)).z[:, :, 0, 0]
     assert ((z.mean(0) - mean).abs() < 4 * std / count**0.5).all()
     torch.testing.assert_close(z.std(0), std, rtol=0.03, atol=0)
 
 
 def test_the_gradient_passes_through_the_sample(encoded, whole_batch):
     encoded.requires_grad_()
-    z = Gaussian(3)(encoded, whole_batch(8)).z
+    z = Gaussian((3, 2, 2))(encoded, None, whole_batch(8)).z
     by_mean, by_log_variance = torch.autograd.grad(z.sum(), encoded)[0].chunk(2, dim=1)
     assert (by_mean == 1).all()
     deviation = z - encoded.chunk(2, dim=1)[0]  # std x noise, whose derivative by the log-variance is half of it
@@ -65,33 +115,33 @@ def test_the_gradient_passes_through_the_sample(encoded, whole_batch):
 
 
 def test_encode_gives_the_mean_without_noise(encoded):
-    assert torch.equal(Gaussian(3).encode(encoded).z, encoded[:, :3])
+    assert torch.equal(Gaussian((3, 2, 2)).encode(encoded).z, encoded[:, :3])
 
 
 def test_noise_belongs_to_the_image_not_to_the_process(encoded, whole_batch):
-    gaussian = Gaussian(3)
-    whole = gaussian(encoded, whole_batch(8, seed=1)).z
-    halves = [gaussian(encoded[rows], BatchRandom(1, rows, 8)).z for rows in (slice(0, 4), slice(4, 8))]
+    gaussian = Gaussian((3, 2, 2))
+    whole = gaussian(encoded, None, whole_batch(8, seed=1)).z
+    halves = [gaussian(encoded[rows], None, BatchRandom(1, rows, 8)).z for rows in (slice(0, 4), slice(4, 8))]
     assert torch.equal(torch.cat(halves), whole)
-    assert not torch.equal(gaussian(encoded, whole_batch(8, seed=2)).z, whole)
+    assert not torch.equal(gaussian(encoded, None, whole_batch(8, seed=2)).z, whole)
 
 
 @pytest.mark.parametrize("value", [-1e6, 1e6])
 def test_extreme_encodings_stay_finite(value, whole_batch):
     encoded = torch.cat([torch.zeros(2, 3, 1, 1), torch.full((2, 3, 1, 1), value)], dim=1)
-    output = Gaussian(3)(encoded, whole_batch(2))
+    output = Gaussian((3, 1, 1))(encoded, None, whole_batch(2))
     assert output.z.isfinite().all()
     assert output.losses["kl"].isfinite()
 
 
 def test_the_latent_is_float32_under_mixed_precision(encoded, whole_batch):
-    output = Gaussian(3)(encoded.bfloat16(), whole_batch(8))
+    output = Gaussian((3, 2, 2))(encoded.bfloat16(), None, whole_batch(8))
     assert output.z.dtype == output.losses["kl"].dtype == torch.float32
 
 
 def test_samples_of_the_prior_are_standard_normal_and_repeatable():
-    gaussian, cpu = Gaussian(3), torch.device("cpu")
-    first, again = (gaussian.sample((4000, 3, 2, 1), torch.Generator().manual_seed(0), cpu) for _ in range(2))
+    gaussian, cpu = Gaussian((3, 2, 1)), torch.device("cpu")
+    first, again = (gaussian.sample(4000, None, torch.Generator().manual_seed(0), cpu) for _ in range(2))
     assert torch.equal(first, again)
     assert abs(first.mean()) < 0.03
     assert abs(first.std() - 1) < 0.03

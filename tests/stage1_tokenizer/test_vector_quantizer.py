@@ -6,8 +6,9 @@ from einops import rearrange
 from torch import Tensor
 
 from core.random import BatchRandom
-from stage1_tokenizer import vector_quantizer
-from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer, k_means, nearest_codes
+from stage1_tokenizer import nearest_codes as nearest
+from stage1_tokenizer.nearest_codes import k_means, nearest_codes
+from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
 
 GRID = (2, 3)
 
@@ -56,7 +57,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 @pytest.mark.parametrize(("count", "size", "dim"), [(1, 2, 1), (16, 5, 3), (333, 50, 8)])
 def test_nearest_codes_equal_brute_force_in_tiles(count, size, dim, scale, monkeypatch):
-    monkeypatch.setattr(vector_quantizer, "TILE", 20 * 50)  # 20 rows or fewer at a time: 333 is no multiple
+    monkeypatch.setattr(nearest, "TILE", 20 * 50)  # 20 rows or fewer at a time: 333 is no multiple
     vectors = torch.randn(count, dim, generator=generator(1))
     codebook = torch.randn(size, dim, generator=generator(2)) * scale
     assert torch.equal(nearest_codes(vectors, codebook), brute_force(vectors, codebook))
@@ -78,7 +79,7 @@ def test_a_code_finds_itself():
 
 def test_forward_gives_the_nearest_codes_of_every_cell(whole_batch):
     quantizer, encoded = make_quantizer(), encodings()
-    output = quantizer(encoded, whole_batch(8))
+    output = quantizer(encoded, None, whole_batch(8))
     assert torch.equal(output.indices, brute_force(as_vectors(encoded), quantizer.codebook).view(8, *GRID))
     torch.testing.assert_close(output.z, quantizer.lookup(output.indices))
 
@@ -86,7 +87,7 @@ def test_forward_gives_the_nearest_codes_of_every_cell(whole_batch):
 def test_encode_gives_the_codes_of_forward_and_exactly_their_vectors(whole_batch):
     quantizer, encoded = make_quantizer(), encodings()
     encoded_only = quantizer.encode(encoded)
-    assert torch.equal(encoded_only.indices, quantizer(encoded, whole_batch(8)).indices)
+    assert torch.equal(encoded_only.indices, quantizer(encoded, None, whole_batch(8)).indices)
     for image, row, column in [(0, 0, 0), (3, 1, 2), (7, 0, 1)]:
         code = encoded_only.indices[image, row, column]
         assert torch.equal(encoded_only.z[image, :, row, column], quantizer.codebook[code])
@@ -96,7 +97,7 @@ def test_encode_gives_the_codes_of_forward_and_exactly_their_vectors(whole_batch
 def test_the_commitment_weight_scales_the_encoders_gradient_alone(weight, whole_batch):
     quantizer = make_quantizer(codebook="learned", commitment_weight=weight)
     encoded = encodings().requires_grad_()
-    output = quantizer(encoded, whole_batch(8))
+    output = quantizer(encoded, None, whole_batch(8))
     sum(output.losses.values()).backward()
     distance = (encoded - quantizer.lookup(output.indices)).detach()
     torch.testing.assert_close(encoded.grad, weight * 2 * distance / encoded.numel())
@@ -107,7 +108,7 @@ def test_the_commitment_weight_scales_the_encoders_gradient_alone(weight, whole_
 
 def test_losses_by_hand(whole_batch):
     quantizer, encoded = make_quantizer(codebook="learned", commitment_weight=0.25), encodings()
-    output = quantizer(encoded, whole_batch(8))
+    output = quantizer(encoded, None, whole_batch(8))
     distance = (encoded - quantizer.lookup(output.indices)).square().mean()
     torch.testing.assert_close(output.losses, {"commitment": 0.25 * distance, "codebook": distance})
 
@@ -115,7 +116,7 @@ def test_losses_by_hand(whole_batch):
 @pytest.mark.parametrize("codebook", ["ema", "learned"])
 def test_the_decoders_gradient_goes_straight_through(codebook, whole_batch):
     quantizer, encoded = make_quantizer(codebook=codebook), encodings().requires_grad_()
-    z = quantizer(encoded, whole_batch(8)).z
+    z = quantizer(encoded, None, whole_batch(8)).z
     gradient = encodings(seed=5)
     z.backward(gradient)
     assert torch.equal(encoded.grad, gradient)
@@ -124,7 +125,7 @@ def test_the_decoders_gradient_goes_straight_through(codebook, whole_batch):
 
 def test_an_ema_codebook_is_no_parameter(whole_batch):
     quantizer = make_quantizer(codebook="ema")
-    output = quantizer(encodings().requires_grad_(), whole_batch(8))
+    output = quantizer(encodings().requires_grad_(), None, whole_batch(8))
     assert list(quantizer.parameters()) == []
     assert list(output.losses) == ["commitment"]
     assert not quantizer.codebook.requires_grad
@@ -136,10 +137,10 @@ def test_a_learned_codebook_is_the_one_parameter():
 
 def test_float32_under_autocast(whole_batch):
     quantizer, encoded = make_quantizer(size=200), encodings(64)
-    expected = quantizer(encoded, whole_batch(64))
+    expected = quantizer(encoded, None, whole_batch(64))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output, encoded_only = quantizer(encoded, whole_batch(64)), quantizer.encode(encoded)
-        low = quantizer(encoded.bfloat16(), whole_batch(64))
+        output, encoded_only = quantizer(encoded, None, whole_batch(64)), quantizer.encode(encoded)
+        low = quantizer(encoded.bfloat16(), None, whole_batch(64))
     assert output.z.dtype == output.losses["commitment"].dtype == low.z.dtype == torch.float32
     assert torch.equal(output.indices, expected.indices)
     assert torch.equal(encoded_only.indices, expected.indices)
@@ -150,7 +151,7 @@ def test_float32_under_autocast(whole_batch):
 def test_perplexity_is_the_number_of_codes_in_even_use(whole_batch):
     quantizer = make_quantizer(size=6)
     quantizer.ema_counts.copy_(torch.tensor([3.0, 3.0, 3.0, 0.0, 0.0, 0.0]))
-    assert quantizer(encodings(), whole_batch(8)).metrics["perplexity"].item() == pytest.approx(3.0)
+    assert quantizer(encodings(), None, whole_batch(8)).metrics["perplexity"].item() == pytest.approx(3.0)
 
 
 # --- the codebook's updates -----------------------------------------------------------------------------------------
@@ -160,10 +161,10 @@ def test_perplexity_is_the_number_of_codes_in_even_use(whole_batch):
 def test_nothing_changes_before_an_update_or_in_evaluation(codebook, whole_batch):
     quantizer = make_quantizer(codebook=codebook)
     stored = copy.deepcopy(quantizer.state_dict())
-    quantizer(encodings(), whole_batch(8))
+    quantizer(encodings(), None, whole_batch(8))
     assert_same(quantizer.state_dict(), stored)
     before = everything(quantizer.eval())
-    quantizer(encodings(seed=1), whole_batch(8))
+    quantizer(encodings(seed=1), None, whole_batch(8))
     quantizer.encode(encodings(seed=2))
     assert_same(everything(quantizer), before)
 
@@ -173,7 +174,7 @@ def test_the_ema_update_is_the_papers_formula(whole_batch):
     counts, sums = torch.ones(6, dtype=torch.double), quantizer.codebook.double()
     for seed in range(3):
         indices = brute_force(as_vectors(encoded), quantizer.codebook)
-        quantizer(encoded, whole_batch(8, seed))
+        quantizer(encoded, None, whole_batch(8, seed))
         quantizer.update_codebook(alone)
         for code in range(6):
             chosen = as_vectors(encoded).double()[indices == code]
@@ -187,7 +188,7 @@ def test_the_ema_update_is_the_papers_formula(whole_batch):
 def test_an_update_of_a_learned_codebook_moves_no_living_code(whole_batch):
     quantizer = make_quantizer(codebook="learned", revive_below=0.0)
     codes = quantizer.codebook.detach().clone()
-    quantizer(encodings(), whole_batch(8))
+    quantizer(encodings(), None, whole_batch(8))
     quantizer.update_codebook(alone)
     assert torch.equal(quantizer.codebook, codes)
     assert not torch.equal(quantizer.ema_counts, torch.ones(6))
@@ -201,13 +202,13 @@ def test_a_dead_code_gets_a_vector_of_the_batch_and_lives_on(codebook, whole_bat
     if codebook == "ema":
         quantizer.ema_sums[0] = 1e3
     vectors = as_vectors(encodings())
-    quantizer(encodings(), whole_batch(8))
+    quantizer(encodings(), None, whole_batch(8))
     quantizer.update_codebook(alone)
     revived, average = quantizer.codebook[0].detach().clone(), quantizer.ema_counts[0].item()
     assert (vectors == revived).all(1).any()
     assert average == pytest.approx((6 + len(vectors)) / 2 / 6)  # as used as the codes are on average
 
-    indices = quantizer(encodings(), whole_batch(8, seed=1)).indices
+    indices = quantizer(encodings(), None, whole_batch(8, seed=1)).indices
     quantizer.update_codebook(alone)
     chosen = vectors[indices.flatten() == 0]
     assert len(chosen)
@@ -221,7 +222,7 @@ def test_revive_below_0_never_revives(whole_batch):
     with torch.no_grad():
         quantizer.codebook[0] = 1e3
     for seed in range(3):
-        quantizer(encodings(), whole_batch(8, seed))
+        quantizer(encodings(), None, whole_batch(8, seed))
         quantizer.update_codebook(alone)
     assert quantizer.ema_counts[0] == 0
     assert (quantizer.codebook[0] == 1e3).all()
@@ -239,7 +240,7 @@ def test_usage_recovers_from_equal_far_away_codes(whole_batch):
 
     assert len(quantizer.encode(toy_data(0)).indices.unique()) == 1
     for seed in range(1, 300):
-        quantizer(toy_data(seed), whole_batch(32, seed))
+        quantizer(toy_data(seed), None, whole_batch(32, seed))
         quantizer.update_codebook(alone)
     used = torch.cat([quantizer.encode(toy_data(seed)).indices.flatten() for seed in range(300, 310)]).unique()
     assert len(used) > 0.9 * 32
@@ -265,10 +266,10 @@ def test_two_processes_have_the_codebook_of_one(codebook):
     initial = whole.codebook.detach().clone()
     for step in range(4):
         encoded = encodings(seed=step)
-        whole(encoded, BatchRandom(step, slice(0, 8), 8))
+        whole(encoded, None, BatchRandom(step, slice(0, 8), 8))
         whole.update_codebook(alone)
         for half, rows in zip(halves, [slice(0, 4), slice(4, 8)], strict=True):
-            half(encoded[rows], BatchRandom(step, rows, 8))
+            half(encoded[rows], None, BatchRandom(step, rows, 8))
         exchange(*halves)
         assert_same(everything(halves[0]), everything(halves[1]))
         torch.testing.assert_close(everything(halves[0]), everything(whole), rtol=1e-5, atol=1e-5)
@@ -279,10 +280,10 @@ def test_two_processes_have_the_codebook_of_one(codebook):
 def test_accumulated_parts_update_like_the_whole_batch(parts):
     whole = make_quantizer(size=24, ema_decay=0.5, revive_below=0.5)
     in_parts, encoded = copy.deepcopy(whole), encodings()
-    whole(encoded, BatchRandom(0, slice(0, 8), 8))
+    whole(encoded, None, BatchRandom(0, slice(0, 8), 8))
     for start in range(0, 8, 8 // parts):
         rows = slice(start, start + 8 // parts)
-        in_parts(encoded[rows], BatchRandom(0, rows, 8))
+        in_parts(encoded[rows], None, BatchRandom(0, rows, 8))
     for quantizer in (whole, in_parts):
         quantizer.update_codebook(alone)
     torch.testing.assert_close(everything(in_parts), everything(whole))
@@ -322,7 +323,7 @@ def test_k_means_works_with_fewer_vectors_than_centres():
 def test_initialize_puts_the_codes_onto_the_data(codebook, whole_batch):
     quantizer, encoded = make_quantizer(size=12, codebook=codebook), encodings(2)  # 2 x 6 cells: a code for each
     quantizer.initialize(encoded, generator())
-    assert quantizer(encoded, whole_batch(2)).indices.unique().tolist() == list(range(12))
+    assert quantizer(encoded, None, whole_batch(2)).indices.unique().tolist() == list(range(12))
     torch.testing.assert_close(quantizer.encode(encoded).z, encoded)
     codes = quantizer.codebook.detach().clone()
     quantizer.update_codebook(alone)

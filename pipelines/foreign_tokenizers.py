@@ -1,0 +1,324 @@
+"""Reads the tokenizers of other projects as their files are: what they are made of, and their weights.
+
+Only tensors are read from a file; nothing in it is ever executed.
+"""
+
+import json
+import math
+import re
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import AfterValidator, ConfigDict, Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from core.config import Count, Flag, Section, load_config, parse_config
+from core.errors import InputError
+
+__all__ = ["KINDS", "ForeignTokenizer", "read_tokenizer", "some_of"]
+
+KINDS = ("taming", "diffusers", "llamagen")
+
+State = dict[str, Tensor]
+
+# How the first releases of diffusers called an attention's layers.
+OLD_DIFFUSERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclass
+class ForeignTokenizer:
+    """A tokenizer as its own project keeps it."""
+
+    kind: str
+    """One of ``KINDS``."""
+    state: State
+    """The weights under their own names, without those that only training uses."""
+    document: dict[str, Any]
+    """The same tokenizer as an :class:`AutoencoderConfig`, not yet validated."""
+
+
+def read_tokenizer(source: Path, config: str | Path | None = None, kind: str | None = None) -> ForeignTokenizer:
+    """Reads a `.ckpt` of taming-transformers with its ``config``, a `.pt` of LlamaGen or the folder of a diffusers
+    `VQModel`; without ``kind`` the weights' names tell which.
+
+    Raises:
+        InputError: not such a file or folder, or a variant that computes something else.
+    """
+    if kind is not None and kind not in KINDS:
+        raise InputError(f"--kind {kind}: expected one of {', '.join(KINDS)}")
+    if not source.exists():
+        raise InputError(f"{source}: no such file or folder; expected a .ckpt, a .pt or the folder of a VQModel")
+    folder = source.is_dir()
+    if kind is not None and folder != (kind == "diffusers"):
+        wanted = "a folder with config.json" if kind == "diffusers" else "a checkpoint file"
+        raise InputError(f"{source}: is a {'folder' if folder else 'file'}; --kind {kind} needs {wanted}")
+    state = {} if folder else _read_checkpoint(source)
+    kind = kind or ("diffusers" if folder else _recognise(source, state))
+    if kind == "taming":
+        return _taming(source, state, config)
+    if config is not None:
+        raise InputError(f"--config {config}: only a taming-transformers checkpoint needs it; leave it out")
+    return _diffusers(source) if folder else _llamagen(source, state)
+
+
+def some_of(names: Iterable[str]) -> str:
+    """At most five of the names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _recognise(path: Path, state: State) -> str:
+    for kind, part in {"taming": "encoder.down.", "llamagen": "encoder.conv_blocks."}.items():
+        if any(name.startswith(part) for name in state):
+            return kind
+    raise InputError(
+        f"{path}: not a tokenizer of a known kind: it has no weights encoder.down... (taming-transformers) or "
+        f"encoder.conv_blocks... (LlamaGen), but {some_of(state)}"
+    )
+
+
+# --- the files ------------------------------------------------------------------------------------------------------
+
+
+class _Inert:
+    """Stands in for the classes of training programs, of which a checkpoint may hold objects beside its weights."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _read_checkpoint(path: Path) -> State:
+    """The tensors of a file that `torch.save` wrote."""
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+        with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail in any of the layers that read it
+        raise InputError(
+            f"{path}: cannot be read as tensors alone ({type(error).__name__}); expected what torch.save writes, whole "
+            "and without objects that would run code: save its state dict by itself where it was trained"
+        ) from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict with a state dict")
+    nested = [content[key] for key in ("state_dict", "ema", "model") if isinstance(content.get(key), dict)]
+    state = {name: tensor for name, tensor in (*nested, content)[0].items() if isinstance(tensor, Tensor)}
+    if not state:
+        raise InputError(f"{path}: no weights under state_dict, ema or model; it holds {some_of(map(str, content))}")
+    return state
+
+
+# --- taming-transformers --------------------------------------------------------------------------------------------
+
+
+class _Foreign(Section):
+    """A part of another project's configuration; what does not change the weights' meaning is passed over."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+def _only(*values: object) -> AfterValidator:
+    """For keys of which another value would make another model of the same weights."""
+
+    def check(value: object) -> object:
+        if value not in values:
+            raise ValueError(f"got {value!r}, but only {' and '.join(map(repr, values))} can be imported")
+        return value
+
+    return AfterValidator(check)
+
+
+def _vector_quantized(target: str) -> str:
+    if target.rpartition(".")[2] not in ("VQModel", "VQModelInterface", "VQNoDiscModel"):
+        raise ValueError(f"got {target!r}, but only a VQModel can be imported")
+    return target
+
+
+class _TamingBackbone(_Foreign):
+    in_channels: Count
+    out_ch: Count
+    resolution: Count
+    ch: Count
+    ch_mult: list[Count] = Field(default=[1, 2, 4, 8], min_length=1)
+    num_res_blocks: Count
+    attn_resolutions: list[Count]
+    z_channels: Count
+    double_z: Annotated[Any, _only(False)]
+    resamp_with_conv: Annotated[Any, _only(True)] = True
+    attn_type: Annotated[Any, _only("vanilla")] = "vanilla"
+
+
+class _TamingParams(_Foreign):
+    embed_dim: Count
+    n_embed: Count
+    ddconfig: _TamingBackbone
+    remap: Annotated[Any, _only(None)] = None
+
+
+class _TamingModel(_Foreign):
+    target: Annotated[str, AfterValidator(_vector_quantized)] = "taming.models.vqgan.VQModel"
+    params: _TamingParams
+
+
+class _TamingConfig(_Foreign):
+    model: _TamingModel
+
+
+def _taming(path: Path, state: State, config: str | Path | None) -> ForeignTokenizer:
+    if config is None:
+        raise InputError(
+            f"{path}: a taming-transformers checkpoint does not say its architecture; give its YAML file, the one with "
+            "model.params.ddconfig: --config FILE"
+        )
+    params = load_config(_TamingConfig, config).model.params
+    parts, last = params.ddconfig, len(params.ddconfig.ch_mult) - 1
+    _same_channels(f"config {config}: model.params.ddconfig", parts.in_channels, parts.out_ch)
+    # taming halves a resolution, rounding down, in the encoder, and doubles what is left in the decoder
+    coarsest = parts.resolution >> last
+    encoder = [2**i for i in range(last + 1) if parts.resolution >> i in parts.attn_resolutions]
+    decoder = [2**i for i in range(last + 1) if coarsest << (last - i) in parts.attn_resolutions]
+    backbone = {
+        "channels": parts.ch,
+        "channel_mult": parts.ch_mult,
+        "num_res_blocks": parts.num_res_blocks,
+        "attention_factors": encoder,
+        "decoder_attention_factors": None if decoder == encoder else decoder,
+        "inner_channels": parts.z_channels,
+    }
+    size = (parts.resolution, parts.resolution)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("loss.")}
+    document = _document(size, parts.in_channels, backbone, params.n_embed, params.embed_dim)
+    return ForeignTokenizer("taming", state, document)
+
+
+# --- LlamaGen -------------------------------------------------------------------------------------------------------
+
+
+def _llamagen(path: Path, state: State) -> ForeignTokenizer:
+    """All but the size of the images and the normalised codes follows from the shapes."""
+
+    def sizes(name: str) -> torch.Size:
+        if name not in state or state[name].dim() < 2:
+            raise InputError(f"{path}: the weights {name} are missing; expected those of LlamaGen's VQ-8 or VQ-16")
+        return state[name].shape
+
+    levels = {int(found[1]) for name in state if (found := re.match(r"encoder\.conv_blocks\.(\d+)\.", name))}
+    blocks = [name for name in state if re.fullmatch(r"encoder\.conv_blocks\.0\.res\.\d+\.conv1\.weight", name)]
+    stem, channels = sizes("encoder.conv_in.weight")[:2]
+    dim, inner = sizes("quant_conv.weight")[:2]
+    widths = [sizes(f"encoder.conv_blocks.{i}.res.0.conv1.weight")[0] for i in range(max(1, len(levels)))]
+    backbone = {**_multiples(stem, widths), "num_res_blocks": len(blocks), "inner_channels": inner}
+    codes = sizes("quantize.embedding.weight")[0]
+    state = {name: tensor for name, tensor in state.items() if name != "quantize.codebook_used"}
+    return ForeignTokenizer("llamagen", state, _document((256, 256), channels, backbone, codes, dim, l2_normalize=True))
+
+
+# --- diffusers ------------------------------------------------------------------------------------------------------
+
+
+class _DiffusersConfig(_Foreign):
+    class_name: Annotated[Any, _only("VQModel")] = Field(alias="_class_name")
+    in_channels: Count = 3
+    out_channels: Count = 3
+    down_block_types: list[Annotated[str, _only("DownEncoderBlock2D", "AttnDownEncoderBlock2D")]]
+    up_block_types: list[Annotated[str, _only("UpDecoderBlock2D", "AttnUpDecoderBlock2D")]]
+    block_out_channels: list[Count] = Field(min_length=1)
+    layers_per_block: Count = 1
+    act_fn: Annotated[Any, _only("silu", "swish")] = "silu"
+    latent_channels: Count = 3
+    sample_size: Count | tuple[Count, Count] = 32
+    num_vq_embeddings: Count = 256
+    norm_num_groups: Count = 32
+    vq_embed_dim: Count | None = None
+    norm_type: Annotated[Any, _only("group")] = "group"
+    mid_block_add_attention: Flag = True
+
+
+def _diffusers(folder: Path) -> ForeignTokenizer:
+    file = folder / "config.json"
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); expected the folder of a diffusers VQModel") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{file}: holds {document!r}, expected the configuration of a diffusers VQModel")
+    config = parse_config(_DiffusersConfig, document, str(file))
+    _same_channels(str(file), config.in_channels, config.out_channels)
+    widths, down, up = config.block_out_channels, config.down_block_types, config.up_block_types[::-1]
+    if not len(widths) == len(down) == len(up):
+        raise InputError(
+            f"{file}: block_out_channels, down_block_types and up_block_types must be equally long, got {len(widths)}, "
+            f"{len(down)} and {len(up)}"
+        )
+    encoder = [2**i for i, name in enumerate(down) if name.startswith("Attn")]
+    decoder = [2**i for i, name in enumerate(up) if name.startswith("Attn")]
+    backbone = {
+        **_multiples(widths[0], widths),
+        "num_res_blocks": config.layers_per_block,
+        "attention_factors": encoder,
+        "decoder_attention_factors": None if decoder == encoder else decoder,
+        "middle_attention": config.mid_block_add_attention,
+        "inner_channels": config.latent_channels,
+        "norm_groups": config.norm_num_groups,
+    }
+    size = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size, config.sample_size)
+    dim = config.vq_embed_dim or config.latent_channels
+    described = _document(size, config.in_channels, backbone, config.num_vq_embeddings, dim)
+    return ForeignTokenizer("diffusers", _read_diffusers_weights(folder), described)
+
+
+def _read_diffusers_weights(folder: Path) -> State:
+    safe, pickled = (folder / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin"))
+    if safe.is_file():
+        try:
+            state = load_file(safe)
+        except SafetensorError as error:
+            raise InputError(f"{safe}: damaged, it cannot be read ({error}); download it again") from None
+    elif pickled.is_file():
+        state = _read_checkpoint(pickled)
+    else:
+        raise InputError(f"{folder}: no weights there; expected {safe.name} or {pickled.name}")
+    old = "|".join(OLD_DIFFUSERS)
+    return {
+        re.sub(rf"(attentions\.\d+)\.({old})\.", lambda found: f"{found[1]}.{OLD_DIFFUSERS[found[2]]}.", name): tensor
+        for name, tensor in state.items()
+    }
+
+
+# --- all of them ----------------------------------------------------------------------------------------------------
+
+
+def _document(
+    size: tuple[int, int],
+    channels: int,
+    backbone: dict[str, Any],
+    codebook_size: int,
+    dim: int,
+    l2_normalize: bool = False,
+) -> dict[str, Any]:
+    quantizer = {"codebook_size": codebook_size, "codebook": "learned", "l2_normalize": l2_normalize}
+    model = {"backbone": {"type": "vqgan", **backbone}, "bottleneck": {"type": "vector", **quantizer}}
+    return {
+        "image_size": size,
+        "channels": channels,
+        "model": {"latent_channels": dim, **model},
+        "loss": {"reconstruction": "l1"},
+    }
+
+
+def _multiples(stem: int, widths: list[int]) -> dict[str, Any]:
+    unit = math.gcd(stem, *widths)
+    return {"channels": unit, "input_mult": stem // unit, "channel_mult": [width // unit for width in widths]}
+
+
+def _same_channels(where: str, inputs: int, outputs: int) -> None:
+    if inputs != outputs:
+        raise InputError(f"{where}: images go in with {inputs} channels and come out with {outputs}; expected the same")

@@ -1,0 +1,193 @@
+"""The Frechet distance between two sets of images, in the features of one of two networks.
+
+d^2 = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), Heusel et al. 2017 (arXiv 1706.08500). Axes: B images, F features.
+"""
+
+import hashlib
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.errors import InputError
+from core.images import to_float
+from core.random import seed_for
+from stage1_tokenizer.feature_network import FeatureNetwork
+
+__all__ = ["FrechetDistances", "InceptionFeatures", "OwnFeatures", "open_features"]
+
+PUBLISHED = "6726825d"  # how the hash of torch-fidelity's Inception weights begins
+IMAGES_PER_FEATURE = 10  # with fewer the distance of a set to itself is far from 0: 2048 features want 20,480 images
+
+
+class OwnFeatures(nn.Module):
+    """uint8 images (B, C, H, W) -> features (B, F) float64 of a network that this project trained."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.network = FeatureNetwork.from_pretrained(path).eval()
+        self.num_features = self.network.num_features
+        self.channels, self.size = self.network.config.channels, self.network.config.image_size
+        self.protocol = {
+            "network": f"the feature network {path}",
+            "hash": self.network.content_hash(),
+            "resize": f"bilinear, antialiased, to {self.size[0]}x{self.size[1]}; images of that size as they are",
+        }
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        images = to_float(_with_channels(pixels, self.channels))
+        if images.shape[-2:] != self.size:
+            images = F.interpolate(images, self.size, mode="bilinear", align_corners=False, antialias=True)
+        return self.network.features(images).double()
+
+
+class InceptionFeatures(nn.Module):
+    """uint8 images (B, C, H, W) -> the 2048 pooled features (B, F) float64 of the Inception network of published FIDs.
+
+    Raises:
+        InputError: the file is missing or holds other weights. Only tensors are read from it, never code.
+    """
+
+    num_features, channels = 2048, 3
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        path = Path(path)
+        wanted = "pt_inception-2015-12-05-6726825d.pth of torch-fidelity"
+        if not path.is_file():
+            raise InputError(f"--inception {path}: no such file; expected {wanted}, or give --features runs/NAME")
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)  # the library itself would run what is in it
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            raise InputError(
+                f"--inception {path}: no file of weights ({_first_line(error)}); expected {wanted}"
+            ) from None
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        try:
+            # Without antialiasing, as TensorFlow 1 resizes: published distances are so.
+            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise InputError(f"--inception {path}: other weights ({_first_line(error)}); expected {wanted}") from None
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        known = "as published" if digest.startswith(PUBLISHED) else "NOT the published weights: compare with care"
+        self.protocol = {
+            "network": f"Inception v3, pool features ({known})",
+            "hash": digest,
+            "resize": "bilinear to 299x299 without antialiasing, as TensorFlow 1 (torch-fidelity)",
+        }
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.network(_with_channels(pixels, self.channels)).double()
+
+
+def open_features(
+    inception: str | Path | None, features: str | Path | None, channels: int
+) -> OwnFeatures | InceptionFeatures | None:
+    """The network that is asked for, or None.
+
+    Raises:
+        InputError: both are asked for, or the network cannot see images of so many ``channels``.
+    """
+    if inception and features:
+        raise InputError(f"--inception {inception} and --features {features}: give one of them; distances do not mix")
+    if not inception and not features:
+        return None
+    network = InceptionFeatures(inception) if inception else OwnFeatures(features or "")
+    if channels not in (1, network.channels):
+        option = f"--inception {inception}" if inception else f"--features {features}"
+        raise InputError(
+            f"{option}: sees images of {network.channels} channels, the tokenizer's have {channels}; give --features "
+            f"of a network that was trained with data.channels={channels}"
+        )
+    return network
+
+
+class FrechetDistances:
+    """Gathers the features of originals and of their reconstructions, batch by batch.
+
+    Args:
+        num_images: over all processes.
+        device: of the network and of the sums (float64).
+    """
+
+    def __init__(self, network: OwnFeatures | InceptionFeatures, num_images: int, device: torch.device) -> None:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        self.network, self.num_images = network.to(device), num_images
+        device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+
+        def distance() -> FrechetInceptionDistance:
+            # Each image is looked at once, for both distances: they get features.
+            metric = FrechetInceptionDistance(feature=_Given(network.num_features), sync_on_compute=False).to(device)
+            for real in (True, False):  # a process may have no images of its own
+                metric.update(torch.empty(0, network.num_features, dtype=torch.float64, device=device), real)
+            return metric
+
+        self.reconstructions, self.halves = distance(), distance()
+        # Not every second image: classes often take turns.
+        generator = torch.Generator().manual_seed(seed_for("halves"))
+        self._first_half = torch.randperm(num_images, generator=generator) < num_images // 2
+
+    def update(self, originals: Tensor, pictures: Tensor, places: Tensor) -> None:
+        """Takes in uint8 images (B, C, H, W), their 8-bit reconstructions, and which of the images they are, (B,)."""
+        features = self.network(originals).to(self.reconstructions.device)
+        self.reconstructions.update(features, real=True)
+        self.reconstructions.update(self.network(pictures).to(features.device), real=False)
+        first = self._first_half[places].to(features.device)
+        self.halves.update(features[first], real=True)
+        self.halves.update(features[~first], real=False)
+
+    def compute(self, distinct: int, total: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], dict[str, Any]]:
+        """The figures, and what to know about them. ``total`` sums a tensor over the processes.
+
+        Args:
+            distinct: different images among the originals; F + 1 at least make a covariance of full rank.
+        """
+        needed, protocol = self.network.num_features + 1, dict(self.network.protocol)
+        if distinct < needed:
+            reason = f"{distinct} different images, at least {needed} are needed for {needed - 1} features"
+            return {}, protocol | {"not_measured": reason}
+        if self.num_images < IMAGES_PER_FEATURE * self.network.num_features:
+            protocol["warning"] = (
+                f"{self.num_images} images for {self.network.num_features} features: fewer than "
+                f"{IMAGES_PER_FEATURE} each, so it is biased upwards; compare equal numbers of images only"
+            )
+        figures = {"rfid": _root(self.reconstructions, total)}
+        if self.num_images // 2 >= needed:
+            figures["rfid_of_halves"] = _root(self.halves, total)
+            protocol["halves"] = (
+                "rfid_of_halves: a random half of the originals against the other, so of half as many images"
+            )
+        return figures, protocol
+
+
+class _Given(nn.Module):
+    """Passes features through."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def _root(metric: Any, total: Callable[[Tensor], Tensor]) -> float:
+    for name, value in metric.metric_state.items():
+        setattr(metric, name, total(value))
+    return max(0.0, metric.compute().item())  # rounding may leave -1e-9 of a zero
+
+
+def _with_channels(pixels: Tensor, channels: int) -> Tensor:
+    return pixels.expand(-1, channels, -1, -1) if pixels.shape[1] == 1 else pixels
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:120]

@@ -1,0 +1,72 @@
+"""The `finite_scalar` bottleneck: each channel is rounded to one of a few levels; no codebook that could collapse.
+
+FSQ, Mentzer et al. 2023 (arXiv 2309.15505). Axes: N = B h w vectors, D channels with L levels each.
+"""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from einops import rearrange
+from pydantic import Field
+from torch import Tensor
+
+from core.config import Section
+from core.random import BatchRandom
+from stage1_tokenizer.bottleneck_output import BottleneckOutput
+from stage1_tokenizer.quantizer import Quantizer
+
+__all__ = ["FiniteScalar", "FiniteScalarConfig"]
+
+Levels = Annotated[int, Field(strict=True, ge=2)]
+
+
+class FiniteScalarConfig(Section):
+    """The codes are all combinations of the levels: [8, 5, 5, 5] has 1,000."""
+
+    type: Literal["finite_scalar"] = "finite_scalar"
+    levels: list[Levels] = Field(default=[8, 5, 5, 5], min_length=1)
+    """Of each channel; `model.latent_channels` is how many there are."""
+
+
+class FiniteScalar(Quantizer):
+    """round(bound(z)) with straight-through gradients (section 3.1 of the paper); no losses."""
+
+    def __init__(self, config: FiniteScalarConfig) -> None:
+        super().__init__(math.prod(config.levels), len(config.levels))
+        levels = torch.tensor(config.levels)
+        self._tensors = (levels.float(), torch.cat([levels.new_ones(1), levels[:-1]]).cumprod(0))
+
+    def forward(self, encoded: Tensor, labels: Tensor | None, random: BatchRandom) -> BottleneckOutput:
+        """Quantizes (B, D, h, w); z is in [-1, 1]."""
+        with torch.autocast(encoded.device.type, enabled=False):
+            z, indices = self._round(encoded.float())
+        if self.training:
+            self.count(indices.flatten())
+        return BottleneckOutput(z, indices, metrics=self.usage_metrics())
+
+    def encode(self, encoded: Tensor) -> BottleneckOutput:
+        """The codes and their vectors."""
+        _, indices = self._round(encoded.float())
+        return BottleneckOutput(self.lookup(indices), indices)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Codes (B, h, w) -> their vectors (B, D, h, w)."""
+        levels, basis = (t.to(indices.device) for t in self._tensors)
+        digits = indices[..., None] // basis % levels.long()
+        return rearrange(self._scale(digits - levels // 2), "b h w d -> b d h w")
+
+    def _round(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        levels, basis = (t.to(encoded.device) for t in self._tensors)
+        x = rearrange(encoded, "b d h w -> b h w d")
+        # tanh onto as many integers as there are levels: for an even number they lie half a step off the centre.
+        half = (levels - 1) * (1 + 1e-3) / 2
+        offset = (levels % 2 == 0) * 0.5
+        bounded = torch.tanh(x + torch.atanh(offset / half)) * half - offset
+        rounded = bounded.detach().round()
+        indices = ((rounded + levels // 2).long() * basis).sum(-1)
+        z = self._scale(bounded + (rounded - bounded).detach())
+        return rearrange(z, "b h w d -> b d h w"), indices
+
+    def _scale(self, digits: Tensor) -> Tensor:
+        return digits / (self._tensors[0].to(digits.device) // 2)

@@ -1,0 +1,99 @@
+"""The `lookup_free` bottleneck: each channel is a bit, its sign; the codes are all combinations of signs.
+
+LFQ, Yu et al. 2023 (MAGVIT-v2, arXiv 2310.05737). Axes: N = B h w vectors, D channels, 2^D codes.
+"""
+
+from typing import Literal
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field
+from torch import Tensor
+
+from core.config import Number, Section
+from core.random import BatchRandom
+from stage1_tokenizer.bottleneck_output import BottleneckOutput
+from stage1_tokenizer.quantizer import Quantizer
+
+__all__ = ["LookupFree", "LookupFreeConfig"]
+
+
+class LookupFreeConfig(Section):
+    """The codebook has 2^`model.latent_channels` codes."""
+
+    type: Literal["lookup_free"] = "lookup_free"
+    entropy_weight: Number = Field(default=0.1, ge=0)
+    """Of the entropy terms: each vector is to choose one code clearly, all of them together every code alike."""
+    diversity_weight: Number = Field(default=1.0, ge=0)
+    """Of the second of these against the first (alias: gamma)."""
+    temperature: Number = Field(default=1.0, gt=0)
+    """Of the soft choice that the entropies are of: lower is harder."""
+    commitment_weight: Number = Field(default=0.25, ge=0)
+    """Of the pull of the encoder's output towards -1 and 1 (alias: beta)."""
+
+
+class LookupFree(Quantizer):
+    """sign(z) with straight-through gradients, and the entropy terms of equation 5 of the paper.
+
+    With codes c in {-1, 1}^D the soft choice p(c) ~ exp(-|z - c|^2 / T) is a product over bits, so both entropies are
+    exact and cheap: a vector's is a sum over its bits, and the mean choice of N vectors is one product of two matrices
+    (N, 2^(D/2)), never one of N by 2^D.
+    """
+
+    def __init__(self, config: LookupFreeConfig, latent_channels: int) -> None:
+        super().__init__(2**latent_channels, latent_channels)
+        self.config = config
+
+    def forward(self, encoded: Tensor, labels: Tensor | None, random: BatchRandom) -> BottleneckOutput:
+        """Quantizes (B, D, h, w). The losses, weighted: `commitment`, `code_entropy` (nats, of a vector's choice) and
+        `codebook_entropy` (the negative entropy, in nats, of the mean choice over all processes)."""
+        with torch.autocast(encoded.device.type, enabled=False):
+            x = encoded.float()
+            output = self.encode(x)
+            losses = {"commitment": self.config.commitment_weight * F.mse_loss(x, output.z)}
+            if self.config.entropy_weight:
+                logits = rearrange(x, "b d h w -> (b h w) d") * (4 / self.config.temperature)
+                single = (F.softplus(logits) - logits * torch.sigmoid(logits)).sum(1).mean()
+                joint = torch.special.entr(mean_over_processes(mean_choice(logits))).sum()
+                losses["code_entropy"] = self.config.entropy_weight * single
+                losses["codebook_entropy"] = -self.config.entropy_weight * self.config.diversity_weight * joint
+            if self.training:
+                assert output.indices is not None
+                self.count(output.indices.flatten())
+        z = x + (output.z - x).detach()
+        return BottleneckOutput(z, output.indices, losses=losses, metrics=self.usage_metrics())
+
+    def encode(self, encoded: Tensor) -> BottleneckOutput:
+        """The codes and their vectors, -1 and 1."""
+        places = torch.arange(self.encoded_channels, device=encoded.device)
+        indices = ((encoded > 0).long() << places[:, None, None]).sum(1)
+        return BottleneckOutput(self.lookup(indices), indices)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Codes (B, h, w) -> their vectors (B, D, h, w)."""
+        places = torch.arange(self.encoded_channels, device=indices.device)
+        return rearrange((indices[..., None] >> places & 1).float() * 2 - 1, "b h w d -> b d h w")
+
+
+def mean_choice(logits: Tensor) -> Tensor:
+    """The mean over N of the product distributions of D bits with ``logits`` (N, D): (2^D,)."""
+    low, high = logits.tensor_split([logits.shape[1] // 2], dim=1)
+    return (_half(high).T @ _half(low)).flatten() / len(logits)
+
+
+def _half(logits: Tensor) -> Tensor:
+    """The probabilities (N, 2^D) of all combinations of D independent bits."""
+    numbers = torch.arange(2 ** logits.shape[1], device=logits.device)
+    ones = (numbers[:, None] >> torch.arange(logits.shape[1], device=logits.device) & 1).float()
+    return torch.exp(F.logsigmoid(logits) @ ones.T + F.logsigmoid(-logits) @ (1 - ones).T)
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean in value; its gradient is this process's own, which DistributedDataParallel averages."""
+    if not torch.distributed.is_initialized():
+        return value
+    total = value.detach().clone()
+    torch.distributed.all_reduce(total)
+    return value + (total / torch.distributed.get_world_size() - value).detach()

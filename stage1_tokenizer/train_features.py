@@ -1,0 +1,208 @@
+"""Trains a feature network on labelled pictures.
+
+accelerate launch -m stage1_tokenizer.train_features cifar10 [--out runs/features_cifar10]
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from accelerate import Accelerator
+from pydantic import Field
+from torch import Tensor
+
+from core.command import run_command
+from core.config import Count, RunConfig, Section, Size, parse_config
+from core.data import DataConfig, ImageData, ImageSplit, load_images
+from core.errors import InputError
+from core.images import to_float
+from core.random import BatchRandom
+from core.sources import find_source
+from core.training import Batches, TrainConfig, TrainingRun, make_optimizer
+from stage1_tokenizer.feature_network import WIDTHS, FeatureNetwork, FeatureNetworkConfig
+
+__all__ = ["FeaturesTrainingConfig", "shift", "train"]
+
+
+class FeaturesTrainingConfig(Section):
+    """What `twostage train-features` makes of its options."""
+
+    run: RunConfig
+    data: DataConfig = DataConfig()
+    widths: list[Count] = Field(default=WIDTHS, min_length=1)
+    """Of the network: channels at each resolution."""
+    max_shift: Size = 2
+    """Pixels that a training image is moved by at most, up or down and left or right."""
+    train: TrainConfig
+
+
+def train(config: FeaturesTrainingConfig) -> None:
+    """Trains into ``config.run.dir``, going on from its last checkpoint where there is one.
+
+    Raises:
+        InputError: the pictures have no labels, or are all of one class.
+    """
+    run = TrainingRun(config)
+    config, accelerator = run.config, run.accelerator
+
+    # 1. The images and their labels.
+    data = load_images(config.data)
+    for line in [data.description, *data.notices]:
+        run.say(line)
+    class_names = check_labels(data, config.data.source)
+    split = data.splits["train"]
+    batches = Batches(len(split), config.train, run.seed, accelerator, "images")
+
+    # 2. The network, its optimizer.
+    network = FeatureNetwork(
+        FeatureNetworkConfig(
+            image_size=config.data.size, channels=config.data.channels, class_names=class_names, widths=config.widths
+        )
+    ).to(accelerator.device)
+    optimizer = make_optimizer(network, config.train)
+    model, prepared_optimizer = accelerator.prepare(network, optimizer)
+    parameters = sum(p.numel() for p in network.parameters())
+    run.say(f"{parameters:,} parameters, {batches.steps_per_epoch} steps an epoch, {batches.max_steps} in all")
+    run.restore(batches, {"model": network}, {"optimizer": (network, optimizer)})
+
+    def read(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return split.read(rows), read_labels(split, rows)
+
+    # 3. The training.
+    for batch in run.steps(read, read_ahead=not split.in_memory):
+        model.train()
+        for (pixels, labels), random in batch:
+            images = shift(to_float(pixels.to(accelerator.device, non_blocking=True)), config.max_shift, random)
+            if config.data.horizontal_flip:
+                mirrored = random.uniform("horizontal flip", (1, 1, 1), images.device) < 0.5
+                images = torch.where(mirrored, images.flip(-1), images)
+            labels = labels.to(accelerator.device, non_blocking=True)
+            with accelerator.accumulate(model):
+                logits = model(images)
+                loss = F.cross_entropy(logits.float(), labels)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and config.train.max_grad_norm:
+                    accelerator.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
+                prepared_optimizer.step()
+                prepared_optimizer.zero_grad()
+            run.record({"loss": loss, "accuracy": (logits.argmax(dim=1) == labels).float().mean()})
+        run.advance()
+
+        # 4. Once in a while: measure, save.
+        if run.due("validate"):
+            metrics = validate(network, data.validation, config.train.batch_size, accelerator)
+            run.facts["accuracy"] = metrics["accuracy"]
+            run.log_validation(metrics)
+        if run.due("checkpoint"):
+            if accelerator.is_main_process:
+                network.save_pretrained(run.folder.model)
+            run.save(title=f"{run.folder.path.name}: feature network")
+    run.say(
+        f"held-out accuracy {run.facts['accuracy']:.2%} ({len(data.validation):,} images of `{data.validation_name}`); "
+        f"model: {run.folder.model}; curves: {run.folder.path / 'losses.png'}"
+    )
+
+
+def check_labels(data: ImageData, source: str) -> list[str]:
+    """The class names; refuses pictures that there is nothing to learn to tell apart of."""
+    if data.class_names is None or any(split.labels is None for split in (data.splits["train"], data.validation)):
+        raise InputError(
+            f"data.source {source}: its pictures have no labels, and a feature network learns by telling classes "
+            "apart; give one folder a class, or a table with a column `label`, such as mnist, cifar10 or shapes"
+        )
+    if len(data.class_names) < 2:
+        raise InputError(
+            f"data.source {source}: all pictures are of the class {data.class_names[0]!r}; expected at least 2 classes"
+        )
+    return data.class_names
+
+
+def read_labels(split: ImageSplit, rows: Tensor) -> Tensor:
+    """(len(rows),) int64, of a split that has labels."""
+    labels = split.read_labels(rows)
+    assert labels is not None
+    return labels
+
+
+def shift(images: Tensor, max_shift: int, random: BatchRandom) -> Tensor:
+    """Moves each image (B, C, H, W) by up to ``max_shift`` pixels along both sides; its border is repeated."""
+    if max_shift == 0:
+        return images
+    batch, _, height, width = images.shape
+    moves = (random.uniform("shift", (2, 1), images.device) * (2 * max_shift + 1)).long() - max_shift
+    rows = (torch.arange(height, device=images.device) + moves[:, 0]).clamp(0, height - 1)  # (B, H)
+    columns = (torch.arange(width, device=images.device) + moves[:, 1]).clamp(0, width - 1)  # (B, W)
+    sample = torch.arange(batch, device=images.device)[:, None, None]
+    return images[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+@torch.no_grad()
+def validate(network: FeatureNetwork, split: ImageSplit, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
+    """The mean cross-entropy (nats) and the accuracy over a split, the batches shared by the processes."""
+    network.eval()
+    sums = torch.zeros(2, device=accelerator.device)
+    parts = list(torch.arange(len(split)).split(batch_size))
+    for rows in parts[accelerator.process_index :: accelerator.num_processes]:
+        labels = read_labels(split, rows).to(accelerator.device)
+        logits = network(to_float(split.read(rows).to(accelerator.device))).float()
+        correct = (logits.argmax(dim=1) == labels).sum()
+        sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), correct.float()])
+    sums = accelerator.reduce(sums, "sum")
+    assert isinstance(sums, Tensor)
+    loss, accuracy = (sums / len(split)).tolist()
+    return {"loss": loss, "accuracy": accuracy}
+
+
+def first_form(source: str) -> tuple[tuple[int, int], int]:
+    """The size (at most 256) and the channels of the first readable picture; 32x32 RGB for `shapes`."""
+    splits = {} if source == "shapes" else find_source(source).splits
+    for records in splits.values():
+        for row in range(len(records)):
+            try:
+                with records.open(row) as image:
+                    scale = min(1.0, 256 / max(image.size))
+                    height, width = max(1, round(image.height * scale)), max(1, round(image.width * scale))
+                    return (height, width), 1 if image.mode in ("1", "L", "LA", "I", "I;16") else 3
+            except Exception:  # counted and named by load_images
+                continue
+    return (32, 32), 3
+
+
+def command(
+    data: Annotated[str, typer.Argument(help="shapes, a folder, parquet files, a name, or owner/name; with labels.")],
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/features_NAME by default.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; the first picture's by default.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1, 3 or 4; the first picture's by default.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training pictures.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images an update.")] = 64,
+    horizontal_flip: Annotated[bool, typer.Option("--horizontal-flip", help="Mirror half of the images.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Every random number follows from it.")] = 0,
+) -> None:
+    """Train a feature network: for perceptual losses, Frechet distances, class accuracy. The same command resumes."""
+    size, found_channels = first_form(data)
+    document = {
+        "run": {"dir": str(out or Path("runs") / f"features_{Path(data).resolve().stem}"), "seed": seed},
+        "data": {
+            "source": data,
+            "image_size": image_size or list(size),
+            "channels": channels or found_channels,
+            "horizontal_flip": horizontal_flip,
+        },
+        "train": {
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "lr": 3e-3,
+            "lr_schedule": "cosine",
+            "warmup_steps": 20,
+            "weight_decay": 0.05,
+            "max_grad_norm": 1.0,
+            "mixed_precision": "auto",
+        },
+    }
+    train(parse_config(FeaturesTrainingConfig, document, "the options"))
+
+
+if __name__ == "__main__":
+    run_command(command)

@@ -1,0 +1,58 @@
+"""What is measured on held-out images while training."""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from core.data import ImageSplit
+from core.images import to_float, to_uint8
+from core.random import BatchRandom, seed_for
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.metrics import psnr
+
+__all__ = ["validate"]
+
+
+@torch.no_grad()
+def validate(
+    model: Autoencoder, split: ImageSplit, batch_size: int, seed: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """The mean metrics over a split, the batches shared by the processes; PSNR in dB of 8-bit images; for codes the
+    share of the codebook in use and its perplexity, for a posterior the share of active units (whose mean varies over
+    the images by more than 0.01, Burda et al. 2016), over the whole split."""
+    model.eval()
+    device, depth = accelerator.device, model.code_grid[1] // model.grid[1]
+    parts = list(torch.arange(len(split)).split(batch_size))
+    own = parts[accelerator.process_index :: accelerator.num_processes]
+    counts = torch.zeros(depth * (model.codebook_size or 1), device=device)
+    moments: Tensor | None = None
+    sums: dict[str, Tensor] = {}
+    # A process without a batch of its own still takes part in the sums: it works on one that counts nothing.
+    for rows, weight in [(rows, 1) for rows in own] or [(parts[0], 0)]:
+        pixels = split.read(rows).to(device)
+        labels = split.read_labels(rows)
+        random = BatchRandom(seed_for(seed, "validation", int(rows[0]) // batch_size), slice(0, len(rows)), len(rows))
+        output = model(to_float(pixels), None if labels is None else labels.to(device), random)
+        values = {name: output.metrics[name] for name in output.metrics.keys() - {"perplexity", "codebook_usage"}}
+        values["psnr"] = psnr(to_uint8(model.to_images(output.decoded)), pixels).mean()
+        for name in [*output.metrics, "psnr"]:
+            if name in values:
+                sums[name] = sums.get(name, 0) + weight * len(rows) * values[name]
+        if output.bottleneck.indices is not None and model.codebook_size:
+            levels = torch.arange(model.code_grid[1], device=device) % depth * model.codebook_size
+            counts += weight * torch.bincount((output.bottleneck.indices + levels).flatten(), minlength=len(counts))
+        if output.bottleneck.mean is not None:
+            mean = output.bottleneck.mean.flatten(1).double()
+            own_moments = weight * torch.stack([mean.sum(0), mean.square().sum(0)])
+            moments = own_moments if moments is None else moments + own_moments
+    totals = accelerator.reduce(torch.stack([value.double() for value in sums.values()]), "sum") / len(split)  # type: ignore[operator]
+    metrics: dict[str, float] = dict(zip(sums, totals.tolist(), strict=True))
+    if model.codebook_size:
+        counts = accelerator.reduce(counts, "sum").view(depth, -1)  # type: ignore[union-attr]
+        metrics["codebook_usage"] = (counts > 0).float().mean().item()
+        shares = counts / counts.sum(1, keepdim=True)
+        metrics["perplexity"] = torch.special.entr(shares).sum(1).exp().mean().item()
+    if moments is not None:
+        first, second = accelerator.reduce(moments, "sum") / len(split)  # type: ignore[operator]
+        metrics["active_units"] = (second - first.square() > 0.01).double().mean().item()
+    return metrics
