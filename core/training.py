@@ -1,8 +1,12 @@
 """The bookkeeping that both trainings call: processes, data order, metrics, checkpoints. The steps themselves are
 visible in `train_tokenizer` and `train_prior`."""
 
+import itertools
 import os
+import statistics
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Generic, Protocol, TypeVar
@@ -196,6 +200,8 @@ class TrainingRun(Generic[ConfigT]):
         config: of the training verb; the run goes on with :attr:`config`, in which `auto` is decided.
     """
 
+    clock = staticmethod(time.perf_counter)
+
     def __init__(self, config: ConfigT) -> None:
         self.folder = RunFolder(config.run.dir)
         state = join_processes()
@@ -225,6 +231,7 @@ class TrainingRun(Generic[ConfigT]):
         self._sums: Tensor | None = None
         self._first_broken: Tensor | None = None  # by metric: the step that was first not finite, or -1
         self._recorded = 0
+        self._ended: deque[float] = deque(maxlen=100)  # when the last steps ended
         self._bar: tqdm | None = None
         self._lr = 0.0
         torch.manual_seed(seed_for(self.seed, "initial weights"))
@@ -327,12 +334,19 @@ class TrainingRun(Generic[ConfigT]):
     def advance(self) -> dict[str, float] | None:
         """Counts a finished update; the training metrics where a line of them was due, the same in every process."""
         self.step += 1
+        self._ended.append(self.clock())
         if self._bar is not None:
             self._bar.update(self.batches.batch_size)
         # A line is due at every checkpoint too, so that a checkpoint never has a half-filled mean to remember.
         if self.step % self.config.train.log_every == 0 or self.due("validate") or self.due("checkpoint"):
             return self._log_training()
         return None
+
+    @property
+    def seconds_per_step(self) -> float:
+        """By :attr:`clock`: the median of the last steps, validations and checkpoints left out; nan before the second step."""
+        pairs = itertools.pairwise(self._ended)
+        return statistics.median([after - before for before, after in pairs] or [float("nan")])
 
     @property
     def progress(self) -> float:

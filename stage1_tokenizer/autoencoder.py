@@ -30,6 +30,7 @@ from stage1_tokenizer.vector_quantizer import VectorConfig
 __all__ = ["Autoencoder", "AutoencoderConfig", "AutoencoderOutput", "ModelConfig"]
 
 MAX_BITS = 20  # the usage of 2^20 codes is 4 MiB of counts
+TOLERANCE = 1e-3  # of pixels outside of [-1, 1]
 
 
 class ModelConfig(Section):
@@ -98,6 +99,7 @@ class Autoencoder(nn.Module):
         model = config.model
         self.grid = grid_of(model.backbone, config.image_size)
         self.factor = factor_of(model.backbone)
+        self._range_known = config.loss.reconstruction != "bce"
         self.bottleneck = build_bottleneck(model.bottleneck, model.latent_channels, self.grid, config.class_names)
         self.encoder, self.decoder = build_backbone(
             model.backbone, config.channels, config.image_size, self.bottleneck.encoded_channels, model.latent_channels
@@ -133,6 +135,9 @@ class Autoencoder(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor | None, random: BatchRandom) -> AutoencoderOutput:
         """The loss of images (B, C, H, W) in [-1, 1]. ``labels`` (B,) are for the class-conditional families."""
+        if not self._range_known:
+            check_range(images)
+            self._range_known = True  # once: looking at values makes a GPU wait
         corruption = self.config.loss.corruption
         inputs = corrupt(images, corruption, random) if corruption else images
         latent = self.bottleneck(self.encoded(inputs), labels, random)
@@ -242,3 +247,13 @@ class Autoencoder(nn.Module):
     def to_images(self, decoded: Tensor) -> Tensor:
         """The decoder's output as images (B, C, H, W) in [-1, 1]."""
         return self.to_pixels(decoded).clamp(-1, 1)
+
+
+def check_range(images: Tensor) -> None:
+    """Refuses images that the Bernoulli likelihood has no meaning for."""
+    low, high = images.min().item(), images.max().item()
+    if low < -1 - TOLERANCE or high > 1 + TOLERANCE:
+        raise InputError(
+            f"loss.reconstruction 'bce': needs images in [-1, 1], got values from {low:.3g} to {high:.3g}; scale them, "
+            "or use 'l2'"
+        )

@@ -158,7 +158,7 @@ def discriminator_loss(
 def r1_penalty(logits_real: Tensor, images: Tensor) -> Tensor:
     """1/2 E |d logits / d image|^2 at real images that require a gradient; differentiable."""
     (gradient,) = torch.autograd.grad(logits_real.sum(), images, create_graph=True)
-    return 0.5 * gradient.float().square().flatten(1).sum(1).mean()
+    return 0.5 * gradient.square().flatten(1).sum(1).mean()
 
 
 def adversarial_weight(config: AdversarialConfig, progress: float) -> float:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import torch
 from einops import rearrange
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from core.config import Section
@@ -18,6 +18,7 @@ from stage1_tokenizer.quantizer import Quantizer
 
 __all__ = ["FiniteScalar", "FiniteScalarConfig"]
 
+MAX_CODES = 2**20  # their usage is 4 MiB of counts
 Levels = Annotated[int, Field(strict=True, ge=2)]
 
 
@@ -27,6 +28,12 @@ class FiniteScalarConfig(Section):
     type: Literal["finite_scalar"] = "finite_scalar"
     levels: list[Levels] = Field(default=[8, 5, 5, 5], min_length=1)
     """Of each channel; `model.latent_channels` is how many there are."""
+
+    @model_validator(mode="after")
+    def _countable(self) -> "FiniteScalarConfig":
+        if math.prod(self.levels) > MAX_CODES:
+            raise ValueError(f"levels {self.levels}: {math.prod(self.levels):,} codes; expected at most {MAX_CODES:,}")
+        return self
 
 
 class FiniteScalar(Quantizer):

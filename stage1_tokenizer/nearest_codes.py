@@ -3,12 +3,16 @@
 Axes: N vectors, D dimensions, K codes.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 __all__ = ["k_means", "nearest_codes"]
 
-TILE = 1 << 20  # scores held at a time: 4 MiB, which stays in a CPU's cache
+TILE = 1 << 20  # scores held at a time on a CPU: 4 MiB, which stays in its cache
+TILE_ELSEWHERE = 1 << 26  # on a GPU, where few large products are faster than many small ones
+CODES = 1 << 13  # codes of a tile at most: 2 MiB of them at 64 dimensions, read again for every tile of vectors
 
 
 @torch.no_grad()
@@ -18,15 +22,49 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     argmin |v - e|^2 = argmax v.e - |e|^2 / 2, worked on in tiles: no (N, K) matrix is ever held, and no |v|^2 drowns
     the differences between close codes.
     """
-    bias = codebook.square().sum(1).mul_(-0.5)
-    rows = min(len(vectors), max(16, TILE // len(codebook)))
-    scores = vectors.new_empty(rows, len(codebook))
-    indices = torch.empty(len(vectors), dtype=torch.long, device=vectors.device)
-    transposed = codebook.t()
-    for start in range(0, len(vectors), rows):
-        tile = vectors[start : start + rows]
-        torch.argmax(torch.addmm(bias, tile, transposed, out=scores[: len(tile)]), 1, out=indices[start : start + rows])
+    tile = TILE if vectors.device.type == "cpu" else TILE_ELSEWHERE
+    best, indices = None, torch.empty(len(vectors), dtype=torch.long, device=vectors.device)
+    for first in range(0, len(codebook), CODES):
+        codes = codebook[first : first + CODES]
+        score = _scorer(codes)
+        for rows in torch.arange(len(vectors)).split(max(16, tile // len(codes))):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            values, places = _row_maxima(score(vectors[part]))
+            if len(codes) == len(codebook):
+                indices[part] = places
+                continue
+            if best is None:
+                best = vectors.new_full((len(vectors),), -torch.inf)
+            better = values > best[part]
+            indices[part] = torch.where(better, places + first, indices[part])
+            best[part] = torch.maximum(values, best[part])
     return indices
+
+
+def _scorer(codes: Tensor) -> Callable[[Tensor], Tensor]:
+    """Vectors (n, D) -> v.e - |e|^2 / 2 of every code, (n, K)."""
+    bias = codes.square().sum(1).mul_(-0.5)
+    # torch's float32 product takes MKL, half as fast as oneDNN on AMD processors, which packs the codes once. By
+    # rule and not by measurement: two runs must round alike.
+    if codes.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise") and codes.dtype == torch.float32:
+        packed = torch.ops.mkldnn._reorder_linear_weight(codes.contiguous())
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return lambda x: torch.addmm(bias, x, codes.t())
+
+
+def _row_maxima(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each row (n, K) and where it is; on a CPU `amax` is fifteen times as fast as `argmax`, so only one
+    block of each row is searched."""
+    rows, size = scores.shape
+    block = 64
+    if scores.device.type != "cpu" or size % block or size == block:
+        values, places = scores.max(1)
+        return values, places
+    blocks = scores.view(rows, size // block, block)
+    maxima = blocks.amax(2)
+    values, chosen = maxima.max(1)
+    within = blocks[torch.arange(rows), chosen].argmax(1)
+    return values, chosen * block + within
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def pass_gradient(encoded: Tensor, quantized: Tensor, rule: GradientRule) -> Ten
     arXiv 2410.06424, equation 4 and section 4.3).
     """
     if rule == "straight_through":
-        return encoded + (quantized - encoded).detach()
+        return _StraightThrough.apply(encoded, quantized)  # type: ignore[return-value]
     with torch.no_grad():
         lengths = encoded.norm(dim=1, keepdim=True).clamp(min=1e-6), quantized.norm(dim=1, keepdim=True)
         e_hat, q_hat = encoded / lengths[0], F.normalize(quantized, dim=1)
@@ -74,3 +74,15 @@ def pass_gradient(encoded: Tensor, quantized: Tensor, rule: GradientRule) -> Ten
         scale = lengths[1] / lengths[0]
     reflected = encoded - 2 * (encoded * r).sum(1, keepdim=True) * r
     return scale * (reflected + 2 * (encoded * e_hat).sum(1, keepdim=True) * q_hat)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Without the arithmetic of the usual `encoded + (quantized - encoded).detach()`, and without its rounding."""
+
+    @staticmethod
+    def forward(ctx: object, encoded: Tensor, quantized: Tensor) -> Tensor:
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradients[0], None

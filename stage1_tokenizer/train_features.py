@@ -23,7 +23,7 @@ from core.sources import find_source
 from core.training import Batches, TrainConfig, TrainingRun, make_optimizer
 from stage1_tokenizer.feature_network import WIDTHS, FeatureNetwork, FeatureNetworkConfig
 
-__all__ = ["FeaturesTrainingConfig", "shift", "train"]
+__all__ = ["FeaturesTrainingConfig", "features_config", "shift", "train"]
 
 
 class FeaturesTrainingConfig(Section):
@@ -170,20 +170,20 @@ def first_form(source: str) -> tuple[tuple[int, int], int]:
     return (32, 32), 3
 
 
-def command(
-    data: Annotated[str, typer.Argument(help="shapes, a folder, parquet files, a name, or owner/name; with labels.")],
-    out: Annotated[Path | None, typer.Option(help="The run folder; runs/features_NAME by default.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; the first picture's by default.")] = None,
-    channels: Annotated[int | None, typer.Option(help="1, 3 or 4; the first picture's by default.")] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training pictures.")] = 5,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images an update.")] = 64,
-    horizontal_flip: Annotated[bool, typer.Option("--horizontal-flip", help="Mirror half of the images.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Every random number follows from it.")] = 0,
-) -> None:
-    """Train a feature network: for perceptual losses, Frechet distances, class accuracy. The same command resumes."""
+def features_config(
+    data: str,
+    out: Path,
+    image_size: int | None = None,
+    channels: int | None = None,
+    epochs: int = 5,
+    batch_size: int = 64,
+    horizontal_flip: bool = False,
+    seed: int = 0,
+) -> FeaturesTrainingConfig:
+    """The recipe that the command's options fill in; the form of the images is the first one's by default."""
     size, found_channels = first_form(data)
     document = {
-        "run": {"dir": str(out or Path("runs") / f"features_{Path(data).resolve().stem}"), "seed": seed},
+        "run": {"dir": str(out), "seed": seed},
         "data": {
             "source": data,
             "image_size": image_size or list(size),
@@ -201,7 +201,22 @@ def command(
             "mixed_precision": "auto",
         },
     }
-    train(parse_config(FeaturesTrainingConfig, document, "the options"))
+    return parse_config(FeaturesTrainingConfig, document, "the options")
+
+
+def command(
+    data: Annotated[str, typer.Argument(help="shapes, a folder, parquet files, a name, or owner/name; with labels.")],
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/features_NAME by default.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; the first picture's by default.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1, 3 or 4; the first picture's by default.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training pictures.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images an update.")] = 64,
+    horizontal_flip: Annotated[bool, typer.Option("--horizontal-flip", help="Mirror half of the images.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Every random number follows from it.")] = 0,
+) -> None:
+    """Train a feature network: for perceptual losses, Frechet distances, class accuracy. The same command resumes."""
+    out = out or Path("runs") / f"features_{Path(data).resolve().stem}"
+    train(features_config(data, out, image_size, channels, epochs, batch_size, horizontal_flip, seed))
 
 
 if __name__ == "__main__":

@@ -96,11 +96,14 @@ def autoencoder_config(config: TokenizerConfig, class_names: list[str] | None) -
     )
 
 
-def train(config: TokenizerConfig, weights_dir: Path | None = None) -> None:
+def train(config: TokenizerConfig, weights_dir: Path | None = None) -> TrainingRun[TokenizerConfig]:
     """Trains into ``config.run.dir``, going on from its last checkpoint where there is one.
 
     Args:
         weights_dir: where LPIPS's trunk lies; None: torch's cache.
+
+    Returns:
+        The run as it ended.
     """
     run = TrainingRun(config)
     config, accelerator = run.config, run.accelerator
@@ -208,6 +211,7 @@ def train(config: TokenizerConfig, weights_dir: Path | None = None) -> None:
                 final.save_pretrained(run.folder.model)
             run.save(title=f"{run.folder.path.name}: {config.model.bottleneck.type} autoencoder")
     run.say(f"model: {run.folder.model}; pictures: {run.folder.samples}; curves: {run.folder.path / 'losses.png'}")
+    return run
 
 
 def start_from(autoencoder: Autoencoder, source: str) -> None:

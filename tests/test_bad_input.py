@@ -98,6 +98,10 @@ def pictures(folder: Path, count: int = 20, mode: str = "RGB") -> Path:
         (["train.lr"], ["override 'train.lr': expected key=value"]),
         (["data.source=./nowhere"], ["data.source './nowhere': nothing there"]),
         (["data.source=no_such_set"], ["data.source 'no_such_set': nothing there", "TWOSTAGE_DATA"]),
+        (
+            ["model.bottleneck={type: finite_scalar, levels: [64, 64, 64, 64]}"],
+            ["16,777,216 codes", "at most 1,048,576"],
+        ),
         (["model.backbone.attention_factors=[8]"], ["attention_factors [8]", "expected some of [1, 2, 4]"]),
         (["model.bottleneck={type: finite_scalar, levels: [8, 5]}"], ["latent_channels 4", "set latent_channels to 2"]),
         (["model.bottleneck={type: lookup_free}", "model.latent_channels=21"], ["latent_channels 21", "at most 20"]),

@@ -25,18 +25,18 @@ DISCRETE = FAMILIES[3:]
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 12)])
-@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("channels", [1, 3, 4, 7])
 @pytest.mark.parametrize("backbone", ["mlp", "conv"])
-@pytest.mark.parametrize("family", ["gaussian", "vector"])
+@pytest.mark.parametrize("family", ["identity", "gaussian", "class_gaussian", "vector"])
 def test_shapes(family, backbone, channels, size, tiny_autoencoder, random_images, whole_batch):
     model, images = tiny_autoencoder(family, backbone, size, channels), random_images(2, channels, size)
     grid = (1, 1) if backbone == "mlp" else (size[0] // 2, size[1] // 2)
-    output, latent = model(images, None, whole_batch(2)), model.encode(images)
+    output, latent = model(images, torch.tensor([0, 2]), whole_batch(2)), model.encode(images)
     assert model.grid == grid
     assert output.loss.shape == ()
     assert model.to_images(output.decoded).shape == model.reconstruct(images).shape == images.shape
     assert latent.z.shape == (2, 4, *grid)
-    assert latent.indices is None if family == "gaussian" else latent.indices.shape == (2, *grid)
+    assert latent.indices is None if family != "vector" else latent.indices.shape == (2, *grid)
 
 
 @pytest.mark.parametrize("size", [(9, 8), (7, 13), (1, 1)])
@@ -88,6 +88,12 @@ def test_images_stay_in_range(reconstruction, tiny_autoencoder, random_images, w
     for decoded in (model.reconstruct(images), model.to_images(model(images, None, whole_batch(4)).decoded)):
         assert -1 <= decoded.min() < -0.9
         assert 0.9 < decoded.max() <= 1
+
+
+def test_bce_refuses_images_outside_of_its_range(tiny_autoencoder, random_images, whole_batch):
+    with pytest.raises(InputError, match=r"'bce': needs images in \[-1, 1\], got values from -2 to 1.99;"):
+        tiny_autoencoder(reconstruction="bce")(random_images(4) * 2, None, whole_batch(4))
+    tiny_autoencoder("identity", reconstruction="l2")(random_images(4) * 2, None, whole_batch(4))
 
 
 def test_bce_pixels_are_the_sigmoid_of_the_logits(tiny_autoencoder, random_images):

@@ -6,7 +6,8 @@ from torch.distributions import Bernoulli, Laplace, Normal
 
 from core.config import parse_config
 from core.errors import InputError
-from stage1_tokenizer.losses import LossConfig, negative_log_likelihood, reconstruction_loss
+from core.random import BatchRandom
+from stage1_tokenizer.losses import CorruptionConfig, LossConfig, corrupt, negative_log_likelihood, reconstruction_loss
 
 KINDS = ["bce", "l1", "l2"]
 
@@ -75,3 +76,44 @@ def test_losses_are_float32_under_mixed_precision(kind, decoded, images):
 def test_impossible_settings_are_refused(key, value):
     with pytest.raises(InputError, match=key):
         parse_config(LossConfig, {key: value}, "loss")
+
+
+# --- corruption -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_exactly_the_share_of_each_images_values_is_black(share, whole_batch, random_images):
+    images = random_images(6, size=(8, 10))
+    corrupted = corrupt(images, CorruptionConfig(masked_share=share), whole_batch(6))
+    black = (corrupted == -1).flatten(1).sum(1)
+    assert (black == round(share * 3 * 8 * 10)).all()
+    untouched = corrupted != -1
+    assert torch.equal(corrupted[untouched], images[untouched])
+    if 0 < share < 1:
+        assert not torch.equal(corrupted[0] == -1, corrupted[1] == -1)
+
+
+def test_noise_has_its_standard_deviation(whole_batch, random_images):
+    images = random_images(50, size=(16, 16))
+    noise = corrupt(images, CorruptionConfig(noise_std=0.3), whole_batch(50)) - images
+    assert noise.std().item() == pytest.approx(0.3, rel=0.02)
+    assert abs(noise.mean().item()) < 0.01
+
+
+def test_corruption_belongs_to_the_image_not_to_the_process(whole_batch, random_images):
+    images, config = random_images(8), CorruptionConfig(masked_share=0.3, noise_std=0.1)
+    whole = corrupt(images, config, whole_batch(8))
+    halves = [corrupt(images[rows], config, BatchRandom(0, rows, 8)) for rows in (slice(0, 4), slice(4, 8))]
+    assert torch.equal(torch.cat(halves), whole)
+
+
+def test_a_denoising_autoencoder_sees_the_corrupted_and_is_compared_with_the_clean(
+    tiny_autoencoder, random_images, whole_batch
+):
+    images = random_images(4)
+    model = tiny_autoencoder("identity", corruption=CorruptionConfig(masked_share=0.5))
+    output = model(images, None, whole_batch(4))
+    corrupted = corrupt(images, CorruptionConfig(masked_share=0.5), whole_batch(4))
+    assert torch.equal(output.decoded, model.decoder(model.encoder(corrupted)))
+    torch.testing.assert_close(output.loss, (output.decoded - images).square().mean())
+    assert torch.equal(model.reconstruct(images), model.to_images(model.decoder(model.encoder(images))))

@@ -1,0 +1,71 @@
+"""Does a collapsed codebook come back?
+
+python -m benchmarks.codebook_recovery [--steps 500] [--dir runs/recovery] [--json FILE]
+
+For every codebook quantizer: all codes are made equal and put far from the data, then a small tokenizer of CIFAR-10
+(`vqvae_cifar10.yaml`, a quarter of its width) trains from there with the default settings. The table has the share of
+codes that the 10,000 test images use, at the start and every 100 steps, and the PSNR at the end.
+"""
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.reporting import parser, report
+from core.config import load_config
+from core.run_folder import read_metrics
+from stage1_tokenizer import train_tokenizer
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.residual_quantizer import ResidualQuantizer
+from stage1_tokenizer.train_tokenizer import TokenizerConfig
+from stage1_tokenizer.vector_quantizer import VectorQuantizer
+
+CONFIG = Path(__file__).parents[1] / "configs" / "tokenizer" / "vqvae_cifar10.yaml"
+SMALL = ["model.backbone={type: conv, channels: 16, channel_mult: [1, 2, 4], num_res_blocks: [0, 0, 1]}"]
+QUANTIZERS = {
+    "ema": ["model.bottleneck={type: vector, codebook_size: 512}"],
+    "learned": ["model.bottleneck={type: vector, codebook_size: 512, codebook: learned}"],
+    "simvq": ["model.bottleneck={type: vector, codebook_size: 512, codebook: simvq}"],
+    "l2": ["model.bottleneck={type: vector, codebook_size: 512, l2_normalize: true}", "model.latent_channels=8"],
+    "rotation": ["model.bottleneck={type: vector, codebook_size: 512, gradient: rotation}"],
+    "residual": ["model.bottleneck={type: residual, depth: 2, codebook_size: 512}"],
+}
+
+
+@torch.no_grad()
+def collapse(autoencoder: Autoencoder, *_: object) -> None:
+    """In place of the start from k-means: every code of every codebook is the same far vector."""
+    assert isinstance(autoencoder.bottleneck, VectorQuantizer | ResidualQuantizer)
+    for quantizer in autoencoder.bottleneck.modules():
+        if isinstance(quantizer, VectorQuantizer):
+            far = torch.full_like(quantizer.codebook, 100.0)
+            quantizer.codebook.copy_(torch.nn.functional.normalize(far, dim=1) if quantizer.l2_normalize else far)
+            if quantizer.config.codebook == "ema":
+                quantizer.ema_sums.copy_(quantizer.codebook)
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--steps", type=int, default=500)
+    arguments.add_argument("--dir", type=Path, default=Path("runs/recovery"))
+    options = arguments.parse_args()
+    train_tokenizer.initialize_codebook = collapse
+    rows = []
+    for name, overrides in QUANTIZERS.items():
+        length = [f"train.max_steps={options.steps}", "train.validate_every=100", "train.checkpoint_every=100"]
+        start = [
+            "run.trackers=[]",
+            "train.lr_schedule=constant",
+            "data.source=cifar10",
+            f"run.dir={options.dir / name}",
+        ]
+        config = load_config(TokenizerConfig, CONFIG, [*SMALL, *overrides, *length, *start])
+        train_tokenizer.train(config)
+        lines = [line for line in read_metrics(options.dir / name / "metrics.jsonl") if line["split"] == "val"]
+        usage = {f"usage_{line['step']}": line["codebook_usage"] for line in lines}
+        rows.append({"name": name, **usage, "perplexity": lines[-1]["perplexity"], "psnr": lines[-1]["psnr"]})
+    report({"data": "CIFAR-10, re-encoded as JPEG", "batch_size": 128}, rows, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""All families of stage one at the same budget of time: what each reaches, in one table and one picture a data set.
+
+python -m benchmarks.families [--minutes 1 2] [--dir runs/families] [--results docs/results.md] [--json FILE]
+
+For MNIST, then CIFAR-10: measures what a step of each family costs (in turns, so that a busy machine is busy for all),
+trains `configs/tokenizer/` for as many steps as the budget holds, evaluates on the test images and writes the results.
+Feature networks are trained first where they are not there: the one in the VQ-GAN's perceptual term is another (seed 0)
+than the one that the Frechet distance looks through (seed 1). The same command goes on where it was stopped.
+"""
+
+import json
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.reporting import Row, parser, report
+from core.config import load_config
+from core.data import ImageData, load_images
+from core.images import to_float, to_uint8
+from core.pictures import contact_sheet, save_picture
+from core.run_folder import read_metrics
+from core.training import TrainingRun
+from pipelines.evaluate import evaluate
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.train_features import features_config
+from stage1_tokenizer.train_features import train as train_features
+from stage1_tokenizer.train_tokenizer import TokenizerConfig
+from stage1_tokenizer.train_tokenizer import train as train_tokenizer
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "tokenizer"
+FAMILIES = ["ae", "dae", "vae", "beta_vae", "cvae", "vqvae", "fsq", "lfq", "rvq", "vqgan"]
+SETS = {"mnist": {"epochs": 3}, "cifar10": {"epochs": 3, "horizontal_flip": True}}  # and how features are trained
+TIMED_STEPS = 12
+COLUMNS = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "rfid": "Frechet distance",
+    "nats_per_image": "nats per image",
+    "active_units": "active units",
+    "codebook_usage": "codes in use",
+    "perplexity": "perplexity",
+}
+# What the families without a file for CIFAR-10 change of `vqvae_cifar10.yaml`, which has 8x8 codes of 512 (VAEs: of
+# `vae_cifar10.yaml`, which has 128 numbers).
+CIFAR = {
+    "ae": ("vae_cifar10", ["model.bottleneck={type: identity}"]),
+    "dae": (
+        "vae_cifar10",
+        ["model.bottleneck={type: identity}", "loss.corruption={masked_share: 0.3, noise_std: 0.1}"],
+    ),
+    "beta_vae": ("vae_cifar10", ["loss.kl_weight=4"]),
+    "cvae": ("vae_cifar10", ["model.bottleneck={type: class_gaussian}"]),
+    "fsq": ("vqvae_cifar10", ["model.latent_channels=3", "model.bottleneck={type: finite_scalar, levels: [8, 8, 8]}"]),
+    "lfq": ("vqvae_cifar10", ["model.latent_channels=9", "model.bottleneck={type: lookup_free}"]),
+    "rvq": ("vqvae_cifar10", ["model.bottleneck={type: residual, depth: 2, codebook_size: 256}"]),
+}
+
+
+def configured(family: str, name: str, folder: Path, extra: list[str]) -> TokenizerConfig:
+    """The configuration of one family on one data set."""
+    file, overrides = CIFAR.get(family, (f"{family}_cifar10", [])) if name == "cifar10" else (f"{family}_mnist", [])
+    overrides = [*overrides, f"data.source={name}", "run.trackers=[]", "train.mixed_precision=auto", *extra]
+    if family == "vqgan":
+        overrides.append(f"loss.perceptual.path={folder / 'features_0'}")
+    return load_config(TokenizerConfig, CONFIGS / f"{file}.yaml", overrides)
+
+
+def steps_for(budget_s: float, name: str, folder: Path) -> dict[str, int]:
+    """How many steps of each family take ``budget_s`` seconds of one thread's processor time, which other programs on
+    the machine do not lengthen."""
+    file = folder / "steps.json"
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    length = [f"train.max_steps={TIMED_STEPS}", "train.epochs=null", "train.warmup_steps=0", "data.num_images=2000"]
+    length += [f"train.{what}_every={TIMED_STEPS}" for what in ("validate", "checkpoint")]
+    seconds = {}
+    TrainingRun.clock = staticmethod(time.process_time)
+    for family in FAMILIES:
+        extra = [f"run.dir={folder / 'timing' / family}", *length]
+        # A VQ-GAN's step with both nets, as in the larger part of its run.
+        extra += ["loss.adversarial.start=0"] if family == "vqgan" else []
+        seconds[family] = train_tokenizer(configured(family, name, folder, extra)).seconds_per_step
+    steps = {family: max(50, round(budget_s / each / 50) * 50) for family, each in seconds.items()}
+    file.write_text(json.dumps(steps), encoding="utf-8")
+    return steps
+
+
+def train_and_measure(family: str, name: str, steps: int, folder: Path) -> Row:
+    """Trains where it is not trained yet, evaluates; a row of the table."""
+    run = folder / family
+    extra = [f"run.dir={run}", "train.epochs=null", f"train.max_steps={steps}"]
+    extra += [f"train.validate_every={steps}", f"train.checkpoint_every={max(1, steps // 2)}"]
+    train_tokenizer(configured(family, name, folder, extra))
+    file = run / "evaluation" / "evaluation.json"
+    if not file.is_file():
+        evaluate(run, features=folder / "features_1", out=file.parent)
+    figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
+    return {"name": family, "steps": steps} | {key: figures[key] for key in COLUMNS if key in figures}
+
+
+def picture(name: str, folder: Path, data: ImageData, out: Path) -> None:
+    """The same test images through every family, and under them samples of those that have a prior of their own."""
+    rows = torch.arange(12)
+    originals = data.validation.read(rows)
+    strips, titles = [originals], ["original"]
+    models = {family: Autoencoder.from_pretrained(folder / family) for family in FAMILIES}
+    for family, model in models.items():
+        strips.append(to_uint8(model.reconstruct(to_float(originals))))
+        titles.append(family)
+    for family, model in models.items():
+        if model.variational:
+            strips.append(to_uint8(model.sample(len(rows), generator=torch.Generator().manual_seed(0))))
+            titles.append(f"{family} samples")
+    save_picture(contact_sheet(torch.cat(strips), len(rows), row_titles=titles), out / f"families_{name}.png")
+
+
+def as_markdown(name: str, minutes: float, rows: list[Row]) -> str:
+    """The section of one data set."""
+    lines = [
+        f"## {name.upper().replace('CIFAR10', 'CIFAR-10')}, {minutes:g} minutes of training each",
+        "",
+        "| family | steps | " + " | ".join(COLUMNS.values()) + " |",
+        "|---|---" * 1 + "|---" * len(COLUMNS) + "|",
+    ]
+    for row in rows:
+        cells = [f"{row[key]:.3g}" if key in row else "" for key in COLUMNS]
+        lines.append(f"| {row['name']} | {row['steps']:,} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"![The same test images through every family](images/families_{name}.png)", ""])
+
+
+HEAD = """# Results
+
+Made by `python -m benchmarks.families`. Every family gets the same time for training on the same machine ({machine}):
+the number of steps follows from what a step of it cost there, in processor time. {device}
+
+Measured on the 10,000 test images by `twostage evaluate`: 8-bit pixels, PSNR and SSIM as means over images. The
+Frechet distance is between test images and their reconstructions, in the features of a network trained here on the same
+data set with `twostage train-features` (seed 1, test accuracy {accuracy}): it is no FID and compares only within one
+table. The VQ-GAN's perceptual term uses another such network (seed 0). A denoising autoencoder is measured on clean
+inputs. CIFAR-10's images were re-encoded as JPEG. One run each, seed 0.
+
+"""
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--minutes", type=float, nargs=2, default=[1.0, 2.0], metavar=("MNIST", "CIFAR"))
+    arguments.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    arguments.add_argument("--dir", type=Path, default=Path("runs/families"))
+    arguments.add_argument("--results", type=Path, default=Path("docs/results.md"))
+    options = arguments.parse_args()
+    sections, rows, accuracies = [], [], []
+    for name, minutes in zip(SETS, options.minutes, strict=True):
+        if name not in options.sets:
+            continue
+        folder = options.dir / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for seed in (0, 1):
+            features = folder / f"features_{seed}"
+            train_features(features_config(name, features, seed=seed, **SETS[name]))
+        accuracies.append(f"{read_metrics(features / 'metrics.jsonl')[-1]['accuracy']:.1%} on {name}")
+        steps = steps_for(minutes * 60, name, folder)
+        found = [train_and_measure(family, name, steps[family], folder) for family in FAMILIES]
+        data = load_images(configured("ae", name, folder, ["run.dir=x"]).data)
+        images = options.results.parent / "images"
+        picture(name, folder, data, images)
+        sections.append(as_markdown(name, minutes, found))
+        rows += [row | {"name": f"{name} {row['name']}"} for row in found]
+    device = "No GPU was used." if not torch.accelerator.is_available() else "A GPU was used."
+    machine = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+    head = HEAD.format(machine=machine, device=device, accuracy=", ".join(accuracies))
+    options.results.write_text(head + "\n".join(sections), encoding="utf-8")
+    report({"minutes": options.minutes}, rows, options.json)
+
+
+if __name__ == "__main__":
+    main()

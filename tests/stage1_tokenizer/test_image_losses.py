@@ -1,0 +1,105 @@
+"""The perceptual and the adversarial term give the autoencoder the gradient of the loss written out in one graph."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from core.config import parse_config
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.discriminator import Discriminator, generator_loss
+from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
+from stage1_tokenizer.image_losses import ImageLosses
+from stage1_tokenizer.losses import LossConfig
+
+
+@pytest.fixture
+def features(tmp_path):
+    torch.manual_seed(0)
+    network = FeatureNetwork(
+        FeatureNetworkConfig(image_size=(16, 16), channels=3, class_names=["a", "b"], widths=[4, 8])
+    )
+    network.save_pretrained(tmp_path / "features")
+    return str(tmp_path / "features")
+
+
+def build(tiny_autoencoder, new_process, features, reconstruction="l1", **adversarial):
+    document = {
+        "reconstruction": reconstruction,
+        "perceptual": {"type": "features", "path": features, "weight": 0.7},
+        "adversarial": {"channels": 8, "num_layers": 2, "weight": 0.3, "start": 0.5, "ramp": 0.2} | adversarial,
+    }
+    config = parse_config(LossConfig, document, "loss")
+    model: Autoencoder = tiny_autoencoder(size=(16, 16), **dict(config))
+    torch.manual_seed(1)
+    discriminator = Discriminator(config.adversarial, 3, (16, 16))
+    new_process()
+    return config, model, discriminator, ImageLosses(config, model, discriminator, None, Accelerator(cpu=True))
+
+
+def gradients(model: Autoencoder) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("reconstruction", ["l1", "l2", "bce"])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_one_backward_pass_gives_the_gradient_of_the_whole_loss(
+    adaptive, reconstruction, features, tiny_autoencoder, random_images, whole_batch, new_process
+):
+    _, model, discriminator, losses = build(tiny_autoencoder, new_process, features, reconstruction, adaptive=adaptive)
+    images, random = random_images(4, size=(16, 16)), whole_batch(4)
+    output = model.eval()(images, None, random)
+    gradient, terms = losses.pixel_gradient(output, images, progress=0.6)  # half way up the ramp
+    (output.loss + (output.decoded * gradient).sum()).backward()
+    ours = gradients(model)
+    assert not any(p.grad is not None for p in discriminator.parameters())
+
+    model.zero_grad()
+    output = model(images, None, random)
+    pixels = model.to_pixels(output.decoded)
+    perceptual = 0.7 * losses.perceptual(pixels, images)
+    adversarial = generator_loss(discriminator(pixels)[0], "hinge")
+    weight = 0.15
+    if adaptive:
+        last = model.last_layer
+        push = torch.autograd.grad(output.reconstruction + perceptual, last, retain_graph=True)[0]
+        pull = torch.autograd.grad(adversarial, last, retain_graph=True)[0]
+        weight *= (push.norm() / (pull.norm() + 1e-4)).item()
+    (output.loss + perceptual + weight * adversarial).backward()
+    torch.testing.assert_close(ours, gradients(model), rtol=2e-4, atol=1e-7)
+    torch.testing.assert_close(terms["adversarial_weight"].item(), weight, rtol=1e-4, atol=0)
+    torch.testing.assert_close(terms["perceptual"], perceptual.detach())
+    torch.testing.assert_close(terms["adversarial"], adversarial.detach())
+
+
+def test_the_adaptive_ratio_is_clamped(features, tiny_autoencoder, random_images, whole_batch, new_process):
+    _, model, _, losses = build(tiny_autoencoder, new_process, features, adaptive=True, max_weight=0.01, ramp=0.0)
+    output = model(random_images(4, size=(16, 16)), None, whole_batch(4))
+    _, terms = losses.pixel_gradient(output, random_images(4, size=(16, 16)), progress=1.0)
+    assert terms["adversarial_weight"].item() == pytest.approx(0.3 * 0.01)
+
+
+def test_before_its_start_the_discriminator_has_no_say(
+    features, tiny_autoencoder, random_images, whole_batch, new_process
+):
+    _, model, _, losses = build(tiny_autoencoder, new_process, features)
+    output = model(random_images(4, size=(16, 16)), None, whole_batch(4))
+    gradient, terms = losses.pixel_gradient(output, random_images(4, size=(16, 16)), progress=0.49)
+    assert list(terms) == ["perceptual"]
+    assert gradient.abs().sum() > 0
+
+
+def test_without_image_losses_there_is_nothing(tiny_autoencoder, random_images, whole_batch, new_process):
+    model, images = tiny_autoencoder(), random_images(4)
+    new_process()
+    losses = ImageLosses(LossConfig(), model, None, None, Accelerator(cpu=True))
+    assert losses.pixel_gradient(model(images, None, whole_batch(4)), images, 1.0) == (None, {})
+
+
+@pytest.mark.parametrize("backbone", ["mlp", "conv"])
+def test_the_last_layer_is_what_makes_the_pixels(backbone, tiny_autoencoder):
+    model = tiny_autoencoder("identity", backbone)
+    with torch.no_grad():
+        before = model.decoder(torch.ones(1, 4, *model.grid))
+        model.last_layer.zero_()
+        assert not torch.equal(model.decoder(torch.ones(1, 4, *model.grid)), before)
+        assert len(model.decoder(torch.ones(1, 4, *model.grid)).mean((0, 2, 3)).shape) == 1
