@@ -24,6 +24,7 @@ from core.run_folder import read_metrics
 from core.training import TrainingRun
 from pipelines.evaluate import evaluate
 from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.feature_network import WIDTHS
 from stage1_tokenizer.train_features import features_config
 from stage1_tokenizer.train_features import train as train_features
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
@@ -32,6 +33,7 @@ from stage1_tokenizer.train_tokenizer import train as train_tokenizer
 CONFIGS = Path(__file__).parents[1] / "configs" / "tokenizer"
 FAMILIES = ["ae", "dae", "vae", "beta_vae", "cvae", "vqvae", "fsq", "lfq", "rvq", "vqgan"]
 SETS = {"mnist": {"epochs": 3}, "cifar10": {"epochs": 3, "horizontal_flip": True}}  # and how features are trained
+PERCEPTUAL_WIDTH = 16  # of the network in the loss; the one that judges is wider
 TIMED_STEPS = 12
 COLUMNS = {
     "psnr": "PSNR, dB",
@@ -42,25 +44,29 @@ COLUMNS = {
     "codebook_usage": "codes in use",
     "perplexity": "perplexity",
 }
-# What the families without a file for CIFAR-10 change of `vqvae_cifar10.yaml`, which has 8x8 codes of 512 (VAEs: of
-# `vae_cifar10.yaml`, which has 128 numbers).
+# What the families without a file for CIFAR-10 change of another's: 8x8 codes of 512, or 128 numbers.
+SMALL = "model.backbone={type: conv, channels: 16, channel_mult: [1, 2, 4], num_res_blocks: [0, 0, 1]}"
+CORRUPTION = "loss.corruption={masked_share: 0.3, noise_std: 0.1}"
 CIFAR = {
     "ae": ("vae_cifar10", ["model.bottleneck={type: identity}"]),
-    "dae": (
-        "vae_cifar10",
-        ["model.bottleneck={type: identity}", "loss.corruption={masked_share: 0.3, noise_std: 0.1}"],
-    ),
+    "dae": ("vae_cifar10", ["model.bottleneck={type: identity}", CORRUPTION]),
+    "vae": ("vae_cifar10", []),
     "beta_vae": ("vae_cifar10", ["loss.kl_weight=4"]),
     "cvae": ("vae_cifar10", ["model.bottleneck={type: class_gaussian}"]),
-    "fsq": ("vqvae_cifar10", ["model.latent_channels=3", "model.bottleneck={type: finite_scalar, levels: [8, 8, 8]}"]),
-    "lfq": ("vqvae_cifar10", ["model.latent_channels=9", "model.bottleneck={type: lookup_free}"]),
-    "rvq": ("vqvae_cifar10", ["model.bottleneck={type: residual, depth: 2, codebook_size: 256}"]),
+    "vqvae": ("vqvae_cifar10", [SMALL]),
+    "fsq": (
+        "vqvae_cifar10",
+        [SMALL, "model.latent_channels=3", "model.bottleneck={type: finite_scalar, levels: [8, 8, 8]}"],
+    ),
+    "lfq": ("vqvae_cifar10", [SMALL, "model.latent_channels=9", "model.bottleneck={type: lookup_free}"]),
+    "rvq": ("vqvae_cifar10", [SMALL, "model.bottleneck={type: residual, depth: 2, codebook_size: 256}"]),
+    "vqgan": ("vqgan_cifar10", []),
 }
 
 
 def configured(family: str, name: str, folder: Path, extra: list[str]) -> TokenizerConfig:
     """The configuration of one family on one data set."""
-    file, overrides = CIFAR.get(family, (f"{family}_cifar10", [])) if name == "cifar10" else (f"{family}_mnist", [])
+    file, overrides = CIFAR[family] if name == "cifar10" else (f"{family}_mnist", [])
     overrides = [*overrides, f"data.source={name}", "run.trackers=[]", "train.mixed_precision=auto", *extra]
     if family == "vqgan":
         overrides.append(f"loss.perceptual.path={folder / 'features_0'}")
@@ -159,7 +165,8 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for seed in (0, 1):
             features = folder / f"features_{seed}"
-            train_features(features_config(name, features, seed=seed, **SETS[name]))
+            width = PERCEPTUAL_WIDTH if seed == 0 else WIDTHS[0]
+            train_features(features_config(name, features, seed=seed, width=width, **SETS[name]))
         accuracies.append(f"{read_metrics(features / 'metrics.jsonl')[-1]['accuracy']:.1%} on {name}")
         steps = steps_for(minutes * 60, name, folder)
         found = [train_and_measure(family, name, steps[family], folder) for family in FAMILIES]

@@ -344,9 +344,9 @@ class TrainingRun(Generic[ConfigT]):
 
     @property
     def seconds_per_step(self) -> float:
-        """By :attr:`clock`: the median of the last steps, validations and checkpoints left out; nan before the second step."""
-        pairs = itertools.pairwise(self._ended)
-        return statistics.median([after - before for before, after in pairs] or [float("nan")])
+        """By :attr:`clock`: the median of the last steps without validations and checkpoints; nan before the second."""
+        steps = [after - before for before, after in itertools.pairwise(self._ended)]
+        return statistics.median(steps) if steps else float("nan")
 
     @property
     def progress(self) -> float:

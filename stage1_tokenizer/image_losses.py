@@ -77,15 +77,14 @@ class ImageLosses:
         self, output: AutoencoderOutput, perceptual: Tensor | None, pull: Tensor, config: AdversarialConfig
     ) -> Tensor:
         """|d(reconstruction + perceptual)| / |d(adversarial)| at the last layer's weights (equation 7 of the VQGAN
-        paper), the same in every process."""
+        paper), of the gradients averaged over the processes: the ratio of the global batch."""
         (push,) = torch.autograd.grad(output.reconstruction, output.decoded, retain_graph=True)
         push = push if perceptual is None else push + perceptual
-        norms = []
-        for gradient in (push, pull):
-            (at_last,) = torch.autograd.grad(
-                output.decoded, self.autoencoder.last_layer, gradient.to(output.decoded.dtype), retain_graph=True
-            )
-            norms.append(at_last.float().norm())
-        ratio = self.accelerator.reduce(norms[0] / (norms[1] + 1e-4), "mean")
-        assert isinstance(ratio, Tensor)
-        return ratio.clamp(0, config.max_weight)
+        at_last = [
+            torch.autograd.grad(output.decoded, self.autoencoder.last_layer, gradient, retain_graph=True)[0].float()
+            for gradient in (push, pull)
+        ]
+        averaged = self.accelerator.reduce(torch.stack(at_last), "mean")
+        assert isinstance(averaged, Tensor)
+        norms = averaged.flatten(1).norm(dim=1)
+        return (norms[0] / (norms[1] + 1e-4)).clamp(0, config.max_weight)

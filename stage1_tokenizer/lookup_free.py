@@ -56,7 +56,10 @@ class LookupFree(Quantizer):
             if self.config.entropy_weight:
                 logits = rearrange(x, "b d h w -> (b h w) d") * (4 / self.config.temperature)
                 single = (F.softplus(logits) - logits * torch.sigmoid(logits)).sum(1).mean()
-                joint = torch.special.entr(mean_over_processes(mean_choice(logits))).sum()
+                choice = mean_choice(logits)
+                if self.training:  # held-out batches are not shared equally: a collective there would hang
+                    choice = mean_over_processes(choice)
+                joint = torch.special.entr(choice).sum()
                 losses["code_entropy"] = self.config.entropy_weight * single
                 losses["codebook_entropy"] = -self.config.entropy_weight * self.config.diversity_weight * joint
             if self.training:

@@ -179,6 +179,7 @@ def features_config(
     batch_size: int = 64,
     horizontal_flip: bool = False,
     seed: int = 0,
+    width: int = WIDTHS[0],
 ) -> FeaturesTrainingConfig:
     """The recipe that the command's options fill in; the form of the images is the first one's by default."""
     size, found_channels = first_form(data)
@@ -190,6 +191,7 @@ def features_config(
             "channels": channels or found_channels,
             "horizontal_flip": horizontal_flip,
         },
+        "widths": [width, 2 * width, 4 * width],
         "train": {
             "epochs": epochs,
             "batch_size": batch_size,
@@ -213,10 +215,13 @@ def command(
     batch_size: Annotated[int, typer.Option(min=1, help="Images an update.")] = 64,
     horizontal_flip: Annotated[bool, typer.Option("--horizontal-flip", help="Mirror half of the images.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Every random number follows from it.")] = 0,
+    width: Annotated[
+        int, typer.Option(min=1, help="Channels at the full resolution, doubled at both others.")
+    ] = WIDTHS[0],
 ) -> None:
     """Train a feature network: for perceptual losses, Frechet distances, class accuracy. The same command resumes."""
     out = out or Path("runs") / f"features_{Path(data).resolve().stem}"
-    train(features_config(data, out, image_size, channels, epochs, batch_size, horizontal_flip, seed))
+    train(features_config(data, out, image_size, channels, epochs, batch_size, horizontal_flip, seed, width))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,6 @@ def test_both_processes_have_one_codebook(configs, alone, tmp_path):
     assert first == second
     for name, words in families.items():
         one = tmp_path / f"{name}_alone"
-        print(name)
         alone("train-tokenizer", configs / "tokenizer.yaml", f"run.dir={one}", *STEPS, *words)
         assert_same_losses(tmp_path / name, one)
 
