@@ -20,7 +20,7 @@ from PIL import Image
 
 from core.errors import InputError
 
-__all__ = ["Records", "Source", "find_source"]
+__all__ = ["Records", "Source", "find_source", "first_form"]
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TABLE_SUFFIXES = {".parquet", ".arrow"}
@@ -85,6 +85,21 @@ def find_source(name: str) -> Source:
         hint += f"; data.source={KNOWN_NAMES[name]} downloads it"
     looked = ", ".join(str(candidate) for candidate in candidates)
     raise InputError(f"data.source {name!r}: nothing there (looked for {looked}){hint}")
+
+
+def first_form(source: str) -> tuple[tuple[int, int], int]:
+    """The size (at most 256) and the channels of the first readable picture; 32x32 RGB for `shapes`."""
+    splits = {} if source == "shapes" else find_source(source).splits
+    for records in splits.values():
+        for row in range(len(records)):
+            try:
+                with records.open(row) as image:
+                    scale = min(1.0, 256 / max(image.size))
+                    height, width = max(1, round(image.height * scale)), max(1, round(image.width * scale))
+                    return (height, width), 1 if image.mode in ("1", "L", "LA", "I", "I;16") else 3
+            except Exception:  # counted and named by load_images
+                continue
+    return (32, 32), 3
 
 
 def _read_local(path: Path) -> Source:

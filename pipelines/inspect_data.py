@@ -11,7 +11,7 @@ from core.command import run_command
 from core.config import parse_config
 from core.data import DataConfig, ImageData, load_images
 from core.pictures import contact_sheet, save_picture
-from core.sources import find_source
+from core.sources import first_form
 
 __all__ = ["inspect_data"]
 
@@ -56,29 +56,13 @@ def command(
     out: Annotated[Path, typer.Option(help="The contact sheet.")] = Path("inspect.png"),
 ) -> None:
     """Show what a data source holds: splits, classes, sizes, modes, bad files, a contact sheet."""
-    size, found_channels = (32, 32), 3
-    if data != "shapes":
-        size, found_channels = _first_form(data)
+    size, found_channels = first_form(data)
     document = {
         "source": data,
         "image_size": image_size or list(size),
         "channels": channels or found_channels,
     }
     inspect_data(parse_config(DataConfig, document, "the options"), out)
-
-
-def _first_form(data: str) -> tuple[tuple[int, int], int]:
-    """The size (at most 256) and the channels of the first readable picture."""
-    records = next(iter(find_source(data).splits.values()))
-    for row in range(len(records)):
-        try:
-            with records.open(row) as image:
-                scale = min(1.0, 256 / max(image.size))
-                height, width = max(1, round(image.height * scale)), max(1, round(image.width * scale))
-                return (height, width), 1 if image.mode in ("1", "L", "LA", "I", "I;16") else 3
-        except Exception:  # counted and named by load_images
-            continue
-    return (32, 32), 3
 
 
 if __name__ == "__main__":

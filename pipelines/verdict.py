@@ -17,7 +17,7 @@ MIN_EVENNESS = 0.25
 MIN_CODES_SEEN = 10
 """Cells read per codebook entry. With fewer, entries stay unused by chance."""
 MIN_ACTIVE_SHARE = 0.2
-"""Of the latent's units. The VAEs of Burda et al. 2016 keep 40% of 50 active; half of that is a collapse."""
+"""Of the latent's units; a judgement. Some inactive ones are usual (Burda et al. 2016), nearly all a collapse."""
 MIN_BITS_PER_PIXEL = 0.02
 """The coarsest grids that priors are commonly trained on, 16x16 codes of 1024 for 256x256 pixels, have 0.04."""
 MAX_BITS_PER_PIXEL = 2.0

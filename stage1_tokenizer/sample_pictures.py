@@ -57,7 +57,7 @@ def _overview(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
         strips.append(to_uint8(model.sample(len(rows), generator=_generator(seed, device))))
         titles.append("sample")
     if model.codebook_size is None and len(rows) >= 2 * INTERPOLATIONS:
-        z = model.encode(images[: 2 * INTERPOLATIONS]).z
+        z = model.encode(inputs[: 2 * INTERPOLATIONS]).z
         shares = torch.linspace(0, 1, len(rows), device=device).view(-1, 1, 1, 1)
         for first, second in zip(z[::2], z[1::2], strict=True):
             strips.append(to_uint8(model.decode(torch.lerp(first, second, shares))))

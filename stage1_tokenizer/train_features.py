@@ -19,7 +19,7 @@ from core.data import DataConfig, ImageData, ImageSplit, load_images
 from core.errors import InputError
 from core.images import to_float
 from core.random import BatchRandom
-from core.sources import find_source
+from core.sources import first_form
 from core.training import Batches, TrainConfig, TrainingRun, make_optimizer
 from stage1_tokenizer.feature_network import WIDTHS, FeatureNetwork, FeatureNetworkConfig
 
@@ -153,21 +153,6 @@ def validate(network: FeatureNetwork, split: ImageSplit, batch_size: int, accele
     assert isinstance(sums, Tensor)
     loss, accuracy = (sums / len(split)).tolist()
     return {"loss": loss, "accuracy": accuracy}
-
-
-def first_form(source: str) -> tuple[tuple[int, int], int]:
-    """The size (at most 256) and the channels of the first readable picture; 32x32 RGB for `shapes`."""
-    splits = {} if source == "shapes" else find_source(source).splits
-    for records in splits.values():
-        for row in range(len(records)):
-            try:
-                with records.open(row) as image:
-                    scale = min(1.0, 256 / max(image.size))
-                    height, width = max(1, round(image.height * scale)), max(1, round(image.width * scale))
-                    return (height, width), 1 if image.mode in ("1", "L", "LA", "I", "I;16") else 3
-            except Exception:  # counted and named by load_images
-                continue
-    return (32, 32), 3
 
 
 def features_config(

@@ -13,8 +13,9 @@ from core.data import load_images
 from core.errors import InputError
 from core.images import to_float
 from core.random import BatchRandom
+from core.sources import first_form
 from stage1_tokenizer.feature_network import FeatureNetwork
-from stage1_tokenizer.train_features import FeaturesTrainingConfig, command, first_form, shift, train
+from stage1_tokenizer.train_features import FeaturesTrainingConfig, command, shift, train
 
 
 @pytest.fixture
