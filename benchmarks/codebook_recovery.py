@@ -3,8 +3,8 @@
 python -m benchmarks.codebook_recovery [--steps 500] [--dir runs/recovery] [--json FILE]
 
 For every codebook quantizer: all codes are made equal and put far from the data, then a small tokenizer of CIFAR-10
-(`vqvae_cifar10.yaml`, a quarter of its width) trains from there with the default settings. The table has the share of
-codes that the 10,000 test images use, at the start and every 100 steps, and the PSNR at the end.
+(`vqvae_cifar10.yaml`, half its width) trains from there with the default settings. The table has the share of
+codes that the 10,000 test images use every 100 steps, and the PSNR at the end.
 """
 
 from pathlib import Path

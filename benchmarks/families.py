@@ -76,7 +76,7 @@ def configured(family: str, name: str, folder: Path, extra: list[str]) -> Tokeni
 def steps_for(budget_s: float, name: str, folder: Path) -> dict[str, int]:
     """How many steps of each family take ``budget_s`` seconds of one thread's processor time, which other programs on
     the machine do not lengthen."""
-    file = folder / "steps.json"
+    file = folder / f"steps_{round(budget_s)}s.json"
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
     length = [f"train.max_steps={TIMED_STEPS}", "train.epochs=null", "train.warmup_steps=0", "data.num_images=2000"]
@@ -128,7 +128,7 @@ def as_markdown(name: str, minutes: float, rows: list[Row]) -> str:
         f"## {name.upper().replace('CIFAR10', 'CIFAR-10')}, {minutes:g} minutes of training each",
         "",
         "| family | steps | " + " | ".join(COLUMNS.values()) + " |",
-        "|---|---" * 1 + "|---" * len(COLUMNS) + "|",
+        "|---|---" + "|---" * len(COLUMNS) + "|",
     ]
     for row in rows:
         cells = [f"{row[key]:.3g}" if key in row else "" for key in COLUMNS]

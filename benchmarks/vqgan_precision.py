@@ -2,8 +2,8 @@
 
 python -m benchmarks.vqgan_precision [--steps 1000] [--dir runs/precision] [--features RUN] [--json FILE]
 
-The same small VQ-GAN of CIFAR-10 (`vqgan_cifar10.yaml`, a quarter of its width, the discriminator from a tenth of the
-run on), in both precisions from the same weights; a value that is not finite would end a run. Needs a feature network
+`vqgan_cifar10.yaml` with batches of 64 and the discriminator from a tenth of the run on, in both precisions from the
+same weights; a value that is not finite would end a run. Needs a feature network
 (`twostage train-features cifar10`).
 """
 
@@ -15,7 +15,6 @@ from benchmarks.reporting import parser, report
 from core.run_folder import read_metrics
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tokenizer" / "vqgan_cifar10.yaml"
-SMALL = "model.backbone={type: conv, channels: 16, channel_mult: [1, 2, 4], num_res_blocks: [0, 0, 1]}"
 SHOWN = ("psnr", "codebook_usage", "perplexity", "reconstruction")
 
 
@@ -28,16 +27,16 @@ def main() -> None:
     rows = []
     for precision in ("no", "bf16"):
         run = options.dir / precision
-        overrides = [SMALL, f"run.dir={run}", "run.trackers=[]", "data.source=cifar10", "train.batch_size=64"]
+        overrides = [f"run.dir={run}", "run.trackers=[]", "data.source=cifar10", "train.batch_size=64"]
         overrides += [f"train.mixed_precision={precision}", f"train.max_steps={options.steps}", "train.log_every=10"]
         overrides += [f"loss.perceptual.path={options.features}", "loss.adversarial.start=0.1"]
         overrides += [f"train.{what}_every={options.steps}" for what in ("validate", "checkpoint")]
         command = [sys.executable, "-m", "stage1_tokenizer.train_tokenizer", str(CONFIG), *overrides]
         ended = subprocess.run(command, check=False)  # a process each: Accelerate has one precision a process
-        lines = read_metrics(run / "metrics.jsonl")
-        last = {line["split"]: line for line in lines}
-        row = {"name": precision, "finished": ended.returncode == 0, "steps": lines[-1]["step"]}
-        rows.append(row | {name: last["val"][name] for name in SHOWN} | {"loss": last["train"]["loss"]})
+        lines = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+        measured = next((line for line in reversed(lines) if line["split"] == "val"), {})
+        row = {"name": precision, "finished": ended.returncode == 0, "steps": lines[-1]["step"] if lines else 0}
+        rows.append(row | {name: measured.get(name) for name in SHOWN})
     report({"data": "CIFAR-10, re-encoded as JPEG", "batch_size": 64}, rows, options.json)
 
 

@@ -56,13 +56,19 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     partial.replace(path)
 
 
-def draw_curves(lines: list[dict[str, Any]], path: Path, title: str, baselines: dict[str, float] | None = None) -> None:
-    """The loss over the steps for both splits; ``baselines`` are drawn as level lines."""
+def draw_curves(
+    lines: list[dict[str, Any]],
+    path: Path,
+    title: str,
+    baselines: dict[str, float] | None = None,
+    metric: str = "loss",
+) -> None:
+    """A metric, such as the loss, over the steps for both splits; ``baselines`` are drawn as level lines."""
     canvas, figure = figure_canvas((6.4, 4.0))
     axes = figure.subplots()
     shown: list[float] = []
     for split, style in {"train": {"alpha": 0.7}, "val": {"marker": "o", "markersize": 3}}.items():
-        points = [(x["step"], x["loss"]) for x in lines if x["split"] == split and math.isfinite(x["loss"])]
+        points = [(x["step"], x[metric]) for x in lines if x["split"] == split and math.isfinite(x[metric])]
         if points:
             axes.plot(*zip(*points, strict=True), label="held out" if split == "val" else "training", **style)
             # The first steps would press everything after them flat.
@@ -74,7 +80,7 @@ def draw_curves(lines: list[dict[str, Any]], path: Path, title: str, baselines: 
     if shown:
         margin = 0.06 * (max(shown) - min(shown)) or 1.0
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
-    axes.set(xlabel="step", ylabel="loss", title=title)
+    axes.set(xlabel="step", ylabel=metric, title=title)
     if shown:
         axes.legend()
     axes.grid(alpha=0.3)

@@ -31,7 +31,7 @@ from core.random import BatchRandom, seed_for
 from core.run_folder import RunFolder, read_metrics
 from core.schedules import Schedule, lr_at
 
-__all__ = ["Batches", "TrainConfig", "TrainingRun", "join_processes", "make_optimizer", "share_cores"]
+__all__ = ["Batches", "Beta", "TrainConfig", "TrainingRun", "join_processes", "make_optimizer", "share_cores"]
 
 
 ADVICE = "Try a lower train.lr, train.max_grad_norm=1.0, or train.mixed_precision=no"
@@ -238,6 +238,10 @@ class TrainingRun(Generic[ConfigT]):
 
     def _resolve(self, config: ConfigT, state: PartialState) -> ConfigT:
         """`auto` becomes what the run was started with, or else what this machine is fastest in."""
+        if config.train.mixed_precision == "fp16" and state.device is not None and state.device.type == "cpu":
+            raise InputError(
+                "train.mixed_precision 'fp16': needs a GPU, and this run is on the CPU; use bf16, auto or no"
+            )
         if config.train.mixed_precision != "auto":
             return config
         stored = self.folder.stored_config() or {}
@@ -373,20 +377,27 @@ class TrainingRun(Generic[ConfigT]):
         """Ends the run after this step."""
         self.finished = reason
 
-    def save(self, title: str, baselines: dict[str, float] | None = None) -> None:
-        """Writes a checkpoint and the loss curves; called by every process."""
+    def check_weights(self) -> None:
+        """The losses were finite before this update; the weights and codebooks must be so after it, or nothing is
+        written over the last good ones."""
+        tensors = [t.detach() for module in self._modules.values() for t in module.state_dict().values()]
+        norm = get_total_norm([t.float() for t in tensors if t.is_floating_point()])
+        self._check_finite({"the weights' norm": norm.item()})
+
+    def save(self, title: str, baselines: dict[str, float] | None = None, curve: str = "loss") -> None:
+        """Writes a checkpoint and the curves of the metric ``curve``; called by every process."""
         if self.step == self.batches.max_steps and not self.finished:
             self.finish("all steps done")
-        # The losses were finite before this update; the weights must be so after it.
-        parameters = [p.detach() for module in self._modules.values() for p in module.parameters()]
-        self._check_finite({"the weights' norm": get_total_norm(parameters).item()})
+        self.check_weights()
         if self.accelerator.is_main_process:
             tensors = {name: module.state_dict() for name, module in self._modules.items()}
             tensors |= {name: optimizer_tensors(*pair) for name, pair in self._optimizers.items()}
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
             state = {"facts": self.facts, "finished": self.finished, "scaler": scaler}
             self._checkpoints.save(self.step, tensors, state)
-            draw_curves(read_metrics(self.folder.metrics_file), self.folder.path / "losses.png", title, baselines)
+            draw_curves(
+                read_metrics(self.folder.metrics_file), self.folder.path / "losses.png", title, baselines, curve
+            )
         self.accelerator.wait_for_everyone()
 
     # --- within ------------------------------------------------------------------------------------------------------

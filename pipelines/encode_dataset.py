@@ -57,7 +57,10 @@ def encode_dataset(tokenizer: str | Path, out: str | Path | None = None, source:
     model = Autoencoder.from_pretrained(tokenizer).to(state.device)
     if model.codebook_size is None:
         kind = model.config.model.bottleneck.type
-        raise InputError(f"{tokenizer}: its bottleneck is {kind!r}, which has no codes; train one with `vector`")
+        raise InputError(
+            f"{tokenizer}: its bottleneck is {kind!r}, which has no codes; train one with "
+            "`vector`, `finite_scalar`, `lookup_free` or `residual`"
+        )
     data_config = training_data(tokenizer, source)
     folder = find_model_folder(tokenizer)
     name = folder.parent.name if folder.name == "model" else folder.name

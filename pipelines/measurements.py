@@ -115,7 +115,7 @@ def measure(
             output = model(images, labels, RowRandom(seed, rows[places]))
             values |= output.metrics | {"psnr_corrupted": psnr(to_uint8(model.to_images(output.decoded)), originals)}
         if model.variational:
-            means = latent.z.flatten(1).double().cpu()
+            means = latent.z.flatten(1).cpu().double()
             sums = torch.stack([means.sum(0), means.square().sum(0)])
             moments = sums if moments is None else moments + sums
         if latent.indices is not None:
@@ -126,7 +126,7 @@ def measure(
         if frechet:
             frechet.update(originals, pictures, places)
         for column, name in enumerate(names):
-            table[places, column] = values[name].double().cpu()
+            table[places, column] = values[name].cpu().double()
 
     def total(tensor: Tensor) -> Tensor:
         """The sum over the processes."""

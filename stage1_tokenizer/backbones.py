@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from core.config import Count, Section, Size
 from stage1_tokenizer.vqgan_backbone import VQGANConfig, VQGANDecoder, VQGANEncoder
 
-__all__ = ["BackboneConfig", "ConvConfig", "MLPConfig", "build_backbone", "factor_of", "grid_of"]
+__all__ = ["BackboneConfig", "ConvConfig", "MLPConfig", "build_backbone", "factor_of", "grid_of", "group_norm"]
 
 
 class MLPConfig(Section):

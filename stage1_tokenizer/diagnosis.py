@@ -57,10 +57,10 @@ RULES = [
     ),
     Rule(
         "inactive units",
-        "active_units",
+        "active_share",
         3,
-        lambda m: m["active_units"] < 0.1,
-        "posterior collapse: {active_units:.0%} of the latent's units vary with the image. Try a lower loss.kl_weight "
+        lambda m: m["active_share"] < 0.1,
+        "posterior collapse: {active_share:.0%} of the latent's units vary with the image. Try a lower loss.kl_weight "
         "or fewer model.latent_channels",
     ),
 ]

@@ -9,11 +9,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from core.config import Count, Flag, Number, Section, Share
 from core.errors import InputError
+from core.training import Beta
+from stage1_tokenizer.backbones import group_norm
 
 __all__ = [
     "AdversarialConfig",
@@ -51,19 +53,25 @@ class AdversarialConfig(Section):
     """`sync_batch` has one set of statistics for all processes and needs GPUs where there are several."""
     lr: Number | None = Field(default=None, gt=0)
     """Of the discriminator; None: `train.lr`."""
-    betas: tuple[Share, Share] = (0.5, 0.9)
+    betas: tuple[Beta, Beta] = (0.5, 0.9)
     """Adam's, of the discriminator."""
     lecam_weight: Number = Field(default=0.0, ge=0)
     """Holds the logits near the averages of the other kind (LeCam, Tseng et al. 2021, arXiv 2104.03310)."""
     r1_weight: Number = Field(default=0.0, ge=0)
     """Of half the squared gradient at real images (R1, Mescheder et al. 2018, arXiv 1801.04406)."""
 
+    @model_validator(mode="after")
+    def _differentiable_twice(self) -> "AdversarialConfig":
+        if self.norm == "sync_batch" and self.r1_weight:
+            raise ValueError("r1_weight: needs a second derivative, which norm 'sync_batch' does not have; use 'group'")
+        return self
+
 
 class Discriminator(nn.Module):
     """Images (B, C, H, W) in [-1, 1] -> a logit a patch (B, 1, p, q), above 0 for real.
 
     Args:
-        image_size: (H, W); each side needs 2^num_layers pixels and a patch more.
+        image_size: (H, W); each side needs 3 * 2^num_layers pixels.
 
     Raises:
         InputError: images too small for so many halvings.
@@ -74,10 +82,11 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: AdversarialConfig, channels: int, image_size: tuple[int, int]) -> None:
         super().__init__()
-        if min(image_size) < 2 ** (config.num_layers + 1):
+        smallest = 3 * 2**config.num_layers  # what leaves a patch after two convolutions that each lose a cell
+        if min(image_size) < smallest:
             raise InputError(
                 f"loss.adversarial.num_layers {config.num_layers}: images of {image_size[0]}x{image_size[1]} are too "
-                f"small to be halved so often; each side needs {2 ** (config.num_layers + 1)} pixels. Use fewer layers"
+                f"small to be halved so often; each side needs {smallest} pixels. Use fewer layers"
             )
         widths = [config.channels * min(2**i, 8) for i in range(config.num_layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
@@ -122,7 +131,7 @@ class Discriminator(nn.Module):
 def _norm(kind: Literal["group", "sync_batch", "none"], channels: int) -> list[nn.Module]:
     match kind:
         case "group":
-            return [nn.GroupNorm(next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0), channels)]
+            return [group_norm(channels)]
         case "sync_batch":
             return [nn.SyncBatchNorm(channels)]
         case "none":

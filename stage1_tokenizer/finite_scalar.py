@@ -19,7 +19,7 @@ from stage1_tokenizer.quantizer import Quantizer
 __all__ = ["FiniteScalar", "FiniteScalarConfig"]
 
 MAX_CODES = 2**20  # their usage is 4 MiB of counts
-Levels = Annotated[int, Field(strict=True, ge=2)]
+Levels = Annotated[int, Field(strict=True, ge=3)]  # of two, tanh saturates: lookup_free is for bits
 
 
 class FiniteScalarConfig(Section):

@@ -23,7 +23,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     the differences between close codes.
     """
     tile = TILE if vectors.device.type == "cpu" else TILE_ELSEWHERE
-    best, indices = None, torch.empty(len(vectors), dtype=torch.long, device=vectors.device)
+    best, indices = None, torch.zeros(len(vectors), dtype=torch.long, device=vectors.device)
     for first in range(0, len(codebook), CODES):
         codes = codebook[first : first + CODES]
         score = _scorer(codes)

@@ -96,6 +96,7 @@ def train(config: FeaturesTrainingConfig) -> None:
             run.facts["accuracy"] = metrics["accuracy"]
             run.log_validation(metrics)
         if run.due("checkpoint"):
+            run.check_weights()
             if accelerator.is_main_process:
                 network.save_pretrained(run.folder.model)
             run.save(title=f"{run.folder.path.name}: feature network")

@@ -118,8 +118,6 @@ def train(config: TokenizerConfig, weights_dir: Path | None = None) -> TrainingR
 
     # 2. The model, its average, its opponent, their optimizers.
     autoencoder = Autoencoder(autoencoder_config(config, data.class_names)).to(accelerator.device)
-    if config.init_from:
-        start_from(autoencoder, config.init_from)
     if config.train.parts == "decoder":
         autoencoder.encoder.requires_grad_(False)
         autoencoder.bottleneck.requires_grad_(False)
@@ -140,8 +138,13 @@ def train(config: TokenizerConfig, weights_dir: Path | None = None) -> TrainingR
         f"{parameters:,} parameters, latent grid {autoencoder.grid[0]}x{autoencoder.grid[1]}, "
         f"{batches.steps_per_epoch} steps an epoch, {batches.max_steps} in all"
     )
-    if not run.restore(batches, modules, optimizers) and not config.init_from:
-        initialize_codebook(autoencoder, split, batches, accelerator)
+    if config.init_from and not run.folder.checkpoints.exists():  # refused before a folder is made
+        start_from(autoencoder, config.init_from, config.train.parts)
+    if not run.restore(batches, modules, optimizers):
+        if config.init_from:
+            start_from(autoencoder, config.init_from, config.train.parts)
+        else:
+            initialize_codebook(autoencoder, split, batches, accelerator)
         if averaged:
             averaged.module.load_state_dict(autoencoder.state_dict())
     diagnosis = Diagnosis(REMEDIES.get(config.model.bottleneck.type, ""), run.facts, run.say)
@@ -170,7 +173,7 @@ def train(config: TokenizerConfig, weights_dir: Path | None = None) -> TrainingR
                 loss = output.loss if gradient is None else output.loss + (output.decoded * gradient).sum()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and config.train.max_grad_norm:
-                    accelerator.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
+                    clip(autoencoder, prepared_optimizer, config.train.max_grad_norm, accelerator)
                 prepared_optimizer.step()
                 prepared_optimizer.zero_grad()
 
@@ -183,7 +186,7 @@ def train(config: TokenizerConfig, weights_dir: Path | None = None) -> TrainingR
                         loss = loss + against.config.r1_weight * r1_penalty(logits_real, real)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients and config.train.max_grad_norm:
-                        accelerator.clip_grad_norm_(against.prepared.parameters(), config.train.max_grad_norm)
+                        clip(against.net, against.prepared_optimizer, config.train.max_grad_norm, accelerator)
                     against.prepared_optimizer.step()
                     against.prepared_optimizer.zero_grad()
                     terms |= against.net.observe(loss, logits_real, logits_fake)
@@ -201,27 +204,41 @@ def train(config: TokenizerConfig, weights_dir: Path | None = None) -> TrainingR
         if run.due("validate"):
             metrics = validate(final, data.validation, config.train.batch_size, run.seed, accelerator)
             run.log_validation(metrics)
-            diagnosis.observe(run.step, {name: metrics[name] for name in ("active_units",) if name in metrics})
+            diagnosis.observe(run.step, {name: metrics[name] for name in ("active_share",) if name in metrics})
             if accelerator.is_main_process:
                 for name, picture in draw_pictures(final, data, run.seed).items():
                     file = f"step_{run.step:08d}_{name}.png" if name else f"step_{run.step:08d}.png"
                     save_picture(picture, run.folder.samples / file)
         if run.due("checkpoint"):
+            run.check_weights()
             if accelerator.is_main_process:
                 final.save_pretrained(run.folder.model)
-            run.save(title=f"{run.folder.path.name}: {config.model.bottleneck.type} autoencoder")
+            # The held-out loss has no perceptual and no adversarial term; what both splits have is drawn.
+            curve = "reconstruction" if config.loss.perceptual or opponent else "loss"
+            run.save(title=f"{run.folder.path.name}: {config.model.bottleneck.type} autoencoder", curve=curve)
     run.say(f"model: {run.folder.model}; pictures: {run.folder.samples}; curves: {run.folder.path / 'losses.png'}")
     return run
 
 
-def start_from(autoencoder: Autoencoder, source: str) -> None:
+def clip(net: nn.Module, optimizer: Optimizer, max_norm: float, accelerator: Accelerator) -> None:
+    """Clips the gradients of one net; Accelerate's own would take fp16's scale from those of the other net too."""
+    accelerator.unscale_gradients(optimizer)
+    torch.nn.utils.clip_grad_norm_(net.parameters(), max_norm)
+
+
+def start_from(autoencoder: Autoencoder, source: str, parts: Literal["all", "decoder"]) -> None:
     """Fills a new autoencoder with the weights of a trained one.
 
     Raises:
         InputError: another architecture; the differences are named.
     """
     document, state = load_model_folder(source, "tokenizer")
-    differences = describe_differences(document["model"], autoencoder.config.model.model_dump(mode="json"), "model.")
+    own = autoencoder.config.model_dump(mode="json")
+    compared = ["model"]
+    compared += ["image_size", "channels"] if parts == "decoder" else []  # the codes are of images of one form
+    compared += ["class_names"] if autoencoder.class_conditional else []
+    there, here = ({key: group[key] for key in compared} for group in (document, own))
+    differences = describe_differences(there, here)
     if differences:
         raise InputError(f"init_from {source}: is another model:\n  " + "\n  ".join(differences))
     fill(autoencoder, state, f"init_from {source}")

@@ -42,10 +42,10 @@ def validate(
             levels = torch.arange(model.code_grid[1], device=device) % depth * model.codebook_size
             counts += weight * torch.bincount((output.bottleneck.indices + levels).flatten(), minlength=len(counts))
         if output.bottleneck.mean is not None:
-            mean = output.bottleneck.mean.flatten(1).double()
+            mean = output.bottleneck.mean.flatten(1)
             own_moments = weight * torch.stack([mean.sum(0), mean.square().sum(0)])
             moments = own_moments if moments is None else moments + own_moments
-    totals = accelerator.reduce(torch.stack([value.double() for value in sums.values()]), "sum") / len(split)  # type: ignore[operator]
+    totals = accelerator.reduce(torch.stack(list(sums.values())), "sum") / len(split)  # type: ignore[operator]
     metrics: dict[str, float] = dict(zip(sums, totals.tolist(), strict=True))
     if model.codebook_size:
         counts = accelerator.reduce(counts, "sum").view(depth, -1)  # type: ignore[union-attr]
@@ -54,5 +54,5 @@ def validate(
         metrics["perplexity"] = torch.special.entr(shares).sum(1).exp().mean().item()
     if moments is not None:
         first, second = accelerator.reduce(moments, "sum") / len(split)  # type: ignore[operator]
-        metrics["active_units"] = (second - first.square() > 0.01).double().mean().item()
+        metrics["active_share"] = (second - first.square() > 0.01).float().mean().item()
     return metrics

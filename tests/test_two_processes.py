@@ -24,7 +24,7 @@ ACCUMULATED = ["train.gradient_accumulation_steps=2"]
 SIMVQ = ["model.bottleneck={type: vector, codebook_size: 16, codebook: simvq, gradient: rotation}"]
 L2 = ["model.bottleneck={type: vector, codebook_size: 16, l2_normalize: true}"]
 RESIDUAL = ["model.bottleneck={type: residual, codebook_size: 16, depth: 2}"]
-FINITE_SCALAR = ["model.bottleneck={type: finite_scalar, levels: [4, 3, 2, 2]}"]
+FINITE_SCALAR = ["model.bottleneck={type: finite_scalar, levels: [4, 3, 3, 3]}"]
 LOOKUP_FREE = ["model.bottleneck={type: lookup_free}"]
 ADVERSARIAL = "{channels: 8, num_layers: 2, start: 0.5, adaptive: true, lecam_weight: 0.01, r1_weight: 0.1}"
 VQGAN = [f"loss={{reconstruction: l1, adversarial: {ADVERSARIAL}}}"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.config import parse_config
+from core.config import load_config, parse_config
 from core.errors import InputError
 from core.training import Batches, TrainConfig
 
@@ -137,3 +137,10 @@ def test_wrong_settings_are_told(train, mistake):
     with pytest.raises(InputError) as error:
         parse_config(TrainConfig, train, "train")
     assert str(error.value) == f"train has 1 mistake:\n  {mistake}"
+
+
+@pytest.mark.parametrize("word", ["no", "bf16", "auto"])
+def test_a_bare_no_is_a_precision_and_no_truth_value(word, tmp_path):
+    (tmp_path / "config.yaml").write_text(f"max_steps: 1\nmixed_precision: {word}\n")
+    assert load_config(TrainConfig, tmp_path / "config.yaml").mixed_precision == word
+    assert load_config(TrainConfig, tmp_path / "config.yaml", [f"mixed_precision={word}"]).mixed_precision == word

@@ -23,7 +23,7 @@ BOTTLENECKS = {
     "learned": {"type": "vector", "codebook_size": 8, "codebook": "learned"},
     "simvq": {"type": "vector", "codebook_size": 8, "codebook": "simvq", "ema_decay": 0.9},
     "l2": {"type": "vector", "codebook_size": 8, "l2_normalize": True},
-    "finite_scalar": {"type": "finite_scalar", "levels": [4, 3, 2, 5]},
+    "finite_scalar": {"type": "finite_scalar", "levels": [4, 3, 3, 5]},
     "lookup_free": {"type": "lookup_free"},
     "residual": {"type": "residual", "codebook_size": 8, "depth": 2},
 }

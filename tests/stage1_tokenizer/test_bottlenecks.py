@@ -34,13 +34,13 @@ def test_each_type_builds_its_bottleneck():
 
     configs = [
         *(IdentityConfig(), GaussianConfig(), ClassGaussianConfig(), VectorConfig(codebook_size=4)),
-        *(FiniteScalarConfig(levels=[4, 3, 2]), LookupFreeConfig(), ResidualConfig(codebook_size=4, depth=2)),
+        *(FiniteScalarConfig(levels=[4, 3, 5]), LookupFreeConfig(), ResidualConfig(codebook_size=4, depth=2)),
     ]
     built = [build(config) for config in configs]
     names = "Identity Gaussian Gaussian VectorQuantizer FiniteScalar LookupFree ResidualQuantizer"
     assert [type(bottleneck).__name__ for bottleneck in built] == names.split()
     assert [bottleneck.encoded_channels for bottleneck in built] == [3, 6, 6, 3, 3, 3, 3]
-    assert [bottleneck.codebook_size for bottleneck in built] == [None, None, None, 4, 24, 8, 4]
+    assert [bottleneck.codebook_size for bottleneck in built] == [None, None, None, 4, 60, 8, 4]
     assert built[2].class_means.shape == (2, 3, 2, 2)
     assert built[1].class_means is None
 

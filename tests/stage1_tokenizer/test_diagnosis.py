@@ -4,7 +4,7 @@ import pytest
 
 from stage1_tokenizer.diagnosis import Diagnosis
 
-HEALTHY = {"codebook_usage": 0.9, "perplexity": 400.0, "discriminator_accuracy": 0.7, "kl": 20.0, "active_units": 0.8}
+HEALTHY = {"codebook_usage": 0.9, "perplexity": 400.0, "discriminator_accuracy": 0.7, "kl": 20.0, "active_share": 0.8}
 SICK = [
     (
         {"codebook_usage": 0.12, "perplexity": 9.3},
@@ -14,7 +14,7 @@ SICK = [
     ({"discriminator_accuracy": 0.501}, 10, ["at chance", "50%", "loss.adversarial.lr"]),
     ({"discriminator_accuracy": 0.999}, 10, ["wins outright", "99.9%", "lecam_weight"]),
     ({"kl": 0.01}, 5, ["posterior collapse", "0.010 nats", "kl_weight"]),
-    ({"active_units": 0.05}, 3, ["5% of the latent's units", "latent_channels"]),
+    ({"active_share": 0.05}, 3, ["5% of the latent's units", "latent_channels"]),
 ]
 
 

@@ -176,7 +176,7 @@ def test_every_codebook_recovers_from_equal_codes_far_from_the_data(name, whole_
 # --- finite scalar --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("levels", [[2], [3, 5], [8, 5, 5, 5], [4, 2, 7]])
+@pytest.mark.parametrize("levels", [[3], [3, 5], [8, 5, 5, 5], [4, 3, 7]])
 def test_finite_scalar_codes_are_all_combinations_of_levels(levels):
     quantizer = FiniteScalar(FiniteScalarConfig(levels=levels))
     size = math.prod(levels)
@@ -187,7 +187,7 @@ def test_finite_scalar_codes_are_all_combinations_of_levels(levels):
     assert quantizer.codebook_size == size
 
 
-@pytest.mark.parametrize("levels", [[8, 5], [2, 3]])
+@pytest.mark.parametrize("levels", [[8, 5], [4, 3]])
 def test_finite_scalar_rounds_to_the_nearest_level_and_back(levels, whole_batch):
     quantizer = FiniteScalar(FiniteScalarConfig(levels=levels))
     encoded = 2 * encodings(200, len(levels))
@@ -296,7 +296,7 @@ def test_each_depth_starts_on_what_the_ones_before_leave(whole_batch):
 
 QUANTIZERS = {
     **{name: lambda name=name: build(name, ema_decay=0.5, revive_below=0.5) for name in CODEBOOKS},
-    "finite_scalar": lambda: FiniteScalar(FiniteScalarConfig(levels=[4, 3, 2, 2])),
+    "finite_scalar": lambda: FiniteScalar(FiniteScalarConfig(levels=[4, 3, 3, 3])),
     "lookup_free": lambda: LookupFree(LookupFreeConfig(entropy_weight=0.0), 4),
 }
 

@@ -213,7 +213,7 @@ def test_a_class_vae_learns_means_and_shows_a_class_a_column(document, start):
     assert model.bottleneck.class_means.abs().max() > 1e-3
     with Image.open(run / "samples" / "step_00000006_classes.png") as picture:
         assert picture.width > 8 * 80
-    assert metrics(run, "val")[-1].keys() >= {"nats_per_image", "kl", "active_units"}
+    assert metrics(run, "val")[-1].keys() >= {"nats_per_image", "kl", "active_share"}
     labels = torch.tensor([3, 3, 5])
     one, other = (model.sample(3, labels, torch.Generator().manual_seed(s)) for s in (0, 0))
     assert torch.equal(one, other)
