@@ -155,11 +155,15 @@ class VectorQuantizer(Quantizer):
 
     def _place(self, vectors: Tensor, where: Tensor, count: Tensor) -> None:
         """Moves the codes ``where`` (K,) onto ``vectors`` (K, D), as if each had been chosen ``count`` times."""
-        rows = vectors
-        if self.projection is not None:  # the fixed code that the linear map brings there
-            rows, _ = torch.linalg.solve_ex(self.projection, vectors, left=False)
-            where = where & rows.isfinite().all(1)
-        self.codebook.copy_(torch.where(where[:, None], rows, self.codebook))
+        if self.projection is None:
+            self.codebook.copy_(torch.where(where[:, None], vectors, self.codebook))
+        else:
+            # What the linear map has done is kept in the codes, and it starts anew: undoing it for the moved ones would
+            # fail where it is nearly singular.
+            some = where.any()
+            moved = torch.where(where[:, None], vectors, self.codes())
+            self.codebook.copy_(torch.where(some, moved, self.codebook))
+            self.projection.copy_(torch.where(some, torch.eye(len(self.projection)).to(moved), self.projection))
         if self.config.codebook == "ema":
             self.ema_sums.copy_(torch.where(where[:, None], vectors * count, self.ema_sums))
 

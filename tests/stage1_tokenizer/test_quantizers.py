@@ -133,6 +133,19 @@ def test_simvq_moves_all_codes_by_one_linear_map(whole_batch):
     torch.testing.assert_close(quantizer.codes(), fixed @ quantizer.projection)
 
 
+def test_simvq_revives_a_code_and_leaves_the_others_where_they_are(whole_batch):
+    quantizer = build("simvq", ema_decay=0.5, revive_below=0.5)
+    with torch.no_grad():
+        quantizer.projection.copy_(torch.ones(4, 4))  # singular
+        before = quantizer.codes()
+    quantizer(encodings(), None, whole_batch(8))
+    quantizer.update_codebook(alone)
+    moved = (quantizer.codes() != before).any(1)
+    assert 0 < moved.sum() < 16
+    assert all((quantizer.codes()[code] == as_vectors(encodings())).all(1).any() for code in moved.nonzero())
+    assert torch.equal(quantizer.projection, torch.eye(4))
+
+
 def test_simvq_starts_on_the_data_under_any_map():
     quantizer = build("simvq", size=12)
     with torch.no_grad():
