@@ -66,6 +66,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path):
         "runs/demo/generated/grid.png",
         "runs/demo/prior/losses.png",
         "runs/vqvae_mnist/reconstructions.png",
+        "runs/vqgan_mnist/evaluation/worst.png",
         "generated/sevens/grid.png",
         "inspect.png",
         "seven.png",
