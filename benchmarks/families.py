@@ -125,7 +125,7 @@ def picture(name: str, folder: Path, data: ImageData, out: Path) -> None:
 def as_markdown(name: str, minutes: float, rows: list[Row]) -> str:
     """The section of one data set."""
     lines = [
-        f"## {name.upper().replace('CIFAR10', 'CIFAR-10')}, {minutes:g} minutes of training each",
+        f"## {name.upper().replace('CIFAR10', 'CIFAR-10')}, {minutes:g} minutes of processor time each",
         "",
         "| family | steps | " + " | ".join(COLUMNS.values()) + " |",
         "|---|---" + "|---" * len(COLUMNS) + "|",
@@ -138,14 +138,14 @@ def as_markdown(name: str, minutes: float, rows: list[Row]) -> str:
 
 HEAD = """# Results
 
-Made by `python -m benchmarks.families`. Every family gets the same time for training on the same machine ({machine}):
-the number of steps follows from what a step of it cost there, in processor time. {device}
+Made by `python -m benchmarks.families`. Every family gets the same processor time for training on the same machine
+({machine}); the number of steps follows from what a step of it cost there. {device}
 
 Measured on the 10,000 test images by `twostage evaluate`: 8-bit pixels, PSNR and SSIM as means over images. The
 Frechet distance is between test images and their reconstructions, in the features of a network trained here on the same
-data set with `twostage train-features` (seed 1, test accuracy {accuracy}): it is no FID and compares only within one
-table. The VQ-GAN's perceptual term uses another such network (seed 0). A denoising autoencoder is measured on clean
-inputs. CIFAR-10's images were re-encoded as JPEG. One run each, seed 0.
+data set with `twostage train-features` (seed 1, test accuracy {accuracy}):
+it is no FID and compares only within one table. The VQ-GAN's perceptual term uses another such network (seed 0). A
+denoising autoencoder is measured on clean inputs. CIFAR-10's images were re-encoded as JPEG. One run each, seed 0.
 
 """
 
@@ -176,7 +176,7 @@ def main() -> None:
         sections.append(as_markdown(name, minutes, found))
         rows += [row | {"name": f"{name} {row['name']}"} for row in found]
     device = "No GPU was used." if not torch.accelerator.is_available() else "A GPU was used."
-    machine = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+    machine = f"threads: {torch.get_num_threads()}, {platform.processor() or platform.machine()}"
     head = HEAD.format(machine=machine, device=device, accuracy=", ".join(accuracies))
     options.results.write_text(head + "\n".join(sections), encoding="utf-8")
     report({"minutes": options.minutes}, rows, options.json)
