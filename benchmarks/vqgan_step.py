@@ -1,6 +1,6 @@
 """What does a full VQ-GAN step cost, beside the same parts worked through as taming-transformers does?
 
-python -m benchmarks.vqgan_step [--repeats 7] [--image-size 64] [--batch-size 8] [--json FILE]
+python -m benchmarks.vqgan_step [--repeats 7] [--model taming] [--image-size 64] [--batch-size 8] [--json FILE]
 
 Tokenizer + LPIPS (VGG-16) + PatchGAN with an adaptive weight, both nets updated, float32. Both sides use the same
 modules from the same weights (VGG's are random: its arithmetic is the same). The peer's scheme is that of
@@ -25,12 +25,25 @@ from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, dis
 from stage1_tokenizer.image_losses import ImageLosses
 from stage1_tokenizer.losses import LossConfig
 from stage1_tokenizer.perceptual import TRUNK, LPIPSConfig
+from stage1_tokenizer.vector_quantizer import VectorConfig
+from stage1_tokenizer.vqgan_backbone import VQGANConfig
 
 LOSS = LossConfig(
     reconstruction="l1",
     perceptual=LPIPSConfig(),
     adversarial=AdversarialConfig(adaptive=True, weight=0.8, start=0.0, ramp=0.0),
 )
+
+
+# taming-transformers' tokenizer of ImageNet, 16 pixels a cell; and this project's default one.
+MODELS = {
+    "taming": ModelConfig(
+        latent_channels=256,
+        backbone=VQGANConfig(),
+        bottleneck=VectorConfig(codebook_size=1024, codebook="learned"),
+    ),
+    "conv": ModelConfig(),
+}
 
 
 def random_trunk(folder: Path) -> None:
@@ -44,10 +57,10 @@ def random_trunk(folder: Path) -> None:
 class Step:
     """The nets of a step, their optimizers, and a batch."""
 
-    def __init__(self, size: int, batch_size: int, weights_dir: Path) -> None:
+    def __init__(self, model: ModelConfig, size: int, batch_size: int, weights_dir: Path) -> None:
         torch.manual_seed(0)
         assert LOSS.adversarial is not None
-        config = AutoencoderConfig(image_size=(size, size), channels=3, model=ModelConfig(), loss=LOSS)
+        config = AutoencoderConfig(image_size=(size, size), channels=3, model=model, loss=LOSS)
         self.autoencoder = Autoencoder(config)
         self.discriminator = Discriminator(LOSS.adversarial, 3, (size, size))
         self.losses = ImageLosses(LOSS, self.autoencoder, self.discriminator, weights_dir, Accelerator(cpu=True))
@@ -96,21 +109,27 @@ class Step:
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--repeats", type=int, default=7)
+    arguments.add_argument("--model", choices=MODELS, default="taming")
     arguments.add_argument("--image-size", type=int, default=64)
     arguments.add_argument("--batch-size", type=int, default=8)
     options = arguments.parse_args()
     warnings.filterwarnings("ignore", module="torchvision")
     with tempfile.TemporaryDirectory() as folder:
         random_trunk(Path(folder))
-        ours = Step(options.image_size, options.batch_size, Path(folder))
-        peer = Step(options.image_size, options.batch_size, Path(folder))
+        ours = Step(MODELS[options.model], options.image_size, options.batch_size, Path(folder))
+        peer = Step(MODELS[options.model], options.image_size, options.batch_size, Path(folder))
     ours.ours()
     peer.peer()
     difference = (ours.gradient() - peer.gradient()).norm() / peer.gradient().norm()
     seconds = alternate({"ours": ours.ours, "peer": peer.peer}, options.repeats)
     row = compared("VQ-GAN step against taming-transformers' scheme", seconds["ours"], seconds["peer"])
     row |= {"share_of_peer": row["ours_s"] / row["peer_s"], "gradient_difference": difference.item()}
-    settings = {"image_size": options.image_size, "batch_size": options.batch_size, "repeats": options.repeats}
+    settings = {
+        "model": options.model,
+        "image_size": options.image_size,
+        "batch_size": options.batch_size,
+        "repeats": options.repeats,
+    }
     report(settings, [row], options.json)
 
 
