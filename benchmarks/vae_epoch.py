@@ -20,11 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.reporting import compared, parser, report
+from core.batches import Batches
 from core.config import load_config
 from core.data import ImageSplit, load_images
 from core.ema import averaged_copy
 from core.images import to_float
-from core.training import Batches, TrainingRun, make_optimizer
+from core.training import TrainingRun, make_optimizer
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.train_tokenizer import TokenizerConfig, autoencoder_config
 
@@ -81,7 +82,7 @@ def our_epochs(config: TokenizerConfig, split: ImageSplit):
     run = TrainingRun(config)
     accelerator = run.accelerator
     batches = Batches(len(split), config.train, run.seed, accelerator, "images")
-    autoencoder = Autoencoder(autoencoder_config(config))
+    autoencoder = Autoencoder(autoencoder_config(config, None))
     averaged = averaged_copy(autoencoder, config.train.ema_decay) if config.train.ema_decay else None
     optimizer = make_optimizer(autoencoder, config.train)
     model, prepared = accelerator.prepare(autoencoder, optimizer)

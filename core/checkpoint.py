@@ -4,7 +4,6 @@
 under another name, flushed to disk, then renamed; a folder without a matching manifest is ignored.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from core.model_folder import file_sha256
 
 __all__ = ["Checkpoints", "optimizer_tensors", "restore_optimizer"]
 
@@ -96,8 +97,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _flush(path: Path) -> None:

@@ -1,7 +1,9 @@
 """A trained model on disk: `config.json` + `model.safetensors`. Nothing executable is ever loaded."""
 
+import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,16 @@ from torch import Tensor, nn
 
 from core.errors import InputError
 
-__all__ = ["FORMAT_VERSION", "fill", "find_model_folder", "load_model_folder", "save_model_folder", "write_json"]
+__all__ = [
+    "FORMAT_VERSION",
+    "file_sha256",
+    "fill",
+    "find_model_folder",
+    "hash_tensors",
+    "load_model_folder",
+    "save_model_folder",
+    "write_json",
+]
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
@@ -26,6 +37,21 @@ def write_json(path: Path, content: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_tensors(labelled: Iterable[tuple[str, Tensor]], start: str = "") -> str:
+    """The sha256 of the text ``start``, then of each label and its tensor's bytes, in this order; in hexadecimal."""
+    digest = hashlib.sha256(start.encode())
+    for label, tensor in labelled:
+        digest.update(label.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_model_folder(folder: Path, kind: str, config: dict[str, Any], state: dict[str, Tensor]) -> None:

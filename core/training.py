@@ -1,82 +1,40 @@
-"""The bookkeeping that both trainings call: processes, data order, metrics, checkpoints. The steps themselves are
+"""The bookkeeping that both trainings call: what is written when, and how a run goes on. The steps themselves are
 visible in `train_tokenizer` and `train_prior`."""
 
 import itertools
-import os
 import statistics
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Generic, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
-from pydantic import Field, model_validator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from core.batches import Batches
 from core.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
-from core.config import Count, Number, RunConfig, Section, Size
+from core.config import RunConfig
 from core.errors import InputError
 from core.model_folder import fill
 from core.pictures import draw_curves
-from core.precision import MixedPrecision, fastest_precision
+from core.precision import fastest_precision
+from core.processes import join_processes
 from core.random import BatchRandom, seed_for
 from core.run_folder import RunFolder, read_metrics
-from core.schedules import Schedule, lr_at
+from core.schedules import lr_at
+from core.train_config import TrainConfig
 
-__all__ = ["Batches", "Beta", "TrainConfig", "TrainingRun", "join_processes", "make_optimizer", "share_cores"]
-
+__all__ = ["TrainingRun", "make_optimizer"]
 
 ADVICE = "Try a lower train.lr, train.max_grad_norm=1.0, or train.mixed_precision=no"
-
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class TrainConfig(Section):
-    """How long, how fast, and what is written when. Steps are updates of the weights."""
-
-    batch_size: Count = 128
-    """Samples an update, over all processes and accumulation steps together."""
-    max_steps: Count | None = None
-    """Updates; or give `epochs`."""
-    epochs: Count | None = None
-    """Passes over the training split; a last batch that is not full is left out."""
-    lr: Number = Field(default=3e-4, gt=0)
-    lr_schedule: Schedule = "constant"
-    warmup_steps: Size = 0
-    """Updates over which the learning rate rises from 0."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Adam's."""
-    weight_decay: Number = Field(default=0.0, ge=0)
-    """Decoupled (AdamW), on matrices and convolution kernels."""
-    max_grad_norm: Number | None = Field(default=None, gt=0)
-    """Gradients are clipped to this norm; None: never."""
-    gradient_accumulation_steps: Count = 1
-    """Parts that an update's batch is worked on in, one after another."""
-    ema_decay: Number | None = Field(default=None, gt=0, lt=1)
-    """Of the averaged weights that validation measures and inference loads; None: the weights themselves."""
-    mixed_precision: MixedPrecision = "no"
-    """`auto` measures this machine and takes bf16 where it is clearly faster."""
-    log_every: Count = 50
-    """Steps between training lines in metrics.jsonl (each the mean since the one before)."""
-    validate_every: Count | None = None
-    """Steps between validations and sample pictures; None: once an epoch."""
-    checkpoint_every: Count | None = None
-    """Steps between checkpoints; None: once an epoch."""
-    keep_checkpoints: Count = 2
-
-    @model_validator(mode="after")
-    def _one_length(self) -> "TrainConfig":
-        if (self.max_steps is None) == (self.epochs is None):
-            raise ValueError(f"give either max_steps or epochs, got max_steps={self.max_steps}, epochs={self.epochs}")
-        return self
 
 
 class _TrainingSections(Protocol):
@@ -90,21 +48,6 @@ class _TrainingSections(Protocol):
 
 ConfigT = TypeVar("ConfigT", bound=_TrainingSections)
 DataT = TypeVar("DataT")
-
-
-def share_cores() -> None:
-    """On a CPU, divides the cores among this machine's processes (launchers set one thread a process)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def join_processes() -> PartialState:
-    """This process's place among those that the launcher started.
-
-    Without a GPU, Accelerate takes each of several processes for the only one, unless told that they are on the CPU.
-    """
-    share_cores()
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def make_optimizer(
@@ -135,62 +78,6 @@ def _seed_torch(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
-
-
-class Batches:
-    """The data order as a pure function of the step: nothing to save, and the same at any number of processes.
-
-    Args:
-        num_samples: of the training split.
-        what: a sample's name for messages (`images`, `code grids`).
-
-    Raises:
-        InputError: fewer samples than one batch, or a batch that the processes cannot share equally.
-    """
-
-    def __init__(self, num_samples: int, train: TrainConfig, seed: int, accelerator: Accelerator, what: str) -> None:
-        parts = accelerator.num_processes * train.gradient_accumulation_steps
-        if num_samples < train.batch_size:
-            raise InputError(
-                f"train.batch_size {train.batch_size}: the training split has only {num_samples} {what}, fewer than "
-                f"one batch; set train.batch_size to at most {num_samples}"
-            )
-        if train.batch_size % parts:
-            raise InputError(
-                f"train.batch_size {train.batch_size}: cannot be shared equally by {accelerator.num_processes} "
-                f"processes x {train.gradient_accumulation_steps} accumulation steps; use a multiple of {parts}"
-            )
-        self.num_samples, self.batch_size, self.seed = num_samples, train.batch_size, seed
-        self.steps_per_epoch = num_samples // train.batch_size
-        self.max_steps = train.max_steps or (train.epochs or 0) * self.steps_per_epoch
-        size = train.batch_size // parts
-        index, total = accelerator.process_index, accelerator.num_processes
-        starts = [(part * total + index) * size for part in range(train.gradient_accumulation_steps)]
-        self.places = [slice(start, start + size) for start in starts]  # of this process in the global batch
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
-
-    def rows(self, step: int) -> Tensor:
-        """The rows of the training split in the global batch of ``step``, (batch_size,) int64."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            order = np.random.default_rng(seed_for(self.seed, "order", epoch)).permutation(self.num_samples)
-            self._epoch, self._order = epoch, torch.from_numpy(order)
-        return self._order[place * self.batch_size : (place + 1) * self.batch_size]
-
-    def at(self, step: int, read: Callable[[Tensor], DataT]) -> list[tuple[DataT, BatchRandom]]:
-        """This process's parts of the batch of ``step``: the data and the random numbers that go with it."""
-        rows, seed = self.rows(step), seed_for(self.seed, "step", step)
-        return [(read(rows[place]), BatchRandom(seed, place, self.batch_size)) for place in self.places]
-
-    def read_ahead(self, start: int, read: Callable[[Tensor], DataT]) -> Iterator[list[tuple[DataT, BatchRandom]]]:
-        """:meth:`at` from ``start`` to the last step, each read by a thread while the one before is worked on."""
-        with ThreadPoolExecutor(1) as pool:
-            upcoming = pool.submit(self.at, start, read)
-            for step in range(start + 1, self.max_steps + 1):
-                batch = upcoming.result()
-                if step < self.max_steps:
-                    upcoming = pool.submit(self.at, step, read)
-                yield batch
 
 
 class TrainingRun(Generic[ConfigT]):
@@ -260,7 +147,12 @@ class TrainingRun(Generic[ConfigT]):
     # --- beginning, stepping, ending ---------------------------------------------------------------------------------
 
     def restore(
-        self, batches: Batches, modules: Mapping[str, nn.Module], optimizers: dict[str, tuple[nn.Module, Optimizer]]
+        self,
+        batches: Batches,
+        modules: Mapping[str, nn.Module],
+        optimizers: dict[str, tuple[nn.Module, Optimizer]],
+        begin: Callable[[], None] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> bool:
         """Names what checkpoints hold and loads the newest one; True where the run goes on from one.
 
@@ -269,20 +161,27 @@ class TrainingRun(Generic[ConfigT]):
         Args:
             modules: unwrapped, by name.
             optimizers: by name, each with the module whose parameters it has.
+            begin: gives a new run's modules their first weights, before the folder is made.
+            check: looks at the :attr:`facts` of a run that goes on, before its weights are loaded.
         """
         self.batches, self._modules, self._optimizers = batches, modules, optimizers
         found = [self._checkpoints.latest()]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(found)
-        if found[0] is not None:
+        if found[0] is None:
+            if begin:
+                begin()
+        else:
             tensors, state = self._checkpoints.load(found[0])
+            self.step, self.facts, self.finished = state["step"], state["facts"], state["finished"]
+            if check:
+                check()
             for name, module in modules.items():
                 fill(module, tensors[name], found[0])
             for name, (module, optimizer) in optimizers.items():
                 restore_optimizer(module, optimizer, tensors[name])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.step, self.facts, self.finished = state["step"], state["facts"], state["finished"]
             self.say(
                 f"going on from step {self.step} ({found[0]})"
                 if not self.finished
@@ -377,19 +276,24 @@ class TrainingRun(Generic[ConfigT]):
         """Ends the run after this step."""
         self.finished = reason
 
-    def check_weights(self) -> None:
-        """The losses were finite before this update; the weights and codebooks must be so after it, or nothing is
-        written over the last good ones."""
-        tensors = [t.detach() for module in self._modules.values() for t in module.state_dict().values()]
-        norm = get_total_norm([t.float() for t in tensors if t.is_floating_point()])
-        self._check_finite({"the weights' norm": norm.item()})
+    def save(
+        self,
+        title: str,
+        baselines: dict[str, float] | None = None,
+        curve: str = "loss",
+        write_model: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Writes a checkpoint and the curves of the metric ``curve``; called by every process.
 
-    def save(self, title: str, baselines: dict[str, float] | None = None, curve: str = "loss") -> None:
-        """Writes a checkpoint and the curves of the metric ``curve``; called by every process."""
+        Args:
+            write_model: called first, with the folder `model/`, once the weights are known to be finite.
+        """
         if self.step == self.batches.max_steps and not self.finished:
             self.finish("all steps done")
-        self.check_weights()
+        self._check_weights()
         if self.accelerator.is_main_process:
+            if write_model:
+                write_model(self.folder.model)
             tensors = {name: module.state_dict() for name, module in self._modules.items()}
             tensors |= {name: optimizer_tensors(*pair) for name, pair in self._optimizers.items()}
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
@@ -451,6 +355,13 @@ class TrainingRun(Generic[ConfigT]):
             f"(all in {self.folder.path / 'not_finite.txt'}); the run stops, and its last good checkpoint in "
             f"{self.folder.checkpoints} is kept. {ADVICE}"
         )
+
+    def _check_weights(self) -> None:
+        """The losses were finite before this update; the weights and codebooks must be so after it, or nothing is
+        written over the last good ones."""
+        tensors = [t.detach() for module in self._modules.values() for t in module.state_dict().values()]
+        norm = get_total_norm([t.float() for t in tensors if t.is_floating_point()])
+        self._check_finite({"the weights' norm": norm.item()})
 
     def _check_finite(self, metrics: dict[str, float]) -> None:
         broken = [name for name, value in metrics.items() if not np.isfinite(value)]

@@ -3,7 +3,6 @@
 Axes: B images, C channels, H and W pixels, h and w cells of the latent grid.
 """
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from core.config import Count, Section, parse_config
 from core.errors import InputError
-from core.model_folder import fill, load_model_folder, save_model_folder
+from core.model_folder import fill, hash_tensors, load_model_folder, save_model_folder
 from core.random import BatchRandom
 from stage1_tokenizer.backbones import BackboneConfig, ConvConfig, build_backbone, factor_of, grid_of
 from stage1_tokenizer.bottleneck_output import BottleneckOutput
@@ -214,15 +213,14 @@ class Autoencoder(nn.Module):
         for name, part in {"backbone": model.backbone, "bottleneck": model.bottleneck}.items():
             # Without the defaults, so that a new setting does not change the hash of what was trained before it.
             form[name] = {"type": part.type} | part.model_dump(mode="json", exclude_defaults=True)
-        digest = hashlib.sha256(json.dumps(form, sort_keys=True).encode())
         deciding = {f"encoder.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
         deciding |= {f"bottleneck.{name}": tensor for name, tensor in self.bottleneck.state_dict().items()}
-        for name, tensor in sorted(deciding.items()):
-            if "ema_" in name:  # statistics of the training
-                continue
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        labelled = [
+            (f"{name} {tuple(tensor.shape)} {tensor.dtype}", tensor)
+            for name, tensor in sorted(deciding.items())
+            if "ema_" not in name  # statistics of the training
+        ]
+        return hash_tensors(labelled, json.dumps(form, sort_keys=True))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors."""

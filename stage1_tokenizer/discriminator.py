@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from core.config import Count, Flag, Number, Section, Share
 from core.errors import InputError
-from core.training import Beta
+from core.train_config import Beta
 from stage1_tokenizer.backbones import group_norm
 
 __all__ = [

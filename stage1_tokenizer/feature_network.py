@@ -4,7 +4,6 @@ One component with three uses: the perceptual term for small images, the feature
 accuracy of conditional samples. Axes: B images, C channels, H and W pixels.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from core.config import Count, Section, parse_config
 from core.errors import InputError
-from core.model_folder import fill, load_model_folder, save_model_folder
+from core.model_folder import fill, hash_tensors, load_model_folder, save_model_folder
 
 __all__ = ["WIDTHS", "FeatureNetwork", "FeatureNetworkConfig"]
 
@@ -79,11 +78,9 @@ class FeatureNetwork(nn.Module):
 
     def content_hash(self) -> str:
         """A hash of the configuration and the weights: two networks of one hash measure the same."""
-        digest = hashlib.sha256(json.dumps(self.config.model_dump(mode="json"), sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        weights = sorted(self.state_dict().items())
+        labelled = [(f"{name} {tuple(tensor.shape)} {tensor.dtype}", tensor) for name, tensor in weights]
+        return hash_tensors(labelled, json.dumps(self.config.model_dump(mode="json"), sort_keys=True))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors."""

@@ -39,10 +39,15 @@ class FiniteScalarConfig(Section):
 class FiniteScalar(Quantizer):
     """round(bound(z)) with straight-through gradients (section 3.1 of the paper); no losses."""
 
+    levels: Tensor
+    basis: Tensor
+
     def __init__(self, config: FiniteScalarConfig) -> None:
         super().__init__(math.prod(config.levels), len(config.levels))
         levels = torch.tensor(config.levels)
-        self._tensors = (levels.float(), torch.cat([levels.new_ones(1), levels[:-1]]).cumprod(0))
+        basis = torch.cat([levels.new_ones(1), levels[:-1]]).cumprod(0)
+        self.register_buffer("levels", levels.float(), persistent=False)
+        self.register_buffer("basis", basis, persistent=False)
 
     def forward(self, encoded: Tensor, labels: Tensor | None, random: BatchRandom) -> BottleneckOutput:
         """Quantizes (B, D, h, w); z is in [-1, 1]."""
@@ -59,21 +64,19 @@ class FiniteScalar(Quantizer):
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes (B, h, w) -> their vectors (B, D, h, w)."""
-        levels, basis = (t.to(indices.device) for t in self._tensors)
-        digits = indices[..., None] // basis % levels.long()
-        return rearrange(self._scale(digits - levels // 2), "b h w d -> b d h w")
+        digits = indices[..., None] // self.basis % self.levels.long()
+        return rearrange(self._scale(digits - self.levels // 2), "b h w d -> b d h w")
 
     def _round(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
-        levels, basis = (t.to(encoded.device) for t in self._tensors)
         x = rearrange(encoded, "b d h w -> b h w d")
         # tanh onto as many integers as there are levels: for an even number they lie half a step off the centre.
-        half = (levels - 1) * (1 + 1e-3) / 2
-        offset = (levels % 2 == 0) * 0.5
+        half = (self.levels - 1) * (1 + 1e-3) / 2
+        offset = (self.levels % 2 == 0) * 0.5
         bounded = torch.tanh(x + torch.atanh(offset / half)) * half - offset
         rounded = bounded.detach().round()
-        indices = ((rounded + levels // 2).long() * basis).sum(-1)
+        indices = ((rounded + self.levels // 2).long() * self.basis).sum(-1)
         z = self._scale(bounded + (rounded - bounded).detach())
         return rearrange(z, "b h w d -> b d h w"), indices
 
     def _scale(self, digits: Tensor) -> Tensor:
-        return digits / (self._tensors[0].to(digits.device) // 2)
+        return digits / (self.levels // 2)

@@ -1,9 +1,13 @@
-"""How good a reconstruction is."""
+"""What both the validation while training and the evaluation afterwards measure by."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["psnr"]
+__all__ = ["ACTIVE_VARIANCE", "psnr"]
+
+ACTIVE_VARIANCE = 0.01
+"""A posterior's unit is active when the variance of its mean over the images is above (Burda et al. 2016, arXiv
+1509.00519)."""
 
 
 def psnr(pictures: Tensor, originals: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     for first in range(0, len(codebook), CODES):
         codes = codebook[first : first + CODES]
         score = _scorer(codes)
-        for rows in torch.arange(len(vectors)).split(max(16, tile // len(codes))):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        size = max(16, tile // len(codes))
+        for start in range(0, len(vectors), size):
+            part = slice(start, start + size)
             values, places = _row_maxima(score(vectors[part]))
             if len(codes) == len(codebook):
                 indices[part] = places

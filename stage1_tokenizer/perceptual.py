@@ -28,6 +28,7 @@ __all__ = [
     "Perceptual",
     "PerceptualConfig",
     "build_perceptual",
+    "find_trunk",
 ]
 
 TRUNK = "vgg16-397923af.pth"
@@ -176,7 +177,7 @@ def _build_lpips(channels: int, image_size: tuple[int, int], weights_dir: Path |
         import lpips  # takes seconds, so only who needs it imports it
     except ImportError:
         raise InputError(f"loss.perceptual lpips: needs the package lpips (pip install lpips). {ALTERNATIVE}") from None
-    path = _find_trunk(weights_dir, heads=Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth")
+    path = _fetch_trunk(weights_dir, heads=Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth")
     with warnings.catch_warnings():
         for message in ("The parameter 'pretrained' is", "Arguments other than a weight enum"):  # of torchvision
             warnings.filterwarnings("ignore", message, UserWarning)
@@ -185,19 +186,26 @@ def _build_lpips(channels: int, image_size: tuple[int, int], weights_dir: Path |
     return LPIPS(network)
 
 
-def _find_trunk(weights_dir: Path | None, heads: Path) -> Path:
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / TRUNK
-    candidates = [Path(weights_dir) / TRUNK, cached] if weights_dir else [cached]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+def find_trunk(weights_dir: str | Path | None) -> tuple[Path | None, list[Path]]:
+    """LPIPS's trunk, None where it is not on this machine, and the folders that it is looked for in."""
+    folders = [Path(weights_dir)] if weights_dir else []
+    folders.append(Path(torch.hub.get_dir()) / "checkpoints")
+    return next((folder / TRUNK for folder in folders if (folder / TRUNK).is_file()), None), folders
+
+
+def _fetch_trunk(weights_dir: Path | None, heads: Path) -> Path:
+    found, folders = find_trunk(weights_dir)
+    if found:
+        return found
+    cached = folders[-1] / TRUNK
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(TRUNK_URL, str(cached), hash_prefix="397923af")
     except (OSError, RuntimeError, HTTPException) as error:  # no network, or a file with another hash
+        places = " nor at ".join(str(folder / TRUNK) for folder in folders)
         raise InputError(
             f"loss.perceptual lpips: needs two files. The heads vgg.pth are part of the package lpips ({heads}). The "
-            f"trunk {TRUNK} (528 MB) is not at {' nor at '.join(map(str, candidates))}, and {TRUNK_URL} could not be "
+            f"trunk {TRUNK} (528 MB) is not at {places}, and {TRUNK_URL} could not be "
             f"had ({_one_line(error)}). Download it elsewhere, put it into a folder DIR and give --weights-dir DIR. "
             f"{ALTERNATIVE}"
         ) from None

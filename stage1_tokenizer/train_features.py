@@ -13,17 +13,19 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
+from core.batches import Batches
 from core.command import run_command
 from core.config import Count, RunConfig, Section, Size, parse_config
 from core.data import DataConfig, ImageData, ImageSplit, load_images
 from core.errors import InputError
 from core.images import to_float
-from core.random import BatchRandom
 from core.sources import first_form
-from core.training import Batches, TrainConfig, TrainingRun, make_optimizer
+from core.train_config import TrainConfig
+from core.training import TrainingRun, make_optimizer
+from stage1_tokenizer.augmentation import flip_half, shift
 from stage1_tokenizer.feature_network import WIDTHS, FeatureNetwork, FeatureNetworkConfig
 
-__all__ = ["FeaturesTrainingConfig", "features_config", "shift", "train"]
+__all__ = ["FeaturesTrainingConfig", "features_config", "train"]
 
 
 class FeaturesTrainingConfig(Section):
@@ -76,8 +78,7 @@ def train(config: FeaturesTrainingConfig) -> None:
         for (pixels, labels), random in batch:
             images = shift(to_float(pixels.to(accelerator.device, non_blocking=True)), config.max_shift, random)
             if config.data.horizontal_flip:
-                mirrored = random.uniform("horizontal flip", (1, 1, 1), images.device) < 0.5
-                images = torch.where(mirrored, images.flip(-1), images)
+                images = flip_half(images, random)
             labels = labels.to(accelerator.device, non_blocking=True)
             with accelerator.accumulate(model):
                 logits = model(images)
@@ -96,10 +97,7 @@ def train(config: FeaturesTrainingConfig) -> None:
             run.facts["accuracy"] = metrics["accuracy"]
             run.log_validation(metrics)
         if run.due("checkpoint"):
-            run.check_weights()
-            if accelerator.is_main_process:
-                network.save_pretrained(run.folder.model)
-            run.save(title=f"{run.folder.path.name}: feature network")
+            run.save(title=f"{run.folder.path.name}: feature network", write_model=network.save_pretrained)
     run.say(
         f"held-out accuracy {run.facts['accuracy']:.2%} ({len(data.validation):,} images of `{data.validation_name}`); "
         f"model: {run.folder.model}; curves: {run.folder.path / 'losses.png'}"
@@ -125,18 +123,6 @@ def read_labels(split: ImageSplit, rows: Tensor) -> Tensor:
     labels = split.read_labels(rows)
     assert labels is not None
     return labels
-
-
-def shift(images: Tensor, max_shift: int, random: BatchRandom) -> Tensor:
-    """Moves each image (B, C, H, W) by up to ``max_shift`` pixels along both sides; its border is repeated."""
-    if max_shift == 0:
-        return images
-    batch, _, height, width = images.shape
-    moves = (random.uniform("shift", (2, 1), images.device) * (2 * max_shift + 1)).long() - max_shift
-    rows = (torch.arange(height, device=images.device) + moves[:, 0]).clamp(0, height - 1)  # (B, H)
-    columns = (torch.arange(width, device=images.device) + moves[:, 1]).clamp(0, width - 1)  # (B, W)
-    sample = torch.arange(batch, device=images.device)[:, None, None]
-    return images[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from core.batches import Batches
 from core.command import run_command
 from core.config import RunConfig, Section, describe_differences, load_config
 from core.data import DataConfig, ImageSplit, load_images
@@ -23,8 +24,10 @@ from core.errors import InputError
 from core.images import to_float
 from core.model_folder import fill, load_model_folder
 from core.pictures import save_picture
-from core.random import BatchRandom, seed_for
-from core.training import Batches, TrainConfig, TrainingRun, make_optimizer
+from core.random import seed_for
+from core.train_config import TrainConfig
+from core.training import TrainingRun, make_optimizer
+from stage1_tokenizer.augmentation import flip_half
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig
 from stage1_tokenizer.bottlenecks import Gaussian, Identity
 from stage1_tokenizer.diagnosis import Diagnosis
@@ -138,15 +141,16 @@ def train(config: TokenizerConfig, weights_dir: Path | None = None) -> TrainingR
         f"{parameters:,} parameters, latent grid {autoencoder.grid[0]}x{autoencoder.grid[1]}, "
         f"{batches.steps_per_epoch} steps an epoch, {batches.max_steps} in all"
     )
-    if config.init_from and not run.folder.checkpoints.exists():  # refused before a folder is made
-        start_from(autoencoder, config.init_from, config.train.parts)
-    if not run.restore(batches, modules, optimizers):
+
+    def begin() -> None:
         if config.init_from:
             start_from(autoencoder, config.init_from, config.train.parts)
         else:
             initialize_codebook(autoencoder, split, batches, accelerator)
         if averaged:
             averaged.module.load_state_dict(autoencoder.state_dict())
+
+    run.restore(batches, modules, optimizers, begin)
     diagnosis = Diagnosis(REMEDIES.get(config.model.bottleneck.type, ""), run.facts, run.say)
     nets = [model, opponent.prepared] if opponent else [model]
 
@@ -204,18 +208,17 @@ def train(config: TokenizerConfig, weights_dir: Path | None = None) -> TrainingR
         if run.due("validate"):
             metrics = validate(final, data.validation, config.train.batch_size, run.seed, accelerator)
             run.log_validation(metrics)
-            diagnosis.observe(run.step, {name: metrics[name] for name in ("active_share",) if name in metrics})
+            if "active_share" in metrics:
+                diagnosis.observe(run.step, {"active_share": metrics["active_share"]})
             if accelerator.is_main_process:
                 for name, picture in draw_pictures(final, data, run.seed).items():
                     file = f"step_{run.step:08d}_{name}.png" if name else f"step_{run.step:08d}.png"
                     save_picture(picture, run.folder.samples / file)
         if run.due("checkpoint"):
-            run.check_weights()
-            if accelerator.is_main_process:
-                final.save_pretrained(run.folder.model)
             # The held-out loss has no perceptual and no adversarial term; what both splits have is drawn.
             curve = "reconstruction" if config.loss.perceptual or opponent else "loss"
-            run.save(title=f"{run.folder.path.name}: {config.model.bottleneck.type} autoencoder", curve=curve)
+            title = f"{run.folder.path.name}: {config.model.bottleneck.type} autoencoder"
+            run.save(title, curve=curve, write_model=final.save_pretrained)
     run.say(f"model: {run.folder.model}; pictures: {run.folder.samples}; curves: {run.folder.path / 'losses.png'}")
     return run
 
@@ -279,12 +282,6 @@ def with_terms(metrics: dict[str, Tensor], terms: dict[str, Tensor]) -> dict[str
     if "adversarial" in terms:
         loss = loss + terms["adversarial_weight"] * terms["adversarial"]
     return metrics | {"loss": loss} | terms
-
-
-def flip_half(images: Tensor, random: BatchRandom) -> Tensor:
-    """Mirrors each image (B, C, H, W) with probability 1/2."""
-    mirrored = random.uniform("horizontal flip", (1, 1, 1), images.device) < 0.5
-    return torch.where(mirrored, images.flip(-1), images)
 
 
 @torch.no_grad()

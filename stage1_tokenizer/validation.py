@@ -8,7 +8,7 @@ from core.data import ImageSplit
 from core.images import to_float, to_uint8
 from core.random import BatchRandom, seed_for
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.metrics import psnr
+from stage1_tokenizer.metrics import ACTIVE_VARIANCE, psnr
 
 __all__ = ["validate"]
 
@@ -18,8 +18,7 @@ def validate(
     model: Autoencoder, split: ImageSplit, batch_size: int, seed: int, accelerator: Accelerator
 ) -> dict[str, float]:
     """The mean metrics over a split, the batches shared by the processes; PSNR in dB of 8-bit images; for codes the
-    share of the codebook in use and its perplexity, for a posterior the share of active units (whose mean varies over
-    the images by more than 0.01, Burda et al. 2016), over the whole split."""
+    share of the codebook in use and its perplexity, for a posterior the share of active units, over the whole split."""
     model.eval()
     device, depth = accelerator.device, model.code_grid[1] // model.grid[1]
     parts = list(torch.arange(len(split)).split(batch_size))
@@ -54,5 +53,5 @@ def validate(
         metrics["perplexity"] = torch.special.entr(shares).sum(1).exp().mean().item()
     if moments is not None:
         first, second = accelerator.reduce(moments, "sum") / len(split)  # type: ignore[operator]
-        metrics["active_share"] = (second - first.square() > 0.01).float().mean().item()
+        metrics["active_share"] = (second - first.square() > ACTIVE_VARIANCE).float().mean().item()
     return metrics

@@ -163,7 +163,8 @@ class VectorQuantizer(Quantizer):
             some = where.any()
             moved = torch.where(where[:, None], vectors, self.codes())
             self.codebook.copy_(torch.where(some, moved, self.codebook))
-            self.projection.copy_(torch.where(some, torch.eye(len(self.projection)).to(moved), self.projection))
+            identity = torch.eye(len(self.projection), dtype=moved.dtype, device=moved.device)
+            self.projection.copy_(torch.where(some, identity, self.projection))
         if self.config.codebook == "ema":
             self.ema_sums.copy_(torch.where(where[:, None], vectors * count, self.ema_sums))
 

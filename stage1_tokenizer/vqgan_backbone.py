@@ -206,11 +206,6 @@ class VQGANDecoder(nn.Module):
         self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], channels, 3, padding=1)
 
-    @property
-    def last_layer(self) -> nn.Conv2d:
-        """The layer that gives the pixels."""
-        return self.conv_out
-
     def forward(self, z: Tensor) -> Tensor:
         """A latent (B, latent_channels, h, w) -> images (B, C, H, W)."""
         x = self.middle(self.conv_in(self.post_quant_conv(z)))  # (B, c, h, w)

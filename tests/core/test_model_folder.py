@@ -1,5 +1,6 @@
 """A model folder gives back what was put in, or one sentence about what is wrong with it."""
 
+import hashlib
 import json
 import pickle
 import re
@@ -10,7 +11,15 @@ import torch
 from torch import nn
 
 from core.errors import InputError
-from core.model_folder import fill, find_model_folder, load_model_folder, save_model_folder, write_json
+from core.model_folder import (
+    file_sha256,
+    fill,
+    find_model_folder,
+    hash_tensors,
+    load_model_folder,
+    save_model_folder,
+    write_json,
+)
 
 CONFIG = {"grid": [4, 4], "model": {"type": "conv"}}
 
@@ -101,3 +110,12 @@ def test_json_is_replaced_at_once(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_hash_is_of_the_bytes_in_their_order(tmp_path):
+    one, two = torch.tensor([[1, 2], [3, 4]]).T, torch.tensor([0.5], requires_grad=True)
+    content = b"start" + b"one" + b"".join(n.to_bytes(8, "little") for n in (1, 3, 2, 4)) + b"two" + b"\x00\x00\x00\x3f"
+    assert hash_tensors([("one", one), ("two", two)], "start") == hashlib.sha256(content).hexdigest()
+    assert hash_tensors([("two", two), ("one", one)], "start") != hash_tensors([("one", one), ("two", two)], "start")
+    (tmp_path / "file").write_bytes(content)
+    assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()

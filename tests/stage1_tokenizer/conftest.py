@@ -1,10 +1,9 @@
 """What the tests of stage one share: tiny autoencoders of every family, and random numbers for a whole batch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from core.random import BatchRandom
@@ -68,11 +67,3 @@ def tiny_autoencoder() -> Callable[..., Autoencoder]:
 def random_images() -> Callable[..., Tensor]:
     """``random_images(count, channels, size)``: float (count, channels, H, W) in [-1, 1], the same every time."""
     return _random_images
-
-
-@pytest.fixture
-def new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    """Accelerate's state is one a process; calling this (as the test's end does) lets a training start anew."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")  # one thread a training
-    yield lambda: AcceleratorState._reset_state(reset_partial_state=True)
-    AcceleratorState._reset_state(reset_partial_state=True)

@@ -12,10 +12,11 @@ from core.config import parse_config
 from core.data import load_images
 from core.errors import InputError
 from core.images import to_float
-from core.random import BatchRandom
 from core.sources import first_form
 from stage1_tokenizer.feature_network import FeatureNetwork
-from stage1_tokenizer.train_features import FeaturesTrainingConfig, command, shift, train
+from stage1_tokenizer.train_features import FeaturesTrainingConfig, command, train
+
+TRAINING = (train, FeaturesTrainingConfig)  # what `start` starts
 
 
 @pytest.fixture
@@ -32,18 +33,6 @@ def document(tmp_path) -> Callable[..., dict]:
         }  # fmt: skip
 
     return document
-
-
-@pytest.fixture
-def start(new_process) -> Callable[[dict], Path]:
-    """``start(document)``: trains as a new process would; returns the run folder."""
-
-    def start(document: dict) -> Path:
-        new_process()
-        train(parse_config(FeaturesTrainingConfig, document, "config"))
-        return Path(document["run"]["dir"])
-
-    return start
 
 
 @pytest.fixture
@@ -177,22 +166,3 @@ def test_pictures_of_one_class_are_refused(pictures, document, start):
     config = document() | {"data": {"source": pictures("cat"), "image_size": 8}}
     with pytest.raises(InputError, match=r"all pictures are of the class 'cat'; expected at least 2 classes"):
         start(config)
-
-
-def test_images_are_moved_and_their_border_repeated():
-    images = torch.arange(2 * 25, dtype=torch.float).view(1, 2, 5, 5).repeat(300, 1, 1, 1)
-    moved = shift(images, 1, BatchRandom(0, slice(0, 300), 300))
-    padded = torch.nn.functional.pad(images[:1], (1, 1, 1, 1), mode="replicate")
-    places = {(y, x): padded[0, :, y : y + 5, x : x + 5] for y in range(3) for x in range(3)}
-    found = [next(place for place, expected in places.items() if torch.equal(image, expected)) for image in moved]
-    assert set(found) == set(places)
-    assert all(15 < found.count(place) < 60 for place in places)
-    assert moved.is_contiguous()
-    halves = [shift(images[:150], 1, BatchRandom(0, rows, 300)) for rows in (slice(0, 150), slice(150, 300))]
-    assert torch.equal(torch.cat(halves), moved)
-    assert torch.equal(shift(images, 0, BatchRandom(0, slice(0, 300), 300)), images)
-
-
-def test_no_move_leads_out_of_a_small_image():
-    images = torch.tensor([[[[3.0]]], [[[5.0]]]])
-    assert torch.equal(shift(images, 4, BatchRandom(0, slice(0, 2), 2)), images)

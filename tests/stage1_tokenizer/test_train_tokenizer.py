@@ -13,11 +13,12 @@ from core.config import parse_config
 from core.data import load_images
 from core.errors import InputError
 from core.images import to_float, to_uint8
-from core.random import BatchRandom
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.train_tokenizer import TokenizerConfig, command, flip_half, train
+from stage1_tokenizer.train_tokenizer import TokenizerConfig, command, train
 
 VAE = {"backbone": {"type": "mlp", "hidden_sizes": [16]}, "bottleneck": {"type": "gaussian"}}
+
+TRAINING = (train, TokenizerConfig)  # what `start` starts
 
 
 @pytest.fixture
@@ -38,18 +39,6 @@ def document(tmp_path) -> Callable[..., dict]:
         }  # fmt: skip
 
     return document
-
-
-@pytest.fixture
-def start(new_process) -> Callable[[dict], Path]:
-    """``start(document)``: trains as a new process would; returns the run folder."""
-
-    def start(document: dict) -> Path:
-        new_process()
-        train(parse_config(TokenizerConfig, document, "config"))
-        return Path(document["run"]["dir"])
-
-    return start
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -189,13 +178,3 @@ def test_training_images_are_mirrored_where_asked_for(document, start, tmp_path)
         losses.append({line["split"]: line["loss"] for line in read_metrics(start(config))})
     assert losses[0]["train"] != losses[1]["train"]
     assert losses[0]["val"] == pytest.approx(losses[1]["val"], rel=1e-3)
-
-
-def test_half_of_the_images_are_mirrored(whole_batch, random_images):
-    images = random_images(400, channels=1)
-    flipped = flip_half(images, whole_batch(400))
-    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
-    assert (mirrored | (flipped == images).flatten(1).all(1)).all()
-    assert 150 < mirrored.sum() < 250
-    halves = [flip_half(images[rows], BatchRandom(0, rows, 400)) for rows in (slice(0, 200), slice(200, 400))]
-    assert torch.equal(torch.cat(halves), flipped)

@@ -17,6 +17,8 @@ from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
 
+TRAINING = (train, TokenizerConfig)  # what `start` starts
+
 
 @pytest.fixture
 def document(tmp_path) -> Callable[..., dict]:
@@ -56,18 +58,6 @@ def vqgan(tmp_path) -> Callable[..., dict]:
         }
 
     return vqgan
-
-
-@pytest.fixture
-def start(new_process) -> Callable[[dict], Path]:
-    """``start(document)``: trains as a new process would; returns the run folder."""
-
-    def start(document: dict) -> Path:
-        new_process()
-        train(parse_config(TokenizerConfig, document, "config"))
-        return Path(document["run"]["dir"])
-
-    return start
 
 
 def metrics(run: Path, split: str = "train") -> list[dict]:
@@ -201,6 +191,7 @@ def test_another_model_is_refused_with_the_difference(source, document, start):
         InputError, match=r"init_from .*source: is another model:\s+model.latent_channels: 4 there, 5 now"
     ):
         start(config)
+    assert not Path(config["run"]["dir"]).exists()
 
 
 # --- what is seen and said ------------------------------------------------------------------------------------------

@@ -52,10 +52,10 @@ def test_every_weight_learns():
 
 def test_the_last_layer_gives_the_pixels_and_nothing_bounds_them():
     decoder = VQGANDecoder(tiny(), 3, 4)
-    nn.init.zeros_(decoder.last_layer.weight)
+    nn.init.zeros_(decoder.conv_out.weight)
     for value in (-7.0, 7.0):
-        assert decoder.last_layer.bias is not None
-        nn.init.constant_(decoder.last_layer.bias, value)
+        assert decoder.conv_out.bias is not None
+        nn.init.constant_(decoder.conv_out.bias, value)
         assert (decoder(torch.randn(1, 4, 2, 2)) == value).all()
 
 

@@ -1,4 +1,4 @@
-"""Settings of a training, and the data order: a function of the step, whatever the number of processes."""
+"""The data order is a function of the step, whatever the number of processes."""
 
 from collections import Counter
 from itertools import islice
@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from core.config import load_config, parse_config
+from core.batches import Batches
 from core.errors import InputError
-from core.training import Batches, TrainConfig
+from core.train_config import TrainConfig
 
 CPU = torch.device("cpu")
 
@@ -25,9 +25,6 @@ def make_batches(
 
 def identity(rows: torch.Tensor) -> torch.Tensor:
     return rows
-
-
-# --- the data order -------------------------------------------------------------------------------------------------
 
 
 def test_an_epoch_shows_each_sample_once_at_most():
@@ -113,34 +110,3 @@ def test_a_batch_that_cannot_be_shared():
     sentence = "train.batch_size 8: cannot be shared equally by 3 processes x 2 accumulation steps; use a multiple of 6"
     with pytest.raises(InputError, match=f"^{sentence}$"):
         make_batches(processes=3, gradient_accumulation_steps=2)
-
-
-# --- settings -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("train", "mistake"),
-    [
-        ({}, "give either max_steps or epochs, got max_steps=None, epochs=None"),
-        ({"max_steps": 1, "epochs": 2}, "give either max_steps or epochs, got max_steps=1, epochs=2"),
-        ({"max_steps": 0}, "max_steps: expected greater than 0, got 0"),
-        ({"max_steps": 1, "lr": 0}, "lr: expected greater than 0, got 0"),
-        ({"max_steps": 1, "betas": [0.9]}, "betas.1: required, but not given"),
-        ({"max_steps": 1, "betas": [0.9, 1.0]}, "betas.1: expected less than 1, got 1.0"),
-        ({"max_steps": 1, "ema_decay": 1.0}, "ema_decay: expected less than 1, got 1.0"),
-        ({"max_steps": 1, "mixed_precision": "bf32"},
-         "mixed_precision: expected 'auto', 'no', 'bf16' or 'fp16', got 'bf32'"),
-        ({"max_steps": 1, "batchsize": 1}, "batchsize: unknown key; did you mean 'batch_size'?"),
-    ],
-)  # fmt: skip
-def test_wrong_settings_are_told(train, mistake):
-    with pytest.raises(InputError) as error:
-        parse_config(TrainConfig, train, "train")
-    assert str(error.value) == f"train has 1 mistake:\n  {mistake}"
-
-
-@pytest.mark.parametrize("word", ["no", "bf16", "auto"])
-def test_a_bare_no_is_a_precision_and_no_truth_value(word, tmp_path):
-    (tmp_path / "config.yaml").write_text(f"max_steps: 1\nmixed_precision: {word}\n")
-    assert load_config(TrainConfig, tmp_path / "config.yaml").mixed_precision == word
-    assert load_config(TrainConfig, tmp_path / "config.yaml", [f"mixed_precision={word}"]).mixed_precision == word
