@@ -23,7 +23,7 @@ VERBS = {
     "generate": ("pipelines.generate", "Generate images with a trained prior and its tokenizer."),
     "evaluate": (
         "pipelines.evaluate",
-        "Measure a tokenizer on held-out images, and say whether it is ready for stage two.",
+        "Measure a tokenizer, and say whether it is ready for stage two; or measure a prior.",
     ),
     "reconstruct": ("pipelines.reconstruct", "Show held-out images over their reconstructions."),
 }

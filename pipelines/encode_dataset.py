@@ -1,10 +1,9 @@
 """Turns a data set into codes with a trained tokenizer.
 
-accelerate launch -m pipelines.encode_dataset runs/TOKENIZER [--out DIR] [--data SOURCE]
+accelerate launch -m pipelines.encode_dataset runs/TOKENIZER [--out DIR] [--data SOURCE] [--horizontal-flip] [--crops N]
 """
 
 import math
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -12,24 +11,23 @@ import numpy as np
 import torch
 import typer
 from accelerate import PartialState
-from accelerate.utils import reduce
 from torch import Tensor
 from tqdm import tqdm
 
 from core.command import run_command
 from core.config import parse_config
-from core.data import DataConfig, ImageData, ImageSplit, load_images
+from core.data import DataConfig, ImageData, load_images
 from core.errors import InputError
 from core.images import to_float
-from core.model_folder import find_model_folder, write_json
+from core.model_folder import find_model_folder
+from core.processes import join_processes
 from core.run_folder import RunFolder
-from core.training import join_processes
+from pipelines.image_variants import ImageVariants, image_variants
+from pipelines.partial_codes import CHUNK, PartialCodes
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage2_prior.codes import CodeCache, Manifest, SplitFiles, TokenizerReference, code_dtype
+from stage2_prior.codes import Augmentation, CodeCache, Manifest, SplitFiles, TokenizerReference, code_dtype
 
 __all__ = ["encode_dataset", "training_data"]
-
-BATCH_SIZE = 256
 
 
 def training_data(tokenizer: str | Path, source: str | None) -> DataConfig:
@@ -44,8 +42,18 @@ def training_data(tokenizer: str | Path, source: str | None) -> DataConfig:
     return parse_config(DataConfig, document | ({"source": source} if source else {}), "data")
 
 
-def encode_dataset(tokenizer: str | Path, out: str | Path | None = None, source: str | None = None) -> Path:
-    """Encodes every split into ``out`` (codes/NAME by default), the rows shared by the processes.
+def encode_dataset(
+    tokenizer: str | Path,
+    out: str | Path | None = None,
+    source: str | None = None,
+    augmentation: Augmentation | None = None,
+) -> Path:
+    """Encodes every split into ``out`` (codes/NAME by default), the images shared by the processes.
+
+    Killed at any instant and called again, with any number of processes, it goes on where it was.
+
+    Args:
+        augmentation: which further rows the training split gets; none by default.
 
     Returns:
         The folder: a code cache.
@@ -53,6 +61,7 @@ def encode_dataset(tokenizer: str | Path, out: str | Path | None = None, source:
     Raises:
         InputError: no tokenizer there, one without codes, or a folder that holds other codes already.
     """
+    augmentation = augmentation or Augmentation()
     state = join_processes()
     model = Autoencoder.from_pretrained(tokenizer).to(state.device)
     if model.codebook_size is None:
@@ -66,37 +75,35 @@ def encode_dataset(tokenizer: str | Path, out: str | Path | None = None, source:
     name = folder.parent.name if folder.name == "model" else folder.name
     final = Path(out) if out else Path("codes") / name
     reference = TokenizerReference(hash=model.content_hash(), path=str(tokenizer))
-    if _already_there(final, reference, data_config):
+    if _already_there(final, reference, data_config, augmentation):
         _say(state, f"{final}: already holds the codes of this tokenizer; nothing to do")
         return final
 
     data = load_images(data_config)
     for line in [data.description, *data.notices]:
         _say(state, line)
-    partial = final.with_name(f".{final.name}.partial")
+    splits = image_variants(data, data_config, augmentation)
+    identity = {
+        "tokenizer": reference.hash,
+        "data": data_config.model_dump(mode="json"),
+        "augmentation": augmentation.model_dump(mode="json"),
+    }
+    partial = PartialCodes(final, identity, splits)
+    if state.is_main_process and (found := partial.begin(model.code_grid, code_dtype(model.codebook_size))):
+        print(found)
+    state.wait_for_everyone()
+    for split, images in splits.items():
+        _encode_split(model, images, split, partial, state)
     state.wait_for_everyone()
     if state.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    state.wait_for_everyone()
-    counts = {split: _encode_split(model, images, split, partial, state) for split, images in data.splits.items()}
-    if state.is_main_process:
-        manifest = _manifest(model, data, data_config, reference, counts)
-        write_json(partial / "manifest.json", manifest.model_dump(mode="json"))
-        partial.rename(final)
-        unigram = manifest.unigram_nats_per_code[manifest.validation_split]
-        print(
-            f"{final}: {sum(len(s) for s in data.splits.values()):,} images, "
-            f"grid {model.code_grid[0]}x{model.code_grid[1]}, "
-            f"{manifest.codes_used} of {manifest.codebook_size} codes used, entropy "
-            f"{manifest.entropy_nats_per_code:.3f} and held-out unigram {unigram:.3f} nats per code "
-            f"(uniform {math.log(manifest.codebook_size):.3f})"
-        )
+        manifest = _manifest(model, data, data_config, reference, augmentation, partial)
+        partial.finish(manifest)
+        print(f"{final}: {_describe(manifest)}")
     state.wait_for_everyone()
     return final
 
 
-def _already_there(final: Path, reference: TokenizerReference, data: DataConfig) -> bool:
+def _already_there(final: Path, reference: TokenizerReference, data: DataConfig, augmentation: Augmentation) -> bool:
     if not final.exists():
         return False
     manifest = CodeCache(final).manifest
@@ -109,33 +116,31 @@ def _already_there(final: Path, reference: TokenizerReference, data: DataConfig)
         raise InputError(
             f"--out {final}: holds the codes of {manifest.source!r}, this is {data.source!r}; give another --out"
         )
+    if manifest.augmentation != augmentation:
+        raise InputError(
+            f"--out {final}: holds codes made with {manifest.augmentation}, this is {augmentation}; nothing was "
+            "changed. Give another --out, or remove the folder"
+        )
     return True
 
 
 @torch.no_grad()
-def _encode_split(model: Autoencoder, images: ImageSplit, name: str, folder: Path, state: PartialState) -> Tensor:
-    """Writes one split's arrays; returns how often each code occurs, (codebook_size,) int64, over all processes."""
-    assert model.codebook_size is not None
-    file = folder / f"{name}.codes.npy"
-    if state.is_main_process:
-        dtype = code_dtype(model.codebook_size)
-        np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(len(images), *model.code_grid)).flush()
-        if images.labels is not None:
-            np.save(folder / f"{name}.labels.npy", images.labels.numpy().astype(np.int32))
-    state.wait_for_everyone()
-    codes = np.load(file, mmap_mode="r+")
-    counts = torch.zeros(model.codebook_size, dtype=torch.long, device=state.device)
-    parts = torch.arange(len(images)).split(BATCH_SIZE)[state.process_index :: state.num_processes]
-    for rows in tqdm(parts, desc=name, unit="batch", disable=not state.is_main_process, leave=False):
-        indices = model.encode(to_float(images.read(rows).to(state.device))).indices
-        assert indices is not None
-        counts += torch.bincount(indices.flatten(), minlength=len(counts))
-        codes[int(rows[0]) : int(rows[-1]) + 1] = indices.cpu().numpy()
-    codes.flush()  # type: ignore[attr-defined]
-    total = reduce(counts, "sum")
-    state.wait_for_everyone()
-    assert isinstance(total, Tensor)
-    return total.cpu()
+def _encode_split(
+    model: Autoencoder, images: ImageVariants, name: str, partial: PartialCodes, state: PartialState
+) -> None:
+    """Writes this process's share of one split's codes."""
+    codes, done = partial.open(name)
+    chunks = torch.arange(len(images.images)).split(CHUNK)
+    mine = [chunk for chunk in range(state.process_index, len(chunks), state.num_processes) if not done[chunk]]
+    for chunk in tqdm(mine, desc=name, unit="batch", disable=not state.is_main_process, leave=False):
+        first = chunk * CHUNK
+        for pixels in images.read(chunks[chunk]):
+            indices = model.encode(to_float(pixels.to(state.device))).indices
+            assert indices is not None
+            codes[first : first + len(pixels)] = indices.cpu().numpy()
+            first += len(images.images)
+        codes.flush()
+        done[chunk] = 1
 
 
 def _manifest(
@@ -143,13 +148,16 @@ def _manifest(
     data: ImageData,
     data_config: DataConfig,
     reference: TokenizerReference,
-    counts: dict[str, Tensor],
+    augmentation: Augmentation,
+    partial: PartialCodes,
 ) -> Manifest:
     assert model.codebook_size is not None
-    train = counts["train"].double()
+    # From what is on disk, so that it does not matter which call or process has written it.
+    counts = {split: _code_counts(partial.open(split)[0], model.codebook_size) for split in partial.splits}
+    train = counts["train"]
     shares = train / train.sum()
     smoothed = (train + 1) / (train + 1).sum()
-    unigram = {split: -(count.double() / count.sum() * smoothed.log()).sum().item() for split, count in counts.items()}
+    unigram = {split: -(count / count.sum() * smoothed.log()).sum().item() for split, count in counts.items()}
     return Manifest(
         tokenizer=reference,
         source=data_config.source,
@@ -159,17 +167,43 @@ def _manifest(
         codebook_size=model.codebook_size,
         class_names=data.class_names,
         validation_split=data.validation_name,
+        augmentation=augmentation,
         splits={
             split: SplitFiles(
-                rows=len(images),
+                rows=variants.rows,
                 codes=f"{split}.codes.npy",
-                labels=None if images.labels is None else f"{split}.labels.npy",
+                labels=None if variants.images.labels is None else f"{split}.labels.npy",
             )
-            for split, images in data.splits.items()
+            for split, variants in partial.splits.items()
         },
         codes_used=int((train > 0).sum()),
         entropy_nats_per_code=torch.special.entr(shares).sum().item(),
         unigram_nats_per_code=unigram,
+    )
+
+
+def _code_counts(codes: np.ndarray, codebook_size: int) -> Tensor:
+    """How often each code occurs, (codebook_size,) float64."""
+    counts = np.zeros(codebook_size)
+    for start in range(0, len(codes), 16 * CHUNK):
+        counts += np.bincount(codes[start : start + 16 * CHUNK].ravel(), minlength=codebook_size)
+    return torch.from_numpy(counts)
+
+
+def _describe(manifest: Manifest) -> str:
+    augmentation, train = manifest.augmentation, manifest.splits["train"].rows
+    held_out = sum(files.rows for files in manifest.splits.values()) - train
+    said = f"{train // augmentation.variants + held_out:,} images, "
+    if augmentation.variants > 1:
+        crops = f", {augmentation.crops} crop{'s' * (augmentation.crops > 1)}" if augmentation.crops else ""
+        mirrored = ", each mirrored too" if augmentation.horizontal_flip else ""
+        said += f"train in {augmentation.variants} variants (plain{crops}{mirrored}): {train + held_out:,} rows, "
+    return (
+        f"{said}grid {manifest.grid[0]}x{manifest.grid[1]}, "
+        f"{manifest.codes_used} of {manifest.codebook_size} codes used, entropy "
+        f"{manifest.entropy_nats_per_code:.3f} and held-out unigram "
+        f"{manifest.unigram_nats_per_code[manifest.validation_split]:.3f} nats per code "
+        f"(uniform {math.log(manifest.codebook_size):.3f})"
     )
 
 
@@ -182,9 +216,13 @@ def command(
     tokenizer: Annotated[str, typer.Argument(help="runs/NAME of a trained tokenizer, or its model folder.")],
     out: Annotated[str | None, typer.Option(help="Where the codes go; codes/NAME by default.")] = None,
     data: Annotated[str | None, typer.Option(help="Another source than the tokenizer was trained on.")] = None,
+    horizontal_flip: Annotated[
+        bool, typer.Option("--horizontal-flip", help="Rows of the mirrored training images, too.")
+    ] = False,
+    crops: Annotated[int, typer.Option(min=0, help="Rows of this many crops of each training image, too.")] = 0,
 ) -> None:
-    """Turn a data set into codes with a trained tokenizer."""
-    encode_dataset(tokenizer, out, data)
+    """Turn a data set into codes with a trained tokenizer. The same command resumes."""
+    encode_dataset(tokenizer, out, data, Augmentation(horizontal_flip=horizontal_flip, crops=crops))
 
 
 if __name__ == "__main__":

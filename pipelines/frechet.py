@@ -3,7 +3,6 @@
 d^2 = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), Heusel et al. 2017 (arXiv 1706.08500). Axes: B images, F features.
 """
 
-import hashlib
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +14,19 @@ from torch import Tensor, nn
 
 from core.errors import InputError
 from core.images import to_float
+from core.model_folder import file_sha256
 from core.random import seed_for
 from stage1_tokenizer.feature_network import FeatureNetwork
 
-__all__ = ["FrechetDistances", "InceptionFeatures", "OwnFeatures", "open_features"]
+__all__ = [
+    "FeatureDistance",
+    "FrechetDistances",
+    "InceptionFeatures",
+    "OwnFeatures",
+    "bias_warning",
+    "open_features",
+    "too_few",
+]
 
 PUBLISHED = "6726825d"  # how the hash of torch-fidelity's Inception weights begins
 IMAGES_PER_FEATURE = 10  # with fewer the distance of a set to itself is far from 0: 2048 features want 20,480 images
@@ -74,7 +82,7 @@ class InceptionFeatures(nn.Module):
             self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise InputError(f"--inception {path}: other weights ({_first_line(error)}); expected {wanted}") from None
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = file_sha256(path)
         known = "as published" if digest.startswith(PUBLISHED) else "NOT the published weights: compare with care"
         self.protocol = {
             "network": f"Inception v3, pool features ({known})",
@@ -109,6 +117,50 @@ def open_features(
     return network
 
 
+class FeatureDistance:
+    """The distance between two sets of images, of which it is given the features, batch by batch.
+
+    Args:
+        device: of the sums (float64).
+    """
+
+    def __init__(self, num_features: int, device: torch.device) -> None:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        self._metric = FrechetInceptionDistance(feature=_Given(num_features), sync_on_compute=False).to(device)
+        for real in (True, False):  # a process may have no images of its own
+            self.update(torch.empty(0, num_features, dtype=torch.float64), real)
+
+    def update(self, features: Tensor, real: bool) -> None:
+        """Takes in features (B, F) float64 of one of the sets."""
+        self._metric.update(features.to(self._metric.device), real)
+
+    def compute(self, total: Callable[[Tensor], Tensor]) -> float:
+        """The distance; ``total`` sums a tensor over the processes."""
+        for name, value in self._metric.metric_state.items():
+            assert isinstance(value, Tensor)
+            setattr(self._metric, name, total(value))
+        return max(0.0, self._metric.compute().item())  # rounding may leave -1e-9 of a zero
+
+
+def too_few(distinct: int, num_features: int) -> str | None:
+    """Why so many different images make no distance: F + 1 at least make a covariance of full rank."""
+    if distinct > num_features:
+        return None
+    return f"{distinct} different images, at least {num_features + 1} are needed for {num_features} features"
+
+
+def bias_warning(num_images: int, num_features: int) -> str | None:
+    """What to know about a distance of so few images."""
+    if num_images >= IMAGES_PER_FEATURE * num_features:
+        return None
+    return (
+        f"{num_images} images for {num_features} features: fewer than {IMAGES_PER_FEATURE} each, so it is biased "
+        "upwards; compare equal numbers of images only"
+    )
+
+
 class FrechetDistances:
     """Gathers the features of originals and of their reconstructions, batch by batch.
 
@@ -118,28 +170,17 @@ class FrechetDistances:
     """
 
     def __init__(self, network: OwnFeatures | InceptionFeatures, num_images: int, device: torch.device) -> None:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
         self.network, self.num_images = network.to(device), num_images
-        device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-
-        def distance() -> FrechetInceptionDistance:
-            # Each image is looked at once, for both distances: they get features.
-            metric = FrechetInceptionDistance(feature=_Given(network.num_features), sync_on_compute=False).to(device)
-            for real in (True, False):  # a process may have no images of its own
-                metric.update(torch.empty(0, network.num_features, dtype=torch.float64, device=device), real)
-            return metric
-
-        self.reconstructions, self.halves = distance(), distance()
+        self.reconstructions, self.halves = (FeatureDistance(network.num_features, device) for _ in range(2))
         # Not every second image: classes often take turns.
         generator = torch.Generator().manual_seed(seed_for("halves"))
         self._first_half = torch.randperm(num_images, generator=generator) < num_images // 2
 
     def update(self, originals: Tensor, pictures: Tensor, places: Tensor) -> None:
         """Takes in uint8 images (B, C, H, W), their 8-bit reconstructions, and which of the images they are, (B,)."""
-        features = self.network(originals).to(self.reconstructions.device)
+        features = self.network(originals)
         self.reconstructions.update(features, real=True)
-        self.reconstructions.update(self.network(pictures).to(features.device), real=False)
+        self.reconstructions.update(self.network(pictures), real=False)
         first = self._first_half[places].to(features.device)
         self.halves.update(features[first], real=True)
         self.halves.update(features[~first], real=False)
@@ -148,20 +189,16 @@ class FrechetDistances:
         """The figures, and what to know about them. ``total`` sums a tensor over the processes.
 
         Args:
-            distinct: different images among the originals; F + 1 at least make a covariance of full rank.
+            distinct: different images among the originals.
         """
-        needed, protocol = self.network.num_features + 1, dict(self.network.protocol)
-        if distinct < needed:
-            reason = f"{distinct} different images, at least {needed} are needed for {needed - 1} features"
+        width, protocol = self.network.num_features, dict(self.network.protocol)
+        if reason := too_few(distinct, width):
             return {}, protocol | {"not_measured": reason}
-        if self.num_images < IMAGES_PER_FEATURE * self.network.num_features:
-            protocol["warning"] = (
-                f"{self.num_images} images for {self.network.num_features} features: fewer than "
-                f"{IMAGES_PER_FEATURE} each, so it is biased upwards; compare equal numbers of images only"
-            )
-        figures = {"rfid": _root(self.reconstructions, total)}
-        if self.num_images // 2 >= needed:
-            figures["rfid_of_halves"] = _root(self.halves, total)
+        if warning := bias_warning(self.num_images, width):
+            protocol["warning"] = warning
+        figures = {"rfid": self.reconstructions.compute(total)}
+        if self.num_images // 2 > width:
+            figures["rfid_of_halves"] = self.halves.compute(total)
             protocol["halves"] = (
                 "rfid_of_halves: a random half of the originals against the other, so of half as many images"
             )
@@ -177,12 +214,6 @@ class _Given(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return features
-
-
-def _root(metric: Any, total: Callable[[Tensor], Tensor]) -> float:
-    for name, value in metric.metric_state.items():
-        setattr(metric, name, total(value))
-    return max(0.0, metric.compute().item())  # rounding may leave -1e-9 of a zero
 
 
 def _with_channels(pixels: Tensor, channels: int) -> Tensor:

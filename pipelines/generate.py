@@ -3,8 +3,9 @@
 accelerate launch -m pipelines.generate runs/PRIOR --num-images 64 --class-name cat --seed 0 --out DIR
 """
 
-import hashlib
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,12 +16,24 @@ from PIL import Image
 from tqdm import tqdm
 
 from core.command import run_command
-from core.config import describe_differences, parse_config
+from core.config import describe_differences
 from core.errors import InputError
 from core.images import to_pil
-from core.model_folder import write_json
+from core.model_folder import hash_tensors, write_json
 from core.pictures import contact_sheet, save_picture
-from core.training import join_processes
+from core.processes import join_processes
+from pipelines.sampling_options import (
+    ChoiceTemperature,
+    GuidanceScale,
+    GuidanceSchedule,
+    MaskedShares,
+    NumSteps,
+    RoundedWeights,
+    Temperature,
+    TopK,
+    TopP,
+    sampling_config,
+)
 from pipelines.two_stage import TwoStagePipeline, load_pipeline
 from stage2_prior.sampling import SamplingConfig
 
@@ -60,15 +73,15 @@ def generate_folder(
         write_json(out / "settings.json", {**settings, "num_images": num_images, "classes": labels})
     state.wait_for_everyone()
     starts = range(0, num_images, batch_size)[state.process_index :: state.num_processes]
-    with tqdm(total=num_images, unit="img", disable=not state.is_main_process) as bar:
-        for start in starts:
-            numbers = range(start, min(start + batch_size, num_images))
-            if not all(_file(images, i).exists() for i in numbers):
-                for pixels, _ in pipeline.generate(numbers, cycle, sampling, seed, batch_size):
-                    for number, image in zip(numbers, pixels, strict=True):
-                        if not _file(images, number).exists():
-                            save_picture(to_pil(image), _file(images, number))
-            bar.update(min(len(numbers) * state.num_processes, num_images - bar.n))
+    batches = [range(start, min(start + batch_size, num_images)) for start in starts]
+    batches = [numbers for numbers in batches if not all(_file(images, i).exists() for i in numbers)]
+    total = sum(map(len, batches)) * math.prod(pipeline.prior.config.grid)  # of this process
+    with tqdm(total=total, unit="codes", unit_scale=True, disable=not state.is_main_process) as bar:
+        for numbers in batches:
+            for pixels, _ in pipeline.generate(numbers, cycle, sampling, seed, batch_size, bar.update):
+                for number, image in zip(numbers, pixels, strict=True):
+                    if not _file(images, number).exists():
+                        save_picture(to_pil(image), _file(images, number))
     state.wait_for_everyone()
     if state.is_main_process:
         _draw_grid(pipeline, out, min(num_images, MOST_PICTURED), cycle)
@@ -82,13 +95,9 @@ def _file(folder: Path, number: int) -> Path:
 def _settings(
     pipeline: TwoStagePipeline, class_names: list[str] | None, seed: int, sampling: SamplingConfig
 ) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for model in (pipeline.prior, pipeline.tokenizer):
-        for name, tensor in model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    weights = itertools.chain(pipeline.prior.state_dict().items(), pipeline.tokenizer.state_dict().items())
     return {
-        "weights": digest.hexdigest(),
+        "weights_sha256": hash_tensors(weights),
         "tokenizer": pipeline.prior.config.tokenizer.hash,
         "seed": seed,
         "class_names": class_names,
@@ -127,16 +136,30 @@ def command(
     num_images: Annotated[int, typer.Option(min=1)] = 64,
     class_name: Annotated[list[str] | None, typer.Option(help="Repeat for several, which take turns.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Image i depends on the seed and i alone.")] = 0,
-    temperature: Annotated[float, typer.Option(help="Below 1 is safer, above 1 more varied.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k most likely codes only.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest codes with this share only.")] = None,
-    guidance_scale: Annotated[float, typer.Option(help="Above 1 presses for the class.")] = 1.0,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    guidance_scale: GuidanceScale = 1.0,
+    guidance_schedule: GuidanceSchedule = "constant",
+    num_steps: NumSteps = None,
+    mask_schedule: MaskedShares = None,
+    choice_temperature: ChoiceTemperature = None,
+    weights: RoundedWeights = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, each process.")] = 32,
     tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, where it has moved.")] = None,
 ) -> None:
     """Generate images with a trained prior and its tokenizer."""
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
-    sampling = parse_config(SamplingConfig, options, "the sampling options")
+    sampling = sampling_config(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        guidance_scale=guidance_scale,
+        guidance_schedule=guidance_schedule,
+        num_steps=num_steps,
+        mask_schedule=mask_schedule,
+        choice_temperature=choice_temperature,
+        weights=weights,
+    )
     generate_folder(load_pipeline(prior, tokenizer), out, num_images, class_name or None, seed, sampling, batch_size)
 
 

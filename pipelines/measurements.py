@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +21,23 @@ from core.images import to_float, to_uint8
 from core.random import BatchRandom, seed_for
 from pipelines.frechet import FrechetDistances
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.metrics import psnr
+from stage1_tokenizer.metrics import ACTIVE_VARIANCE, psnr
 from stage1_tokenizer.quantizer import Quantizer
 from stage1_tokenizer.residual_quantizer import ResidualQuantizer
 
-__all__ = ["Measurements", "RowRandom", "measure", "ssim", "ssim_window"]
+__all__ = [
+    "Measurements",
+    "RowRandom",
+    "count_distinct",
+    "hash_of",
+    "measure",
+    "row_digests",
+    "ssim",
+    "ssim_window",
+    "total_over_processes",
+]
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM
-ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, arXiv 1509.00519: a unit is active when its mean varies more than this
 ELBO = ("nats_per_image", "bits_per_dim", "kl")
 
 
@@ -100,10 +110,7 @@ def measure(
     parts = torch.arange(len(rows)).split(batch_size)[state.process_index :: state.num_processes]
     for places in tqdm(parts, desc="evaluate", unit="batch", disable=not state.is_main_process, leave=False):
         originals, labels = split.read(rows[places]), split.read_labels(rows[places])
-        for place, image in zip(places.tolist(), originals, strict=True):
-            digests[place] = torch.frombuffer(
-                bytearray(hashlib.sha256(image.numpy().tobytes()).digest()), dtype=torch.uint8
-            )
+        digests[places] = row_digests(originals)
         originals = originals.to(state.device)
         images, labels = to_float(originals), None if labels is None else labels.to(state.device)
         latent = model.encode(images)
@@ -128,14 +135,7 @@ def measure(
         for column, name in enumerate(names):
             table[places, column] = values[name].cpu().double()
 
-    def total(tensor: Tensor) -> Tensor:
-        """The sum over the processes."""
-        if state.num_processes == 1:
-            return tensor
-        summed = reduce(tensor.to(state.device), "sum")
-        assert isinstance(summed, Tensor)
-        return summed.to(tensor.device)
-
+    total = partial(total_over_processes, state)
     table, digests = total(table), total(digests)
     figures = {"images": len(rows)} | dict(zip(names, table.mean(0).tolist(), strict=True))
     if quantizer:
@@ -145,10 +145,34 @@ def measure(
         sums = total(torch.zeros(2, units, dtype=torch.float64) if moments is None else moments) / len(rows)
         variance = sums[1] - sums[0].square()
         figures |= {"active_units": int((variance > ACTIVE_VARIANCE).sum()), "latent_units": units}
-    distinct = len({bytes(digest) for digest in digests.numpy()})
+    distinct = count_distinct(digests)
     distance, about = frechet.compute(distinct, total) if frechet else ({}, None)
-    sha256 = hashlib.sha256(digests.numpy().tobytes()).hexdigest()
-    return Measurements(figures | distance, table[:, 0], sha256, len(rows) - distinct, about)
+    return Measurements(figures | distance, table[:, 0], hash_of(digests), len(rows) - distinct, about)
+
+
+def row_digests(rows: Tensor) -> Tensor:
+    """The sha256 of each row's bytes, (B, ...) on the CPU -> (B, 32) uint8."""
+    digests = [hashlib.sha256(row.numpy().tobytes()).digest() for row in rows]
+    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)
+
+
+def hash_of(digests: Tensor) -> str:
+    """The sha256 of (n, 32) digests, one after another, in hexadecimal."""
+    return hashlib.sha256(digests.numpy().tobytes()).hexdigest()
+
+
+def count_distinct(digests: Tensor) -> int:
+    """How many different ones there are among (n, 32) digests."""
+    return len({bytes(digest) for digest in digests.numpy()})
+
+
+def total_over_processes(state: PartialState, tensor: Tensor) -> Tensor:
+    """The sum of a tensor over the processes, on its own device."""
+    if state.num_processes == 1:
+        return tensor
+    summed = reduce(tensor.to(state.device), "sum")
+    assert isinstance(summed, Tensor)
+    return summed.to(tensor.device)
 
 
 def code_figures(counts: Tensor, num_images: int, image_size: tuple[int, int], channels: int) -> dict[str, float]:

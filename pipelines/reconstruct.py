@@ -11,7 +11,7 @@ from core.data import load_images
 from core.images import to_float, to_uint8
 from core.model_folder import find_model_folder
 from core.pictures import contact_sheet, save_picture
-from core.training import share_cores
+from core.processes import share_cores
 from pipelines.encode_dataset import training_data
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import psnr

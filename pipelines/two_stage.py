@@ -6,7 +6,7 @@ pipeline(num_images=8, class_names=["star"], seed=0).images[0].save("star.png")
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -131,12 +131,9 @@ class TwoStagePipeline:
         class_names: list[str] | None = None,
         labels: list[int] | None = None,
         seed: int = 0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float = 1.0,
         batch_size: int = 32,
         output_type: Literal["pil", "pt", "np"] = "pil",
+        **sampling: Any,
     ) -> PipelineOutput:
         """Generates images. Image i depends on its class, the sampling settings, ``seed`` and i alone.
 
@@ -144,6 +141,7 @@ class TwoStagePipeline:
             class_names: image i is of the class ``i % len(class_names)`` of these; None: of all classes in turn.
             labels: the same by number; not beside ``class_names``.
             batch_size: images worked on at a time; changes memory and speed, no image.
+            sampling: `temperature`, `top_k`, `top_p`, `guidance_scale`, `num_steps` ...: :class:`SamplingConfig`.
         """
         if num_images < 1 or batch_size < 1:
             raise InputError(f"num_images {num_images}, batch_size {batch_size}: expected at least 1 of each")
@@ -155,26 +153,38 @@ class TwoStagePipeline:
             wrong = [label for label in labels if not 0 <= label < len(self.class_names or [])]
             if wrong or not labels:
                 raise InputError(f"labels {labels}: expected numbers from 0 to {len(self.class_names or []) - 1}")
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
-        sampling = parse_config(SamplingConfig, options, "the sampling settings")
+        settings = parse_config(SamplingConfig, sampling, "the sampling settings")
         cycle = labels if labels is not None else self.labels_for(class_names)
-        parts = list(self.generate(range(num_images), cycle, sampling, seed, batch_size))
+        parts = list(self.generate(range(num_images), cycle, settings, seed, batch_size))
         pixels, codes = torch.cat([p for p, _ in parts]), torch.cat([c for _, c in parts])
         chosen = None if cycle is None else [cycle[i % len(cycle)] for i in range(num_images)]
         return PipelineOutput(_as_type(pixels, output_type), codes, chosen)
 
     @torch.no_grad()
     def generate(
-        self, numbers: range, cycle: list[int] | None, sampling: SamplingConfig, seed: int, batch_size: int
+        self,
+        numbers: range,
+        cycle: list[int] | None,
+        sampling: SamplingConfig,
+        seed: int,
+        batch_size: int,
+        progress: Callable[[float], object] = lambda codes: None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (n, C, H, W) uint8 and codes (n, h, w) of the images ``numbers`` of a seed, batch by batch."""
+        """Images (n, C, H, W) uint8 and codes (n, h, w) of the images ``numbers`` of a seed, batch by batch.
+
+        Args:
+            progress: told how many codes of these images were drawn since it was told last.
+        """
         for start in range(numbers.start, numbers.stop, batch_size):
             count = min(batch_size, numbers.stop - start)
             padded = -(-count // ROWS) * ROWS
             labels = None
             if cycle is not None:
                 labels = torch.tensor([cycle[i % len(cycle)] for i in range(start, start + padded)])
-            codes = self.prior.sample(labels, sampling, image_seeds(seed, start, padded))
+            share = count / padded
+            codes = self.prior.sample(
+                labels, sampling, image_seeds(seed, start, padded), progress=lambda n, share=share: progress(n * share)
+            )
             images = torch.cat([self.tokenizer.decode_indices(part) for part in codes.split(ROWS)])
             yield to_uint8(images[:count]).cpu(), codes[:count].cpu()
 

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -11,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.config import Count, Section, Size, parse_config
+from core.config import Count, Flag, Section, Size, parse_config
 from core.errors import InputError
 
-__all__ = ["CodeCache", "CodeSplit", "Manifest", "SplitFiles", "TokenizerReference", "code_dtype"]
+__all__ = ["Augmentation", "CodeCache", "CodeSplit", "Manifest", "SplitFiles", "TokenizerReference", "code_dtype"]
+
+_ROWS_AT_ONCE = 4096  # where a whole array is gone through
 
 
 class TokenizerReference(Section):
@@ -24,6 +27,21 @@ class TokenizerReference(Section):
     """Its content hash: over the form of the images, the encoder and the codebook."""
     path: str
     """Where it was when the codes were made."""
+
+
+class Augmentation(Section):
+    """The variants of each training image that have rows of their own; other splits have the plain images alone."""
+
+    horizontal_flip: Flag = False
+    """Every other variant is there mirrored, too."""
+    crops: Size = 0
+    """Windows of the image read at 1.1 times the size."""
+
+    @property
+    def variants(self) -> int:
+        """Rows of each image: variant v of image i is row v * images + i; 0 is the plain one, 1 ... crops the crops,
+        and the mirrored ones follow in the same order."""
+        return (1 + self.crops) * (1 + self.horizontal_flip)
 
 
 class SplitFiles(Section):
@@ -47,6 +65,7 @@ class Manifest(Section):
     codebook_size: Count
     class_names: list[str] | None
     validation_split: str
+    augmentation: Augmentation = Augmentation()
     splits: dict[str, SplitFiles]
     codes_used: Count
     """Codes that occur in the training split."""
@@ -74,7 +93,7 @@ class CodeSplit:
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Codes (B, h, w) int64 and labels (B,) int64 or None."""
         index = rows.numpy()
-        codes = torch.from_numpy(self.codes[index].astype(np.int64))
+        codes = torch.from_numpy(np.take(self.codes, index, axis=0)).long()  # the rows alone leave the disk
         return codes, None if self.labels is None else torch.from_numpy(self.labels[index])
 
 
@@ -82,7 +101,8 @@ class CodeCache:
     """Opens a folder that `twostage encode` wrote.
 
     Raises:
-        InputError: no such folder, no code cache, or one that was cut short (named file, expected and found rows).
+        InputError: no such folder, no code cache, or an array that is missing, cut short (named file, expected and
+            found rows) or of another shape or type than the manifest says.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -102,21 +122,55 @@ class CodeCache:
     def validation(self) -> CodeSplit:
         return self.splits[self.manifest.validation_split]
 
+    def check_codes(self) -> None:
+        """Reads all codes once.
+
+        Raises:
+            InputError: one that is not below the codebook's size (named file and row).
+        """
+        size = self.manifest.codebook_size
+        for name, split in self.splits.items():
+            for start in range(0, len(split), _ROWS_AT_ONCE):
+                codes = split.codes[start : start + _ROWS_AT_ONCE].reshape(-1, math.prod(self.manifest.grid))
+                if codes.max() >= size or codes.min() < 0:
+                    row, cell = np.argwhere((codes >= size) | (codes < 0))[0]
+                    raise InputError(
+                        f"codes {self._file(self.manifest.splits[name].codes)}: row {start + row} holds the code "
+                        f"{codes[row, cell]}, expected codes from 0 to {size - 1} (codebook_size {size} in "
+                        f"manifest.json); {self._remedy}"
+                    )
+
+    @property
+    def _remedy(self) -> str:
+        return f"remove {self.path} and encode the images again"
+
+    def _file(self, name: str) -> Path:
+        return self.path / Path(name).name  # never outside the folder, whatever the manifest says
+
     def _open(self, files: SplitFiles) -> CodeSplit:
-        expected = (files.rows, *self.manifest.grid)
-        codes = self._map(files.codes, expected)
+        shape = (files.rows, *self.manifest.grid)
+        codes = self._map(files.codes, shape)
         # Labels are small and wanted as int64; the codes stay on disk.
-        labels = None if files.labels is None else np.array(self._map(files.labels, expected[:1]), dtype=np.int64)
+        labels = None if files.labels is None else np.array(self._map(files.labels, shape[:1]), dtype=np.int64)
         return CodeSplit(codes, labels)
 
     def _map(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        file = self.path / Path(name).name
-        try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:  # an empty file is an EOFError
-            raise InputError(
-                f"codes {file}: missing or cut short ({error}), expected the shape {shape}; encode the images again"
-            ) from None
-        if array.shape != shape:
-            raise InputError(f"codes {file}: expected the shape {shape}, found {array.shape}; encode the images again")
-        return array
+        file = self._file(name)
+        if not file.is_file():
+            raise InputError(f"codes {file}: missing, expected an array of the shape {shape}; {self._remedy}")
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            try:
+                np.lib.format.read_magic(opened)
+                found, _, dtype = np.lib.format.read_array_header_1_0(opened)
+                header = opened.tell()
+            except ValueError:  # not even a whole header
+                found, dtype, header = shape, np.dtype(np.uint16), size
+        if not np.issubdtype(dtype, np.integer):
+            raise InputError(f"codes {file}: expected integers, found {dtype}; {self._remedy}")
+        if found != shape:
+            raise InputError(f"codes {file}: expected the shape {shape}, found {found}; {self._remedy}")
+        rows = (size - header) // (dtype.itemsize * math.prod(shape[1:]))
+        if rows < shape[0]:
+            raise InputError(f"codes {file}: cut short, expected {shape[0]} rows, found {rows}; {self._remedy}")
+        return np.load(file, mmap_mode="r", allow_pickle=False)

@@ -1,11 +1,12 @@
 """A trained prior: the network, what it was trained on, and how it is stored. One interface for all networks:
-``forward`` (the training loss), ``log_likelihood``, ``sample``.
+``forward`` (the training loss), ``nats_per_image`` and ``log_likelihood``, ``sample``.
 
 Axes: B images, h and w cells of the code grid.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Protocol
 
 import torch
 from pydantic import Field
@@ -17,17 +18,26 @@ from core.model_folder import fill, load_model_folder, save_model_folder
 from core.random import BatchRandom
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
 from stage2_prior.codes import Manifest, TokenizerReference
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.masked_transformer import MaskedTransformer, MaskedTransformerConfig
+from stage2_prior.pixelcnn import PixelCNN, PixelCNNConfig
+from stage2_prior.sampling import Progress, SamplingConfig
+from stage2_prior.shares import ReplaceSchedule, replace_prob_at
 
-__all__ = ["Prior", "PriorConfig", "PriorLossConfig", "PriorOutput", "prior_config"]
+__all__ = ["Prior", "PriorConfig", "PriorLossConfig", "PriorModelConfig", "PriorOutput", "prior_config"]
+
+
+PriorModelConfig = Annotated[
+    PixelCNNConfig | CausalTransformerConfig | MaskedTransformerConfig, Field(discriminator="type")
+]
 
 
 class PriorLossConfig(Section):
     """What a training step does to its codes and classes."""
 
-    replace_prob: Share = 0.0
+    replace_prob: Share | ReplaceSchedule = 0.0
     """Share of the input codes that are replaced by uniformly random ones (a Bernoulli mask); the true codes are what
-    is to be predicted. It makes sampling robust to its own mistakes (alias: `1 - pkeep`)."""
+    is to be predicted. It makes sampling robust to its own mistakes (alias: `1 - pkeep`). Or a schedule over the run:
+    `{start: 0.3, end: 0.0, shape: linear}`."""
     class_dropout_prob: Share = 0.1
     """Share of the images that are trained on without their class, which guidance needs."""
 
@@ -35,7 +45,7 @@ class PriorLossConfig(Section):
 class PriorConfig(Section):
     """All that a trained prior needs to be built again, and to refuse another tokenizer's codes: its `config.json`."""
 
-    model: CausalTransformerConfig
+    model: PriorModelConfig
     loss: PriorLossConfig
     codebook_size: Count
     grid: tuple[Count, Count]
@@ -57,7 +67,7 @@ class PriorOutput:
     """Scalars by name, `loss` among them, detached."""
 
 
-def prior_config(model: CausalTransformerConfig, loss: PriorLossConfig, manifest: Manifest) -> PriorConfig:
+def prior_config(model: PriorModelConfig, loss: PriorLossConfig, manifest: Manifest) -> PriorConfig:
     """The stored configuration of a prior that is trained on the codes of ``manifest``."""
     return PriorConfig(
         model=model,
@@ -72,6 +82,49 @@ def prior_config(model: CausalTransformerConfig, loss: PriorLossConfig, manifest
     )
 
 
+class PriorNetwork(Protocol):
+    """What a prior's network has to offer. Codes are (B, N), row by row; labels (B,), ``num_classes`` for none."""
+
+    exact_likelihood: bool
+    """Whether :meth:`nats_per_image` is the likelihood itself and not a bound."""
+
+    def loss(self, codes: Tensor, labels: Tensor, inputs: Tensor, random: BatchRandom) -> Tensor:
+        """The training loss, a scalar; ``inputs`` are the codes of which some were replaced."""
+        ...
+
+    def nats_per_image(self, codes: Tensor, labels: Tensor, random: BatchRandom) -> Tensor:
+        """-log p(codes | label), or an upper bound on it: (B,)."""
+        ...
+
+    def check_known(self, known: Tensor) -> None:
+        """Refuses known codes (B, N), -1 where there is none, that it cannot keep."""
+        ...
+
+    def sample(
+        self,
+        labels: Tensor,
+        sampling: SamplingConfig,
+        seeds: list[int],
+        known: Tensor | None,
+        progress: Progress | None,
+    ) -> Tensor:
+        """New codes (B, N)."""
+        ...
+
+
+def build_network(
+    config: PriorModelConfig, codebook_size: int, grid: tuple[int, int], num_classes: int
+) -> PriorNetwork:
+    """The network that ``config`` describes."""
+    match config:
+        case PixelCNNConfig():
+            return PixelCNN(config, codebook_size, grid, num_classes)
+        case CausalTransformerConfig():
+            return CausalTransformer(config, codebook_size, grid, num_classes)
+        case MaskedTransformerConfig():
+            return MaskedTransformer(config, codebook_size, grid, num_classes)
+
+
 class Prior(nn.Module):
     """A distribution over code grids (B, h, w), given a class."""
 
@@ -79,36 +132,54 @@ class Prior(nn.Module):
         super().__init__()
         self.config = config
         self.num_classes = len(config.class_names or [])
-        self.network = CausalTransformer(config.model, config.codebook_size, config.grid, self.num_classes)
+        self.network: PriorNetwork = build_network(config.model, config.codebook_size, config.grid, self.num_classes)
 
-    def forward(self, indices: Tensor, labels: Tensor | None, random: BatchRandom) -> PriorOutput:
-        """The training loss of codes (B, h, w) and labels (B,) or None."""
+    @property
+    def exact_likelihood(self) -> bool:
+        """Whether :meth:`nats_per_image` is the likelihood itself and not an upper bound on its negative logarithm."""
+        return self.network.exact_likelihood
+
+    def forward(self, indices: Tensor, labels: Tensor | None, random: BatchRandom, progress: float) -> PriorOutput:
+        """The training loss of codes (B, h, w) and labels (B,) or None where ``progress``, in [0, 1], of the run is
+        done."""
         codes, classes = indices.flatten(1), self._classes(labels, indices)
-        inputs = codes
-        if self.training:
-            options = self.config.loss
-            inputs = replace_codes(codes, options.replace_prob, self.config.codebook_size, random)
-            hidden = random.uniform("class dropout", (), codes.device) < options.class_dropout_prob
-            classes = torch.where(hidden, self.num_classes, classes)
-        loss = self.network.loss(codes, classes, inputs).mean()
+        options = self.config.loss
+        inputs = replace_codes(
+            codes, replace_prob_at(progress, options.replace_prob), self.config.codebook_size, random
+        )
+        hidden = random.uniform("class dropout", (), codes.device) < options.class_dropout_prob
+        loss = self.network.loss(codes, torch.where(hidden, self.num_classes, classes), inputs, random)
         return PriorOutput(loss, {"loss": loss.detach()})
 
     @torch.no_grad()
+    def nats_per_image(self, indices: Tensor, labels: Tensor | None, random: BatchRandom) -> Tensor:
+        """-log p(codes | class) of codes (B, h, w), (B,), or an upper bound on it (:attr:`exact_likelihood`), for
+        which ``random`` is drawn from; no code is replaced, no class hidden."""
+        return self.network.nats_per_image(indices.flatten(1), self._classes(labels, indices), random)
+
     def log_likelihood(self, indices: Tensor, labels: Tensor | None) -> Tensor:
-        """log p(codes | class) in nats per image, (B,)."""
-        codes = indices.flatten(1)
-        return -self.network.loss(codes, self._classes(labels, indices), codes).sum(1)
+        """log p(codes | class) in nats per image, (B,).
+
+        Raises:
+            InputError: a masked transformer, which has a bound only.
+        """
+        if not self.exact_likelihood:
+            raise InputError(
+                f"model.type {self.config.model.type!r}: has no likelihood that can be computed; nats_per_image gives "
+                "an upper bound on its negative logarithm"
+            )
+        return -self.nats_per_image(indices, labels, BatchRandom(0, slice(0, len(indices)), len(indices)))
 
     def check_sampling(self, sampling: SamplingConfig) -> None:
         """Refuses settings that this prior cannot be sampled with.
 
         Raises:
-            InputError: top-k above the codebook, or guidance on a prior without classes or class dropout.
+            InputError: top-k above the codebook, guidance on a prior without classes or class dropout, settings of
+                another kind of prior, fewer codes than steps.
         """
-        if sampling.top_k is not None and sampling.top_k > self.config.codebook_size:
-            raise InputError(
-                f"top_k {sampling.top_k}: expected at most the {self.config.codebook_size} codes of the codebook"
-            )
+        codes, cells = self.config.codebook_size, self.config.grid[0] * self.config.grid[1]
+        if sampling.top_k is not None and sampling.top_k > codes:
+            raise InputError(f"top_k {sampling.top_k}: expected at most the {codes} codes of the codebook")
         if sampling.guidance_scale != 1.0:
             if not self.num_classes:
                 raise InputError(f"guidance_scale {sampling.guidance_scale}: this prior has no classes; use 1")
@@ -117,19 +188,80 @@ class Prior(nn.Module):
                     f"guidance_scale {sampling.guidance_scale}: this prior was trained with loss.class_dropout_prob=0 "
                     "and has no unconditional branch; use 1"
                 )
+        kind = self.config.model.type
+        if kind != "masked_transformer":
+            for name in ("num_steps", "mask_schedule", "choice_temperature"):
+                if getattr(sampling, name) is not None:
+                    raise InputError(
+                        f"{name} {getattr(sampling, name)}: is of masked transformers, this prior is a {kind}, which "
+                        "writes one code after another; leave it out"
+                    )
+        elif sampling.num_steps is not None and sampling.num_steps > cells:
+            raise InputError(f"num_steps {sampling.num_steps}: expected at most the {cells} codes of a grid")
+        if sampling.weights != "float32":
+            device = next(self.parameters()).device.type
+            if kind == "pixelcnn" or device != "cpu":
+                raise InputError(
+                    f"weights {sampling.weights!r}: is of transformers on a CPU, this prior is a {kind} on {device}; "
+                    "use float32"
+                )
 
     @torch.no_grad()
-    def sample(self, labels: Tensor | None, sampling: SamplingConfig, seeds: list[int]) -> Tensor:
-        """Codes (len(seeds), h, w) int64; image i depends on its label, the settings and ``seeds[i]`` alone.
+    def sample(
+        self,
+        labels: Tensor | None,
+        sampling: SamplingConfig,
+        seeds: list[int],
+        known: Tensor | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Codes (len(seeds), h, w) int64; image i depends on its label, the settings, ``known[i]`` and ``seeds[i]``.
+
+        Args:
+            labels: (B,) in [0, num_classes], ``num_classes`` for no class; None: no class for all.
+            known: (B, h, w) int64: codes that are given and kept, and -1 where one is to be drawn. A masked
+                transformer takes any, the others those that come before all that they have to draw.
 
         Raises:
-            InputError: settings that :meth:`check_sampling` refuses.
+            InputError: a label out of range, settings that :meth:`check_sampling` refuses, known codes of another
+                grid or codebook, or some that cannot be kept.
         """
         self.check_sampling(sampling)
         device = next(self.parameters()).device
+        labels = self._labels(labels, len(seeds)).to(device)
+        if known is not None:
+            self._check_known(known, len(seeds))
+            known = known.flatten(1).to(device)
+        codes = self.network.sample(labels, sampling, seeds, known, progress)
+        return codes.view(len(seeds), *self.config.grid)
+
+    def _labels(self, labels: Tensor | None, count: int) -> Tensor:
         if labels is None:
-            labels = torch.full((len(seeds),), self.num_classes, device=device)
-        return self.network.sample(labels.to(device), sampling, seeds).view(len(seeds), *self.config.grid)
+            return torch.full((count,), self.num_classes)
+        if labels.shape != (count,):
+            raise InputError(f"labels: expected one for each of {count} seeds, got the shape {tuple(labels.shape)}")
+        wrong = labels[(labels < 0) | (labels > self.num_classes)]
+        if len(wrong):
+            raise InputError(
+                f"labels: got {wrong[0].item()}, expected 0 to {self.num_classes - 1}, or {self.num_classes} for no "
+                "class"
+                if self.num_classes
+                else f"labels: got {wrong[0].item()}, but this prior has no classes; leave them out"
+            )
+        return labels
+
+    def _check_known(self, known: Tensor, count: int) -> None:
+        if known.shape != (count, *self.config.grid):
+            raise InputError(
+                f"known codes: expected the shape {(count, *self.config.grid)} (images and this prior's grid), got "
+                f"{tuple(known.shape)}"
+            )
+        if known.is_floating_point() or known.min() < -1 or known.max() >= self.config.codebook_size:
+            raise InputError(
+                f"known codes: expected whole numbers from 0 to {self.config.codebook_size - 1}, or -1 where a code is "
+                f"to be drawn, got {known.dtype} from {known.min().item()} to {known.max().item()}"
+            )
+        self.network.check_known(known.flatten(1))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors."""

@@ -1,7 +1,11 @@
 """Sampling as pure functions: logits and noise in, codes out. Nothing here draws a random number by itself.
 
-Axes: B images, K codes.
+Axes: B images, N cells of a grid, K codes.
 """
+
+import math
+from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -9,10 +13,24 @@ from pydantic import Field
 from torch import Tensor
 
 from core.config import Count, Number, Section
-from core.errors import InputError
 from core.random import seed_for
+from stage2_prior.shares import MaskSchedule
 
-__all__ = ["SamplingConfig", "choose", "filter_logits", "guide", "image_seeds", "uniform_noise"]
+__all__ = [
+    "Progress",
+    "SamplingConfig",
+    "Weights",
+    "choose",
+    "filter_logits",
+    "guidance_at",
+    "guide",
+    "image_seeds",
+    "uniform_noise",
+]
+
+Weights = Literal["float32", "bfloat16", "int8"]
+Progress = Callable[[int], object]
+"""Told how many codes were drawn since it was told last."""
 
 
 class SamplingConfig(Section):
@@ -26,6 +44,18 @@ class SamplingConfig(Section):
     """Only the most likely codes that together hold this probability can be drawn; None: all."""
     guidance_scale: Number = Field(default=1.0, ge=0)
     """1: the class-conditional model as it is; above 1 pushes away from the unconditional one (alias: `cfg_scale`)."""
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the scale goes from 1 at an image's first codes to `guidance_scale` at its last; `constant`: it is the same
+    for all."""
+    num_steps: Count | None = None
+    """Of masked transformers: the parallel steps in which an image is filled; None: 8."""
+    mask_schedule: MaskSchedule | None = None
+    """Of masked transformers: what share of the codes is still masked after each step; None: as in its training."""
+    choice_temperature: Number | None = Field(default=None, ge=0)
+    """Of masked transformers: how much chance decides which of a step's codes stay, falling to none at the last step;
+    0: the most confident ones stay. None: 4.5."""
+    weights: Weights = "float32"
+    """Of transformers on a CPU: what the weights of the linear layers are rounded to. Coarser ones are faster."""
 
 
 def image_seeds(seed: int, first: int, count: int) -> list[int]:
@@ -38,18 +68,27 @@ def uniform_noise(seeds: list[int], count: int) -> Tensor:
     return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(key=s)).random(count) for s in seeds]))
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guidance_at(progress: float, sampling: SamplingConfig) -> float:
+    """The guidance scale where ``progress``, in [0, 1], of an image's codes are drawn: 1 + (scale - 1) f(progress)."""
+    match sampling.guidance_schedule:
+        case "constant":
+            share = 1.0
+        case "linear":
+            share = progress
+        case "cosine":
+            share = (1 - math.cos(math.pi * progress)) / 2
+    return 1 + (sampling.guidance_scale - 1) * share
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): unconditional + scale x difference."""
     return torch.lerp(unconditional, conditional, scale)
 
 
 def filter_logits(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Applies temperature, then top-k, then top-p to (B, K); what cannot be drawn becomes -inf."""
+    """Applies temperature, then top-k, then top-p to (..., K); what cannot be drawn becomes -inf."""
     logits = logits / sampling.temperature
-    codes = logits.shape[-1]
     if sampling.top_k is not None:
-        if sampling.top_k > codes:
-            raise InputError(f"top_k {sampling.top_k}: expected at most the {codes} codes of the codebook")
         threshold = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
     if sampling.top_p is not None and sampling.top_p < 1:  # at 1 rounding would cut off the rarest codes
@@ -61,7 +100,7 @@ def filter_logits(logits: Tensor, sampling: SamplingConfig) -> Tensor:
 
 
 def choose(logits: Tensor, noise: Tensor) -> Tensor:
-    """Draws a code for each row by inverting its distribution, (B, K) and uniform (B,) -> (B,) int64.
+    """Draws a code for each row by inverting its distribution, (..., K) and uniform (...) -> (...) int64.
 
     One number of noise a draw, so that a row's code depends on its own noise alone.
     """

@@ -5,7 +5,7 @@ accelerate launch -m stage2_prior.train_prior configs/prior/gpt_cifar10.yaml cod
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -13,19 +13,22 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
+from core.batches import Batches
 from core.command import run_command
-from core.config import Count, RunConfig, Section, load_config
+from core.config import Count, RunConfig, Section, describe_differences, load_config
 from core.ema import averaged_copy
 from core.errors import InputError
-from core.random import BatchRandom
-from core.training import Batches, TrainConfig, TrainingRun, make_optimizer
+from core.random import BatchRandom, seed_for
+from core.train_config import TrainConfig
+from core.training import TrainingRun, make_optimizer
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import CodeCache, CodeSplit, Manifest
-from stage2_prior.prior import Prior, PriorLossConfig, prior_config
+from stage2_prior.prior import Prior, PriorLossConfig, PriorModelConfig, prior_config
 
 __all__ = ["PriorTrainConfig", "PriorTrainingConfig", "train"]
 
 LEAST_ENTROPY = 0.05  # nats per code; below it the images are all the same to the tokenizer
+OVERFITTING_AFTER = 2  # validations without a better one; a single one may be chance
 
 
 class PriorTrainConfig(TrainConfig):
@@ -41,18 +44,19 @@ class PriorTrainingConfig(Section):
     run: RunConfig
     codes: str = Field(min_length=1)
     """The folder that `twostage encode` wrote."""
-    model: CausalTransformerConfig = CausalTransformerConfig()
+    model: PriorModelConfig = CausalTransformerConfig()
     loss: PriorLossConfig = PriorLossConfig()
     train: PriorTrainConfig
 
 
-def train(config: PriorTrainingConfig) -> None:
-    """Trains into ``config.run.dir``, going on from its last checkpoint where there is one.
+def train(config: PriorTrainingConfig) -> TrainingRun[PriorTrainingConfig]:
+    """Trains into ``config.run.dir``, going on from its last checkpoint where there is one; returns the ended run.
 
     `model/` holds the weights of the best held-out loss, not the last ones.
     """
     cache = CodeCache(config.codes)
     check_entropy(cache.manifest, config.codes)
+    cache.check_codes()
     run = TrainingRun(config)
     config, accelerator = run.config, run.accelerator
 
@@ -70,18 +74,10 @@ def train(config: PriorTrainingConfig) -> None:
     assert isinstance(final, Prior)
     parameters = sum(p.numel() for p in prior.parameters())
     run.say(f"{parameters:,} parameters, {batches.steps_per_epoch} steps an epoch, {batches.max_steps} in all")
-    if not run.restore(batches, modules, {"optimizer": (prior, optimizer)}):
-        run.facts = {
-            "best_loss": math.inf,
-            "best_step": 0,
-            "validations_since_best": 0,
-            "tokenizer_hash": cache.manifest.tokenizer.hash,
-        }
-    elif run.facts["tokenizer_hash"] != cache.manifest.tokenizer.hash:
-        raise InputError(
-            f"codes {config.codes}: made by the tokenizer {cache.manifest.tokenizer.hash[:12]}, but the prior in "
-            f"{run.folder.path} is trained on codes of {run.facts['tokenizer_hash'][:12]}; choose another run.dir="
-        )
+    what = {"tokenizer": cache.manifest.tokenizer.hash[:12], "grid": list(cache.manifest.grid),
+            "codebook_size": cache.manifest.codebook_size}  # fmt: skip
+    if not run.restore(batches, modules, {"optimizer": (prior, optimizer)}, check=lambda: check_same_codes(run, what)):
+        run.facts = {"best_loss": math.inf, "best_step": 0, "validations_since_best": 0, "codes": what}
 
     # 3. The training.
     for batch in run.steps(split.read, read_ahead=False):
@@ -90,7 +86,7 @@ def train(config: PriorTrainingConfig) -> None:
             indices = indices.to(accelerator.device, non_blocking=True)
             labels = None if labels is None else labels.to(accelerator.device, non_blocking=True)
             with accelerator.accumulate(model):
-                output = model(indices, labels, random)
+                output = model(indices, labels, random, run.progress)
                 accelerator.backward(output.loss)
                 if accelerator.sync_gradients and config.train.max_grad_norm:
                     accelerator.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
@@ -109,6 +105,17 @@ def train(config: PriorTrainingConfig) -> None:
         if run.due("checkpoint") or run.finished:
             run.save(f"{run.folder.path.name}: nats per code", {"unigram": baseline})
     say_result(run, baseline)
+    return run
+
+
+def check_same_codes(run: TrainingRun[PriorTrainingConfig], what: dict[str, Any]) -> None:
+    """Refuses to go on with codes of another tokenizer, grid or vocabulary than the run began with."""
+    differences = describe_differences(run.facts["codes"], what)
+    if differences:
+        raise InputError(
+            f"codes {run.config.codes}: the prior in {run.folder.path} is trained on others "
+            f"({'; '.join(differences)}); give those codes, or another run.dir="
+        )
 
 
 def check_entropy(manifest: Manifest, codes: str) -> None:
@@ -138,30 +145,40 @@ def describe_codes(cache: CodeCache, run: TrainingRun[PriorTrainingConfig]) -> f
 
 @torch.no_grad()
 def validate(prior: Prior, split: CodeSplit, batch_size: int, accelerator: Accelerator) -> float:
-    """Held-out nats per code, the batches shared by the processes; no code replaced, no class hidden."""
+    """Held-out nats per code (of a masked transformer: the upper bound), the batches shared by the processes."""
     prior.eval()
-    total = torch.zeros((), device=accelerator.device)
+    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     parts = list(torch.arange(len(split)).split(batch_size))
     for rows in parts[accelerator.process_index :: accelerator.num_processes]:
         indices, labels = split.read(rows)
         labels = None if labels is None else labels.to(accelerator.device)
-        random = BatchRandom(0, slice(0, len(rows)), len(rows))  # nothing is drawn in evaluation
-        total += prior(indices.to(accelerator.device), labels, random).loss * len(rows)
+        # A bound draws the same numbers at every validation, so that two of them can be compared.
+        random = BatchRandom(seed_for("validation", int(rows[0])), slice(0, len(rows)), len(rows))
+        total += prior.nats_per_image(indices.to(accelerator.device), labels, random).sum()
     total = accelerator.reduce(total, "sum")
     assert isinstance(total, Tensor)
-    return total.item() / len(split)
+    return total.item() / split.codes.size
 
 
 def keep_best(run: TrainingRun[PriorTrainingConfig], prior: Prior, loss: float) -> None:
-    """Writes `model/` where the held-out loss is the best so far; ends the run where it has not been for long."""
-    if loss < run.facts["best_loss"]:
+    """Writes `model/` where the held-out loss is the best so far; says where it rises, and ends the run where it has
+    not been better for long."""
+    facts, patience = run.facts, run.config.train.patience
+    if loss < facts["best_loss"]:
         run.facts |= {"best_loss": loss, "best_step": run.step, "validations_since_best": 0}
         if run.accelerator.is_main_process:
             prior.save_pretrained(run.folder.model)
         return
-    run.facts["validations_since_best"] += 1
-    if run.facts["validations_since_best"] == run.config.train.patience:
-        run.finish(f"the held-out loss has not improved since step {run.facts['best_step']}")
+    facts["validations_since_best"] += 1
+    if facts["validations_since_best"] == OVERFITTING_AFTER:
+        run.say(
+            f"overfitting: {OVERFITTING_AFTER} validations in a row were worse than that of step {facts['best_step']} "
+            f"({facts['best_loss']:.4f} nats per code, now {loss:.4f}), whose weights model/ holds. Try more "
+            "model.dropout or loss.replace_prob, codes of cropped and flipped images (twostage encode --crops 4 "
+            "--horizontal-flip), or a smaller model"
+        )
+    if facts["validations_since_best"] == patience:
+        run.finish(f"the held-out loss has not improved since step {facts['best_step']}")
 
 
 def say_result(run: TrainingRun[PriorTrainingConfig], baseline: float) -> None:

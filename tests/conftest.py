@@ -1,10 +1,10 @@
-"""What several tests use: the real data where it is at hand, one thread a process, and the whole program: its command,
-and one small tokenizer, its codes and a prior, trained once."""
+"""What several tests use: the real data where it is at hand, one thread a process, a training by its configuration, and
+the whole program: its command, and one small tokenizer, its codes and a prior, trained once."""
 
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 
+from core.config import parse_config
 from pipelines.cli import main
 
 REPOSITORY = Path(__file__).parents[1]
@@ -34,6 +35,28 @@ def data_folder() -> Path:
     return folder
 
 
+@pytest.fixture
+def new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Accelerate's state is one a process; calling this (as the test's end does) lets a training start anew."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")  # one thread a training
+    yield lambda: AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def start(new_process, request: pytest.FixtureRequest) -> Callable[[dict], Path]:
+    """``start(document)``: trains as a new process would, by the `TRAINING` of the test's module: the function and the
+    class of its configuration. Returns the run folder."""
+    train, config = request.module.TRAINING
+
+    def start(document: dict) -> Path:
+        new_process()
+        train(parse_config(config, document, "config"))
+        return Path(document["run"]["dir"])
+
+    return start
+
+
 # --- the whole program ----------------------------------------------------------------------------------------------
 
 TOKENIZER = {
@@ -49,7 +72,7 @@ TOKENIZER = {
 PRIOR = {
     "run": {"dir": "runs/prior", "trackers": []},
     "codes": "codes/tokenizer",
-    "model": {"hidden_size": 32, "depth": 2, "num_heads": 2, "dropout": 0.0},
+    "model": {"type": "causal_transformer", "hidden_size": 32, "depth": 2, "num_heads": 2, "dropout": 0.0},
     "train": {"batch_size": 16, "max_steps": 40, "lr": 3e-3, "validate_every": 40, "checkpoint_every": 40},
 }
 

@@ -210,7 +210,7 @@ def test_codes_that_are_missing_or_damaged(refused, runs, configs, tmp_path):
     shutil.copytree(runs.codes, tmp_path / "codes")
     whole = (tmp_path / "codes" / "train.codes.npy").read_bytes()
     (tmp_path / "codes" / "train.codes.npy").write_bytes(whole[:-100])
-    assert "train.codes.npy: missing or cut short" in refused(*words, "codes=codes")
+    assert "train.codes.npy: cut short, expected 320 rows, found 316" in refused(*words, "codes=codes")
 
 
 def test_a_continuous_autoencoder_has_no_codes(refused, runs, tmp_path):

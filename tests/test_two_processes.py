@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from core.shapes import CLASS_NAMES
+from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 
 ROOT = Path(__file__).parents[1]
 # `--cpu` starts one process whatever their number is; `--multi_gpu` starts them, ACCELERATE_USE_CPU keeps them there.
@@ -30,7 +34,12 @@ ADVERSARIAL = "{channels: 8, num_layers: 2, start: 0.5, adaptive: true, lecam_we
 VQGAN = [f"loss={{reconstruction: l1, adversarial: {ADVERSARIAL}}}"]
 CLASS_GAUSSIAN = ["model.bottleneck={type: class_gaussian}", "train.lr=1e-4", "loss.corruption={masked_share: 0.2}"]
 GAUSSIAN = ["model.bottleneck={type: gaussian}", "train.lr=1e-4"]
-PRIOR = ["loss={replace_prob: 0.3, class_dropout_prob: 0.1}", "train.ema_decay=0.9"]
+PRIOR = ["loss={replace_prob: {start: 0.4, end: 0.2}, class_dropout_prob: 0.1}", "train.ema_decay=0.9"]
+PRIORS = {
+    "causal": [],
+    "masked": ["model={type: masked_transformer, hidden_size: 16, num_heads: 2, dropout: 0, predict_replaced: true}"],
+    "pixelcnn": ["model={type: pixelcnn, channels: 8, depth: 3}"],
+}
 
 # Trains once for each list of overrides; each process writes the hash of the codebook that it ends with.
 WATCH = """
@@ -65,6 +74,7 @@ for name, overrides in runs.items():
 EACH = """
 import json, runpy, sys
 from accelerate import PartialState
+PartialState.destroy_process_group = lambda *_: None  # the next command needs it
 for sys.argv in json.loads(sys.argv[1]):
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -144,20 +154,36 @@ def test_both_processes_have_one_codebook(configs, alone, tmp_path):
 
 
 def test_the_prior_command(runs, configs, alone, tmp_path):
-    config, one, two = configs / "prior.yaml", tmp_path / "one", tmp_path / "two"
-    words = [f"codes={runs.codes}", *STEPS, *PRIOR]
-    launch("-m", "stage2_prior.train_prior", config, f"run.dir={two}", *words)
-    alone("train-prior", config, f"run.dir={one}", *words)
-    assert_same_losses(two, one)
+    (tmp_path / "each.py").write_text(EACH, encoding="utf-8")
+    words = {name: [configs / "prior.yaml", f"codes={runs.codes}", *STEPS, *PRIOR, *model]
+             for name, model in PRIORS.items()}  # fmt: skip
+    commands = [["stage2_prior.train_prior", *each, f"run.dir={tmp_path / name}"] for name, each in words.items()]
+    launch(tmp_path / "each.py", json.dumps(commands, default=str))
+    for name, each in words.items():
+        one = tmp_path / f"{name}_alone"
+        alone("train-prior", *each, f"run.dir={one}")
+        assert_same_losses(tmp_path / name, one)
 
 
-def test_codes_and_images(runs, alone, tmp_path):
+def test_codes_images_and_figures(runs, alone, tmp_path):
     options = ["--num-images", "20", "--seed", "5", "--temperature", "0.9", "--guidance-scale", "1.5"]
     encode = ["pipelines.encode_dataset", runs.tokenizer, "--out", tmp_path / "codes"]
     generate = ["pipelines.generate", runs.prior, "--batch-size", "3", "--out", tmp_path / "two", *options]
+    config = FeatureNetworkConfig(image_size=(16, 16), channels=3, class_names=list(CLASS_NAMES), widths=[8])
+    FeatureNetwork(config).save_pretrained(tmp_path / "features")
+    judge = ["--features", tmp_path / "features", "--num-samples", "20", "--batch-size", "3", "--json"]
+    prior = shutil.copytree(runs.prior, tmp_path / "prior")
+    evaluate = ["pipelines.evaluate", prior, *judge, tmp_path / "two.json"]
     (tmp_path / "each.py").write_text(EACH, encoding="utf-8")
-    launch(tmp_path / "each.py", json.dumps([encode, generate], default=str))
+    launch(tmp_path / "each.py", json.dumps([encode, generate, evaluate], default=str))
     assert contents(tmp_path / "codes") == contents(runs.codes)
     alone("generate", runs.prior, "--out", tmp_path / "one", *options)
     assert len(contents(tmp_path / "two" / "images")) == 20
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    alone("evaluate", prior, *judge, tmp_path / "one.json")
+    two, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one"))
+    for document, processes in ((two, 2), (one, 1)):
+        assert document["protocol"].pop("processes") == processes
+        assert document["figures"].pop("codes_per_s") > 0
+    assert two["figures"] == pytest.approx(one["figures"], rel=1e-9)
+    assert two["protocol"] == one["protocol"]

@@ -1,6 +1,9 @@
 """The codes on disk are those of the tokenizer, and the manifest says what they are."""
 
-import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +13,14 @@ import yaml
 from PIL import Image
 
 from core.config import parse_config
-from core.data import DataConfig, load_images
+from core.data import DataConfig, ImageSplit, load_images
 from core.images import to_float
+from core.random import seed_for
+from pipelines import partial_codes
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage2_prior.codes import CodeCache
+from stage2_prior.codes import Augmentation, CodeCache
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +32,10 @@ def data(runs):
 
 def modified(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def write_pictures(folder: Path, count: int) -> Path:
@@ -100,11 +111,236 @@ def test_another_source_without_classes(runs, twostage, tmp_path):
     assert cache.splits["train"].labels is None
 
 
-def test_what_a_killed_call_left_is_replaced(runs, twostage, tmp_path):
+# --- augmentation ---------------------------------------------------------------------------------------------------
+
+AUGMENTED = ["--horizontal-flip", "--crops", "2"]
+
+
+@pytest.fixture(scope="module")
+def augmented(runs, twostage, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("augmented") / "codes"
+    ended = twostage("encode", runs.tokenizer, "--out", folder, *AUGMENTED)
+    assert ended.code == 0, ended.err
+    assert "384 images, train in 6 variants (plain, 2 crops, each mirrored too): 1,984 rows, grid 4x4" in ended.out
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encode(runs) -> Callable[..., np.ndarray]:
+    """``encode(pixels)``: the codes (n, h, w) of uint8 pixels, in the batches of the command."""
+    model = Autoencoder.from_pretrained(runs.tokenizer)
+    return lambda pixels: torch.cat([model.encode(to_float(part)).indices for part in pixels.split(256)]).numpy()
+
+
+def test_flips_and_crops_are_further_rows_of_the_training_split(runs, augmented, data, encode):
+    codes, plain = np.load(augmented / "train.codes.npy"), data.splits["train"].pixels
+    assert codes.shape == (6 * 320, 4, 4)
+    larger = load_images(data.splits["train"].config.model_copy(update={"image_size": (18, 18)})).splits["train"].pixels
+    variants, places = [plain], set()
+    for crop in (0, 1):
+        windows = []
+        for i in range(320):
+            seed = seed_for("crop", i, crop)
+            top, left = seed % 3, seed // 3 % 3
+            places.add((top, left))
+            windows.append(larger[i, :, top : top + 16, left : left + 16])
+        variants.append(torch.stack(windows))
+    assert len(places) == 9, "every window occurs"
+    variants += [pixels.flip(-1) for pixels in variants]
+    for v, pixels in enumerate(variants):
+        assert np.array_equal(codes[320 * v : 320 * (v + 1)], encode(pixels)), f"variant {v}"
+    assert len({codes[320 * v : 320 * (v + 1)].tobytes() for v in range(6)}) == 6, "no two are the same"
+
+    for name in ("test.codes.npy", "test.labels.npy"):
+        assert (augmented / name).read_bytes() == (runs.codes / name).read_bytes()
+    labels = data.splits["train"].labels
+    assert CodeCache(augmented).splits["train"].labels.tolist() == labels.tolist() * 6
+
+
+def test_the_manifest_counts_all_rows(augmented):
+    manifest = CodeCache(augmented).manifest
+    assert manifest.augmentation == Augmentation(horizontal_flip=True, crops=2)
+    assert {name: files.rows for name, files in manifest.splits.items()} == {"train": 1920, "test": 64}
+    shares = np.bincount(np.load(augmented / "train.codes.npy").ravel(), minlength=16) / (1920 * 16)
+    used = shares[shares > 0]
+    assert manifest.codes_used == len(used)
+    assert manifest.entropy_nats_per_code == pytest.approx(-(used * np.log(used)).sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "variants"), [(["--horizontal-flip"], ["plain", "flip"]), (["--crops", "1"], ["plain", "crop"])]
+)
+def test_either_alone(options, variants, runs, augmented, twostage, tmp_path):
+    ended = twostage("encode", runs.tokenizer, "--out", tmp_path / "codes", *options)
+    assert ended.code == 0, ended.err
+    codes, whole = np.load(tmp_path / "codes" / "train.codes.npy"), np.load(augmented / "train.codes.npy")
+    places = [{"plain": 0, "crop": 1, "flip": 3}[name] for name in variants]
+    assert np.array_equal(codes, np.concatenate([whole[320 * v : 320 * (v + 1)] for v in places]))
+
+
+def test_crops_of_large_pictures_keep_their_detail(runs, twostage, encode, tmp_path):
+    """They are read at 1.1 times the size; to enlarge what was reduced would not give these codes."""
+    (tmp_path / "pictures").mkdir()
+    noise = np.random.default_rng(0)
+    for i in range(40):
+        picture = Image.fromarray(noise.integers(0, 256, (36, 54, 3), dtype=np.uint8))
+        picture.save(tmp_path / "pictures" / f"{i:02}.png")
+    command = ["encode", runs.tokenizer, "--data", tmp_path / "pictures", "--out", tmp_path / "codes", "--crops", "1"]
+    ended = twostage(*command)
+    assert ended.code == 0, ended.err
+    assert ended.out.count("are held out as `val`") == 1, "said once, though the pictures are read twice"
+    config = DataConfig(source=str(tmp_path / "pictures"), image_size=(18, 18))
+    larger = load_images(config).splits["train"]
+    seeds = [seed_for("crop", i, 0) for i in range(len(larger))]
+    windows = [larger.pixels[i, :, s % 3 : s % 3 + 16, s // 3 % 3 : s // 3 % 3 + 16] for i, s in enumerate(seeds)]
+    codes = np.load(tmp_path / "codes" / "train.codes.npy")
+    assert np.array_equal(codes[len(larger) :], encode(torch.stack(windows)))
+
+
+def test_codes_of_another_augmentation_are_left_alone(runs, augmented, twostage):
+    for folder, options in [(runs.codes, AUGMENTED), (augmented, [])]:
+        before = modified(folder)
+        ended = twostage("encode", runs.tokenizer, "--out", folder, *options)
+        assert ended.code == 2
+        for shown in ("horizontal_flip=True crops=2", "horizontal_flip=False crops=0", "nothing was changed"):
+            assert shown in ended.err
+        assert modified(folder) == before
+
+
+def test_crops_are_counted(runs, twostage, tmp_path):
+    ended = twostage("encode", runs.tokenizer, "--out", tmp_path / "codes", "--crops", "-1")
+    assert ended.code == 2
+    assert not list(tmp_path.glob("*codes*"))
+
+
+# --- killed and started again ---------------------------------------------------------------------------------------
+
+# Encodes as the command does, and sends itself SIGKILL when it reads pictures for the n-th time.
+KILLED = """
+import os, signal, sys
+from core.data import ImageSplit
+from pipelines.cli import main
+
+left, read = int(os.environ["READS"]), ImageSplit.read
+
+def counted(self, rows):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(self, rows)
+
+ImageSplit.read = counted
+main()
+"""
+
+
+def test_a_killed_call_ends_as_if_it_had_not_been(runs, augmented, twostage, tmp_path):
+    """Training pictures are read in two chunks of two sizes; the kill comes amid the second chunk."""
+    words = ["encode", str(runs.tokenizer), "--out", str(tmp_path / "codes"), *AUGMENTED]
+    environment = {**os.environ, "LOCAL_WORLD_SIZE": "1000", "READS": "3"}  # one thread, as here
+    killed = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, env=environment, capture_output=True)
+    assert killed.returncode == -9, killed.stderr.decode()
+    assert not (tmp_path / "codes").exists()
+    ended = twostage(*words)
+    assert ended.code == 0, ended.err
+    assert ".codes.partial: goes on, 1,536 of 1,984 rows are there" in ended.out
+    assert contents(tmp_path / "codes") == contents(augmented)
+    assert [path.name for path in tmp_path.glob("*codes*")] == ["codes"], "nothing else is left"
+
+
+class Killed(BaseException):
+    """Ends a call wherever it is."""
+
+
+EVENTS = {"read": ImageSplit, "flush": np.memmap, "rename": Path, "replace": Path, "unlink": Path,
+          "rmtree": partial_codes.shutil}  # fmt: skip
+
+
+@pytest.fixture
+def killed_before(twostage) -> Callable[..., bool]:
+    """``killed_before(n, names, *words)``: `twostage WORDS`, ended before its n-th event of these names; False where
+    it came to its own end."""
+
+    def killed_before(number: int, names: list[str], *words: object) -> bool:
+        numbers = iter(range(1, 1000))
+        with pytest.MonkeyPatch.context() as patch:
+            for name in names:
+                original = getattr(EVENTS[name], name)
+
+                def watched(*arguments, original=original, **options):
+                    if next(numbers) == number:
+                        raise Killed
+                    return original(*arguments, **options)
+
+                patch.setattr(EVENTS[name], name, watched)
+            try:
+                assert twostage(*words).code == 0
+            except Killed:
+                return True
+            return False
+
+    return killed_before
+
+
+def test_wherever_it_is_killed(runs, twostage, killed_before, tmp_path):
+    words, expected, there = ["encode", runs.tokenizer, "--out", tmp_path / "codes"], contents(runs.codes), []
+    number = 1
+    while killed_before(number, list(EVENTS), *words):
+        ended = twostage(*words)
+        assert ended.code == 0, ended.err
+        assert contents(tmp_path / "codes") == expected, f"killed before event {number}"
+        there += [int(line.split()[3]) for line in ended.out.splitlines() if ": goes on, " in line]
+        (tmp_path / "codes").rename(tmp_path / f"codes_{number}")
+        number += 1
+    assert number > 10
+    assert sorted(set(there)) == [0, 256, 320, 384]
+    assert there == sorted(there), "what is there grows"
+
+
+def test_what_another_process_had_done_is_kept(runs, twostage, killed_before, tmp_path):
+    """With two processes the second chunk can be there and the first not."""
+    words = ["encode", runs.tokenizer, "--out", tmp_path / "codes"]
+    assert killed_before(3, ["read"], *words)
+    partial = tmp_path / ".codes.partial"
+    done, codes = (np.load(partial / name, mmap_mode="r+") for name in ("train.done.npy", "codes/train.codes.npy"))
+    assert done.tolist() == [1, 1]
+    done[0], codes[:256] = 0, 9
+    del done, codes
+    ended = twostage(*words)
+    assert ".codes.partial: goes on, 64 of 384 rows are there" in ended.out
+    assert contents(tmp_path / "codes") == contents(runs.codes)
+
+
+def test_what_was_begun_otherwise_is_discarded(runs, twostage, killed_before, changed_tokenizer, tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", 6)
+    begun = {
+        "tokenizer: '": [changed_tokenizer("encoder")],
+        "data.source: '": [runs.tokenizer, "--data", pictures],
+        "augmentation.crops: 1 there, 0 now": [runs.tokenizer, "--crops", "1"],
+    }
+    for number, (said, words) in enumerate(begun.items()):
+        out = tmp_path / str(number) / "codes"
+        assert killed_before(1, ["read"], "encode", *words, "--out", out)
+        ended = twostage("encode", runs.tokenizer, "--out", out)
+        assert ended.code == 0, ended.err
+        assert f".codes.partial: left by an interrupted call and discarded ({said}" in ended.out
+        assert contents(out) == contents(runs.codes)
+
+
+def test_what_was_begun_on_fewer_pictures_is_discarded(runs, twostage, killed_before, tmp_path):
+    words = ["encode", runs.tokenizer, "--out", tmp_path / "codes"]
+    words += ["--data", write_pictures(tmp_path / "pictures", 6)]
+    assert killed_before(1, ["read"], *words)
+    Image.new("RGB", (20, 20)).save(tmp_path / "pictures" / "7.png")
+    assert "discarded (rows.train: 5 there, 6 now)" in twostage(*words).out
+    assert len(CodeCache(tmp_path / "codes").splits["train"]) == 6
+
+
+def test_what_cannot_be_gone_on_from_is_discarded(runs, twostage, tmp_path):
     leftover = tmp_path / ".codes.partial"
     leftover.mkdir()
     (leftover / "train.codes.npy").write_bytes(b"half")
     assert twostage("encode", runs.tokenizer, "--out", tmp_path / "codes").code == 0
     assert not leftover.exists()
-    document = json.loads((tmp_path / "codes" / "manifest.json").read_text())
-    assert document == json.loads((runs.codes / "manifest.json").read_text())
+    assert contents(tmp_path / "codes") == contents(runs.codes)

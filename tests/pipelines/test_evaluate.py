@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from core.data import DataConfig, load_images
 from core.images import to_float, to_uint8
 from core.random import seed_for
-from pipelines.evaluate import evaluate
+from pipelines.evaluate_tokenizer import evaluate_tokenizer
 from pipelines.measurements import ssim
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
@@ -63,7 +63,7 @@ def features(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def document(runs, features) -> dict:
-    return evaluate(runs.tokenizer, features=features)
+    return evaluate_tokenizer(runs.tokenizer, features=features)
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_codes_are_counted_over_the_whole_set(runs, document, originals):
 
 @pytest.mark.parametrize("batch_size", [7, 100])
 def test_the_batch_size_changes_nothing(runs, features, document, batch_size):
-    again = evaluate(runs.tokenizer, features=features, batch_size=batch_size)
+    again = evaluate_tokenizer(runs.tokenizer, features=features, batch_size=batch_size)
     assert numbers(again) == pytest.approx(numbers(document), rel=1e-4)
     assert again["protocol"]["data"] == document["protocol"]["data"]
 
@@ -156,8 +156,8 @@ def test_lpips_of_8_bit_images(runs, monkeypatch, tmp_path, originals, pictures)
             return (decoded - images).abs().mean()
 
     (tmp_path / "vgg16-397923af.pth").write_bytes(b"weights")
-    monkeypatch.setattr("pipelines.evaluate.build_perceptual", build)
-    found = evaluate(runs.tokenizer, weights_dir=tmp_path, batch_size=10)
+    monkeypatch.setattr("pipelines.evaluate_tokenizer.build_perceptual", build)
+    found = evaluate_tokenizer(runs.tokenizer, weights_dir=tmp_path, batch_size=10)
     expected = np.abs(pictures - originals.numpy()).mean() * 2 / 255
     assert found["figures"]["lpips"] == pytest.approx(expected, rel=1e-5)
     assert found["protocol"]["lpips"]["hash"] == hashlib.sha256(b"weights").hexdigest()
@@ -192,7 +192,7 @@ def test_copies_are_counted_and_make_no_distance(runs, features, tmp_path):
     for i in range(20):
         Image.new("RGB", (16, 16), (10 * (i % 9), 90, 200)).save(folder / f"{i:02d}.png")
         Image.new("RGB", (16, 16), (10 * i, 0, 0)).save(tmp_path / "pictures" / "train" / f"{i:02d}.png")
-    found = evaluate(runs.tokenizer, str(tmp_path / "pictures"), features=features)
+    found = evaluate_tokenizer(runs.tokenizer, str(tmp_path / "pictures"), features=features)
     assert found["protocol"]["data"]["duplicates"] == 11
     assert found["figures"]["rfid"] is None
     reason = found["protocol"]["not_measured"]["rfid"]
@@ -200,11 +200,11 @@ def test_copies_are_counted_and_make_no_distance(runs, features, tmp_path):
 
 
 def test_some_of_the_images_are_spread_over_the_split(runs, originals):
-    data = evaluate(runs.tokenizer, num_images=16)["protocol"]["data"]
+    data = evaluate_tokenizer(runs.tokenizer, num_images=16)["protocol"]["data"]
     digests = [hashlib.sha256(image.numpy().tobytes()).digest() for image in originals[::4]]
     assert data["sha256"] == hashlib.sha256(b"".join(digests)).hexdigest()
     assert (data["images"], data["chosen"]) == (16, "spread evenly over 64")
-    assert evaluate(runs.tokenizer, split="train", num_images=500)["protocol"]["data"]["images"] == 320
+    assert evaluate_tokenizer(runs.tokenizer, split="train", num_images=500)["protocol"]["data"]["images"] == 320
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def tile(sheet: np.ndarray, row: int, column: int) -> np.ndarray:
 
 
 def test_the_worst_are_the_worst(run, originals, pictures):
-    evaluate(run, out=run / "evaluation", batch_size=9)
+    evaluate_tokenizer(run, out=run / "evaluation", batch_size=9)
     error = ((originals.numpy() - pictures) ** 2).reshape(64, -1).mean(1)
     for name, rows in {"worst": np.argsort(-error, kind="stable")[:12], "typical": np.arange(12)}.items():
         sheet = np.asarray(Image.open(run / "evaluation" / f"{name}.png"))
@@ -298,7 +298,6 @@ def test_mistakes_cost_one_sentence(runs, features, twostage, tmp_path):
         FeatureNetworkConfig(image_size=(16, 16), channels=1, class_names=["a"], widths=[8])
     ).save_pretrained(grey)
     for words, said in {
-        (runs.prior,): "holds a prior; evaluate takes tokenizers so far",
         (tmp_path / "nothing",): "no such folder",
         (tokenizer, "--split", "val"): "--split val: data.source shapes has train and test",
         (tokenizer, "--inception", tmp_path / "no.pth"): "no such file; expected pt_inception",

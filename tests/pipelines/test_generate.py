@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stage2_prior.sampling import SamplingConfig
+
 
 @pytest.fixture(scope="module")
 def folder(runs, twostage, tmp_path_factory) -> Path:
@@ -48,15 +50,12 @@ def test_the_files_are_the_images_of_the_pipeline(folder, pipeline):
 def test_settings_say_how(folder, pipeline):
     settings = json.loads((folder / "settings.json").read_text())
     names = pipeline.class_names
-    assert len(settings.pop("weights")) == 64
+    assert len(settings.pop("weights_sha256")) == 64
     assert settings == {
         "tokenizer": pipeline.tokenizer.content_hash(),
         "seed": 3,
         "class_names": None,
-        "temperature": 1.0,
-        "top_k": None,
-        "top_p": None,
-        "guidance_scale": 1.0,
+        **SamplingConfig().model_dump(mode="json"),
         "num_images": 20,
         "classes": [names[i % len(names)] for i in range(20)],
     }

@@ -13,7 +13,7 @@ from core.data import DataConfig, load_images
 from core.errors import InputError
 from core.images import to_float, to_uint8
 from core.random import seed_for
-from pipelines.evaluate import evaluate
+from pipelines.evaluate_tokenizer import evaluate_tokenizer
 from pipelines.measurements import ssim, ssim_window
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.metrics import psnr
@@ -75,7 +75,7 @@ def vae(tmp_path_factory) -> Path:
 
 
 def test_the_evidence_lower_bound_is_that_of_the_equations(vae):
-    figures = evaluate(vae, "shapes", num_images=20)["figures"]
+    figures = evaluate_tokenizer(vae, "shapes", num_images=20)["figures"]
     split = load_images(DataConfig(image_size=16)).validation
     rows = torch.arange(20) * len(split) // 20
     images, model = to_float(split.read(rows)), Autoencoder.from_pretrained(vae)
@@ -97,14 +97,14 @@ def test_the_evidence_lower_bound_is_that_of_the_equations(vae):
 
 
 def test_the_batch_size_does_not_change_the_bound(vae):
-    first, second = (evaluate(vae, "shapes", num_images=30, batch_size=size)["figures"] for size in (7, 30))
+    first, second = (evaluate_tokenizer(vae, "shapes", num_images=30, batch_size=size)["figures"] for size in (7, 30))
     for name in ("psnr", "nats_per_image", "kl", "active_units"):
         assert first[name] == pytest.approx(second[name], rel=1e-5)
 
 
 def test_a_plain_autoencoder_has_neither_codes_nor_a_bound(tmp_path):
     model = save_model(tmp_path / "ae", channels=1, size=(8, 12), model={"bottleneck": {"type": "identity"}})
-    found = evaluate(model, "shapes", num_images=10)
+    found = evaluate_tokenizer(model, "shapes", num_images=10)
     assert found["figures"].keys() == {"images", "psnr", "ssim", "lpips", "rfid"}
     assert "continuous" in found["verdict"]["sentences"][1]
     assert "Gaussian window 7x7" in found["protocol"]["ssim"]
@@ -113,7 +113,7 @@ def test_a_plain_autoencoder_has_neither_codes_nor_a_bound(tmp_path):
 def test_each_code_of_a_cell_has_its_own_codebook(tmp_path):
     bottleneck = {"type": "residual", "codebook_size": 8, "depth": 3}
     model = save_model(tmp_path / "rq", model={"bottleneck": bottleneck})
-    figures = evaluate(model, "shapes", num_images=30)["figures"]
+    figures = evaluate_tokenizer(model, "shapes", num_images=30)["figures"]
     rows = torch.arange(30) * 2000 // 30
     images = to_float(load_images(DataConfig(image_size=16)).validation.read(rows))
     codes = Autoencoder.from_pretrained(model).encode(images).indices.numpy()
@@ -139,17 +139,17 @@ def test_a_class_conditional_family_gets_the_classes(tmp_path):
         moments = autoencoder.encoder(to_float(data.validation.read(rows))).flatten(1).double().numpy()
     means = autoencoder.bottleneck.class_means.detach()[data.validation.labels[rows]].flatten(1).numpy()
     kl = ((moments[:, :3] - means) ** 2 + np.exp(moments[:, 3:]) - 1 - moments[:, 3:]).sum(1).mean() / 2
-    assert evaluate(model, "shapes", num_images=20)["figures"]["kl"] == pytest.approx(kl, rel=1e-4)
+    assert evaluate_tokenizer(model, "shapes", num_images=20)["figures"]["kl"] == pytest.approx(kl, rel=1e-4)
     other = save_model(tmp_path / "other", class_names=["cat", "dog"], model={"bottleneck": {"type": "class_gaussian"}})
     with pytest.raises(InputError, match=r"was trained on the classes \['cat', 'dog'\]"):
-        evaluate(other, "shapes", num_images=20)
+        evaluate_tokenizer(other, "shapes", num_images=20)
 
 
 def test_a_denoising_one_is_measured_on_corrupted_images_too(tmp_path):
     model = save_model(
         tmp_path / "dae", model={"bottleneck": {"type": "identity"}}, loss={"corruption": {"noise_std": 0.5}}
     )
-    first, second = (evaluate(model, "shapes", num_images=20, batch_size=n) for n in (3, 20))
+    first, second = (evaluate_tokenizer(model, "shapes", num_images=20, batch_size=n) for n in (3, 20))
     rows = torch.arange(20) * 100
     pixels = load_images(DataConfig(image_size=16)).validation.read(rows)
     seeds = [seed_for(0, "corruption noise", row) for row in rows.tolist()]

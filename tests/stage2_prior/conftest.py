@@ -1,20 +1,26 @@
 """What the tests of stage two share: codes on disk, written by hand, and tiny priors."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from core.random import BatchRandom
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import Manifest, SplitFiles, TokenizerReference
-from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
+from stage2_prior.masked_transformer import MaskedTransformerConfig
+from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig, PriorModelConfig
 
 HASH = "0123456789abcdef" * 4
+TINY: dict[str, PriorModelConfig] = {
+    "causal_transformer": CausalTransformerConfig(hidden_size=16, depth=2, num_heads=2, dropout=0.0),
+    "masked_transformer": MaskedTransformerConfig(hidden_size=16, depth=2, num_heads=2, dropout=0.0),
+    "pixelcnn": PixelCNNConfig(channels=8, depth=3, first_kernel=5, head_channels=8),
+}
 
 
 def _write_codes(folder: Path, splits: dict[str, np.ndarray], codebook_size: int, class_names: list[str] | None = None,
@@ -51,12 +57,13 @@ def _write_codes(folder: Path, splits: dict[str, np.ndarray], codebook_size: int
 
 
 def _tiny_prior(codebook_size: int = 5, grid: tuple[int, int] = (2, 3), class_names: list[str] | None = None,
-                trained: bool = True, depth: int = 2, dropout: float = 0.0, **loss: float) -> Prior:  # fmt: skip
+                trained: bool = True, model: str | PriorModelConfig = "causal_transformer",
+                **loss: object) -> Prior:  # fmt: skip
     torch.manual_seed(0)
     prior = Prior(
         PriorConfig(
-            model=CausalTransformerConfig(hidden_size=16, depth=depth, num_heads=2, dropout=dropout),
-            loss=PriorLossConfig(**loss),
+            model=TINY[model] if isinstance(model, str) else model,
+            loss=PriorLossConfig.model_validate(loss),
             codebook_size=codebook_size,
             grid=grid,
             class_names=class_names,
@@ -103,11 +110,3 @@ def random_codes() -> Callable[..., Tensor]:
 def whole_batch() -> Callable[..., BatchRandom]:
     """``whole_batch(size, seed=0)``: the random numbers of a batch that one process works on."""
     return _whole_batch
-
-
-@pytest.fixture
-def new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    """Accelerate's state is one a process; calling this (as the test's end does) lets a training start anew."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")  # one thread a training
-    yield lambda: AcceleratorState._reset_state(reset_partial_state=True)
-    AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,35 +1,38 @@
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.config import parse_config
 from core.errors import InputError
-from stage2_prior.causal_transformer import (
-    CausalTransformer,
-    CausalTransformerConfig,
-    CausalTransformerDecoder,
-    causal_attention,
-    rotate,
-    rotations,
-)
-from stage2_prior.sampling import SamplingConfig, image_seeds, uniform_noise
+from core.random import BatchRandom
+from stage2_prior import fast_linear
+from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig, CausalTransformerDecoder
+from stage2_prior.orders import ORDERS
+from stage2_prior.prior import Prior
+from stage2_prior.sampling import SamplingConfig, guidance_at, image_seeds, uniform_noise
 
 CODES, GRID, CLASSES = 5, (2, 3), 3
 CELLS = GRID[0] * GRID[1]
 NO_CLASS = CLASSES
+POSITIONS = ("learned", "rotary", "both")
 
 
-@pytest.fixture
-def model() -> CausalTransformer:
+def build(depth: int = 2, **options: object) -> CausalTransformer:
     torch.manual_seed(0)
-    config = CausalTransformerConfig(hidden_size=16, depth=2, num_heads=2, dropout=0.0)
+    config = CausalTransformerConfig.model_validate(
+        {"hidden_size": 16, "depth": depth, "num_heads": 2, "dropout": 0.0} | options
+    )
     model = CausalTransformer(config, CODES, GRID, CLASSES).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
     return model
+
+
+@pytest.fixture
+def model() -> CausalTransformer:
+    return build()
 
 
 @pytest.fixture
@@ -42,40 +45,65 @@ def labels() -> Tensor:
     return torch.tensor([0, 1, 2, NO_CLASS])
 
 
-def plain_sample(model: CausalTransformer, labels: Tensor, sampling: SamplingConfig, noise: Tensor) -> Tensor:
+def plain_sample(
+    model: CausalTransformer, labels: Tensor, sampling: SamplingConfig, noise: Tensor, known: Tensor | None = None
+) -> Tensor:
     """Guided sampling as it is written in papers: nothing is kept from one cell to the next."""
-    codes = torch.zeros(len(labels), CELLS, dtype=torch.long)
-    for cell in range(CELLS):
+    codes = torch.zeros(len(labels), CELLS, dtype=torch.long)  # in the order they are written in
+    for place, cell in enumerate(model.order.tolist()):
         branches = (labels, torch.full_like(labels, NO_CLASS))
-        conditional, unconditional = (model(codes, classes)[:, cell] for classes in branches)
-        logits = unconditional + sampling.guidance_scale * (conditional - unconditional)
+        conditional, unconditional = (model(codes, classes)[:, place] for classes in branches)
+        scale = guidance_at(place / (CELLS - 1), sampling)
+        logits = unconditional + scale * (conditional - unconditional)
         logits = logits / sampling.temperature
         if sampling.top_k:
             unlikely = logits.argsort(descending=True)[:, sampling.top_k :]
             logits = logits.scatter(1, unlikely, -torch.inf)
-        codes[:, cell] = (logits.double().softmax(1).cumsum(1) <= noise[:, cell, None]).sum(1)
-    return codes
+        codes[:, place] = (logits.double().softmax(1).cumsum(1) <= noise[:, place, None]).sum(1)
+        if known is not None:
+            codes[:, place] = torch.where(known[:, cell] < 0, codes[:, place], known[:, cell])
+    return codes[:, model.order.argsort()]
 
 
-@pytest.mark.parametrize("cell", range(CELLS))
-def test_logits_depend_on_all_earlier_codes_and_on_no_other(model, codes, labels, cell):
+# --- what depends on what --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_logits_depend_on_all_earlier_codes_and_on_no_other(codes, labels, order, positions):
+    model = build(order=order, positions=positions)
     embedded: list[Tensor] = []
-    model.code_embedding.register_forward_hook(lambda _, __, output: embedded.append(output))
+    model.code_embedding.register_forward_hook(lambda *call: embedded.append(call[-1]))  # pyright: ignore[reportArgumentType]
     logits = model(codes, labels)
-    gradients = torch.autograd.grad(logits[:, cell].square().sum(), embedded)[0]
-    touched = (gradients != 0).any(2)  # (B, N - 1): no logit is after the last code
-    assert touched.shape == (4, CELLS - 1)
-    assert touched[:, :cell].all()
-    assert not touched[:, cell:].any()
+    for place in range(CELLS):
+        gradients = torch.autograd.grad(logits[:, place].square().sum(), embedded, retain_graph=True)[0]
+        touched = (gradients != 0).any(2)  # (B, N - 1): no logit is after the last code
+        assert touched.shape == (4, CELLS - 1)
+        assert touched[:, :place].all()
+        assert not touched[:, place:].any()
 
 
-@pytest.mark.parametrize("cell", range(CELLS))
-def test_changing_a_code_changes_the_later_logits_alone(model, codes, labels, cell):
-    changed = codes.clone()
-    changed[:, cell] = (changed[:, cell] + 1) % CODES
-    before, after = model(codes, labels), model(changed, labels)
-    assert torch.equal(before[:, : cell + 1], after[:, : cell + 1])
-    assert (before[:, cell + 1 :] != after[:, cell + 1 :]).any(2).all()
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_changing_a_code_changes_what_is_written_later_alone(codes, labels, order, positions):
+    model = build(order=order, positions=positions)
+    before = model.nats(codes, labels, codes)  # (B, N): in the order they are written in
+    for place, cell in enumerate(model.order.tolist()):
+        changed = codes.clone()
+        changed[:, cell] = (changed[:, cell] + 1) % CODES
+        after = model.nats(codes, labels, changed)
+        assert torch.equal(before[:, : place + 1], after[:, : place + 1])
+        assert (before[:, place + 1 :] != after[:, place + 1 :]).all()
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_each_cell_has_a_place_of_its_own(codes, labels, positions):
+    """Two earlier codes that change places change the prediction."""
+    model, swapped = build(positions=positions), codes.clone()
+    swapped[:, 0], swapped[:, 1] = codes[:, 1], codes[:, 0]
+    different = codes[:, 0] != codes[:, 1]
+    assert different.any()
+    assert (model(codes, labels)[different, -1] != model(swapped, labels)[different, -1]).any(1).all()
 
 
 def test_every_cell_depends_on_the_class(model, codes):
@@ -84,36 +112,83 @@ def test_every_cell_depends_on_the_class(model, codes):
         assert (logits != others).any(2).all()
 
 
+def test_nats_of_an_image_are_the_sum_over_its_codes_in_any_order(codes, labels):
+    raster, columns = build(), build(order="columns", positions="learned")
+    for model in (raster, columns):
+        order = model.order
+        expected = -model(codes[:, order], labels).log_softmax(-1).gather(-1, codes[:, order, None]).sum((1, 2))
+        random = BatchRandom(0, slice(0, 4), 4)
+        torch.testing.assert_close(model.nats_per_image(codes, labels, random), expected)
+        torch.testing.assert_close(model.loss(codes, labels, codes, random), expected.mean() / CELLS)
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[0, 2**16], ids=["packed", "plain"])
+def worth_packing(request, monkeypatch) -> None:
+    monkeypatch.setattr(fast_linear, "WORTH_PACKING", request.param)
+
+
+@pytest.mark.parametrize("options", [{"positions": p} for p in POSITIONS] + [{"order": "spiral"}, {"tied_head": True}])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-12)])
-def test_cached_logits_equal_those_of_the_whole_grid(model, codes, labels, dtype, tolerance):
-    model = model.to(dtype)
+def test_cached_logits_equal_those_of_the_whole_grid(codes, labels, dtype, tolerance, options, worth_packing):
+    model = build(**options).to(dtype)
     decoder = CausalTransformerDecoder(model, labels)
-    steps = [decoder.step(codes[:, cell - 1] if cell else None) for cell in range(CELLS)]
+    steps = [decoder.step(codes[:, place - 1] if place else None) for place in range(CELLS)]
     torch.testing.assert_close(torch.stack(steps, 1), model(codes, labels).detach(), rtol=tolerance, atol=tolerance)
     assert steps[0].dtype == dtype
 
 
+KNOWN = torch.tensor([[1, 0, 4, -1, -1, -1], [3, 3, 3, 3, 3, -1], [-1] * 6, [2, -1, -1, -1, -1, -1]] * 3)
+
+
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     "sampling",
-    [{}, {"guidance_scale": 3.0}, {"guidance_scale": 0.0}, {"guidance_scale": 1.5, "top_k": 3, "temperature": 2.0}],
+    [
+        {},
+        {"guidance_scale": 3.0},
+        {"guidance_scale": 0.0, "guidance_schedule": "linear"},
+        {"guidance_scale": 1.5, "top_k": 3, "temperature": 2.0, "guidance_schedule": "cosine"},
+    ],
 )
-def test_samples_equal_those_of_a_plain_implementation(model, sampling):
+def test_samples_equal_those_of_a_plain_implementation(order, sampling):
+    model = build(order=order).double()
     labels, seeds, options = torch.tensor([0, 1, 2] * 4), image_seeds(1, 0, 12), SamplingConfig(**sampling)
-    expected = plain_sample(model, labels, options, uniform_noise(seeds, CELLS))
+    noise = uniform_noise(seeds, CELLS)
+    expected = plain_sample(model, labels, options, noise)
     assert torch.equal(model.sample(labels, options, seeds), expected)
     assert len(expected.unique()) > 2
+    known = KNOWN[:, model.order.argsort()]
+    model.check_known(known)
+    kept = model.sample(labels, options, seeds, known)
+    assert torch.equal(kept, plain_sample(model, labels, options, noise, known))
+    assert torch.equal(kept[known >= 0], known[known >= 0])
+    assert not torch.equal(kept, expected)
 
 
+def test_known_codes_that_come_late_in_its_order_are_refused():
+    model, known = build(order="columns"), torch.full((2, CELLS), -1)
+    known[0, [0, 3]] = 1  # the first column
+    model.check_known(known)
+    known[1, 1] = 1  # the first of the second column
+    with pytest.raises(InputError, match="image 1 has a code at place 2 of the order 'columns' but none at place 0"):
+        model.check_known(known)
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_an_image_depends_on_its_seed_and_label_alone(model, guidance_scale):
+def test_an_image_depends_on_its_seed_and_label_alone(model, guidance_scale, weights):
     labels, seeds = torch.arange(12) % CLASSES, image_seeds(7, 0, 12)
-    sampling = SamplingConfig(guidance_scale=guidance_scale)
+    sampling = SamplingConfig(guidance_scale=guidance_scale, weights=weights)
     together = model.sample(labels, sampling, seeds)
     assert len(together.unique(dim=0)) > 8
     for size in (1, 5):
         parts = [model.sample(labels[i : i + size], sampling, seeds[i : i + size]) for i in range(0, 12, size)]
         assert torch.equal(torch.cat(parts), together)
     assert torch.equal(model.sample(labels.flip(0), sampling, seeds[::-1]), together.flip(0))
+    assert torch.equal(model.sample(labels, sampling, seeds), together)
 
 
 def test_frequencies_of_the_first_code_are_the_models(model):
@@ -123,15 +198,59 @@ def test_frequencies_of_the_first_code_are_the_models(model):
     torch.testing.assert_close(first.bincount(minlength=CODES) / 2000, shares.detach(), atol=0.04, rtol=0)
 
 
+@pytest.mark.parametrize(("weights", "tolerance"), [("float32", 1e-6), ("bfloat16", 0.02), ("int8", 0.06)])
+def test_rounded_weights_predict_nearly_the_same(codes, labels, weights, tolerance):
+    model = build(order="snake")
+    decoder = CausalTransformerDecoder(model, labels, weights)
+    written = codes[:, model.order]
+    logits = torch.stack([decoder.step(written[:, place - 1] if place else None) for place in range(CELLS)], 1)
+    expected = model(written, labels).detach()
+    error = (logits - expected).norm() / expected.norm()
+    assert error < tolerance
+    assert weights == "float32" or error > tolerance / 30  # they are rounded
+    nats, exact = model.decoded_nats(codes, labels, weights), model.nats(codes, labels, codes).sum(1)
+    torch.testing.assert_close(nats, exact.detach(), rtol=tolerance, atol=CELLS * tolerance)
+    samples = model.sample(labels, SamplingConfig(weights=weights, guidance_scale=2.0), image_seeds(0, 0, 4))
+    assert samples.shape == (4, CELLS)
+    assert set(samples.unique().tolist()) <= set(range(CODES))
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", [{"order": "z_curve", "positions": "rotary"}, {"tied_head": True}])
+def test_saved_and_loaded_it_is_the_same(tmp_path: Path, tiny_prior, codes, option):
+    prior = tiny_prior(CODES, GRID, ["a", "b", "c"])
+    model = prior.config.model.model_copy(update=option)
+    prior = Prior(prior.config.model_copy(update={"model": model})).eval()
+    for parameter in prior.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    prior.save_pretrained(tmp_path / "model")
+    loaded, labels = Prior.from_pretrained(tmp_path / "model"), torch.tensor([0, 1, 2, 0])
+    grids, seeds = codes.view(4, *GRID), image_seeds(0, 0, 4)
+    assert torch.equal(loaded.log_likelihood(grids, labels), prior.log_likelihood(grids, labels))
+    assert torch.equal(loaded.sample(labels, SamplingConfig(), seeds), prior.sample(labels, SamplingConfig(), seeds))
+    assert ("network.head.weight" in loaded.state_dict()) == (not model.tied_head)
+
+
 def test_the_first_prediction_is_uniform(codes, labels):
     config = CausalTransformerConfig(hidden_size=16, depth=2, num_heads=2)
     assert (CausalTransformer(config, CODES, GRID, CLASSES)(codes, labels) == 0).all()
 
 
+def test_two_built_alike_are_alike(codes, labels):
+    logits = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        config = CausalTransformerConfig(hidden_size=16, depth=2, num_heads=2, tied_head=True)
+        logits.append(CausalTransformer(config, CODES, GRID, CLASSES).eval()(codes, labels))
+    assert torch.equal(*logits)
+    assert logits[0].std() > 0
+
+
 def test_dropout_is_of_training_alone(model, codes, labels):
-    noisy = CausalTransformer(model.config.model_copy(update={"dropout": 0.5}), CODES, GRID, CLASSES)
-    noisy.load_state_dict(model.state_dict())
-    assert torch.equal(noisy.eval()(codes, labels), model(codes, labels))
+    noisy = build(dropout=0.5)
+    assert torch.equal(noisy(codes, labels), model(codes, labels))
     assert not torch.equal(noisy.train()(codes, labels), model(codes, labels))
 
 
@@ -140,33 +259,3 @@ def test_a_single_cell_is_enough(labels):
     model = CausalTransformer(config, CODES, (1, 1), CLASSES).eval()
     assert model(torch.zeros(4, 1, dtype=torch.long), labels).shape == (4, 1, CODES)
     assert model.sample(labels, SamplingConfig(), image_seeds(0, 0, 4)).shape == (4, 1)
-
-
-def test_rotated_heads_see_how_far_apart_two_cells_are_and_nothing_else():
-    grid, width = (5, 6), 8
-    rotation = rotations(grid, width)
-    q, k = (torch.randn(width, generator=torch.Generator().manual_seed(i)).expand(30, -1) for i in range(2))
-    scores = (rotate(q, rotation) @ rotate(k, rotation).T).view(*grid, *grid)  # of one head, from cell to cell
-    torch.testing.assert_close(scores[1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1], rtol=1e-4, atol=1e-5)
-    turned = rotate(q, rotation)  # (30, 8): another direction at every cell
-    assert (torch.cdist(turned, turned) + torch.eye(30)).min() > 0.1
-    torch.testing.assert_close(turned.norm(dim=1), q.norm(dim=1))
-
-
-def test_attention_in_bfloat16_equals_that_in_float32_and_looks_at_nothing_later():
-    q, k, v = (torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(3))
-    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
-    torch.testing.assert_close(causal_attention(q, k, v).float(), expected, rtol=0.02, atol=0.02)
-    changed = v.clone()
-    changed[:, :, 4:] += 1
-    assert torch.equal(causal_attention(q, k, changed)[:, :, :4], causal_attention(q, k, v)[:, :, :4])
-
-
-def test_heads_must_divide_the_width():
-    with pytest.raises(InputError, match="hidden_size 10 must be a multiple of num_heads 4"):
-        parse_config(CausalTransformerConfig, {"hidden_size": 10, "num_heads": 4}, "model")
-
-
-def test_heads_must_be_as_wide_as_rows_and_columns_need():
-    with pytest.raises(InputError, match="hidden_size 12 / num_heads 2 must be a multiple of 4"):
-        parse_config(CausalTransformerConfig, {"hidden_size": 12, "num_heads": 2}, "model")

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from core.errors import InputError
-from stage2_prior.codes import CodeCache, code_dtype
+from stage2_prior.codes import Augmentation, CodeCache, code_dtype
 
 
 @pytest.fixture
@@ -37,6 +38,25 @@ def test_codes_stay_on_disk(folder):
     assert codes.dtype == np.uint16
 
 
+def test_rows_that_are_read_are_copies(folder, splits):
+    split = CodeCache(folder).splits["train"]
+    codes, labels = split.read(torch.tensor([1, 2]))
+    codes.zero_()
+    labels.zero_()
+    again, labels = split.read(torch.tensor([1, 2]))
+    assert torch.equal(again, torch.from_numpy(splits["train"][[1, 2]]))
+    assert labels.tolist() == [1, 0]
+
+
+def test_large_codes_come_back_whole(tmp_path, write_codes, splits):
+    codes = {name: array + 60_000 for name, array in splits.items()}  # above what int16 holds
+    write_codes(tmp_path / "codes", codes, 2**16)
+    assert torch.equal(CodeCache(tmp_path / "codes").validation.read(torch.arange(4))[0], torch.tensor(codes["val"]))
+    np.save(tmp_path / "codes" / "val.codes.npy", (codes["val"] + 10**6).astype(np.int32))
+    read = CodeCache(tmp_path / "codes").validation.read(torch.arange(4))[0]
+    assert torch.equal(read, torch.tensor(codes["val"] + 10**6))
+
+
 def test_codes_without_labels(tmp_path, write_codes, splits):
     write_codes(tmp_path / "codes", splits, 5)
     cache = CodeCache(tmp_path / "codes")
@@ -48,6 +68,21 @@ def test_codes_without_labels(tmp_path, write_codes, splits):
 def test_the_smallest_type_that_holds_the_codes(size, dtype):
     assert code_dtype(size) is dtype
     assert np.iinfo(dtype).max >= size - 1
+
+
+def test_the_manifest_says_how_the_rows_came_about(tmp_path, write_codes, splits):
+    write_codes(tmp_path / "codes", splits, 5, augmentation=Augmentation(horizontal_flip=True, crops=2))
+    augmentation = CodeCache(tmp_path / "codes").manifest.augmentation
+    assert augmentation == Augmentation(horizontal_flip=True, crops=2)
+    assert augmentation.variants == 6
+    assert [Augmentation(crops=n).variants for n in (0, 3)] == [1, 4]
+
+
+def test_an_older_manifest_has_plain_rows(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["augmentation"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert CodeCache(folder).manifest.augmentation == Augmentation()
 
 
 def test_a_missing_folder_names_the_command(tmp_path):
@@ -78,30 +113,66 @@ def test_mistakes_in_the_manifest_are_named(folder):
         assert name in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", ["train.codes.npy", "val.labels.npy"])
-def test_a_missing_array_is_named(name, folder):
+@pytest.mark.parametrize(("name", "shape"), [("train.codes.npy", r"\(10, 2, 3\)"), ("val.labels.npy", r"\(4,\)")])
+def test_a_missing_array_is_named(name, shape, folder):
     (folder / name).unlink()
-    with pytest.raises(InputError, match=f"codes {folder / name}: missing or cut short .*encode the images again"):
+    sentence = f"codes {folder / name}: missing, expected an array of the shape {shape}; remove {folder} and encode"
+    with pytest.raises(InputError, match=sentence):
         CodeCache(folder)
 
 
-@pytest.mark.parametrize("length", [0, 5, 60, 130, -1])
-def test_an_array_that_was_cut_short_is_named(length, folder):
-    file = folder / "train.codes.npy"
+@pytest.mark.parametrize(
+    ("name", "length", "expected", "found"),
+    [
+        *[("train.codes.npy", length, 10, 0) for length in (0, 5, 60, 128, 130, 139)],
+        *[("train.codes.npy", length, 10, 1) for length in (140, 151)],
+        ("train.codes.npy", -1, 10, 9),
+        ("val.labels.npy", -9, 4, 2),
+    ],
+)
+def test_an_array_that_was_cut_short_says_how_far_it_goes(name, length, expected, found, folder):
+    file = folder / name
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(InputError, match=rf"codes {file}: .*cut short .*expected the shape \(10, 2, 3\)"):
+    with pytest.raises(InputError) as refusal:
         CodeCache(folder)
+    assert str(refusal.value) == (
+        f"codes {file}: cut short, expected {expected} rows, found {found}; remove {folder} and encode the images again"
+    )
 
 
 @pytest.mark.parametrize("shape", [(9, 2, 3), (10, 3, 2), (10, 6)])
 def test_another_shape_than_the_manifests_is_shown(shape, folder):
     np.save(folder / "train.codes.npy", np.zeros(shape, dtype=np.uint16))
-    with pytest.raises(InputError) as refusal:
+    with pytest.raises(InputError, match=re.escape(f"train.codes.npy: expected the shape (10, 2, 3), found {shape}")):
         CodeCache(folder)
-    assert f"train.codes.npy: expected the shape (10, 2, 3), found {shape}" in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.bool_])
+def test_another_type_than_integers_is_shown(dtype, folder):
+    np.save(folder / "train.codes.npy", np.zeros((10, 2, 3), dtype=dtype))
+    with pytest.raises(InputError, match=f"train.codes.npy: expected integers, found {np.dtype(dtype)}"):
+        CodeCache(folder)
 
 
 def test_pickled_arrays_are_never_loaded(folder):
     np.save(folder / "train.codes.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match=r"train\.codes\.npy"):
+    with pytest.raises(InputError, match=r"train\.codes\.npy: expected integers, found object"):
         CodeCache(folder)
+
+
+def test_codes_within_the_codebook_pass(folder):
+    CodeCache(folder).check_codes()
+
+
+@pytest.mark.parametrize(("dtype", "code", "row"), [(np.uint16, 5, 3), (np.uint16, 65535, 5000), (np.int32, -1, 4096)])
+def test_a_code_that_the_codebook_lacks_is_named(dtype, code, row, tmp_path, write_codes, random_codes):
+    codes = random_codes(6000).numpy()
+    write_codes(tmp_path, {"train": codes, "val": codes[:4]}, 5)
+    codes[row, 1, 0] = code
+    np.save(tmp_path / "train.codes.npy", codes.astype(dtype))
+    with pytest.raises(InputError) as refusal:
+        CodeCache(tmp_path).check_codes()
+    assert str(refusal.value) == (
+        f"codes {tmp_path / 'train.codes.npy'}: row {row} holds the code {code}, expected codes from 0 to 4 "
+        f"(codebook_size 5 in manifest.json); remove {tmp_path} and encode the images again"
+    )

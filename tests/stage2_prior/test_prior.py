@@ -50,7 +50,7 @@ def test_replacement_belongs_to_the_image_not_to_the_process(random_codes, whole
 
 def test_the_first_loss_is_that_of_uniform_codes(tiny_prior, random_codes, whole_batch):
     prior = tiny_prior(trained=False, class_names=PETS)
-    output = prior(random_codes(4), torch.tensor([0, 1, 0, 1]), whole_batch(4))
+    output = prior(random_codes(4), torch.tensor([0, 1, 0, 1]), whole_batch(4), 0.0)
     assert output.loss.item() == pytest.approx(math.log(5), rel=1e-6)
     assert output.metrics["loss"] == output.loss
     assert not output.metrics["loss"].requires_grad
@@ -61,25 +61,35 @@ def test_the_true_codes_are_predicted_from_the_replaced_ones(tiny_prior, random_
     inputs = replace_codes(codes.flatten(1), 0.7, 5, whole_batch(4))
     logits = prior.network(inputs, torch.zeros(4, dtype=torch.long)).flatten(0, 1)
     of_true, of_inputs = (nn.functional.cross_entropy(logits, target.flatten()) for target in (codes, inputs))
-    loss = prior.train()(codes, None, whole_batch(4)).loss
+    loss = prior.train()(codes, None, whole_batch(4), 0.0).loss
     torch.testing.assert_close(loss, of_true)
     assert abs(loss - of_inputs) > 0.01
 
 
-def test_evaluation_replaces_no_code_and_hides_no_class(tiny_prior, random_codes, whole_batch):
+@pytest.mark.parametrize("model", ["causal_transformer", "masked_transformer", "pixelcnn"])
+def test_evaluation_replaces_no_code_and_hides_no_class(model, tiny_prior, random_codes, whole_batch):
     codes, labels = random_codes(4), torch.tensor([0, 1, 1, 0])
-    careless = tiny_prior(class_names=PETS, replace_prob=1.0, class_dropout_prob=1.0).eval()
-    plain = tiny_prior(class_names=PETS, replace_prob=0.0, class_dropout_prob=0.0)
-    expected = plain(codes, labels, whole_batch(4)).loss
-    assert torch.equal(careless(codes, labels, whole_batch(4)).loss, expected)
-    assert not torch.equal(careless.train()(codes, labels, whole_batch(4)).loss, expected)
+    careless = tiny_prior(model=model, class_names=PETS, replace_prob=1.0, class_dropout_prob=1.0).eval()
+    plain = tiny_prior(model=model, class_names=PETS, replace_prob=0.0, class_dropout_prob=0.0).eval()
+    expected = plain.nats_per_image(codes, labels, whole_batch(4))
+    assert torch.equal(careless.nats_per_image(codes, labels, whole_batch(4)), expected)
+    trained_on = plain(codes, labels, whole_batch(4), 0.0).loss
+    assert not torch.equal(careless(codes, labels, whole_batch(4), 0.0).loss, trained_on)
+
+
+def test_replacement_follows_its_schedule(tiny_prior, random_codes, whole_batch):
+    codes, scheduled = random_codes(4), tiny_prior(replace_prob={"start": 0.8, "end": 0.2}, class_dropout_prob=0.0)
+    for progress, share in ((0.0, 0.8), (0.5, 0.5), (1.0, 0.2)):
+        constant = tiny_prior(replace_prob=share, class_dropout_prob=0.0)
+        expected = constant(codes, None, whole_batch(4), 0.3).loss
+        torch.testing.assert_close(scheduled(codes, None, whole_batch(4), progress).loss, expected)
 
 
 @pytest.mark.parametrize("prob", [0.0, 0.3, 1.0])
 def test_the_wanted_share_of_images_is_trained_without_its_class(prob, tiny_prior, random_codes, whole_batch):
     count = 300
     prior = tiny_prior(class_names=[f"class {i}" for i in range(count)], class_dropout_prob=prob)
-    prior(random_codes(count), torch.arange(count), whole_batch(count)).loss.backward()
+    prior(random_codes(count), torch.arange(count), whole_batch(count), 0.0).loss.backward()
     used = prior.network.class_embedding.weight.grad.abs().sum(1) > 0
     assert used[:count].float().mean().item() == pytest.approx(1 - prob, abs=0.08)
     assert used[count] == (prob > 0)
@@ -106,7 +116,7 @@ def test_log_likelihood_is_the_sum_of_the_codes_logarithms(tiny_prior, random_co
     expected = log_probabilities.gather(2, codes.flatten(1)[..., None]).flatten(1).sum(1)
     likelihood = prior.log_likelihood(codes, labels)
     torch.testing.assert_close(likelihood.double(), expected.detach(), rtol=1e-5, atol=1e-5)
-    nats_per_code = prior(codes, labels, whole_batch(4)).loss.item()
+    nats_per_code = prior.nats_per_image(codes, labels, whole_batch(4)).mean().item() / 6
     assert -likelihood.mean().item() / 6 == pytest.approx(nats_per_code, rel=1e-5)
 
 
@@ -119,6 +129,14 @@ def test_the_probabilities_of_all_grids_sum_to_1(tiny_prior):
         assert probabilities.max() > 1.3 / 16
 
 
+def test_a_masked_transformer_has_a_bound_and_no_likelihood(tiny_prior, random_codes, whole_batch):
+    prior = tiny_prior(model="masked_transformer").eval()
+    assert not prior.exact_likelihood
+    assert prior.nats_per_image(random_codes(4), None, whole_batch(4)).shape == (4,)
+    with pytest.raises(InputError, match=r"model\.type 'masked_transformer': has no likelihood that can be computed"):
+        prior.log_likelihood(random_codes(4), None)
+
+
 # --- learning and sampling ------------------------------------------------------------------------------------------
 
 
@@ -127,7 +145,7 @@ def test_one_batch_can_be_learned_by_heart_and_sampled(tiny_prior, random_codes,
     prior, codes = tiny_prior(trained=False, class_names=names, class_dropout_prob=0.0), random_codes(6)
     optimizer = torch.optim.Adam(prior.parameters(), lr=1e-2)
     for step in range(80):
-        loss = prior(codes, torch.arange(6), whole_batch(6, step)).loss
+        loss = prior(codes, torch.arange(6), whole_batch(6, step), 0.0).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -158,10 +176,76 @@ def test_guidance_needs_classes(tiny_prior):
         tiny_prior().sample(None, SamplingConfig(guidance_scale=2.0), [0])
 
 
-def test_top_k_above_the_codebook_is_refused_before_sampling(tiny_prior):
-    tiny_prior().check_sampling(SamplingConfig(top_k=5))
-    with pytest.raises(InputError, match="top_k 6: expected at most the 5 codes of the codebook"):
-        tiny_prior().check_sampling(SamplingConfig(top_k=6))
+@pytest.mark.parametrize(
+    ("model", "sampling", "message"),
+    [
+        ("causal_transformer", {"top_k": 6}, "top_k 6: expected at most the 5 codes of the codebook"),
+        ("causal_transformer", {"num_steps": 4}, "num_steps 4: is of masked transformers, this prior is a causal"),
+        (
+            "pixelcnn",
+            {"mask_schedule": "cosine"},
+            "mask_schedule cosine: is of masked .* writes one code after another",
+        ),
+        ("pixelcnn", {"weights": "int8"}, "weights 'int8': is of transformers on a CPU, this prior is a pixelcnn"),
+        ("masked_transformer", {"num_steps": 7}, "num_steps 7: expected at most the 6 codes of a grid"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_sampling(model, sampling, message, tiny_prior):
+    tiny_prior(model=model).check_sampling(SamplingConfig(top_k=5))
+    with pytest.raises(InputError, match=message):
+        tiny_prior(model=model).check_sampling(SamplingConfig(**sampling))
+
+
+def test_labels_out_of_range_are_refused(tiny_prior):
+    with pytest.raises(InputError, match="labels: got 3, expected 0 to 1, or 2 for no class"):
+        tiny_prior(class_names=PETS).sample(torch.tensor([2, 3]), SamplingConfig(), [0, 1])
+    with pytest.raises(InputError, match=r"labels: got 1, but this prior has no classes; leave them out"):
+        tiny_prior().sample(torch.tensor([0, 1]), SamplingConfig(), [0, 1])
+    with pytest.raises(InputError, match=r"labels: expected one for each of 2 seeds, got the shape \(1,\)"):
+        tiny_prior(class_names=PETS).sample(torch.tensor([0]), SamplingConfig(), [0, 1])
+
+
+# --- known codes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["causal_transformer", "masked_transformer", "pixelcnn"])
+def test_known_codes_that_come_first_are_kept_by_every_prior(model, tiny_prior, random_codes):
+    prior, given, seeds = tiny_prior(model=model).eval(), random_codes(6, seed=3), image_seeds(0, 0, 6)
+    known = torch.where(torch.arange(6).view(2, 3) < torch.arange(6)[:, None, None], given, -1)  # 0 ... 5 of them
+    codes = prior.sample(None, SamplingConfig(), seeds, known)
+    assert torch.equal(codes[known >= 0], known[known >= 0])
+    assert 0 <= codes.min() <= codes.max() < 5
+    free = prior.sample(None, SamplingConfig(), seeds)
+    assert torch.equal(codes[0], free[0])
+    assert not torch.equal(codes[1:], free[1:])
+    assert torch.equal(prior.sample(None, SamplingConfig(), seeds, given), given)
+
+
+def test_only_a_masked_transformer_keeps_codes_anywhere(tiny_prior, random_codes):
+    known = torch.where(torch.tensor([[True, False, True], [False, True, True]]), random_codes(2), -1)
+    codes = tiny_prior(model="masked_transformer").eval().sample(None, SamplingConfig(), [0, 1], known)
+    assert torch.equal(codes[known >= 0], known[known >= 0])
+    for model in ("causal_transformer", "pixelcnn"):
+        with pytest.raises(
+            InputError, match="image 0 has a code at place 2 of the order 'raster' but none at place 1;"
+        ):
+            tiny_prior(model=model).sample(None, SamplingConfig(), [0, 1], known)
+
+
+def test_known_codes_of_another_form_are_refused(tiny_prior, random_codes):
+    prior = tiny_prior()
+    with pytest.raises(InputError, match=r"known codes: expected the shape \(2, 2, 3\).*got \(1, 2, 3\)"):
+        prior.sample(None, SamplingConfig(), [0, 1], random_codes(1))
+    with pytest.raises(InputError, match=r"known codes: expected whole numbers from 0 to 4.* from 0 to 7"):
+        prior.sample(None, SamplingConfig(), [0], torch.tensor([[[0, 7, 1], [1, 1, 1]]]))
+
+
+def test_progress_counts_every_code(tiny_prior):
+    for model in ("causal_transformer", "masked_transformer", "pixelcnn"):
+        told: list[int] = []
+        tiny_prior(model=model).eval().sample(None, SamplingConfig(), [0, 1, 2], progress=told.append)
+        assert sum(told) == 3 * 6
+        assert len(told) > 1
 
 
 def test_guidance_needs_class_dropout(tiny_prior):
@@ -172,6 +256,14 @@ def test_guidance_needs_class_dropout(tiny_prior):
 
 
 # --- on disk --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["causal_transformer", "masked_transformer", "pixelcnn"])
+def test_every_prior_is_the_same_after_a_round_trip(model, tiny_prior, tmp_path):
+    prior = tiny_prior(model=model, class_names=PETS).eval()
+    prior.save_pretrained(tmp_path)
+    samples = prior.sample(torch.tensor([0, 1]), SamplingConfig(), [0, 1])
+    assert torch.equal(Prior.from_pretrained(tmp_path).sample(torch.tensor([0, 1]), SamplingConfig(), [0, 1]), samples)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import torch
 
 from core.config import parse_config
 from core.errors import InputError
-from stage2_prior.sampling import SamplingConfig, choose, filter_logits, guide, image_seeds, uniform_noise
+from stage2_prior.sampling import SamplingConfig, choose, filter_logits, guidance_at, guide, image_seeds, uniform_noise
 
 ALMOST_1 = 1 - 2**-53  # the largest number that is ever drawn
 
@@ -52,6 +52,15 @@ def test_guidance_is_unconditional_plus_scaled_difference(scale):
     torch.testing.assert_close(guide(conditional, unconditional, scale), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [3.0, 3.0, 3.0]), ("linear", [1.0, 1.5, 3.0]), ("cosine", [1.0, 2 - 2**-0.5, 3.0])],
+)
+def test_guidance_grows_by_its_schedule(schedule, expected):
+    sampling = SamplingConfig(guidance_scale=3.0, guidance_schedule=schedule)
+    assert [guidance_at(progress, sampling) for progress in (0.0, 0.25, 1.0)] == pytest.approx(expected)
+
+
 # --- temperature, top-k, top-p --------------------------------------------------------------------------------------
 
 
@@ -76,11 +85,6 @@ def test_top_k_keeps_the_k_most_likely_codes(k):
     kept = filter_logits(random_logits(), SamplingConfig(top_k=k)).isfinite()
     assert (kept.sum(1) == k).all()
     assert kept.gather(1, random_logits().topk(k).indices).all()
-
-
-def test_top_k_above_the_vocabulary_is_refused():
-    with pytest.raises(InputError, match="top_k 10: expected at most the 9 codes of the codebook"):
-        filter_logits(random_logits(), SamplingConfig(top_k=10))
 
 
 @pytest.mark.parametrize(

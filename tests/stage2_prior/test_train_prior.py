@@ -17,6 +17,14 @@ from stage2_prior.codes import CodeCache, TokenizerReference
 from stage2_prior.prior import Prior
 from stage2_prior.train_prior import PriorTrainingConfig, command, keep_best, train
 
+TRANSFORMER = {"hidden_size": 16, "depth": 1, "num_heads": 2}
+SIZES = {
+    "causal_transformer": TRANSFORMER,
+    "masked_transformer": TRANSFORMER,
+    "pixelcnn": {"channels": 8, "depth": 2, "first_kernel": 3, "head_channels": 16},
+}
+TRAINING = (train, PriorTrainingConfig)  # what `start` starts
+
 
 def random_grids(count: int, seed: int) -> np.ndarray:
     """Nothing can be learned from these but themselves."""
@@ -31,31 +39,19 @@ def regular_grids(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture
 def document(tmp_path) -> Callable[..., dict]:
-    """``document(loss, **train)``: a config of six small steps on the codes in `codes/`."""
+    """``document(loss, model, **train)``: a config of six small steps on the codes in `codes/`."""
 
-    def document(loss: dict | None = None, **train: object) -> dict:
+    def document(loss: dict | None = None, model: str = "causal_transformer", **train: object) -> dict:
         return {
             "run": {"dir": str(tmp_path / "run"), "seed": 3, "trackers": []},
             "codes": str(tmp_path / "codes"),
-            "model": {"hidden_size": 16, "depth": 1, "num_heads": 2, "dropout": 0.0},
+            "model": {"type": model, "dropout": 0.0} | SIZES[model],
             "loss": loss or {},
             "train": {"batch_size": 8, "max_steps": 6, "lr": 1e-2, "validate_every": 2, "checkpoint_every": 3,
                       "log_every": 2, "keep_checkpoints": 9} | train,
         }  # fmt: skip
 
     return document
-
-
-@pytest.fixture
-def start(new_process) -> Callable[[dict], Path]:
-    """``start(document)``: trains as a new process would; returns the run folder."""
-
-    def start(document: dict) -> Path:
-        new_process()
-        train(parse_config(PriorTrainingConfig, document, "config"))
-        return Path(document["run"]["dir"])
-
-    return start
 
 
 @pytest.fixture
@@ -128,6 +124,7 @@ def test_a_run_stops_when_it_overfits_and_keeps_its_best_model(ema_decay, noise,
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{best + 6:08d}"]
     shown = capsys.readouterr().out
     assert f"best held-out loss {losses[best]:.4f} nats per code at step {best}" in shown
+    assert f"overfitting: 2 validations in a row were worse than that of step {best}" in shown
     assert f"was not better at step {best + 6}, the last; model/ holds the weights of step {best}" in shown
 
     before = contents(run)
@@ -168,9 +165,12 @@ def test_patience_is_counted_from_the_last_best(document, new_process, tiny_prio
 
 
 @pytest.mark.parametrize("codes", ["regular", "noise"])
-def test_a_killed_run_ends_as_if_it_had_not_been(codes, request, document, start):
+@pytest.mark.parametrize("model", SIZES)
+def test_a_killed_run_ends_as_if_it_had_not_been(model, codes, request, document, start):
     request.getfixturevalue(codes)
-    config = document({"replace_prob": 0.2, "class_dropout_prob": 0.3}, max_steps=12, patience=2, checkpoint_every=2,
+    replaced = {"start": 0.4, "end": 0.1, "shape": "cosine"}
+    config = document({"replace_prob": replaced, "class_dropout_prob": 0.3}, model, max_steps=12, checkpoint_every=2,
+                      patience=2,
                       ema_decay=0.8, gradient_accumulation_steps=2, lr_schedule="cosine", warmup_steps=2,
                       max_grad_norm=0.5, weight_decay=0.1, lr=3e-2)  # fmt: skip
     config["model"]["dropout"] = 0.2
@@ -186,10 +186,11 @@ def test_a_killed_run_ends_as_if_it_had_not_been(codes, request, document, start
     assert contents(run) == uninterrupted
 
 
-def test_accumulation_changes_no_loss(regular, document, start, tmp_path):
+@pytest.mark.parametrize("model", SIZES)
+def test_accumulation_changes_no_loss(model, regular, document, start, tmp_path):
     losses = []
     for parts in (1, 2, 4):
-        config = document({"replace_prob": 0.3}, gradient_accumulation_steps=parts)
+        config = document({"replace_prob": 0.3}, model, gradient_accumulation_steps=parts)
         config["run"]["dir"] = str(tmp_path / f"run_{parts}")
         losses.append(torch.tensor([line["loss"] for line in read_metrics(start(config))]))
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
@@ -218,9 +219,28 @@ def test_codes_of_another_tokenizer_are_refused_on_resume(noise, document, start
     before = contents(run)
     other = TokenizerReference(hash="f" * 64, path="runs/other")
     write_codes(noise, {"train": random_grids(8, 0), "val": random_grids(12, 1)}, 4, tokenizer=other)
-    with pytest.raises(InputError, match=r"made by the tokenizer ffffffffffff, but the prior in .* of 0123456789ab"):
+    with pytest.raises(InputError, match=r"trained on others \(tokenizer: '0123456789ab' there, 'ffffffffffff' now\)"):
         start(document(max_steps=2))
     assert contents(run) == before
+
+
+def test_codes_of_another_grid_and_vocabulary_are_refused_on_resume(noise, document, start, write_codes):
+    run = start(document(max_steps=2))
+    before = contents(run)
+    wider = np.arange(8 * 2 * 3).reshape(8, 2, 3) % 5
+    write_codes(noise, {"train": wider, "val": wider}, 5)
+    with pytest.raises(InputError, match=r"grid: \[2, 2\] there, \[2, 3\] now; codebook_size: 4 there, 5 now"):
+        start(document(max_steps=2))
+    assert contents(run) == before
+
+
+def test_codes_beyond_the_vocabulary_are_refused_before_anything_is_written(noise, document, start, tmp_path):
+    codes = np.load(noise / "train.codes.npy")
+    codes[5, 1, 0] = 9
+    np.save(noise / "train.codes.npy", codes)
+    with pytest.raises(InputError, match=r"train\.codes\.npy: row 5 holds the code 9, expected codes from 0 to 3"):
+        start(document())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_collapsed_codebook_stops_before_anything_is_written(tmp_path, write_codes, document, start):

@@ -1,0 +1,225 @@
+"""Measures a trained tokenizer (or AE, VAE ...) on held-out images, and says whether it is ready for stage two."""
+
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.data import ImageSplit, load_images
+from core.errors import InputError
+from core.images import to_float, to_uint8
+from core.model_folder import file_sha256, write_json
+from core.pictures import contact_sheet, save_picture
+from core.processes import join_processes
+from pipelines.encode_dataset import training_data
+from pipelines.evaluation_document import (
+    DIGESTS_OF_IMAGES,
+    NO_NETWORK,
+    Rows,
+    choose_split,
+    described_rows,
+    described_weights,
+    figure_lines,
+    sorted_figures,
+    spread,
+    versions,
+)
+from pipelines.frechet import FrechetDistances, open_features
+from pipelines.measurements import Measurements, measure, ssim_window
+from pipelines.verdict import verdict
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.metrics import ACTIVE_VARIANCE
+from stage1_tokenizer.perceptual import SMALLEST_SIDE, TRUNK, LPIPSConfig, Perceptual, build_perceptual, find_trunk
+
+__all__ = ["evaluate_tokenizer", "tokenizer_table"]
+
+NUM_PICTURED = 12
+SEED = 0  # of the posterior's noise, and of a denoising autoencoder's corruption
+ROWS: Rows = {  # of the table: what each figure is called there, and how it is written
+    "images": ("images", "{:.0f}"),
+    "psnr": ("PSNR", "{:.2f} dB"),
+    "psnr_corrupted": ("  from corrupted images", "{:.2f} dB"),
+    "ssim": ("SSIM", "{:.4f}"),
+    "lpips": ("LPIPS", "{:.4f}"),
+    "rfid": ("rFID", "{:.4g}"),
+    "rfid_of_halves": ("  of the originals' halves", "{:.4g}"),
+    "nats_per_image": ("negative ELBO", "{:.2f} nats per image"),
+    "bits_per_dim": ("  per dimension", "{:.4f} bits"),
+    "kl": ("  of it KL", "{:.2f} nats per image"),
+    "active_units": ("active units", "{:.0f}"),
+    "latent_units": ("  of", "{:.0f}"),
+    "codebook_size": ("codebook", "{:.0f} codes"),
+    "codebooks": ("  codebooks", "{:.0f}, one for each code of a cell"),
+    "codes_used": ("  used", "{:.0f}"),
+    "dead_codes": ("  dead", "{:.0f}"),
+    "codebook_usage": ("  usage", "{:.1%}"),
+    "perplexity": ("  perplexity", "{:.1f}"),
+    "entropy_nats_per_code": ("  entropy", "{:.3f} nats per code"),
+    "cells": ("grid", "{:.0f} cells"),
+    "code_bits_per_pixel": ("  holds", "{:.4f} bits per pixel"),
+    "code_bits_per_dim": ("  per dimension", "{:.4f} bits"),
+}
+
+
+def evaluate_tokenizer(
+    tokenizer: str | Path,
+    source: str | None = None,
+    split: str | None = None,
+    *,
+    features: str | Path | None = None,
+    inception: str | Path | None = None,
+    weights_dir: str | Path | None = None,
+    num_images: int | None = None,
+    batch_size: int = 64,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Measures a trained stage-one model, the images shared by the processes.
+
+    Args:
+        source: of the images; by default what it was trained on.
+        split: `val`, `test` or `train`; by default what its training validated on.
+        features: a feature network's run folder, for rFID.
+        inception: the Inception weights of published FIDs, a file of torch-fidelity.
+        weights_dir: where the VGG weights of LPIPS lie.
+        num_images: spread evenly over the split; None: all.
+        out: a folder for evaluation.json, worst.png and typical.png; None: nothing is written.
+
+    Returns:
+        `figures` (numbers by name; None: not measured), `protocol` (how they came about, in plain JSON) and `verdict`
+        (`ready` and `sentences`).
+
+    Raises:
+        InputError: no tokenizer there, no such split, or a network that is asked for and cannot be used.
+    """
+    state = join_processes()
+    model = Autoencoder.from_pretrained(tokenizer).to(state.device)
+    size, channels = model.config.image_size, model.config.channels
+    network = open_features(inception, features, channels)
+    data_config = training_data(tokenizer, source)
+    data = load_images(data_config)
+    name, images = choose_split(data, split, data_config)
+    if model.class_conditional and data.class_names != model.config.class_names:
+        raise InputError(
+            f"{tokenizer}: was trained on the classes {model.config.class_names}, data.source {data_config.source} has "
+            f"{data.class_names}; give images of the same classes"
+        )
+    rows = spread(len(images), num_images)
+    perceptual, about_lpips = _perceptual(channels, size, weights_dir)
+    found = measure(
+        model,
+        images,
+        rows,
+        batch_size,
+        SEED,
+        state,
+        perceptual.to(state.device) if perceptual else None,
+        FrechetDistances(network, len(rows), torch.device(state.device or "cpu")) if network else None,
+    )
+    about = {"lpips": about_lpips, "rfid": found.frechet or {"not_measured": NO_NETWORK}}
+    missing = {key: lines["not_measured"] for key, lines in about.items() if "not_measured" in lines}
+    figures, missing = sorted_figures(found.figures, missing, ROWS)
+    document = {
+        "figures": figures,
+        "protocol": {
+            "tokenizer": described_weights(tokenizer, hash=model.content_hash()),
+            "data": {
+                "source": data_config.source,
+                "split": name,
+                "images": len(rows),
+                "chosen": described_rows(len(rows), len(images)),
+                "sha256": found.sha256,
+                "sha256_of": DIGESTS_OF_IMAGES,
+                "duplicates": found.duplicates,
+            },
+            "image_size": list(size),
+            "channels": channels,
+            "resize": "cropped at the centre, then Lanczos with antialiasing",
+            "pixels": "reconstructions are clipped and rounded to 8 bits before PSNR, SSIM, LPIPS and rFID",
+            **_methods(model, size),
+            **about,
+            "not_measured": missing,
+            "batch_size": batch_size,
+            "device": torch.device(state.device or "cpu").type,
+            "versions": versions(),
+        },
+        "verdict": asdict(verdict(figures)),
+    }
+    if out and state.is_main_process:
+        _write(Path(out), document, model, images, rows, found)
+    state.wait_for_everyone()
+    return document
+
+
+def _perceptual(
+    channels: int, size: tuple[int, int], weights_dir: str | Path | None
+) -> tuple[Perceptual | None, dict[str, str]]:
+    """LPIPS and its protocol, or why there is none. Nothing is downloaded."""
+    if min(size) < SMALLEST_SIDE:
+        return None, {
+            "not_measured": f"images of {size[0]}x{size[1]} are smaller than VGG's {SMALLEST_SIDE}x{SMALLEST_SIDE}"
+        }
+    trunk, folders = find_trunk(weights_dir)
+    if trunk is None:
+        return None, {"not_measured": f"no {TRUNK} in {' or '.join(map(str, folders))}; give --weights-dir DIR"}
+    try:
+        perceptual = build_perceptual(LPIPSConfig(), channels, size, trunk.parent)
+    except InputError as error:
+        return None, {"not_measured": str(error)}
+    return perceptual, {"network": f"VGG-16, heads of lpips {version('lpips')}", "hash": file_sha256(trunk)}
+
+
+def _methods(model: Autoencoder, size: tuple[int, int]) -> dict[str, Any]:
+    window = ssim_window(size)
+    narrow = "" if window == 11 else " (the images have no room for the usual 11)"
+    methods: dict[str, Any] = {
+        "psnr": "of each image's mean squared error, peak 255; mean over the images",
+        "ssim": f"Gaussian window {window}x{window}{narrow}, borders reflected, data range 255; mean over the images",
+    }
+    if model.config.loss.corruption:
+        methods["psnr_corrupted"] = f"of images corrupted as in its training, seed {SEED}"
+    if model.variational:
+        methods["reconstruction"] = "from the posterior's mean"
+        methods["elbo"] = f"one sample of the posterior an image, seed {SEED}; the loss's own likelihood, KL weight 1"
+        if model.config.loss.corruption:
+            methods["elbo"] += "; of corrupted images, as in its training"
+        methods["active_units"] = (
+            f"variance of the posterior's mean over the images above {ACTIVE_VARIANCE} (Burda et al. 2016)"
+        )
+    return methods
+
+
+def _write(
+    out: Path, document: dict[str, Any], model: Autoencoder, images: ImageSplit, rows: Tensor, found: Measurements
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    order = torch.sort(found.psnr, stable=True).indices
+    for name, places in {"worst": order[:NUM_PICTURED], "typical": torch.arange(len(rows))[:NUM_PICTURED]}.items():
+        originals = images.read(rows[places])
+        device = next(model.parameters()).device
+        pictures = to_uint8(model.reconstruct(to_float(originals.to(device)))).cpu()
+        captions = [f"row {row}" for row in rows[places].tolist()]
+        captions += [f"{ratio:.1f} dB" for ratio in found.psnr[places].tolist()]
+        titles = ["original", "reconstruction"]
+        save_picture(
+            contact_sheet(torch.cat([originals, pictures]), len(places), captions, titles), out / f"{name}.png"
+        )
+    write_json(out / "evaluation.json", document)
+
+
+def tokenizer_table(document: dict[str, Any]) -> str:
+    """What the command prints of :func:`evaluate_tokenizer`'s result."""
+    protocol = document["protocol"]
+    data, missing = protocol["data"], protocol["not_measured"]
+    lines = [f"{data['source']}, {data['split']}: {data['images']:,} images ({data['chosen']}), {data['sha256'][:12]}"]
+    if data["duplicates"]:
+        lines.append(f"{data['duplicates']} of them are copies of others among them")
+    figures = {name: value for name, value in document["figures"].items() if (name, value) != ("codebooks", 1)}
+    lines += figure_lines(figures, missing, ROWS)
+    for name in ("lpips", "rfid"):
+        if "network" in protocol[name]:
+            lines.append(f"{ROWS[name][0]} in {protocol[name]['network']}, {protocol[name]['hash'][:12]}")
+        lines += [protocol[name]["warning"]] if "warning" in protocol[name] else []
+    return "\n".join([*lines, *document["verdict"]["sentences"]])

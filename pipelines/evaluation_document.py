@@ -1,0 +1,110 @@
+"""What the evaluations of tokenizers and of priors have in common: rows, lines of the protocol, the table."""
+
+import json
+import math
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.data import DataConfig, ImageData, ImageSplit
+from core.errors import InputError
+from core.model_folder import file_sha256, find_model_folder
+
+__all__ = [
+    "DIGESTS_OF_IMAGES",
+    "NO_NETWORK",
+    "Rows",
+    "choose_split",
+    "described_rows",
+    "described_weights",
+    "evaluation_folder",
+    "figure_lines",
+    "model_kind",
+    "sorted_figures",
+    "spread",
+    "versions",
+]
+
+Rows = dict[str, tuple[str, str]]
+"""Of a table: what each figure is called there, and how it is written."""
+
+PACKAGES = ("torch", "torchmetrics", "numpy", "pillow")
+NO_NETWORK = "give --features runs/NAME (twostage train-features), or --inception FILE"
+DIGESTS_OF_IMAGES = "the images' own sha256 digests (uint8, channels x height x width), in order"
+
+
+def model_kind(path: str | Path) -> str | None:
+    """What a model folder, or a run folder's `model/`, holds (`tokenizer`, `prior`); None: its config.json is damaged,
+    which reading the model explains.
+
+    Raises:
+        InputError: no model there.
+    """
+    try:
+        return json.loads((find_model_folder(path) / "config.json").read_text(encoding="utf-8")).get("kind")
+    except ValueError:
+        return None
+
+
+def evaluation_folder(path: str | Path) -> Path:
+    """Where the evaluation of a model is written: `evaluation/` in its run folder."""
+    folder = find_model_folder(path)
+    return (folder.parent if folder.name == "model" else folder) / "evaluation"
+
+
+def choose_split(data: ImageData, split: str | None, config: DataConfig) -> tuple[str, ImageSplit]:
+    """The split that is asked for, or the one that validation reads.
+
+    Raises:
+        InputError: no such split; those that there are are listed.
+    """
+    name = split or data.validation_name
+    if name not in data.splits:
+        raise InputError(
+            f"--split {name}: data.source {config.source} has {' and '.join(data.splits)}; give one of them"
+        )
+    return name, data.splits[name]
+
+
+def spread(total: int, wanted: int | None) -> Tensor:
+    """Every row, or so many at equal distances: a split may be sorted by class."""
+    count = min(wanted or total, total)
+    return torch.arange(count) * total // count
+
+
+def described_rows(count: int, total: int) -> str:
+    """How :func:`spread` chose."""
+    return "all" if count == total else f"spread evenly over {total}"
+
+
+def described_weights(path: str | Path, **more: str) -> dict[str, str]:
+    """A model in the protocol."""
+    weights = file_sha256(find_model_folder(path) / "model.safetensors")
+    return {"path": str(path), **more, "weights_sha256": weights}
+
+
+def versions() -> dict[str, str]:
+    """Of what measured."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def sorted_figures(
+    figures: dict[str, float], missing: dict[str, str], rows: Rows
+) -> tuple[dict[str, float | None], dict[str, str]]:
+    """The figures in the table's order, None where there is none, and why there is none."""
+    missing = missing | {name: "not finite" for name, value in figures.items() if not math.isfinite(value)}
+    known: dict[str, float | None] = {**figures, **dict.fromkeys(missing)}
+    return {name: known[name] for name in rows if name in known}, missing
+
+
+def figure_lines(figures: dict[str, Any], missing: dict[str, str], rows: Rows) -> list[str]:
+    """A line of the table for each figure."""
+    lines = []
+    for name, value in figures.items():
+        title, form = rows[name]
+        lines.append(f"  {title:<27} {form.format(value) if value is not None else 'not measured: ' + missing[name]}")
+    return lines

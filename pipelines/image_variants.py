@@ -1,0 +1,68 @@
+"""The pictures that are encoded: each one plain and, where asked for, cropped and mirrored, too."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.data import DataConfig, ImageData, ImageSplit, load_images
+from core.random import seed_for
+from stage2_prior.codes import Augmentation
+
+__all__ = ["ImageVariants", "image_variants"]
+
+
+class ImageVariants:
+    """One split; variant v of image i has the row v * images + i.
+
+    Args:
+        images: as they are.
+        larger: the same images at a larger size, which crops are cut from; needed only for crops.
+        augmentation: which variants there are.
+    """
+
+    def __init__(self, images: ImageSplit, larger: ImageSplit | None, augmentation: Augmentation) -> None:
+        assert larger is None or len(larger) == len(images)
+        self.images, self.larger, self.augmentation = images, larger, augmentation
+
+    @property
+    def rows(self) -> int:
+        """Images times variants."""
+        return len(self.images) * self.augmentation.variants
+
+    def labels(self) -> np.ndarray | None:
+        """(rows,) int32, or None."""
+        labels = self.images.labels
+        return None if labels is None else np.tile(labels.numpy().astype(np.int32), self.augmentation.variants)
+
+    def read(self, images: Tensor) -> Iterator[Tensor]:
+        """One variant after another of these images: (B, C, H, W) uint8 each. A picture is decoded once at each size,
+        whatever the number of variants."""
+        plain = self.images.read(images)
+        larger = None if self.larger is None else self.larger.read(images)
+        for mirrored in (False, True)[: 1 + self.augmentation.horizontal_flip]:
+            yield plain.flip(-1) if mirrored else plain
+            for crop in range(self.augmentation.crops):
+                assert larger is not None
+                cropped = _windows(larger, images, crop, self.images.config.size)
+                yield cropped.flip(-1) if mirrored else cropped
+
+
+def _windows(larger: Tensor, images: Tensor, crop: int, size: tuple[int, int]) -> Tensor:
+    """A window (B, C, *size) of each picture; where it lies follows from the image's number and the crop's alone."""
+    windows = larger.unfold(2, size[0], 1).unfold(3, size[1], 1)  # (B, C, places down, places across, *size): a view
+    seeds = torch.tensor([seed_for("crop", image, crop) for image in images.tolist()])
+    down, across = windows.shape[2:4]
+    return windows[torch.arange(len(images)), :, seeds % down, seeds // down % across]
+
+
+def image_variants(data: ImageData, config: DataConfig, augmentation: Augmentation) -> dict[str, ImageVariants]:
+    """All splits of ``data``, which was loaded by ``config``; the training split alone has further variants."""
+    larger = None
+    if augmentation.crops:
+        # Read again from the source rather than enlarged, so that large pictures keep their detail.
+        height, width = ((11 * side + 9) // 10 for side in config.size)  # 1.1 times, rounded up
+        larger = load_images(config.model_copy(update={"image_size": (height, width)})).splits["train"]
+    plain = {name: ImageVariants(images, None, Augmentation()) for name, images in data.splits.items()}
+    return plain | {"train": ImageVariants(data.splits["train"], larger, augmentation)}

@@ -1,0 +1,94 @@
+"""Codes under way: the folder that an interrupted `twostage encode` goes on from."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.config import describe_differences
+from core.model_folder import write_json
+from pipelines.image_variants import ImageVariants
+from stage2_prior.codes import Manifest
+
+__all__ = ["CHUNK", "PartialCodes"]
+
+CHUNK = 256  # images that are encoded together, in all their variants
+
+
+class PartialCodes:
+    """`.NAME.partial` beside the folder NAME that it becomes.
+
+    `codes/` is what will be that folder. `SPLIT.done.npy` has a byte for each chunk of images, 1 once the rows of all
+    their variants are on disk, and `identity.json` says what is being encoded. Every process writes the chunks that it
+    encodes; all else is the main process's.
+
+    Args:
+        final: the folder NAME.
+        identity: what the codes follow from, as JSON has it; only what was begun with the same is gone on from.
+        splits: what is encoded.
+    """
+
+    def __init__(self, final: Path, identity: dict[str, Any], splits: dict[str, ImageVariants]) -> None:
+        self.final, self.splits = final, splits
+        self.identity = {**identity, "rows": {name: split.rows for name, split in splits.items()}}
+        self.folder = final.with_name(f".{final.name}.partial")
+        self.codes = self.folder / "codes"
+        self.identity_file = self.folder / "identity.json"
+
+    def begin(self, grid: tuple[int, int], dtype: type[np.integer]) -> str | None:
+        """Keeps what an interrupted call left if it is of the same codes, else starts anew; says which, or is None.
+
+        Args:
+            grid: cells (h, w).
+            dtype: of the codes.
+        """
+        # `codes` has gone where a kill came after the last step but one.
+        whole = self.identity_file.is_file() and self.codes.is_dir()
+        stored = json.loads(self.identity_file.read_text(encoding="utf-8")) if whole else None
+        if stored == self.identity:
+            total = sum(split.rows for split in self.splits.values())
+            return f"{self.folder}: goes on, {sum(map(self._rows_done, self.splits)):,} of {total:,} rows are there"
+        said = None
+        if self.folder.exists():
+            differences = "; ".join(describe_differences(stored, self.identity)) if stored else "of nothing known"
+            said = f"{self.folder}: left by an interrupted call and discarded ({differences})"
+            self._discard()
+        self.codes.mkdir(parents=True)
+        for name, split in self.splits.items():
+            shape = (split.rows, *grid)
+            np.lib.format.open_memmap(self.codes / f"{name}.codes.npy", mode="w+", dtype=dtype, shape=shape).flush()
+            if (labels := split.labels()) is not None:
+                np.save(self.codes / f"{name}.labels.npy", labels)
+            np.save(self._done_file(name), np.zeros(-(-len(split.images) // CHUNK), dtype=np.uint8))
+        write_json(self.identity_file, self.identity)  # last: without it, none of the above counts
+        return said
+
+    def open(self, name: str) -> tuple[np.memmap, np.memmap]:
+        """A split's codes (rows, h, w), and a byte for each of its chunks: both to be written to.
+
+        Flush the codes of a chunk before its byte is set.
+        """
+        return (
+            np.load(self.codes / f"{name}.codes.npy", mmap_mode="r+"),
+            np.load(self._done_file(name), mmap_mode="r+"),
+        )
+
+    def finish(self, manifest: Manifest) -> None:
+        """Makes it the final folder; from here on it is a code cache."""
+        write_json(self.codes / "manifest.json", manifest.model_dump(mode="json"))
+        self.codes.rename(self.final)
+        self._discard()
+
+    def _done_file(self, name: str) -> Path:
+        return self.folder / f"{name}.done.npy"
+
+    def _rows_done(self, name: str) -> int:
+        images, variants = len(self.splits[name].images), self.splits[name].augmentation.variants
+        chunks = np.flatnonzero(np.load(self._done_file(name)))
+        return int(np.minimum(CHUNK, images - CHUNK * chunks).sum()) * variants
+
+    def _discard(self) -> None:
+        self.identity_file.unlink(missing_ok=True)  # first: a kill here leaves nothing that could be gone on from
+        shutil.rmtree(self.folder)

@@ -1,0 +1,79 @@
+"""How the figures of an evaluated prior came about, in plain JSON: what stands beside them."""
+
+from typing import Any
+
+from pipelines.prior_measurements import BOUND_DRAWS, BOUND_SEED, SampleFigures
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.losses import LossConfig
+from stage2_prior.prior import Prior
+from stage2_prior.sampling import SamplingConfig
+
+__all__ = ["about_chain_rule", "about_distance", "about_likelihood", "about_samples"]
+
+
+def about_likelihood(model: Prior) -> dict[str, Any]:
+    """What the figures of the codes mean."""
+    config = model.config
+    dimensions = " x ".join(map(str, (*config.image_size, config.channels)))
+    kind: dict[str, Any] = {"kind": "exact"}
+    if not model.exact_likelihood:
+        kind = {
+            "kind": "upper bound (any-order autoregression), not to be compared with exact figures as if it were one",
+            "draws": BOUND_DRAWS,
+            "seed": BOUND_SEED,
+            "standard_error": "by the draws alone, the code grids being as they are",
+        }
+    return kind | {
+        "of": "the codes given the image's class" if model.num_classes else "the codes",
+        "bits_per_dim": f"nats per image / (ln 2 x {dimensions}): what the codes take for each value of the image",
+        "unigram": "the training split's code frequencies, add-one smoothing; cost of the whole held-out split",
+        "uniform": f"ln {config.codebook_size} nats per code",
+    }
+
+
+def about_chain_rule(model: Autoencoder, likelihood: LossConfig, fitted: int, level_bits: float) -> dict[str, Any]:
+    """What the bound of the whole model is made of."""
+    density = {"bce": "Bernoulli", "l1": "Laplace", "l2": "Gaussian"}[likelihood.reconstruction]
+    about: dict[str, Any] = {
+        "bound": "-log p(x) <= -log p(x | decoder(codes(x))) - log p(codes(x)); held-out images encoded anew, no noise",
+        "likelihood": density,
+        "level_bits": level_bits,
+    }
+    if likelihood.reconstruction == "bce":
+        about["note"] = "a grey value counts as a probability: to be compared with other Bernoulli figures only"
+    else:
+        about |= {
+            "scale": likelihood.likelihood_scale,
+            "scale_of": f"maximum likelihood on {fitted} training images, spread evenly, in units of [-1, 1]; the "
+            "tokenizer was not trained with one",
+            "level": "a density over [-1, 1]; level_bits per dimension are a grey level's width of 2/255 there",
+        }
+    if model.config.loss.adversarial or model.config.loss.perceptual:
+        about["decoder"] = "trained for more than the reconstruction loss: it is not meant to make images likely"
+    return about
+
+
+def about_samples(
+    samples: SampleFigures, sampling: SamplingConfig, seed: int, num_samples: int, model: Prior
+) -> dict[str, Any]:
+    """How they were drawn."""
+    return {
+        "seed": seed,
+        "sampling": sampling.model_dump(mode="json"),
+        "classes": "all in turn" if model.num_classes else None,
+        "duplicates": num_samples - round(samples.figures["distinct_samples"]),
+        "pixels": "clipped and rounded to 8 bits",
+        "class_accuracy": "share that the feature network gives their class; of as many held-out images likewise",
+        "codes_per_s": "wall time of drawing the codes, all processes together, without decoding; on this machine",
+    }
+
+
+def about_distance(samples: SampleFigures, network: dict[str, str], split: str) -> dict[str, Any]:
+    """What the Frechet distances are between."""
+    about: dict[str, Any] = {
+        **network,
+        **samples.counts,
+        "frechet_distance": "samples against training images (the convention of gFID)",
+        "frechet_distance_real": f"images of `{split}`, as many as samples where there are, against the same: a floor",
+    }
+    return about | ({"warning": samples.warning} if samples.warning else {})

@@ -1,0 +1,107 @@
+"""What the priors that write one code after another share: the likelihood, known codes, the loop over the cells.
+
+Axes: B images, N cells of a grid, K codes.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.errors import InputError
+from stage2_prior.sampling import (
+    Progress,
+    SamplingConfig,
+    choose,
+    filter_logits,
+    guidance_at,
+    guide,
+    uniform_noise,
+)
+
+__all__ = ["Step", "check_prefix", "code_nats", "draw_in_order", "sample_in_order"]
+
+Step = Callable[[Tensor | None], Tensor]
+"""Given the codes (B,) of the cell before (None at the first), the logits (B, K) of the next cell."""
+
+
+def code_nats(logits: Tensor, codes: Tensor) -> Tensor:
+    """-log p of each code, (B, N, K) and (B, N) -> (B, N) float32."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten(), reduction="none").view_as(codes)
+
+
+def check_prefix(known: Tensor, order: Tensor, name: str) -> None:
+    """Refuses known codes (B, N), -1 where unknown, that do not come before all unknown ones in ``order`` (N,).
+
+    Raises:
+        InputError: it names the image and the two places in the order.
+    """
+    given = known[:, order] >= 0
+    late = given & (given.long().cumsum(1) < torch.arange(1, given.shape[1] + 1, device=given.device))
+    if late.any():
+        image, place = late.nonzero()[0].tolist()
+        first = int((~given[image]).nonzero()[0])
+        raise InputError(
+            f"known codes: image {image} has a code at place {place} of the order {name!r} but none at place {first}; "
+            "this prior writes one code after another and can keep only codes that come before all it has to draw. "
+            "Give such codes, or use a masked transformer, which keeps any"
+        )
+
+
+def draw_in_order(
+    step: Step, noise: Tensor, sampling: SamplingConfig, known: Tensor | None = None, progress: Progress | None = None
+) -> Tensor:
+    """Draws one cell after another.
+
+    Args:
+        step: with guidance its rows are those of the conditional branch, then those of the unconditional one:
+            (2 B,) -> (2 B, K).
+        noise: uniform, (B, N).
+        known: (B, N) int64 in the same order; codes that are kept, -1 where one is to be drawn.
+
+    Returns:
+        (B, N) int64.
+    """
+    images, cells = noise.shape
+    guided = sampling.guidance_scale != 1.0
+    codes = torch.full_like(noise, -1, dtype=torch.long) if known is None else known.clone()
+    to_draw = (codes < 0).any(0).tolist()
+    for cell in range(cells):
+        before = codes[:, cell - 1] if cell else None
+        logits = step(before.repeat(2) if guided and before is not None else before)
+        if to_draw[cell]:
+            if guided:
+                logits = guide(*logits.chunk(2), guidance_at(cell / max(1, cells - 1), sampling))
+            drawn = choose(filter_logits(logits, sampling), noise[:, cell])
+            codes[:, cell] = torch.where(codes[:, cell] < 0, drawn, codes[:, cell])
+        if progress:
+            progress(images)
+    return codes
+
+
+@torch.no_grad()
+def sample_in_order(
+    decoder: Callable[[Tensor], Step],
+    labels: Tensor,
+    no_class: int,
+    order: Tensor,
+    sampling: SamplingConfig,
+    seeds: list[int],
+    known: Tensor | None,
+    progress: Progress | None,
+) -> Tensor:
+    """Codes (B, N), row by row, for labels (B,), image i from ``seeds[i]`` alone.
+
+    With guidance the conditional and the unconditional branch are worked on as one batch.
+
+    Args:
+        decoder: given the labels of its rows, the function that goes from cell to cell.
+        order: (N,), the cells as they are written.
+        known: (B, N) int64, row by row; -1 where a code is to be drawn.
+    """
+    guided = sampling.guidance_scale != 1.0
+    branches = torch.cat([labels, torch.full_like(labels, no_class)]) if guided else labels
+    noise = uniform_noise(seeds, len(order)).to(labels.device)
+    known = None if known is None else known[:, order]
+    return draw_in_order(decoder(branches), noise, sampling, known, progress)[:, order.argsort()]

@@ -1,0 +1,262 @@
+"""The gated PixelCNN (van den Oord et al. 2016, arXiv 1606.05328) over a code grid.
+
+Two stacks see what came before a cell: the vertical one all rows above it, without the blind spot that masked
+convolutions leave, the horizontal one its row to the left, and through the vertical stack all else. No weight is
+masked: each kernel holds the seen cells alone, and the input is shifted under it.
+
+Axes: B images, h and w cells of a grid, N = h w, r and c a cell's row and column, C channels, K codes, R the reach of a
+kernel (half its side), T the cells of a row that a horizontal kernel sees.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from core.config import Count, Section, Share
+from core.random import BatchRandom
+from stage2_prior.autoregressive import check_prefix, code_nats, sample_in_order
+from stage2_prior.sampling import Progress, SamplingConfig
+
+__all__ = ["PixelCNN", "PixelCNNConfig", "PixelCNNDecoder"]
+
+
+class PixelCNNConfig(Section):
+    """A vertical stack that sees the rows above, a horizontal one that sees the row to the left."""
+
+    type: Literal["pixelcnn"] = "pixelcnn"
+    channels: Count = 64
+    depth: Count = 15
+    first_kernel: Count = 7
+    """Side of the first layer's kernel, odd; of it only the cells before the present one are seen (mask A)."""
+    kernel: Count = 3
+    """Side of the other layers' kernels, odd; they see the present cell's features, too (mask B)."""
+    head_channels: Count = 256
+    dropout: Share = 0.0
+    """On what each layer adds to its stack."""
+
+    @model_validator(mode="after")
+    def _kernels_have_a_centre(self) -> "PixelCNNConfig":
+        wrong = [
+            f"{name} {side}"
+            for name, side in (("first_kernel", self.first_kernel), ("kernel", self.kernel))
+            if side < 3 or side % 2 == 0
+        ]
+        if wrong:
+            raise ValueError(
+                f"{' and '.join(wrong)}: a kernel's side must be odd and at least 3, because it reaches equally far to "
+                "the left and to the right of a cell"
+            )
+        return self
+
+
+def gate(x: Tensor) -> Tensor:
+    """tanh(a) sigmoid(b) of the two halves of (B, 2 C, ...), equation 2."""
+    a, b = x.chunk(2, 1)
+    return a.tanh() * b.sigmoid()
+
+
+class GatedLayer(nn.Module):
+    """One layer of both stacks (the paper's figure 2).
+
+    Beyond the paper, the vertical stack has residuals as the horizontal one has: without them its features fade with
+    depth (15 layers, 130 steps on quantised MNIST: 1.584 nats per code held out, 1.637 without).
+
+    Args:
+        first: whether its inputs are the codes' embeddings: then a cell's own must not be seen (mask A).
+    """
+
+    def __init__(self, channels: int, kernel: int, num_classes: int, dropout: float, first: bool) -> None:
+        super().__init__()
+        self.reach, self.dropout, self.first = kernel // 2, dropout, first
+        seen = self.reach if first else self.reach + 1  # rows or columns
+        self.vertical = nn.Conv2d(channels, 2 * channels, (seen, kernel))
+        self.vertical_to_horizontal = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.horizontal = nn.Conv2d(channels, 2 * channels, (1, seen), bias=False)
+        self.horizontal_out = nn.Conv2d(channels, channels, 1, bias=False)
+        self.class_embedding = nn.Embedding(num_classes + 1, 4 * channels)  # 2 C a stack
+
+    def down(self, seen: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The vertical stack at n rows.
+
+        Args:
+            seen: (B, C, n + the kernel's rows - 1, w + 2 R), the rows that it sees, with zeros around the grid.
+
+        Returns:
+            What its rows become or are added to them (B, C, n, w), and what the horizontal stack adds before its gate
+            (B, 2 C, n, w).
+        """
+        of_class = self.class_embedding(labels)[:, :, None, None].chunk(2, 1)  # each (B, 2 C, 1, 1)
+        hidden = self.vertical(seen) + of_class[0]
+        return gate(hidden), self.vertical_to_horizontal(hidden) + of_class[1]
+
+    def forward(self, vertical: Tensor, horizontal: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Both stacks, (B, C, h, w) each, at all cells."""
+        reach, own = self.reach, -1 if self.first else 0  # -1: a padding that takes the last row or column away
+        down, from_vertical = self.down(F.pad(vertical, (reach, reach, reach, own)), labels)
+        across = gate(self.horizontal(F.pad(horizontal, (reach, own))) + from_vertical)
+        down = F.dropout(down, self.dropout, self.training)
+        across = self.horizontal_out(F.dropout(across, self.dropout, self.training))
+        return (down, across) if self.first else (vertical + down, horizontal + across)
+
+
+class PixelCNN(nn.Module):
+    """p(codes | class) as a product over the grid's cells, row by row.
+
+    Args:
+        num_classes: 0 for a prior without classes. One further class, the last, stands for "no class".
+    """
+
+    exact_likelihood = True
+    order: Tensor
+
+    def __init__(self, config: PixelCNNConfig, codebook_size: int, grid: tuple[int, int], num_classes: int) -> None:
+        super().__init__()
+        self.config, self.grid, self.num_classes = config, grid, num_classes
+        channels = config.channels
+        self.register_buffer("order", torch.arange(grid[0] * grid[1]), persistent=False)
+        self.code_embedding = nn.Embedding(codebook_size, channels)
+        kernels = [config.first_kernel] + [config.kernel] * (config.depth - 1)
+        self.layers = nn.ModuleList(
+            [GatedLayer(channels, side, num_classes, config.dropout, i == 0) for i, side in enumerate(kernels)]
+        )
+        self.head_in = nn.Linear(channels, config.head_channels)
+        self.head_out = nn.Linear(config.head_channels, codebook_size)
+        nn.init.zeros_(self.head_out.weight)
+        nn.init.zeros_(self.head_out.bias)
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Logits (B, N, K) for the codes (B, N) at each cell, from those before it; labels (B,), ``num_classes`` for
+        none."""
+        embedded = self.code_embedding(inputs).transpose(1, 2).unflatten(2, self.grid)
+        vertical = horizontal = embedded  # (B, C, h, w)
+        for layer in self.layers:
+            vertical, horizontal = layer(vertical, horizontal, labels)
+        return self.head_out(self.head_in(horizontal.flatten(2).transpose(1, 2)).relu())
+
+    def nats(self, codes: Tensor, labels: Tensor, inputs: Tensor) -> Tensor:
+        """Of each true code given ``inputs``, in which some may be replaced: (B, N)."""
+        return code_nats(self(inputs, labels), codes)
+
+    def loss(self, codes: Tensor, labels: Tensor, inputs: Tensor, random: BatchRandom) -> Tensor:
+        """The training loss: nats per code, the mean over (B, N), of the true codes given ``inputs``."""
+        return self.nats(codes, labels, inputs).mean()
+
+    def nats_per_image(self, codes: Tensor, labels: Tensor, random: BatchRandom) -> Tensor:
+        """-log p(codes | label), (B,); nothing is drawn."""
+        return self.nats(codes, labels, codes).sum(1)
+
+    def check_known(self, known: Tensor) -> None:
+        """Refuses known codes (B, N) that do not come first, row by row."""
+        check_prefix(known, self.order.to(known.device), "raster")
+
+    def sample(
+        self,
+        labels: Tensor,
+        sampling: SamplingConfig,
+        seeds: list[int],
+        known: Tensor | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Codes (B, N) for labels (B,), image i from ``seeds[i]`` alone; ``known`` as in `Prior.sample`, flat."""
+        return sample_in_order(
+            lambda branches: PixelCNNDecoder(self, branches).step,
+            labels,
+            self.num_classes,
+            self.order,
+            sampling,
+            seeds,
+            known,
+            progress,
+        )
+
+
+@dataclass
+class HorizontalStep:
+    """One layer of the horizontal stack at one column: views of what the decoder keeps, and the layer's weights."""
+
+    hidden: Tensor
+    """(B, 2 C); from the row's start on it holds what comes from the vertical stack and the class."""
+    halves: tuple[Tensor, Tensor]
+    """Its halves, (B, C) each."""
+    seen: Tensor
+    """(B, T C): the layer's inputs at the columns that its kernel sees."""
+    residual: Tensor
+    """(B, C): its input at this column; zeros in the first layer."""
+    output: Tensor
+    """(B, C): the next layer's input at this column."""
+    weight: Tensor
+    """(T C, 2 C)"""
+    out_weight: Tensor
+    """(C, C)"""
+
+    def run(self) -> None:
+        """Four operations, because on small batches their number is what costs: tanh(a) sigmoid(b) is written as
+        (tanh(a) + tanh(a) tanh(b / 2)) / 2, and both halvings are in the weights."""
+        self.hidden.addmm_(self.seen, self.weight).tanh_()
+        a, b = self.halves
+        torch.addmm(self.residual, torch.addcmul(a, a, b), self.out_weight, out=self.output)
+
+
+class PixelCNNDecoder:
+    """One cell after another, each layer at each cell once, where full forward passes would compute all cells N times.
+
+    The vertical stack goes down a row at a time, from the rows that its kernels see; the horizontal one goes from cell
+    to cell and keeps its layers' inputs in this row. Its weights are read once, here.
+
+    Args:
+        labels: (B,), ``num_classes`` for none.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PixelCNN, labels: Tensor) -> None:
+        self.model, self.labels, self.cell = model, labels, 0
+        self.layers = cast(list[GatedLayer], list(model.layers))
+        batch, width, channels = len(labels), model.grid[1], model.config.channels
+        zeros = model.code_embedding.weight.new_zeros
+        self.above = [zeros(batch, channels, layer.vertical.kernel_size[0], width) for layer in self.layers]
+        self.hidden = [zeros(width, batch, 2 * channels) for _ in self.layers]
+        self.halving = torch.cat([zeros(channels) + 1, zeros(channels) + 0.5])  # (2 C,), of the gate's b
+
+        # Each layer's inputs in this row, and the last one's outputs; to the left of the row the zeros around the grid.
+        reaches = [layer.reach for layer in self.layers] + [0]
+        self.rows = [zeros(batch, reach + width, channels) for reach in reaches]
+        self.cells = [row[:, reach:].unbind(1) for row, reach in zip(self.rows, reaches, strict=True)]
+
+        self.columns: list[list[HorizontalStep]] = [[] for _ in range(width)]
+        for i, layer in enumerate(self.layers):
+            kernel = layer.horizontal.weight.squeeze(2).permute(2, 1, 0)  # (2 C, C, 1, T) -> (T, C, 2 C)
+            weight = kernel.flatten(0, 1) * self.halving
+            out_weight = layer.horizontal_out.weight.flatten(1).T / 2
+            for column, steps in enumerate(self.columns):
+                hidden = self.hidden[i][column]
+                seen = self.rows[i][:, column : column + len(kernel)].view(batch, -1)
+                residual = torch.zeros_like(self.cells[i][column]) if layer.first else self.cells[i][column]
+                halves = hidden[:, :channels], hidden[:, channels:]
+                output = self.cells[i + 1][column]
+                steps.append(HorizontalStep(hidden, halves, seen, residual, output, weight, out_weight))
+
+    @torch.no_grad()
+    def step(self, codes: Tensor | None) -> Tensor:
+        """Logits (B, K) of the next cell; ``codes`` (B,) are those of the cell before, None at the first."""
+        model, column = self.model, self.cell % self.model.grid[1]
+        if codes is not None:
+            self.cells[0][column - 1].copy_(model.code_embedding(codes))
+        if column == 0:
+            self._start_row()
+        for step in self.columns[column]:
+            step.run()
+        self.cell += 1
+        return model.head_out(model.head_in(self.cells[-1][column]).relu_())
+
+    def _start_row(self) -> None:
+        """The vertical stack at a new row, from the codes of the row before (zeros before the first)."""
+        row = torch.stack(self.cells[0], 2).unsqueeze(2)  # (B, C, 1, w)
+        for i, layer in enumerate(self.layers):
+            self.above[i] = torch.cat([self.above[i][:, :, 1:], row], 2)
+            down, to_horizontal = layer.down(F.pad(self.above[i], (layer.reach, layer.reach)), self.labels)
+            row = down if layer.first else row + down
+            torch.mul(to_horizontal.squeeze(2).permute(2, 0, 1), self.halving, out=self.hidden[i])

@@ -1,0 +1,413 @@
+"""The figures of `evaluate` for priors against plain computations, what it refuses, its protocol."""
+
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from core.data import DataConfig, load_images
+from core.errors import InputError
+from core.images import to_float
+from core.processes import join_processes
+from pipelines.evaluate_prior import SCALE_IMAGES, evaluate_prior
+from pipelines.prior_measurements import LEAST_SCALE, Watch, fit_likelihood, standard_error
+from pipelines.two_stage import TwoStagePipeline
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
+from stage1_tokenizer.losses import LossConfig
+from stage2_prior.codes import CodeCache
+from stage2_prior.masked_transformer import MaskedTransformerConfig
+from stage2_prior.prior import Prior
+from stage2_prior.sampling import SamplingConfig
+
+CELLS, PIXELS = 16, 3 * 16 * 16
+NUM_SAMPLES = 37  # not a whole number of batches
+SAMPLING = SamplingConfig(temperature=0.9, guidance_scale=1.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_process():
+    """And one thread, as the command has in these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "1000")
+        yield
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_images(DataConfig(image_size=16, num_images=320))
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory, data) -> Path:
+    """A feature network that has learned something about shapes."""
+    torch.manual_seed(0)
+    network = FeatureNetwork(
+        FeatureNetworkConfig(image_size=(16, 16), channels=3, class_names=data.class_names, widths=[16, 24])
+    )
+    optimizer, train = torch.optim.Adam(network.parameters(), lr=1e-2), data.splits["train"]
+    for step in range(60):
+        rows = torch.arange(step * 32, step * 32 + 32) % len(train)
+        loss = F.cross_entropy(network(to_float(train.read(rows))), train.read_labels(rows))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("features")
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def document(runs, features, tmp_path_factory) -> dict:
+    return evaluate_prior(
+        runs.prior,
+        features=features,
+        num_samples=NUM_SAMPLES,
+        seed=3,
+        sampling=SAMPLING,
+        batch_size=16,
+        out=tmp_path_factory.mktemp("evaluation"),
+    )
+
+
+@pytest.fixture(scope="module")
+def figures(document) -> dict:
+    return document["figures"]
+
+
+@pytest.fixture(scope="module")
+def masked(runs, tmp_path_factory) -> Path:
+    """A masked transformer over the same codes, untrained but not uniform."""
+    config = Prior.from_pretrained(runs.prior).config
+    model = MaskedTransformerConfig(hidden_size=16, depth=1, num_heads=2, dropout=0.0)
+    torch.manual_seed(0)
+    prior = Prior(config.model_copy(update={"model": model}))
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp("masked")
+    prior.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def cache(runs, tmp_path) -> Path:
+    """A copy of the code cache."""
+    return shutil.copytree(runs.codes, tmp_path / "cache")
+
+
+def rewrite(cache: Path, **changes: object) -> None:
+    manifest = json.loads((cache / "manifest.json").read_text())
+    (cache / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+# --- codes ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_cost_of_held_out_codes(runs, figures):
+    cache = CodeCache(runs.codes)
+    indices, labels = cache.validation.read(torch.arange(64))
+    nats = -Prior.from_pretrained(runs.prior).log_likelihood(indices, labels).double().mean().item()
+    counts = np.bincount(cache.splits["train"].codes.ravel(), minlength=16) + 1
+    unigram = -np.log(counts / counts.sum())[indices.numpy()].mean()
+    assert figures["images"] == 64
+    for prefix, per_code in {"": nats / CELLS, "unigram_": unigram, "uniform_": math.log(16)}.items():
+        assert figures[f"{prefix}nats_per_code"] == pytest.approx(per_code, rel=1e-5)
+        assert figures[f"{prefix}nats_per_image"] == pytest.approx(per_code * CELLS, rel=1e-5)
+        assert figures[f"{prefix}bits_per_code"] == pytest.approx(per_code / math.log(2), rel=1e-5)
+        assert figures[f"{prefix}bits_per_dim"] == pytest.approx(per_code * CELLS / math.log(2) / PIXELS, rel=1e-5)
+    assert figures["nats_per_code"] < figures["unigram_nats_per_code"] < figures["uniform_nats_per_code"]
+    assert not [name for name in figures if "bound" in name or "error" in name]
+
+
+@pytest.mark.parametrize("batch_size", [7, 100])
+def test_the_batch_size_changes_no_exact_figure(runs, figures, batch_size):
+    again = evaluate_prior(runs.prior, batch_size=batch_size)["figures"]
+    for name in ("nats_per_code", "chain_rule_nats_per_image"):
+        assert again[name] == pytest.approx(figures[name], rel=1e-5)
+
+
+def test_some_of_the_codes_are_spread_over_the_split(runs):
+    found = evaluate_prior(runs.prior, num_images=16)
+    cache = CodeCache(runs.codes)
+    indices, labels = cache.validation.read(torch.arange(0, 64, 4))
+    nats = -Prior.from_pretrained(runs.prior).log_likelihood(indices, labels).mean().item()
+    assert found["figures"]["nats_per_image"] == pytest.approx(nats, rel=1e-5)
+    assert found["protocol"]["codes"]["chosen"] == "spread evenly over 64"
+    assert found["protocol"]["data"]["images"] == 16
+
+
+def test_a_masked_transformer_has_a_bound_and_says_so(runs, masked):
+    found = evaluate_prior(masked, runs.codes, batch_size=16)
+    figures, prior = found["figures"], Prior.from_pretrained(masked)
+    assert "nats_per_code" not in figures
+    assert found["protocol"]["likelihood"]["kind"].startswith("upper bound")
+    indices, labels = CodeCache(runs.codes).validation.read(torch.arange(64))
+    nats, generator = [], torch.Generator().manual_seed(1)
+    for _ in range(150):  # the sum over one random order, written out
+        orders = torch.rand(64, CELLS, generator=generator).argsort(1).argsort(1)
+        count = int(torch.randint(1, CELLS + 1, (), generator=generator))
+        hidden = orders < count
+        logits = prior.network(indices.flatten(1).masked_fill(hidden, 16), labels).detach()
+        cost = F.cross_entropy(logits.flatten(0, 1), indices.flatten(), reduction="none").view(64, CELLS)
+        nats.append((cost * hidden).sum(1).mean() * CELLS / count)
+    expected, error = torch.stack(nats).mean() / CELLS, torch.stack(nats).std() / len(nats) ** 0.5 / CELLS
+    stated = figures["nats_per_code_standard_error"]
+    assert 0 < stated < 0.05 * figures["nats_per_code_bound"]
+    assert abs(figures["nats_per_code_bound"] - expected) < 4 * math.hypot(stated, error)
+    assert figures["prior_nats_per_image"] == pytest.approx(figures["nats_per_image_bound"], rel=1e-5), "same draws"
+
+
+def test_the_standard_error_is_that_of_independent_batches():
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(500, 4, 8, generator=generator, dtype=torch.double)  # 500 experiments of 4 batches
+    nats = 10 + shared.repeat_interleave(3, 1)  # of 3 images each, which draw the same
+    means = nats.mean((1, 2))
+    stated = torch.tensor([standard_error(one, 3) for one in nats])
+    assert means.std().item() == pytest.approx(stated.mean().item(), rel=0.1)
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_model_costs_codes_and_what_they_leave_open(runs, data, document):
+    figures, model = document["figures"], Autoencoder.from_pretrained(runs.tokenizer)
+
+    def errors(split: str) -> np.ndarray:
+        images = to_float(data.splits[split].read(torch.arange(len(data.splits[split]))))
+        with torch.no_grad():
+            return (model.decoded(model.encode(images).z) - images).double().numpy()
+
+    variance = np.square(errors("train")).mean()
+    expected = 0.5 * (np.square(errors("test")) / variance + np.log(2 * np.pi * variance)).sum((1, 2, 3)).mean()
+    assert figures["reconstruction_nats_per_image"] == pytest.approx(expected, rel=1e-4)
+    assert figures["prior_nats_per_image"] == pytest.approx(figures["nats_per_image"], rel=1e-6)
+    total = figures["reconstruction_nats_per_image"] + figures["prior_nats_per_image"]
+    assert figures["chain_rule_nats_per_image"] == pytest.approx(total, rel=1e-12)
+    bits = total / math.log(2) / PIXELS + math.log2(255 / 2)
+    assert figures["chain_rule_bits_per_dim"] == pytest.approx(bits, rel=1e-9)
+    assert 0 < bits < 9, "8 are enough for any image, but its tokenizer has seen 40 steps"
+    about = document["protocol"]["chain_rule"]
+    assert about["likelihood"] == "Gaussian"
+    assert about["scale"] == pytest.approx(math.sqrt(variance), rel=1e-5)
+    assert "320 training images" in about["scale_of"]
+    assert SCALE_IMAGES > 320
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("l1", "mean"), ("bce", None)])
+def test_the_scale_of_other_likelihoods(runs, data, kind, expected):
+    model, split = Autoencoder.from_pretrained(runs.tokenizer), data.splits["test"]
+    model.config = model.config.model_copy(update={"loss": LossConfig(reconstruction=kind)})
+    fitted = fit_likelihood(model, split, torch.arange(64), 10, join_processes())
+    if expected is None:
+        assert fitted == model.config.loss
+        return
+    images = to_float(split.read(torch.arange(64)))
+    with torch.no_grad():
+        error = (model.decoded(model.encode(images).z) - images).abs().mean().item()
+    assert fitted.likelihood_scale == pytest.approx(error, rel=1e-5)
+    assert error > LEAST_SCALE
+
+
+def test_without_the_tokenizer_codes_are_measured_and_the_reason_is_said(runs, tmp_path):
+    prior = Prior.from_pretrained(runs.prior)
+    gone = prior.config.tokenizer.model_copy(update={"path": str(tmp_path / "gone")})
+    prior.config = prior.config.model_copy(update={"tokenizer": gone})
+    prior.save_pretrained(tmp_path / "run" / "model")
+    found = evaluate_prior(tmp_path / "run", runs.codes)
+    assert found["figures"]["nats_per_code"] > 0
+    assert found["figures"]["chain_rule_nats_per_image"] is None
+    assert "gone, which is gone; give --tokenizer" in found["protocol"]["not_measured"]["chain_rule_nats_per_image"]
+    assert "weights_sha256" not in found["protocol"]["tokenizer"]
+    again = evaluate_prior(tmp_path / "run", runs.codes, runs.tokenizer)
+    assert again["figures"]["chain_rule_nats_per_image"] > 0
+
+
+def test_without_the_images_samples_are_still_judged(runs, cache, features, tmp_path):
+    rewrite(cache, source=str(tmp_path / "gone"))
+    found = evaluate_prior(runs.prior, cache, features=features, num_samples=8)
+    assert found["figures"]["class_accuracy"] is not None
+    for name in ("chain_rule_nats_per_image", "frechet_distance"):
+        assert found["figures"][name] is None
+        assert "gone" in found["protocol"]["not_measured"][name]
+    with pytest.raises(InputError, match="gone"):
+        evaluate_prior(runs.prior, cache, source=str(tmp_path / "gone"))
+
+
+# --- samples --------------------------------------------------------------------------------------------------------
+
+
+def reference_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """By the trace of (a^1/2 b a^1/2)^1/2, whose matrices are symmetric: a feature may be the same for all images."""
+    a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    values, vectors = np.linalg.eigh(a)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    shared = np.sqrt(np.linalg.eigvalsh(root @ b @ root).clip(0)).sum()
+    return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a + b) - 2 * shared
+
+
+def test_samples_are_judged_as_a_plain_computation_judges_them(runs, data, features, document):
+    figures, network = document["figures"], FeatureNetwork.from_pretrained(features)
+    options = SAMPLING.model_dump(exclude_defaults=True)
+    output = TwoStagePipeline.from_runs(runs.prior)(NUM_SAMPLES, seed=3, output_type="pt", **options)
+
+    def judged(pixels: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
+        with torch.no_grad():
+            found = torch.cat([network.features(to_float(image[None])) for image in pixels])
+            return found.double().numpy(), network.head(found).argmax(1)
+
+    of_samples, classes = judged(output.images)
+    assert output.labels == [i % 8 for i in range(NUM_SAMPLES)]
+    assert figures["class_accuracy"] == pytest.approx((classes == torch.tensor(output.labels)).double().mean().item())
+    held_out = torch.arange(NUM_SAMPLES) * 64 // NUM_SAMPLES
+    of_real, classes = judged(data.splits["test"].read(held_out))
+    real = (classes == data.splits["test"].read_labels(held_out)).double().mean().item()
+    assert figures["class_accuracy_real"] == pytest.approx(real)
+    assert real > 0.4, "learned nothing"
+    of_train, _ = judged(data.splits["train"].read(torch.arange(320)))
+    assert figures["frechet_distance"] == pytest.approx(reference_distance(of_train, of_samples), rel=1e-3)
+    assert figures["frechet_distance_real"] == pytest.approx(reference_distance(of_train, of_real), rel=1e-3)
+    assert figures["frechet_distance"] > figures["frechet_distance_real"], "the floor"
+    assert figures["samples"] == NUM_SAMPLES
+    assert figures["distinct_samples"] == len(torch.unique(output.images.flatten(1), dim=0))
+    assert figures["codes_per_s"] > 0
+
+
+def test_copies_are_counted(runs, features):
+    surest = SamplingConfig(top_k=1)  # the same grid for each image of a class
+    found = evaluate_prior(runs.prior, features=features, num_samples=24, sampling=surest, num_images=8)
+    assert found["figures"]["distinct_samples"] <= 8
+    assert found["protocol"]["samples"]["duplicates"] == 24 - found["figures"]["distinct_samples"]
+    assert found["figures"]["frechet_distance"] is None
+    assert "different images, at least 25 are needed" in found["protocol"]["not_measured"]["frechet_distance"]
+
+
+def test_a_network_of_other_classes_gives_distances_alone(runs, tmp_path):
+    config = FeatureNetworkConfig(image_size=(8, 8), channels=3, class_names=["a", "b"], widths=[8])
+    torch.manual_seed(0)
+    FeatureNetwork(config).save_pretrained(tmp_path)
+    found = evaluate_prior(runs.prior, features=tmp_path, num_samples=20, num_images=8)
+    assert found["figures"]["class_accuracy"] is None
+    assert "knows the classes a, b, the prior's are" in found["protocol"]["not_measured"]["class_accuracy"]
+    assert found["figures"]["frechet_distance"] > 0
+
+
+def test_the_watch_stops_when_the_last_code_is_drawn(monkeypatch):
+    clock = iter([1.0, 3.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    watch = Watch(10, torch.device("cpu"))
+    for _ in range(3):
+        watch(3.1)
+    assert watch.seconds == 0
+    watch(0.7)
+    assert watch.seconds == 2
+
+
+# --- the protocol and the command -----------------------------------------------------------------------------------
+
+
+def test_the_protocol_says_how_it_was_measured(runs, features, data, document):
+    protocol = document["protocol"]
+    digest = lambda path: hashlib.sha256((path / "model" / "model.safetensors").read_bytes()).hexdigest()  # noqa: E731
+    assert protocol["prior"] == {
+        "path": str(runs.prior), "type": "causal_transformer", "weights_sha256": digest(runs.prior)
+    }  # fmt: skip
+    assert protocol["tokenizer"] == {
+        "path": str(runs.tokenizer),
+        "hash": Autoencoder.from_pretrained(runs.tokenizer).content_hash(),
+        "weights_sha256": digest(runs.tokenizer),
+    }
+    indices, _ = CodeCache(runs.codes).validation.read(torch.arange(64))
+    grids = b"".join(hashlib.sha256(grid.numpy().tobytes()).digest() for grid in indices)
+    expected = {"path": str(runs.codes), "split": "test", "rows": 64, "chosen": "all"}
+    assert protocol["codes"].items() >= (expected | {"sha256": hashlib.sha256(grids).hexdigest()}).items()
+    images = data.splits["test"].read(torch.arange(64))
+    pixels = b"".join(hashlib.sha256(image.numpy().tobytes()).digest() for image in images)
+    expected = {"source": "shapes", "split": "test", "images": 64, "sha256": hashlib.sha256(pixels).hexdigest()}
+    assert protocol["data"].items() >= expected.items()
+    assert protocol["likelihood"]["kind"] == "exact"
+    assert "(ln 2 x 16 x 16 x 3)" in protocol["likelihood"]["bits_per_dim"]
+    assert protocol["samples"]["seed"] == 3
+    assert protocol["samples"]["sampling"] == SAMPLING.model_dump(mode="json")
+    distance = protocol["frechet_distance"]
+    assert distance["hash"] == FeatureNetwork.from_pretrained(features).content_hash()
+    assert (distance["training_images"], distance["held_out_images"]) == (320, NUM_SAMPLES)
+    assert "37 images for 24 features" in distance["warning"]
+    assert protocol["not_measured"] == {}
+    assert protocol.keys() >= {"image_size", "channels", "batch_size", "device", "versions", "processes"}
+
+
+def test_the_command_writes_and_says_everything(runs, features, twostage, tmp_path):
+    run = shutil.copytree(runs.prior, tmp_path / "run")
+    words = ["--features", features, "--num-samples", 40, "--guidance-scale", 1.5, "--json", tmp_path / "out.json"]
+    ended = twostage("evaluate", run, *words)
+    assert ended.code == 0, ended.err
+    written = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    assert written == json.loads((tmp_path / "out.json").read_text())
+    assert written.keys() == {"figures", "protocol"}
+    assert written["protocol"]["samples"]["sampling"]["guidance_scale"] == 1.5
+    assert list(written["figures"])[:3] == ["parameters", "images", "nats_per_code"]
+    for said in ("nats per code  ", "unigram", "uniform", "whole model, at most", "class accuracy", "codes per second"):
+        assert said in ended.out
+    with Image.open(run / "evaluation" / "samples.png") as picture:
+        assert picture.width == 8 * 100 + 4, "one class a column"
+
+
+def test_without_a_network_it_says_what_to_do(runs, twostage, tmp_path):
+    run = shutil.copytree(runs.prior, tmp_path / "run")
+    ended = twostage("evaluate", run, "--num-images", 5)
+    assert ended.code == 0, ended.err
+    assert "class accuracy              not measured: give --features runs/NAME" in ended.out
+    assert not (run / "evaluation" / "samples.png").exists()
+
+
+def test_mistakes_cost_one_sentence(runs, cache, features, changed_tokenizer, twostage):
+    def refused(*words: object) -> str:
+        ended = twostage("evaluate", *words)
+        assert ended.code == 2, ended
+        assert ended.err.startswith("error: ")
+        assert ended.err.count("\n") == 1
+        return ended.err
+
+    prior, other = runs.prior, changed_tokenizer("encoder")
+    found, expected = (Autoencoder.from_pretrained(path).content_hash()[:12] for path in (other, runs.tokenizer))
+    for words, said in {
+        (prior, "--codes", cache / "no"): "no such folder; make one with",
+        (prior / "model" / "..", "--codes", runs.tokenizer): "no code cache",
+        (prior, "--split", "val"): "--split val: codes",
+        (prior, "--weights-dir", cache): "is of tokenizers",
+        (runs.tokenizer, "--codes", cache): "is of priors",
+        (runs.tokenizer, "--top-k", 3): "--top-k 3: is of priors",
+        (prior, "--top-k", 99): "top_k 99: expected at most the 16 codes",
+        (prior, "--features", features, "--inception", "x"): "give one of them",
+    }.items():
+        assert said in refused(*words)
+    sentence = refused(prior, "--tokenizer", other)
+    assert found in sentence
+    assert expected in sentence
+    hashes = {"hash": "f" * 64, "path": "runs/other"}
+    for changes, said in {
+        ("tokenizer", json.dumps(hashes)): f"made by the tokenizer ffffffffffff, but the prior {prior} was trained on",
+        ("codebook_size", "32"): "have a codebook of 32, but the prior",
+        ("class_names", '["a"]'): "have the classes ['a'], but the prior",
+    }.items():
+        shutil.copy(runs.codes / "manifest.json", cache)
+        rewrite(cache, **{changes[0]: json.loads(changes[1])})
+        sentence = refused(prior, "--codes", cache)
+        assert said in sentence
+        assert changes[0] != "tokenizer" or expected in sentence
+    assert not (prior / "evaluation").exists()
+
+
+def test_codes_of_another_grid_are_refused(runs, cache):
+    for file in cache.glob("*.codes.npy"):
+        np.save(file, np.load(file)[:, :, :2])
+    rewrite(cache, grid=[4, 2])
+    with pytest.raises(InputError, match=r"have a grid of 4x2, but the prior .* was trained on 4x4"):
+        evaluate_prior(runs.prior, cache)

@@ -1,0 +1,113 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.config import parse_config
+from core.errors import InputError
+from stage2_prior.causal_transformer import CausalTransformerConfig
+from stage2_prior.transformer import Block, FastBlock, Transformer, TransformerConfig, attention, rotate, rotations
+
+CODES, GRID = 5, (2, 3)
+
+
+def build(**options: object) -> Transformer:
+    torch.manual_seed(0)
+    config = TransformerConfig.model_validate({"hidden_size": 16, "depth": 2, "num_heads": 2, "dropout": 0.0} | options)
+    return Transformer(config, CODES, CODES + 1, GRID, num_classes=2, causal=False)
+
+
+def test_rotated_heads_see_how_far_apart_two_cells_are_and_nothing_else():
+    grid, width = (5, 6), 8
+    rotation = rotations(grid, width)
+    q, k = (torch.randn(width, generator=torch.Generator().manual_seed(i)).expand(30, -1) for i in range(2))
+    scores = (rotate(q, rotation) @ rotate(k, rotation).T).view(*grid, *grid)  # of one head, from cell to cell
+    torch.testing.assert_close(scores[1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1], rtol=1e-4, atol=1e-5)
+    turned = rotate(q, rotation)  # (30, 8): another direction at every cell
+    assert (torch.cdist(turned, turned) + torch.eye(30)).min() > 0.1
+    torch.testing.assert_close(turned.norm(dim=1), q.norm(dim=1))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_in_bfloat16_equals_that_in_float32(causal):
+    q, k, v = (torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(3))
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal)
+    torch.testing.assert_close(attention(q, k, v, causal).float(), expected, rtol=0.02, atol=0.02)
+    changed = v.clone()
+    changed[:, :, 4:] += 1
+    same = attention(q, k, changed, causal)[:, :, :4] == attention(q, k, v, causal)[:, :, :4]
+    assert same.all() if causal else not same.any(-1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fast_block_equals_the_block(dtype):
+    torch.manual_seed(0)
+    block = Block(TransformerConfig(hidden_size=16, num_heads=2, dropout=0.5), causal=False).eval().to(dtype)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    x, rotation = torch.randn(3, 6, 16, dtype=dtype), rotations(GRID, 8)
+    fast, rows = FastBlock(block, 18), x.flatten(0, 1)
+    qkv = fast.qkv(rows)
+    assert qkv.shape == (18, 3, 2, 8)
+    q, k, v = qkv.view(3, 6, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    attended = attention(rotate(q, rotation), rotate(k, rotation), v, causal=False).transpose(1, 2).reshape(18, 16)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(
+        fast.finish(rows, attended).view_as(x), block(x, rotation).detach(), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_a_tied_head_has_no_weights_of_its_own_and_predicts_no_mask():
+    tied = build(tied_head=True)
+    assert not [name for name in tied.state_dict() if name.startswith("head")]
+    assert tied.head_weight.data_ptr() == tied.code_embedding.weight.data_ptr()
+    hidden = torch.randn(4, 16)
+    torch.testing.assert_close(tied.predict(hidden), hidden @ tied.code_embedding.weight[:CODES].T)
+    tied.predict(hidden).sum().backward()
+    gradient = tied.code_embedding.weight.grad
+    assert isinstance(gradient, Tensor)
+    assert (gradient[:CODES] != 0).all()
+    assert (gradient[CODES:] == 0).all()
+
+
+def test_code_dropout_hides_whole_codes_and_in_training_only():
+    model, codes = build(code_dropout=0.25), torch.randint(CODES, (200, 6))
+    whole = model.code_embedding(codes)
+    assert torch.equal(model.eval().embed(codes), whole)
+    embedded = model.train().embed(codes)
+    hidden = (embedded == 0).all(-1)
+    assert torch.equal(embedded[~hidden], whole[~hidden])
+    assert 0.2 < hidden.float().mean() < 0.3
+    assert hidden.any(1).float().mean() > 0.5  # not whole images
+    assert torch.equal(build(code_dropout=0.0).train().embed(codes), whole)
+
+
+@pytest.mark.parametrize(
+    ("positions", "learned", "rotary"), [("learned", True, False), ("rotary", False, True), ("both", True, True)]
+)
+def test_positions_are_what_they_are_called(positions, learned, rotary):
+    model = build(positions=positions)
+    assert ("positions" in model.state_dict()) == learned
+    assert (model.rotation is not None) == rotary
+    assert "rotation" not in model.state_dict()
+
+
+def test_weights_have_the_names_they_always_had():
+    """Models on disk are loaded by them."""
+    block = [f"{layer}.{kind}" for layer in ("norm1", "qkv", "attention_out", "norm2", "mlp_in", "mlp_out")
+             for kind in ("weight", "bias")]  # fmt: skip
+    assert list(build(depth=1).state_dict()) == [
+        "positions", "code_embedding.weight", "class_embedding.weight", *(f"blocks.0.{name}" for name in block),
+        "norm.weight", "norm.bias", "head.weight",
+    ]  # fmt: skip
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(InputError, match="hidden_size 10 must be a multiple of num_heads 4"):
+        parse_config(CausalTransformerConfig, {"hidden_size": 10, "num_heads": 4}, "model")
+
+
+def test_heads_must_be_as_wide_as_rows_and_columns_need():
+    with pytest.raises(InputError, match="hidden_size 12 / num_heads 2 must be a multiple of 4"):
+        parse_config(CausalTransformerConfig, {"hidden_size": 12, "num_heads": 2}, "model")
+    parse_config(CausalTransformerConfig, {"hidden_size": 12, "num_heads": 2, "positions": "learned"}, "model")
