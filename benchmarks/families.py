@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.reporting import Row, parser, report
+from benchmarks.reporting import Row, markdown_table, parser, report, write_section
 from core.config import load_config
 from core.data import ImageData, load_images
 from core.images import to_float, to_uint8
 from core.pictures import contact_sheet, save_picture
 from core.run_folder import read_metrics
 from core.training import TrainingRun
-from pipelines.evaluate import evaluate
+from pipelines.evaluate_tokenizer import evaluate_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import WIDTHS
 from stage1_tokenizer.train_features import features_config
@@ -36,6 +36,8 @@ SETS = {"mnist": {"epochs": 3}, "cifar10": {"epochs": 3, "horizontal_flip": True
 PERCEPTUAL_WIDTH = 16  # of the network in the loss; the one that judges is wider
 TIMED_STEPS = 12
 COLUMNS = {
+    "name": "family",
+    "steps": "steps",
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
     "rfid": "Frechet distance",
@@ -101,7 +103,7 @@ def train_and_measure(family: str, name: str, steps: int, folder: Path) -> Row:
     train_tokenizer(configured(family, name, folder, extra))
     file = run / "evaluation" / "evaluation.json"
     if not file.is_file():
-        evaluate(run, features=folder / "features_1", out=file.parent)
+        evaluate_tokenizer(run, features=folder / "features_1", out=file.parent)
     figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
     return {"name": family, "steps": steps} | {key: figures[key] for key in COLUMNS if key in figures}
 
@@ -122,32 +124,25 @@ def picture(name: str, folder: Path, data: ImageData, out: Path) -> None:
     save_picture(contact_sheet(torch.cat(strips), len(rows), row_titles=titles), out / f"families_{name}.png")
 
 
-def as_markdown(name: str, minutes: float, rows: list[Row]) -> str:
-    """The section of one data set."""
-    lines = [
-        f"## {name.upper().replace('CIFAR10', 'CIFAR-10')}, {minutes:g} minutes of processor time each",
-        "",
-        "| family | steps | " + " | ".join(COLUMNS.values()) + " |",
-        "|---|---" + "|---" * len(COLUMNS) + "|",
-    ]
-    for row in rows:
-        cells = [f"{row[key]:.3g}" if key in row else "" for key in COLUMNS]
-        lines.append(f"| {row['name']} | {row['steps']:,} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"![The same test images through every family](images/families_{name}.png)", ""])
-
-
-HEAD = """# Results
+HEAD = """## Every family of stage one
 
 Made by `python -m benchmarks.families`. Every family gets the same processor time for training on the same machine
 ({machine}); the number of steps follows from what a step of it cost there. {device}
 
 Measured on the 10,000 test images by `twostage evaluate`: 8-bit pixels, PSNR and SSIM as means over images. The
 Frechet distance is between test images and their reconstructions, in the features of a network trained here on the same
-data set with `twostage train-features` (seed 1, test accuracy {accuracy}):
-it is no FID and compares only within one table. The VQ-GAN's perceptual term uses another such network (seed 0). A
-denoising autoencoder is measured on clean inputs. CIFAR-10's images were re-encoded as JPEG. One run each, seed 0.
-
+data set with `twostage train-features` (seed 1): it is no FID and compares only within one table. The VQ-GAN's
+perceptual term uses another such network (seed 0). A denoising autoencoder is measured on clean inputs. CIFAR-10's
+images were re-encoded as JPEG. One run each, seed 0.
 """
+
+
+def as_markdown(name: str, minutes: float, rows: list[Row], accuracy: float) -> str:
+    """The section of one data set."""
+    judge = f"The judging network's accuracy on the test images: {accuracy:.1%}."
+    title = f"### {name.upper().replace('CIFAR10', 'CIFAR-10')}, {minutes:g} minutes of processor time each"
+    picture = f"![The same test images through every family](images/families_{name}.png)"
+    return "\n\n".join([title, markdown_table(COLUMNS, rows), judge, picture])
 
 
 def main() -> None:
@@ -157,7 +152,10 @@ def main() -> None:
     arguments.add_argument("--dir", type=Path, default=Path("runs/families"))
     arguments.add_argument("--results", type=Path, default=Path("docs/results.md"))
     options = arguments.parse_args()
-    sections, rows, accuracies = [], [], []
+    device = "No GPU was used." if not torch.accelerator.is_available() else "A GPU was used."
+    machine = f"threads: {torch.get_num_threads()}, {platform.processor() or platform.machine()}"
+    write_section(options.results, "families", HEAD.format(machine=machine, device=device))
+    rows = []
     for name, minutes in zip(SETS, options.minutes, strict=True):
         if name not in options.sets:
             continue
@@ -167,18 +165,14 @@ def main() -> None:
             features = folder / f"features_{seed}"
             width = PERCEPTUAL_WIDTH if seed == 0 else WIDTHS[0]
             train_features(features_config(name, features, seed=seed, width=width, **SETS[name]))
-        accuracies.append(f"{read_metrics(features / 'metrics.jsonl')[-1]['accuracy']:.1%} on {name}")
         steps = steps_for(minutes * 60, name, folder)
         found = [train_and_measure(family, name, steps[family], folder) for family in FAMILIES]
         data = load_images(configured("ae", name, folder, ["run.dir=x"]).data)
         images = options.results.parent / "images"
         picture(name, folder, data, images)
-        sections.append(as_markdown(name, minutes, found))
+        accuracy = read_metrics(features / "metrics.jsonl")[-1]["accuracy"]
+        write_section(options.results, f"families {name}", as_markdown(name, minutes, found, accuracy))
         rows += [row | {"name": f"{name} {row['name']}"} for row in found]
-    device = "No GPU was used." if not torch.accelerator.is_available() else "A GPU was used."
-    machine = f"threads: {torch.get_num_threads()}, {platform.processor() or platform.machine()}"
-    head = HEAD.format(machine=machine, device=device, accuracy=", ".join(accuracies))
-    options.results.write_text(head + "\n".join(sections), encoding="utf-8")
     report({"minutes": options.minutes}, rows, options.json)
 
 

@@ -64,5 +64,33 @@ def report(settings: dict[str, Any], rows: list[Row], file: Path | None) -> None
         file.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 
+def write_section(file: Path, name: str, text: str) -> None:
+    """Puts ``text`` (Markdown) into ``file`` between the marks of section ``name``; other sections stay as they are."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before = file.read_text(encoding="utf-8") if file.is_file() else "# Results\n"
+    section = f"{begin}\n{text.strip()}\n{end}"
+    if begin in before:
+        head, _, rest = before.partition(begin)
+        after = head + section + rest.partition(end)[2]
+    else:
+        after = f"{before.rstrip()}\n\n{section}\n"
+    file.write_text(after, encoding="utf-8")
+
+
+def markdown_table(columns: dict[str, str], rows: list[Row]) -> str:
+    """The rows' values by column (key: title); three significant digits, empty where a row has none."""
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = [_in_table(row.get(key)) for key in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _in_table(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def _shown(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

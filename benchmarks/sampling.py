@@ -1,18 +1,25 @@
 """How fast is sampling from the causal transformer, beside `transformers`' GPT-2 with its cache?
 
-python -m benchmarks.sampling [--batch-sizes 1 8 32] [--repeats 3] [--json FILE]
+python -m benchmarks.sampling [--batch-sizes 1 8 32] [--weights float32 bfloat16 int8] [--repeats 3] [--json FILE]
+                              [--prior runs/NAME --codes DIR [--rows 64]]
 
-Both have 8 layers of 512, 512 codes, 256 positions, float32, random weights of the same sizes; both draw from the full
-distribution.
+Both have 8 layers of 512, 512 codes, 256 positions, random weights of the same sizes; both draw from the full
+distribution. The peer's weights are float32 always. With --prior and --codes, also what rounded weights cost a trained
+prior: its held-out nats per code by the decoder that samples.
 """
+
+import functools
+from typing import get_args
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.reporting import alternate, compared, parser, report
-from core.training import share_cores
+from benchmarks.reporting import Row, alternate, compared, parser, report
+from core.processes import share_cores
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.codes import CodeCache
+from stage2_prior.prior import Prior
+from stage2_prior.sampling import SamplingConfig, Weights
 
 CODES, GRID, SIZE, DEPTH, HEADS = 512, (16, 16), 512, 8, 8
 
@@ -20,8 +27,14 @@ CODES, GRID, SIZE, DEPTH, HEADS = 512, (16, 16), 512, 8, 8
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
+    arguments.add_argument("--weights", nargs="+", choices=get_args(Weights), default=list(get_args(Weights)))
     arguments.add_argument("--repeats", type=int, default=3)
+    arguments.add_argument("--prior", help="a trained causal transformer")
+    arguments.add_argument("--codes", help="the folder of the codes that it was trained on")
+    arguments.add_argument("--rows", type=int, default=64, help="held-out images for its nats per code")
     options = arguments.parse_args()
+    if (options.prior is None) != (options.codes is None):
+        arguments.error("--prior and --codes go together")
     share_cores()
     torch.manual_seed(0)
     ours = CausalTransformer(
@@ -60,13 +73,33 @@ def main() -> None:
                 )
             assert out.shape == (len(start), cells + 1)
 
-        def sample(labels: torch.Tensor = none) -> None:
-            ours.sample(labels, SamplingConfig(), list(range(len(labels))))
+        def sample(weights: Weights, labels: torch.Tensor = none) -> None:
+            ours.sample(labels, SamplingConfig(weights=weights), list(range(len(labels))))
 
-        seconds = alternate({"ours": sample, "peer": generate}, options.repeats)
-        rows.append(compared(f"batch {batch}", seconds["ours"], seconds["peer"]))
-        rows[-1]["codes_per_s"] = batch * cells / rows[-1]["ours_s"]
+        candidates = {weights: functools.partial(sample, weights) for weights in options.weights}
+        seconds = alternate(candidates | {"peer": generate}, options.repeats)
+        for weights in options.weights:
+            rows.append(compared(f"batch {batch}, {weights}", seconds[weights], seconds["peer"]))
+            rows[-1]["codes_per_s"] = batch * cells / rows[-1]["ours_s"]
+    if options.prior is not None:
+        rows += held_out(options.prior, options.codes, options.rows)
     report({"layers": DEPTH, "hidden_size": SIZE, "codes": cells, "repeats": options.repeats}, rows, options.json)
+
+
+@torch.no_grad()
+def held_out(path: str, codes: str, count: int) -> list[Row]:
+    """Nats per code of the first ``count`` held-out images, with each kind of weights."""
+    prior, split = Prior.from_pretrained(path), CodeCache(codes).validation
+    assert isinstance(prior.network, CausalTransformer), f"{path} is no causal transformer"
+    indices, labels = split.read(torch.arange(min(count, len(split))))
+    if labels is None or not prior.num_classes:
+        labels = torch.full((len(indices),), prior.num_classes)
+    rows: list[Row] = []
+    for weights in get_args(Weights):
+        nats = prior.network.decoded_nats(indices.flatten(1), labels, weights).mean().item() / indices[0].numel()
+        rows.append({"name": f"held out, {weights}", "nats_per_code": nats})
+        rows[-1]["above_float32"] = nats - rows[0]["nats_per_code"]
+    return rows
 
 
 if __name__ == "__main__":

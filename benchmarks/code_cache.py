@@ -1,0 +1,135 @@
+"""How fast are random rows of a code cache, and does reading them cost memory?
+
+python -m benchmarks.code_cache [--rows 1000000] [--batches 400] [--repeats 8] [--json FILE]
+
+Writes a cache of that many rows of 256 codes (16x16, uint16; 512 MB for a million) into a temporary folder, then reads
+batches of 256 rows at random, as training does: codes (256, 16, 16) int64. The peer is the usual loop: a `DataLoader`
+over a data set of single rows of the same memory-mapped array, shuffled, in this process. A warm-up first reads every
+page once, so that no figure is the disk's.
+
+Resident memory, in MB, is shown for the first and the last quarter of our batches: `anon` is the process's own, `file`
+the pages of the mapped array, which the system takes back whenever it needs them (left out on systems without /proc).
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.reporting import compared, parser, report
+from core.processes import share_cores
+from stage2_prior.codes import CodeCache, CodeSplit, Manifest, SplitFiles, TokenizerReference
+
+GRID, CODEBOOK_SIZE, BATCH_SIZE = (16, 16), 1024, 256
+STATUS = Path("/proc/self/status")
+
+
+class RowDataset(Dataset):
+    """One row at a time, as a DataLoader asks for them."""
+
+    def __init__(self, codes: np.ndarray) -> None:
+        self.codes = codes
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return torch.from_numpy(self.codes[row].astype(np.int64))
+
+
+def write_cache(folder: Path, rows: int) -> None:
+    """A code cache of ``rows`` random training rows, and as many held out as a manifest needs: one."""
+    random = np.random.default_rng(0)
+    for name, count in {"train": rows, "val": 1}.items():
+        shape = (count, *GRID)
+        codes = np.lib.format.open_memmap(folder / f"{name}.codes.npy", mode="w+", dtype=np.uint16, shape=shape)
+        for start in range(0, count, 10_000):
+            part = codes[start : start + 10_000]
+            part[:] = random.integers(0, CODEBOOK_SIZE, part.shape, dtype=np.uint16)
+        codes.flush()
+    manifest = Manifest(
+        tokenizer=TokenizerReference(hash="0" * 64, path="none"),
+        source="random numbers",
+        image_size=(256, 256),
+        channels=3,
+        grid=GRID,
+        codebook_size=CODEBOOK_SIZE,
+        class_names=None,
+        validation_split="val",
+        splits={
+            name: SplitFiles(rows=count, codes=f"{name}.codes.npy", labels=None)
+            for name, count in {"train": rows, "val": 1}.items()
+        },
+        codes_used=CODEBOOK_SIZE,
+        entropy_nats_per_code=float(np.log(CODEBOOK_SIZE)),
+        unigram_nats_per_code={name: float(np.log(CODEBOOK_SIZE)) for name in ("train", "val")},
+    )
+    (folder / "manifest.json").write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
+
+
+def our_batches(split: CodeSplit) -> Iterator[Tensor]:
+    """Rows in random order, epoch after epoch."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        for rows in torch.randperm(len(split), generator=generator).split(BATCH_SIZE):
+            if len(rows) == BATCH_SIZE:
+                yield split.read(rows)[0]
+
+
+def peer_batches(split: CodeSplit) -> Iterator[Tensor]:
+    """The DataLoader's, epoch after epoch."""
+    loader = DataLoader(RowDataset(split.codes), batch_size=BATCH_SIZE, shuffle=True, drop_last=True)
+    while True:
+        yield from loader
+
+
+def seconds_per_batch(batches: Iterator[Tensor], count: int) -> float:
+    """The mean of ``count`` batches."""
+    start = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    return (time.perf_counter() - start) / count
+
+
+def resident() -> dict[str, float]:
+    """Resident memory in MB, {} where the system does not say."""
+    if not STATUS.is_file():
+        return {}
+    lines = dict(line.split(":", 1) for line in STATUS.read_text(encoding="utf-8").splitlines())
+    return {name: int(lines[key].split()[0]) / 1024 for name, key in {"anon": "RssAnon", "file": "RssFile"}.items()}
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--rows", type=int, default=1_000_000)
+    arguments.add_argument("--batches", type=int, default=400, help="a measurement, at least 10")
+    arguments.add_argument("--repeats", type=int, default=8, help="measurements, a multiple of 4")
+    options = arguments.parse_args()
+    share_cores()
+    with tempfile.TemporaryDirectory() as folder:
+        write_cache(Path(folder), options.rows)
+        split = CodeCache(folder).splits["train"]
+        ours, peer = our_batches(split), peer_batches(split)
+        seconds_per_batch(ours, options.rows // BATCH_SIZE)  # an epoch: every page
+        seconds_per_batch(peer, 10)
+        ours_s, peer_s, memory = [], [], []
+        for _ in range(options.repeats):
+            ours_s.append(seconds_per_batch(ours, options.batches))
+            memory.append(resident())
+            peer_s.append(seconds_per_batch(peer, options.batches // 10))  # far slower: a tenth has to do
+        row = compared(f"a batch of {BATCH_SIZE} rows", ours_s, peer_s)
+        row |= {f"{name}_rows_per_s": BATCH_SIZE / row[f"{name}_s"] for name in ("ours", "peer")}
+        quarter = options.repeats // 4
+        for name in memory[0]:
+            row[f"{name}_mb_first"] = float(np.mean([m[name] for m in memory[:quarter]]))
+            row[f"{name}_mb_last"] = float(np.mean([m[name] for m in memory[-quarter:]]))
+        report({"rows": options.rows, "grid": "16x16", "batch_size": BATCH_SIZE}, [row], options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Do the priors learn a distribution whose entropy is known?
+
+python -m benchmarks.known_entropy [--models pixelcnn causal_transformer masked_transformer] [--dir DIR] [--json FILE]
+
+Grids of 6 x 5 codes of 8, of 4 classes, are drawn code by code: of two classes each code follows its left neighbour,
+of two its upper one, by a fixed random table of its class. What the held-out grids cost under these tables is what no
+prior can beat but by chance. The masked transformer has an upper bound only, and more to learn: what any codes say
+about any others. The target is an excess of at most 2%.
+"""
+
+import math
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.reporting import parser, report
+from core.config import RunConfig
+from core.model_folder import write_json
+from pipelines.evaluate_prior import evaluate_prior
+from stage2_prior.causal_transformer import CausalTransformerConfig
+from stage2_prior.codes import Manifest, SplitFiles, TokenizerReference
+from stage2_prior.masked_transformer import MaskedTransformerConfig
+from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.prior import PriorLossConfig, PriorModelConfig
+from stage2_prior.train_prior import PriorTrainConfig, PriorTrainingConfig, train
+
+GRID, CODES, CLASSES = (6, 5), 8, 4
+ROWS = {"train": 40_000, "test": 4_000}
+SHARPNESS = 1.5  # standard deviation of the tables' logits
+
+MODELS: dict[str, tuple[PriorModelConfig, int]] = {  # and the steps
+    "pixelcnn": (PixelCNNConfig(channels=32, depth=4, first_kernel=3, head_channels=64), 1000),
+    "causal_transformer": (CausalTransformerConfig(hidden_size=64, depth=3, num_heads=4, dropout=0.0), 1000),
+    "masked_transformer": (MaskedTransformerConfig(hidden_size=64, depth=4, num_heads=4, dropout=0.0), 4000),
+}
+
+
+def process(seed: int = 0) -> Tensor:
+    """log p(code | class, code to the left, code above), (classes, K + 1, K + 1, K); K stands for the border."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (CLASSES, CODES + 1, CODES)
+    logs = (SHARPNESS * torch.randn(shape, generator=generator, dtype=torch.float64)).log_softmax(-1)
+    table = torch.empty(CLASSES, CODES + 1, CODES + 1, CODES, dtype=torch.float64)
+    table[::2], table[1::2] = logs[::2, :, None], logs[1::2, None]  # by the left neighbour, by the upper one
+    return table
+
+
+def draw(table: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Grids (n, h, w) of the classes ``labels`` (n,), and the nats of each under the process, (n,)."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = GRID
+    codes = torch.full((len(labels), height + 1, width + 1), CODES)  # with a border above and to the left
+    nats = torch.zeros(len(labels), dtype=torch.float64)
+    for y in range(1, height + 1):
+        for x in range(1, width + 1):
+            logs = table[labels, codes[:, y, x - 1], codes[:, y - 1, x]]  # (n, K)
+            codes[:, y, x] = torch.multinomial(logs.exp(), 1, generator=generator)[:, 0]
+            nats -= logs.gather(1, codes[:, y, x, None])[:, 0]
+    return codes[:, 1:, 1:], nats
+
+
+def write_codes(folder: Path) -> float:
+    """A code cache of the process; returns what its held-out grids cost under the process, in nats per code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table, cost, grids = process(), 0.0, {}
+    for seed, (split, rows) in enumerate(ROWS.items(), start=1):
+        labels = torch.arange(rows) % CLASSES
+        codes, nats = draw(table, labels, seed)
+        grids[split], cost = codes.numpy(), nats.mean().item() / math.prod(GRID)
+        np.save(folder / f"{split}.codes.npy", grids[split].astype(np.uint16))
+        np.save(folder / f"{split}.labels.npy", labels.numpy().astype(np.int32))
+    counts = np.bincount(grids["train"].ravel(), minlength=CODES)
+    shares, smoothed = counts / counts.sum(), (counts + 1) / (counts + 1).sum()
+    manifest = Manifest(
+        tokenizer=TokenizerReference(hash="none: drawn codes", path=str(folder)),
+        source="known_entropy",
+        image_size=GRID,
+        channels=1,
+        grid=GRID,
+        codebook_size=CODES,
+        class_names=[f"table {label}" for label in range(CLASSES)],
+        validation_split="test",
+        splits={
+            split: SplitFiles(rows=rows, codes=f"{split}.codes.npy", labels=f"{split}.labels.npy")
+            for split, rows in ROWS.items()
+        },
+        codes_used=CODES,
+        entropy_nats_per_code=float(-(shares * np.log(shares)).sum()),
+        unigram_nats_per_code={split: float(-np.log(smoothed[codes]).mean()) for split, codes in grids.items()},
+    )
+    write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
+    return cost
+
+
+def training(model: PriorModelConfig, steps: int, run: Path, codes: Path) -> PriorTrainingConfig:
+    return PriorTrainingConfig(
+        run=RunConfig(dir=str(run), trackers=[]),
+        codes=str(codes),
+        model=model,
+        loss=PriorLossConfig(class_dropout_prob=0.0),
+        train=PriorTrainConfig(
+            batch_size=64,
+            max_steps=steps,
+            lr=3e-3,
+            lr_schedule="cosine",
+            warmup_steps=100,
+            max_grad_norm=1.0,
+            ema_decay=0.99,
+            validate_every=steps,
+            checkpoint_every=steps,
+        ),
+    )
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    arguments.add_argument("--dir", type=Path, help="where runs are kept and gone on from; else they are thrown away")
+    options = arguments.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as thrown_away:
+        folder = options.dir or Path(thrown_away)
+        truth = write_codes(folder / "codes")
+        for name in options.models:
+            model, steps = MODELS[name]
+            start = time.process_time()
+            train(training(model, steps, folder / name, folder / "codes"))
+            seconds = time.process_time() - start
+            figures = evaluate_prior(folder / name, batch_size=500)["figures"]
+            bound = "nats_per_code" not in figures
+            nats = figures["nats_per_code_bound" if bound else "nats_per_code"]
+            rows.append(
+                {
+                    "name": name,
+                    "nats_per_code": nats,
+                    "what": "upper bound" if bound else "exact",
+                    "true_nats_per_code": truth,
+                    "excess": nats / truth - 1,
+                    "within_2_percent": nats <= 1.02 * truth,
+                    "unigram": figures["unigram_nats_per_code"],
+                    "uniform": figures["uniform_nats_per_code"],
+                    "steps": steps,
+                    "processor_s": seconds,
+                }
+            )
+    report({"grid": "6x5", "codes": CODES, "classes": CLASSES, "held_out": ROWS["test"]}, rows, options.json)
+
+
+if __name__ == "__main__":
+    main()

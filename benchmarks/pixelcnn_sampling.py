@@ -1,0 +1,62 @@
+"""How fast is sampling from the gated PixelCNN, beside a full forward pass of the same network for every code?
+
+python -m benchmarks.pixelcnn_sampling [--batch-sizes 1 32] [--repeats 1] [--json FILE]
+
+The peer is what the public gated PixelCNNs do (ritheshkumar95/pytorch-vqvae among them): all logits of the whole grid
+anew for each code. Random weights, float32, draws from the full distribution with the same noise; `equal_codes` is the
+share of codes in which both agree. With one warm-up, the peer's batches of 32 take minutes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.reporting import alternate, compared, parser, report
+from core.processes import share_cores
+from stage2_prior.pixelcnn import PixelCNN, PixelCNNConfig
+from stage2_prior.sampling import SamplingConfig, choose, uniform_noise
+
+CODES, GRID = 512, (16, 16)
+CELLS = GRID[0] * GRID[1]
+CONFIG = PixelCNNConfig(channels=64, depth=15, first_kernel=7, kernel=3, head_channels=512)
+
+
+def plain_sample(model: PixelCNN, labels: Tensor, noise: Tensor) -> Tensor:
+    """Codes (B, N), all of the network at each."""
+    codes = torch.zeros(len(labels), CELLS, dtype=torch.long)
+    with torch.no_grad():
+        for cell in range(CELLS):
+            codes[:, cell] = choose(model(codes, labels)[:, cell], noise[:, cell])
+    return codes
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32])
+    arguments.add_argument("--repeats", type=int, default=1)
+    options = arguments.parse_args()
+    share_cores()
+    torch.manual_seed(0)
+    model = PixelCNN(CONFIG, CODES, GRID, num_classes=0).eval()
+    nn.init.normal_(model.head_out.weight, std=0.2)  # predictions that differ from cell to cell
+
+    rows = []
+    for batch in options.batch_sizes:
+        labels, seeds = torch.zeros(batch, dtype=torch.long), list(range(batch))
+        drawn: dict[str, Tensor] = {}
+
+        def sample(labels: Tensor = labels, seeds: list[int] = seeds, drawn: dict[str, Tensor] = drawn) -> None:
+            drawn["ours"] = model.sample(labels, SamplingConfig(), seeds)
+
+        def plain(labels: Tensor = labels, seeds: list[int] = seeds, drawn: dict[str, Tensor] = drawn) -> None:
+            drawn["peer"] = plain_sample(model, labels, uniform_noise(seeds, CELLS))
+
+        seconds = alternate({"ours": sample, "peer": plain}, options.repeats)
+        rows.append(compared(f"batch {batch}", seconds["ours"], seconds["peer"]))
+        rows[-1]["codes_per_s"] = batch * CELLS / rows[-1]["ours_s"]
+        rows[-1]["equal_codes"] = (drawn["ours"] == drawn["peer"]).float().mean().item()
+    settings = {"depth": CONFIG.depth, "channels": CONFIG.channels, "codes": CELLS, "codebook": CODES}
+    report({**settings, "repeats": options.repeats}, rows, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The three priors on the same codes at the same budget of time: what each reaches, in one table and one picture a set.
+
+python -m benchmarks.priors [--minutes 6 8] [--sets mnist cifar10] [--guidance-scale 1 2] [--results docs/results.md]
+
+For MNIST, then CIFAR-10: trains the tokenizer (`configs/tokenizer/`), encodes, trains the feature network that judges;
+measures what a step of each prior costs (processor time, in turns), trains `configs/prior/` for as many steps as the
+budget holds, evaluates 1,000 samples of each and writes the results. What is there already, under the names that the
+configs give, is not made again.
+"""
+
+import json
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.reporting import Row, markdown_table, parser, report, write_section
+from core.config import load_config
+from core.pictures import contact_sheet, save_picture
+from core.training import TrainingRun
+from pipelines.encode_dataset import encode_dataset
+from pipelines.evaluate_prior import evaluate_prior
+from pipelines.two_stage import TwoStagePipeline
+from stage1_tokenizer.feature_network import WIDTHS
+from stage1_tokenizer.train_features import features_config
+from stage1_tokenizer.train_features import train as train_features
+from stage1_tokenizer.train_tokenizer import TokenizerConfig
+from stage1_tokenizer.train_tokenizer import train as train_tokenizer
+from stage2_prior.sampling import SamplingConfig
+from stage2_prior.train_prior import PriorTrainingConfig
+from stage2_prior.train_prior import train as train_prior
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PRIORS = ["pixelcnn", "gpt", "maskgit"]
+TOKENIZERS = {"mnist": "vqvae_mnist", "cifar10": "vqgan_cifar10"}
+JUDGES = {"mnist": {"epochs": 3}, "cifar10": {"epochs": 4, "horizontal_flip": True}}
+TIMED_STEPS = 12
+COLUMNS = {
+    "name": "prior",
+    "parameters": "parameters",
+    "steps": "steps",
+    "nats": "nats per code, held out",
+    "guidance": "guidance",
+    "accuracy": "class accuracy",
+    "distance": "Frechet distance",
+    "codes_per_s": "codes/s",
+}
+
+
+def prepare(name: str) -> tuple[Path, Path, Path]:
+    """The tokenizer's run, its codes and the judge's run, made where they are not there."""
+    tokenizer, judge = Path("runs") / TOKENIZERS[name], Path("runs") / f"judge_{name}"
+    codes = Path("codes") / TOKENIZERS[name]
+    overrides = [f"data.source={name}", f"run.dir={tokenizer}", "run.trackers=[]"]
+    if not (tokenizer / "model").exists():
+        if name == "cifar10":
+            network = Path("runs/features_cifar10")
+            train_features(features_config(name, network, epochs=3, horizontal_flip=True, width=16))
+        train_tokenizer(load_config(TokenizerConfig, CONFIGS / "tokenizer" / f"{TOKENIZERS[name]}.yaml", overrides))
+    if not codes.exists():
+        encode_dataset(tokenizer, codes)
+    if not (judge / "model").exists():
+        train_features(features_config(name, judge, seed=1, width=WIDTHS[0], **JUDGES[name]))
+    return tokenizer, codes, judge
+
+
+def configured(prior: str, name: str, codes: Path, run: Path, *overrides: str) -> PriorTrainingConfig:
+    """The configuration of one prior on one data set."""
+    file = CONFIGS / "prior" / f"{prior}_{name}.yaml"
+    return load_config(PriorTrainingConfig, file, [f"codes={codes}", f"run.dir={run}", "run.trackers=[]", *overrides])
+
+
+def steps_for(budget_s: float, name: str, codes: Path, folder: Path) -> dict[str, int]:
+    """How many steps of each prior take ``budget_s`` seconds of processor time, which other programs on the machine do
+    not lengthen."""
+    file = folder / f"steps_{round(budget_s)}s.json"
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    length = [f"train.{key}={TIMED_STEPS}" for key in ("max_steps", "validate_every", "checkpoint_every")]
+    seconds, clock = {}, TrainingRun.clock
+    TrainingRun.clock = staticmethod(time.process_time)
+    for prior in PRIORS:
+        config = configured(prior, name, codes, folder / "timing" / prior, *length, "train.warmup_steps=0")
+        seconds[prior] = train_prior(config).seconds_per_step
+    TrainingRun.clock = clock
+    steps = {prior: max(50, round(budget_s / each / 50) * 50) for prior, each in seconds.items()}
+    file.write_text(json.dumps(steps), encoding="utf-8")
+    return steps
+
+
+def sampled(prior: str, guidance_scale: float) -> SamplingConfig:
+    """The sampling settings of the table."""
+    return SamplingConfig(guidance_scale=guidance_scale)
+
+
+def train_and_measure(
+    prior: str, name: str, steps: int, codes: Path, judge: Path, folder: Path, guidance_scales: list[float]
+) -> list[Row]:
+    """Trains where it is not trained yet, evaluates; a row of the table for each guidance scale."""
+    run = folder / prior
+    length = [f"train.max_steps={steps}"]
+    length += [f"train.{what}_every={steps // 2}" for what in ("validate", "checkpoint")]
+    train_prior(configured(prior, name, codes, run, *length))
+    rows = []
+    for scale in guidance_scales:
+        file = run / f"evaluation_{scale:g}" / "evaluation.json"
+        if not file.is_file():
+            evaluate_prior(run, codes=codes, features=judge, sampling=sampled(prior, scale), out=file.parent)
+        figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
+        rows.append(
+            {"name": prior, "parameters": figures["parameters"], "steps": steps, "guidance": f"{scale:g}",
+             "nats": nats_in_words(figures), "accuracy": f"{figures['class_accuracy']:.1%}",
+             "distance": figures["frechet_distance"], "codes_per_s": round(figures["codes_per_s"])}
+        )  # fmt: skip
+    return rows
+
+
+def nats_in_words(figures: dict[str, float]) -> str:
+    """A bound is marked as one."""
+    if "nats_per_code" in figures:
+        return f"{figures['nats_per_code']:.3f}"
+    return f"at most {figures['nats_per_code_bound']:.3f}"
+
+
+def picture(name: str, folder: Path, guidance_scale: float, out: Path) -> None:
+    """Three rows of samples of each prior, one class a column."""
+    strips, titles, names = [], [], None
+    for prior in PRIORS:
+        pipeline = TwoStagePipeline.from_runs(folder / prior)
+        names = pipeline.class_names
+        options = sampled(prior, guidance_scale).model_dump()
+        strips.append(pipeline(30, seed=0, output_type="pt", **options).images)
+        titles += [prior, "", ""]
+    save_picture(contact_sheet(torch.cat(strips), 10, names, row_titles=titles), out / f"priors_{name}.png")
+
+
+HEAD = """## The three priors of stage two
+
+Made by `python -m benchmarks.priors`. All three are trained on the same codes for the same processor time on the same
+machine ({machine}); the number of steps follows from what a step of each cost there. {device} One run each, seed 0.
+
+Nats per code are of the 10,000 held-out images' codes: exact for PixelCNN and GPT; for the masked transformer the
+upper bound of any-order autoregression, which is another quantity (it has no likelihood that can be computed). 1,000
+samples, 100 of each class, are judged by a feature network trained here (`twostage train-features`, seed 1): the share
+that it gives their class, and the Frechet distance of its features to those of the training images (no FID: it compares
+only within one table). The masked transformer fills its grids in 8 steps, the others write one code after another.
+CIFAR-10's images were re-encoded as JPEG.
+"""
+
+
+def as_markdown(name: str, minutes: float, rows: list[Row], figures: dict[str, float], scale: float) -> str:
+    """The section of one data set."""
+    title = f"### Priors: {name.upper().replace('CIFAR10', 'CIFAR-10')}, {minutes:g} minutes of processor time each"
+    baselines = (
+        f"Predicting codes uniformly costs {figures['uniform_nats_per_code']:.3f} nats a code, by their frequency "
+        f"{figures['unigram_nats_per_code']:.3f}. Of the held-out real images the judge gives "
+        f"{figures['class_accuracy_real']:.1%} their class, and as many of them are at a Frechet distance of "
+        f"{figures['frechet_distance_real']:.3g} from the training images."
+    )
+    shown = f"![Samples of the three priors, guidance {scale:g}](images/priors_{name}.png)"
+    return "\n\n".join([title, markdown_table(COLUMNS, rows), baselines, shown])
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--minutes", type=float, nargs=2, default=[6.0, 8.0], metavar=("MNIST", "CIFAR"))
+    arguments.add_argument("--sets", nargs="+", choices=TOKENIZERS, default=list(TOKENIZERS))
+    arguments.add_argument("--guidance-scale", type=float, nargs="+", default=[1.0, 2.0])
+    arguments.add_argument("--dir", type=Path, default=Path("runs/priors"))
+    arguments.add_argument("--results", type=Path, default=Path("docs/results.md"))
+    options = arguments.parse_args()
+    device = "No GPU was used." if not torch.accelerator.is_available() else "A GPU was used."
+    machine = f"threads: {torch.get_num_threads()}, {platform.processor() or platform.machine()}"
+    write_section(options.results, "priors", HEAD.format(machine=machine, device=device))
+    rows = []
+    for name, minutes in zip(TOKENIZERS, options.minutes, strict=True):
+        if name not in options.sets:
+            continue
+        folder = options.dir / name
+        folder.mkdir(parents=True, exist_ok=True)
+        _, codes, judge = prepare(name)
+        steps = steps_for(minutes * 60, name, codes, folder)
+        scales = options.guidance_scale
+        found = [
+            row
+            for prior in PRIORS
+            for row in train_and_measure(prior, name, steps[prior], codes, judge, folder, scales)
+        ]
+        picture(name, folder, scales[-1], options.results.parent / "images")
+        last = folder / PRIORS[-1] / f"evaluation_{scales[-1]:g}" / "evaluation.json"
+        figures = json.loads(last.read_text(encoding="utf-8"))["figures"]
+        write_section(options.results, f"priors {name}", as_markdown(name, minutes, found, figures, scales[-1]))
+        rows += [row | {"name": f"{name} {row['name']}"} for row in found]
+    report({"minutes": options.minutes}, rows, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What does replacing input codes by random ones do to a GPT's held-out likelihood and to its samples?
+
+python -m benchmarks.replacement [--replace-prob 0 0.1 0.3 0.5] [--steps 800] [--results docs/results.md] [--json FILE]
+
+Trains `configs/prior/gpt_mnist.yaml` once for each share, on the codes of `vqvae_mnist`, and judges 1,000 samples of
+each as `benchmarks.priors` does. What is there already is not made again.
+"""
+
+import json
+from pathlib import Path
+
+from benchmarks.priors import configured, prepare
+from benchmarks.reporting import markdown_table, parser, report, write_section
+from core.run_folder import read_metrics
+from pipelines.evaluate_prior import evaluate_prior
+from stage2_prior.sampling import SamplingConfig
+from stage2_prior.train_prior import train
+
+COLUMNS = {
+    "name": "replace_prob",
+    "train": "training loss",
+    "nats": "nats per code, held out",
+    "accuracy": "class accuracy",
+    "distance": "Frechet distance",
+}
+
+TEXT = """## Replacing codes in a GPT's training (`loss.replace_prob`)
+
+Made by `python -m benchmarks.replacement`: `gpt_mnist.yaml` for {steps:,} steps with another share of random codes in
+its input, which it has to see through; nothing else differs. Samples without guidance, judged as above; one run each.
+"""
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--replace-prob", type=float, nargs="+", default=[0.0, 0.1, 0.3, 0.5])
+    arguments.add_argument("--steps", type=int, default=800)
+    arguments.add_argument("--dir", type=Path, default=Path("runs/replacement"))
+    arguments.add_argument("--results", type=Path, default=Path("docs/results.md"))
+    options = arguments.parse_args()
+    _, codes, judge = prepare("mnist")
+    rows = []
+    for share in options.replace_prob:
+        run = options.dir / f"{share:g}"
+        length = [f"train.max_steps={options.steps}"]
+        length += [f"train.{what}_every={max(1, options.steps // 2)}" for what in ("validate", "checkpoint")]
+        train(configured("gpt", "mnist", codes, run, f"loss.replace_prob={share}", *length))
+        file = run / "evaluation" / "evaluation.json"
+        if not file.is_file():
+            evaluate_prior(run, codes=codes, features=judge, sampling=SamplingConfig(), out=file.parent)
+        figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
+        training = [line["loss"] for line in read_metrics(run / "metrics.jsonl") if line["split"] == "train"]
+        rows.append(
+            {"name": f"{share:g}", "train": f"{training[-1]:.3f}", "nats": f"{figures['nats_per_code']:.3f}",
+             "accuracy": f"{figures['class_accuracy']:.1%}", "distance": figures["frechet_distance"]}
+        )  # fmt: skip
+    text = TEXT.format(steps=options.steps) + "\n" + markdown_table(COLUMNS, rows)
+    write_section(options.results, "replacement", text)
+    report({"steps": options.steps}, rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
