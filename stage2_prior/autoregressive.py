@@ -20,7 +20,9 @@ from stage2_prior.sampling import (
     uniform_noise,
 )
 
-__all__ = ["Step", "check_prefix", "code_nats", "draw_in_order", "sample_in_order"]
+__all__ = ["Step", "check_prefix", "code_nats", "draw_in_order", "sample_in_order", "sum_nats"]
+
+LOGITS_AT_ONCE = 2**26
 
 Step = Callable[[Tensor | None], Tensor]
 """Given the codes (B,) of the cell before (None at the first), the logits (B, K) of the next cell."""
@@ -29,6 +31,16 @@ Step = Callable[[Tensor | None], Tensor]
 def code_nats(logits: Tensor, codes: Tensor) -> Tensor:
     """-log p of each code, (B, N, K) and (B, N) -> (B, N) float32."""
     return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten(), reduction="none").view_as(codes)
+
+
+def sum_nats(
+    nats: Callable[[Tensor, Tensor, Tensor], Tensor], codes: Tensor, labels: Tensor, codebook_size: int
+) -> Tensor:
+    """``nats(codes, labels, inputs)`` of unchanged codes (B, N), summed over each image: (B,). Where the logits of all
+    would be large, some images at a time."""
+    images = max(1, LOGITS_AT_ONCE // (codes.shape[1] * codebook_size))
+    parts = zip(codes.split(images), labels.split(images), strict=True)
+    return torch.cat([nats(part, classes, part).sum(1) for part, classes in parts])
 
 
 def check_prefix(known: Tensor, order: Tensor, name: str) -> None:
@@ -72,7 +84,7 @@ def draw_in_order(
         logits = step(before.repeat(2) if guided and before is not None else before)
         if to_draw[cell]:
             if guided:
-                logits = guide(*logits.chunk(2), guidance_at(cell / max(1, cells - 1), sampling))
+                logits = guide(*logits.chunk(2), guidance_at(cell, cells, sampling))
             drawn = choose(filter_logits(logits, sampling), noise[:, cell])
             codes[:, cell] = torch.where(codes[:, cell] < 0, drawn, codes[:, cell])
         if progress:

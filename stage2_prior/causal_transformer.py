@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.random import BatchRandom
-from stage2_prior.autoregressive import check_prefix, code_nats, sample_in_order
+from stage2_prior.autoregressive import check_prefix, code_nats, sample_in_order, sum_nats
 from stage2_prior.fast_linear import fast_linear
 from stage2_prior.orders import Order, cell_order
 from stage2_prior.sampling import Progress, SamplingConfig, Weights
-from stage2_prior.transformer import Block, FastBlock, Transformer, TransformerConfig
+from stage2_prior.transformer import Block, FastBlock, Transformer, TransformerConfig, complex_rotation, turn
 
 __all__ = ["CausalTransformer", "CausalTransformerConfig", "CausalTransformerDecoder"]
 
@@ -45,23 +45,24 @@ class CausalTransformer(Transformer):
         self.config = config
         self.register_buffer("order", order, persistent=False)
 
-    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Logits (B, N, K) for the codes (B, N) at each place, from those before it; both in the order they are
-        written in; labels (B,), ``num_classes`` for none."""
-        x = F.pad(self.embed(inputs[:, :-1]), (0, 0, 1, 0))  # the first sees the class alone
+    def forward(self, inputs: Tensor, labels: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Logits (B, N, K) for the codes (B, N) at each place, from those before it that are not ``hidden`` (B, N); all
+        in the order they are written in; labels (B,), ``num_classes`` for none."""
+        before = self.embed(inputs[:, :-1], None if hidden is None else hidden[:, :-1])
+        x = F.pad(before, (0, 0, 1, 0))  # the first sees the class alone
         return self.predict(self.run(x, labels))
 
-    def nats(self, codes: Tensor, labels: Tensor, inputs: Tensor) -> Tensor:
+    def nats(self, codes: Tensor, labels: Tensor, inputs: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Of each true code given ``inputs``, in which some may be replaced: (B, N), in the order they are written."""
-        return code_nats(self(inputs[:, self.order], labels), codes[:, self.order])
+        return code_nats(self(inputs[:, self.order], labels, hidden), codes[:, self.order])
 
     def loss(self, codes: Tensor, labels: Tensor, inputs: Tensor, random: BatchRandom) -> Tensor:
         """The training loss: nats per code, the mean over (B, N)."""
-        return self.nats(codes, labels, inputs).mean()
+        return self.nats(codes, labels, inputs, self.hide(codes, random)).mean()
 
     def nats_per_image(self, codes: Tensor, labels: Tensor, random: BatchRandom) -> Tensor:
         """-log p(codes | label), (B,); nothing is drawn."""
-        return self.nats(codes, labels, codes).sum(1)
+        return sum_nats(self.nats, codes, labels, self.codebook_size)
 
     @torch.no_grad()
     def decoded_nats(self, codes: Tensor, labels: Tensor, weights: Weights = "float32") -> Tensor:
@@ -104,16 +105,17 @@ class CausalTransformerDecoder:
     """
 
     def __init__(self, model: CausalTransformer, labels: Tensor, weights: Weights = "float32") -> None:
-        heads, rows = model.config.num_heads, len(labels)
+        heads, cells = model.config.num_heads, model.cells
         width = model.config.hidden_size // heads
         self.model, self.cell = model, 0
-        self.scale = width**-0.5
         self.added = model.class_embedding(labels).detach()  # (B, D), at every cell
-        self.rotation = None if model.rotation is None else torch.complex(*model.rotation)  # (N, E / 2)
-        cache = self.added.new_empty(model.config.depth, 2, rows, heads, model.cells, width)
-        self.cache = [tuple(block) for block in cache]  # a block's keys and values, each (B, H, N, E)
-        self.blocks = [FastBlock(block, rows, weights) for block in cast(list[Block], list(model.blocks))]
-        self.head = fast_linear(model.head_weight, None, rows, weights)
+        self.rotation = None if model.rotation is None else complex_rotation(model)  # (N, E / 2)
+        self.caches = self.added.new_empty(model.config.depth, 2, len(labels), heads, cells, width).unbind()
+        # The same as products take them: keys (B H, E, N), values (B H, N, E).
+        self.keys = [cache[0].flatten(0, 1).transpose(1, 2) for cache in self.caches]
+        self.values = [cache[1].flatten(0, 1) for cache in self.caches]
+        self.blocks = [FastBlock(block, weights) for block in cast(list[Block], list(model.blocks))]
+        self.head = fast_linear(model.head_weight, None, weights)
 
     @torch.no_grad()
     def step(self, codes: Tensor | None) -> Tensor:
@@ -122,24 +124,21 @@ class CausalTransformerDecoder:
         x = self.added if model.positions is None else self.added + model.positions[self.cell]
         if codes is not None:
             x = x + model.code_embedding(codes)
-        for block, (keys, values) in zip(self.blocks, self.cache, strict=True):
-            x = block.finish(x, self._attend(block.qkv(x), keys, values))
+        for number, block in enumerate(self.blocks):
+            x = block.finish(x, self._attend(number, block.qkv(x)))
         self.cell += 1
         return self.head(F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias))
 
-    def _attend(self, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Puts this cell's key and value into the cache, (B, H, N, E) each, and attends to all that are there.
+    def _attend(self, number: int, qkv: Tensor) -> Tensor:
+        """Puts this cell's key and value into the block's cache, and attends to all that are there.
 
         Takes (B, 3, H, E), returns (B, D). In float32 on a CPU the two products are faster than torch's fused kernel,
         as long as the query is a row: with the keys on the left they take four times as long.
         """
-        q, k, v = qkv.unbind(1)  # each (B, H, E)
         if self.rotation is not None:
-            # A turned pair is a complex product. It leaves the pairs side by side, which is all the same to q k^T.
-            turned = torch.complex(*qkv[:, :2].chunk(2, -1)) * self.rotation[self.cell]
-            q, k = torch.view_as_real(turned).flatten(-2).unbind(1)
-        keys[:, :, self.cell], values[:, :, self.cell] = k, v
-        seen = slice(self.cell + 1)
-        scores = (q * self.scale).unsqueeze(2).flatten(0, 1) @ keys[:, :, seen].flatten(0, 1).transpose(1, 2)
-        attended = scores.softmax(-1) @ values[:, :, seen].flatten(0, 1)  # (B H, 1, n) -> (B H, 1, E)
-        return attended.view(len(qkv), -1)
+            turn(qkv, self.rotation[self.cell])
+        self.caches[number][:, :, :, self.cell] = qkv[:, 1:].transpose(0, 1)
+        keys, values = self.keys[number], self.values[number]
+        seen = self.cell + 1
+        scores = torch.bmm(qkv[:, 0].reshape(len(keys), 1, -1), keys[:, :, :seen])  # (B H, 1, n)
+        return torch.bmm(scores.softmax(-1), values[:, :seen]).view(len(qkv), -1)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from core.errors import InputError
 from stage2_prior.sampling import Weights
 
-__all__ = ["Linear", "TrainedLinear", "fast_linear", "linear"]
+__all__ = ["Linear", "TrainedLinear", "check_weights", "fast_linear", "linear"]
 
 WORTH_PACKING = 2**16  # weights; a call of oneDNN costs 10 us more, which products with fewer do not win back
 LEVELS = 63  # of an int8 product's inputs on each side of 0: with 127, processors without VNNI overflow int16 sums
@@ -34,13 +34,10 @@ class Linear(Protocol):
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
-def fast_linear(
-    weight: Tensor, bias: Tensor | None, rows: int, weights: Weights = "float32", *, gelu: bool = False
-) -> Linear:
+def fast_linear(weight: Tensor, bias: Tensor | None, weights: Weights = "float32", *, gelu: bool = False) -> Linear:
     """``F.linear`` for inference, its weights read now.
 
     Args:
-        rows: how many rows its inputs have at most.
         weights: what (out_features, in_features) weights are rounded to. `float32`: not at all, the result is equal to
             that of ``F.linear`` but for rounding. `bfloat16`: as are the inputs. `int8`: one scale for each output, and
             the inputs to 7 bits with one scale for each row, so that no row depends on another. Inputs and results
@@ -50,6 +47,7 @@ def fast_linear(
     Raises:
         InputError: this torch has no products with such weights.
     """
+    check_weights(weights)
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     match weights:
         case "float32" if has_onednn(weight) and weight.numel() >= WORTH_PACKING:
@@ -60,6 +58,23 @@ def fast_linear(
             return _bfloat16(weight, bias, gelu)
         case "int8":
             return _int8(weight, bias, gelu)
+
+
+def check_weights(weights: Weights) -> None:
+    """Refuses weights that this torch or this processor has no products with.
+
+    Raises:
+        InputError: it says what there is instead.
+    """
+    if weights == "bfloat16" and not (_has_pointwise() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        raise InputError(
+            "weights 'bfloat16': this torch or this processor has no fast products in bfloat16; use float32 or int8"
+        )
+    if weights == "int8" and (
+        "fbgemm" not in torch.backends.quantized.supported_engines
+        or not hasattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32")
+    ):
+        raise InputError("weights 'int8': this torch has no products with int8 weights; use float32 or bfloat16")
 
 
 def has_onednn(weight: Tensor) -> bool:
@@ -98,10 +113,6 @@ def _packed(weight: Tensor, bias: Tensor | None, gelu: bool) -> Linear:
 
 
 def _bfloat16(weight: Tensor, bias: Tensor | None, gelu: bool) -> Linear:
-    if not (_has_pointwise() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        raise InputError(
-            "weights 'bfloat16': this torch or this processor has no fast products in bfloat16; use float32 or int8"
-        )
     packed = _packed(weight.bfloat16(), None if bias is None else bias.bfloat16(), gelu)
 
     def product(x: Tensor, added: Tensor | None = None) -> Tensor:
@@ -114,10 +125,6 @@ def _bfloat16(weight: Tensor, bias: Tensor | None, gelu: bool) -> Linear:
 def _int8(weight: Tensor, bias: Tensor | None, gelu: bool) -> Linear:
     # torch's own dynamic product (`quantized.linear_dynamic`) has one scale for all rows: an image would depend on the
     # others of its batch. With rows of largest magnitude 1 the scale is a constant, and sums are exact whole numbers.
-    if "fbgemm" not in torch.backends.quantized.supported_engines or not hasattr(
-        torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32"
-    ):
-        raise InputError("weights 'int8': this torch has no products with int8 weights; use float32 or bfloat16")
     multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
     scales = weight.abs().amax(1).double().clamp_(min=torch.finfo(torch.float32).tiny) / 127
     with warnings.catch_warnings():  # quantized tensors will leave torch, and the InputError above will say so

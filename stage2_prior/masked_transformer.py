@@ -17,7 +17,7 @@ from stage2_prior.fast_linear import fast_linear
 from stage2_prior.parallel_sampling import draw_in_parallel
 from stage2_prior.sampling import Progress, SamplingConfig, Weights, uniform_noise
 from stage2_prior.shares import MEAN_MASKED_SHARE, MaskSchedule, masked_share
-from stage2_prior.transformer import Block, FastBlock, Transformer, TransformerConfig, attention, rotate
+from stage2_prior.transformer import Block, FastBlock, Transformer, TransformerConfig, turn
 
 __all__ = ["MaskedPredictor", "MaskedTransformer", "MaskedTransformerConfig"]
 
@@ -68,7 +68,9 @@ class MaskedTransformer(Transformer):
         share = masked_share(evenly_spaced(random), self.config.mask_schedule)
         masked = random_cells((share * self.cells).round().long().clamp(min=1), codes, random)
         wanted = masked | (inputs != codes) if self.config.predict_replaced else masked
-        nats = self._nats(codes, labels, inputs.masked_fill(masked, self.mask_token_id), wanted)
+        hidden = self.hide(codes, random)
+        hidden = None if hidden is None else hidden & ~masked
+        nats = self._nats(codes, labels, inputs.masked_fill(masked, self.mask_token_id), wanted, hidden)
         return nats.sum() / (codes.numel() * MEAN_MASKED_SHARE)
 
     def nats_per_image(self, codes: Tensor, labels: Tensor, random: BatchRandom) -> Tensor:
@@ -88,10 +90,12 @@ class MaskedTransformer(Transformer):
         sums = nats.new_zeros(codes.shape).masked_scatter(masked, nats).sum(1)
         return sums * (self.cells / counts.to(sums))
 
-    def _nats(self, codes: Tensor, labels: Tensor, inputs: Tensor, wanted: Tensor) -> Tensor:
+    def _nats(
+        self, codes: Tensor, labels: Tensor, inputs: Tensor, wanted: Tensor, hidden: Tensor | None = None
+    ) -> Tensor:
         """-log p of the codes that are ``wanted`` (B, N), given ``inputs``: (M,); nothing is predicted elsewhere."""
-        hidden = self.run(self.embed(inputs), labels)[wanted]
-        return F.cross_entropy(self.predict(hidden).float(), codes[wanted], reduction="none")
+        output = self.run(self.embed(inputs, hidden), labels)[wanted]
+        return F.cross_entropy(self.predict(output).float(), codes[wanted], reduction="none")
 
     def check_known(self, known: Tensor) -> None:
         """Any known codes (B, N) can be kept."""
@@ -149,9 +153,12 @@ class MaskedPredictor:
     def __init__(self, model: MaskedTransformer, labels: Tensor, weights: Weights = "float32") -> None:
         self.model, self.labels = model, labels
         self.images = max(1, ROWS_AT_ONCE // model.cells) if labels.device.type == "cpu" else len(labels)
-        rows = min(self.images, len(labels)) * model.cells
-        self.blocks = [FastBlock(block, rows, weights) for block in cast(list[Block], list(model.blocks))]
-        self.head = fast_linear(model.head_weight, None, rows, weights)
+        rotation = model.rotation
+        self.rotation = (
+            None if rotation is None else torch.complex(*rotation.to(model.norm.weight.dtype))[:, None, None]
+        )
+        self.blocks = [FastBlock(block, weights) for block in cast(list[Block], list(model.blocks))]
+        self.head = fast_linear(model.head_weight, None, weights)
 
     @torch.no_grad()
     def __call__(self, codes: Tensor) -> Tensor:
@@ -174,10 +181,11 @@ class MaskedPredictor:
         x = model.code_embedding(codes) + model.class_embedding(labels)[:, None]
         x = (x if model.positions is None else x + model.positions).flatten(0, 1)  # (B N, D)
         for block in self.blocks:
-            q, k, v = block.qkv(x).unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, E)
-            if model.rotation is not None:
-                q, k = rotate(q, model.rotation), rotate(k, model.rotation)
-            attended = attention(q, k, v, causal=False).transpose(1, 2).reshape(x.shape)  # (B N, D)
+            qkv = block.qkv(x).unflatten(0, (batch, -1))  # (B, N, 3, H, E)
+            if self.rotation is not None:
+                turn(qkv, self.rotation)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, E)
+            attended = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).reshape(x.shape)  # (B N, D)
             if block is self.blocks[-1]:  # what follows goes from a cell to itself alone
                 x, attended = x[masked], attended[masked]  # (M, D)
             x = block.finish(x, attended)

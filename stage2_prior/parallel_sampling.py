@@ -17,6 +17,8 @@ from stage2_prior.shares import MaskSchedule, masked_share
 
 __all__ = ["Predict", "draw_in_parallel", "gumbel", "left_masked"]
 
+ROWS_AT_ONCE = 1024
+
 Predict = Callable[[Tensor], Tensor]
 """Given codes (B, N), of which some are masked, the logits (M, K) of those."""
 
@@ -79,9 +81,11 @@ def draw_in_parallel(
         image = masked.nonzero()[:, 0]  # (M,)
         logits = predict(codes.repeat(2, 1) if guided else codes)  # (M, K)
         if guided:
-            scales = noise.new_tensor([guidance_at(step / max(1, count - 1), sampling) for count in steps.tolist()])
+            scales = noise.new_tensor([guidance_at(step, count, sampling) for count in steps.tolist()])
             logits = guide(*logits.chunk(2), scales[image, None].to(logits))
-        drawn = choose(filter_logits(logits, sampling), noise[:, step, 0][masked])
+        # Some rows at a time: a draw takes several numbers of double precision for each of K codes.
+        parts = zip(logits.split(ROWS_AT_ONCE), noise[:, step, 0][masked].split(ROWS_AT_ONCE), strict=True)
+        drawn = torch.cat([choose(filter_logits(part, sampling), draws) for part, draws in parts])
         surprise = F.cross_entropy(logits, drawn, reduction="none")
         temperature = choice_temperature * (1 - (step + 1) / steps)
         confidence = noise.new_full((images, cells), torch.inf)  # of what is filled

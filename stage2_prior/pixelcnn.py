@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from core.config import Count, Section, Share
 from core.random import BatchRandom
-from stage2_prior.autoregressive import check_prefix, code_nats, sample_in_order
+from stage2_prior.autoregressive import check_prefix, code_nats, sample_in_order, sum_nats
 from stage2_prior.sampling import Progress, SamplingConfig
 
 __all__ = ["PixelCNN", "PixelCNNConfig", "PixelCNNDecoder"]
@@ -147,7 +147,7 @@ class PixelCNN(nn.Module):
 
     def nats_per_image(self, codes: Tensor, labels: Tensor, random: BatchRandom) -> Tensor:
         """-log p(codes | label), (B,); nothing is drawn."""
-        return self.nats(codes, labels, codes).sum(1)
+        return sum_nats(self.nats, codes, labels, self.head_out.out_features)
 
     def check_known(self, known: Tensor) -> None:
         """Refuses known codes (B, N) that do not come first, row by row."""

@@ -18,6 +18,7 @@ from core.model_folder import fill, load_model_folder, save_model_folder
 from core.random import BatchRandom
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
 from stage2_prior.codes import Manifest, TokenizerReference
+from stage2_prior.fast_linear import check_weights
 from stage2_prior.masked_transformer import MaskedTransformer, MaskedTransformerConfig
 from stage2_prior.pixelcnn import PixelCNN, PixelCNNConfig
 from stage2_prior.sampling import Progress, SamplingConfig
@@ -154,7 +155,13 @@ class Prior(nn.Module):
     @torch.no_grad()
     def nats_per_image(self, indices: Tensor, labels: Tensor | None, random: BatchRandom) -> Tensor:
         """-log p(codes | class) of codes (B, h, w), (B,), or an upper bound on it (:attr:`exact_likelihood`), for
-        which ``random`` is drawn from; no code is replaced, no class hidden."""
+        which ``random`` is drawn from; no code is replaced, no class hidden.
+
+        Raises:
+            InputError: a label out of range.
+        """
+        if self.num_classes:
+            self._labels(labels, len(indices))
         return self.network.nats_per_image(indices.flatten(1), self._classes(labels, indices), random)
 
     def log_likelihood(self, indices: Tensor, labels: Tensor | None) -> Tensor:
@@ -205,6 +212,7 @@ class Prior(nn.Module):
                     f"weights {sampling.weights!r}: is of transformers on a CPU, this prior is a {kind} on {device}; "
                     "use float32"
                 )
+            check_weights(sampling.weights)
 
     @torch.no_grad()
     def sample(
@@ -231,7 +239,7 @@ class Prior(nn.Module):
         labels = self._labels(labels, len(seeds)).to(device)
         if known is not None:
             self._check_known(known, len(seeds))
-            known = known.flatten(1).to(device)
+            known = known.flatten(1).long().to(device)
         codes = self.network.sample(labels, sampling, seeds, known, progress)
         return codes.view(len(seeds), *self.config.grid)
 

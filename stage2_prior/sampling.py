@@ -68,8 +68,10 @@ def uniform_noise(seeds: list[int], count: int) -> Tensor:
     return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(key=s)).random(count) for s in seeds]))
 
 
-def guidance_at(progress: float, sampling: SamplingConfig) -> float:
-    """The guidance scale where ``progress``, in [0, 1], of an image's codes are drawn: 1 + (scale - 1) f(progress)."""
+def guidance_at(step: int, steps: int, sampling: SamplingConfig) -> float:
+    """The guidance scale at ``step``, from 0, of ``steps`` in which an image's codes are drawn: 1 + (scale - 1) f(x),
+    with x = 0 at the first and 1 at the last step."""
+    progress = step / (steps - 1) if steps > 1 else 1.0
     match sampling.guidance_schedule:
         case "constant":
             share = 1.0
@@ -86,11 +88,11 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> 
 
 
 def filter_logits(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Applies temperature, then top-k, then top-p to (..., K); what cannot be drawn becomes -inf."""
+    """Applies temperature, then top-k (at most K), then top-p to (..., K); what cannot be drawn becomes -inf."""
     logits = logits / sampling.temperature
     if sampling.top_k is not None:
-        threshold = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
+        likely = logits.topk(sampling.top_k, dim=-1).indices  # and no ties with the last of them
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, likely, logits.gather(-1, likely))
     if sampling.top_p is not None and sampling.top_p < 1:  # at 1 rounding would cut off the rarest codes
         ordered, order = logits.sort(dim=-1, descending=True)
         shares = ordered.softmax(-1)

@@ -14,7 +14,7 @@ MEAN_MASKED_SHARE = 2 / math.pi  # of both schedules, over progress in [0, 1]
 
 
 class ReplaceSchedule(Section):
-    """A share that goes from `start` at the first step of a run to `end` at its last."""
+    """A share that goes from `start` at the first step of a run towards `end` at its end."""
 
     start: Share
     end: Share

@@ -12,10 +12,21 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from core.config import Count, Flag, Section, Share
+from core.random import BatchRandom
 from stage2_prior.fast_linear import TrainedLinear, fast_linear, linear
 from stage2_prior.sampling import Weights
 
-__all__ = ["Block", "FastBlock", "Transformer", "TransformerConfig", "attention", "rotate", "rotations"]
+__all__ = [
+    "Block",
+    "FastBlock",
+    "Transformer",
+    "TransformerConfig",
+    "attention",
+    "complex_rotation",
+    "rotate",
+    "rotations",
+    "turn",
+]
 
 
 class TransformerConfig(Section):
@@ -109,26 +120,46 @@ class FastBlock:
     """A block at inference but for its attention, which is left to the caller. The weights are read now.
 
     Args:
-        rows: how many rows it is given at most: those of all images and cells.
         weights: of its products, as in `fast_linear`, which says what is refused.
     """
 
-    def __init__(self, block: Block, rows: int, weights: Weights = "float32") -> None:
+    def __init__(self, block: Block, weights: Weights = "float32") -> None:
         def fast(layer: nn.Linear, gelu: bool = False):
-            return fast_linear(layer.weight, layer.bias, rows, weights, gelu=gelu)
+            return fast_linear(layer.weight, layer.bias, weights, gelu=gelu)
 
         self.num_heads, self.norm1, self.norm2 = block.num_heads, block.norm1, block.norm2
-        self._qkv, self._attention_out = fast(block.qkv), fast(block.attention_out)
+        rows = _rows_for_attention(block)
+        self._qkv = fast_linear(rows[:, :-1], rows[:, -1].contiguous(), weights)
+        self._attention_out = fast(block.attention_out)
         self._mlp_in, self._mlp_out = fast(block.mlp_in, gelu=True), fast(block.mlp_out)
 
     def qkv(self, x: Tensor) -> Tensor:
-        """Queries, keys and values, not rotated: (R, D) -> (R, 3, H, E)."""
+        """Queries, keys and values, (R, D) -> (R, 3, H, E): the queries are divided by sqrt(E), and the pairs that
+        :func:`turn` turns stand side by side."""
         return self._qkv(_normalized(x, self.norm1)).view(len(x), 3, self.num_heads, -1)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The block's result for ``x`` and what its heads attended to, both (R, D)."""
         x = self._attention_out(attended, x)
         return self._mlp_out(self._mlp_in(_normalized(x, self.norm2)), x)
+
+
+def _rows_for_attention(block: Block) -> Tensor:
+    """The weights and, last, the bias of a block's first product, (3 D, D + 1), as :meth:`FastBlock.qkv` wants them:
+    a head's dimensions in another order are all the same to q k^T."""
+    rows = torch.cat([block.qkv.weight, block.qkv.bias[:, None]], 1).detach()
+    queries, keys, values = rows.unflatten(0, (3, block.num_heads, -1))  # each (H, E, D + 1)
+    width = queries.shape[1]
+    if width % 2 == 0:  # else there is nothing that turns
+        queries, keys = (x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2) for x in (queries, keys))
+    return torch.stack([queries * width**-0.5, keys, values]).flatten(0, 2)
+
+
+def turn(qkv: Tensor, rotation: Tensor) -> None:
+    """:func:`rotate` of queries and keys in place, (..., 3, H, E) of :meth:`FastBlock.qkv`, by (..., E / 2) complex
+    numbers: a turned pair is a complex product."""
+    pairs = qkv[..., :2, :, :]
+    torch.view_as_complex(pairs.view(*pairs.shape[:-1], -1, 2)).mul_(rotation)
 
 
 def _normalized(x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -191,12 +222,16 @@ class Transformer(nn.Module):
         """(K, D); a tied head leaves a mask's embedding out."""
         return self.code_embedding.weight[: self.codebook_size] if self.head is None else self.head.weight
 
-    def embed(self, codes: Tensor) -> Tensor:
-        """Codes (B, n) -> (B, n, D), alone; in training some are hidden."""
+    def embed(self, codes: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Codes (B, n) -> (B, n, D), alone; 0 where ``hidden`` (B, n) is true."""
         x = self.code_embedding(codes)
-        if self.training and self.code_dropout:
-            x = x * (torch.rand_like(x[..., :1]) >= self.code_dropout)
-        return x
+        return x if hidden is None else x.masked_fill(hidden[..., None], 0)
+
+    def hide(self, codes: Tensor, random: BatchRandom) -> Tensor | None:
+        """Which of the codes (B, N) a training step hides: (B, N) bool; None outside of training."""
+        if not (self.training and self.code_dropout):
+            return None
+        return random.uniform("code dropout", (codes.shape[1],), codes.device) < self.code_dropout
 
     def run(self, x: Tensor, labels: Tensor) -> Tensor:
         """Embedded codes (B, N, D) and labels (B,), ``num_classes`` for none, through the blocks: (B, N, D)."""
@@ -211,3 +246,9 @@ class Transformer(nn.Module):
     def predict(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., K)."""
         return linear(hidden, self.head_weight, None)
+
+
+def complex_rotation(model: Transformer) -> Tensor:
+    """A model's rotations as :func:`turn` takes them, in the type of its weights: (N, E / 2)."""
+    assert model.rotation is not None
+    return torch.complex(*model.rotation.to(model.norm.weight.dtype))

@@ -53,7 +53,7 @@ def plain_sample(
     for place, cell in enumerate(model.order.tolist()):
         branches = (labels, torch.full_like(labels, NO_CLASS))
         conditional, unconditional = (model(codes, classes)[:, place] for classes in branches)
-        scale = guidance_at(place / (CELLS - 1), sampling)
+        scale = guidance_at(place, CELLS, sampling)
         logits = unconditional + scale * (conditional - unconditional)
         logits = logits / sampling.temperature
         if sampling.top_k:

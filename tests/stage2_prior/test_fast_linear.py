@@ -12,7 +12,7 @@ needs_onednn = pytest.mark.skipif(not module._has_pointwise(), reason="this torc
 
 def supported(weights: str) -> bool:
     try:
-        fast_linear(torch.ones(8, 8), None, 1, weights)  # type: ignore[arg-type]
+        fast_linear(torch.ones(8, 8), None, weights)  # type: ignore[arg-type]
     except InputError:
         return False
     return True
@@ -38,7 +38,7 @@ def error(result: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("rows", [1, 7])
 def test_equals_the_layer(layer, rows, gelu, worth_packing):
     x, added = torch.randn(rows, 24), torch.randn(rows, 40)
-    product = fast_linear(layer.weight, layer.bias, rows, gelu=gelu)
+    product = fast_linear(layer.weight, layer.bias, gelu=gelu)
     expected = F.gelu(layer(x), approximate="tanh").detach() if gelu else layer(x).detach()
     torch.testing.assert_close(product(x), expected, rtol=1e-5, atol=1e-5)
     if not gelu:
@@ -51,19 +51,19 @@ def test_large_layers_are_packed_and_small_ones_are_not(monkeypatch):
     packed = []
     monkeypatch.setattr(module, "_packed", lambda weight, *_: packed.append(tuple(weight.shape)))
     for shape in ((256, 256), (255, 256)):
-        fast_linear(torch.ones(shape), None, 1)
-    fast_linear(torch.ones(256, 256, dtype=torch.double), None, 1)
+        fast_linear(torch.ones(shape), None)
+    fast_linear(torch.ones(256, 256, dtype=torch.double), None)
     assert packed == [(256, 256)]
 
 
 @pytest.mark.parametrize("weights", [w for w in ("bfloat16", "int8") if supported(w)])
 def test_rounded_weights_come_close_and_round(layer, weights):
     x, added = torch.randn(50, 24), torch.randn(50, 40)
-    product = fast_linear(layer.weight, layer.bias, 50, weights)
+    product = fast_linear(layer.weight, layer.bias, weights)
     tolerance = {"bfloat16": 0.006, "int8": 0.02}[weights]
     assert tolerance / 20 < error(product(x), layer(x).detach()) < tolerance
     assert error(product(x, added), layer(x).detach() + added) < tolerance
-    activated = fast_linear(layer.weight, layer.bias, 50, weights, gelu=True)(x)
+    activated = fast_linear(layer.weight, layer.bias, weights, gelu=True)(x)
     assert error(activated, F.gelu(layer(x), approximate="tanh").detach()) < 2 * tolerance
     assert product(x).dtype == activated.dtype == product(x, added).dtype == torch.float32
 
@@ -71,11 +71,11 @@ def test_rounded_weights_come_close_and_round(layer, weights):
 @pytest.mark.skipif(not supported("int8"), reason="this torch has no int8 products")
 def test_with_int8_weights_no_row_depends_on_another(layer):
     x = torch.randn(5, 24) * torch.tensor([1e-3, 1.0, 0.0, 50.0, 1.0])[:, None]
-    product = fast_linear(layer.weight, layer.bias, 5, "int8")
+    product = fast_linear(layer.weight, layer.bias, "int8")
     together, expected = product(x), layer(x).detach()
     for row in range(5):
         assert torch.equal(product(x[row : row + 1])[0], together[row])
-    without_bias = fast_linear(layer.weight, None, 5, "int8")(x)
+    without_bias = fast_linear(layer.weight, None, "int8")(x)
     for row in (0, 1, 3, 4):  # each has a scale of its own: none is drowned by the largest
         assert error(without_bias[row], F.linear(x[row], layer.weight).detach()) < 0.03
     torch.testing.assert_close(together[2], expected[2])
@@ -84,9 +84,9 @@ def test_with_int8_weights_no_row_depends_on_another(layer):
 @pytest.mark.skipif(not supported("int8"), reason="this torch has no int8 products")
 def test_the_largest_weights_and_inputs_do_not_overflow():
     weight, x = torch.ones(3, 512), torch.ones(2, 512)
-    torch.testing.assert_close(fast_linear(weight, None, 2, "int8")(x), torch.full((2, 3), 512.0))
-    torch.testing.assert_close(fast_linear(-weight, None, 2, "int8")(x), torch.full((2, 3), -512.0))
-    assert (fast_linear(0 * weight, None, 2, "int8")(x) == 0).all()
+    torch.testing.assert_close(fast_linear(weight, None, "int8")(x), torch.full((2, 3), 512.0))
+    torch.testing.assert_close(fast_linear(-weight, None, "int8")(x), torch.full((2, 3), -512.0))
+    assert (fast_linear(0 * weight, None, "int8")(x) == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_torch_without_such_products_says_so(weights, missing, monkeypatch):
     else:
         monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", [])
     with pytest.raises(InputError, match=f"weights '{weights}': this torch .* use float32"):
-        fast_linear(torch.ones(4, 4), None, 1, weights)
+        fast_linear(torch.ones(4, 4), None, weights)
 
 
 # --- training --------------------------------------------------------------------------------------------------------

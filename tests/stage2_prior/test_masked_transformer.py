@@ -211,7 +211,7 @@ def plain_sample(
             grid = torch.tensor([codes])
             logits = model(grid, torch.tensor([label]))[0]
             if sampling.guidance_scale != 1:
-                scale = guidance_at(step / max(1, steps - 1), sampling)
+                scale = guidance_at(step, steps, sampling)
                 without = model(grid, torch.tensor([NO_CLASS]))[0]
                 logits = without + scale * (logits - without)
             ranking = []

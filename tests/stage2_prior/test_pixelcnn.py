@@ -61,7 +61,7 @@ def plain_sample(
     for cell in range(cells):
         branches = (labels, torch.full_like(labels, NO_CLASS))
         conditional, unconditional = (model(codes, classes)[:, cell] for classes in branches)
-        logits = unconditional + guidance_at(cell / (cells - 1), sampling) * (conditional - unconditional)
+        logits = unconditional + guidance_at(cell, cells, sampling) * (conditional - unconditional)
         logits = logits / sampling.temperature
         if sampling.top_k:
             unlikely = logits.argsort(descending=True)[:, sampling.top_k :]

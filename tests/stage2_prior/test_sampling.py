@@ -58,7 +58,8 @@ def test_guidance_is_unconditional_plus_scaled_difference(scale):
 )
 def test_guidance_grows_by_its_schedule(schedule, expected):
     sampling = SamplingConfig(guidance_scale=3.0, guidance_schedule=schedule)
-    assert [guidance_at(progress, sampling) for progress in (0.0, 0.25, 1.0)] == pytest.approx(expected)
+    assert [guidance_at(step, 5, sampling) for step in (0, 1, 4)] == pytest.approx(expected)
+    assert guidance_at(0, 1, sampling) == 3.0  # the only step is the last one
 
 
 # --- temperature, top-k, top-p --------------------------------------------------------------------------------------
@@ -95,6 +96,10 @@ def test_top_p_keeps_the_fewest_codes_that_hold_the_probability(top_p, kept):
     filtered = filter_logits(logits, SamplingConfig(top_p=top_p))
     assert filtered.isfinite()[0].nonzero().flatten().tolist() == kept
     assert torch.equal(filtered[0, kept], logits[0, kept])
+
+
+def test_top_k_keeps_no_ties():
+    assert filter_logits(torch.zeros(3, 9), SamplingConfig(top_k=2)).isfinite().sum(1).tolist() == [2, 2, 2]
 
 
 def test_top_p_works_on_what_temperature_and_top_k_leave():

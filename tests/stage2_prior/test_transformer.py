@@ -5,8 +5,18 @@ from torch import Tensor, nn
 
 from core.config import parse_config
 from core.errors import InputError
+from core.random import BatchRandom
 from stage2_prior.causal_transformer import CausalTransformerConfig
-from stage2_prior.transformer import Block, FastBlock, Transformer, TransformerConfig, attention, rotate, rotations
+from stage2_prior.transformer import (
+    Block,
+    FastBlock,
+    Transformer,
+    TransformerConfig,
+    attention,
+    rotate,
+    rotations,
+    turn,
+)
 
 CODES, GRID = 5, (2, 3)
 
@@ -46,11 +56,13 @@ def test_a_fast_block_equals_the_block(dtype):
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.4)
     x, rotation = torch.randn(3, 6, 16, dtype=dtype), rotations(GRID, 8)
-    fast, rows = FastBlock(block, 18), x.flatten(0, 1)
+    fast, rows = FastBlock(block), x.flatten(0, 1)
     qkv = fast.qkv(rows)
     assert qkv.shape == (18, 3, 2, 8)
-    q, k, v = qkv.view(3, 6, 3, 2, 8).permute(2, 0, 3, 1, 4)
-    attended = attention(rotate(q, rotation), rotate(k, rotation), v, causal=False).transpose(1, 2).reshape(18, 16)
+    qkv = qkv.view(3, 6, 3, 2, 8)
+    turn(qkv, torch.complex(*rotation)[:, None, None])
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).reshape(18, 16)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     torch.testing.assert_close(
         fast.finish(rows, attended).view_as(x), block(x, rotation).detach(), rtol=tolerance, atol=tolerance
@@ -72,14 +84,16 @@ def test_a_tied_head_has_no_weights_of_its_own_and_predicts_no_mask():
 
 def test_code_dropout_hides_whole_codes_and_in_training_only():
     model, codes = build(code_dropout=0.25), torch.randint(CODES, (200, 6))
-    whole = model.code_embedding(codes)
-    assert torch.equal(model.eval().embed(codes), whole)
-    embedded = model.train().embed(codes)
-    hidden = (embedded == 0).all(-1)
-    assert torch.equal(embedded[~hidden], whole[~hidden])
-    assert 0.2 < hidden.float().mean() < 0.3
-    assert hidden.any(1).float().mean() > 0.5  # not whole images
-    assert torch.equal(build(code_dropout=0.0).train().embed(codes), whole)
+    random = BatchRandom(0, slice(0, 200), 200)
+    assert model.eval().hide(codes, random) is None
+    assert build(code_dropout=0.0).train().hide(codes, random) is None
+    hidden = model.train().hide(codes, random)
+    assert hidden.float().mean().item() == pytest.approx(0.25, abs=0.05)
+    embedded = model.embed(codes, hidden)
+    assert (embedded[hidden] == 0).all()
+    assert torch.equal(embedded[~hidden], model.embed(codes)[~hidden])
+    half = model.hide(codes[100:], BatchRandom(0, slice(100, 200), 200))
+    assert torch.equal(half, hidden[100:])  # it belongs to the image, not to the process
 
 
 @pytest.mark.parametrize(
