@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.reporting import compared, parser, report
 from core.processes import share_cores
-from stage2_prior.codes import CodeCache, CodeSplit, Manifest, SplitFiles, TokenizerReference
+from stage2_prior.codes import CodeCache, CodeSplit, Manifest, SplitFiles, TokenizerReference, code_statistics
 
 GRID, CODEBOOK_SIZE, BATCH_SIZE = (16, 16), 1024, 256
 STATUS = Path("/proc/self/status")
@@ -44,7 +44,7 @@ class RowDataset(Dataset):
 
 def write_cache(folder: Path, rows: int) -> None:
     """A code cache of ``rows`` random training rows, and as many held out as a manifest needs: one."""
-    random = np.random.default_rng(0)
+    random, splits = np.random.default_rng(0), {}
     for name, count in {"train": rows, "val": 1}.items():
         shape = (count, *GRID)
         codes = np.lib.format.open_memmap(folder / f"{name}.codes.npy", mode="w+", dtype=np.uint16, shape=shape)
@@ -52,6 +52,7 @@ def write_cache(folder: Path, rows: int) -> None:
             part = codes[start : start + 10_000]
             part[:] = random.integers(0, CODEBOOK_SIZE, part.shape, dtype=np.uint16)
         codes.flush()
+        splits[name] = codes
     manifest = Manifest(
         tokenizer=TokenizerReference(hash="0" * 64, path="none"),
         source="random numbers",
@@ -65,9 +66,7 @@ def write_cache(folder: Path, rows: int) -> None:
             name: SplitFiles(rows=count, codes=f"{name}.codes.npy", labels=None)
             for name, count in {"train": rows, "val": 1}.items()
         },
-        codes_used=CODEBOOK_SIZE,
-        entropy_nats_per_code=float(np.log(CODEBOOK_SIZE)),
-        unigram_nats_per_code={name: float(np.log(CODEBOOK_SIZE)) for name in ("train", "val")},
+        **code_statistics(splits, CODEBOOK_SIZE),
     )
     (folder / "manifest.json").write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
 

@@ -22,7 +22,7 @@ from core.config import RunConfig
 from core.model_folder import write_json
 from pipelines.evaluate_prior import evaluate_prior
 from stage2_prior.causal_transformer import CausalTransformerConfig
-from stage2_prior.codes import Manifest, SplitFiles, TokenizerReference
+from stage2_prior.codes import Manifest, SplitFiles, TokenizerReference, code_statistics
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import PriorLossConfig, PriorModelConfig
@@ -73,8 +73,6 @@ def write_codes(folder: Path) -> float:
         grids[split], cost = codes.numpy(), nats.mean().item() / math.prod(GRID)
         np.save(folder / f"{split}.codes.npy", grids[split].astype(np.uint16))
         np.save(folder / f"{split}.labels.npy", labels.numpy().astype(np.int32))
-    counts = np.bincount(grids["train"].ravel(), minlength=CODES)
-    shares, smoothed = counts / counts.sum(), (counts + 1) / (counts + 1).sum()
     manifest = Manifest(
         tokenizer=TokenizerReference(hash="none: drawn codes", path=str(folder)),
         source="known_entropy",
@@ -88,9 +86,7 @@ def write_codes(folder: Path) -> float:
             split: SplitFiles(rows=rows, codes=f"{split}.codes.npy", labels=f"{split}.labels.npy")
             for split, rows in ROWS.items()
         },
-        codes_used=CODES,
-        entropy_nats_per_code=float(-(shares * np.log(shares)).sum()),
-        unigram_nats_per_code={split: float(-np.log(smoothed[codes]).mean()) for split, codes in grids.items()},
+        **code_statistics(grids, CODES),
     )
     write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
     return cost
@@ -127,7 +123,7 @@ def main() -> None:
         truth = write_codes(folder / "codes")
         for name in options.models:
             model, steps = MODELS[name]
-            start = time.process_time()
+            begun, start = (folder / name).exists(), time.process_time()
             train(training(model, steps, folder / name, folder / "codes"))
             seconds = time.process_time() - start
             figures = evaluate_prior(folder / name, batch_size=500)["figures"]
@@ -144,7 +140,7 @@ def main() -> None:
                     "unigram": figures["unigram_nats_per_code"],
                     "uniform": figures["uniform_nats_per_code"],
                     "steps": steps,
-                    "processor_s": seconds,
+                    "processor_s": None if begun else seconds,  # of a whole training only
                 }
             )
     report({"grid": "6x5", "codes": CODES, "classes": CLASSES, "held_out": ROWS["test"]}, rows, options.json)

@@ -261,8 +261,8 @@ class TrainingRun(Generic[ConfigT]):
         every = getattr(self.config.train, f"{what}_every") or self.batches.steps_per_epoch
         return self.step % every == 0 or self.step == self.batches.max_steps
 
-    def log_validation(self, metrics: dict[str, float]) -> None:
-        """Writes a `val` line.
+    def log_validation(self, metrics: dict[str, float], what: str = "held out") -> None:
+        """Writes a `val` line, and says it as ``what``.
 
         Raises:
             InputError: a number that is not finite; no checkpoint is written of this step.
@@ -270,7 +270,7 @@ class TrainingRun(Generic[ConfigT]):
         self._check_finite(metrics)
         self._write_metrics("val", metrics)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        self.say(f"step {self.step}: held out: {shown}")
+        self.say(f"step {self.step}: {what}: {shown}")
 
     def finish(self, reason: str) -> None:
         """Ends the run after this step."""

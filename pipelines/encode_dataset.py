@@ -1,17 +1,17 @@
 """Turns a data set into codes with a trained tokenizer.
 
 accelerate launch -m pipelines.encode_dataset runs/TOKENIZER [--out DIR] [--data SOURCE] [--horizontal-flip] [--crops N]
+
+The processes that share the work have to be of one machine.
 """
 
 import math
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import typer
 from accelerate import PartialState
-from torch import Tensor
 from tqdm import tqdm
 
 from core.command import run_command
@@ -23,9 +23,17 @@ from core.model_folder import find_model_folder
 from core.processes import join_processes
 from core.run_folder import RunFolder
 from pipelines.image_variants import ImageVariants, image_variants
-from pipelines.partial_codes import CHUNK, PartialCodes
+from pipelines.partial_codes import CHUNK, PartialCodes, discard_leftover
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage2_prior.codes import Augmentation, CodeCache, Manifest, SplitFiles, TokenizerReference, code_dtype
+from stage2_prior.codes import (
+    Augmentation,
+    CodeCache,
+    Manifest,
+    SplitFiles,
+    TokenizerReference,
+    code_dtype,
+    code_statistics,
+)
 
 __all__ = ["encode_dataset", "training_data"]
 
@@ -48,7 +56,7 @@ def encode_dataset(
     source: str | None = None,
     augmentation: Augmentation | None = None,
 ) -> Path:
-    """Encodes every split into ``out`` (codes/NAME by default), the images shared by the processes.
+    """Encodes every split into ``out`` (codes/NAME by default), the images shared by the processes of one machine.
 
     Killed at any instant and called again, with any number of processes, it goes on where it was.
 
@@ -59,7 +67,8 @@ def encode_dataset(
         The folder: a code cache.
 
     Raises:
-        InputError: no tokenizer there, one without codes, or a folder that holds other codes already.
+        InputError: no tokenizer there, one without codes, a folder that holds other codes or other things already, or
+            processes of several machines that do not see each other's writes.
     """
     augmentation = augmentation or Augmentation()
     state = join_processes()
@@ -77,6 +86,8 @@ def encode_dataset(
     reference = TokenizerReference(hash=model.content_hash(), path=str(tokenizer))
     if _already_there(final, reference, data_config, augmentation):
         _say(state, f"{final}: already holds the codes of this tokenizer; nothing to do")
+        if state.is_main_process:
+            discard_leftover(final)  # of a call killed at its last step
         return final
 
     data = load_images(data_config)
@@ -92,6 +103,7 @@ def encode_dataset(
     if state.is_main_process and (found := partial.begin(model.code_grid, code_dtype(model.codebook_size))):
         print(found)
     state.wait_for_everyone()
+    partial.check_shared()
     for split, images in splits.items():
         _encode_split(model, images, split, partial, state)
     state.wait_for_everyone()
@@ -104,8 +116,10 @@ def encode_dataset(
 
 
 def _already_there(final: Path, reference: TokenizerReference, data: DataConfig, augmentation: Augmentation) -> bool:
-    if not final.exists():
+    if _is_free(final):
         return False
+    if not (final / "manifest.json").is_file():
+        raise InputError(f"--out {final}: exists and holds no codes; give another --out")
     manifest = CodeCache(final).manifest
     if manifest.tokenizer.hash != reference.hash:
         raise InputError(
@@ -122,6 +136,13 @@ def _already_there(final: Path, reference: TokenizerReference, data: DataConfig,
             "changed. Give another --out, or remove the folder"
         )
     return True
+
+
+def _is_free(final: Path) -> bool:
+    """Whether there is nothing, or an empty folder that the codes can be renamed to."""
+    if final.is_symlink() or final.is_mount():
+        return False
+    return not final.exists() or (final.is_dir() and not any(final.iterdir()))
 
 
 @torch.no_grad()
@@ -153,11 +174,7 @@ def _manifest(
 ) -> Manifest:
     assert model.codebook_size is not None
     # From what is on disk, so that it does not matter which call or process has written it.
-    counts = {split: _code_counts(partial.open(split)[0], model.codebook_size) for split in partial.splits}
-    train = counts["train"]
-    shares = train / train.sum()
-    smoothed = (train + 1) / (train + 1).sum()
-    unigram = {split: -(count / count.sum() * smoothed.log()).sum().item() for split, count in counts.items()}
+    statistics = code_statistics({split: partial.open(split)[0] for split in partial.splits}, model.codebook_size)
     return Manifest(
         tokenizer=reference,
         source=data_config.source,
@@ -176,18 +193,8 @@ def _manifest(
             )
             for split, variants in partial.splits.items()
         },
-        codes_used=int((train > 0).sum()),
-        entropy_nats_per_code=torch.special.entr(shares).sum().item(),
-        unigram_nats_per_code=unigram,
+        **statistics,
     )
-
-
-def _code_counts(codes: np.ndarray, codebook_size: int) -> Tensor:
-    """How often each code occurs, (codebook_size,) float64."""
-    counts = np.zeros(codebook_size)
-    for start in range(0, len(codes), 16 * CHUNK):
-        counts += np.bincount(codes[start : start + 16 * CHUNK].ravel(), minlength=codebook_size)
-    return torch.from_numpy(counts)
 
 
 def _describe(manifest: Manifest) -> str:

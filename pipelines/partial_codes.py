@@ -6,15 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import gather_object
 
 from core.config import describe_differences
+from core.errors import InputError
 from core.model_folder import write_json
 from pipelines.image_variants import ImageVariants
 from stage2_prior.codes import Manifest
 
-__all__ = ["CHUNK", "PartialCodes"]
+__all__ = ["CHUNK", "PartialCodes", "discard_leftover"]
 
 CHUNK = 256  # images that are encoded together, in all their variants
+
+_IDENTITY = "identity.json"
+_ONE_MACHINE = (
+    "all processes have to see each other's writes, which those of several machines do not, on disks of their own and "
+    "on most network disks; remove this folder and encode on one machine"
+)
 
 
 class PartialCodes:
@@ -23,6 +31,9 @@ class PartialCodes:
     `codes/` is what will be that folder. `SPLIT.done.npy` has a byte for each chunk of images, 1 once the rows of all
     their variants are on disk, and `identity.json` says what is being encoded. Every process writes the chunks that it
     encodes; all else is the main process's.
+
+    The processes have to be of one machine: they write to the same mapped files, whose pages several machines would
+    overwrite for each other on a network disk, and would not see at all on disks of their own.
 
     Args:
         final: the folder NAME.
@@ -33,9 +44,9 @@ class PartialCodes:
     def __init__(self, final: Path, identity: dict[str, Any], splits: dict[str, ImageVariants]) -> None:
         self.final, self.splits = final, splits
         self.identity = {**identity, "rows": {name: split.rows for name, split in splits.items()}}
-        self.folder = final.with_name(f".{final.name}.partial")
+        self.folder = _partial_folder(final)
         self.codes = self.folder / "codes"
-        self.identity_file = self.folder / "identity.json"
+        self.identity_file = self.folder / _IDENTITY
 
     def begin(self, grid: tuple[int, int], dtype: type[np.integer]) -> str | None:
         """Keeps what an interrupted call left if it is of the same codes, else starts anew; says which, or is None.
@@ -54,7 +65,7 @@ class PartialCodes:
         if self.folder.exists():
             differences = "; ".join(describe_differences(stored, self.identity)) if stored else "of nothing known"
             said = f"{self.folder}: left by an interrupted call and discarded ({differences})"
-            self._discard()
+            discard_leftover(self.final)
         self.codes.mkdir(parents=True)
         for name, split in self.splits.items():
             shape = (split.rows, *grid)
@@ -64,6 +75,15 @@ class PartialCodes:
             np.save(self._done_file(name), np.zeros(-(-len(split.images) // CHUNK), dtype=np.uint8))
         write_json(self.identity_file, self.identity)  # last: without it, none of the above counts
         return said
+
+    def check_shared(self) -> None:
+        """Called by every process once the main one has begun.
+
+        Raises:
+            InputError: in all of them, where one does not find what was begun.
+        """
+        if not all(gather_object([self.identity_file.is_file()])):
+            raise InputError(f"{self.folder}: not there for all processes; {_ONE_MACHINE}")
 
     def open(self, name: str) -> tuple[np.memmap, np.memmap]:
         """A split's codes (rows, h, w), and a byte for each of its chunks: both to be written to.
@@ -76,10 +96,20 @@ class PartialCodes:
         )
 
     def finish(self, manifest: Manifest) -> None:
-        """Makes it the final folder; from here on it is a code cache."""
+        """Makes it the final folder; from here on it is a code cache.
+
+        Raises:
+            InputError: rows that no process has written, as far as can be seen from here (named split, and how many).
+        """
+        for name, split in self.splits.items():
+            if missing := split.rows - self._rows_done(name):
+                raise InputError(
+                    f"{self.folder}: {missing:,} of {split.rows:,} rows of `{name}` are missing though every process "
+                    f"has written its share; {_ONE_MACHINE}"
+                )
         write_json(self.codes / "manifest.json", manifest.model_dump(mode="json"))
-        self.codes.rename(self.final)
-        self._discard()
+        self.codes.rename(self.final)  # an empty folder there is replaced
+        discard_leftover(self.final)
 
     def _done_file(self, name: str) -> Path:
         return self.folder / f"{name}.done.npy"
@@ -89,6 +119,14 @@ class PartialCodes:
         chunks = np.flatnonzero(np.load(self._done_file(name)))
         return int(np.minimum(CHUNK, images - CHUNK * chunks).sum()) * variants
 
-    def _discard(self) -> None:
-        self.identity_file.unlink(missing_ok=True)  # first: a kill here leaves nothing that could be gone on from
-        shutil.rmtree(self.folder)
+
+def discard_leftover(final: Path) -> None:
+    """Removes what an interrupted call has left beside the folder ``final``, if anything."""
+    folder = _partial_folder(final)
+    if folder.exists():
+        (folder / _IDENTITY).unlink(missing_ok=True)  # first: a kill here leaves nothing that could be gone on from
+        shutil.rmtree(folder)
+
+
+def _partial_folder(final: Path) -> Path:
+    return final.with_name(f".{final.name}.partial")

@@ -6,16 +6,26 @@
 import json
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from core.config import Count, Flag, Section, Size, parse_config
 from core.errors import InputError
 
-__all__ = ["Augmentation", "CodeCache", "CodeSplit", "Manifest", "SplitFiles", "TokenizerReference", "code_dtype"]
+__all__ = [
+    "Augmentation",
+    "CodeCache",
+    "CodeSplit",
+    "Manifest",
+    "SplitFiles",
+    "TokenizerReference",
+    "code_dtype",
+    "code_statistics",
+]
 
 _ROWS_AT_ONCE = 4096  # where a whole array is gone through
 
@@ -75,10 +85,41 @@ class Manifest(Section):
     """What predicting each code by its training frequency costs on each split (add-one smoothing): the baseline that a
     prior has to beat."""
 
+    @model_validator(mode="after")
+    def _has_what_is_trained_and_validated_on(self) -> "Manifest":
+        for field, found in {"splits": self.splits, "unigram_nats_per_code": self.unigram_nats_per_code}.items():
+            if not {"train", self.validation_split} <= found.keys():
+                raise ValueError(
+                    f"{field}: expected 'train' and the validation_split {self.validation_split!r}, got "
+                    f"{list(found)}; encode the images again"
+                )
+        return self
+
 
 def code_dtype(codebook_size: int) -> type[np.integer]:
     """The smallest type on disk that holds the codes."""
     return np.uint16 if codebook_size <= 2**16 else np.int32
+
+
+def code_statistics(splits: dict[str, np.ndarray], codebook_size: int) -> dict[str, Any]:
+    """The fields of :class:`Manifest` that follow from the codes of all splits, (n, h, w) each, `train` among them."""
+    counts = {name: _code_counts(codes, codebook_size) for name, codes in splits.items()}
+    train = counts["train"]
+    shares = train[train > 0] / train.sum()
+    log_smoothed = np.log((train + 1) / (train + 1).sum())
+    return {
+        "codes_used": len(shares),
+        "entropy_nats_per_code": float((shares * np.log(1 / shares)).sum()),
+        "unigram_nats_per_code": {name: float(-(n @ log_smoothed) / n.sum()) for name, n in counts.items()},
+    }
+
+
+def _code_counts(codes: np.ndarray, codebook_size: int) -> np.ndarray:
+    """How often each code occurs, (codebook_size,) float64."""
+    counts = np.zeros(codebook_size)
+    for start in range(0, len(codes), _ROWS_AT_ONCE):
+        counts += np.bincount(codes[start : start + _ROWS_AT_ONCE].ravel(), minlength=codebook_size)
+    return counts
 
 
 class CodeSplit:
@@ -123,22 +164,27 @@ class CodeCache:
         return self.splits[self.manifest.validation_split]
 
     def check_codes(self) -> None:
-        """Reads all codes once.
+        """Reads all codes and labels once; labels count only where the manifest names classes.
 
         Raises:
-            InputError: one that is not below the codebook's size (named file and row).
+            InputError: a code that is not below the codebook's size, or a label that is no class (named file and row).
         """
-        size = self.manifest.codebook_size
+        size, classes = self.manifest.codebook_size, len(self.manifest.class_names or [])
         for name, split in self.splits.items():
-            for start in range(0, len(split), _ROWS_AT_ONCE):
-                codes = split.codes[start : start + _ROWS_AT_ONCE].reshape(-1, math.prod(self.manifest.grid))
-                if codes.max() >= size or codes.min() < 0:
-                    row, cell = np.argwhere((codes >= size) | (codes < 0))[0]
-                    raise InputError(
-                        f"codes {self._file(self.manifest.splits[name].codes)}: row {start + row} holds the code "
-                        f"{codes[row, cell]}, expected codes from 0 to {size - 1} (codebook_size {size} in "
-                        f"manifest.json); {self._remedy}"
-                    )
+            files = self.manifest.splits[name]
+            self._check_range(files.codes, split.codes, "code", size, f"codebook_size {size}")
+            if classes and split.labels is not None and files.labels is not None:
+                self._check_range(files.labels, split.labels, "label", classes, f"{classes} class_names")
+
+    def _check_range(self, name: str, values: np.ndarray, what: str, limit: int, why: str) -> None:
+        for start in range(0, len(values), _ROWS_AT_ONCE):
+            part = values[start : start + _ROWS_AT_ONCE]
+            if part.max() >= limit or part.min() < 0:
+                wrong = np.argwhere((part >= limit) | (part < 0))[0]  # its row, and its cell in a grid
+                raise InputError(
+                    f"codes {self._file(name)}: row {start + wrong[0]} holds the {what} {part[tuple(wrong)]}, expected "
+                    f"{what}s from 0 to {limit - 1} ({why} in manifest.json); {self._remedy}"
+                )
 
     @property
     def _remedy(self) -> str:
@@ -161,8 +207,9 @@ class CodeCache:
         size = file.stat().st_size
         with file.open("rb") as opened:
             try:
-                np.lib.format.read_magic(opened)
-                found, _, dtype = np.lib.format.read_array_header_1_0(opened)
+                first = np.lib.format.read_magic(opened) == (1, 0)
+                read_header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+                found, _, dtype = read_header(opened)
                 header = opened.tell()
             except ValueError:  # not even a whole header
                 found, dtype, header = shape, np.dtype(np.uint16), size

@@ -29,6 +29,7 @@ __all__ = ["PriorTrainConfig", "PriorTrainingConfig", "train"]
 
 LEAST_ENTROPY = 0.05  # nats per code; below it the images are all the same to the tokenizer
 OVERFITTING_AFTER = 2  # validations without a better one; a single one may be chance
+SHOWN = 4  # differences of two code caches in a message
 
 
 class PriorTrainConfig(TrainConfig):
@@ -52,7 +53,9 @@ class PriorTrainingConfig(Section):
 def train(config: PriorTrainingConfig) -> TrainingRun[PriorTrainingConfig]:
     """Trains into ``config.run.dir``, going on from its last checkpoint where there is one; returns the ended run.
 
-    `model/` holds the weights of the best held-out loss, not the last ones.
+    `model/` holds the weights of the best held-out loss, not the last ones. Held out, `loss` is the negative log
+    likelihood in nats per code, or, of a masked transformer, an upper bound on it: another quantity than its training
+    loss, which is of the masked codes alone.
     """
     cache = CodeCache(config.codes)
     check_entropy(cache.manifest, config.codes)
@@ -74,8 +77,7 @@ def train(config: PriorTrainingConfig) -> TrainingRun[PriorTrainingConfig]:
     assert isinstance(final, Prior)
     parameters = sum(p.numel() for p in prior.parameters())
     run.say(f"{parameters:,} parameters, {batches.steps_per_epoch} steps an epoch, {batches.max_steps} in all")
-    what = {"tokenizer": cache.manifest.tokenizer.hash[:12], "grid": list(cache.manifest.grid),
-            "codebook_size": cache.manifest.codebook_size}  # fmt: skip
+    what = codes_facts(cache.manifest)
     if not run.restore(batches, modules, {"optimizer": (prior, optimizer)}, check=lambda: check_same_codes(run, what)):
         run.facts = {"best_loss": math.inf, "best_step": 0, "validations_since_best": 0, "codes": what}
 
@@ -100,21 +102,41 @@ def train(config: PriorTrainingConfig) -> TrainingRun[PriorTrainingConfig]:
         # 4. Once in a while: measure, keep the best, stop early, save.
         if run.due("validate"):
             loss = validate(final, cache.validation, config.train.batch_size, accelerator)
-            run.log_validation({"loss": loss, "unigram": baseline})
+            figures = {"loss": loss, "unigram": baseline, "uniform": math.log(cache.manifest.codebook_size)}
+            run.log_validation(figures, "held out" if final.exact_likelihood else "held out (loss: an upper bound)")
             keep_best(run, final, loss)
         if run.due("checkpoint") or run.finished:
-            run.save(f"{run.folder.path.name}: nats per code", {"unigram": baseline})
-    say_result(run, baseline)
+            title = "nats per code" if final.exact_likelihood else "nats per code (held out: upper bound)"
+            run.save(f"{run.folder.path.name}: {title}", {"unigram": baseline})
+    say_result(run, final, baseline)
     return run
 
 
+def codes_facts(manifest: Manifest) -> dict[str, Any]:
+    """What a run remembers of its codes."""
+    return {
+        "tokenizer": manifest.tokenizer.hash,
+        "grid": list(manifest.grid),
+        "codebook_size": manifest.codebook_size,
+        "source": manifest.source,
+        "augmentation": manifest.augmentation.model_dump(mode="json"),
+        "rows": {name: files.rows for name, files in manifest.splits.items()},
+        "classes": {str(label): name for label, name in enumerate(manifest.class_names or [])},
+    }
+
+
 def check_same_codes(run: TrainingRun[PriorTrainingConfig], what: dict[str, Any]) -> None:
-    """Refuses to go on with codes of another tokenizer, grid or vocabulary than the run began with."""
-    differences = describe_differences(run.facts["codes"], what)
+    """Refuses to go on with other codes than the run began with."""
+    there = run.facts["codes"]
+    differences = describe_differences(there, what)
     if differences:
+        more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+        shown = "; ".join(differences[:SHOWN]) + more
+        for digest in (there["tokenizer"], what["tokenizer"]):
+            shown = shown.replace(digest, digest[:12])
         raise InputError(
-            f"codes {run.config.codes}: the prior in {run.folder.path} is trained on others "
-            f"({'; '.join(differences)}); give those codes, or another run.dir="
+            f"codes {run.config.codes}: the prior in {run.folder.path} is trained on others ({shown}); give those "
+            "codes, or another run.dir="
         )
 
 
@@ -172,25 +194,31 @@ def keep_best(run: TrainingRun[PriorTrainingConfig], prior: Prior, loss: float) 
     facts["validations_since_best"] += 1
     if facts["validations_since_best"] == OVERFITTING_AFTER:
         run.say(
-            f"overfitting: {OVERFITTING_AFTER} validations in a row were worse than that of step {facts['best_step']} "
-            f"({facts['best_loss']:.4f} nats per code, now {loss:.4f}), whose weights model/ holds. Try more "
-            "model.dropout or loss.replace_prob, codes of cropped and flipped images (twostage encode --crops 4 "
-            "--horizontal-flip), or a smaller model"
+            f"overfitting: {OVERFITTING_AFTER} validations in a row were no better than that of step "
+            f"{facts['best_step']} ({held_out_loss(prior)} {facts['best_loss']:.4f} nats per code, now {loss:.4f}), "
+            "whose weights model/ holds. Try more model.dropout or loss.replace_prob, codes of cropped and flipped "
+            "images (twostage encode --crops 4 --horizontal-flip), or a smaller model"
         )
     if facts["validations_since_best"] == patience:
-        run.finish(f"the held-out loss has not improved since step {facts['best_step']}")
+        run.finish(f"the {held_out_loss(prior)} has not improved since step {facts['best_step']}")
 
 
-def say_result(run: TrainingRun[PriorTrainingConfig], baseline: float) -> None:
+def held_out_loss(prior: Prior) -> str:
+    """What :func:`validate` returns, in words."""
+    return "held-out loss" if prior.exact_likelihood else "held-out upper bound"
+
+
+def say_result(run: TrainingRun[PriorTrainingConfig], prior: Prior, baseline: float) -> None:
     """The last word: the best loss, when it was, and whether the prior went on to overfit."""
     best, step = run.facts["best_loss"], run.facts["best_step"]
     run.say(
-        f"best held-out loss {best:.4f} nats per code at step {step} (unigram baseline {baseline:.4f}); "
+        f"best {held_out_loss(prior)} {best:.4f} nats per code at step {step} (unigram baseline {baseline:.4f}); "
         f"model: {run.folder.model}; curves: {run.folder.path / 'losses.png'}"
     )
     if step < run.step:
         run.say(
-            f"the held-out loss was not better at step {run.step}, the last; model/ holds the weights of step {step}"
+            f"the {held_out_loss(prior)} was not better at step {run.step}, the last; model/ holds the weights of step "
+            f"{step}"
         )
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from PIL import Image
 
 from core.config import parse_config
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.prior import Prior
 
 FEW = ["train.max_steps=2", "train.validate_every=2", "train.checkpoint_every=2"]
 
@@ -230,7 +233,14 @@ def test_codes_are_not_written_over_others(refused, runs, other_tokenizer, tmp_p
     source = pictures(tmp_path / "pictures")
     error = refused("encode", runs.tokenizer, "--data", source, "--out", runs.codes)
     assert f"holds the codes of 'shapes', this is '{source}'" in error
-    refused("encode", runs.tokenizer, "--out", source)
+
+
+def test_codes_are_not_written_beside_other_things(refused, runs, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")  # no folder can be renamed to it
+    for out in (pictures(tmp_path / "pictures"), tmp_path / "pictures" / "00.png", tmp_path / "link"):
+        error = refused("encode", runs.tokenizer, "--out", out)
+        assert error == f"error: --out {out}: exists and holds no codes; give another --out\n"
 
 
 # --- generating -----------------------------------------------------------------------------------------------------
@@ -263,6 +273,7 @@ def test_images_of_other_settings_are_not_mixed(refused, works, runs, tmp_path):
     ("--top-k", 17, "top_k 17: expected at most the 16 codes"),
     ("--top-p", 1.5, "top_p"),
     ("--temperature", 0, "temperature"),
+    ("--num-steps", 4, "num_steps 4: is of masked transformers, this prior is a causal_transformer"),
     ("--guidance-scale", 2, "guidance_scale 2.0: this prior was trained with loss.class_dropout_prob=0"),
 ])  # fmt: skip
 def test_wrong_sampling_settings_block_nothing(refused, works, runs, tmp_path, option, value, said):
@@ -273,6 +284,30 @@ def test_wrong_sampling_settings_block_nothing(refused, works, runs, tmp_path, o
     words = ["generate", "./prior", "--num-images", 2, "--out", "out"]
     assert said in refused(*words, option, value)
     works(*words)  # the corrected command works in the same folder
+
+
+def test_weights_that_there_are_no_products_with_block_nothing(refused, works, runs, monkeypatch):
+    words = ["generate", runs.prior, "--num-images", 2, "--out", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+        assert "weights 'bfloat16': this torch or this processor has no" in refused(*words, "--weights", "bfloat16")
+        patch.setattr("stage2_prior.fast_linear.torch.backends.quantized", SimpleNamespace(supported_engines=[]))
+        assert "weights 'int8': this torch has no" in refused(*words, "--weights", "int8")
+    works(*words)  # the corrected command works in the same folder
+
+
+def test_a_pixelcnn_has_no_rounded_weights(refused, runs):
+    prior = Prior.from_pretrained(runs.prior)
+    Prior(prior.config.model_copy(update={"model": PixelCNNConfig(channels=4, depth=1)})).save_pretrained("prior")
+    said = refused("generate", "./prior", "--out", "out", "--weights", "int8")
+    assert "weights 'int8': is of transformers on a CPU, this prior is a pixelcnn" in said
+
+
+def test_a_prior_is_not_measured_on_another_tokenizers_codes(refused, works, runs, other_tokenizer):
+    works("encode", other_tokenizer, "--out", "codes")
+    error = refused("evaluate", runs.prior, "--codes", "codes")
+    assert short_hash(other_tokenizer) in error
+    assert short_hash(runs.tokenizer) in error
 
 
 # --- models that are not there, or not whole ------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from core.config import parse_config
 from core.data import DataConfig, ImageSplit, load_images
 from core.images import to_float
 from core.random import seed_for
-from pipelines import partial_codes
+from pipelines import encode_dataset, partial_codes
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.codes import Augmentation, CodeCache
 
@@ -235,6 +236,43 @@ main()
 """
 
 
+def test_chunks_that_never_arrived_are_missed(runs, twostage, tmp_path, monkeypatch):
+    """Of two processes the other one's writes went to a disk of its own."""
+    encode_split = encode_dataset._encode_split
+
+    def one_of_two(model, images, name, partial, state):
+        first = SimpleNamespace(process_index=0, num_processes=2, is_main_process=True, device=state.device)
+        encode_split(model, images, name, partial, first)
+
+    words = ["encode", runs.tokenizer, "--out", tmp_path / "codes"]
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_dataset, "_encode_split", one_of_two)
+        ended = twostage(*words)
+    assert ended.code == 2
+    assert (
+        f"error: {tmp_path / '.codes.partial'}: 64 of 320 rows of `train` are missing though every process has written "
+        "its share; all processes have to see each other's writes"
+    ) in ended.err
+    assert ended.err.rstrip().endswith("remove this folder and encode on one machine")
+    assert not (tmp_path / "codes").exists()
+    assert twostage(*words).code == 0
+    assert contents(tmp_path / "codes") == contents(runs.codes)
+
+
+def test_a_process_that_does_not_find_what_was_begun(runs, twostage, tmp_path, monkeypatch):
+    monkeypatch.setattr(partial_codes, "gather_object", lambda found: [*found, False])
+    ended = twostage("encode", runs.tokenizer, "--out", tmp_path / "codes")
+    assert ended.code == 2
+    assert f"error: {tmp_path / '.codes.partial'}: not there for all processes; " in ended.err
+
+
+def test_an_empty_folder_is_taken(runs, twostage, tmp_path):
+    (tmp_path / "codes").mkdir()
+    ended = twostage("encode", runs.tokenizer, "--out", tmp_path / "codes")
+    assert ended.code == 0, ended.err
+    assert contents(tmp_path / "codes") == contents(runs.codes)
+
+
 def test_a_killed_call_ends_as_if_it_had_not_been(runs, augmented, twostage, tmp_path):
     """Training pictures are read in two chunks of two sizes; the kill comes amid the second chunk."""
     words = ["encode", str(runs.tokenizer), "--out", str(tmp_path / "codes"), *AUGMENTED]
@@ -290,6 +328,7 @@ def test_wherever_it_is_killed(runs, twostage, killed_before, tmp_path):
         ended = twostage(*words)
         assert ended.code == 0, ended.err
         assert contents(tmp_path / "codes") == expected, f"killed before event {number}"
+        assert not (tmp_path / ".codes.partial").exists(), f"killed before event {number}"
         there += [int(line.split()[3]) for line in ended.out.splitlines() if ": goes on, " in line]
         (tmp_path / "codes").rename(tmp_path / f"codes_{number}")
         number += 1

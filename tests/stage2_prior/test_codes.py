@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from core.errors import InputError
-from stage2_prior.codes import Augmentation, CodeCache, code_dtype
+from stage2_prior.codes import Augmentation, CodeCache, code_dtype, code_statistics
 
 
 @pytest.fixture
@@ -113,6 +113,48 @@ def test_mistakes_in_the_manifest_are_named(folder):
         assert name in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"validation_split": "test"},
+         "splits: expected 'train' and the validation_split 'test', got ['train', 'val']"),
+        ({"splits": {}}, "splits: expected 'train' and the validation_split 'val', got []"),
+        ({"unigram_nats_per_code": {"train": 1.0}},
+         "unigram_nats_per_code: expected 'train' and the validation_split 'val', got ['train']"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_lacks_a_split_it_needs(change, said, folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(InputError) as refusal:
+        CodeCache(folder)
+    assert str(refusal.value) == (f"codes {folder / 'manifest.json'} has 1 mistake:\n  {said}; encode the images again")
+
+
+def test_a_manifest_without_the_training_split(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["splits"]["train"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        InputError, match=re.escape("splits: expected 'train' and the validation_split 'val', got ['val")
+    ):
+        CodeCache(folder)
+
+
+def test_statistics_of_counts_that_can_be_done_by_hand(monkeypatch):
+    monkeypatch.setattr("stage2_prior.codes._ROWS_AT_ONCE", 2)  # the three rows are gone through in two parts
+    train, held_out = np.array([[[0, 0]], [[0, 2]], [[2, 2]]]), np.array([[[1, 1]], [[1, 2]]])
+    statistics = code_statistics({"train": train, "val": held_out}, 4)
+    assert statistics["codes_used"] == 2
+    assert statistics["entropy_nats_per_code"] == pytest.approx(np.log(2))
+    smoothed = np.array([4, 1, 4, 1]) / 10
+    assert statistics["unigram_nats_per_code"] == {
+        "train": pytest.approx(-np.log(smoothed[[0, 2]]).mean()),
+        "val": pytest.approx(-np.log(smoothed[[1, 1, 1, 2]]).mean()),
+    }
+    assert str(code_statistics({"train": np.zeros((2, 1, 1), dtype=int)}, 4)["entropy_nats_per_code"]) == "0.0"
+
+
 @pytest.mark.parametrize(("name", "shape"), [("train.codes.npy", r"\(10, 2, 3\)"), ("val.labels.npy", r"\(4,\)")])
 def test_a_missing_array_is_named(name, shape, folder):
     (folder / name).unlink()
@@ -140,6 +182,13 @@ def test_an_array_that_was_cut_short_says_how_far_it_goes(name, length, expected
     )
 
 
+def test_a_header_of_another_version_is_read(folder, splits):
+    with (folder / "train.codes.npy").open("wb") as file:
+        np.lib.format.write_array(file, splits["train"].astype(np.uint16), version=(2, 0))
+    read = CodeCache(folder).splits["train"].read(torch.arange(10))[0]
+    assert torch.equal(read, torch.from_numpy(splits["train"]))
+
+
 @pytest.mark.parametrize("shape", [(9, 2, 3), (10, 3, 2), (10, 6)])
 def test_another_shape_than_the_manifests_is_shown(shape, folder):
     np.save(folder / "train.codes.npy", np.zeros(shape, dtype=np.uint16))
@@ -160,8 +209,27 @@ def test_pickled_arrays_are_never_loaded(folder):
         CodeCache(folder)
 
 
-def test_codes_within_the_codebook_pass(folder):
+def test_codes_and_labels_within_their_range_pass(folder):
     CodeCache(folder).check_codes()
+
+
+@pytest.mark.parametrize(("label", "row"), [(2, 3), (-1, 0), (5, 5000)])
+def test_a_label_that_is_no_class_is_named(label, row, tmp_path, write_codes, random_codes):
+    codes = random_codes(6000).numpy()
+    labels = {"train": np.arange(4) % 2, "val": np.arange(6000) % 2}
+    labels["val"][row] = label
+    write_codes(tmp_path, {"train": codes[:4], "val": codes}, 5, ["cat", "dog"], labels)
+    with pytest.raises(InputError) as refusal:
+        CodeCache(tmp_path).check_codes()
+    assert str(refusal.value) == (
+        f"codes {tmp_path / 'val.labels.npy'}: row {row} holds the label {label}, expected labels from 0 to 1 "
+        f"(2 class_names in manifest.json); remove {tmp_path} and encode the images again"
+    )
+
+
+def test_labels_without_classes_are_not_used_and_may_be_any(tmp_path, write_codes, splits):
+    write_codes(tmp_path, splits, 5, None, {name: np.full(len(codes), 7) for name, codes in splits.items()})
+    CodeCache(tmp_path).check_codes()
 
 
 @pytest.mark.parametrize(("dtype", "code", "row"), [(np.uint16, 5, 3), (np.uint16, 65535, 5000), (np.int32, -1, 4096)])

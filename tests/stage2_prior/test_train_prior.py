@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from core.config import parse_config
 from core.errors import InputError
 from core.training import TrainingRun
-from stage2_prior.codes import CodeCache, TokenizerReference
+from stage2_prior.codes import Augmentation, CodeCache, TokenizerReference
 from stage2_prior.prior import Prior
 from stage2_prior.train_prior import PriorTrainingConfig, command, keep_best, train
 
@@ -96,7 +96,9 @@ def test_a_run_writes_its_folder(regular, document, tmp_path, new_process, capsy
     lines = read_metrics(run)
     assert [line["step"] for line in lines if line["split"] == "train"] == [2, 3, 4, 6]
     assert [line["step"] for line in lines if line["split"] == "val"] == [2, 4, 6]
-    assert {line["unigram"] for line in lines if line["split"] == "val"} == {manifest.unigram_nats_per_code["val"]}
+    validations = [line for line in lines if line["split"] == "val"]
+    assert {line["unigram"] for line in validations} == {manifest.unigram_nats_per_code["val"]}
+    assert {line["uniform"] for line in validations} == {math.log(4)}
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000006"]
     model = Prior.from_pretrained(run)
     assert (model.config.tokenizer, model.config.class_names) == (manifest.tokenizer, ["up", "down"])
@@ -104,6 +106,8 @@ def test_a_run_writes_its_folder(regular, document, tmp_path, new_process, capsy
     shown = capsys.readouterr().out
     assert f"uniform {math.log(4):.4f}, unigram {manifest.unigram_nats_per_code['val']:.4f}" in shown
     assert "32 train, 10 val; grid 2x2, 4 of 4 codes used, tokenizer 0123456789ab" in shown
+    assert f"step 2: held out: loss {validations[0]['loss']:.4g}, unigram " in shown
+    assert "bound" not in shown
 
 
 def test_regular_codes_are_learned_far_below_the_unigram(regular, document, start):
@@ -124,7 +128,7 @@ def test_a_run_stops_when_it_overfits_and_keeps_its_best_model(ema_decay, noise,
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{best + 6:08d}"]
     shown = capsys.readouterr().out
     assert f"best held-out loss {losses[best]:.4f} nats per code at step {best}" in shown
-    assert f"overfitting: 2 validations in a row were worse than that of step {best}" in shown
+    assert f"overfitting: 2 validations in a row were no better than that of step {best} (held-out loss " in shown
     assert f"was not better at step {best + 6}, the last; model/ holds the weights of step {best}" in shown
 
     before = contents(run)
@@ -132,6 +136,22 @@ def test_a_run_stops_when_it_overfits_and_keeps_its_best_model(ema_decay, noise,
     reason = f"the held-out loss has not improved since step {best}"
     assert f"finished at step {best + 6} ({reason}); nothing left to do" in capsys.readouterr().out
     assert contents(run) == before
+
+
+def test_the_bound_of_a_masked_transformer_is_called_one(noise, document, start, capsys, monkeypatch):
+    titles = []
+    monkeypatch.setattr("core.training.draw_curves", lambda lines, path, title, *_: titles.append(title))
+    run = start(document(model="masked_transformer", max_steps=60, lr=3e-2, patience=3, checkpoint_every=60))
+    losses = held_out(run)
+    best = min(losses, key=losses.__getitem__)
+    assert max(losses) == best + 6 < 60
+    shown = capsys.readouterr().out
+    assert f"step {best}: held out (loss: an upper bound): loss {losses[best]:.4g}, unigram " in shown
+    assert f"were no better than that of step {best} (held-out upper bound {losses[best]:.4f} nats per code" in shown
+    assert f"best held-out upper bound {losses[best]:.4f} nats per code at step {best}" in shown
+    assert f"the held-out upper bound was not better at step {best + 6}, the last" in shown
+    assert "held-out loss" not in shown
+    assert set(titles) == {"run: nats per code (held out: upper bound)"}
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1e-12])
@@ -232,6 +252,55 @@ def test_codes_of_another_grid_and_vocabulary_are_refused_on_resume(noise, docum
     with pytest.raises(InputError, match=r"grid: \[2, 2\] there, \[2, 3\] now; codebook_size: 4 there, 5 now"):
         start(document(max_steps=2))
     assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"augmentation": Augmentation(crops=3)}, "augmentation.crops: 0 there, 3 now"),
+        ({"augmentation": Augmentation(horizontal_flip=True)}, "augmentation.horizontal_flip: False there, True now"),
+        ({"source": "other"}, "source: 'numbers' there, 'other' now"),
+        ({"tokenizer": TokenizerReference(hash="0123456789ab" + "f" * 52, path="runs/tokenizer")},
+         "tokenizer: '0123456789ab' there, '0123456789ab' now"),
+        ({"class_names": ["up", "left"]}, "classes.1: 'down' there, 'left' now"),
+        ({"class_names": None}, "classes.0: 'up' there, '(absent)' now; classes.1: 'down' there, '(absent)' now"),
+        ({"class_names": [*"abcdef"]},
+         ("classes.0: 'up' there, 'a' now; classes.1: 'down' there, 'b' now; "
+          "classes.2: '(absent)' there, 'c' now; classes.3: '(absent)' there, 'd' now; and 2 more")),
+    ],
+)  # fmt: skip
+def test_codes_that_were_made_again_otherwise_are_refused_on_resume(
+    changes, said, regular, document, start, write_codes, tmp_path
+):
+    run = start(document(max_steps=2))
+    before = contents(run)
+    (training, labels), (held_out, held_out_labels) = regular_grids(32), regular_grids(10)
+    names = changes.pop("class_names", ["up", "down"])
+    write_codes(regular, {"train": training, "val": held_out}, 4, names, {"train": labels, "val": held_out_labels},
+                **changes)  # fmt: skip
+    with pytest.raises(InputError) as refusal:
+        start(document(max_steps=2))
+    assert str(refusal.value) == (
+        f"codes {regular}: the prior in {tmp_path / 'run'} is trained on others ({said}); give those codes, or another "
+        "run.dir="
+    )
+    assert contents(run) == before
+
+
+def test_codes_with_other_numbers_of_rows_are_refused_on_resume(noise, document, start, write_codes):
+    start(document(max_steps=2))
+    write_codes(noise, {"train": random_grids(16, 0), "val": random_grids(10, 1)}, 4)
+    with pytest.raises(InputError, match=r"\(rows\.train: 8 there, 16 now; rows\.val: 12 there, 10 now\)"):
+        start(document(max_steps=2))
+
+
+def test_a_label_that_is_no_class_is_refused_before_anything_is_written(regular, document, start, tmp_path):
+    labels = np.load(regular / "val.labels.npy")
+    labels[7] = 5
+    np.save(regular / "val.labels.npy", labels)
+    with pytest.raises(InputError, match=r"val\.labels\.npy: row 7 holds the label 5, expected labels from 0 to 1 "):
+        start(document())
+    assert not (tmp_path / "run").exists()
 
 
 def test_codes_beyond_the_vocabulary_are_refused_before_anything_is_written(noise, document, start, tmp_path):
