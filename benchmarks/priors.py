@@ -10,6 +10,7 @@ configs give, is not made again.
 
 import json
 import platform
+import shutil
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from benchmarks.reporting import Row, markdown_table, parser, report, write_section
 from core.config import load_config
 from core.pictures import contact_sheet, save_picture
+from core.run_folder import RunFolder
 from core.training import TrainingRun
 from pipelines.encode_dataset import encode_dataset
 from pipelines.evaluate_prior import evaluate_prior
@@ -36,6 +38,7 @@ PRIORS = ["pixelcnn", "gpt", "maskgit"]
 TOKENIZERS = {"mnist": "vqvae_mnist", "cifar10": "vqgan_cifar10"}
 JUDGES = {"mnist": {"epochs": 3}, "cifar10": {"epochs": 4, "horizontal_flip": True}}
 TIMED_STEPS = 12
+FEW_IMAGES = 1000  # held out, where they only say what a distance can be
 COLUMNS = {
     "name": "prior",
     "parameters": "parameters",
@@ -48,8 +51,8 @@ COLUMNS = {
 }
 
 
-def prepare(name: str) -> tuple[Path, Path, Path]:
-    """The tokenizer's run, its codes and the judge's run, made where they are not there."""
+def prepare(name: str) -> tuple[Path, Path]:
+    """The tokenizer's codes and the judge's run, made where they are not there."""
     tokenizer, judge = Path("runs") / TOKENIZERS[name], Path("runs") / f"judge_{name}"
     codes = Path("codes") / TOKENIZERS[name]
     overrides = [f"data.source={name}", f"run.dir={tokenizer}", "run.trackers=[]"]
@@ -62,7 +65,7 @@ def prepare(name: str) -> tuple[Path, Path, Path]:
         encode_dataset(tokenizer, codes)
     if not (judge / "model").exists():
         train_features(features_config(name, judge, seed=1, width=WIDTHS[0], **JUDGES[name]))
-    return tokenizer, codes, judge
+    return codes, judge
 
 
 def configured(prior: str, name: str, codes: Path, run: Path, *overrides: str) -> PriorTrainingConfig:
@@ -78,39 +81,48 @@ def steps_for(budget_s: float, name: str, codes: Path, folder: Path) -> dict[str
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
     length = [f"train.{key}={TIMED_STEPS}" for key in ("max_steps", "validate_every", "checkpoint_every")]
+    shutil.rmtree(folder / "timing", ignore_errors=True)  # a finished run takes no step that could be timed
     seconds, clock = {}, TrainingRun.clock
     TrainingRun.clock = staticmethod(time.process_time)
-    for prior in PRIORS:
-        config = configured(prior, name, codes, folder / "timing" / prior, *length, "train.warmup_steps=0")
-        seconds[prior] = train_prior(config).seconds_per_step
-    TrainingRun.clock = clock
+    try:
+        for prior in PRIORS:
+            config = configured(prior, name, codes, folder / "timing" / prior, *length, "train.warmup_steps=0")
+            seconds[prior] = train_prior(config).seconds_per_step
+    finally:
+        TrainingRun.clock = clock
     steps = {prior: max(50, round(budget_s / each / 50) * 50) for prior, each in seconds.items()}
     file.write_text(json.dumps(steps), encoding="utf-8")
     return steps
 
 
-def sampled(prior: str, guidance_scale: float) -> SamplingConfig:
-    """The sampling settings of the table."""
-    return SamplingConfig(guidance_scale=guidance_scale)
+def check_length(run: Path, steps: int) -> None:
+    """Ends the benchmark where ``run`` is there and of another length."""
+    there = (RunFolder(run).stored_config() or {}).get("train", {}).get("max_steps", steps)
+    if there != steps:
+        raise SystemExit(f"{run}: is a run of {there:,} steps, this would be one of {steps:,}; give another --dir")
 
 
 def train_and_measure(
     prior: str, name: str, steps: int, codes: Path, judge: Path, folder: Path, guidance_scales: list[float]
 ) -> list[Row]:
-    """Trains where it is not trained yet, evaluates; a row of the table for each guidance scale."""
+    """Trains where it is not trained yet, evaluates; a row of the table for each guidance scale. The likelihood, which
+    has nothing to do with guidance, is the first one's."""
     run = folder / prior
+    check_length(run, steps)
     length = [f"train.max_steps={steps}"]
     length += [f"train.{what}_every={steps // 2}" for what in ("validate", "checkpoint")]
     train_prior(configured(prior, name, codes, run, *length))
-    rows = []
+    rows: list[Row] = []
     for scale in guidance_scales:
         file = run / f"evaluation_{scale:g}" / "evaluation.json"
         if not file.is_file():
-            evaluate_prior(run, codes=codes, features=judge, sampling=sampled(prior, scale), out=file.parent)
+            sampling = SamplingConfig(guidance_scale=scale)
+            held_out = FEW_IMAGES if rows else None
+            evaluate_prior(run, codes=codes, features=judge, sampling=sampling, num_images=held_out, out=file.parent)
         figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
         rows.append(
             {"name": prior, "parameters": figures["parameters"], "steps": steps, "guidance": f"{scale:g}",
-             "nats": nats_in_words(figures), "accuracy": f"{figures['class_accuracy']:.1%}",
+             "nats": rows[0]["nats"] if rows else nats_in_words(figures), "accuracy": f"{figures['class_accuracy']:.1%}",
              "distance": figures["frechet_distance"], "codes_per_s": round(figures["codes_per_s"])}
         )  # fmt: skip
     return rows
@@ -129,8 +141,7 @@ def picture(name: str, folder: Path, guidance_scale: float, out: Path) -> None:
     for prior in PRIORS:
         pipeline = TwoStagePipeline.from_runs(folder / prior)
         names = pipeline.class_names
-        options = sampled(prior, guidance_scale).model_dump()
-        strips.append(pipeline(30, seed=0, output_type="pt", **options).images)
+        strips.append(pipeline(30, seed=0, output_type="pt", guidance_scale=guidance_scale).images)
         titles += [prior, "", ""]
     save_picture(contact_sheet(torch.cat(strips), 10, names, row_titles=titles), out / f"priors_{name}.png")
 
@@ -179,7 +190,7 @@ def main() -> None:
             continue
         folder = options.dir / name
         folder.mkdir(parents=True, exist_ok=True)
-        _, codes, judge = prepare(name)
+        codes, judge = prepare(name)
         steps = steps_for(minutes * 60, name, codes, folder)
         scales = options.guidance_scale
         found = [

@@ -9,7 +9,7 @@ each as `benchmarks.priors` does. What is there already is not made again.
 import json
 from pathlib import Path
 
-from benchmarks.priors import configured, prepare
+from benchmarks.priors import check_length, configured, prepare
 from benchmarks.reporting import markdown_table, parser, report, write_section
 from core.run_folder import read_metrics
 from pipelines.evaluate_prior import evaluate_prior
@@ -38,10 +38,11 @@ def main() -> None:
     arguments.add_argument("--dir", type=Path, default=Path("runs/replacement"))
     arguments.add_argument("--results", type=Path, default=Path("docs/results.md"))
     options = arguments.parse_args()
-    _, codes, judge = prepare("mnist")
+    codes, judge = prepare("mnist")
     rows = []
     for share in options.replace_prob:
         run = options.dir / f"{share:g}"
+        check_length(run, options.steps)
         length = [f"train.max_steps={options.steps}"]
         length += [f"train.{what}_every={max(1, options.steps // 2)}" for what in ("validate", "checkpoint")]
         train(configured("gpt", "mnist", codes, run, f"loss.replace_prob={share}", *length))

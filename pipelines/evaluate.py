@@ -14,26 +14,14 @@ from core.errors import InputError
 from core.model_folder import write_json
 from pipelines.evaluate_prior import evaluate_prior, prior_table
 from pipelines.evaluate_tokenizer import evaluate_tokenizer, tokenizer_table
-from pipelines.evaluation_document import (
-    evaluation_folder,
-    model_kind,
-)
-from pipelines.sampling_options import (
-    ChoiceTemperature,
-    GuidanceScale,
-    GuidanceSchedule,
-    MaskedShares,
-    NumSteps,
-    RoundedWeights,
-    Temperature,
-    TopK,
-    TopP,
-    sampling_config,
-)
+from pipelines.evaluation_document import evaluation_folder, model_kind
+from pipelines.sampling_options import with_sampling_options
+from stage2_prior.sampling import SamplingConfig
 
 __all__ = ["command"]
 
 
+@with_sampling_options
 def command(
     model: Annotated[str, typer.Argument(help="runs/NAME of a trained tokenizer (or AE, VAE ...) or prior.")],
     data: Annotated[str | None, typer.Option(help="Another source of images than it was made for.")] = None,
@@ -58,30 +46,12 @@ def command(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the samples; 0 by default.", rich_help_panel="Of priors")
     ] = None,
-    temperature: Temperature = 1.0,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    guidance_scale: GuidanceScale = 1.0,
-    guidance_schedule: GuidanceSchedule = "constant",
-    num_steps: NumSteps = None,
-    mask_schedule: MaskedShares = None,
-    choice_temperature: ChoiceTemperature = None,
-    weights: RoundedWeights = "float32",
+    *,
+    sampling: SamplingConfig,
 ) -> None:
     """Measure a tokenizer, and say whether it is ready for stage two; or measure a prior."""
     if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
         raise InputError(f"--json {json_file}: expected a file in a folder that is there")
-    sampling = sampling_config(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        guidance_scale=guidance_scale,
-        guidance_schedule=guidance_schedule,
-        num_steps=num_steps,
-        mask_schedule=mask_schedule,
-        choice_temperature=choice_temperature,
-        weights=weights,
-    )
     kind, out = model_kind(model), evaluation_folder(model)
     common: dict[str, Any] = {
         "features": features,
@@ -90,9 +60,17 @@ def command(
         "batch_size": batch_size,
         "out": out,
     }
-    of_priors = {"--codes": codes, "--tokenizer": tokenizer, "--num-samples": num_samples, "--seed": seed}
+    of_samples: dict[str, Any] = {"--num-samples": num_samples, "--seed": seed} | {
+        f"--{name.replace('_', '-')}": value for name, value in sampling.model_dump(exclude_defaults=True).items()
+    }
     if kind == "prior":
         _refuse_other(model, "prior", "tokenizers", {"--weights-dir": weights_dir})
+        given = [f"{option} {value}" for option, value in of_samples.items() if value is not None]
+        if given and not (features or inception):
+            raise InputError(
+                f"{', '.join(given)}: samples are drawn only where a network judges them; give --features runs/NAME "
+                "(twostage train-features) or --inception FILE, or leave this out"
+            )
         document = evaluate_prior(
             model,
             codes,
@@ -106,9 +84,7 @@ def command(
         )
         shown, pictures = prior_table(document), ["samples.png"] if "samples" in document["protocol"] else []
     else:
-        changed = sampling.model_dump(exclude_defaults=True)
-        of_priors |= {f"--{name.replace('_', '-')}": value for name, value in changed.items()}
-        _refuse_other(model, "tokenizer", "priors", of_priors)
+        _refuse_other(model, "tokenizer", "priors", {"--codes": codes, "--tokenizer": tokenizer, **of_samples})
         document = evaluate_tokenizer(model, data, split, weights_dir=weights_dir, **common)
         shown, pictures = tokenizer_table(document), ["worst.png", "typical.png"]
     if not PartialState().is_main_process:

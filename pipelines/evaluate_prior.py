@@ -13,7 +13,7 @@ import torch
 from core.data import DataConfig, ImageData, load_images
 from core.errors import InputError
 from core.model_folder import find_model_folder, write_json
-from core.pictures import contact_sheet, save_picture
+from core.pictures import save_picture
 from core.processes import join_processes
 from core.run_folder import RunFolder
 from pipelines.encode_dataset import training_data
@@ -39,8 +39,7 @@ from pipelines.prior_measurements import (
     standard_error,
 )
 from pipelines.prior_protocol import about_chain_rule, about_distance, about_likelihood, about_samples
-from pipelines.two_stage import TwoStagePipeline
-from stage1_tokenizer.autoencoder import Autoencoder
+from pipelines.two_stage import TwoStagePipeline, class_sheet
 from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Prior, PriorConfig
 from stage2_prior.sampling import SamplingConfig
@@ -49,6 +48,7 @@ __all__ = ["evaluate_prior", "prior_table"]
 
 SCALE_IMAGES = 4096
 """Training images that the likelihood's scale is fitted on."""
+MANY_COPIES = 0.01  # of the samples
 UNITS = {  # of the codes' cost
     "nats_per_code": ("nats per code", "{:.4f}"),
     "nats_per_image": ("nats per image", "{:.2f}"),
@@ -130,7 +130,8 @@ def evaluate_prior(
     if name not in cache.splits:
         raise InputError(f"--split {name}: codes {cache.path} have {' and '.join(cache.splits)}; give one of them")
     pipeline, no_pipeline = _opened(
-        lambda: open_pipeline(model, prior, tokenizer), asked_for=tokenizer is not None or network is not None
+        lambda: TwoStagePipeline.from_prior(model, prior, tokenizer),
+        asked_for=tokenizer is not None or network is not None,
     )
     images, no_images = None, no_pipeline
     if pipeline:
@@ -168,6 +169,8 @@ def evaluate_prior(
         },
         "likelihood": about_likelihood(model),
     }
+    if pipeline and (images or network):  # its decoder has a part in what is measured
+        protocol["tokenizer"] = described_weights(tokenizer or config.tokenizer.path, hash=config.tokenizer.hash)
     missing: dict[str, str] = {}
 
     # 2. The images: the tokenizer's part and the prior's.
@@ -184,7 +187,6 @@ def evaluate_prior(
             "prior_nats_per_image": parts[1],
             "chain_rule_bits_per_dim": in_units(sum(parts), config)["bits_per_dim"] + chain.level_bits,
         }
-        protocol["tokenizer"] = described_weights(tokenizer or config.tokenizer.path, hash=config.tokenizer.hash)
         protocol["data"] = {
             "source": data_config.source,
             "split": name,
@@ -194,7 +196,7 @@ def evaluate_prior(
             "sha256_of": DIGESTS_OF_IMAGES,
             "duplicates": chain.duplicates,
         }
-        protocol["chain_rule"] = about_chain_rule(pipeline.tokenizer, likelihood, len(fitted), chain.level_bits)
+        protocol["chain_rule"] = about_chain_rule(pipeline, likelihood, len(fitted), chain.level_bits)
     else:
         missing["chain_rule_nats_per_image"] = no_images
 
@@ -260,7 +262,7 @@ def open_codes(prior: str | Path, codes: str | Path | None, config: PriorConfig)
     """The code cache that is given, or that the run was trained on.
 
     Raises:
-        InputError: none is known, or it is not of this prior's tokenizer, codebook, grid and classes.
+        InputError: none is known, it is not of this prior's tokenizer, codebook, grid and classes, or it is damaged.
     """
     if codes is None:
         run = find_model_folder(prior).parent
@@ -284,19 +286,8 @@ def open_codes(prior: str | Path, codes: str | Path | None, config: PriorConfig)
                 f"codes {codes}: have {what} {found}, but the prior {prior} was trained on {expected}; give "
                 "--codes DIR of such codes"
             )
+    cache.check_codes()
     return cache
-
-
-def open_pipeline(model: Prior, prior: str | Path, tokenizer: str | Path | None) -> TwoStagePipeline:
-    """The prior with its tokenizer.
-
-    Raises:
-        InputError: it is gone, or another one is there.
-    """
-    path = tokenizer or model.config.tokenizer.path
-    if tokenizer is None and not Path(path).exists():
-        raise InputError(f"{prior}: its tokenizer was at {path}, which is gone; give --tokenizer runs/TOKENIZER")
-    return TwoStagePipeline(Autoencoder.from_pretrained(path), model)
 
 
 def open_images(tokenizer: str | Path, source: str, config: PriorConfig) -> tuple[DataConfig, ImageData]:
@@ -321,10 +312,7 @@ def open_images(tokenizer: str | Path, source: str, config: PriorConfig) -> tupl
 def _write(out: Path, document: dict[str, Any], samples: SampleFigures | None, config: PriorConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if samples:
-        names, count = config.class_names, len(samples.pictures)
-        captions = [names[i % len(names)] for i in range(count)] if names else None
-        columns = len(names) if names and 4 <= len(names) <= 12 else 8  # one class a column, where that fits
-        save_picture(contact_sheet(samples.pictures, min(columns, count), captions), out / "samples.png")
+        save_picture(class_sheet(samples.pictures, config.class_names), out / "samples.png")
     write_json(out / "evaluation.json", document)
 
 
@@ -343,8 +331,13 @@ def prior_table(document: dict[str, Any]) -> str:
     lines += figure_lines(document["figures"], missing, ROWS)
     if protocol["likelihood"]["kind"] != "exact":
         lines.append(f"its likelihood: an {protocol['likelihood']['kind']}")
-    if "samples" in protocol and protocol["samples"]["duplicates"]:
-        lines.append(f"{protocol['samples']['duplicates']} of the samples are copies of others among them")
+    if "chain_rule" in protocol:
+        about = protocol["chain_rule"]
+        lines.append(f"whole model: of {about['of']}; {about['note']}")
+    if "samples" in protocol and (copies := protocol["samples"]["duplicates"]):
+        many = copies > MANY_COPIES * document["figures"]["samples"]
+        means = "; class accuracy and Frechet distance describe fewer images than were drawn" if many else ""
+        lines.append(f"{copies} of the samples are copies of others among them{means}")
     if "frechet_distance" in protocol:
         about = protocol["frechet_distance"]
         lines.append(f"Frechet distance to training images in {about['network']}, {about['hash'][:12]}")

@@ -20,21 +20,10 @@ from core.config import describe_differences
 from core.errors import InputError
 from core.images import to_pil
 from core.model_folder import hash_tensors, write_json
-from core.pictures import contact_sheet, save_picture
+from core.pictures import save_picture
 from core.processes import join_processes
-from pipelines.sampling_options import (
-    ChoiceTemperature,
-    GuidanceScale,
-    GuidanceSchedule,
-    MaskedShares,
-    NumSteps,
-    RoundedWeights,
-    Temperature,
-    TopK,
-    TopP,
-    sampling_config,
-)
-from pipelines.two_stage import TwoStagePipeline, load_pipeline
+from pipelines.sampling_options import with_sampling_options
+from pipelines.two_stage import TwoStagePipeline, class_sheet, load_pipeline
 from stage2_prior.sampling import SamplingConfig
 
 __all__ = ["generate_folder"]
@@ -60,7 +49,7 @@ def generate_folder(
     """
     state = join_processes()
     pipeline.to(state.device or "cpu")
-    cycle = pipeline.labels_for(class_names)
+    cycle, names = pipeline.labels_for(class_names), class_names or pipeline.class_names
     pipeline.prior.check_sampling(sampling)
     settings = _settings(pipeline, class_names, seed, sampling)
     _check_folder(out, settings)
@@ -68,8 +57,7 @@ def generate_folder(
     images = out / "images"
     if state.is_main_process:
         images.mkdir(parents=True, exist_ok=True)
-        names = pipeline.class_names
-        labels = None if cycle is None or names is None else [names[cycle[i % len(cycle)]] for i in range(num_images)]
+        labels = [names[i % len(names)] for i in range(num_images)] if names else None
         write_json(out / "settings.json", {**settings, "num_images": num_images, "classes": labels})
     state.wait_for_everyone()
     starts = range(0, num_images, batch_size)[state.process_index :: state.num_processes]
@@ -84,7 +72,7 @@ def generate_folder(
                         save_picture(to_pil(image), _file(images, number))
     state.wait_for_everyone()
     if state.is_main_process:
-        _draw_grid(pipeline, out, min(num_images, MOST_PICTURED), cycle)
+        _draw_grid(out, min(num_images, MOST_PICTURED), names)
         print(f"{num_images} images: {images}; at a glance: {out / 'grid.png'}; how: {out / 'settings.json'}")
 
 
@@ -120,46 +108,25 @@ def _check_folder(out: Path, settings: dict[str, Any]) -> None:
         raise InputError(f"--out {out}: exists and holds no generated images; give another --out")
 
 
-def _draw_grid(pipeline: TwoStagePipeline, out: Path, count: int, cycle: list[int] | None) -> None:
+def _draw_grid(out: Path, count: int, names: list[str] | None) -> None:
     arrays = [np.asarray(Image.open(_file(out / "images", i))) for i in range(count)]
     pixels = torch.from_numpy(np.stack([a[None] if a.ndim == 2 else a.transpose(2, 0, 1) for a in arrays]))
-    names, captions, columns = pipeline.class_names, None, 8
-    if cycle is not None and names is not None:
-        captions = [names[cycle[i % len(cycle)]] for i in range(count)]
-        columns = len(cycle) if 4 <= len(cycle) <= 12 else 8  # one class a column, where that fits
-    save_picture(contact_sheet(pixels, min(columns, count), captions), out / "grid.png")
+    save_picture(class_sheet(pixels, names), out / "grid.png")
 
 
+@with_sampling_options
 def command(
     prior: Annotated[str, typer.Argument(help="runs/NAME of a trained prior, a pipeline folder, or a hub id.")],
     out: Annotated[Path, typer.Option(help="The folder for images/, grid.png and settings.json.")],
     num_images: Annotated[int, typer.Option(min=1)] = 64,
     class_name: Annotated[list[str] | None, typer.Option(help="Repeat for several, which take turns.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Image i depends on the seed and i alone.")] = 0,
-    temperature: Temperature = 1.0,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    guidance_scale: GuidanceScale = 1.0,
-    guidance_schedule: GuidanceSchedule = "constant",
-    num_steps: NumSteps = None,
-    mask_schedule: MaskedShares = None,
-    choice_temperature: ChoiceTemperature = None,
-    weights: RoundedWeights = "float32",
+    *,
+    sampling: SamplingConfig,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, each process.")] = 32,
     tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, where it has moved.")] = None,
 ) -> None:
     """Generate images with a trained prior and its tokenizer."""
-    sampling = sampling_config(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        guidance_scale=guidance_scale,
-        guidance_schedule=guidance_schedule,
-        num_steps=num_steps,
-        mask_schedule=mask_schedule,
-        choice_temperature=choice_temperature,
-        weights=weights,
-    )
     generate_folder(load_pipeline(prior, tokenizer), out, num_images, class_name or None, seed, sampling, batch_size)
 
 

@@ -38,7 +38,7 @@ __all__ = [
     "standard_error",
 ]
 
-BOUND_DRAWS = 8
+BOUND_DRAWS = 2
 """Draws for each image of what a bound is the mean over; two at least say how far they are apart."""
 BOUND_SEED = 0
 LEAST_SCALE = 2 / 255 / math.sqrt(12)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from pipelines.prior_measurements import BOUND_DRAWS, BOUND_SEED, SampleFigures
-from stage1_tokenizer.autoencoder import Autoencoder
+from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.losses import LossConfig
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig
@@ -31,24 +31,32 @@ def about_likelihood(model: Prior) -> dict[str, Any]:
     }
 
 
-def about_chain_rule(model: Autoencoder, likelihood: LossConfig, fitted: int, level_bits: float) -> dict[str, Any]:
+def about_chain_rule(
+    pipeline: TwoStagePipeline, likelihood: LossConfig, fitted: int, level_bits: float
+) -> dict[str, Any]:
     """What the bound of the whole model is made of."""
+    given = " | class" if pipeline.prior.num_classes else ""
+    loss = pipeline.tokenizer.config.loss
     density = {"bce": "Bernoulli", "l1": "Laplace", "l2": "Gaussian"}[likelihood.reconstruction]
     about: dict[str, Any] = {
-        "bound": "-log p(x) <= -log p(x | decoder(codes(x))) - log p(codes(x)); held-out images encoded anew, no noise",
+        "of": "the images given their class" if given else "the images",
+        "bound": f"-log p(x{given}) <= -log p(x | decoder(codes(x))) - log p(codes(x){given}); held-out images encoded "
+        "anew, no noise",
         "likelihood": density,
         "level_bits": level_bits,
     }
     if likelihood.reconstruction == "bce":
-        about["note"] = "a grey value counts as a probability: to be compared with other Bernoulli figures only"
+        about["note"] = "a grey value counts as a probability: comparable with other Bernoulli figures only"
     else:
         about |= {
             "scale": likelihood.likelihood_scale,
             "scale_of": f"maximum likelihood on {fitted} training images, spread evenly, in units of [-1, 1]; the "
             "tokenizer was not trained with one",
-            "level": "a density over [-1, 1]; level_bits per dimension are a grey level's width of 2/255 there",
+            "note": "a density at the grey levels (bits: times a level's width), without dequantisation noise: not "
+            "comparable with likelihoods of discrete pixels",
+            "level": "the density is over [-1, 1]; level_bits per dimension are a grey level's width of 2/255 there",
         }
-    if model.config.loss.adversarial or model.config.loss.perceptual:
+    if loss.adversarial or loss.perceptual:
         about["decoder"] = "trained for more than the reconstruction loss: it is not meant to make images likely"
     return about
 

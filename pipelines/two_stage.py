@@ -20,11 +20,12 @@ from core.config import parse_config
 from core.errors import InputError
 from core.images import to_pil, to_uint8
 from core.model_folder import find_model_folder, write_json
+from core.pictures import contact_sheet
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig, image_seeds
 
-__all__ = ["PipelineOutput", "TwoStagePipeline"]
+__all__ = ["PipelineOutput", "TwoStagePipeline", "class_sheet", "load_pipeline"]
 
 # Matrix products of other row counts may take other kernels, whose last bits differ; padding to this keeps an image
 # the same, whatever stands beside it in a batch.
@@ -94,11 +95,19 @@ class TwoStagePipeline:
     @classmethod
     def from_runs(cls, prior: str | Path, tokenizer: str | Path | None = None) -> "TwoStagePipeline":
         """Reads a prior's run folder, and the tokenizer's: by default the one that its codes were made with."""
-        loaded = Prior.from_pretrained(prior)
-        where = tokenizer or loaded.config.tokenizer.path
+        return cls.from_prior(Prior.from_pretrained(prior), prior, tokenizer)
+
+    @classmethod
+    def from_prior(cls, prior: Prior, path: str | Path, tokenizer: str | Path | None = None) -> "TwoStagePipeline":
+        """The same of a prior that was read from ``path`` already.
+
+        Raises:
+            InputError: the tokenizer is gone, or another one is there.
+        """
+        where = tokenizer or prior.config.tokenizer.path
         if tokenizer is None and not Path(where).exists():
-            raise InputError(f"{prior}: its tokenizer was at {where}, which is gone; give --tokenizer runs/TOKENIZER")
-        return cls(Autoencoder.from_pretrained(where), loaded)
+            raise InputError(f"{path}: its tokenizer was at {where}, which is gone; give --tokenizer runs/TOKENIZER")
+        return cls(Autoencoder.from_pretrained(where), prior)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a pipeline folder: all that generation needs, without the runs."""
@@ -150,9 +159,11 @@ class TwoStagePipeline:
         if labels is not None and class_names is not None:
             raise InputError("labels, class_names: give one of them, got both")
         if labels is not None:
-            wrong = [label for label in labels if not 0 <= label < len(self.class_names or [])]
-            if wrong or not labels:
-                raise InputError(f"labels {labels}: expected numbers from 0 to {len(self.class_names or []) - 1}")
+            count = len(self.class_names or [])
+            if not count:
+                raise InputError(f"labels {labels}: this prior was trained without classes; leave them out")
+            if not labels or not all(0 <= label < count for label in labels):
+                raise InputError(f"labels {labels}: expected numbers from 0 to {count - 1}")
         settings = parse_config(SamplingConfig, sampling, "the sampling settings")
         cycle = labels if labels is not None else self.labels_for(class_names)
         parts = list(self.generate(range(num_images), cycle, settings, seed, batch_size))
@@ -187,6 +198,14 @@ class TwoStagePipeline:
             )
             images = torch.cat([self.tokenizer.decode_indices(part) for part in codes.split(ROWS)])
             yield to_uint8(images[:count]).cpu(), codes[:count].cpu()
+
+
+def class_sheet(pixels: Tensor, names: list[str] | None) -> Image.Image:
+    """A contact sheet of images (n, C, H, W) uint8, of which image i is of the class ``names[i % len(names)]``: one
+    class a column, where that fits."""
+    columns = len(names) if names and 4 <= len(names) <= 12 else 8
+    captions = [names[i % len(names)] for i in range(len(pixels))] if names else None
+    return contact_sheet(pixels, min(columns, len(pixels)), captions)
 
 
 def _as_type(pixels: Tensor, output_type: str) -> list[Image.Image] | Tensor | np.ndarray:

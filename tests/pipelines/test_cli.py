@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli import VERBS
+from pipelines.sampling_options import OPTIONS
+from stage2_prior.sampling import SamplingConfig
 
 WITHOUT = """
 import sys
@@ -38,6 +40,13 @@ def test_every_verb_explains_itself(twostage, verb):
     assert ended.code == 0
     assert f"Usage: twostage {verb} [OPTIONS]" in ended.out
     assert VERBS[verb][1].split(":")[0].rstrip(".") in " ".join(ended.out.split())
+
+
+def test_there_is_an_option_for_each_sampling_setting(twostage):
+    assert list(OPTIONS) == list(SamplingConfig.model_fields)
+    for verb in ("generate", "evaluate"):
+        shown = twostage(verb, "--help").out
+        assert [name for name in OPTIONS if f"--{name.replace('_', '-')} " not in shown] == []
 
 
 def test_a_verb_that_is_not_there(twostage):

@@ -16,7 +16,7 @@ from core.data import DataConfig, load_images
 from core.errors import InputError
 from core.images import to_float
 from core.processes import join_processes
-from pipelines.evaluate_prior import SCALE_IMAGES, evaluate_prior
+from pipelines.evaluate_prior import SCALE_IMAGES, evaluate_prior, prior_table
 from pipelines.prior_measurements import LEAST_SCALE, Watch, fit_likelihood, standard_error
 from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.autoencoder import Autoencoder
@@ -197,6 +197,10 @@ def test_the_whole_model_costs_codes_and_what_they_leave_open(runs, data, docume
     assert about["likelihood"] == "Gaussian"
     assert about["scale"] == pytest.approx(math.sqrt(variance), rel=1e-5)
     assert "320 training images" in about["scale_of"]
+    assert about["bound"].startswith("-log p(x | class) <=")
+    said = "whole model: of the images given their class; a density at the grey levels"
+    assert said in prior_table(document)
+    assert "not comparable with likelihoods of discrete pixels" in about["note"]
     assert SCALE_IMAGES > 320
 
 
@@ -233,6 +237,7 @@ def test_without_the_images_samples_are_still_judged(runs, cache, features, tmp_
     rewrite(cache, source=str(tmp_path / "gone"))
     found = evaluate_prior(runs.prior, cache, features=features, num_samples=8)
     assert found["figures"]["class_accuracy"] is not None
+    assert len(found["protocol"]["tokenizer"]["weights_sha256"]) == 64, "its decoder made the samples"
     for name in ("chain_rule_nats_per_image", "frechet_distance"):
         assert found["figures"][name] is None
         assert "gone" in found["protocol"]["not_measured"][name]
@@ -286,6 +291,14 @@ def test_copies_are_counted(runs, features):
     assert found["protocol"]["samples"]["duplicates"] == 24 - found["figures"]["distinct_samples"]
     assert found["figures"]["frechet_distance"] is None
     assert "different images, at least 25 are needed" in found["protocol"]["not_measured"]["frechet_distance"]
+
+
+@pytest.mark.parametrize(("copies", "said"), [(0, False), (1, False), (2, True)])
+def test_many_copies_are_said_to_matter(document, copies, said):
+    protocol = document["protocol"] | {"samples": document["protocol"]["samples"] | {"duplicates": copies}}
+    table = prior_table({"figures": document["figures"] | {"samples": 100.0}, "protocol": protocol})
+    assert (f"{copies} of the samples are copies" in table) == bool(copies)
+    assert ("describe fewer images than were drawn" in table) == said
 
 
 def test_a_network_of_other_classes_gives_distances_alone(runs, tmp_path):
@@ -384,7 +397,11 @@ def test_mistakes_cost_one_sentence(runs, cache, features, changed_tokenizer, tw
         (prior, "--weights-dir", cache): "is of tokenizers",
         (runs.tokenizer, "--codes", cache): "is of priors",
         (runs.tokenizer, "--top-k", 3): "--top-k 3: is of priors",
-        (prior, "--top-k", 99): "top_k 99: expected at most the 16 codes",
+        (prior, "--top-k", 99, "--features", features): "top_k 99: expected at most the 16 codes",
+        (prior, "--num-samples", 500, "--seed", 3, "--temperature", 0.8): (
+            "--num-samples 500, --seed 3, --temperature 0.8: samples are drawn only where a network judges them; give "
+            "--features runs/NAME"
+        ),
         (prior, "--features", features, "--inception", "x"): "give one of them",
     }.items():
         assert said in refused(*words)
@@ -403,6 +420,14 @@ def test_mistakes_cost_one_sentence(runs, cache, features, changed_tokenizer, tw
         assert said in sentence
         assert changes[0] != "tokenizer" or expected in sentence
     assert not (prior / "evaluation").exists()
+
+
+def test_damaged_codes_are_refused(runs, cache):
+    codes = np.load(cache / "train.codes.npy")
+    codes[5, 0, 1] = 16
+    np.save(cache / "train.codes.npy", codes)
+    with pytest.raises(InputError, match="row 5 holds the code 16, expected codes from 0 to 15"):
+        evaluate_prior(runs.prior, cache)
 
 
 def test_codes_of_another_grid_are_refused(runs, cache):

@@ -9,7 +9,18 @@ from core.errors import InputError
 from core.images import to_uint8
 from pipelines.two_stage import TwoStagePipeline, load_pipeline
 from stage1_tokenizer.autoencoder import Autoencoder
+from stage2_prior.masked_transformer import MaskedTransformerConfig
+from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import Prior
+
+
+def of_another_model(prior: Prior, model: PixelCNNConfig | MaskedTransformerConfig) -> Prior:
+    """A prior over the same codes, untrained but not uniform."""
+    torch.manual_seed(0)
+    other = Prior(prior.config.model_copy(update={"model": model}))
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return other
 
 
 def images(pipeline: TwoStagePipeline, num_images: int = 11, **options: object) -> torch.Tensor:
@@ -95,6 +106,26 @@ def test_an_image_depends_on_the_seed_and_its_number_alone(pipeline, options):
     assert not torch.equal(images(pipeline, 20, seed=1, **options), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0, "top_k": 9}])
+@pytest.mark.parametrize(
+    "model",
+    [
+        PixelCNNConfig(channels=8, depth=3, head_channels=16),
+        MaskedTransformerConfig(hidden_size=32, depth=2, num_heads=2, dropout=0.0),
+    ],
+    ids=["pixelcnn", "masked"],
+)
+def test_so_it_does_with_the_other_priors(pipeline, model, options):
+    prior = of_another_model(pipeline.prior, model)
+    other = TwoStagePipeline(pipeline.tokenizer, prior)
+    expected = other(16, batch_size=32, **options).codes
+    assert len(expected.unique()) > 8, "codes hang on the noise and on each other"
+    for batch_size in (3, 8):
+        assert torch.equal(other(16, batch_size=batch_size, **options).codes, expected)
+    assert torch.equal(other(5, **options).codes, expected[:5])
+    assert not torch.equal(other(16, seed=1, **options).codes, expected)
+
+
 def test_sampling_settings_reach_the_prior(pipeline):
     codes = pipeline(num_images=16, labels=[0], top_k=1).codes
     assert (codes == codes[0]).all()
@@ -108,3 +139,5 @@ def test_a_prior_without_classes_has_no_labels(pipeline):
     assert (output.labels, len(output.images)) == (None, 3)
     with pytest.raises(InputError, match="class name 'star': this prior was trained without classes"):
         free(class_names=["star"])
+    with pytest.raises(InputError, match=r"labels \[0\]: this prior was trained without classes; leave them out"):
+        free(labels=[0])
