@@ -235,4 +235,6 @@ def load_pipeline(path: str | Path, tokenizer: str | Path | None = None) -> TwoS
     if Path(path).exists() and not (Path(path) / "pipeline.json").is_file():
         find_model_folder(path)
         return TwoStagePipeline.from_runs(path, tokenizer)
+    if tokenizer is not None:
+        raise InputError(f"--tokenizer {tokenizer}: {path} is a pipeline, which holds its own tokenizer; leave it out")
     return TwoStagePipeline.from_pretrained(path)

@@ -30,6 +30,8 @@ def images(pipeline: TwoStagePipeline, num_images: int = 11, **options: object) 
 def test_a_saved_pipeline_makes_the_same_images(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "pipeline")
     assert sorted(p.name for p in (tmp_path / "pipeline").iterdir()) == ["pipeline.json", "prior", "tokenizer"]
+    with pytest.raises(InputError, match=r"--tokenizer runs/other: .*pipeline is a pipeline, which holds its own"):
+        load_pipeline(tmp_path / "pipeline", "runs/other")
     for loaded in (TwoStagePipeline.from_pretrained(tmp_path / "pipeline"), load_pipeline(tmp_path / "pipeline")):
         assert torch.equal(images(loaded), images(pipeline))
 
