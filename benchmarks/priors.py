@@ -122,7 +122,8 @@ def train_and_measure(
         figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
         rows.append(
             {"name": prior, "parameters": figures["parameters"], "steps": steps, "guidance": f"{scale:g}",
-             "nats": rows[0]["nats"] if rows else nats_in_words(figures), "accuracy": f"{figures['class_accuracy']:.1%}",
+             "nats": rows[0]["nats"] if rows else nats_in_words(figures),
+             "accuracy": f"{figures['class_accuracy']:.1%}",
              "distance": figures["frechet_distance"], "codes_per_s": round(figures["codes_per_s"])}
         )  # fmt: skip
     return rows
@@ -137,19 +138,20 @@ def nats_in_words(figures: dict[str, float]) -> str:
 
 def picture(name: str, folder: Path, guidance_scale: float, out: Path) -> None:
     """Three rows of samples of each prior, one class a column."""
-    strips, titles, names = [], [], None
+    strips, titles, names = [], [], []
     for prior in PRIORS:
         pipeline = TwoStagePipeline.from_runs(folder / prior)
-        names = pipeline.class_names
+        names = pipeline.class_names or []
         strips.append(pipeline(30, seed=0, output_type="pt", guidance_scale=guidance_scale).images)
         titles += [prior, "", ""]
-    save_picture(contact_sheet(torch.cat(strips), 10, names, row_titles=titles), out / f"priors_{name}.png")
+    save_picture(contact_sheet(torch.cat(strips), 10, names * 9, row_titles=titles), out / f"priors_{name}.png")
 
 
 HEAD = """## The three priors of stage two
 
 Made by `python -m benchmarks.priors`. All three are trained on the same codes for the same processor time on the same
-machine ({machine}); the number of steps follows from what a step of each cost there. {device} One run each, seed 0.
+machine ({machine}); the number of steps follows from what a step of each cost there. {device}
+One run each, seed 0. Codes a second are those of the machine as busy as it was.
 
 Nats per code are of the 10,000 held-out images' codes: exact for PixelCNN and GPT; for the masked transformer the
 upper bound of any-order autoregression, which is another quantity (it has no likelihood that can be computed). 1,000
