@@ -9,13 +9,12 @@ than the one that the Frechet distance looks through (seed 1). The same command 
 """
 
 import json
-import platform
 import time
 from pathlib import Path
 
 import torch
 
-from benchmarks.reporting import Row, markdown_table, parser, report, write_section
+from benchmarks.reporting import Row, described_machine, markdown_table, parser, report, set_title, write_section
 from core.config import load_config
 from core.data import ImageData, load_images
 from core.images import to_float, to_uint8
@@ -140,7 +139,7 @@ images were re-encoded as JPEG. One run each, seed 0.
 def as_markdown(name: str, minutes: float, rows: list[Row], accuracy: float) -> str:
     """The section of one data set."""
     judge = f"The judging network's accuracy on the test images: {accuracy:.1%}."
-    title = f"### {name.upper().replace('CIFAR10', 'CIFAR-10')}, {minutes:g} minutes of processor time each"
+    title = f"### {set_title(name)}, {minutes:g} minutes of processor time each"
     picture = f"![The same test images through every family](images/families_{name}.png)"
     return "\n\n".join([title, markdown_table(COLUMNS, rows), judge, picture])
 
@@ -152,9 +151,7 @@ def main() -> None:
     arguments.add_argument("--dir", type=Path, default=Path("runs/families"))
     arguments.add_argument("--results", type=Path, default=Path("docs/results.md"))
     options = arguments.parse_args()
-    device = "No GPU was used." if not torch.accelerator.is_available() else "A GPU was used."
-    machine = f"threads: {torch.get_num_threads()}, {platform.processor() or platform.machine()}"
-    write_section(options.results, "families", HEAD.format(machine=machine, device=device))
+    write_section(options.results, "families", HEAD.format(**described_machine()))
     rows = []
     for name, minutes in zip(SETS, options.minutes, strict=True):
         if name not in options.sets:

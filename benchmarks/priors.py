@@ -9,14 +9,13 @@ configs give, is not made again.
 """
 
 import json
-import platform
 import shutil
 import time
 from pathlib import Path
 
 import torch
 
-from benchmarks.reporting import Row, markdown_table, parser, report, write_section
+from benchmarks.reporting import Row, described_machine, markdown_table, parser, report, set_title, write_section
 from core.config import load_config
 from core.pictures import contact_sheet, save_picture
 from core.run_folder import RunFolder
@@ -164,7 +163,7 @@ CIFAR-10's images were re-encoded as JPEG.
 
 def as_markdown(name: str, minutes: float, rows: list[Row], figures: dict[str, float], scale: float) -> str:
     """The section of one data set."""
-    title = f"### Priors: {name.upper().replace('CIFAR10', 'CIFAR-10')}, {minutes:g} minutes of processor time each"
+    title = f"### Priors: {set_title(name)}, {minutes:g} minutes of processor time each"
     baselines = (
         f"Predicting codes uniformly costs {figures['uniform_nats_per_code']:.3f} nats a code, by their frequency "
         f"{figures['unigram_nats_per_code']:.3f}. Of the held-out real images the judge gives "
@@ -183,9 +182,7 @@ def main() -> None:
     arguments.add_argument("--dir", type=Path, default=Path("runs/priors"))
     arguments.add_argument("--results", type=Path, default=Path("docs/results.md"))
     options = arguments.parse_args()
-    device = "No GPU was used." if not torch.accelerator.is_available() else "A GPU was used."
-    machine = f"threads: {torch.get_num_threads()}, {platform.processor() or platform.machine()}"
-    write_section(options.results, "priors", HEAD.format(machine=machine, device=device))
+    write_section(options.results, "priors", HEAD.format(**described_machine()))
     rows = []
     for name, minutes in zip(TOKENIZERS, options.minutes, strict=True):
         if name not in options.sets:

@@ -64,6 +64,20 @@ def report(settings: dict[str, Any], rows: list[Row], file: Path | None) -> None
         file.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 
+def set_title(name: str) -> str:
+    """What a data set is called in results."""
+    return name.upper().replace("CIFAR10", "CIFAR-10")
+
+
+def described_machine() -> dict[str, str]:
+    """`machine` and `device` for the head of a section."""
+    accelerated = torch.accelerator.is_available()
+    return {
+        "machine": f"threads: {torch.get_num_threads()}, {platform.processor() or platform.machine()}",
+        "device": "A GPU was used." if accelerated else "No GPU was used.",
+    }
+
+
 def write_section(file: Path, name: str, text: str) -> None:
     """Puts ``text`` (Markdown) into ``file`` between the marks of section ``name``; other sections stay as they are."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"

@@ -14,7 +14,15 @@ from stage2_prior.autoregressive import check_prefix, code_nats, sample_in_order
 from stage2_prior.fast_linear import fast_linear
 from stage2_prior.orders import Order, cell_order
 from stage2_prior.sampling import Progress, SamplingConfig, Weights
-from stage2_prior.transformer import Block, FastBlock, Transformer, TransformerConfig, complex_rotation, turn
+from stage2_prior.transformer import (
+    Block,
+    FastBlock,
+    Transformer,
+    TransformerConfig,
+    complex_rotation,
+    normalized,
+    turn,
+)
 
 __all__ = ["CausalTransformer", "CausalTransformerConfig", "CausalTransformerDecoder"]
 
@@ -120,14 +128,14 @@ class CausalTransformerDecoder:
     @torch.no_grad()
     def step(self, codes: Tensor | None) -> Tensor:
         """Logits (B, K) of the next cell; ``codes`` (B,) are those of the cell before, None at the first."""
-        model, norm = self.model, self.model.norm
+        model = self.model
         x = self.added if model.positions is None else self.added + model.positions[self.cell]
         if codes is not None:
             x = x + model.code_embedding(codes)
         for number, block in enumerate(self.blocks):
             x = block.finish(x, self._attend(number, block.qkv(x)))
         self.cell += 1
-        return self.head(F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias))
+        return self.head(normalized(x, model.norm))
 
     def _attend(self, number: int, qkv: Tensor) -> Tensor:
         """Puts this cell's key and value into the block's cache, and attends to all that are there.

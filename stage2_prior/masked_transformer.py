@@ -17,7 +17,15 @@ from stage2_prior.fast_linear import fast_linear
 from stage2_prior.parallel_sampling import draw_in_parallel
 from stage2_prior.sampling import Progress, SamplingConfig, Weights, uniform_noise
 from stage2_prior.shares import MEAN_MASKED_SHARE, MaskSchedule, masked_share
-from stage2_prior.transformer import Block, FastBlock, Transformer, TransformerConfig, turn
+from stage2_prior.transformer import (
+    Block,
+    FastBlock,
+    Transformer,
+    TransformerConfig,
+    complex_rotation,
+    normalized,
+    turn,
+)
 
 __all__ = ["MaskedPredictor", "MaskedTransformer", "MaskedTransformerConfig"]
 
@@ -153,10 +161,7 @@ class MaskedPredictor:
     def __init__(self, model: MaskedTransformer, labels: Tensor, weights: Weights = "float32") -> None:
         self.model, self.labels = model, labels
         self.images = max(1, ROWS_AT_ONCE // model.cells) if labels.device.type == "cpu" else len(labels)
-        rotation = model.rotation
-        self.rotation = (
-            None if rotation is None else torch.complex(*rotation.to(model.norm.weight.dtype))[:, None, None]
-        )
+        self.rotation = None if model.rotation is None else complex_rotation(model)[:, None, None]  # (N, 1, 1, E / 2)
         self.blocks = [FastBlock(block, weights) for block in cast(list[Block], list(model.blocks))]
         self.head = fast_linear(model.head_weight, None, weights)
 
@@ -176,7 +181,7 @@ class MaskedPredictor:
         return logits[place[which][masked[unfilled]]]
 
     def _logits(self, codes: Tensor, labels: Tensor) -> Tensor:
-        model, norm, batch = self.model, self.model.norm, len(codes)
+        model, batch = self.model, len(codes)
         masked = (codes == model.mask_token_id).flatten()
         x = model.code_embedding(codes) + model.class_embedding(labels)[:, None]
         x = (x if model.positions is None else x + model.positions).flatten(0, 1)  # (B N, D)
@@ -189,4 +194,4 @@ class MaskedPredictor:
             if block is self.blocks[-1]:  # what follows goes from a cell to itself alone
                 x, attended = x[masked], attended[masked]  # (M, D)
             x = block.finish(x, attended)
-        return self.head(F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias))
+        return self.head(normalized(x, model.norm))
