@@ -25,7 +25,14 @@ VERBS = {
         "pipelines.evaluate",
         "Measure a tokenizer, and say whether it is ready for stage two; or measure a prior.",
     ),
-    "reconstruct": ("pipelines.reconstruct", "Show held-out images over their reconstructions."),
+    "reconstruct": ("pipelines.reconstruct", "Show images over their reconstructions."),
+    "interpolate": ("pipelines.interpolate", "Show what lies between two images."),
+    "inpaint": ("pipelines.inpaint", "Redraw the masked part of an image."),
+    "outpaint": ("pipelines.outpaint", "Go on with an image beyond its borders."),
+    "compare": ("pipelines.compare", "Show trained models side by side, or train all families and tell their story."),
+    "export": ("pipelines.export", "Write a model as a folder to share, and as ONNX and torch.export programs."),
+    "app": ("pipelines.app", "Open a page in the browser to play with a trained model."),
+    "doctor": ("pipelines.doctor", "Check this machine: versions, devices, processes, disk, weights."),
 }
 
 

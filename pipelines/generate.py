@@ -5,7 +5,6 @@ accelerate launch -m pipelines.generate runs/PRIOR --num-images 64 --class-name 
 
 import itertools
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,7 +49,7 @@ def generate_folder(
     state = join_processes()
     pipeline.to(state.device or "cpu")
     cycle, names = pipeline.labels_for(class_names), class_names or pipeline.class_names
-    pipeline.prior.check_sampling(sampling)
+    pipeline.check_sampling(sampling)
     settings = _settings(pipeline, class_names, seed, sampling)
     _check_folder(out, settings)
     state.wait_for_everyone()
@@ -63,8 +62,7 @@ def generate_folder(
     starts = range(0, num_images, batch_size)[state.process_index :: state.num_processes]
     batches = [range(start, min(start + batch_size, num_images)) for start in starts]
     batches = [numbers for numbers in batches if not all(_file(images, i).exists() for i in numbers)]
-    total = sum(map(len, batches)) * math.prod(pipeline.prior.config.grid)  # of this process
-    with tqdm(total=total, unit="codes", unit_scale=True, disable=not state.is_main_process) as bar:
+    with tqdm(total=sum(map(len, batches)), unit="images", unit_scale=True, disable=not state.is_main_process) as bar:
         for numbers in batches:
             for pixels, _ in pipeline.generate(numbers, cycle, sampling, seed, batch_size, bar.update):
                 for number, image in zip(numbers, pixels, strict=True):

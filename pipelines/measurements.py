@@ -141,7 +141,7 @@ def measure(
     if quantizer:
         figures |= code_figures(total(counts), len(rows), model.config.image_size, model.config.channels)
     if model.variational:
-        units = model.config.model.latent_channels * math.prod(model.grid)
+        units = math.prod(model.latent_shape)
         sums = total(torch.zeros(2, units, dtype=torch.float64) if moments is None else moments) / len(rows)
         variance = sums[1] - sums[0].square()
         figures |= {"active_units": int((variance > ACTIVE_VARIANCE).sum()), "latent_units": units}

@@ -216,7 +216,7 @@ def measure_samples(
     seconds = torch.zeros(state.num_processes, dtype=torch.float64)
     for places in shared_batches(num_samples, batch_size, state, "samples"):
         numbers = range(int(places[0]), int(places[-1]) + 1)
-        watch = Watch(len(places) * height * width, device)
+        watch = Watch(len(places), device)
         for pixels, _ in pipeline.generate(numbers, cycle, sampling, seed, batch_size, watch):
             digests[places] = row_digests(pixels)
             labels = None if cycle is None else torch.tensor(cycle)[places % len(cycle)]
@@ -293,14 +293,14 @@ class Looks:
 
 
 class Watch:
-    """Told of the codes that are drawn, it knows how long so many took, without the decoding that follows."""
+    """Told of the images that are drawn, it knows how long so many took, without the decoding that follows."""
 
-    def __init__(self, codes: int, device: torch.device) -> None:
-        self.device, self.seconds, self._left, self._start = device, 0.0, float(codes), time.perf_counter()
+    def __init__(self, images: int, device: torch.device) -> None:
+        self.device, self.seconds, self._left, self._start = device, 0.0, float(images), time.perf_counter()
 
-    def __call__(self, codes: float) -> None:
-        self._left -= codes
-        if self._left < 0.5:  # padded batches tell of fractions
+    def __call__(self, images: float) -> None:
+        self._left -= images
+        if self._left < 1e-6:
             if self.device.type != "cpu":
                 torch.accelerator.synchronize()
             self.seconds = time.perf_counter() - self._start

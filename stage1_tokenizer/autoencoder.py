@@ -116,6 +116,11 @@ class Autoencoder(nn.Module):
         return (self.grid[0], self.grid[1] * depth)
 
     @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(latent_channels, h, w) of an image's z."""
+        return (self.config.model.latent_channels, *self.grid)
+
+    @property
     def variational(self) -> bool:
         """Whether the loss is an evidence lower bound."""
         return isinstance(self.bottleneck, Gaussian)
@@ -195,15 +200,25 @@ class Autoencoder(nn.Module):
         Args:
             labels: (num_images,) classes of a class-conditional family; None: all classes in turn.
         """
+        device = next(self.parameters()).device
+        noise = torch.randn(num_images, *self.latent_shape, generator=generator, device=device)
+        if self.class_conditional and labels is None:
+            labels = torch.arange(num_images) % len(self.config.class_names or [])
+        return self.sample_from(noise, labels)
+
+    @torch.no_grad()
+    def sample_from(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """The same for given standard normal noise (B, *:attr:`latent_shape`).
+
+        Args:
+            labels: (B,) classes of a class-conditional family.
+        """
         if not isinstance(self.bottleneck, Gaussian):
             raise InputError(
                 f"this autoencoder's bottleneck is {self.config.model.bottleneck.type!r}: it has no prior of its own "
                 "to sample from; train one over its codes (twostage encode, twostage train-prior)"
             )
-        if self.class_conditional and labels is None:
-            labels = torch.arange(num_images) % len(self.config.class_names or [])
-        device = next(self.parameters()).device
-        return self.decode(self.bottleneck.sample(num_images, labels, generator, device))
+        return self.decode(self.bottleneck.sample(noise, labels))
 
     def content_hash(self) -> str:
         """A hash of all that decides the codes: the form of the images, the encoder, the codebook. The decoder is no

@@ -113,12 +113,10 @@ class Gaussian(nn.Module):
             raise InputError("model.bottleneck.type 'class_gaussian': needs the class of every image, got no labels")
         return self.class_means[labels.to(self.class_means.device)]
 
-    def sample(
-        self, num_images: int, labels: Tensor | None, generator: torch.Generator | None, device: torch.device
-    ) -> Tensor:
-        """z from the prior, (num_images, C, h, w) on ``device``; ``labels`` (num_images,) where there are classes."""
-        noise = torch.randn(num_images, *self.shape, generator=generator, device=device)
-        return self.prior_mean(labels, num_images).to(device) + noise
+    def sample(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+        """z of the prior, for standard normal noise of its form (B, C, h, w); ``labels`` (B,) where there are
+        classes."""
+        return self.prior_mean(labels, len(noise)).to(noise.device) + noise
 
     def _moments(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = encoded.float().chunk(2, dim=1)

@@ -323,7 +323,7 @@ def test_a_model_that_is_not_there(refused, tmp_path):
 
 def test_one_kind_of_model_is_not_taken_for_the_other(refused, runs):
     assert "holds a prior, expected a tokenizer" in refused("reconstruct", runs.prior)
-    assert "holds a tokenizer, expected a prior" in refused("generate", runs.tokenizer, "--out", "out")
+    assert "makes no images by itself: train a prior" in refused("generate", runs.tokenizer, "--out", "out")
 
 
 def test_damaged_models(refused, runs, tmp_path):

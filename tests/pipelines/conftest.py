@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.config import parse_config
+from core.shapes import CLASS_NAMES
 from pipelines.two_stage import TwoStagePipeline
-from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +39,29 @@ def changed_tokenizer(runs, tmp_path: Path) -> Callable[[str], Path]:
         return run
 
     return change
+
+
+@pytest.fixture(scope="session")
+def variational(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``variational("gaussian")``: the model folder of a small VAE with that bottleneck, untrained."""
+    root = tmp_path_factory.mktemp("variational")
+
+    def make(family: str) -> Path:
+        if not (root / family).exists():
+            torch.manual_seed(0)
+            document = {
+                "image_size": [16, 16],
+                "channels": 3,
+                "class_names": list(CLASS_NAMES),
+                "model": {
+                    "latent_channels": 4,
+                    "backbone": {"type": "conv", "channels": 8, "channel_mult": [1, 1], "num_res_blocks": [0, 0]},
+                    "bottleneck": {"type": family},
+                },
+                "loss": {"reconstruction": "l2"},
+            }
+            model = Autoencoder(parse_config(AutoencoderConfig, document, "test"))
+            model.save_pretrained(root / family)
+        return root / family
+
+    return make

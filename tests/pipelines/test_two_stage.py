@@ -139,7 +139,48 @@ def test_a_prior_without_classes_has_no_labels(pipeline):
     free = TwoStagePipeline(pipeline.tokenizer, Prior(pipeline.prior.config.model_copy(update={"class_names": None})))
     output = free(num_images=3)
     assert (output.labels, len(output.images)) == (None, 3)
-    with pytest.raises(InputError, match="class name 'star': this prior was trained without classes"):
+    with pytest.raises(InputError, match="class name 'star': this model was trained without classes"):
         free(class_names=["star"])
-    with pytest.raises(InputError, match=r"labels \[0\]: this prior was trained without classes; leave them out"):
+    with pytest.raises(InputError, match=r"labels \[0\]: this model was trained without classes; leave them out"):
         free(labels=[0])
+
+
+@pytest.mark.parametrize("family", ["gaussian", "class_gaussian"])
+def test_a_variational_autoencoder_is_a_pipeline_too(variational, family, tmp_path):
+    run = variational(family)
+    pipeline = load_pipeline(run)
+    names = pipeline.class_names
+    assert (names is None) == (family == "gaussian")
+    output = pipeline(num_images=5, seed=3, output_type="pt")
+    assert output.codes is None
+    assert output.labels == (None if names is None else [0, 1, 2, 3, 4])
+    # Image i depends on the seed, its class and i alone; a low temperature draws it towards the mean.
+    for batch_size in (1, 3):
+        assert torch.equal(images(pipeline, 5, seed=3, batch_size=batch_size), output.images)
+    assert len({bytes(image.numpy().tobytes()) for image in output.images}) == 5
+    calm, wild = (images(pipeline, 8, labels=None, temperature=t).float() for t in (0.01, 1.0))
+    if family == "gaussian":
+        assert calm.std(0).mean() < 0.1 * wild.std(0).mean()
+    pipeline.save_pretrained(tmp_path / "vae")
+    assert torch.equal(images(TwoStagePipeline.from_pretrained(tmp_path / "vae"), 5, seed=3), output.images)
+
+
+def test_a_variational_autoencoder_has_no_codes_to_choose_from(variational):
+    pipeline = load_pipeline(variational("gaussian"))
+    with pytest.raises(InputError, match=r"top_k 3: is of priors over codes, this is a variational autoencoder"):
+        pipeline(num_images=1, top_k=3)
+    with pytest.raises(InputError, match=r"class name 'star': this model was trained without classes"):
+        pipeline(num_images=1, class_names=["star"])
+
+
+def test_a_tokenizer_alone_makes_no_images(runs):
+    with pytest.raises(InputError, match=r"bottleneck 'vector' makes no images by itself: train a prior"):
+        load_pipeline(runs.tokenizer)
+
+
+def test_the_callback_hears_of_the_work_done(pipeline):
+    shares: list[float] = []
+    pipeline(num_images=5, batch_size=2, callback=shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
+    assert len(shares) > 3, "and not at the end alone"

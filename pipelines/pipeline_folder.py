@@ -1,0 +1,114 @@
+"""A pipeline on disk: `pipeline.json` beside `tokenizer/` and, where there is one, `prior/`. `pipeline.json` is written
+last and lists every file with its hash, so that a folder that was copied by half is not taken for a whole one."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from core.errors import InputError
+from core.model_folder import file_sha256, write_json
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage2_prior.prior import Prior
+
+__all__ = [
+    "FORMAT_VERSION",
+    "find_pipeline_folder",
+    "is_pipeline_folder",
+    "read_pipeline_folder",
+    "write_pipeline_folder",
+]
+
+FORMAT_VERSION = 2
+"""1 had no hashes, and always a prior."""
+DOCUMENT = "pipeline.json"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def is_pipeline_folder(path: str | Path) -> bool:
+    """Whether ``path`` holds a pipeline.json."""
+    return (Path(path) / DOCUMENT).is_file()
+
+
+def write_pipeline_folder(folder: Path, tokenizer: Autoencoder, prior: Prior | None) -> None:
+    """Writes both models, then what lists them."""
+    (folder / DOCUMENT).unlink(missing_ok=True)
+    parts = {"tokenizer": tokenizer} | ({"prior": prior} if prior else {})
+    for name, model in parts.items():
+        model.save_pretrained(folder / name)
+    files = [f"{name}/{file}" for name in parts for file in ("config.json", "model.safetensors")]
+    write_json(
+        folder / DOCUMENT,
+        {
+            "format_version": FORMAT_VERSION,
+            "kind": "two_stage_pipeline",
+            "sha256": {name: file_sha256(folder / name) for name in files},
+        },
+    )
+
+
+def read_pipeline_folder(folder: Path) -> tuple[Autoencoder, Prior | None]:
+    """Both models, in evaluation mode, on the CPU; None for a pipeline without a prior.
+
+    Raises:
+        InputError: no pipeline, one of another format, or files that are missing or not those that were written (all
+            of them are named).
+    """
+    if not is_pipeline_folder(folder):
+        what = f"holds no pipeline ({DOCUMENT} is missing)" if folder.exists() else "no such folder"
+        raise InputError(
+            f"{folder}: {what}; expected a folder that twostage export wrote, or runs/NAME of a trained model"
+        )
+    file = folder / DOCUMENT
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(f"{file}: not valid JSON; save the pipeline again") from None
+    kind = document.get("kind") if isinstance(document, dict) else None
+    if kind != "two_stage_pipeline":
+        raise InputError(f"{file}: is of the kind {kind!r}, expected 'two_stage_pipeline'")
+    version = document.get("format_version")
+    if version not in (1, FORMAT_VERSION):
+        raise InputError(f"{file}: written in format {version}, this version of twostage reads up to {FORMAT_VERSION}")
+    hashes = document.get("sha256", {})
+    _check_files(folder, hashes)
+    has_prior = version == 1 or "prior/config.json" in hashes
+    tokenizer = Autoencoder.from_pretrained(folder / "tokenizer")
+    return tokenizer, Prior.from_pretrained(folder / "prior") if has_prior else None
+
+
+def _check_files(folder: Path, hashes: dict[str, str]) -> None:
+    """Names every file that is missing or damaged; only names within the folder are looked at."""
+    problems = []
+    for name, expected in hashes.items():
+        file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{folder / DOCUMENT}: lists {name!r}, which is no file of this folder; save it again")
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif (found := file_sha256(file)) != expected:
+            problems.append(f"{name} has the hash {found[:12]} instead of {str(expected)[:12]}")
+    if problems:
+        raise InputError(f"{folder}: the pipeline is not whole: {'; '.join(problems)}. Copy or export it again")
+
+
+def find_pipeline_folder(path: str | Path) -> Path:
+    """``path`` where it is there, else the local copy of the hub id `owner/name` that it is.
+
+    Raises:
+        InputError: no such folder, and not to be had from the hub, such as when offline.
+    """
+    folder, name = Path(path), str(path)
+    if folder.exists() or not HUB_ID.fullmatch(name) or name.startswith("runs/"):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the hub's libraries raise several families of errors when offline
+        kept = os.environ.get("HF_HOME", "~/.cache/huggingface")
+        raise InputError(
+            f"{name}: no such folder here, and the Hugging Face hub did not give it ({type(error).__name__}); looked "
+            f"also for a copy downloaded earlier, in {kept}. Without a network, copy the pipeline's folder here and "
+            "give that"
+        ) from None
