@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	@echo "Look at $(DEMO)/: reconstructions.png, generated/grid.png, tokenizer/losses.png, prior/losses.png"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -20,8 +20,8 @@ from core.data import ImageData, load_images
 from core.images import to_float, to_uint8
 from core.pictures import contact_sheet, save_picture
 from core.run_folder import read_metrics
-from core.training import TrainingRun
 from pipelines.evaluate_tokenizer import evaluate_tokenizer
+from pipelines.step_budget import TIMED_STEPS, seconds_per_step
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import WIDTHS
 from stage1_tokenizer.train_features import features_config
@@ -33,7 +33,6 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "tokenizer"
 FAMILIES = ["ae", "dae", "vae", "beta_vae", "cvae", "vqvae", "fsq", "lfq", "rvq", "vqgan"]
 SETS = {"mnist": {"epochs": 3}, "cifar10": {"epochs": 3, "horizontal_flip": True}}  # and how features are trained
 PERCEPTUAL_WIDTH = 16  # of the network in the loss; the one that judges is wider
-TIMED_STEPS = 12
 COLUMNS = {
     "name": "family",
     "steps": "steps",
@@ -83,12 +82,12 @@ def steps_for(budget_s: float, name: str, folder: Path) -> dict[str, int]:
     length = [f"train.max_steps={TIMED_STEPS}", "train.epochs=null", "train.warmup_steps=0", "data.num_images=2000"]
     length += [f"train.{what}_every={TIMED_STEPS}" for what in ("validate", "checkpoint")]
     seconds = {}
-    TrainingRun.clock = staticmethod(time.process_time)
     for family in FAMILIES:
         extra = [f"run.dir={folder / 'timing' / family}", *length]
         # A VQ-GAN's step with both nets, as in the larger part of its run.
         extra += ["loss.adversarial.start=0"] if family == "vqgan" else []
-        seconds[family] = train_tokenizer(configured(family, name, folder, extra)).seconds_per_step
+        config = configured(family, name, folder, extra)
+        seconds[family] = seconds_per_step(lambda config=config: train_tokenizer(config), time.process_time)
     steps = {family: max(50, round(budget_s / each / 50) * 50) for family, each in seconds.items()}
     file.write_text(json.dumps(steps), encoding="utf-8")
     return steps

@@ -19,9 +19,9 @@ from benchmarks.reporting import Row, described_machine, markdown_table, parser,
 from core.config import load_config
 from core.pictures import contact_sheet, save_picture
 from core.run_folder import RunFolder
-from core.training import TrainingRun
 from pipelines.encode_dataset import encode_dataset
 from pipelines.evaluate_prior import evaluate_prior
+from pipelines.step_budget import TIMED_STEPS, seconds_per_step
 from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.feature_network import WIDTHS
 from stage1_tokenizer.train_features import features_config
@@ -36,7 +36,6 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 PRIORS = ["pixelcnn", "gpt", "maskgit"]
 TOKENIZERS = {"mnist": "vqvae_mnist", "cifar10": "vqgan_cifar10"}
 JUDGES = {"mnist": {"epochs": 3}, "cifar10": {"epochs": 4, "horizontal_flip": True}}
-TIMED_STEPS = 12
 FEW_IMAGES = 1000  # held out, where they only say what a distance can be
 COLUMNS = {
     "name": "prior",
@@ -81,14 +80,10 @@ def steps_for(budget_s: float, name: str, codes: Path, folder: Path) -> dict[str
         return json.loads(file.read_text(encoding="utf-8"))
     length = [f"train.{key}={TIMED_STEPS}" for key in ("max_steps", "validate_every", "checkpoint_every")]
     shutil.rmtree(folder / "timing", ignore_errors=True)  # a finished run takes no step that could be timed
-    seconds, clock = {}, TrainingRun.clock
-    TrainingRun.clock = staticmethod(time.process_time)
-    try:
-        for prior in PRIORS:
-            config = configured(prior, name, codes, folder / "timing" / prior, *length, "train.warmup_steps=0")
-            seconds[prior] = train_prior(config).seconds_per_step
-    finally:
-        TrainingRun.clock = clock
+    seconds = {}
+    for prior in PRIORS:
+        config = configured(prior, name, codes, folder / "timing" / prior, *length, "train.warmup_steps=0")
+        seconds[prior] = seconds_per_step(lambda config=config: train_prior(config), time.process_time)
     steps = {prior: max(50, round(budget_s / each / 50) * 50) for prior, each in seconds.items()}
     file.write_text(json.dumps(steps), encoding="utf-8")
     return steps

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from core.model_folder import file_sha256
+from core.sharding import share_like
 
 __all__ = ["Checkpoints", "optimizer_tensors", "restore_optimizer"]
 
@@ -79,7 +80,7 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str,
         parameter = parameters[name]
         scalar = key == "step"  # kept where the optimizer made it: on the CPU, or beside a fused parameter
         device = optimizer_step_device(optimizer, parameter) if scalar else parameter.device
-        optimizer.state[parameter][key] = value.to(device)
+        optimizer.state[parameter][key] = value.to(device) if scalar else share_like(value.to(device), parameter)
 
 
 def optimizer_step_device(optimizer: Optimizer, parameter: Tensor) -> torch.device:

@@ -13,8 +13,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, patch_environment
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -30,9 +31,10 @@ from core.processes import join_processes
 from core.random import BatchRandom, seed_for
 from core.run_folder import RunFolder, read_metrics
 from core.schedules import lr_at
+from core.sharding import share_like, units_to_shard, whole
 from core.train_config import TrainConfig
 
-__all__ = ["TrainingRun", "make_optimizer"]
+__all__ = ["ConfigT", "DataT", "TrainingRun", "make_optimizer"]
 
 ADVICE = "Try a lower train.lr, train.max_grad_norm=1.0, or train.mixed_precision=no"
 
@@ -85,12 +87,14 @@ class TrainingRun(Generic[ConfigT]):
 
     Args:
         config: of the training verb; the run goes on with :attr:`config`, in which `auto` is decided.
+        shardable: whether the launch may ask for FSDP; the training then looks at :attr:`units_to_shard`.
     """
 
     clock = staticmethod(time.perf_counter)
 
-    def __init__(self, config: ConfigT) -> None:
+    def __init__(self, config: ConfigT, shardable: bool = False) -> None:
         self.folder = RunFolder(config.run.dir)
+        self.units_to_shard = units_to_shard(shardable)
         state = join_processes()
         self.config: ConfigT = self._resolve(config, state)
         self.folder.check(self.config)  # type: ignore[arg-type]
@@ -98,14 +102,15 @@ class TrainingRun(Generic[ConfigT]):
         train = self.config.train
         # torch 2.14 has a newer name for `broadcast_buffers`, which older ones and Accelerate do not know yet.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        self.accelerator = Accelerator(
-            mixed_precision=train.mixed_precision,
-            gradient_accumulation_steps=train.gradient_accumulation_steps,
-            log_with=list(self.config.run.trackers) or None,  # it warns about an empty list
-            project_dir=self.folder.path,
-            # Broadcasting buffers would overwrite every rank's codebook with rank 0's.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
+        with patch_environment(accelerate_use_fsdp="false"):  # a model that is sharded is so before it sees it
+            self.accelerator = Accelerator(
+                mixed_precision=train.mixed_precision,
+                gradient_accumulation_steps=train.gradient_accumulation_steps,
+                log_with=list(self.config.run.trackers) or None,  # it warns about an empty list
+                project_dir=self.folder.path,
+                # Broadcasting buffers would overwrite every rank's codebook with rank 0's.
+                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            )
         self.seed = self.config.run.seed
         self.step = 0
         self.facts: dict[str, Any] = {}  # what a restart must know beside the tensors; plain JSON
@@ -129,6 +134,8 @@ class TrainingRun(Generic[ConfigT]):
             raise InputError(
                 "train.mixed_precision 'fp16': needs a GPU, and this run is on the CPU; use bf16, auto or no"
             )
+        if config.train.mixed_precision == "fp16" and self.units_to_shard:
+            raise InputError("train.mixed_precision 'fp16': cannot be trained with under FSDP; use bf16 or no")
         if config.train.mixed_precision != "auto":
             return config
         stored = self.folder.stored_config() or {}
@@ -177,7 +184,9 @@ class TrainingRun(Generic[ConfigT]):
             if check:
                 check()
             for name, module in modules.items():
-                fill(module, tensors[name], found[0])
+                own = module.state_dict()
+                shares = {key: share_like(t, own[key]) if key in own else t for key, t in tensors[name].items()}
+                fill(module, shares, found[0])
             for name, (module, optimizer) in optimizers.items():
                 restore_optimizer(module, optimizer, tensors[name])
             if self.accelerator.scaler is not None:
@@ -213,13 +222,15 @@ class TrainingRun(Generic[ConfigT]):
         )
         with self._bar:
             while self.step < last and not self.finished:
-                self._set_lr()
-                # Dropout draws from torch's own stream: seeded by step and rank, it is the same after a restart.
-                _seed_torch(
-                    seed_for(self.seed, "torch", self.step, self.accelerator.process_index), self.accelerator.device
-                )
+                self.begin_step()
                 yield next(ahead) if ahead else self.batches.at(self.step, read)
         self.accelerator.end_training()
+
+    def begin_step(self) -> None:
+        """Sets the learning rate and the seeds of the step that comes."""
+        self._set_lr()
+        # Dropout draws from torch's own stream: seeded by step and rank, it is the same after a restart.
+        _seed_torch(seed_for(self.seed, "torch", self.step, self.accelerator.process_index), self.accelerator.device)
 
     def record(self, metrics: dict[str, Tensor]) -> None:
         """Takes scalars by name (`loss` among them) from one part of a batch; what is logged is their mean."""
@@ -291,11 +302,12 @@ class TrainingRun(Generic[ConfigT]):
         if self.step == self.batches.max_steps and not self.finished:
             self.finish("all steps done")
         self._check_weights()
+        tensors = {name: module.state_dict() for name, module in self._modules.items()}
+        tensors |= {name: optimizer_tensors(*pair) for name, pair in self._optimizers.items()}
+        tensors = {name: whole(group) for name, group in tensors.items()}
         if self.accelerator.is_main_process:
             if write_model:
                 write_model(self.folder.model)
-            tensors = {name: module.state_dict() for name, module in self._modules.items()}
-            tensors |= {name: optimizer_tensors(*pair) for name, pair in self._optimizers.items()}
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
             state = {"facts": self.facts, "finished": self.finished, "scaler": scaler}
             self._checkpoints.save(self.step, tensors, state)
@@ -360,8 +372,10 @@ class TrainingRun(Generic[ConfigT]):
         """The losses were finite before this update; the weights and codebooks must be so after it, or nothing is
         written over the last good ones."""
         tensors = [t.detach() for module in self._modules.values() for t in module.state_dict().values()]
-        norm = get_total_norm([t.float() for t in tensors if t.is_floating_point()])
-        self._check_finite({"the weights' norm": norm.item()})
+        tensors = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if t.is_floating_point()]
+        # Of all processes, so that none goes on alone where one has a broken share.
+        norm = self.accelerator.reduce(get_total_norm([t.float() for t in tensors]), "sum")
+        self._check_finite({"the weights' norm": norm.item()})  # type: ignore[union-attr]
 
     def _check_finite(self, metrics: dict[str, float]) -> None:
         broken = [name for name, value in metrics.items() if not np.isfinite(value)]

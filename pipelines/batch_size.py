@@ -1,6 +1,7 @@
 """How many images a pipeline draws at a time: what fits the memory that is free."""
 
 import math
+import os
 
 import psutil
 import torch
@@ -25,15 +26,15 @@ def sampling_bytes(prior: Prior, sampling: SamplingConfig) -> int:
     (float64, a few times over). An upper estimate."""
     config, cells = prior.config, math.prod(prior.config.grid)
     branches = 1 if sampling.guidance_scale == 1 else 2
-    if isinstance(config.model, PixelCNNConfig):
-        width, at_once = 4 * config.model.channels, config.grid[1]
-    else:
-        width = 2 * config.model.hidden_size
-        at_once = cells if config.model.type == "masked_transformer" else 1
-    caches = cells * config.model.depth * width * 4
-    activations = at_once * 16 * width * 4
-    chances = at_once * config.codebook_size * 8 * 6
-    return branches * (caches + activations + chances)
+    drawn = cells if config.model.type == "masked_transformer" else 1  # at a time
+    match config.model:
+        case PixelCNNConfig():
+            width, computed = 4 * config.model.channels, config.grid[1]
+        case _:
+            width, computed = 2 * config.model.hidden_size, drawn
+    hidden = cells * config.model.depth * width + computed * 8 * width
+    logits = drawn * config.codebook_size
+    return branches * (hidden + logits) * 4 + 5 * logits * 8
 
 
 def fitting_batch_size(prior: Prior | None, sampling: SamplingConfig, device: torch.device) -> int:
@@ -41,6 +42,9 @@ def fitting_batch_size(prior: Prior | None, sampling: SamplingConfig, device: to
     most = MOST_ON_CPU if device.type == "cpu" else MOST_ON_GPU
     if prior is None:
         return most
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:  # which this machine's processes share
+        free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     fitting = int(SHARE * free / sampling_bytes(prior, sampling))
     return max(ROWS, min(most, fitting // ROWS * ROWS))

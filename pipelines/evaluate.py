@@ -12,9 +12,11 @@ from accelerate import PartialState
 from core.command import run_command
 from core.errors import InputError
 from core.model_folder import write_json
-from pipelines.evaluate_prior import evaluate_prior, prior_table
+from pipelines.evaluate_prior import evaluate_prior
 from pipelines.evaluate_tokenizer import evaluate_tokenizer, tokenizer_table
 from pipelines.evaluation_document import evaluation_folder, model_kind
+from pipelines.evaluation_report import PICTURES
+from pipelines.prior_table import prior_table
 from pipelines.sampling_options import with_sampling_options
 from stage2_prior.sampling import SamplingConfig
 
@@ -82,18 +84,19 @@ def command(
             sampling=sampling,
             **common,
         )
-        shown, pictures = prior_table(document), ["samples.png"] if "samples" in document["protocol"] else []
+        shown = prior_table(document)
     else:
         _refuse_other(model, "tokenizer", "priors", {"--codes": codes, "--tokenizer": tokenizer, **of_samples})
         document = evaluate_tokenizer(model, data, split, weights_dir=weights_dir, **common)
-        shown, pictures = tokenizer_table(document), ["worst.png", "typical.png"]
-    if not PartialState().is_main_process:
-        return
-    if json_file:
-        write_json(json_file, document)
-    print(shown)
-    drawn = f"; pictures: {', '.join(str(out / name) for name in pictures)}" if pictures else ""
-    print(f"{out / 'evaluation.json'}{drawn}")
+        shown = tokenizer_table(document)
+    if PartialState().is_main_process:
+        if json_file:
+            write_json(json_file, document)
+        print(shown)
+        files = [out / f"{name}.png" for name in PICTURES]
+        print(f"{out}: {', '.join(['evaluation.json', 'evaluation.html', *(f.name for f in files if f.exists())])}")
+    if refused := document["protocol"].get("samples", {}).get("refused"):
+        raise InputError(f"{refused}; the other figures are in {out / 'evaluation.json'}")
 
 
 def _refuse_other(model: str, kind: str, others: str, options: dict[str, Any]) -> None:

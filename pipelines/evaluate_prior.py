@@ -12,25 +12,25 @@ import torch
 
 from core.data import DataConfig, ImageData, load_images
 from core.errors import InputError
-from core.model_folder import find_model_folder, write_json
-from core.pictures import save_picture
+from core.model_folder import find_model_folder
 from core.processes import join_processes
 from core.run_folder import RunFolder
 from pipelines.encode_dataset import training_data
 from pipelines.evaluation_document import (
     DIGESTS_OF_IMAGES,
     NO_NETWORK,
-    Rows,
     choose_split,
     described_rows,
     described_weights,
-    figure_lines,
     sorted_figures,
     spread,
     versions,
 )
+from pipelines.evaluation_report import sample_pictures, write_evaluation
 from pipelines.frechet import open_features
 from pipelines.prior_measurements import (
+    OF_SAMPLES,
+    WITH_REAL,
     SampleFigures,
     fit_likelihood,
     measure_codes,
@@ -38,49 +38,17 @@ from pipelines.prior_measurements import (
     measure_samples,
     standard_error,
 )
-from pipelines.prior_protocol import about_chain_rule, about_distance, about_likelihood, about_samples
-from pipelines.two_stage import TwoStagePipeline, class_sheet
+from pipelines.prior_protocol import about_chain_rule, about_likelihood, about_samples
+from pipelines.prior_table import ROWS, in_units, measured_on, prior_notes
+from pipelines.two_stage import TwoStagePipeline
 from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Prior, PriorConfig
 from stage2_prior.sampling import SamplingConfig
 
-__all__ = ["evaluate_prior", "prior_table"]
+__all__ = ["evaluate_prior"]
 
 SCALE_IMAGES = 4096
 """Training images that the likelihood's scale is fitted on."""
-MANY_COPIES = 0.01  # of the samples
-UNITS = {  # of the codes' cost
-    "nats_per_code": ("nats per code", "{:.4f}"),
-    "nats_per_image": ("nats per image", "{:.2f}"),
-    "bits_per_code": ("bits per code", "{:.4f}"),
-    "bits_per_dim": ("bits per dimension", "{:.4f}"),
-}
-ROWS: Rows = {
-    "parameters": ("parameters", "{:,.0f}"),
-    "images": ("code grids", "{:,.0f}"),
-    **{
-        name: row
-        for unit, (title, form) in UNITS.items()
-        for name, row in {
-            unit: (title, form),
-            f"{unit}_bound": (f"{title}, at most", form),
-            f"{unit}_standard_error": ("  standard error of that", "{:.2g}"),
-            f"unigram_{unit}": ("  unigram", form),
-            f"uniform_{unit}": ("  uniform", form),
-        }.items()
-    },
-    "chain_rule_nats_per_image": ("whole model, at most", "{:.2f} nats per image"),
-    "reconstruction_nats_per_image": ("  of it reconstruction", "{:.2f} nats per image"),
-    "prior_nats_per_image": ("  of it codes", "{:.2f} nats per image"),
-    "chain_rule_bits_per_dim": ("  per dimension", "{:.4f} bits"),
-    "samples": ("samples", "{:.0f}"),
-    "distinct_samples": ("  distinct", "{:.0f}"),
-    "codes_per_s": ("  drawn at", "{:.0f} codes per second"),
-    "class_accuracy": ("class accuracy", "{:.2%}"),
-    "class_accuracy_real": ("  of held-out images", "{:.2%}"),
-    "frechet_distance": ("Frechet distance", "{:.4g}"),
-    "frechet_distance_real": ("  of held-out images", "{:.4g}"),
-}
 OpenedT = TypeVar("OpenedT")
 
 
@@ -111,10 +79,12 @@ def evaluate_prior(
         inception: the Inception weights of published FIDs, a file of torch-fidelity, for Frechet distances.
         num_images: code grids and images, spread evenly over the split; None: all.
         num_samples: drawn, where one of the networks is given; image i depends on ``seed``, ``sampling`` and i alone.
-        out: a folder for evaluation.json and samples.png; None: nothing is written.
+        out: a folder for evaluation.json, evaluation.html, samples.png and neighbours.png; None: nothing is written.
 
     Returns:
-        `figures` (numbers by name; None: not measured) and `protocol` (how they came about, in plain JSON).
+        `figures` (numbers by name; None: not measured) and `protocol` (how they came about, in plain JSON). Where
+        more than 1% of the samples are copies of others, none of their figures is measured and
+        ``protocol["samples"]["refused"]`` is a sentence that says so.
 
     Raises:
         InputError: no prior there; codes of another tokenizer, codebook, grid or other classes; sampling settings that
@@ -208,11 +178,10 @@ def evaluate_prior(
             train, real = images[1].splits["train"], choose_split(images[1], name, images[0])[1]
         samples = measure_samples(pipeline, network, num_samples, sampling, seed, batch_size, state, train, real)
         figures |= samples.figures
-        missing |= samples.missing | ({} if images else {"frechet_distance": no_images})
-        protocol["samples"] = about_samples(samples, sampling, seed, num_samples, model)
-        protocol["frechet_distance"] = about_distance(samples, network.protocol, name)
+        missing |= ({} if images else dict.fromkeys(WITH_REAL, no_images)) | samples.missing
+        protocol |= about_samples(samples, sampling, seed, num_samples, pipeline, network, name)
     else:
-        missing |= dict.fromkeys(("class_accuracy", "frechet_distance", "codes_per_s"), NO_NETWORK)
+        missing |= dict.fromkeys((*OF_SAMPLES, "codes_per_s"), NO_NETWORK)
     ordered, missing = sorted_figures(figures, missing, ROWS)
     document = {
         "figures": ordered,
@@ -231,18 +200,6 @@ def evaluate_prior(
         _write(Path(out), document, samples, config)
     state.wait_for_everyone()
     return document
-
-
-def in_units(nats_per_image: float, config: PriorConfig) -> dict[str, float]:
-    """The same cost in each of `UNITS`."""
-    cells, dimensions = math.prod(config.grid), math.prod(config.image_size) * config.channels
-    nats_per_code = nats_per_image / cells
-    return {
-        "nats_per_code": nats_per_code,
-        "nats_per_image": nats_per_image,
-        "bits_per_code": nats_per_code / math.log(2),
-        "bits_per_dim": nats_per_image / (math.log(2) * dimensions),
-    }
 
 
 # --- what it needs --------------------------------------------------------------------------------------------------
@@ -306,40 +263,12 @@ def open_images(tokenizer: str | Path, source: str, config: PriorConfig) -> tupl
     return data_config, data
 
 
-# --- files and table ------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
 def _write(out: Path, document: dict[str, Any], samples: SampleFigures | None, config: PriorConfig) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    if samples:
-        save_picture(class_sheet(samples.pictures, config.class_names), out / "samples.png")
-    write_json(out / "evaluation.json", document)
-
-
-def prior_table(document: dict[str, Any]) -> str:
-    """The figures as people read them."""
-    protocol = document["protocol"]
-    about, missing = protocol["codes"], protocol["not_measured"]
-    lines = [
-        f"{about['path']}, {about['split']}: {about['rows']:,} code grids ({about['chosen']}), {about['sha256'][:12]}"
-    ]
-    if "data" in protocol:
-        data = protocol["data"]
-        lines.append(
-            f"{data['source']}, {data['split']}: {data['images']:,} images ({data['chosen']}), {data['sha256'][:12]}"
-        )
-    lines += figure_lines(document["figures"], missing, ROWS)
-    if protocol["likelihood"]["kind"] != "exact":
-        lines.append(f"its likelihood: an {protocol['likelihood']['kind']}")
-    if "chain_rule" in protocol:
-        about = protocol["chain_rule"]
-        lines.append(f"whole model: of {about['of']}; {about['note']}")
-    if "samples" in protocol and (copies := protocol["samples"]["duplicates"]):
-        many = copies > MANY_COPIES * document["figures"]["samples"]
-        means = "; class accuracy and Frechet distance describe fewer images than were drawn" if many else ""
-        lines.append(f"{copies} of the samples are copies of others among them{means}")
-    if "frechet_distance" in protocol:
-        about = protocol["frechet_distance"]
-        lines.append(f"Frechet distance to training images in {about['network']}, {about['hash'][:12]}")
-        lines += [about["warning"]] if "warning" in about else []
-    return "\n".join(lines)
+    pictures = sample_pictures(samples, config.class_names) if samples else []
+    refused = [samples.refused] if samples and samples.refused else []
+    notes = measured_on(document) + refused + prior_notes(document)
+    title = f"Evaluation of {document['protocol']['prior']['path']}"
+    write_evaluation(out, title, document, ROWS, notes, pictures)

@@ -11,8 +11,8 @@ from torch import Tensor
 from core.data import ImageSplit, load_images
 from core.errors import InputError
 from core.images import to_float, to_uint8
-from core.model_folder import file_sha256, write_json
-from core.pictures import contact_sheet, save_picture
+from core.model_folder import file_sha256
+from core.pictures import contact_sheet
 from core.processes import join_processes
 from pipelines.encode_dataset import training_data
 from pipelines.evaluation_document import (
@@ -27,6 +27,7 @@ from pipelines.evaluation_document import (
     spread,
     versions,
 )
+from pipelines.evaluation_report import Picture, write_evaluation
 from pipelines.frechet import FrechetDistances, open_features
 from pipelines.measurements import Measurements, measure, ssim_window
 from pipelines.verdict import verdict
@@ -37,30 +38,34 @@ from stage1_tokenizer.perceptual import SMALLEST_SIDE, TRUNK, LPIPSConfig, Perce
 __all__ = ["evaluate_tokenizer", "tokenizer_table"]
 
 NUM_PICTURED = 12
+CAPTIONS = {
+    "worst": "The images that come back worst, by PSNR.",
+    "typical": "The first images.",
+}
 SEED = 0  # of the posterior's noise, and of a denoising autoencoder's corruption
-ROWS: Rows = {  # of the table: what each figure is called there, and how it is written
-    "images": ("images", "{:.0f}"),
-    "psnr": ("PSNR", "{:.2f} dB"),
-    "psnr_corrupted": ("  from corrupted images", "{:.2f} dB"),
-    "ssim": ("SSIM", "{:.4f}"),
-    "lpips": ("LPIPS", "{:.4f}"),
-    "rfid": ("rFID", "{:.4g}"),
-    "rfid_of_halves": ("  of the originals' halves", "{:.4g}"),
-    "nats_per_image": ("negative ELBO", "{:.2f} nats per image"),
-    "bits_per_dim": ("  per dimension", "{:.4f} bits"),
-    "kl": ("  of it KL", "{:.2f} nats per image"),
-    "active_units": ("active units", "{:.0f}"),
-    "latent_units": ("  of", "{:.0f}"),
-    "codebook_size": ("codebook", "{:.0f} codes"),
-    "codebooks": ("  codebooks", "{:.0f}, one for each code of a cell"),
-    "codes_used": ("  used", "{:.0f}"),
-    "dead_codes": ("  dead", "{:.0f}"),
-    "codebook_usage": ("  usage", "{:.1%}"),
-    "perplexity": ("  perplexity", "{:.1f}"),
-    "entropy_nats_per_code": ("  entropy", "{:.3f} nats per code"),
-    "cells": ("grid", "{:.0f} cells"),
-    "code_bits_per_pixel": ("  holds", "{:.4f} bits per pixel"),
-    "code_bits_per_dim": ("  per dimension", "{:.4f} bits"),
+ROWS: Rows = {
+    "images": ("images", "{:.0f}", "held-out images that were sent through and back"),
+    "psnr": ("PSNR", "{:.2f} dB", "pixel by pixel; higher is better"),
+    "psnr_corrupted": ("  from corrupted images", "{:.2f} dB", "as in its training"),
+    "ssim": ("SSIM", "{:.4f}", "structure in small windows, at most 1; higher is better"),
+    "lpips": ("LPIPS", "{:.4f}", "difference that people would see; lower is better"),
+    "rfid": ("rFID", "{:.4g}", "Frechet distance of reconstructions to originals; lower is better"),
+    "rfid_of_halves": ("  of the originals' halves", "{:.4g}", "what so many images leave of a distance of 0"),
+    "nats_per_image": ("negative ELBO", "{:.2f} nats per image", "an upper bound of an image's cost; lower is better"),
+    "bits_per_dim": ("  per dimension", "{:.4f} bits", "for each value of an image"),
+    "kl": ("  of it KL", "{:.2f} nats per image", "what the latents hold; 0 is a posterior that has collapsed"),
+    "active_units": ("active units", "{:.0f}", "latents that depend on the image"),
+    "latent_units": ("  of", "{:.0f}", "latents"),
+    "codebook_size": ("codebook", "{:.0f} codes", "entries that codes are chosen from"),
+    "codebooks": ("  codebooks", "{:.0f}, one for each code of a cell", "of that size"),
+    "codes_used": ("  used", "{:.0f}", "entries that occur"),
+    "dead_codes": ("  dead", "{:.0f}", "entries that never occur"),
+    "codebook_usage": ("  usage", "{:.1%}", "the share that occurs; higher is better"),
+    "perplexity": ("  perplexity", "{:.1f}", "codes as if all were equally frequent; near the codebook is best"),
+    "entropy_nats_per_code": ("  entropy", "{:.3f} nats per code", "its logarithm"),
+    "cells": ("grid", "{:.0f} cells", "codes of an image"),
+    "code_bits_per_pixel": ("  holds", "{:.4f} bits per pixel", "what the codes can tell at most"),
+    "code_bits_per_dim": ("  per dimension", "{:.4f} bits", "for each value of an image"),
 }
 
 
@@ -85,7 +90,7 @@ def evaluate_tokenizer(
         inception: the Inception weights of published FIDs, a file of torch-fidelity.
         weights_dir: where the VGG weights of LPIPS lie.
         num_images: spread evenly over the split; None: all.
-        out: a folder for evaluation.json, worst.png and typical.png; None: nothing is written.
+        out: a folder for evaluation.json, evaluation.html, worst.png and typical.png; None: nothing is written.
 
     Returns:
         `figures` (numbers by name; None: not measured), `protocol` (how they came about, in plain JSON) and `verdict`
@@ -148,7 +153,9 @@ def evaluate_tokenizer(
         "verdict": asdict(verdict(figures)),
     }
     if out and state.is_main_process:
-        _write(Path(out), document, model, images, rows, found)
+        notes = [*_measured_on(document), *_notes(document)]
+        pictures = _pictures(model, images, rows, found)
+        write_evaluation(Path(out), f"Evaluation of {tokenizer}", document, ROWS, notes, pictures)
     state.wait_for_everyone()
     return document
 
@@ -191,35 +198,39 @@ def _methods(model: Autoencoder, size: tuple[int, int]) -> dict[str, Any]:
     return methods
 
 
-def _write(
-    out: Path, document: dict[str, Any], model: Autoencoder, images: ImageSplit, rows: Tensor, found: Measurements
-) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+def _pictures(model: Autoencoder, images: ImageSplit, rows: Tensor, found: Measurements) -> list[Picture]:
+    pictures = []
     order = torch.sort(found.psnr, stable=True).indices
     for name, places in {"worst": order[:NUM_PICTURED], "typical": torch.arange(len(rows))[:NUM_PICTURED]}.items():
         originals = images.read(rows[places])
         device = next(model.parameters()).device
-        pictures = to_uint8(model.reconstruct(to_float(originals.to(device)))).cpu()
+        pictures_back = to_uint8(model.reconstruct(to_float(originals.to(device)))).cpu()
         captions = [f"row {row}" for row in rows[places].tolist()]
         captions += [f"{ratio:.1f} dB" for ratio in found.psnr[places].tolist()]
         titles = ["original", "reconstruction"]
-        save_picture(
-            contact_sheet(torch.cat([originals, pictures]), len(places), captions, titles), out / f"{name}.png"
-        )
-    write_json(out / "evaluation.json", document)
+        sheet = contact_sheet(torch.cat([originals, pictures_back]), len(places), captions, titles)
+        pictures.append((name, sheet, CAPTIONS[name]))
+    return pictures
 
 
 def tokenizer_table(document: dict[str, Any]) -> str:
     """What the command prints of :func:`evaluate_tokenizer`'s result."""
-    protocol = document["protocol"]
-    data, missing = protocol["data"], protocol["not_measured"]
-    lines = [f"{data['source']}, {data['split']}: {data['images']:,} images ({data['chosen']}), {data['sha256'][:12]}"]
-    if data["duplicates"]:
-        lines.append(f"{data['duplicates']} of them are copies of others among them")
     figures = {name: value for name, value in document["figures"].items() if (name, value) != ("codebooks", 1)}
-    lines += figure_lines(figures, missing, ROWS)
+    lines = figure_lines(figures, document["protocol"]["not_measured"], ROWS)
+    return "\n".join([*_measured_on(document), *lines, *_notes(document)])
+
+
+def _measured_on(document: dict[str, Any]) -> list[str]:
+    data = document["protocol"]["data"]
+    lines = [f"{data['source']}, {data['split']}: {data['images']:,} images ({data['chosen']}), {data['sha256'][:12]}"]
+    return lines + ([f"{data['duplicates']} of them are copies of others among them"] if data["duplicates"] else [])
+
+
+def _notes(document: dict[str, Any]) -> list[str]:
+    """How to read the figures, and the verdict."""
+    protocol, notes = document["protocol"], []
     for name in ("lpips", "rfid"):
         if "network" in protocol[name]:
-            lines.append(f"{ROWS[name][0]} in {protocol[name]['network']}, {protocol[name]['hash'][:12]}")
-        lines += [protocol[name]["warning"]] if "warning" in protocol[name] else []
-    return "\n".join([*lines, *document["verdict"]["sentences"]])
+            notes.append(f"{ROWS[name][0]} in {protocol[name]['network']}, {protocol[name]['hash'][:12]}")
+        notes += [protocol[name]["warning"]] if "warning" in protocol[name] else []
+    return [*notes, *document["verdict"]["sentences"]]

@@ -29,8 +29,8 @@ __all__ = [
     "versions",
 ]
 
-Rows = dict[str, tuple[str, str]]
-"""Of a table: what each figure is called there, and how it is written."""
+Rows = dict[str, tuple[str, str, str]]
+"""Of a table: what each figure is called there, how it is written, and what it means (which the report says)."""
 
 PACKAGES = ("torch", "torchmetrics", "numpy", "pillow")
 NO_NETWORK = "give --features runs/NAME (twostage train-features), or --inception FILE"
@@ -103,8 +103,13 @@ def sorted_figures(
 
 def figure_lines(figures: dict[str, Any], missing: dict[str, str], rows: Rows) -> list[str]:
     """A line of the table for each figure."""
-    lines = []
+    lines, said = [], set()
     for name, value in figures.items():
-        title, form = rows[name]
-        lines.append(f"  {title:<27} {form.format(value) if value is not None else 'not measured: ' + missing[name]}")
+        title, form, _ = rows[name]
+        if value is not None:
+            words = form.format(value)
+        else:
+            words = "not measured: " + ("as above" if missing[name] in said else missing[name])
+            said.add(missing[name])
+        lines.append(f"  {title:<27} {words}")
     return lines

@@ -24,6 +24,7 @@ __all__ = [
     "InceptionFeatures",
     "OwnFeatures",
     "bias_warning",
+    "frechet_distance",
     "open_features",
     "too_few",
 ]
@@ -40,6 +41,7 @@ class OwnFeatures(nn.Module):
         self.network = FeatureNetwork.from_pretrained(path).eval()
         self.num_features = self.network.num_features
         self.channels, self.size = self.network.config.channels, self.network.config.image_size
+        self.class_names: list[str] | None = self.network.config.class_names
         self.protocol = {
             "network": f"the feature network {path}",
             "hash": self.network.content_hash(),
@@ -53,6 +55,10 @@ class OwnFeatures(nn.Module):
             images = F.interpolate(images, self.size, mode="bilinear", align_corners=False, antialias=True)
         return self.network.features(images).double()
 
+    def logits(self, features: Tensor) -> Tensor:
+        """Features (B, F) -> logits (B, K) of the network's own classes."""
+        return self.network.head(features.float())
+
 
 class InceptionFeatures(nn.Module):
     """uint8 images (B, C, H, W) -> the 2048 pooled features (B, F) float64 of the Inception network of published FIDs.
@@ -62,6 +68,7 @@ class InceptionFeatures(nn.Module):
     """
 
     num_features, channels = 2048, 3
+    class_names: list[str] | None = None  # of ImageNet and more, which nobody asks a prior for
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
@@ -93,6 +100,12 @@ class InceptionFeatures(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         return self.network(_with_channels(pixels, self.channels)).double()
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Features (B, F) -> logits (B, 1008), without the bias, as the Inception score is published."""
+        head = self.network.fc
+        assert isinstance(head, nn.Linear)
+        return F.linear(features.float(), head.weight)
 
 
 def open_features(
@@ -142,6 +155,15 @@ class FeatureDistance:
             assert isinstance(value, Tensor)
             setattr(self._metric, name, total(value))
         return max(0.0, self._metric.compute().item())  # rounding may leave -1e-9 of a zero
+
+
+def frechet_distance(first: Tensor, second: Tensor, device: torch.device) -> float:
+    """The distance between features (n, F) and (m, F) of whole sets."""
+    distance = FeatureDistance(first.shape[1], device)
+    for features, real in ((first, True), (second, False)):
+        for part in features.split(4096):
+            distance.update(part.double(), real)
+    return distance.compute(lambda tensor: tensor)
 
 
 def too_few(distinct: int, num_features: int) -> str | None:

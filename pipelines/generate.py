@@ -1,26 +1,27 @@
-"""Generates images with a trained prior and its tokenizer.
+"""Generates images with a trained prior and its tokenizer, or with a variational autoencoder.
 
 accelerate launch -m pipelines.generate runs/PRIOR --num-images 64 --class-name cat --seed 0 --out DIR
 """
 
 import itertools
 import json
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
-from PIL import Image
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from core.command import run_command
 from core.config import describe_differences
 from core.errors import InputError
-from core.images import to_pil
 from core.model_folder import hash_tensors, write_json
 from core.pictures import save_picture
 from core.processes import join_processes
+from pipelines.batch_size import fitting_batch_size
+from pipelines.image_files import FileFormat, image_files
 from pipelines.sampling_options import with_sampling_options
 from pipelines.two_stage import TwoStagePipeline, class_sheet, load_pipeline
 from stage2_prior.sampling import SamplingConfig
@@ -37,11 +38,13 @@ def generate_folder(
     class_names: list[str] | None,
     seed: int,
     sampling: SamplingConfig,
-    batch_size: int,
+    batch_size: int | None = None,
+    file_format: FileFormat = "png",
 ) -> None:
-    """Writes ``out``/images/000000.png ..., grid.png and settings.json, the images shared by the processes.
+    """Writes ``out``/images/ (000000.png ..., or shards of parquet), grid.png and settings.json, the images shared by
+    the processes.
 
-    Images that are there already, from the same settings, are kept.
+    Images that are there already, from the same settings, are kept; damaged ones are made anew.
 
     Raises:
         InputError: the folder holds images from other settings (the differences are shown; nothing is changed).
@@ -50,41 +53,45 @@ def generate_folder(
     pipeline.to(state.device or "cpu")
     cycle, names = pipeline.labels_for(class_names), class_names or pipeline.class_names
     pipeline.check_sampling(sampling)
-    settings = _settings(pipeline, class_names, seed, sampling)
+    settings = _settings(pipeline, class_names, seed, sampling) | {"file_format": file_format}
     _check_folder(out, settings)
-    state.wait_for_everyone()
-    images = out / "images"
+    batch_size = batch_size or fitting_batch_size(pipeline.prior, sampling, pipeline.device)
+    files = image_files(file_format, out / "images", pipeline.image_size, pipeline.channels, pipeline.class_names)
+    found = [files.missing(num_images, batch_size)] if state.is_main_process else [None]
+    if state.num_processes > 1:
+        broadcast_object_list(found)
+    missing: list[range] = found[0] or []
     if state.is_main_process:
-        images.mkdir(parents=True, exist_ok=True)
+        (out / "images").mkdir(parents=True, exist_ok=True)
         labels = [names[i % len(names)] for i in range(num_images)] if names else None
         write_json(out / "settings.json", {**settings, "num_images": num_images, "classes": labels})
     state.wait_for_everyone()
-    starts = range(0, num_images, batch_size)[state.process_index :: state.num_processes]
-    batches = [range(start, min(start + batch_size, num_images)) for start in starts]
-    batches = [numbers for numbers in batches if not all(_file(images, i).exists() for i in numbers)]
-    with tqdm(total=sum(map(len, batches)), unit="images", unit_scale=True, disable=not state.is_main_process) as bar:
-        for numbers in batches:
-            for pixels, _ in pipeline.generate(numbers, cycle, sampling, seed, batch_size, bar.update):
-                for number, image in zip(numbers, pixels, strict=True):
-                    if not _file(images, number).exists():
-                        save_picture(to_pil(image), _file(images, number))
+
+    start, wanted = time.perf_counter(), sum(map(len, missing))
+    mine = missing[state.process_index :: state.num_processes]
+    speedup = wanted / max(1, sum(map(len, mine)))  # the bar is of all processes, as if they were as fast as this one
+    with tqdm(total=wanted, unit="images", disable=not state.is_main_process) as bar:
+        for part in mine:
+            drawn = pipeline.generate(part, cycle, sampling, seed, batch_size, lambda n: bar.update(n * speedup))
+            labels = None if cycle is None else [cycle[i % len(cycle)] for i in part]
+            files.write(part, torch.cat([pixels for pixels, _ in drawn]), labels)
     state.wait_for_everyone()
     if state.is_main_process:
-        _draw_grid(out, min(num_images, MOST_PICTURED), names)
-        print(f"{num_images} images: {images}; at a glance: {out / 'grid.png'}; how: {out / 'settings.json'}")
-
-
-def _file(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.png"
+        seconds = time.perf_counter() - start
+        save_picture(class_sheet(files.read(min(num_images, MOST_PICTURED)), names), out / "grid.png")
+        kept = f"{num_images - wanted} were there already" if wanted < num_images else ""
+        rate = f"{wanted / seconds:.1f} a second" if wanted else ""
+        print(f"{num_images} images: {out / 'images'} ({', '.join(filter(None, [kept, rate]))})")
+        print(f"at a glance: {out / 'grid.png'}; how: {out / 'settings.json'}")
 
 
 def _settings(
     pipeline: TwoStagePipeline, class_names: list[str] | None, seed: int, sampling: SamplingConfig
 ) -> dict[str, Any]:
-    weights = itertools.chain(pipeline.prior.state_dict().items(), pipeline.tokenizer.state_dict().items())
+    models = [model for model in (pipeline.prior, pipeline.tokenizer) if model]
     return {
-        "weights_sha256": hash_tensors(weights),
-        "tokenizer": pipeline.prior.config.tokenizer.hash,
+        "weights_sha256": hash_tensors(itertools.chain.from_iterable(model.state_dict().items() for model in models)),
+        "tokenizer": pipeline.tokenizer.content_hash(),
         "seed": seed,
         "class_names": class_names,
         **sampling.model_dump(mode="json"),
@@ -106,26 +113,26 @@ def _check_folder(out: Path, settings: dict[str, Any]) -> None:
         raise InputError(f"--out {out}: exists and holds no generated images; give another --out")
 
 
-def _draw_grid(out: Path, count: int, names: list[str] | None) -> None:
-    arrays = [np.asarray(Image.open(_file(out / "images", i))) for i in range(count)]
-    pixels = torch.from_numpy(np.stack([a[None] if a.ndim == 2 else a.transpose(2, 0, 1) for a in arrays]))
-    save_picture(class_sheet(pixels, names), out / "grid.png")
-
-
 @with_sampling_options
 def command(
-    prior: Annotated[str, typer.Argument(help="runs/NAME of a trained prior, a pipeline folder, or a hub id.")],
+    prior: Annotated[str, typer.Argument(help="runs/NAME of a prior or a VAE, a pipeline folder, or a hub id.")],
     out: Annotated[Path, typer.Option(help="The folder for images/, grid.png and settings.json.")],
     num_images: Annotated[int, typer.Option(min=1)] = 64,
     class_name: Annotated[list[str] | None, typer.Option(help="Repeat for several, which take turns.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Image i depends on the seed and i alone.")] = 0,
     *,
     sampling: SamplingConfig,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, each process.")] = 32,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images at a time, each process; what fits the memory by default.")
+    ] = None,
+    file_format: Annotated[
+        FileFormat, typer.Option("--format", help="A PNG each, or parquet of 1,000 images each.")
+    ] = "png",
     tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, where it has moved.")] = None,
 ) -> None:
     """Generate images with a trained prior and its tokenizer."""
-    generate_folder(load_pipeline(prior, tokenizer), out, num_images, class_name or None, seed, sampling, batch_size)
+    pipeline = load_pipeline(prior, tokenizer)
+    generate_folder(pipeline, out, num_images, class_name or None, seed, sampling, batch_size, file_format)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""Pictures that a person gives to a trained model: checked before they are decoded, then brought to the model's form."""
+"""Pictures that people give to a trained model: checked before they are decoded, then brought to the model's form."""
 
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from core.errors import InputError
 from core.images import image_to_uint8
+from pipelines.edits import MASK_NAMES, named_mask
 
-__all__ = ["MOST_BYTES", "MOST_PIXELS", "describe_conversion", "open_image", "read_image"]
+__all__ = ["MOST_BYTES", "MOST_PIXELS", "describe_conversion", "open_image", "read_image", "read_mask"]
 
 MOST_BYTES = 20_000_000
 MOST_PIXELS = 25_000_000
@@ -33,12 +34,13 @@ def open_image(path: str | Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MOST_PIXELS is below its limit
             image = Image.open(path)
-        if image.width * image.height > MOST_PIXELS:
-            raise InputError(
-                f"{path}: has {image.width} x {image.height} pixels, at most {MOST_PIXELS // 10**6} million are taken; "
-                "make it smaller"
-            )
-        image.load()
+        with image:  # closes the file; the pixels stay
+            if image.width * image.height > MOST_PIXELS:
+                raise InputError(
+                    f"{path}: has {image.width} x {image.height} pixels, at most {MOST_PIXELS // 10**6} million are "
+                    "taken; make it smaller"
+                )
+            image.load()
     except InputError:
         raise
     except UnidentifiedImageError:
@@ -49,7 +51,7 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def describe_conversion(image: Image.Image, size: tuple[int, int], channels: int) -> str | None:
-    """What has to be changed for a model of images of ``size`` (height, width) and ``channels``, in words; None: nothing."""
+    """What has to be changed for a model of images of ``size`` (height, width) and ``channels``, in words, or None."""
     modes = {1: "L", 3: "RGB", 4: "RGBA"}
     words = []
     if image.size != (size[1], size[0]):
@@ -68,3 +70,33 @@ def read_image(path: str | Path, size: tuple[int, int], channels: int) -> tuple[
     image = open_image(path)
     pixels = np.array(image_to_uint8(image, size, channels))
     return torch.from_numpy(pixels), describe_conversion(image, size, channels)
+
+
+def read_mask(mask: str | Path, image: str | Path, size: tuple[int, int]) -> Tensor:
+    """What is to be drawn again of the picture ``image`` as a model of images of ``size`` (H, W) sees it: (H, W) bool.
+
+    Args:
+        mask: a picture of the same width and height, white (a grey value of 128 or more; what is transparent counts as
+            black) where ``image`` is to be drawn again. It is cropped and resized as ``image`` is, and a pixel that is
+            made of any masked ones is masked. Or one of the words `edits.MASK_NAMES`.
+
+    Raises:
+        InputError: those of :func:`open_image`, a picture of another size, one that leaves nothing to draw again.
+    """
+    if mask in MASK_NAMES:
+        return named_mask(str(mask), size)
+    picture, of = ImageOps.exif_transpose(open_image(mask)), ImageOps.exif_transpose(open_image(image))
+    if picture.size != of.size:
+        raise InputError(
+            f"{mask}: has {picture.width}x{picture.height} pixels, expected {of.width}x{of.height} as {image} has; "
+            f"draw the mask over the picture itself, or give one of: {', '.join(MASK_NAMES)}"
+        )
+    *colours, alpha = image_to_uint8(picture, (picture.height, picture.width), 4).astype(np.float32)
+    white = sum(colours) / 3 * alpha / 255 >= 128
+    # The mean over each pixel's area, which is above 0 where any of it is masked.
+    shares = ImageOps.fit(Image.fromarray(white.astype(np.float32)), (size[1], size[0]), Image.Resampling.BOX)
+    masked = torch.from_numpy(np.array(shares) > 0)
+    if not masked.any():
+        where = "" if not white.any() else " within what the model sees of the picture (its centre)"
+        raise InputError(f"{mask}: masks nothing{where}; paint white what is to be drawn again")
+    return masked

@@ -13,8 +13,10 @@ from stage2_prior.prior import Prior
 
 __all__ = [
     "FORMAT_VERSION",
+    "HUB_ID",
     "find_pipeline_folder",
     "is_pipeline_folder",
+    "push_folder",
     "read_pipeline_folder",
     "write_pipeline_folder",
 ]
@@ -23,6 +25,9 @@ FORMAT_VERSION = 2
 """1 had no hashes, and always a prior."""
 DOCUMENT = "pipeline.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+"""`owner/name`."""
+NEEDED = ["*.json", "*.safetensors", "training/*.yaml"]
+"""What a download takes; pictures and exported programs stay on the hub."""
 
 
 def is_pipeline_folder(path: str | Path) -> bool:
@@ -104,7 +109,7 @@ def find_pipeline_folder(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=NEEDED))
     except Exception as error:  # the hub's libraries raise several families of errors when offline
         kept = os.environ.get("HF_HOME", "~/.cache/huggingface")
         raise InputError(
@@ -112,3 +117,27 @@ def find_pipeline_folder(path: str | Path) -> Path:
             f"also for a copy downloaded earlier, in {kept}. Without a network, copy the pipeline's folder here and "
             "give that"
         ) from None
+
+
+def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
+    """Uploads a folder to the Hugging Face hub, where ``repo_id`` (`owner/name`) is made if it is not there; returns
+    its address.
+
+    Raises:
+        InputError: no such name, or the hub did not take it, such as when offline or not logged in.
+    """
+    if not HUB_ID.fullmatch(repo_id):
+        raise InputError(f"{repo_id!r}: no id of the Hugging Face hub; expected owner/name")
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    try:
+        address = hub.create_repo(repo_id, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="twostage export")
+    except Exception as error:  # as above
+        raise InputError(
+            f"{repo_id}: the Hugging Face hub did not take it ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); log in (hf auth login) as one who may write there, check the "
+            "network, and push again"
+        ) from None
+    return str(address)

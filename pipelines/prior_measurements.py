@@ -1,11 +1,12 @@
-"""What is measured of a prior: the cost of held-out codes, of held-out images through the tokenizer, and its samples.
+"""What is measured of a prior: the cost of held-out codes, of held-out images through the tokenizer, and its samples
+(those of a variational autoencoder likewise).
 
 Axes: n rows, B of them in a batch, h and w cells of the code grid, C channels, H and W pixels, D draws.
 """
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -17,8 +18,18 @@ from core.data import ImageSplit
 from core.images import to_float
 from core.random import BatchRandom, seed_for
 from pipelines.evaluation_document import spread
-from pipelines.frechet import FeatureDistance, InceptionFeatures, OwnFeatures, bias_warning, too_few
+from pipelines.frechet import InceptionFeatures, OwnFeatures, bias_warning, frechet_distance, too_few
 from pipelines.measurements import count_distinct, hash_of, row_digests, total_over_processes
+from pipelines.neighbours import Neighbours, nearest, num_pictured
+from pipelines.sample_quality import (
+    NEIGHBOURS,
+    ImageFeatures,
+    inception_score,
+    kernel_distance,
+    num_splits,
+    precision_recall,
+    subset_size,
+)
 from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.losses import LossConfig, negative_log_likelihood, reconstruction_loss
@@ -28,6 +39,10 @@ from stage2_prior.sampling import SamplingConfig
 
 __all__ = [
     "BOUND_DRAWS",
+    "BOUND_SEED",
+    "MANY_COPIES",
+    "OF_SAMPLES",
+    "WITH_REAL",
     "ChainRule",
     "CodeNats",
     "SampleFigures",
@@ -46,6 +61,18 @@ LEAST_SCALE = 2 / 255 / math.sqrt(12)
 nothing about grey levels."""
 MOST_REFERENCES = 50_000  # training images that samples are compared with
 MOST_PICTURED = 80
+MANY_COPIES = 0.01
+"""Of the samples: with more, figures of them are refused."""
+WITH_REAL = (
+    "frechet_distance",
+    "kernel_distance",
+    "precision",
+    "recall",
+    "neighbour_distance_ratio",
+    "training_copies",
+)
+OF_SAMPLES = ("class_accuracy", "inception_score", *WITH_REAL)
+"""Figures of samples: by the network alone, and beside real images."""
 
 
 @dataclass
@@ -79,11 +106,15 @@ class SampleFigures:
     figures: dict[str, float]
     missing: dict[str, str]
     """Why there is no such figure."""
-    counts: dict[str, int]
-    """How many images of each kind were looked at."""
-    warning: str | None
     pictures: Tensor
     """The first samples, (at most 80, C, H, W) uint8."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """How many images of each kind were looked at."""
+    warning: str | None = None
+    neighbours: Neighbours | None = None
+    """Of the first samples; None where no training images are at hand."""
+    refused: str | None = None
+    """A sentence: there are too many copies among the samples to measure anything of them."""
 
 
 def shared_batches(count: int, batch_size: int, state: PartialState, what: str) -> tqdm:
@@ -164,6 +195,7 @@ def measure_images(
     """Both parts of the bound -log p(x) <= -log p(x | codes(x)) - log p(codes(x)) on the images of ``rows``: one of the
     terms of p(x) = sum over codes of p(x | codes) p(codes)."""
     prior, model = pipeline.prior, pipeline.tokenizer
+    assert prior is not None
     table = torch.zeros(len(rows), 1 + num_draws(prior), dtype=torch.float64)
     digests = torch.zeros(len(rows), 32, dtype=torch.uint8)
     for places in shared_batches(len(rows), batch_size, state, "images"):
@@ -197,99 +229,126 @@ def measure_samples(
     """Samples images of all classes in turn and looks at them, and at real ones, with ``network``.
 
     Args:
-        train: the images whose distance to the samples is measured; None: no distance.
+        pipeline: of a prior or of a variational autoencoder.
+        train: the images that the samples are compared with; None: they are compared with none.
         held_out: likewise None; as many of them as there are samples are measured as the samples are.
     """
     device = torch.device(state.device or "cpu")
     network = network.to(device)
     total = partial(total_over_processes, state)
-    names, (height, width) = pipeline.class_names, pipeline.prior.config.grid
     cycle = pipeline.labels_for(None)
-    of_samples, of_real = (FeatureDistance(network.num_features, device) for _ in range(2))
-    looks = Looks(network, names)
 
     # 1. The samples.
-    digests = torch.zeros(num_samples, 32, dtype=torch.uint8)
-    correct = torch.zeros(num_samples, dtype=torch.float64)
-    size = (pipeline.prior.config.channels, *pipeline.prior.config.image_size)
+    samples = ImageFeatures(network, num_samples, state)
+    size = (pipeline.channels, *pipeline.image_size)
     pictures = torch.zeros(min(num_samples, MOST_PICTURED), *size, dtype=torch.uint8)
     seconds = torch.zeros(state.num_processes, dtype=torch.float64)
     for places in shared_batches(num_samples, batch_size, state, "samples"):
         numbers = range(int(places[0]), int(places[-1]) + 1)
         watch = Watch(len(places), device)
-        for pixels, _ in pipeline.generate(numbers, cycle, sampling, seed, batch_size, watch):
-            digests[places] = row_digests(pixels)
-            labels = None if cycle is None else torch.tensor(cycle)[places % len(cycle)]
-            features, correct[places] = looks(pixels.to(device), labels)
-            of_samples.update(features, real=False)
+        for pixels, _ in pipeline.generate(numbers, cycle, sampling, seed, len(places), watch):
+            samples.update(places, pixels)
             pictured = places < len(pictures)
             pictures[places[pictured]] = pixels[pictured]
         seconds[state.process_index] += watch.seconds
-    digests = total(digests)
-    figures = {"samples": float(num_samples), "distinct_samples": float(count_distinct(digests))}
-    figures["codes_per_s"] = num_samples * height * width / total(seconds).max().item()
-    counts, missing, warning = {}, {}, None
-    if looks.problem:
-        missing["class_accuracy"] = looks.problem
-    else:
-        figures["class_accuracy"] = total(correct).mean().item()
+    samples, pictures = samples.gather(), total(pictures)
+    found = SampleFigures({"samples": num_samples, "distinct_samples": samples.distinct}, {}, pictures)
+    if pipeline.prior:
+        cells = math.prod(pipeline.prior.config.grid)
+        found.figures["codes_per_s"] = num_samples * cells / total(seconds).max().item()
+    copies = num_samples - samples.distinct
+    if copies > MANY_COPIES * num_samples:
+        found.refused = too_many_copies(copies, num_samples, sampling)
+        found.missing |= dict.fromkeys(OF_SAMPLES, f"{copies:,} of the samples are copies of others")
+        return found
 
-    # 2. Real images: those for training, which both are compared with, and as many held-out ones as there are samples.
-    if train is not None and held_out is not None:
-        references = spread(len(train), MOST_REFERENCES)
-        for places in shared_batches(len(references), batch_size, state, "training images"):
-            features, _ = looks(train.read(references[places]).to(device), None)
-            of_samples.update(features, real=True)
-            of_real.update(features, real=True)
-        rows = spread(len(held_out), num_samples)
-        digests, correct = torch.zeros(len(rows), 32, dtype=torch.uint8), torch.zeros(len(rows), dtype=torch.float64)
-        for places in shared_batches(len(rows), batch_size, state, "held-out images"):
-            pixels = held_out.read(rows[places])
-            digests[places] = row_digests(pixels)
-            features, correct[places] = looks(pixels.to(device), held_out.read_labels(rows[places]))
-            of_real.update(features, real=False)
-        counts = {"training_images": len(references), "held_out_images": len(rows)}
-        distinct = count_distinct(total(digests))
-        for name, distance, count in (
-            ("frechet_distance", of_samples, int(figures["distinct_samples"])),
-            ("frechet_distance_real", of_real, distinct),
-        ):
-            if reason := too_few(count, network.num_features):
-                missing[name] = reason
-            else:
-                figures[name] = distance.compute(total)
-        warning = bias_warning(min(num_samples, len(rows), len(references)), network.num_features)
-        if not looks.problem:
-            figures["class_accuracy_real"] = total(correct).mean().item()
-    return SampleFigures(figures, missing, counts, warning, total(pictures))
+    # 2. What the network makes of them.
+    problem = class_problem(network, pipeline.class_names)
+    labels = None if cycle is None else torch.tensor(cycle)[torch.arange(num_samples) % len(cycle)]
+    if problem:
+        found.missing["class_accuracy"] = problem
+    found.counts["inception_splits"] = num_splits(num_samples)
+    found.figures |= class_figures(samples, None if problem else labels, "")
+    if train is None or held_out is None:
+        return found
+
+    # 3. Real images: those for training, which both are compared with, and as many held-out ones as there are samples.
+    references, rows = spread(len(train), MOST_REFERENCES), spread(len(held_out), num_samples)
+    training, real = (ImageFeatures(network, len(chosen), state) for chosen in (references, rows))
+    for images, split, chosen, what in (
+        (training, train, references, "training images"),
+        (real, held_out, rows, "held-out images"),
+    ):
+        for places in shared_batches(len(chosen), batch_size, state, what):
+            images.update(places, split.read(chosen[places]))
+        images.gather()
+    found.figures |= class_figures(real, None if problem else held_out.read_labels(rows), "_real")
+    found.counts |= {"training_images": len(references), "held_out_images": len(rows)}
+    balls = spread(len(references), num_samples)  # as many as samples: balls are the smaller, the more there are
+    fewest = min(num_samples, len(rows), len(references))
+    found.counts |= {"kernel_subset_size": subset_size(fewest), "precision_images": len(balls)}
+    found.warning = bias_warning(fewest, network.num_features)
+    for images, ending in ((samples, ""), (real, "_real")):
+        if reason := too_few(images.distinct, network.num_features):
+            found.missing[f"frechet_distance{ending}"] = reason
+        else:
+            found.figures[f"frechet_distance{ending}"] = frechet_distance(images.features, training.features, device)
+        if fewest <= NEIGHBOURS:
+            reason = f"{fewest} images, at least {NEIGHBOURS + 1} are needed"
+            found.missing |= {f"{name}{ending}": reason for name in ("kernel_distance", "precision", "recall")}
+            continue
+        distance, deviation = kernel_distance(images.features, training.features, subset_size(fewest), state)
+        precision, recall = precision_recall(images.features, training.features[balls], state)
+        found.figures |= {f"kernel_distance{ending}": distance, f"kernel_distance{ending}_deviation": deviation}
+        found.figures |= {f"precision{ending}": precision, f"recall{ending}": recall}
+
+    # 4. Are samples copies of training images?
+    distances, near = nearest(samples.features, training.features, min(NEIGHBOURS, len(references)), state)
+    usual = nearest(real.features, training.features, 1, state)[0].median()
+    found.figures["neighbour_distance_ratio"] = (distances[:, 0].median() / usual).item()
+    known = {bytes(digest) for digest in training.digests.numpy()}
+    found.figures["training_copies"] = sum(bytes(digest) in known for digest in samples.digests.numpy())
+    shown = num_pictured(num_samples, len(pipeline.class_names or []))
+    pixels = train.read(references[near[:shown].flatten()]).unflatten(0, (shown, -1))
+    found.neighbours = Neighbours(pictures[:shown], pixels, distances[:shown] / usual)
+    return found
 
 
-class Looks:
-    """The features of images, and which of them the network gives their class.
+def class_figures(images: ImageFeatures, labels: Tensor | None, ending: str) -> dict[str, float]:
+    """The share of images that the network gives their class (where ``labels`` say it), and the Inception score."""
+    logits = images.logits()
+    score, deviation = inception_score(logits)
+    figures = {f"inception_score{ending}": score}
+    if num_splits(len(logits)) > 1:
+        figures[f"inception_score{ending}_deviation"] = deviation
+    if labels is not None:
+        figures[f"class_accuracy{ending}"] = (logits.argmax(1) == labels).double().mean().item()
+    return figures
 
-    Args:
-        class_names: of the labels.
-    """
 
-    def __init__(self, network: OwnFeatures | InceptionFeatures, class_names: list[str] | None) -> None:
-        self.network, self.problem = network, None
-        if not class_names:
-            self.problem = "the prior has no classes"
-        elif not isinstance(network, OwnFeatures):
-            self.problem = "the Inception network knows other classes; give --features runs/NAME"
-        elif network.network.config.class_names != class_names:
-            self.problem = (
-                f"the feature network knows the classes {', '.join(network.network.config.class_names)}, the prior's "
-                f"are {', '.join(class_names)}"
-            )
+def class_problem(network: OwnFeatures | InceptionFeatures, class_names: list[str] | None) -> str | None:
+    """Why the network cannot tell whether images are of their class."""
+    if not class_names:
+        return "the model has no classes"
+    if network.class_names is None:
+        return "the Inception network knows other classes; give --features runs/NAME"
+    if network.class_names != class_names:
+        return (
+            f"the feature network knows the classes {', '.join(network.class_names)}, the model's are "
+            f"{', '.join(class_names)}"
+        )
+    return None
 
-    def __call__(self, pixels: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Of uint8 images (B, C, H, W): the features (B, F) float64, and 1 where the class is found, (B,)."""
-        features = self.network(pixels)
-        if self.problem or labels is None or not isinstance(self.network, OwnFeatures):
-            return features, torch.zeros(len(pixels), dtype=torch.float64)
-        found = self.network.network.head(features.float()).argmax(1).cpu()
-        return features, (found == labels).double()
+
+def too_many_copies(copies: int, num_samples: int, sampling: SamplingConfig) -> str:
+    """What is wrong with samples that are copies of each other, and what to try."""
+    given = [f"{name} {value}" for name, value in sampling.model_dump(exclude_defaults=True).items()]
+    return (
+        f"{copies:,} of the {num_samples:,} samples are copies of others, more than {MANY_COPIES:.0%}: figures of "
+        "them would be of fewer images than they claim, so none is given; the usual causes are a temperature, top_k or "
+        f"top_p that is too low (here {', '.join(given) or 'the defaults'}), the same seeds in several processes, or a "
+        "model that knows a few images by heart; try a higher temperature, no top_k and top_p, or train on more data"
+    )
 
 
 class Watch:

@@ -2,13 +2,15 @@
 
 from typing import Any
 
-from pipelines.prior_measurements import BOUND_DRAWS, BOUND_SEED, SampleFigures
+from pipelines.frechet import InceptionFeatures, OwnFeatures
+from pipelines.prior_measurements import BOUND_DRAWS, BOUND_SEED, MANY_COPIES, SampleFigures
+from pipelines.sample_quality import NEIGHBOURS, SUBSETS
 from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.losses import LossConfig
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig
 
-__all__ = ["about_chain_rule", "about_distance", "about_likelihood", "about_samples"]
+__all__ = ["about_chain_rule", "about_likelihood", "about_samples"]
 
 
 def about_likelihood(model: Prior) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def about_chain_rule(
     pipeline: TwoStagePipeline, likelihood: LossConfig, fitted: int, level_bits: float
 ) -> dict[str, Any]:
     """What the bound of the whole model is made of."""
-    given = " | class" if pipeline.prior.num_classes else ""
+    given = " | class" if pipeline.class_names else ""
     loss = pipeline.tokenizer.config.loss
     density = {"bce": "Bernoulli", "l1": "Laplace", "l2": "Gaussian"}[likelihood.reconstruction]
     about: dict[str, Any] = {
@@ -62,26 +64,77 @@ def about_chain_rule(
 
 
 def about_samples(
-    samples: SampleFigures, sampling: SamplingConfig, seed: int, num_samples: int, model: Prior
+    samples: SampleFigures,
+    sampling: SamplingConfig,
+    seed: int,
+    num_samples: int,
+    pipeline: TwoStagePipeline,
+    network: OwnFeatures | InceptionFeatures,
+    split: str,
 ) -> dict[str, Any]:
-    """How they were drawn."""
-    return {
-        "seed": seed,
-        "sampling": sampling.model_dump(mode="json"),
-        "classes": "all in turn" if model.num_classes else None,
-        "duplicates": num_samples - round(samples.figures["distinct_samples"]),
-        "pixels": "clipped and rounded to 8 bits",
-        "class_accuracy": "share that the feature network gives their class; of as many held-out images likewise",
-        "codes_per_s": "wall time of drawing the codes, all processes together, without decoding; on this machine",
-    }
-
-
-def about_distance(samples: SampleFigures, network: dict[str, str], split: str) -> dict[str, Any]:
-    """What the Frechet distances are between."""
+    """How they were drawn, and what each of their figures is: a section of the protocol each."""
     about: dict[str, Any] = {
-        **network,
-        **samples.counts,
+        "samples": {
+            "seed": seed,
+            "sampling": sampling.model_dump(mode="json"),
+            "classes": "all in turn" if pipeline.class_names else None,
+            "duplicates": num_samples - round(samples.figures["distinct_samples"]),
+            "duplicates_allowed": f"{MANY_COPIES:.0%} of the samples",
+            "pixels": "clipped and rounded to 8 bits",
+            "class_accuracy": "share that the feature network gives their class; of as many held-out images likewise",
+        },
+        "frechet_distance": network.protocol,
+    }
+    if pipeline.prior:
+        about["samples"]["codes_per_s"] = (
+            "wall time of drawing the codes, all processes together, without decoding; on this machine"
+        )
+    if samples.refused:
+        about["samples"]["refused"] = samples.refused
+        return about
+    counts, name = samples.counts, network.protocol["network"]
+    about["inception_score"] = {
+        "network": name,
+        "classes": (
+            "1008 logits without the bias, as published"
+            if network.class_names is None
+            else f"the network's own {len(network.class_names)}; not to be compared with scores by other networks"
+        ),
+        "splits": counts["inception_splits"],
+        "chosen": "at random, the same for the same number of images",
+    }
+    if "training_images" not in counts:
+        return about
+    real = {"training_images": counts["training_images"], "held_out_images": counts["held_out_images"]}
+    about["frechet_distance"] = {
+        **network.protocol,
+        **real,
         "frechet_distance": "samples against training images (the convention of gFID)",
         "frechet_distance_real": f"images of `{split}`, as many as samples where there are, against the same: a floor",
+        **({"warning": samples.warning} if samples.warning else {}),
     }
-    return about | ({"warning": samples.warning} if samples.warning else {})
+    about["kernel_distance"] = {
+        "network": name,
+        **real,
+        "kernel": "(x.y / features + 1)^3, unbiased",
+        "subsets": SUBSETS,
+        "subset_size": counts["kernel_subset_size"],
+        "deviation": "of the subsets",
+    }
+    about["precision_recall"] = {
+        "network": name,
+        "neighbours": NEIGHBOURS,
+        "samples": num_samples,
+        "training_images": counts["precision_images"],
+        "held_out_images": counts["held_out_images"],
+        "chosen": "spread evenly over the training images: as many as samples, for a ball is smaller among more images",
+    }
+    about["neighbours"] = {
+        "network": name,
+        **real,
+        "distance": "Euclidean, between features",
+        "neighbour_distance_ratio": "median distance of samples to their nearest training image over that of images "
+        f"of `{split}`: about 1 is new, far below 1 copied",
+        "training_copies": "samples whose pixels are all those of a training image",
+    }
+    return about

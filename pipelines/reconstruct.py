@@ -5,54 +5,117 @@ from typing import Annotated
 
 import torch
 import typer
+from torch import Tensor
 
 from core.command import run_command
-from core.data import load_images
-from core.images import to_float, to_uint8
+from core.data import ImageSplit, load_images
+from core.errors import InputError
 from core.model_folder import find_model_folder
 from core.pictures import contact_sheet, save_picture
 from core.processes import share_cores
+from pipelines import edits
 from pipelines.encode_dataset import training_data
+from pipelines.evaluation_document import model_kind
+from pipelines.given_images import read_image
+from pipelines.pipeline_folder import find_pipeline_folder, is_pipeline_folder
+from pipelines.two_stage import load_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import psnr
+from stage2_prior.prior import Prior
 
-__all__ = ["reconstruct"]
+__all__ = ["held_out_images", "picture_file", "read_images", "reconstruct"]
 
 COLUMNS = 12
 
 
-def reconstruct(tokenizer: str | Path, out: Path, source: str | None = None, num_images: int = 12) -> float:
-    """Draws held-out originals over their reconstructions into ``out``; returns the mean PSNR in dB of those pictured
-    (8-bit pixels)."""
-    model = Autoencoder.from_pretrained(tokenizer)
-    data = load_images(training_data(tokenizer, source))
-    rows = torch.arange(min(num_images, len(data.validation)))
-    originals = data.validation.read(rows)
-    pictures = to_uint8(model.reconstruct(to_float(originals)))
-    columns, strips = min(COLUMNS, len(rows)), []
-    for part in rows.split(columns):
+def reconstruct(
+    model: str | Path,
+    out: Path,
+    source: str | None = None,
+    num_images: int = 12,
+    images: list[Path] | None = None,
+) -> float:
+    """Draws originals over their reconstructions into ``out``; returns the mean PSNR in dB of those pictured (8-bit
+    pixels).
+
+    Args:
+        model: a run folder of a tokenizer (or AE, VAE ...) or of a prior over its codes, a pipeline folder, a hub id.
+        source: of held-out images, other than it was trained on.
+        images: pictures to show instead of ``num_images`` held-out ones.
+    """
+    tokenizer = load_tokenizer(model)
+    if images:
+        originals = read_images(images, tokenizer)
+    else:
+        held_out = held_out_images(model, source)
+        originals = held_out.read(torch.arange(min(num_images, len(held_out))))
+    pictures = edits.reconstruct(tokenizer, originals)
+    columns, strips = min(COLUMNS, len(originals)), []
+    for part in torch.arange(len(originals)).split(columns):
         strips += [_padded(originals[part], columns), _padded(pictures[part], columns)]
     titles = ["original", "reconstruction"] * (len(strips) // 2)
     save_picture(contact_sheet(torch.cat(strips), columns, row_titles=titles), out)
     return psnr(pictures, originals).mean().item()
 
 
-def _padded(strip: torch.Tensor, columns: int) -> torch.Tensor:
+def held_out_images(model: str | Path, source: str | None) -> ImageSplit:
+    """The held-out images of what a tokenizer, or the tokenizer of a prior, was trained on; or of ``source``.
+
+    Raises:
+        InputError: nothing there that says what it was trained on, such as in a pipeline folder, and no ``source``.
+    """
+    if is_pipeline_folder(model) or not Path(model).exists():
+        run = find_pipeline_folder(model) / "tokenizer"
+    else:
+        run = Prior.from_pretrained(model).config.tokenizer.path if model_kind(model) == "prior" else model
+    if source is None and not (find_model_folder(run).parent / "config.yaml").is_file():
+        raise InputError(
+            f"{model}: does not say which images it was trained on; give pictures by --image FILE, or a data set by "
+            "--data SOURCE"
+        )
+    return load_images(training_data(run, source)).validation
+
+
+def read_images(files: list[Path], tokenizer: Autoencoder) -> Tensor:
+    """Pictures in the tokenizer's form, (n, C, H, W) uint8; it is printed what was changed about them."""
+    images = []
+    for file in files:
+        image, changed = read_image(file, tokenizer.config.image_size, tokenizer.config.channels)
+        images.append(image)
+        if changed:
+            print(f"{file}: {changed}")
+    return torch.stack(images)
+
+
+def picture_file(model: str | Path, name: str) -> Path:
+    """Where a picture of that name goes by default: into the run folder; beside a pipeline that is shared, here."""
+    if is_pipeline_folder(model) or not Path(model).exists():
+        return Path(name)
+    return find_model_folder(model).parent / name
+
+
+def _padded(strip: Tensor, columns: int) -> Tensor:
     """A row that is not full is filled with white."""
     missing = strip.new_full((columns - len(strip), *strip.shape[1:]), 255)
     return torch.cat([strip, missing])
 
 
 def command(
-    tokenizer: Annotated[str, typer.Argument(help="runs/NAME of a trained tokenizer (or AE, VAE ...).")],
+    model: Annotated[
+        str,
+        typer.Argument(help="runs/NAME of a tokenizer (or AE, VAE ...) or of a prior, a pipeline folder, a hub id."),
+    ],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture instead of held-out images; repeat for several.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Another source than it was trained on.")] = None,
-    num_images: Annotated[int, typer.Option(min=1)] = 12,
+    num_images: Annotated[int, typer.Option(min=1, help="Held-out images that are shown.")] = 12,
     out: Annotated[Path | None, typer.Option(help="A PNG; reconstructions.png in the run folder by default.")] = None,
 ) -> None:
-    """Show held-out images over their reconstructions."""
+    """Show images over their reconstructions: held-out ones, or your own."""
     share_cores()
-    out = out or find_model_folder(tokenizer).parent / "reconstructions.png"
-    ratio = reconstruct(tokenizer, out, data, num_images)
+    out = out or picture_file(model, "reconstructions.png")
+    ratio = reconstruct(model, out, data, num_images, image)
     print(f"{out}: PSNR {ratio:.2f} dB, the mean of the pictures shown")
 
 

@@ -6,6 +6,7 @@ pipeline(num_images=8, class_names=["star"], seed=0).images[0].save("star.png")
 
 import difflib
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,13 @@ from core.config import parse_config
 from core.errors import InputError
 from core.images import to_pil, to_uint8
 from core.pictures import contact_sheet
+from pipelines import edits, redraw
 from pipelines.batch_size import ROWS, fitting_batch_size
 from pipelines.evaluation_document import model_kind
 from pipelines.pipeline_folder import (
     find_pipeline_folder,
     is_pipeline_folder,
+    push_folder,
     read_pipeline_folder,
     write_pipeline_folder,
 )
@@ -43,7 +46,7 @@ class PipelineOutput:
     images: Any
     """A list of PIL images ("pil"), (n, C, H, W) uint8 ("pt"), or (n, H, W, C) uint8 ("np")."""
     codes: Tensor | None
-    """(n, h, w) int64; None for a variational autoencoder, which has none."""
+    """(n, h, w) int64; None for a variational autoencoder, which has none, and for pictures beyond the model's size."""
     labels: list[int] | None
     """Each image's class, or None for a model without classes."""
 
@@ -137,6 +140,33 @@ class TwoStagePipeline:
         """Writes a pipeline folder: all that generation needs, without the runs."""
         write_pipeline_folder(Path(path), self.tokenizer, self.prior)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool = False,
+        license: str | None = None,
+        data_license: str | None = None,
+        run: str | Path | None = None,
+    ) -> str:
+        """Uploads a pipeline folder with a model card to the Hugging Face hub; returns its address.
+
+        Args:
+            repo_id: `owner/name`.
+            license: of the weights, by its id on the hub, such as `mit`.
+            data_license: of the pictures that it was trained on, in words.
+            run: the run or pipeline folder that this was read from, whose figures and configuration the card shows.
+
+        Raises:
+            InputError: no such id or licence, or the hub did not take it, such as when offline or not logged in.
+        """
+        from pipelines.model_card import CardFields, gather_records, write_model_card  # which import this module
+
+        fields = CardFields(license, data_license, where=repo_id)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            write_model_card(Path(folder), self, gather_records(run) if run else {}, fields)
+            return push_folder(Path(folder), repo_id, private)
+
     def labels_for(self, class_names: list[str] | None) -> list[int] | None:
         """The classes that images take in turn: those named, or all; None for a prior without classes.
 
@@ -206,18 +236,97 @@ class TwoStagePipeline:
         settings = parse_config(SamplingConfig, sampling, "the sampling settings")
         self.check_sampling(settings)
         cycle = labels if labels is not None else self.labels_for(class_names)
-        done = 0.0
-
-        def advance(images: float) -> None:
-            nonlocal done
-            done += images
-            if callback:
-                callback(min(1.0, done / num_images))
-
+        advance = redraw.share_of(callback, num_images)
         parts = list(self.generate(range(num_images), cycle, settings, seed, batch_size, advance))
         pixels, codes = torch.cat([p for p, _ in parts]), [c for _, c in parts if c is not None]
         chosen = None if cycle is None else [cycle[i % len(cycle)] for i in range(num_images)]
         return PipelineOutput(_as_type(pixels, output_type), torch.cat(codes) if codes else None, chosen)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images (n, C, H, W) uint8 there and back; each the same whatever stands beside it.
+
+        Raises:
+            InputError: images of another form.
+        """
+        edits.check_image(self.tokenizer, images, "images", batch=True)
+        return edits.reconstruct(self.tokenizer, images)
+
+    def interpolate(self, first: Tensor, second: Tensor, num_images: int = 9) -> Tensor:
+        """Pictures from ``first`` to ``second``, both (C, H, W) uint8: (num_images, C, H, W) uint8, ends included, by
+        the rule of `edits.interpolate`.
+
+        Raises:
+            InputError: images of another form, fewer than 2 of them.
+        """
+        edits.check_image(self.tokenizer, first, "first image")
+        edits.check_image(self.tokenizer, second, "second image")
+        return edits.interpolate(self.tokenizer, first, second, num_images)
+
+    def inpaint(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        num_images: int = 4,
+        class_name: str | None = None,
+        seed: int = 0,
+        feather: float = 0,
+        callback: Callable[[float], object] | None = None,
+        **sampling: Any,
+    ) -> PipelineOutput:
+        """Draws the masked part of an image anew. Completion i depends on the seed and i alone.
+
+        A code is drawn again if any pixel of its cell is masked. What the image shows below the mask has no influence;
+        its other pixels come back exactly as they were.
+
+        Args:
+            image: (C, H, W) uint8.
+            mask: (H, W) bool, True where the image is to be drawn again: any with a masked transformer; with another
+                prior what comes after some cell in its order, such as the lower half.
+            class_name: what to draw; None: without a class, which the prior must have been trained for.
+            feather: kept pixels nearer than so many pixels to the mask blend into what is drawn, all others stay exact.
+            callback, sampling: as of a call.
+
+        Returns:
+            The completions as (num_images, C, H, W) uint8, and their codes.
+
+        Raises:
+            InputError: an image or mask of another form, nothing masked, a mask that this prior's order does not
+                allow, no class where one is needed, no such class or setting, a variational autoencoder.
+        """
+        return PipelineOutput(
+            *redraw.inpaint(self, image, mask, num_images, class_name, seed, feather, callback, sampling)
+        )
+
+    def outpaint(
+        self,
+        image: Tensor,
+        left: int = 0,
+        right: int = 0,
+        top: int = 0,
+        bottom: int = 0,
+        num_images: int = 1,
+        class_name: str | None = None,
+        seed: int = 0,
+        callback: Callable[[float], object] | None = None,
+        **sampling: Any,
+    ) -> PipelineOutput:
+        """Goes on with an image beyond its borders, by windows of the model's size of which about half is known each.
+
+        Args:
+            image: (C, H, W) uint8; its pixels come back exactly as they were.
+            left, right, top, bottom: pixels to add. Any with a masked transformer; with another prior where its order
+                allows it: `bottom` for one that writes row by row.
+            class_name, callback, sampling: as of :meth:`inpaint`; image i depends on the seed and i alone.
+
+        Returns:
+            (num_images, C, top + H + bottom, left + W + right) uint8; no codes.
+
+        Raises:
+            InputError: nothing to add, and those of :meth:`inpaint`.
+        """
+        sides = {"left": left, "right": right, "top": top, "bottom": bottom}
+        pixels, labels = redraw.outpaint(self, image, sides, num_images, class_name, seed, callback, sampling)
+        return PipelineOutput(pixels, None, labels)
 
     def _check_labels(self, labels: list[int]) -> None:
         count = len(self.class_names or [])
@@ -235,6 +344,7 @@ class TwoStagePipeline:
         seed: int,
         batch_size: int | None = None,
         progress: Callable[[float], object] = lambda images: None,
+        known: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Images (n, C, H, W) uint8 and codes (n, h, w), or None, of the images ``numbers`` of a seed, batch by batch.
 
@@ -242,6 +352,8 @@ class TwoStagePipeline:
             cycle: image i is of the class ``cycle[i % len(cycle)]``; None: of no class.
             batch_size: None: what fits the memory that is free.
             progress: told how many more of these images (a part of one, too) were drawn since it was told last.
+            known: (len(numbers), h, w): codes that are given and kept, -1 where one is to be drawn, in the same cells
+                of all; None: all are drawn.
         """
         batch_size = batch_size or fitting_batch_size(self.prior, sampling, self.device)
         for start in range(numbers.start, numbers.stop, batch_size):
@@ -252,8 +364,11 @@ class TwoStagePipeline:
                 labels = torch.tensor([cycle[i % len(cycle)] for i in range(start, start + padded)])
             seeds = image_seeds(seed, start, padded)
             if self.prior:
-                each = count / padded / math.prod(self.prior.config.grid)  # of an image, in a code
-                codes = self.prior.sample(labels, sampling, seeds, progress=lambda n, each=each: progress(n * each))
+                to_draw = math.prod(self.prior.config.grid) if known is None else int((known[0] < 0).sum())
+                each = count / padded / to_draw  # of an image, in a code
+                rows = torch.arange(start, start + padded).clamp(max=numbers.stop - 1) - numbers.start
+                kept = None if known is None else known[rows]
+                codes = self.prior.sample(labels, sampling, seeds, kept, lambda n, each=each: progress(n * each))
                 yield self.decode(codes[:count]), codes[:count].cpu()
             else:
                 pixels = self._from_latents(labels, sampling.temperature, seeds)[:count]

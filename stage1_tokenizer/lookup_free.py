@@ -70,14 +70,17 @@ class LookupFree(Quantizer):
 
     def encode(self, encoded: Tensor) -> BottleneckOutput:
         """The codes and their vectors, -1 and 1."""
-        places = torch.arange(self.encoded_channels, device=encoded.device)
-        indices = ((encoded > 0).long() << places[:, None, None]).sum(1)
+        indices = ((encoded > 0) * self._bits(encoded.device)[:, None, None]).sum(1)
         return BottleneckOutput(self.lookup(indices), indices)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes (B, h, w) -> their vectors (B, D, h, w)."""
-        places = torch.arange(self.encoded_channels, device=indices.device)
-        return rearrange((indices[..., None] >> places & 1).float() * 2 - 1, "b h w d -> b d h w")
+        ones = indices[..., None] & self._bits(indices.device) != 0
+        return rearrange(ones.float() * 2 - 1, "b h w d -> b d h w")
+
+    def _bits(self, device: torch.device) -> Tensor:
+        """1, 2, 4 ... (D,): what each channel adds to a code; no shifts, which ONNX lacks for signed numbers."""
+        return 2 ** torch.arange(self.encoded_channels, device=device)
 
 
 def mean_choice(logits: Tensor) -> Tensor:

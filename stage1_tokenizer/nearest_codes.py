@@ -20,8 +20,11 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """The index of the nearest code of each vector, (N, D) and (K, D) -> (N,) int64.
 
     argmin |v - e|^2 = argmax v.e - |e|^2 / 2, worked on in tiles: no (N, K) matrix is ever held, and no |v|^2 drowns
-    the differences between close codes.
+    the differences between close codes. An exported program (ONNX, torch.export) does it in one product: its batch is
+    not known while it is traced.
     """
+    if torch.compiler.is_exporting():
+        return torch.addmm(codebook.square().sum(1) * -0.5, vectors, codebook.t()).argmax(1)
     tile = TILE if vectors.device.type == "cpu" else TILE_ELSEWHERE
     best, indices = None, torch.zeros(len(vectors), dtype=torch.long, device=vectors.device)
     for first in range(0, len(codebook), CODES):

@@ -17,6 +17,7 @@ from core.batches import Batches
 from core.command import run_command
 from core.config import Count, RunConfig, Section, Size, parse_config
 from core.data import DataConfig, ImageData, ImageSplit, load_images
+from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
 from core.errors import InputError
 from core.images import to_float
 from core.sources import first_form
@@ -40,13 +41,16 @@ class FeaturesTrainingConfig(Section):
     train: TrainConfig
 
 
-def train(config: FeaturesTrainingConfig) -> None:
-    """Trains into ``config.run.dir``, going on from its last checkpoint where there is one.
+def train(config: FeaturesTrainingConfig, dry_run: bool = False) -> TrainingRun[FeaturesTrainingConfig]:
+    """Trains into ``config.run.dir``, going on from its last checkpoint where there is one; returns the ended run.
+
+    Args:
+        dry_run: measures a few steps and writes nothing.
 
     Raises:
         InputError: the pictures have no labels, or are all of one class.
     """
-    run = TrainingRun(config)
+    run = (DryRun if dry_run else TrainingRun)(config)
     config, accelerator = run.config, run.accelerator
 
     # 1. The images and their labels.
@@ -98,10 +102,14 @@ def train(config: FeaturesTrainingConfig) -> None:
             run.log_validation(metrics)
         if run.due("checkpoint"):
             run.save(title=f"{run.folder.path.name}: feature network", write_model=network.save_pretrained)
+    if isinstance(run, DryRun):
+        run.end(num_held_out=len(data.validation))
+        return run
     run.say(
         f"held-out accuracy {run.facts['accuracy']:.2%} ({len(data.validation):,} images of `{data.validation_name}`); "
         f"model: {run.folder.model}; curves: {run.folder.path / 'losses.png'}"
     )
+    return run
 
 
 def check_labels(data: ImageData, source: str) -> list[str]:
@@ -190,10 +198,14 @@ def command(
     width: Annotated[
         int, typer.Option(min=1, help="Channels at the full resolution, doubled at both others.")
     ] = WIDTHS[0],
+    dry_run: DryRunOption = False,
+    json_file: JsonOption = None,
 ) -> None:
     """Train a feature network: for perceptual losses, Frechet distances, class accuracy. The same command resumes."""
+    check_json(dry_run, json_file)
     out = out or Path("runs") / f"features_{Path(data).resolve().stem}"
-    train(features_config(data, out, image_size, channels, epochs, batch_size, horizontal_flip, seed, width))
+    config = features_config(data, out, image_size, channels, epochs, batch_size, horizontal_flip, seed, width)
+    finish_dry_run(train(config, dry_run), json_file)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from core.batches import Batches
 from core.command import run_command
 from core.config import RunConfig, Section, describe_differences, load_config
 from core.data import DataConfig, ImageSplit, load_images
+from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
 from core.ema import averaged_copy
 from core.errors import InputError
 from core.images import to_float
@@ -99,16 +100,19 @@ def autoencoder_config(config: TokenizerConfig, class_names: list[str] | None) -
     )
 
 
-def train(config: TokenizerConfig, weights_dir: Path | None = None) -> TrainingRun[TokenizerConfig]:
+def train(
+    config: TokenizerConfig, weights_dir: Path | None = None, dry_run: bool = False
+) -> TrainingRun[TokenizerConfig]:
     """Trains into ``config.run.dir``, going on from its last checkpoint where there is one.
 
     Args:
         weights_dir: where LPIPS's trunk lies; None: torch's cache.
+        dry_run: measures a few steps and writes nothing.
 
     Returns:
         The run as it ended.
     """
-    run = TrainingRun(config)
+    run = (DryRun if dry_run else TrainingRun)(config)
     config, accelerator = run.config, run.accelerator
 
     # 1. The images.
@@ -219,6 +223,9 @@ def train(config: TokenizerConfig, weights_dir: Path | None = None) -> TrainingR
             curve = "reconstruction" if config.loss.perceptual or opponent else "loss"
             title = f"{run.folder.path.name}: {config.model.bottleneck.type} autoencoder"
             run.save(title, curve=curve, write_model=final.save_pretrained)
+    if isinstance(run, DryRun):
+        run.end(num_held_out=len(data.validation))
+        return run
     run.say(f"model: {run.folder.model}; pictures: {run.folder.samples}; curves: {run.folder.path / 'losses.png'}")
     return run
 
@@ -314,9 +321,12 @@ def command(
     weights_dir: Annotated[
         Path | None, typer.Option(help="Where LPIPS's vgg16-397923af.pth lies; torch's cache by default.")
     ] = None,
+    dry_run: DryRunOption = False,
+    json_file: JsonOption = None,
 ) -> None:
     """Train a tokenizer (or AE, VAE ...) from a config. The same command resumes."""
-    train(load_config(TokenizerConfig, config, overrides), weights_dir)
+    check_json(dry_run, json_file)
+    finish_dry_run(train(load_config(TokenizerConfig, config, overrides), weights_dir, dry_run), json_file)
 
 
 if __name__ == "__main__":

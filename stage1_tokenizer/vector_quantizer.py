@@ -4,6 +4,7 @@ VQ-VAE, van den Oord et al. 2017 (arXiv 1711.00937). Axes: N = B h w vectors, D 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Annotated, Literal
 
 import torch
@@ -104,7 +105,8 @@ class VectorQuantizer(Quantizer):
 
     def encode(self, encoded: Tensor) -> BottleneckOutput:
         """The codes and their vectors, no losses."""
-        with torch.autocast(encoded.device.type, enabled=False):
+        exporting = torch.compiler.is_exporting()  # torch.export.save cannot write such a region in every graph
+        with nullcontext() if exporting else torch.autocast(encoded.device.type, enabled=False):
             vectors = self._normalized(rearrange(encoded.float(), "b d h w -> (b h w) d"))
             indices = nearest_codes(vectors, self.codes()).view(-1, *encoded.shape[2:])
             return BottleneckOutput(self.lookup(indices), indices)

@@ -20,7 +20,7 @@ from stage2_prior.sampling import (
     uniform_noise,
 )
 
-__all__ = ["Step", "check_prefix", "code_nats", "draw_in_order", "sample_in_order", "sum_nats"]
+__all__ = ["Step", "check_prefix", "code_nats", "draw_in_order", "images_at_once", "sample_in_order", "sum_nats"]
 
 LOGITS_AT_ONCE = 2**26
 
@@ -33,12 +33,17 @@ def code_nats(logits: Tensor, codes: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten(), reduction="none").view_as(codes)
 
 
+def images_at_once(cells: int, codebook_size: int) -> int:
+    """How many images' logits :func:`sum_nats` computes at once."""
+    return max(1, LOGITS_AT_ONCE // (cells * codebook_size))
+
+
 def sum_nats(
     nats: Callable[[Tensor, Tensor, Tensor], Tensor], codes: Tensor, labels: Tensor, codebook_size: int
 ) -> Tensor:
     """``nats(codes, labels, inputs)`` of unchanged codes (B, N), summed over each image: (B,). Where the logits of all
     would be large, some images at a time."""
-    images = max(1, LOGITS_AT_ONCE // (codes.shape[1] * codebook_size))
+    images = images_at_once(codes.shape[1], codebook_size)
     parts = zip(codes.split(images), labels.split(images), strict=True)
     return torch.cat([nats(part, classes, part).sum(1) for part, classes in parts])
 
@@ -87,8 +92,8 @@ def draw_in_order(
                 logits = guide(*logits.chunk(2), guidance_at(cell, cells, sampling))
             drawn = choose(filter_logits(logits, sampling), noise[:, cell])
             codes[:, cell] = torch.where(codes[:, cell] < 0, drawn, codes[:, cell])
-        if progress:
-            progress(images)
+            if progress:
+                progress(images)
     return codes
 
 

@@ -271,9 +271,10 @@ class Prior(nn.Module):
             )
         self.network.check_known(known.flatten(1))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors."""
-        save_model_folder(Path(folder), "prior", self.config.model_dump(mode="json"), self.state_dict())
+    def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+        """Writes config.json and model.safetensors; ``state``: the whole weights, where this process has a share."""
+        state = self.state_dict() if state is None else state
+        save_model_folder(Path(folder), "prior", self.config.model_dump(mode="json"), state)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Prior":

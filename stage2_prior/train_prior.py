@@ -12,18 +12,22 @@ import typer
 from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
+from torch.export import register_dataclass
 
 from core.batches import Batches
 from core.command import run_command
 from core.config import Count, RunConfig, Section, describe_differences, load_config
+from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
 from core.ema import averaged_copy
 from core.errors import InputError
 from core.random import BatchRandom, seed_for
+from core.sharding import shard, whole
 from core.train_config import TrainConfig
 from core.training import TrainingRun, make_optimizer
+from stage2_prior.autoregressive import images_at_once
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import CodeCache, CodeSplit, Manifest
-from stage2_prior.prior import Prior, PriorLossConfig, PriorModelConfig, prior_config
+from stage2_prior.prior import Prior, PriorLossConfig, PriorModelConfig, PriorOutput, prior_config
 
 __all__ = ["PriorTrainConfig", "PriorTrainingConfig", "train"]
 
@@ -50,17 +54,20 @@ class PriorTrainingConfig(Section):
     train: PriorTrainConfig
 
 
-def train(config: PriorTrainingConfig) -> TrainingRun[PriorTrainingConfig]:
+def train(config: PriorTrainingConfig, dry_run: bool = False) -> TrainingRun[PriorTrainingConfig]:
     """Trains into ``config.run.dir``, going on from its last checkpoint where there is one; returns the ended run.
 
     `model/` holds the weights of the best held-out loss, not the last ones. Held out, `loss` is the negative log
     likelihood in nats per code, or, of a masked transformer, an upper bound on it: another quantity than its training
     loss, which is of the masked codes alone.
+
+    Args:
+        dry_run: measures a few steps and writes nothing.
     """
     cache = CodeCache(config.codes)
     check_entropy(cache.manifest, config.codes)
     cache.check_codes()
-    run = TrainingRun(config)
+    run = (DryRun if dry_run else TrainingRun)(config, shardable=config.model.type != "pixelcnn")
     config, accelerator = run.config, run.accelerator
 
     # 1. The codes.
@@ -70,11 +77,17 @@ def train(config: PriorTrainingConfig) -> TrainingRun[PriorTrainingConfig]:
     # 2. The model, its average, its optimizer.
     prior = Prior(prior_config(config.model, config.loss, cache.manifest)).to(accelerator.device)
     averaged = averaged_copy(prior, config.train.ema_decay) if config.train.ema_decay else None
-    optimizer = make_optimizer(prior, config.train)
-    model, prepared_optimizer = accelerator.prepare(prior, optimizer)
-    modules = {"model": prior} | ({"ema": averaged} if averaged else {})
     final = averaged.module if averaged else prior  # what validation measures and inference loads
     assert isinstance(final, Prior)
+    if run.units_to_shard:
+        run.say(f"FSDP: the weights are shared out among {accelerator.num_processes} processes")
+        register_dataclass(PriorOutput)  # before torch 2.14, FSDP did not look for tensors in others
+        for sharded in dict.fromkeys((prior, final)):
+            shard(sharded, run.units_to_shard, config.train.mixed_precision, "nats_per_image")
+    optimizer = make_optimizer(prior, config.train)
+    model = prior if run.units_to_shard else accelerator.prepare(prior)
+    prepared_optimizer = accelerator.prepare(optimizer)
+    modules = {"model": prior} | ({"ema": averaged} if averaged else {})
     parameters = sum(p.numel() for p in prior.parameters())
     run.say(f"{parameters:,} parameters, {batches.steps_per_epoch} steps an epoch, {batches.max_steps} in all")
     what = codes_facts(cache.manifest)
@@ -108,7 +121,10 @@ def train(config: PriorTrainingConfig) -> TrainingRun[PriorTrainingConfig]:
         if run.due("checkpoint") or run.finished:
             title = "nats per code" if final.exact_likelihood else "nats per code (held out: upper bound)"
             run.save(f"{run.folder.path.name}: {title}", {"unigram": baseline})
-    say_result(run, final, baseline)
+    if isinstance(run, DryRun):
+        run.end(num_held_out=len(cache.validation))
+    else:
+        say_result(run, final, baseline)
     return run
 
 
@@ -170,13 +186,18 @@ def validate(prior: Prior, split: CodeSplit, batch_size: int, accelerator: Accel
     """Held-out nats per code (of a masked transformer: the upper bound), the batches shared by the processes."""
     prior.eval()
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    if prior.exact_likelihood:  # parts that are not divided further: FSDP wants as many forward passes of each process
+        batch_size = min(batch_size, images_at_once(split.codes[0].size, prior.config.codebook_size))
     parts = list(torch.arange(len(split)).split(batch_size))
-    for rows in parts[accelerator.process_index :: accelerator.num_processes]:
+    for first in range(0, len(parts), accelerator.num_processes):
+        part = first + accelerator.process_index
+        rows = parts[min(part, len(parts) - 1)]
         indices, labels = split.read(rows)
         labels = None if labels is None else labels.to(accelerator.device)
         # A bound draws the same numbers at every validation, so that two of them can be compared.
         random = BatchRandom(seed_for("validation", int(rows[0])), slice(0, len(rows)), len(rows))
-        total += prior.nats_per_image(indices.to(accelerator.device), labels, random).sum()
+        nats = prior.nats_per_image(indices.to(accelerator.device), labels, random).sum()
+        total += nats if part < len(parts) else 0
     total = accelerator.reduce(total, "sum")
     assert isinstance(total, Tensor)
     return total.item() / split.codes.size
@@ -188,8 +209,9 @@ def keep_best(run: TrainingRun[PriorTrainingConfig], prior: Prior, loss: float) 
     facts, patience = run.facts, run.config.train.patience
     if loss < facts["best_loss"]:
         run.facts |= {"best_loss": loss, "best_step": run.step, "validations_since_best": 0}
+        state = whole(prior.state_dict())
         if run.accelerator.is_main_process:
-            prior.save_pretrained(run.folder.model)
+            prior.save_pretrained(run.folder.model, state)
         return
     facts["validations_since_best"] += 1
     if facts["validations_since_best"] == OVERFITTING_AFTER:
@@ -225,9 +247,12 @@ def say_result(run: TrainingRun[PriorTrainingConfig], prior: Prior, baseline: fl
 def command(
     config: Annotated[Path, typer.Argument(help="A file of configs/prior/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="codes=DIR and further key=value.")] = None,
+    dry_run: DryRunOption = False,
+    json_file: JsonOption = None,
 ) -> None:
     """Train a prior over a tokenizer's codes. The same command resumes."""
-    train(load_config(PriorTrainingConfig, config, overrides))
+    check_json(dry_run, json_file)
+    finish_dry_run(train(load_config(PriorTrainingConfig, config, overrides), dry_run), json_file)
 
 
 if __name__ == "__main__":

@@ -248,7 +248,7 @@ def test_codes_are_not_written_beside_other_things(refused, runs, tmp_path):
 
 def test_an_unknown_class_lists_the_known(refused, runs):
     error = refused("generate", runs.prior, "--class-name", "strar", "--out", "out")
-    assert "class name 'strar': not a class of this prior; did you mean 'star'?" in error
+    assert "class name 'strar': not a class of this model; did you mean 'star'?" in error
     assert "circle" in error
     assert "crescent" in error
 
@@ -322,7 +322,7 @@ def test_a_model_that_is_not_there(refused, tmp_path):
 
 
 def test_one_kind_of_model_is_not_taken_for_the_other(refused, runs):
-    assert "holds a prior, expected a tokenizer" in refused("reconstruct", runs.prior)
+    assert "holds a prior, expected a tokenizer" in refused("encode", runs.prior)
     assert "makes no images by itself: train a prior" in refused("generate", runs.tokenizer, "--out", "out")
 
 

@@ -16,8 +16,18 @@ from core.data import DataConfig, load_images
 from core.errors import InputError
 from core.images import to_float
 from core.processes import join_processes
-from pipelines.evaluate_prior import SCALE_IMAGES, evaluate_prior, prior_table
-from pipelines.prior_measurements import LEAST_SCALE, Watch, fit_likelihood, standard_error
+from pipelines.evaluate_prior import SCALE_IMAGES, evaluate_prior
+from pipelines.frechet import OwnFeatures
+from pipelines.prior_measurements import (
+    LEAST_SCALE,
+    OF_SAMPLES,
+    SampleFigures,
+    Watch,
+    fit_likelihood,
+    measure_samples,
+    standard_error,
+)
+from pipelines.prior_table import prior_table
 from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
@@ -29,7 +39,7 @@ from stage2_prior.sampling import SamplingConfig
 
 CELLS, PIXELS = 16, 3 * 16 * 16
 NUM_SAMPLES = 37  # not a whole number of batches
-SAMPLING = SamplingConfig(temperature=0.9, guidance_scale=1.5)
+SAMPLING = SamplingConfig(temperature=1.3, guidance_scale=1.5)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -238,7 +248,8 @@ def test_without_the_images_samples_are_still_judged(runs, cache, features, tmp_
     found = evaluate_prior(runs.prior, cache, features=features, num_samples=8)
     assert found["figures"]["class_accuracy"] is not None
     assert len(found["protocol"]["tokenizer"]["weights_sha256"]) == 64, "its decoder made the samples"
-    for name in ("chain_rule_nats_per_image", "frechet_distance"):
+    assert found["figures"]["inception_score"] > 1
+    for name in ("chain_rule_nats_per_image", "frechet_distance", "precision", "neighbour_distance_ratio"):
         assert found["figures"][name] is None
         assert "gone" in found["protocol"]["not_measured"][name]
     with pytest.raises(InputError, match="gone"):
@@ -279,26 +290,51 @@ def test_samples_are_judged_as_a_plain_computation_judges_them(runs, data, featu
     assert figures["frechet_distance"] == pytest.approx(reference_distance(of_train, of_samples), rel=1e-3)
     assert figures["frechet_distance_real"] == pytest.approx(reference_distance(of_train, of_real), rel=1e-3)
     assert figures["frechet_distance"] > figures["frechet_distance_real"], "the floor"
+    near = [np.linalg.norm(x[:, None] - of_train, axis=2).min(1) for x in (of_samples, of_real)]
+    assert figures["neighbour_distance_ratio"] == pytest.approx(np.median(near[0]) / np.median(near[1]), rel=0.05)
+    assert figures["training_copies"] == 0
     assert figures["samples"] == NUM_SAMPLES
     assert figures["distinct_samples"] == len(torch.unique(output.images.flatten(1), dim=0))
     assert figures["codes_per_s"] > 0
 
 
-def test_copies_are_counted(runs, features):
-    surest = SamplingConfig(top_k=1)  # the same grid for each image of a class
-    found = evaluate_prior(runs.prior, features=features, num_samples=24, sampling=surest, num_images=8)
-    assert found["figures"]["distinct_samples"] <= 8
-    assert found["protocol"]["samples"]["duplicates"] == 24 - found["figures"]["distinct_samples"]
-    assert found["figures"]["frechet_distance"] is None
-    assert "different images, at least 25 are needed" in found["protocol"]["not_measured"]["frechet_distance"]
+def test_more_copies_than_one_in_a_hundred_are_refused(pipeline, data, features):
+    network, surest = OwnFeatures(features), SamplingConfig(top_k=1)  # the same grid for each image of a class
+
+    def measured(num_samples: int, sampling: SamplingConfig) -> SampleFigures:
+        splits = data.splits["train"], data.splits["test"]
+        return measure_samples(pipeline, network, num_samples, sampling, 0, 100, join_processes(), *splits)
+
+    refused = measured(24, surest)
+    assert refused.figures.keys() == {"samples", "distinct_samples", "codes_per_s"}
+    assert refused.figures["distinct_samples"] <= 8
+    copies = 24 - refused.figures["distinct_samples"]
+    assert refused.missing == dict.fromkeys(OF_SAMPLES, f"{copies} of the samples are copies of others")
+    assert f"{copies} of the 24 samples are copies of others, more than 1%" in refused.refused
+    assert "too low (here top_k 1), the same seeds in several processes" in refused.refused
+    assert refused.neighbours is None
+    for temperature in (1.0, 1.15, 1.3):
+        found = measured(100, SamplingConfig(temperature=temperature))
+        assert (found.refused is None) == (found.figures["distinct_samples"] >= 99)
+        assert (found.refused is None) == ("frechet_distance" in found.figures)
 
 
-@pytest.mark.parametrize(("copies", "said"), [(0, False), (1, False), (2, True)])
-def test_many_copies_are_said_to_matter(document, copies, said):
-    protocol = document["protocol"] | {"samples": document["protocol"]["samples"] | {"duplicates": copies}}
-    table = prior_table({"figures": document["figures"] | {"samples": 100.0}, "protocol": protocol})
-    assert (f"{copies} of the samples are copies" in table) == bool(copies)
-    assert ("describe fewer images than were drawn" in table) == said
+def test_too_many_copies_end_the_command_and_codes_are_still_measured(runs, features, twostage, tmp_path):
+    run = shutil.copytree(runs.prior, tmp_path / "run")
+    ended = twostage("evaluate", run, "--features", features, "--num-samples", 24, "--top-k", 1)
+    assert ended.code == 2
+    [sentence] = [line for line in ended.err.split("\r")[-1].splitlines() if "error" in line]
+    assert "of the 24 samples are copies of others" in sentence
+    assert sentence.endswith(f"the other figures are in {run / 'evaluation' / 'evaluation.json'}")
+    written = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    assert written["figures"]["nats_per_code"] > 0
+    assert written["figures"]["chain_rule_nats_per_image"] > 0
+    assert {name for name, value in written["figures"].items() if value is None} == set(OF_SAMPLES)
+    assert written["protocol"]["samples"]["refused"] in sentence
+    assert written["protocol"]["samples"]["duplicates"] >= 16
+    assert (run / "evaluation" / "samples.png").exists(), "to see what is wrong"
+    assert not (run / "evaluation" / "neighbours.png").exists()
+    assert "copies of others, more than 1%" in (run / "evaluation" / "evaluation.html").read_text()
 
 
 def test_a_network_of_other_classes_gives_distances_alone(runs, tmp_path):
@@ -307,8 +343,10 @@ def test_a_network_of_other_classes_gives_distances_alone(runs, tmp_path):
     FeatureNetwork(config).save_pretrained(tmp_path)
     found = evaluate_prior(runs.prior, features=tmp_path, num_samples=20, num_images=8)
     assert found["figures"]["class_accuracy"] is None
-    assert "knows the classes a, b, the prior's are" in found["protocol"]["not_measured"]["class_accuracy"]
+    assert "knows the classes a, b, the model's are" in found["protocol"]["not_measured"]["class_accuracy"]
     assert found["figures"]["frechet_distance"] > 0
+    assert 1 <= found["figures"]["inception_score"] <= 2, "its own two classes"
+    assert "the network's own 2" in found["protocol"]["inception_score"]["classes"]
 
 
 def test_the_watch_stops_when_the_last_code_is_drawn(monkeypatch):
@@ -352,31 +390,49 @@ def test_the_protocol_says_how_it_was_measured(runs, features, data, document):
     assert distance["hash"] == FeatureNetwork.from_pretrained(features).content_hash()
     assert (distance["training_images"], distance["held_out_images"]) == (320, NUM_SAMPLES)
     assert "37 images for 24 features" in distance["warning"]
+    assert protocol["kernel_distance"].items() >= {"subsets": 100, "subset_size": NUM_SAMPLES // 2}.items()
+    expected = {"neighbours": 3, "samples": NUM_SAMPLES, "training_images": NUM_SAMPLES}
+    assert protocol["precision_recall"].items() >= expected.items()
+    assert protocol["inception_score"]["splits"] == 1
+    for name in ("kernel_distance", "precision_recall", "inception_score", "neighbours"):
+        assert protocol[name]["network"] == distance["network"]
     assert protocol["not_measured"] == {}
     assert protocol.keys() >= {"image_size", "channels", "batch_size", "device", "versions", "processes"}
 
 
 def test_the_command_writes_and_says_everything(runs, features, twostage, tmp_path):
     run = shutil.copytree(runs.prior, tmp_path / "run")
-    words = ["--features", features, "--num-samples", 40, "--guidance-scale", 1.5, "--json", tmp_path / "out.json"]
-    ended = twostage("evaluate", run, *words)
+    words = ["--num-samples", 40, "--guidance-scale", 1.5, "--temperature", 1.3, "--json", tmp_path / "out.json"]
+    ended = twostage("evaluate", run, "--features", features, *words)
     assert ended.code == 0, ended.err
     written = json.loads((run / "evaluation" / "evaluation.json").read_text())
     assert written == json.loads((tmp_path / "out.json").read_text())
     assert written.keys() == {"figures", "protocol"}
     assert written["protocol"]["samples"]["sampling"]["guidance_scale"] == 1.5
     assert list(written["figures"])[:3] == ["parameters", "images", "nats_per_code"]
-    for said in ("nats per code  ", "unigram", "uniform", "whole model, at most", "class accuracy", "codes per second"):
-        assert said in ended.out
+    said = ["nats per code  ", "unigram", "uniform", "whole model, at most", "class accuracy", "codes per second"]
+    for words in [*said, "kernel distance (KID)", "Inception score", "precision", "recall", "nearest training image"]:
+        assert words in ended.out
     with Image.open(run / "evaluation" / "samples.png") as picture:
         assert picture.width == 8 * 100 + 4, "one class a column"
+    with Image.open(run / "evaluation" / "neighbours.png") as picture:
+        assert (picture.width, picture.height) == (9 * 100 + 4, 8 * 118 + 4), "two samples of each class, two a row"
+    page = (run / "evaluation" / "evaluation.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    for words in (
+        "kernel distance (KID)",
+        written["protocol"]["codes"]["sha256"],
+        f"{written['figures']['recall']:.2%}",
+    ):
+        assert words in page
 
 
 def test_without_a_network_it_says_what_to_do(runs, twostage, tmp_path):
     run = shutil.copytree(runs.prior, tmp_path / "run")
     ended = twostage("evaluate", run, "--num-images", 5)
     assert ended.code == 0, ended.err
-    assert "class accuracy              not measured: give --features runs/NAME" in ended.out
+    assert "drawn at                  not measured: give --features runs/NAME" in ended.out
+    assert "class accuracy              not measured: as above" in ended.out
     assert not (run / "evaluation" / "samples.png").exists()
 
 

@@ -5,8 +5,12 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torchmetrics.image.fid import FrechetInceptionDistance
 
-from pipelines.frechet import FrechetDistances, InceptionFeatures
+from core.shapes import draw_shapes
+from pipelines.frechet import FrechetDistances, InceptionFeatures, OwnFeatures, frechet_distance
+from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 
 
 def reference_distance(x: np.ndarray, y: np.ndarray) -> float:
@@ -57,11 +61,46 @@ def test_inception_features_are_those_of_torch_fidelity(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # only an instance knows the shapes, and it wants weights
         patch.setattr(torch, "load", lambda *_, **__: {})
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        peer = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], "none")
+        peer = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], "none")
     torch.save(peer.state_dict(), tmp_path / "weights.pth")
     network = InceptionFeatures(tmp_path / "weights.pth")
     pixels = torch.randint(0, 256, (2, 3, 20, 24), dtype=torch.uint8)
-    torch.testing.assert_close(network(pixels), peer(pixels)[0].double())
+    features, logits = peer(pixels)
+    torch.testing.assert_close(network(pixels), features.double())
+    torch.testing.assert_close(network.logits(network(pixels)), logits)
     torch.testing.assert_close(network(pixels[:, :1]), peer(pixels[:, :1].expand(-1, 3, -1, -1))[0].double())
     assert network.protocol["hash"] == hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
     assert "NOT the published" in network.protocol["network"]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> tuple[OwnFeatures, torch.Tensor]:
+    """A network of 24 features, and 800 drawn images."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("features")
+    config = FeatureNetworkConfig(image_size=(16, 16), channels=3, class_names=["a", "b"], widths=[8, 24])
+    FeatureNetwork(config).save_pretrained(folder)
+    return OwnFeatures(folder), torch.from_numpy(draw_shapes(0, 800, (16, 16), 3, 0))
+
+
+def test_two_halves_of_a_set_are_as_far_apart_as_torch_fidelity_and_torchmetrics_say(drawn):
+    network, images = drawn
+    halves = [network(images[rows]) for rows in torch.randperm(800, generator=torch.Generator()).split(400)]
+    found = frechet_distance(*halves, torch.device("cpu"))
+    statistics = [fid_features_to_statistics(features) for features in halves]
+    peer = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert found == pytest.approx(peer, rel=1e-3)
+    metric = FrechetInceptionDistance(feature=network)
+    for rows, real in zip(torch.randperm(800, generator=torch.Generator()).split(400), (True, False), strict=True):
+        metric.update(images[rows], real=real)
+    assert found == pytest.approx(metric.compute().item(), rel=1e-3)
+    assert found > 1e-3, "halves are not the same"
+
+
+def test_a_permuted_copy_has_no_distance(drawn):
+    network, images = drawn
+    features = network(images)
+    permuted = features[torch.randperm(800, generator=torch.Generator().manual_seed(1))]
+    assert frechet_distance(features, permuted, torch.device("cpu")) == pytest.approx(0, abs=1e-3)
+    halves = frechet_distance(features[::2], features[1::2], torch.device("cpu"))
+    assert frechet_distance(features, permuted, torch.device("cpu")) < 1e-3 * halves

@@ -1,12 +1,16 @@
 """A folder of generated images: the same whoever makes it, and never made twice."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
+from core.data import DataConfig, load_images
 from stage2_prior.sampling import SamplingConfig
 
 
@@ -56,6 +60,7 @@ def test_settings_say_how(folder, pipeline):
         "seed": 3,
         "class_names": None,
         **SamplingConfig().model_dump(mode="json"),
+        "file_format": "png",
         "num_images": 20,
         "classes": [names[i % len(names)] for i in range(20)],
     }
@@ -109,3 +114,66 @@ def test_a_pipeline_folder_does_as_well(folder, pipeline, twostage, tmp_path):
     assert ended.code == 0, ended.err
     assert pictures(out) == pictures(folder)
     assert (out / "settings.json").read_bytes() == (folder / "settings.json").read_bytes()
+
+
+def test_damaged_images_are_made_anew(generate):
+    out = generate("--num-images", 6)
+    complete, before = pictures(out), modified(out)
+    damaged = {"000001.png": complete["000001.png"][:40], "000004.png": b"no picture"}
+    for name, content in damaged.items():
+        (out / "images" / name).write_bytes(content)
+        del before[name]
+    Image.new("RGB", (8, 8)).save(out / "images" / "000005.png")  # of another size
+    del before["000005.png"]
+    assert pictures(generate("--num-images", 6)) == complete
+    assert {name: time for name, time in modified(out).items() if name in before} == before
+
+
+def test_it_says_how_many_were_kept(runs, twostage, tmp_path):
+    words = ("generate", runs.prior, "--out", tmp_path / "out", "--num-images")
+    assert re.search(r"4 images: .*images \([\d.]+ a second\)", twostage(*words, 4).out)
+    assert re.search(r"6 images: .*images \(4 were there already, [\d.]+ a second\)", twostage(*words, 6).out)
+    assert "6 images: " in (again := twostage(*words, 6)).out
+    assert "(6 were there already)" in again.out
+
+
+def test_parquet_holds_the_same_images_as_a_data_source(folder, generate, pipeline, monkeypatch):
+    monkeypatch.setattr("pipelines.image_files.SHARD", 8)
+    out = generate("--num-images", 20, "--seed", 3, "--format", "parquet")
+    assert sorted(pictures(out)) == [f"shard_0000{i}.parquet" for i in range(3)]
+    assert (out / "grid.png").read_bytes() == (folder / "grid.png").read_bytes()
+    config = DataConfig(source=str(out / "images"), image_size=16, validation_share=0.1)
+    data = load_images(config)
+    assert data.class_names == pipeline.class_names
+    read = {bytes(image.numpy().tobytes()): label for s in data.splits.values() for image, label in rows(s)}
+    expected = pipeline(num_images=20, seed=3, output_type="pt")
+    made = zip(expected.images, expected.labels, strict=True)
+    assert read == {bytes(image.numpy().tobytes()): label for image, label in made}
+
+
+def test_parquet_shards_that_are_whole_are_kept(generate, monkeypatch):
+    monkeypatch.setattr("pipelines.image_files.SHARD", 4)
+    out = generate("--num-images", 10, "--format", "parquet")
+    complete, before = pictures(out), modified(out)
+    shards = sorted(before)
+    (out / "images" / shards[0]).write_bytes(complete[shards[0]][:-30])
+    (out / "images" / shards[1]).unlink()
+    assert pictures(generate("--num-images", 10, "--format", "parquet")) == complete
+    assert modified(out)[shards[2]] == before[shards[2]]
+    generate("--num-images", 12, "--format", "parquet")  # the last one was short
+    assert [pq.read_metadata(out / "images" / shard).num_rows for shard in shards] == [4, 4, 4]
+
+
+def test_a_variational_autoencoder_generates_too(variational, twostage, tmp_path):
+    ended = twostage("generate", variational("class_gaussian"), "--num-images", 9, "--out", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    assert len(pictures(tmp_path / "out")) == 9
+    refused = twostage("generate", variational("gaussian"), "--top-k", 3, "--out", tmp_path / "other")
+    assert refused.code == 2
+    assert "top_k 3: is of priors over codes" in refused.err
+
+
+def rows(split):
+    """(image, label) of each row."""
+    every = torch.arange(len(split))
+    return zip(split.read(every), split.read_labels(every).tolist(), strict=True)

@@ -48,3 +48,44 @@ def test_pictures_of_another_source(runs, twostage, tmp_path):
     ended = twostage("reconstruct", runs.tokenizer, "--data", folder, "--out", tmp_path / "out.png")
     assert ended.code == 0, ended.err
     assert (tmp_path / "out.png").is_file()
+
+
+def test_own_pictures_are_converted_and_shown(runs, pipeline, twostage, tmp_path, monkeypatch):
+    """With a prior's run and with a pipeline folder, whose picture goes into the current folder."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "own.png")
+    Image.fromarray(pixels).resize((40, 30)).convert("L").save(tmp_path / "other.png")
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    monkeypatch.chdir(tmp_path)
+    for model, words in [(runs.prior, ("--out", "reconstructions.png")), (tmp_path / "pipeline", ())]:
+        ended = twostage("reconstruct", model, "--image", "own.png", "--image", "other.png", *words)
+        assert ended.code == 0, ended.err
+        said = "other.png: 40x30 cropped at its centre and resized to 16x16 pixels; mode L converted to RGB\n"
+        assert ended.out.startswith(f"{said}reconstructions.png: PSNR ")
+        with Image.open("reconstructions.png") as sheet:
+            shown = np.asarray(sheet)[:, -204:]  # two columns
+        assert np.array_equal(shown[4:100:6, 4:100:6], pixels)
+        found = pipeline.reconstruct(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
+        assert np.array_equal(shown[104:200:6, 4:100:6], found.permute(1, 2, 0))
+        (tmp_path / "reconstructions.png").unlink()
+
+
+def test_a_pipeline_folder_knows_no_held_out_images(pipeline, twostage, tmp_path):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    ended = twostage("reconstruct", tmp_path / "pipeline", "--out", tmp_path / "out.png")
+    assert ended.code == 2
+    assert (
+        "does not say which images it was trained on; give pictures by --image FILE, or a data set by --data"
+        in ended.err
+    )
+    (tmp_path / "pictures").mkdir()
+    for i in range(4):
+        Image.new("L", (30, 20), 60 * i).save(tmp_path / "pictures" / f"{i}.png")
+    words = ("--data", tmp_path / "pictures", "--out", tmp_path / "out.png")
+    ended = twostage("reconstruct", tmp_path / "pipeline", *words)
+    assert ended.code == 0, ended.err
+
+
+def test_held_out_images_of_a_priors_run_are_its_tokenizers(runs, tmp_path):
+    assert reconstruct(runs.prior, tmp_path / "a.png") == reconstruct(runs.tokenizer, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

@@ -1,0 +1,110 @@
+"""Does a digit stay the digit that it was when half of it is drawn again?
+
+python -m benchmarks.inpainting runs/PRIOR runs/JUDGE [--mask bottom] [--num-images 500] [--with-class]
+    [--guidance-scale 1] [--num-steps 8] [--temperature 1] [--picture FILE] [--json FILE]
+
+Held-out images of the prior's data lose a half (`--mask`) and get it back as `TwoStagePipeline.inpaint` draws it, one
+completion each. A feature network (`twostage train-features`), which was trained on none of these images, says what
+the results show. Each row is the share of images that it gives their own class, with the standard error:
+
+- `original`, and `reconstruction` by the tokenizer: what could be reached at best;
+- `kept part`: the rest black, so that it is what can be seen without a prior;
+- `completion`: of no class, so that the prior has to see from the kept part what it was;
+- `completion, told its class`, with `--with-class`: how well a known class is drawn, with that guidance.
+"""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.reporting import Row, parser, report
+from core.images import to_float
+from core.pictures import contact_sheet, save_picture
+from core.processes import share_cores
+from pipelines.edits import MASK_NAMES, known_codes, mark_masked, named_mask, paste, reconstruct
+from pipelines.evaluation_document import spread
+from pipelines.reconstruct import held_out_images
+from pipelines.two_stage import TwoStagePipeline, load_pipeline
+from stage1_tokenizer.feature_network import FeatureNetwork
+from stage2_prior.sampling import SamplingConfig
+
+COLUMNS = 12
+
+
+def completed(
+    pipeline: TwoStagePipeline, images: Tensor, mask: Tensor, labels: list[int] | None, sampling: SamplingConfig
+) -> Tensor:
+    """What `TwoStagePipeline.inpaint` does, for images (n, C, H, W) that differ: one completion each, of seed 0."""
+    known = known_codes(pipeline.tokenizer, images, mask)
+    parts = pipeline.generate(range(len(images)), labels, sampling, seed=0, known=known)
+    return paste(images, torch.cat([drawn for drawn, _ in parts]), mask)
+
+
+@torch.no_grad()
+def judged(judge: FeatureNetwork, images: Tensor, labels: Tensor) -> Row:
+    """The share of images that the judge gives their class."""
+    given = torch.cat([judge(to_float(part)).argmax(1) for part in images.split(250)])
+    share = (given == labels).double().mean().item()
+    return {"keep_class": share, "standard_error": math.sqrt(share * (1 - share) / len(images))}
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("prior", help="the run folder of a prior")
+    arguments.add_argument("judge", help="the run folder of a feature network")
+    arguments.add_argument("--mask", choices=MASK_NAMES, default="bottom")
+    arguments.add_argument("--num-images", type=int, default=500)
+    arguments.add_argument("--with-class", action="store_true")
+    arguments.add_argument("--guidance-scale", type=float, default=1.0, help="of the completions told their class")
+    arguments.add_argument("--num-steps", type=int)
+    arguments.add_argument("--temperature", type=float, default=1.0)
+    arguments.add_argument("--picture", type=Path, help="a PNG of some of them")
+    options = arguments.parse_args()
+    share_cores()
+    pipeline, judge = load_pipeline(options.prior), FeatureNetwork.from_pretrained(options.judge)
+    held_out = held_out_images(options.prior, None)
+    rows = spread(len(held_out), options.num_images)
+    images, labels = held_out.read(rows), held_out.read_labels(rows)
+    assert labels is not None
+    mask = named_mask(options.mask, pipeline.image_size)
+    settings = {"temperature": options.temperature, "num_steps": options.num_steps}
+    start = time.perf_counter()
+    completions = completed(pipeline, images, mask, None, SamplingConfig(**settings))
+    seconds = (time.perf_counter() - start) / len(images)
+    shown = {
+        "original": images,
+        "reconstruction": reconstruct(pipeline.tokenizer, images),
+        "kept part": images.masked_fill(mask, 0),
+        "completion": completions,
+    }
+    if options.with_class:
+        sampling = SamplingConfig(**settings, guidance_scale=options.guidance_scale)
+        shown["completion, told its class"] = completed(pipeline, images, mask, labels.tolist(), sampling)
+    table = [{"images": name, **judged(judge, pictures, labels)} for name, pictures in shown.items()]
+    report(
+        {
+            "prior": options.prior,
+            "judge": options.judge,
+            "mask": options.mask,
+            "num_images": len(images),
+            "guidance_scale": options.guidance_scale,
+            **settings,
+            "seconds_per_completion": f"{seconds:.3f}",
+        },
+        table,
+        options.json,
+    )
+    if options.picture:
+        nothing = torch.zeros_like(mask)
+        strips = [
+            mark_masked(pictures[:COLUMNS], mask if name == "kept part" else nothing)
+            for name, pictures in shown.items()
+        ]
+        save_picture(contact_sheet(torch.cat(strips), COLUMNS, row_titles=list(shown)), options.picture)
+
+
+if __name__ == "__main__":
+    main()

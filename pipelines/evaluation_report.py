@@ -1,0 +1,84 @@
+"""What an evaluation leaves on disk: its figures as JSON, its pictures, and all of it as one HTML report."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from core.model_folder import write_json
+from core.pictures import save_picture
+from pipelines.evaluation_document import Rows
+from pipelines.neighbours import neighbours_sheet
+from pipelines.prior_measurements import SampleFigures
+from pipelines.report import Report
+from pipelines.two_stage import class_sheet
+
+__all__ = ["PICTURES", "Picture", "sample_pictures", "write_evaluation"]
+
+Picture = tuple[str, Image.Image, str]
+"""What it is called, the picture, its caption."""
+PICTURES = ("worst", "typical", "samples", "neighbours")
+NEIGHBOURS_CAPTION = (
+    "Samples, each followed by the training images that are nearest to it by their features. The number is how far: 1 "
+    "is as far as held-out images are from their nearest training image (the median), 0 is a copy."
+)
+
+
+def write_evaluation(
+    out: Path, title: str, document: dict[str, Any], rows: Rows, notes: Iterable[str], pictures: list[Picture]
+) -> None:
+    """Writes evaluation.json, the pictures and evaluation.html; pictures of an earlier evaluation go.
+
+    Args:
+        document: `figures` and `protocol`.
+        rows: what the figures are called and mean.
+        notes: what is said about them in words, a paragraph each.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for name in PICTURES:
+        (out / f"{name}.png").unlink(missing_ok=True)
+    for name, picture, _ in pictures:
+        save_picture(picture, out / f"{name}.png")
+    _write_report(out / "evaluation.html", title, document, rows, notes, pictures)
+    write_json(out / "evaluation.json", document)
+
+
+def sample_pictures(samples: SampleFigures, class_names: list[str] | None) -> list[Picture]:
+    """The samples, and their neighbours where there are any."""
+    pictures = [("samples", class_sheet(samples.pictures, class_names), "The first samples.")]
+    if samples.neighbours:
+        pictures.append(("neighbours", neighbours_sheet(samples.neighbours, class_names), NEIGHBOURS_CAPTION))
+    return pictures
+
+
+def _write_report(
+    path: Path, title: str, document: dict[str, Any], rows: Rows, notes: Iterable[str], pictures: list[Picture]
+) -> None:
+    figures, missing = document["figures"], document["protocol"]["not_measured"]
+    report = Report(title)
+    for note in notes:
+        report.text(note)
+    report.heading("Figures")
+    lines = []
+    for name, value in figures.items():
+        heading, form, meaning = rows[name]
+        if value is not None:
+            lines.append({"figure": f"{_indented(heading)}: {meaning}", "value": form.format(value)})
+    report.table({"figure": "figure", "value": "value"}, lines)
+    for reason in dict.fromkeys(missing.values()):
+        titles = [rows[name][0].strip() for name in figures if missing.get(name) == reason]
+        report.text(f"Not measured: {', '.join(titles)}: {reason}.")
+    if pictures:
+        report.heading("Pictures")
+    for _, picture, caption in pictures:
+        report.picture(picture, caption)
+    report.heading("Protocol")
+    report.details("How the figures came about", json.dumps(document["protocol"], indent=2, ensure_ascii=False))
+    report.save(path)
+
+
+def _indented(heading: str) -> str:
+    """With spaces that a browser keeps."""
+    return heading.replace("  ", "\u00a0\u00a0\u00a0\u00a0")

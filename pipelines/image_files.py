@@ -1,0 +1,152 @@
+"""The images that `generate` writes: one PNG each, or shards of parquet. Both know what is there already and whole, so
+that a command that was stopped makes only what is missing."""
+
+import io
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+
+from core.images import image_to_uint8, to_pil
+from core.pictures import save_picture
+
+__all__ = ["FileFormat", "ImageFiles", "ParquetShards", "PngFiles", "image_files"]
+
+FileFormat = Literal["png", "parquet"]
+SHARD = 1000  # images
+
+
+class ImageFiles(Protocol):
+    """Images 0, 1, 2 ... in a folder."""
+
+    def missing(self, num_images: int, batch_size: int) -> list[range]:
+        """What of the first images is not there, or not whole, in parts that are written at once."""
+        ...
+
+    def write(self, part: range, pixels: Tensor, labels: list[int] | None) -> None:
+        """Writes the images of a part, (n, C, H, W) uint8, so that a reader finds whole files only."""
+        ...
+
+    def read(self, count: int) -> Tensor:
+        """The first ``count`` images, (count, C, H, W) uint8."""
+        ...
+
+
+def image_files(
+    file_format: FileFormat, folder: Path, image_size: tuple[int, int], channels: int, class_names: list[str] | None
+) -> ImageFiles:
+    """The images in ``folder`` in that format."""
+    if file_format == "png":
+        return PngFiles(folder, image_size, channels)
+    return ParquetShards(folder, image_size, channels, class_names)
+
+
+@dataclass(frozen=True)
+class PngFiles:
+    """000000.png, 000001.png ..."""
+
+    folder: Path
+    image_size: tuple[int, int]
+    channels: int
+
+    def missing(self, num_images: int, batch_size: int) -> list[range]:
+        """Runs of images that are missing, damaged, or of another size; at most ``batch_size`` long."""
+        lacking = [i for i in range(num_images) if not _is_whole(self._file(i), self.image_size)]
+        runs = itertools.groupby(enumerate(lacking), key=lambda pair: pair[1] - pair[0])
+        parts = []
+        for _, run in runs:
+            numbers = [number for _, number in run]
+            stop = numbers[-1] + 1
+            parts += [range(start, min(start + batch_size, stop)) for start in range(numbers[0], stop, batch_size)]
+        return parts
+
+    def write(self, part: range, pixels: Tensor, labels: list[int] | None) -> None:
+        """A file each; labels are in settings.json."""
+        for number, image in zip(part, pixels, strict=True):
+            save_picture(to_pil(image), self._file(number))
+
+    def read(self, count: int) -> Tensor:
+        """Decodes the first files."""
+        return _decoded([self._file(number) for number in range(count)], self.image_size, self.channels)
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.png"
+
+
+@dataclass(frozen=True)
+class ParquetShards:
+    """shard_00000.parquet ... of 1,000 images each (PNG bytes, and the class where there are any), as Hugging Face
+    datasets and `data.source` read them."""
+
+    folder: Path
+    image_size: tuple[int, int]
+    channels: int
+    class_names: list[str] | None
+
+    def missing(self, num_images: int, batch_size: int) -> list[range]:
+        """Shards that are missing, damaged, or shorter than they should be."""
+        shards = [range(start, min(start + SHARD, num_images)) for start in range(0, num_images, SHARD)]
+        return [shard for shard in shards if not self._whole(shard)]
+
+    def write(self, part: range, pixels: Tensor, labels: list[int] | None) -> None:
+        """A shard."""
+        columns: dict[str, list[Any]] = {"image": [{"bytes": _png(image), "path": None} for image in pixels]}
+        features = datasets.Features({"image": datasets.Image()})
+        if labels is not None and self.class_names:
+            columns["label"] = labels
+            features["label"] = datasets.ClassLabel(names=self.class_names)
+        file = self._file(part)
+        partial = file.with_name(f".{file.name}.partial")
+        pq.write_table(pa.Table.from_pydict(columns, features.arrow_schema), partial)
+        partial.replace(file)
+
+    def read(self, count: int) -> Tensor:
+        """Decodes the first images."""
+        shards = (self._pictures(range(start, start + 1)) for start in itertools.count(0, SHARD))
+        files = itertools.islice(itertools.chain.from_iterable(shards), count)
+        return _decoded([io.BytesIO(file) for file in files], self.image_size, self.channels)
+
+    def _pictures(self, part: range) -> list[bytes]:
+        return [image["bytes"] for image in pq.read_table(self._file(part), columns=["image"])["image"].to_pylist()]
+
+    def _file(self, part: range) -> Path:
+        return self.folder / f"shard_{part.start // SHARD:05d}.parquet"
+
+    def _whole(self, part: range) -> bool:
+        try:
+            pictures = self._pictures(part)
+        except (OSError, pa.ArrowException, KeyError, TypeError):  # not there; or no shard
+            return False
+        return len(pictures) >= len(part) and all(_is_whole(io.BytesIO(file), self.image_size) for file in pictures)
+
+
+def _png(image: Tensor) -> bytes:
+    file = io.BytesIO()
+    to_pil(image).save(file, format="PNG")
+    return file.getvalue()
+
+
+def _is_whole(file: Path | io.BytesIO, image_size: tuple[int, int]) -> bool:
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return image.size == image_size[::-1]
+    except (OSError, SyntaxError, ValueError):  # not there; or how Pillow says that a PNG is broken
+        return False
+
+
+def _decoded(files: Sequence[Path | io.BytesIO], image_size: tuple[int, int], channels: int) -> Tensor:
+    images = []
+    for file in files:
+        with Image.open(file) as image:
+            images.append(image_to_uint8(image, image_size, channels))
+    return torch.from_numpy(np.stack(images))

@@ -1,0 +1,97 @@
+"""Shows what lies between two images, as a tokenizer (or AE, VAE ...) has it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from core.command import run_command
+from core.errors import InputError
+from core.pictures import contact_sheet, save_picture
+from core.processes import share_cores
+from pipelines import edits
+from pipelines.reconstruct import held_out_images, picture_file, read_images
+from pipelines.two_stage import load_tokenizer
+
+__all__ = ["interpolate"]
+
+
+def interpolate(
+    model: str | Path,
+    out: Path,
+    images: list[Path] | None = None,
+    source: str | None = None,
+    num_images: int = 9,
+    num_pairs: int = 4,
+) -> int:
+    """Draws a strip of ``num_images`` pictures a pair into ``out``, from the reconstruction of the one to that of the
+    other, by the rule of `edits.interpolate`; returns how many strips.
+
+    Args:
+        images: pictures, of which each two are a pair, instead of ``num_pairs`` of held-out images (of two classes
+            each, where there are classes).
+
+    Raises:
+        InputError: an odd number of pictures, fewer than two held-out ones.
+    """
+    if images and len(images) % 2:
+        raise InputError(f"--image: got {len(images)} picture{'s' * (len(images) > 1)}, expected two for each strip")
+    tokenizer = load_tokenizer(model)
+    if images:
+        ends, titles = read_images(images, tokenizer), [file.stem for file in images]
+    else:
+        held_out = held_out_images(model, source)
+        rows = pairs_of_rows(held_out.labels, len(held_out), num_pairs)
+        ends, labels = held_out.read(rows), held_out.read_labels(rows)
+        names = tokenizer.config.class_names if source is None else None
+        titles = [names[label] for label in labels.tolist()] if names and labels is not None else None
+    pairs = zip(ends[::2], ends[1::2], strict=True)
+    strips = [edits.interpolate(tokenizer, first, second, num_images) for first, second in pairs]
+    row_titles = [f"{a} to {b}" for a, b in zip(titles[::2], titles[1::2], strict=True)] if titles else None
+    save_picture(contact_sheet(torch.cat(strips), num_images, row_titles=row_titles), out)
+    return len(strips)
+
+
+def pairs_of_rows(labels: Tensor | None, count: int, num_pairs: int) -> Tensor:
+    """The first pairs of ``count`` rows, one after the other: (2 pairs,). The two are of different ``labels`` (count,)
+    while there are such.
+
+    Raises:
+        InputError: fewer than two rows.
+    """
+    if count < 2:
+        raise InputError(f"{count} held-out images, expected at least the two ends of a strip; give --image twice")
+    left, pairs = list(range(count)), []
+    while len(left) > 1 and len(pairs) < 2 * num_pairs:
+        first = left.pop(0)
+        other = (row for row in left if labels is not None and labels[row] != labels[first])
+        second = next(other, left[0])
+        left.remove(second)
+        pairs += [first, second]
+    return torch.tensor(pairs)
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(help="runs/NAME of a tokenizer (or AE, VAE ...) or of a prior, a pipeline folder, a hub id."),
+    ],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Pictures instead of held-out images, given twice: the two ends.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Another source than it was trained on.")] = None,
+    num_images: Annotated[int, typer.Option(min=2, help="Of a strip, both ends included.")] = 9,
+    num_pairs: Annotated[int, typer.Option(min=1, help="Strips between held-out images.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="A PNG; interpolations.png in the run folder by default.")] = None,
+) -> None:
+    """Show what lies between two images: held-out ones, or your own."""
+    share_cores()
+    out = out or picture_file(model, "interpolations.png")
+    strips = interpolate(model, out, image, data, num_images, num_pairs)
+    print(f"{out}: {strips} strip{'s' * (strips > 1)} of {num_images} pictures; both ends are reconstructions")
+
+
+if __name__ == "__main__":
+    run_command(command)

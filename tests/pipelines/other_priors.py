@@ -1,0 +1,34 @@
+"""Pipelines whose prior is another kind of network over the same codes: what only some kinds can do is tested with
+these."""
+
+from typing import Any
+
+import torch
+
+from pipelines.two_stage import TwoStagePipeline
+from stage2_prior.causal_transformer import CausalTransformerConfig
+from stage2_prior.masked_transformer import MaskedTransformerConfig
+from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.prior import Prior
+
+MASKED = MaskedTransformerConfig(hidden_size=32, depth=2, num_heads=2, dropout=0.0)
+PIXELCNN = PixelCNNConfig(channels=8, depth=3, head_channels=16)
+
+
+def causal(order: str) -> CausalTransformerConfig:
+    """A causal transformer that writes the cells in that order."""
+    return CausalTransformerConfig(hidden_size=32, depth=1, num_heads=2, dropout=0.0, order=order)
+
+
+def with_prior(pipeline: TwoStagePipeline, model: Any, **changed: Any) -> TwoStagePipeline:
+    """The pipeline with an untrained prior, of which no two codes are equally likely.
+
+    Args:
+        changed: other fields of the prior's configuration.
+    """
+    assert pipeline.prior
+    torch.manual_seed(0)
+    prior = Prior(pipeline.prior.config.model_copy(update={"model": model, **changed}))
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return TwoStagePipeline(pipeline.tokenizer, prior)

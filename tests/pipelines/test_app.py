@@ -1,0 +1,225 @@
+"""What the buttons of the page do, without a browser; and how `twostage app` says that it cannot start."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core.errors import InputError
+from core.images import to_pil
+from pipelines.app_handlers import (
+    ALL_CLASSES,
+    BRUSHED,
+    NO_CLASS,
+    Handlers,
+    Picture,
+    brushed_mask,
+    draw_codes,
+    enlarge,
+)
+from pipelines.two_stage import TwoStagePipeline, load_pipeline
+from stage2_prior.masked_transformer import MaskedTransformerConfig
+from stage2_prior.prior import Prior
+
+
+@pytest.fixture
+def handlers(pipeline) -> Handlers:
+    return Handlers(pipeline)
+
+
+@pytest.fixture
+def masked(pipeline) -> Handlers:
+    """Of a masked transformer, untrained but not uniform."""
+    torch.manual_seed(0)
+    model = MaskedTransformerConfig(hidden_size=32, depth=2, num_heads=2, dropout=0.0)
+    prior = Prior(pipeline.prior.config.model_copy(update={"model": model}))
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return Handlers(TwoStagePipeline(pipeline.tokenizer, prior))
+
+
+@pytest.fixture
+def picture(pipeline) -> Picture:
+    return Picture(pipeline(num_images=1, output_type="pt").images[0], pipeline.class_names[0])
+
+
+def silent(share: float) -> None:
+    assert 0 <= share <= 1
+
+
+def brushed(height: int, width: int, rows: slice, columns: slice) -> np.ndarray:
+    layer = np.zeros((height, width, 4), np.uint8)
+    layer[rows, columns] = (225, 29, 72, 255)
+    return layer
+
+
+def test_generates_what_the_pipeline_does(handlers, pipeline):
+    shares: list[float] = []
+    sampling = {"temperature": 0.9, "top_k": None, "guidance_scale": 2.0}
+    pictures = handlers.generate(10, ALL_CLASSES, 3, sampling, shares.append)
+    expected = pipeline(10, seed=3, temperature=0.9, guidance_scale=2.0, output_type="pt").images
+    assert torch.equal(torch.stack([p.pixels for p in pictures]), expected)
+    assert [p.class_name for p in pictures] == [*pipeline.class_names, *pipeline.class_names[:2]]
+    assert shares[-1] == pytest.approx(1)
+    assert {p.class_name for p in handlers.generate(3, "star", 0, {}, silent)} == {"star"}
+
+
+@pytest.mark.parametrize(
+    ("class_name", "seed", "sentence"),
+    [
+        ("strar", 0, "class name 'strar': not a class of this model; did you mean 'star'?"),
+        (ALL_CLASSES, None, "seed: got nothing, expected a whole number, at least 0"),
+        (ALL_CLASSES, -1, "seed: got -1, expected a whole number, at least 0"),
+    ],
+)
+def test_what_cannot_be_generated_gets_a_sentence(handlers, class_name, seed, sentence):
+    with pytest.raises(InputError) as raised:
+        handlers.generate(1, class_name, seed, {}, silent)
+    assert sentence in str(raised.value)
+
+
+def test_uploads_pass_one_gate(handlers, tmp_path):
+    Image.new("L", (8000, 6250)).save(tmp_path / "large.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for name, sentence in {
+        "large.png": "large.png: has 8000 x 6250 pixels, at most 25 million are taken; make it smaller",
+        "text.png": "text.png: not a readable picture; expected PNG, JPEG, WebP, GIF, TIFF or BMP",
+    }.items():
+        with pytest.raises(InputError) as raised:
+            handlers.read(str(tmp_path / name))
+        assert str(raised.value) == sentence, "without the server's folder"
+    Image.new("L", (30, 40), 200).save(tmp_path / "grey.png")
+    picture = handlers.read(str(tmp_path / "grey.png"))
+    assert (picture.pixels.shape, picture.class_name) == ((3, 16, 16), None)
+    assert picture.note == "grey.png: 30x40 cropped at its centre and resized to 16x16 pixels; mode L converted to RGB."
+
+
+def test_reconstructs_with_the_codes(handlers, pipeline, picture):
+    pixels, codes, quality = handlers.reconstruct(picture)
+    assert torch.equal(pixels, pipeline.reconstruct(picture.pixels[None])[0])
+    assert torch.equal(pipeline.decode(codes[None])[0], pixels), "the codes are those of the reconstruction"
+    assert quality.startswith("PSNR of the reconstruction: ")
+
+
+def test_a_variational_autoencoder_has_no_codes_to_show(variational):
+    handlers = Handlers(load_pipeline(variational("gaussian")))
+    (picture,) = handlers.generate(1, None, 0, {"temperature": 0.5}, silent)
+    assert picture.class_name is None
+    assert handlers.reconstruct(picture)[1] is None
+    assert len(handlers.interpolate(picture, picture, 3)) == 3
+
+
+def test_any_brushed_pixel_masks_its_pixel():
+    touched = brushed(368, 368, slice(45, 47), slice(100, 101))  # 23 shown pixels a pixel: rows 1 and 2, column 4
+    mask = brushed_mask([touched, brushed(368, 368, slice(367, 368), slice(367, 368))], (16, 16))
+    assert mask.nonzero().tolist() == [[1, 4], [2, 4], [15, 15]]
+    assert not brushed_mask([], (16, 16)).any()
+
+
+def test_inpaints_what_is_brushed_and_nothing_else(masked, picture):
+    layers = [brushed(384, 384, slice(0, 100), slice(0, 384))]  # rows 0 to 4 of 16, so codes 0 and 1 of 4
+    options = {"guidance_scale": 2.0, "num_steps": 2}
+    images = masked.inpaint(picture, layers, BRUSHED, 6, "star", 0, 0, options, silent)
+    assert torch.equal(images[:, :, 5:], picture.pixels[:, 5:].expand(6, -1, -1, -1))
+    assert len({image.numpy().tobytes() for image in images}) > 1
+    free = masked.inpaint(picture, layers, BRUSHED, 6, NO_CLASS, 0, 0, options, silent)
+    assert not torch.equal(free, images), "without a class, and so without guidance"
+    halves = masked.inpaint(picture, [], "right", 6, "star", 0, 0, options, silent)
+    assert torch.equal(halves[..., :8], picture.pixels[..., :8].expand(6, -1, -1, -1))
+
+
+def test_what_cannot_be_inpainted_gets_a_sentence(handlers, picture):
+    def inpaint(picture: Picture | None, layers: list[np.ndarray], part: str = BRUSHED) -> torch.Tensor:
+        return handlers.inpaint(picture, layers, part, 2, NO_CLASS, 0, 0, {}, silent)
+
+    with pytest.raises(InputError, match="no picture: upload one, or take a generated one"):
+        inpaint(None, [])
+    with pytest.raises(InputError, match="nothing is brushed: paint over what is to be drawn again"):
+        inpaint(picture, [])
+    with pytest.raises(InputError, match=r"this prior is a causal_transformer.*such as: bottom"):
+        inpaint(picture, [brushed(16, 16, slice(0, 4), slice(0, 4))])
+    assert inpaint(picture, [], "bottom").shape == (2, 3, 16, 16)
+
+
+def test_interpolates_between_two(handlers, picture):
+    images = handlers.interpolate(picture, Picture(255 - picture.pixels), 5)
+    assert images.shape == (5, 3, 16, 16)
+    assert torch.equal(images[0], handlers.reconstruct(picture)[0])
+    with pytest.raises(InputError, match="two pictures are needed"):
+        handlers.interpolate(picture, None, 5)
+
+
+def test_small_pictures_are_enlarged_with_square_pixels(picture):
+    shown = enlarge(picture.pixels)
+    assert shown.size == (384, 384)
+    assert np.array_equal(np.asarray(shown)[::24, ::24], np.asarray(to_pil(picture.pixels)))
+    assert enlarge(torch.zeros(1, 400, 200, dtype=torch.uint8)).size == (200, 400)
+
+
+def test_each_code_has_its_colour():
+    drawn = np.asarray(draw_codes(torch.tensor([[0, 1, 0], [511, 2, 1]]), 512))
+    assert drawn.shape == (256, 384, 3)
+    colours = drawn[4::128, 4::128]  # in the cells' corners, where no number is
+    assert np.array_equal(colours[0, 0], colours[0, 2])
+    assert np.array_equal(colours[0, 1], colours[1, 2])
+    assert len(np.unique(colours.reshape(-1, 3), axis=0)) == 4
+    assert (drawn[:128, :128].min(axis=(0, 1)) < colours[0, 0]).all(), "with its number"
+    many = np.asarray(draw_codes(torch.arange(4096).view(64, 64), 4096))
+    assert (many[:6, :6] == many[0, 0]).all(), "no number where it cannot be read"
+
+
+# --- starting ------------------------------------------------------------------------------------------------------
+
+
+def test_a_port_that_is_taken(twostage, runs):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        ended = twostage("app", runs.prior, "--port", port)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert f"error: --host 127.0.0.1, --port {port}: cannot be had (Address already in use); give another" in ended.err
+
+
+def test_gradio_is_not_installed(twostage, runs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    ended = twostage("app", runs.prior)
+    assert ended.code == 2
+    assert ended.err == "error: the page needs gradio, which is not installed: pip install 'twostage[app]'\n"
+
+
+def test_a_model_that_makes_no_images(twostage, runs):
+    ended = twostage("app", runs.tokenizer, "--port", 7861)
+    assert ended.code == 2
+    assert "makes no images by itself: train a prior" in ended.err
+
+
+LABELS = """
+import json, sys
+from pipelines.app_page import build_page
+from pipelines.two_stage import load_pipeline
+for model in sys.argv[1:]:
+    blocks = build_page(load_pipeline(model), "a model").blocks.values()
+    print(json.dumps([[type(b).__name__, getattr(b, "label", None), getattr(b, "visible", True)] for b in blocks]))
+"""
+
+
+def test_the_page_has_what_the_model_has(runs, masked, variational, tmp_path):
+    """In a process of its own: importing Gradio leaves open sockets to the garbage collector, which warns."""
+    masked.pipeline.save_pretrained(tmp_path / "masked")
+    words = [sys.executable, "-c", LABELS, runs.prior, tmp_path / "masked", variational("gaussian")]
+    root = Path(__file__).parents[2]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True, cwd=root).stdout
+    pages = [
+        {label for kind, label, visible in json.loads(line) if visible} for line in shown.splitlines() if line[0] == "["
+    ]
+    causal, parallel, continuous = pages
+    assert {"Generate", "Reconstruct", "Inpaint", "Interpolate", "Class", "Guidance scale", "Top-k", "Top-p"} <= causal
+    assert parallel - causal == {"Steps"}
+    assert causal - parallel == set()
+    assert {"Generate", "Reconstruct", "Interpolate", "Temperature", "Seed"} <= continuous
+    assert not {"Inpaint", "Class", "Guidance scale", "Top-k", "Top-p", "Steps"} & continuous

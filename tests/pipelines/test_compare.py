@@ -1,0 +1,142 @@
+"""`compare`: what it measures against the functions that measure one model, what it draws, what it refuses."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from core.data import load_images
+from core.errors import InputError
+from core.images import to_float, to_uint8
+from pipelines.encode_dataset import training_data
+from pipelines.evaluation_document import spread
+from pipelines.side_by_side import compare_models, figure_rows, open_models
+from pipelines.two_stage import TwoStagePipeline
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.metrics import psnr
+from stage2_prior.prior import Prior
+from stage2_prior.sampling import SamplingConfig
+
+
+@pytest.fixture(scope="module")
+def comparison(runs, variational):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "1000")  # one thread
+        return compare_models(
+            [runs.tokenizer, variational("class_gaussian"), runs.prior],
+            num_images=5,
+            class_names=["star", "ring"],
+            seed=3,
+            sampling=SamplingConfig(temperature=0.9, top_k=4),
+        )
+
+
+def test_figures_are_of_the_same_held_out_images(comparison, runs):
+    split = load_images(training_data(runs.tokenizer, None)).validation
+    originals = split.read(torch.arange(len(split)))
+    for model in comparison.models[:2]:
+        decoded = to_uint8(model.tokenizer.reconstruct(to_float(originals)))
+        assert model.figures["psnr"] == pytest.approx(psnr(decoded, originals).mean().item(), abs=1e-3)
+    tokenizer = comparison.models[0].tokenizer
+    prior = Prior.from_pretrained(runs.prior)
+    codes = tokenizer.encode(to_float(originals)).indices
+    nats = -prior.log_likelihood(codes, split.read_labels(torch.arange(len(split))))
+    assert comparison.models[2].figures["nats_per_code"] == pytest.approx(nats.mean().item() / 16, rel=1e-4)
+    assert comparison.models[0].figures["codes_used"] == len(codes.unique())
+    assert comparison.models[2].figures["parameters"] == sum(p.numel() for p in prior.parameters())
+
+
+def test_pictures_are_of_the_same_rows_classes_and_seeds(comparison, runs):
+    tokenizer, vae, prior = comparison.models
+    split = load_images(training_data(runs.tokenizer, None)).validation
+    assert torch.equal(comparison.originals, split.read(spread(len(split), 5)))
+    assert comparison.classes == ["star", "ring", "star", "ring", "star"]
+    assert (tokenizer.samples, prior.reconstructions) == (None, None)
+    asked = {"num_images": 5, "class_names": ["star", "ring"], "seed": 3, "output_type": "pt", "temperature": 0.9}
+    assert torch.equal(prior.samples, TwoStagePipeline.from_runs(runs.prior)(**asked, top_k=4).images)
+    assert torch.equal(vae.samples, TwoStagePipeline(vae.tokenizer)(**asked).images)  # which has no top_k
+
+
+def test_a_figure_that_does_not_apply_is_an_empty_cell(comparison):
+    tokenizer, vae, prior = figure_rows(comparison.models)
+    assert {"psnr", "ssim", "codes"} < tokenizer.keys()
+    assert not {"nats_per_image", "nats_per_code", "images_per_s", "rfid"} & tokenizer.keys()
+    assert {"psnr", "nats_per_image", "images_per_s"} < vae.keys()
+    assert not {"codes", "nats_per_code"} & vae.keys()
+    assert {"nats_per_code", "images_per_s"} < prior.keys()
+    assert not {"psnr", "codes", "class_accuracy", "frechet_distance"} & prior.keys()
+
+
+def test_a_tokenizer_that_only_a_prior_names_is_shown_too(runs):
+    alone = open_models([runs.prior])
+    assert [(model.name, model.reconstructs) for model in alone] == [("prior", False), ("tokenizer of prior", True)]
+    assert [model.name for model in open_models([runs.prior, runs.tokenizer])] == ["prior", "tokenizer"]
+
+
+def test_the_command_writes_page_picture_and_figures(twostage, runs, tmp_path):
+    out, file = tmp_path / "out", tmp_path / "figures.json"
+    ended = twostage(
+        "compare", runs.tokenizer, runs.prior, "--num-images", 3, "--out", out, "--json", file, "--guidance-scale", 2
+    )
+    assert ended.code == 0, ended.err
+    page = (out / "compare.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 1
+    document = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+    assert document == json.loads(file.read_text(encoding="utf-8"))
+    assert [model["name"] for model in document["models"]] == ["tokenizer", "prior"]
+    for model, row in zip(document["models"], page.split("<tr>")[2:], strict=False):
+        assert model["name"] in row
+    assert f"{document['models'][0]['figures']['psnr']:.2f}" in ended.out
+    with Image.open(out / "compare.png") as picture:
+        assert picture.height > 3 * 80  # originals, reconstructions, new images
+
+
+@pytest.fixture
+def other_size(runs, tmp_path):
+    """The tokenizer as one of 32x32 images."""
+    model = Autoencoder.from_pretrained(runs.tokenizer)
+    config = model.config.model_copy(update={"image_size": (32, 32)})
+    Autoencoder(config).save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+def test_models_of_different_images_are_refused(runs, other_size):
+    with pytest.raises(InputError) as refused:
+        compare_models([runs.tokenizer, other_size])
+    for word in (str(runs.tokenizer), "16x16 pixels and 3 channels", str(other_size), "32x32 pixels and 3 channels"):
+        assert word in str(refused.value)
+
+
+def test_models_of_different_sources_need_one_that_is_named(runs, tmp_path):
+    other = tmp_path / "other"
+    (other / "model").mkdir(parents=True)
+    for file in ("config.yaml", "model/config.json", "model/model.safetensors"):
+        content = (runs.tokenizer / file).read_bytes()
+        (other / file).write_bytes(content.replace(b"source: shapes", b"source: elsewhere"))
+    with pytest.raises(InputError, match=r"shapes, .* on elsewhere; say with --data SOURCE"):
+        compare_models([runs.tokenizer, other])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "no runs: give runs/NAME"),
+        (["--tour", "TOKENIZER"], "the tour trains its own models"),
+        (["--tour", "--minutes", "0"], "--minutes 0: expected more than 0"),
+        (["--tour", "--features", "x"], "the tour trains its own judge"),
+        (["TOKENIZER", "--minutes", "2"], "is of --tour"),
+        (["TOKENIZER", "--temperature", "0.5"], "none of these models makes new images"),
+        (["TOKENIZER", "--class-name", "star"], "none of these models makes images of a class"),
+        (["PRIOR", "--class-name", "sta"], "did you mean 'star'?"),
+        (["PRIOR", "--num-steps", "4"], "num_steps 4"),
+        (["nowhere/to/be/found"], "nowhere"),
+    ],
+)
+def test_bad_input_is_a_sentence(twostage, runs, tmp_path, words, said):
+    places = {"TOKENIZER": str(runs.tokenizer), "PRIOR": str(runs.prior)}
+    out = tmp_path / "out"
+    ended = twostage("compare", *[places.get(word, word) for word in words], "--out", out)
+    assert ended.code == 2
+    assert said in ended.err
+    assert not out.exists()

@@ -1,0 +1,250 @@
+"""What the doctor says of a machine that is well, and of each way in which it may not be."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.disk_checks import check_data, check_run_folder, check_weights
+from pipelines.environment_checks import OF_A_LAUNCH, RULES, check_accelerate_file, check_environment
+from pipelines.findings import Finding
+from pipelines.machine_checks import _cgroup_cores, check_gpus, check_packages
+from pipelines.two_processes import check_two_processes
+
+PATIENCE = 300  # seconds that two processes get on a busy machine
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = {name for rule in RULES for name in rule.names} | {"HF_HUB_CACHE"}
+    for name in {*names, *OF_A_LAUNCH, "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"}:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hugging_face"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+def trouble(findings: list[Finding]) -> list[Finding]:
+    assert all(bool(finding.advice) == (finding.status != "ok") for finding in findings)
+    return [finding for finding in findings if finding.status != "ok"]
+
+
+def test_a_machine_that_is_well(twostage, tmp_path):
+    file = tmp_path / "doctor.json"
+    ended = twostage("doctor", "--run-dir", tmp_path / "runs", "--time-limit", PATIENCE, "--json", file)
+    assert ended.code == 0, ended.out
+    document = json.loads(file.read_text())
+    assert document["counts"]["problem"] == 0
+    topics = {finding["topic"] for finding in document["findings"]}
+    assert topics >= {"python", "packages", "CPU", "environment", "accelerate", "run folder", "data", "weights"}
+    (processes,) = (finding for finding in document["findings"] if finding["topic"] == "two processes")
+    assert processes["status"] == "ok"
+    assert "added 16 MiB" in processes["message"]
+    assert "run folder" in ended.out
+    assert ended.out.rstrip().endswith("0 problems")
+    assert all(len(line) <= 120 for line in ended.out.splitlines() if "/" not in line)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_problems_end_with_1(twostage, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    (tmp_path / "runs").write_text("a file")
+    ended = twostage("doctor", "--run-dir", tmp_path / "runs" / "more", "--time-limit", "0.01")
+    assert ended.code == 1
+    text = " ".join(ended.out.split())
+    assert "RANK=3, WORLD_SIZE=4" in text
+    assert "outside of a launch" in text
+    assert "is a file" in text
+    assert "had not added their numbers after 0.01 s and were stopped" in text
+    assert text.endswith("3 problems")
+
+
+def test_two_processes_that_do_not_find_each_other(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no_such_interface")
+    assert [f.status for f in check_environment()] == ["problem"]
+    (finding,) = check_two_processes(PATIENCE)
+    assert finding.status == "problem"
+    assert "of two on the CPU failed: " in finding.message
+    assert finding.advice
+
+
+def test_a_json_that_cannot_be_written(twostage, tmp_path):
+    ended = twostage("doctor", "--json", tmp_path / "nowhere" / "doctor.json")
+    assert ended.code == 2
+    assert "expected a file in a folder that is there" in ended.err
+
+
+# --- the run folder ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_is_left_as_it_was(tmp_path):
+    (tmp_path / "kept").write_text("as it was")
+    (finding,) = check_run_folder(tmp_path)
+    assert finding.status in ("ok", "warning")  # the disk may be slow, or in memory
+    assert "GB free, written at" in finding.message
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_run_folder_that_is_not_there(tmp_path):
+    (finding,) = check_run_folder(tmp_path / "a" / "b")
+    assert f"not there yet; it would be made in {tmp_path}" in finding.message
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where nobody can write")
+def test_a_run_folder_that_cannot_be_written_to():
+    (finding,) = check_run_folder(Path("/proc/runs"))
+    assert finding.status == "problem"
+    assert "/proc/runs" in finding.message
+    assert "cannot be written to" in finding.message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_run_folder(tmp_path):
+    tmp_path.chmod(0o500)
+    (finding,) = check_run_folder(tmp_path)
+    tmp_path.chmod(0o700)
+    assert finding.status == "problem"
+    assert "Permission denied" in finding.message
+
+
+@pytest.mark.skipif(not os.path.ismount("/dev/shm"), reason="needs a folder in memory")
+def test_a_run_folder_in_memory():
+    (finding,) = trouble(list(check_run_folder(Path("/dev/shm"))))
+    assert "file system tmpfs" in finding.message
+    assert "lost when the machine stops" in finding.message
+
+
+# --- the environment --------------------------------------------------------------------------------------------------
+
+
+def test_a_clean_environment():
+    assert [finding.status for finding in check_environment()] == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "good", "status"),
+    [
+        ("CUDA_VISIBLE_DEVICES", "", "0,1", "warning"),
+        ("OMP_NUM_THREADS", "many", "4", "warning"),
+        ("OMP_PROC_BIND", "close", "false", "warning"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "1", "problem"),
+        ("ACCELERATE_USE_CPU", "true", "false", "warning"),
+        ("ACCELERATE_USE_FSDP", "1", "0", "warning"),
+        ("ACCELERATE_DYNAMO_BACKEND", "inductor", "no", "warning"),
+        ("TORCH_DISTRIBUTED_DEBUG", "detail", "INFO", "warning"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments", "expandable_segments:True", "problem"),
+        ("NCCL_SOCKET_IFNAME", "nowhere", "^docker", "problem"),
+        ("HF_HUB_OFFLINE", "1", "0", "warning"),
+        ("MASTER_ADDR", "10.0.0.1", None, "warning"),
+        ("LOCAL_RANK", "0", None, "problem"),
+        ("http_proxy", "http://proxy:3128", "", "warning"),
+    ],
+)
+def test_variables(monkeypatch, name, bad, good, status):
+    monkeypatch.setenv(name, bad)
+    (finding,) = trouble(list(check_environment()))
+    assert finding.status == status
+    assert name in finding.message
+    if good is not None:
+        monkeypatch.setenv(name, good)
+        assert [finding.status for finding in check_environment()] == ["ok"]
+
+
+def test_a_proxy_that_leaves_this_machine_out(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", "localhost,127.0.0.1")
+    assert [finding.status for finding in check_environment()] == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "words"),
+    [
+        (None, "ok", "takes every GPU, or one process"),
+        ("num_processes: 2\nmixed_precision: bf16\nuse_cpu: true\n", "ok", "num_processes 2, mixed_precision bf16"),
+        ("num_processes: 2\nnum_machines: 3\n", "problem", "it waits for 2 other machines"),
+        ("a: [", "problem", "cannot be read"),
+        ("words", "problem", "expected keys and values"),
+    ],
+)
+def test_the_default_file_of_accelerate(tmp_path, text, status, words):
+    file = tmp_path / "hugging_face" / "accelerate" / "default_config.yaml"
+    if text:
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    (finding,) = check_accelerate_file()
+    assert finding.status == status
+    assert words in finding.message
+    assert str(file) in finding.message
+
+
+# --- packages, devices, files -----------------------------------------------------------------------------------------
+
+
+def test_packages_that_do_not_fit(tmp_path, monkeypatch):
+    (tmp_path / "twostage-9.dist-info").mkdir()
+    (tmp_path / "twostage-9.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.4\nName: twostage\nVersion: 9\nRequires-Python: >=9.0\nRequires-Dist: torch>=99.0\n"
+        'Requires-Dist: no-such-package>=1.0\nRequires-Dist: numpy>=1.0\nRequires-Dist: pillow>=99; extra == "app"\n'
+        'Requires-Dist: pytest>=99; extra == "dev"\nRequires-Dist: no-such-either; extra == "export"\n'
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    found = list(check_packages())
+    by_words = {finding.message.split(":")[0].split(" ")[0]: finding.status for finding in trouble(found)}
+    assert by_words.pop(sys.version.split()[0]) == "problem"
+    assert by_words == {
+        "torch": "problem",
+        "no-such-package": "problem",
+        "pillow": "warning",
+        "no-such-either": "warning",
+    }
+    assert any("pip install --upgrade 'torch>=99.0'" in finding.advice for finding in found)
+    assert [finding.message.split()[0] for finding in found if finding.status == "ok"] == ["numpy"]
+
+
+def test_gpus():
+    assert [finding.topic for finding in check_gpus()]
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_the_limit_of_a_container(tmp_path, files, cores):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert _cgroup_cores(tmp_path) == cores
+
+
+def test_data_sets_and_cache(tmp_path, monkeypatch):
+    sets, cache = check_data()
+    assert (sets.status, cache.status) == ("warning", "ok")
+    (tmp_path / "data" / "birds").mkdir(parents=True)
+    (tmp_path / "hugging_face" / "hub" / "datasets--ylecun--mnist").mkdir(parents=True)
+    monkeypatch.setenv("TWOSTAGE_DATA", str(tmp_path / "data"))
+    sets, cache = check_data()
+    assert sets.message.endswith("data: birds")
+    assert cache.message.endswith("datasets ylecun/mnist")
+    monkeypatch.setenv("TWOSTAGE_DATA", str(tmp_path / "nowhere"))
+    assert next(check_data()).status == "problem"
+
+
+def test_weights_are_looked_for_where_they_are_loaded_from(tmp_path):
+    assert [finding.status for finding in check_weights()] == ["warning", "warning"]
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    for name in ("vgg16-397923af.pth", "weights-inception-2015-12-05-6726825d.pth"):
+        (folder / name).write_bytes(b"weights")
+    lpips, inception = check_weights()
+    assert (lpips.status, inception.status) == ("ok", "ok")
+    assert str(folder / "vgg16-397923af.pth") in lpips.message
+    assert f"--inception {folder}" in inception.message

@@ -1,0 +1,100 @@
+"""Pictures and masks that people give: brought to the model's form, or refused with a sentence."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core.errors import InputError
+from core.images import image_to_uint8
+from pipelines.edits import MASK_NAMES, named_mask
+from pipelines.given_images import MOST_PIXELS, read_image, read_mask
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """``picture("a.png", array)``: the file with these pixels."""
+
+    def save(name: str, pixels: np.ndarray):
+        Image.fromarray(pixels).save(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+def test_a_picture_is_converted_and_it_is_said_how(picture):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    found, said = read_image(picture("a.png", pixels), (12, 20), 3)
+    assert np.array_equal(found.permute(1, 2, 0), pixels)
+    assert said is None
+    found, said = read_image(picture("a.png", pixels), (8, 8), 1)
+    assert np.array_equal(found, image_to_uint8(Image.fromarray(pixels), (8, 8), 1))
+    assert said == "20x12 cropped at its centre and resized to 8x8 pixels; mode RGB converted to L"
+
+
+def test_what_is_no_picture_is_refused(tmp_path, picture):
+    with pytest.raises(InputError, match=r"gone.png: no such file; expected a picture"):
+        read_image(tmp_path / "gone.png", (8, 8), 1)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(InputError, match=r"text.png: not a readable picture; expected PNG"):
+        read_image(tmp_path / "text.png", (8, 8), 1)
+    whole = picture("whole.png", np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"half.png: cannot be decoded"):
+        read_image(tmp_path / "half.png", (8, 8), 1)
+    Image.new("1", (MOST_PIXELS // 1000 + 1, 1000)).save(tmp_path / "huge.png")
+    with pytest.raises(InputError, match=r"huge.png: has 25001 x 1000 pixels, at most 25 million are taken"):
+        read_image(tmp_path / "huge.png", (8, 8), 1)
+
+
+def test_a_mask_is_what_is_white(picture):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20), dtype=np.uint8)
+    image = picture("image.png", pixels)
+    assert np.array_equal(read_mask(picture("mask.png", pixels), image, (12, 20)), pixels >= 128)
+    assert np.array_equal(read_mask(picture("bits.png", pixels >= 128), image, (12, 20)), pixels >= 128)
+    layers = np.full((12, 20, 4), 255, dtype=np.uint8)
+    layers[..., 3] = pixels
+    assert np.array_equal(read_mask(picture("layer.png", layers), image, (12, 20)), pixels >= 128), (
+        "transparent is black"
+    )
+    layers[..., :3] = [255, 100, 0]
+    with pytest.raises(InputError, match=r"layer.png: masks nothing; paint white what is to be drawn again"):
+        read_mask(picture("layer.png", layers), image, (12, 20))
+
+
+@pytest.mark.parametrize("name", MASK_NAMES)
+def test_a_mask_may_be_a_word(name, tmp_path):
+    assert torch.equal(read_mask(name, tmp_path / "not looked at", (6, 9)), named_mask(name, (6, 9)))
+
+
+def test_no_thin_mask_vanishes(picture):
+    pixels = np.zeros((300, 500), dtype=np.uint8)
+    pixels[151, :] = pixels[:, 297] = 255
+    found = read_mask(picture("mask.png", pixels), picture("image.png", pixels), (8, 8))
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[151 * 8 // 300, :] = expected[:, (297 - 100) * 8 // 300] = True
+    assert torch.equal(found, expected)
+
+
+def test_a_mask_that_fits_no_picture_is_refused(picture):
+    white = np.full((30, 50), 255, dtype=np.uint8)
+    image = picture("image.png", white)
+    with pytest.raises(
+        InputError, match=r"mask.png: has 50x20 pixels, expected 50x30 as .*image.png has; draw the mask"
+    ):
+        read_mask(picture("mask.png", white[:20]), image, (8, 8))
+    edge = white.copy()
+    edge[:, 5:] = 0
+    with pytest.raises(InputError, match=r"mask.png: masks nothing within what the model sees .*\(its centre\)"):
+        read_mask(picture("mask.png", edge), image, (8, 8))
+
+
+def test_a_mask_is_turned_as_its_picture_is(tmp_path):
+    """A photo is stored on its side and turned by its EXIF tag; an editor saves the mask upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn to the right
+    Image.new("L", (20, 12)).save(tmp_path / "photo.jpg", exif=exif)
+    upright = np.zeros((20, 12), dtype=np.uint8)
+    upright[:5] = 255
+    Image.fromarray(upright).save(tmp_path / "mask.png")
+    assert np.array_equal(read_mask(tmp_path / "mask.png", tmp_path / "photo.jpg", (20, 12)), upright > 0)

@@ -1,0 +1,244 @@
+"""Inpainting: what is kept comes back bit for bit, what is masked has no influence, what cannot be is said."""
+
+import numpy as np
+import pytest
+import torch
+from other_priors import MASKED, PIXELCNN, causal, with_prior
+from PIL import Image
+
+from core.errors import InputError
+from core.images import to_pil
+from core.pictures import save_picture
+from core.shapes import CLASS_NAMES, draw_shapes
+from pipelines.edits import MASK_NAMES, cells_to_redraw, named_mask
+from pipelines.given_images import read_image
+from pipelines.two_stage import TwoStagePipeline, load_pipeline
+from stage2_prior.prior import PriorLossConfig
+
+SIZE = (16, 16)
+
+
+@pytest.fixture(scope="module")
+def masked(pipeline) -> TwoStagePipeline:
+    """A pipeline with a masked transformer."""
+    return with_prior(pipeline, MASKED)
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    """Two pictures (2, 3, 16, 16)."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(2, 3, 5, 5, generator=generator) * 255
+    return torch.nn.functional.interpolate(noise, SIZE, mode="bilinear").to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def free_form() -> torch.Tensor:
+    """A mask of no simple form."""
+    mask = torch.zeros(SIZE, dtype=torch.bool)
+    mask[2:5, 1:9] = mask[9, 3:] = mask[13:, 6] = True
+    return mask
+
+
+def test_kept_pixels_come_back_exactly(masked, images, free_form):
+    found = masked.inpaint(images[0], free_form, num_images=5)
+    assert found.images.shape == (5, 3, 16, 16)
+    assert found.labels is None
+    assert (found.images == images[0])[..., ~free_form].all()
+    drawn = masked.decode(found.codes)
+    assert torch.equal(found.images[..., free_form], drawn[..., free_form]), "the rest is what the codes show"
+    assert len(found.images.unique(dim=0)) == 5
+
+
+def test_codes_of_cells_without_a_masked_pixel_are_kept(masked, images, free_form):
+    codes = masked.inpaint(images[0], free_form, num_images=5).codes
+    redrawn = cells_to_redraw(masked.tokenizer, free_form)
+    assert 0 < redrawn.sum() < redrawn.numel()
+    assert (codes == codes[0])[:, ~redrawn].all()
+    assert not (codes == codes[0])[:, redrawn].all()
+
+
+def test_what_lies_below_the_mask_has_no_influence(masked, images, free_form):
+    other = torch.where(free_form, images[1], images[0])
+    assert not torch.equal(other, images[0])
+    first, second = (masked.inpaint(image, free_form, 3, class_name="star", feather=3) for image in (images[0], other))
+    assert torch.equal(first.codes, second.codes)
+    assert torch.equal(first.images[..., free_form], second.images[..., free_form])
+    assert torch.equal(first.images, second.images)
+
+
+def test_a_completion_depends_on_the_seed_and_its_number_alone(masked, images, free_form):
+    expected = masked.inpaint(images[0], free_form, 11, guidance_scale=2.0, class_name="star").images
+    found = masked.inpaint(images[0], free_form, 3, guidance_scale=2.0, class_name="star").images
+    assert torch.equal(found, expected[:3])
+    assert not torch.equal(masked.inpaint(images[0], free_form, 3, seed=1).images, expected[:3])
+
+
+def test_the_class_and_the_settings_are_heard(masked, images):
+    mask = named_mask("right", SIZE)
+    free, star, guided = (
+        masked.inpaint(images[0], mask, 8, class_name=name, guidance_scale=scale)
+        for name, scale in ((None, 1), ("star", 1), ("star", 4))
+    )
+    assert star.labels == [CLASS_NAMES.index("star")] * 8
+    assert not torch.equal(free.codes, star.codes)
+    assert not torch.equal(star.codes, guided.codes)
+    likeliest = masked.inpaint(images[0], mask, 8, top_k=1, choice_temperature=0.0).codes
+    assert (likeliest == likeliest[0]).all()
+    with pytest.raises(InputError, match=r"guidance_scale 3.0: presses for a class, and none is given"):
+        masked.inpaint(images[0], mask, guidance_scale=3.0)
+    with pytest.raises(InputError, match=r"class name 'strar'.*did you mean 'star'"):
+        masked.inpaint(images[0], mask, class_name="strar")
+
+
+def test_a_feather_leaves_farther_pixels_as_they_are(masked, images):
+    mask = named_mask("right", SIZE)
+    hard, soft = (masked.inpaint(images[0], mask, 2, feather=feather).images for feather in (0, 3))
+    assert torch.equal(soft[..., 8:], hard[..., 8:])
+    assert torch.equal(soft[..., :6], hard[..., :6])
+    assert not torch.equal(soft[..., 6:8], hard[..., 6:8])
+    with pytest.raises(InputError, match="feather -1: expected a number of pixels"):
+        masked.inpaint(images[0], mask, feather=-1)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(SIZE, dtype=torch.bool), named_mask("bottom", SIZE)])
+def test_the_callback_hears_of_the_work_done(masked, pipeline, images, mask):
+    for each in (masked, pipeline):
+        shares: list[float] = []
+        each.inpaint(images[0], mask, 3, callback=shares.append)
+        assert shares == sorted(shares)
+        assert shares[-1] == pytest.approx(1)
+        assert shares[0] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("model", "possible"),
+    [
+        (PIXELCNN, ["bottom"]),
+        (causal("raster"), ["bottom"]),
+        (causal("columns"), ["right"]),
+        (causal("z_curve"), ["bottom"]),
+        (causal("spiral"), []),
+        (MASKED, list(MASK_NAMES)),
+    ],
+    ids=["pixelcnn", "raster", "columns", "z_curve", "spiral", "masked"],
+)
+def test_a_prior_redraws_what_its_order_allows(pipeline, images, model, possible):
+    other = with_prior(pipeline, model)
+    for name in MASK_NAMES:
+        mask = named_mask(name, SIZE)
+        if name in possible:
+            found = other.inpaint(images[0], mask, 2)
+            assert torch.equal(found.images[..., ~mask], images[:1, :, ~mask].expand(2, -1, -1))
+        else:
+            such = f", such as: {possible[0]}" if possible else ""
+            sentence = (
+                f"^mask: this prior is a .* in the order '.*' and can redraw only all that .*some cell{such}; give"
+            )
+            with pytest.raises(InputError, match=sentence + ".* masked transformer, which redraws any part$"):
+                other.inpaint(images[0], mask)
+    last = torch.zeros(SIZE, dtype=torch.bool)
+    last[-1, -1] = True
+    if model not in (causal("spiral"),):
+        assert torch.equal(other.inpaint(images[0], last, 1).images[0, :, ~last], images[0, :, ~last])
+
+
+def test_a_prior_without_dropped_classes_asks_for_one(pipeline, images):
+    other = with_prior(pipeline, MASKED, loss=PriorLossConfig(class_dropout_prob=0.0))
+    mask = named_mask("top", SIZE)
+    with pytest.raises(
+        InputError, match=f"class name: none given, .*give --class-name, one of: {', '.join(CLASS_NAMES)}"
+    ):
+        other.inpaint(images[0], mask)
+    assert other.inpaint(images[0], mask, 1, class_name="star").labels == [CLASS_NAMES.index("star")]
+
+
+def test_a_prior_without_classes_needs_none(pipeline, images):
+    other = with_prior(pipeline, MASKED, class_names=None, loss=PriorLossConfig(class_dropout_prob=0.0))
+    assert other.inpaint(images[0], named_mask("top", SIZE), 2).labels is None
+    with pytest.raises(InputError, match="class name 'star': this model was trained without classes"):
+        other.inpaint(images[0], named_mask("top", SIZE), class_name="star")
+
+
+def test_a_variational_autoencoder_has_no_codes_to_redraw(variational, images):
+    with pytest.raises(InputError, match="variational autoencoder, which has no codes"):
+        load_pipeline(variational("gaussian")).inpaint(images[0], named_mask("top", SIZE))
+
+
+def test_what_cannot_be_redrawn_is_refused(masked, images):
+    mask = named_mask("top", SIZE)
+    with pytest.raises(InputError, match=r"image: expected uint8 of the form \(3, 16, 16\)"):
+        masked.inpaint(images[0, :, :8], mask)
+    with pytest.raises(InputError, match=r"mask: expected bool .*\(16, 16\), got torch.bool of \(16, 8\)"):
+        masked.inpaint(images[0], mask[:, :8])
+    with pytest.raises(InputError, match="mask: masks no pixel"):
+        masked.inpaint(images[0], torch.zeros_like(mask))
+    with pytest.raises(InputError, match="num_images 0: expected at least 1"):
+        masked.inpaint(images[0], mask, 0)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(masked, tmp_path_factory):
+    """The saved pipeline, `image.png` of its size, and `large.png`, which is wider than it is high."""
+    root = tmp_path_factory.mktemp("inpaint")
+    masked.save_pretrained(root / "pipeline")
+    picture = to_pil(torch.from_numpy(draw_shapes(4, 1, SIZE, 3)[0]))
+    save_picture(picture, root / "image.png")
+    picture.resize((96, 48)).save(root / "large.png")
+    return root
+
+
+def test_the_command_writes_completions_and_a_sheet(twostage, folder, masked, tmp_path):
+    out = tmp_path / "out"
+    words = ("inpaint", folder / "pipeline", folder / "image.png", "left", "--num-images", 3, "--top-k", 4, "--seed", 5)
+    ended = twostage(*words, "--class-name", "star", "--out", out)
+    assert ended.code == 0, ended.err
+    assert ended.out == f"3 completions: {out}; at a glance: {out / 'grid.png'}\n"
+    assert sorted(path.name for path in out.iterdir()) == ["000000.png", "000001.png", "000002.png", "grid.png"]
+    image = torch.from_numpy(np.asarray(Image.open(folder / "image.png")).transpose(2, 0, 1).copy())
+    expected = masked.inpaint(image, named_mask("left", SIZE), 3, class_name="star", seed=5, top_k=4).images
+    for number, completion in enumerate(expected):
+        with Image.open(out / f"{number:06d}.png") as picture:
+            assert np.array_equal(np.asarray(picture), completion.permute(1, 2, 0))
+    with Image.open(out / "grid.png") as sheet:
+        assert sheet.size == (5 * (96 + 4) + 4, 96 + 18 + 2 * 4)
+
+    again = twostage(*words, "--class-name", "star", "--out", out)
+    assert (again.code, again.err) == (
+        2,
+        f"error: --out {out}: holds something already; give a new folder, or remove this one\n",
+    )
+
+
+def test_the_mask_is_cropped_as_the_picture_is(twostage, folder, tmp_path):
+    mask = Image.new("L", (96, 48))
+    mask.paste(255, (48, 0, 96, 48))
+    mask.save(tmp_path / "mask.png")
+    out = tmp_path / "out"
+    ended = twostage(
+        "inpaint", folder / "pipeline", folder / "large.png", tmp_path / "mask.png", "--num-images", 1, "--out", out
+    )
+    assert ended.code == 0, ended.err
+    assert f"{folder / 'large.png'}: 96x48 cropped at its centre and resized to 16x16 pixels\n" in ended.out
+    (seen, _), (found, _) = (read_image(file, SIZE, 3) for file in (folder / "large.png", out / "000000.png"))
+    assert torch.equal(found[..., :8], seen[..., :8])
+    assert not torch.equal(found[..., 8:], seen[..., 8:])
+
+
+def test_what_cannot_be_is_said_before_anything_is_written(twostage, folder, runs, tmp_path):
+    image, out = folder / "image.png", tmp_path / "out"
+    Image.new("L", (8, 16), 255).save(tmp_path / "narrow.png")
+    for words, sentence in [
+        ((folder / "pipeline", image, tmp_path / "narrow.png"), "narrow.png: has 8x16 pixels, expected 16x16 as"),
+        ((folder / "pipeline", image, "middle"), "error: middle: no such file"),
+        ((folder / "pipeline", image, "left", "--class-name", "cat"), "class name 'cat': not a class of this model"),
+        ((runs.prior, image, "left"), "mask: this prior is a causal_transformer"),
+        ((runs.tokenizer, image, "left"), "makes no images by itself"),
+    ]:
+        ended = twostage("inpaint", *words, "--out", out)
+        assert ended.code == 2
+        assert sentence in ended.err
+    assert not out.exists()

@@ -1,0 +1,65 @@
+"""Strips between two images: held-out ones of two classes, or those that are given."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core.errors import InputError
+from core.images import to_pil
+from core.pictures import save_picture
+from core.shapes import draw_shapes
+from pipelines.interpolate import interpolate, pairs_of_rows
+from pipelines.two_stage import load_pipeline
+
+
+def test_pairs_are_of_two_classes_while_there_are_such():
+    labels = torch.tensor([3, 3, 3, 1, 2, 2, 2])
+    assert pairs_of_rows(labels, 7, 2).tolist() == [0, 3, 1, 4]
+    assert pairs_of_rows(labels, 7, 9).tolist() == [0, 3, 1, 4, 2, 5], "one is left over"
+    assert pairs_of_rows(torch.zeros(4), 4, 9).tolist() == [0, 1, 2, 3]
+    assert pairs_of_rows(None, 5, 1).tolist() == [0, 1]
+    with pytest.raises(InputError, match="1 held-out images, expected at least the two ends"):
+        pairs_of_rows(None, 1, 1)
+
+
+@pytest.mark.parametrize("of", ["tokenizer", "prior"])
+def test_the_command_draws_strips_of_held_out_images(runs, twostage, tmp_path, of):
+    out = tmp_path / "strips.png"
+    ended = twostage("interpolate", getattr(runs, of), "--num-images", 5, "--num-pairs", 3, "--out", out)
+    assert ended.code == 0, ended.err
+    assert ended.out == f"{out}: 3 strips of 5 pictures; both ends are reconstructions\n"
+    with Image.open(out) as picture:
+        assert picture.height == 3 * (6 * 16 + 4) + 4
+        assert picture.width > 5 * 100
+
+
+def test_given_pictures_are_the_ends(runs, pipeline, tmp_path, capsys):
+    ends = torch.from_numpy(draw_shapes(0, 2, (16, 16), 3))
+    files = [tmp_path / "first.png", tmp_path / "second.png"]
+    for image, file in zip(ends, files, strict=True):
+        save_picture(to_pil(image), file)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    assert interpolate(tmp_path / "pipeline", tmp_path / "strip.png", files, num_images=4) == 1
+    expected = pipeline.interpolate(ends[0], ends[1], 4)
+    assert torch.equal(expected[[0, -1]], pipeline.reconstruct(ends))
+    strip = np.asarray(Image.open(tmp_path / "strip.png"))
+    left = strip.shape[1] - 4 * 100 - 4  # of the title
+    for number, picture in enumerate(expected):
+        tile = strip[4:100, left + 4 + number * 100 :][:, :96]
+        assert np.array_equal(tile[::6, ::6], picture.permute(1, 2, 0))
+    with pytest.raises(InputError, match="--image: got 1 picture, expected two for each strip"):
+        interpolate(tmp_path / "pipeline", tmp_path / "strip.png", files[:1])
+    with pytest.raises(
+        InputError, match=r"pipeline: does not say which images .* --image FILE, or a data set by --data"
+    ):
+        interpolate(tmp_path / "pipeline", tmp_path / "strip.png")
+
+
+def test_latents_of_a_variational_autoencoder_are_interpolated_too(variational):
+    pipeline = load_pipeline(variational("class_gaussian"))
+    ends = torch.from_numpy(draw_shapes(0, 2, (16, 16), 3))
+    between = pipeline.interpolate(ends[0], ends[1], 3)
+    assert torch.equal(between[[0, 2]], pipeline.reconstruct(ends))
+    with pytest.raises(InputError, match="second image: expected uint8"):
+        pipeline.interpolate(ends[0], ends[1].float(), 3)
