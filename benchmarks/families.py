@@ -20,8 +20,8 @@ from core.data import ImageData, load_images
 from core.images import to_float, to_uint8
 from core.pictures import contact_sheet, save_picture
 from core.run_folder import read_metrics
-from pipelines.evaluate_tokenizer import evaluate_tokenizer
-from pipelines.step_budget import TIMED_STEPS, seconds_per_step
+from pipelines.comparison.step_budget import TIMED_STEPS, seconds_per_step
+from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import WIDTHS
 from stage1_tokenizer.train_features import features_config

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.reporting import parser, report
 from core.config import RunConfig
 from core.model_folder import write_json
-from pipelines.evaluate_prior import evaluate_prior
+from pipelines.evaluation.evaluate_prior import evaluate_prior
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import Manifest, SplitFiles, TokenizerReference, code_statistics
 from stage2_prior.masked_transformer import MaskedTransformerConfig

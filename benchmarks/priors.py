@@ -19,9 +19,9 @@ from benchmarks.reporting import Row, described_machine, markdown_table, parser,
 from core.config import load_config
 from core.pictures import contact_sheet, save_picture
 from core.run_folder import RunFolder
+from pipelines.comparison.step_budget import TIMED_STEPS, seconds_per_step
 from pipelines.encode_dataset import encode_dataset
-from pipelines.evaluate_prior import evaluate_prior
-from pipelines.step_budget import TIMED_STEPS, seconds_per_step
+from pipelines.evaluation.evaluate_prior import evaluate_prior
 from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.feature_network import WIDTHS
 from stage1_tokenizer.train_features import features_config

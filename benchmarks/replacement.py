@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.priors import check_length, configured, prepare
 from benchmarks.reporting import markdown_table, parser, report, write_section
 from core.run_folder import read_metrics
-from pipelines.evaluate_prior import evaluate_prior
+from pipelines.evaluation.evaluate_prior import evaluate_prior
 from stage2_prior.sampling import SamplingConfig
 from stage2_prior.train_prior import train
 

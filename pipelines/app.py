@@ -46,7 +46,7 @@ def serve(model: str, host: str, port: int, tokenizer: str | None = None) -> Non
         _set_environment(host, folder)
         from starlette.middleware import Middleware
 
-        from pipelines.app_page import CSS, THEME, build_page
+        from pipelines.page.app_page import CSS, THEME, build_page
 
         page = build_page(pipeline, Path(model).resolve().name if Path(model).exists() else model)
         _, address, _ = page.launch(

@@ -14,9 +14,7 @@ from core.command import run_command
 from core.errors import InputError
 from core.model_folder import write_json
 from core.pictures import save_picture
-from pipelines.report import Report
-from pipelines.sampling_options import with_sampling_options
-from pipelines.side_by_side import (
+from pipelines.comparison.side_by_side import (
     COLUMNS,
     Comparison,
     compare_models,
@@ -24,7 +22,9 @@ from pipelines.side_by_side import (
     comparison_sheet,
     figure_rows,
 )
-from pipelines.tour import MINUTES, tour
+from pipelines.comparison.tour import MINUTES, tour
+from pipelines.report import Report
+from pipelines.sampling_options import with_sampling_options
 from stage2_prior.sampling import SamplingConfig
 
 __all__ = ["write_comparison"]

@@ -15,11 +15,11 @@ import typer
 
 from core.command import run_command
 from core.errors import InputError
-from pipelines.disk_checks import check_data, check_run_folder, check_weights
-from pipelines.environment_checks import check_accelerate_file, check_environment
-from pipelines.findings import Finding
-from pipelines.machine_checks import check_cpu, check_gpus, check_packages
-from pipelines.two_processes import check_two_processes
+from pipelines.checks.disk_checks import check_data, check_run_folder, check_weights
+from pipelines.checks.environment_checks import check_accelerate_file, check_environment
+from pipelines.checks.findings import Finding
+from pipelines.checks.machine_checks import check_cpu, check_gpus, check_packages
+from pipelines.checks.two_processes import check_two_processes
 
 __all__ = ["diagnose"]
 

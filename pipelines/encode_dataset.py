@@ -22,8 +22,8 @@ from core.images import to_float
 from core.model_folder import find_model_folder
 from core.processes import join_processes
 from core.run_folder import RunFolder
-from pipelines.image_variants import ImageVariants, image_variants
-from pipelines.partial_codes import CHUNK, PartialCodes, discard_leftover
+from pipelines.encoding.image_variants import ImageVariants, image_variants
+from pipelines.encoding.partial_codes import CHUNK, PartialCodes, discard_leftover
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.codes import (
     Augmentation,

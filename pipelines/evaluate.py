@@ -12,11 +12,11 @@ from accelerate import PartialState
 from core.command import run_command
 from core.errors import InputError
 from core.model_folder import write_json
-from pipelines.evaluate_prior import evaluate_prior
-from pipelines.evaluate_tokenizer import evaluate_tokenizer, tokenizer_table
-from pipelines.evaluation_document import evaluation_folder, model_kind
-from pipelines.evaluation_report import PICTURES
-from pipelines.prior_table import prior_table
+from pipelines.evaluation.evaluate_prior import evaluate_prior
+from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer, tokenizer_table
+from pipelines.evaluation.evaluation_document import evaluation_folder, model_kind
+from pipelines.evaluation.evaluation_report import PICTURES
+from pipelines.evaluation.prior_table import prior_table
 from pipelines.sampling_options import with_sampling_options
 from stage2_prior.sampling import SamplingConfig
 

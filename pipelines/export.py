@@ -14,10 +14,10 @@ import typer
 from core.command import run_command
 from core.errors import InputError
 from core.processes import share_cores
-from pipelines.evaluation_document import model_kind
-from pipelines.exported_programs import Format, check_libraries, export_programs
-from pipelines.model_card import CardFields, gather_records, is_as_written, write_model_card
+from pipelines.evaluation.evaluation_document import model_kind
 from pipelines.pipeline_folder import DOCUMENT, is_pipeline_folder, push_folder
+from pipelines.sharing.exported_programs import Format, check_libraries, export_programs
+from pipelines.sharing.model_card import CardFields, gather_records, is_as_written, write_model_card
 from pipelines.two_stage import TwoStagePipeline, load_pipeline
 from stage1_tokenizer.autoencoder import Autoencoder
 

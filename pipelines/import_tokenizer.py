@@ -13,7 +13,7 @@ import typer
 from core.command import run_command
 from core.config import parse_config
 from core.errors import InputError
-from pipelines.foreign_tokenizers import ForeignTokenizer, read_tokenizer, some_of
+from pipelines.sharing.foreign_tokenizers import ForeignTokenizer, read_tokenizer, some_of
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.vector_quantizer import VectorConfig
 from stage1_tokenizer.vqgan_backbone import VQGANConfig

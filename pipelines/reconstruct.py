@@ -15,7 +15,7 @@ from core.pictures import contact_sheet, save_picture
 from core.processes import share_cores
 from pipelines import edits
 from pipelines.encode_dataset import training_data
-from pipelines.evaluation_document import model_kind
+from pipelines.evaluation.evaluation_document import model_kind
 from pipelines.given_images import read_image
 from pipelines.pipeline_folder import find_pipeline_folder, is_pipeline_folder
 from pipelines.two_stage import load_tokenizer

@@ -24,7 +24,7 @@ from core.images import to_pil, to_uint8
 from core.pictures import contact_sheet
 from pipelines import edits, redraw
 from pipelines.batch_size import ROWS, fitting_batch_size
-from pipelines.evaluation_document import model_kind
+from pipelines.evaluation.evaluation_document import model_kind
 from pipelines.pipeline_folder import (
     find_pipeline_folder,
     is_pipeline_folder,
@@ -159,7 +159,11 @@ class TwoStagePipeline:
         Raises:
             InputError: no such id or licence, or the hub did not take it, such as when offline or not logged in.
         """
-        from pipelines.model_card import CardFields, gather_records, write_model_card  # which import this module
+        from pipelines.sharing.model_card import (  # which import this module
+            CardFields,
+            gather_records,
+            write_model_card,
+        )
 
         fields = CardFields(license, data_license, where=repo_id)
         with tempfile.TemporaryDirectory() as folder:

@@ -131,7 +131,7 @@ def test_the_chinese_readme_has_the_same_commands_and_pictures():
         return [(language, re.sub(r" *#.*", "", block)) for language, block in blocks(document)]
 
     def links(document: str) -> list[str]:
-        return sorted(re.findall(r"\]\((\S+)\)", (REPOSITORY / document).read_text(encoding="utf-8")))
+        return sorted(re.findall(r"\]\(([^)\s]+)\)", (REPOSITORY / document).read_text(encoding="utf-8")))
 
     assert commands(chinese) == commands(english)
     assert set(links(chinese)) - {english} == set(links(english)) - {chinese}

@@ -13,7 +13,7 @@ from PIL import Image
 
 from core.errors import InputError
 from core.images import to_pil
-from pipelines.app_handlers import (
+from pipelines.page.app_handlers import (
     ALL_CLASSES,
     BRUSHED,
     NO_CLASS,
@@ -200,7 +200,7 @@ def test_a_model_that_makes_no_images(twostage, runs):
 
 LABELS = """
 import json, sys
-from pipelines.app_page import build_page
+from pipelines.page.app_page import build_page
 from pipelines.two_stage import load_pipeline
 for model in sys.argv[1:]:
     blocks = build_page(load_pipeline(model), "a model").blocks.values()

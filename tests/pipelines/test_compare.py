@@ -9,9 +9,9 @@ from PIL import Image
 from core.data import load_images
 from core.errors import InputError
 from core.images import to_float, to_uint8
+from pipelines.comparison.side_by_side import compare_models, figure_rows, open_models
 from pipelines.encode_dataset import training_data
-from pipelines.evaluation_document import spread
-from pipelines.side_by_side import compare_models, figure_rows, open_models
+from pipelines.evaluation.evaluation_document import spread
 from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import psnr

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.disk_checks import check_data, check_run_folder, check_weights
-from pipelines.environment_checks import OF_A_LAUNCH, RULES, check_accelerate_file, check_environment
-from pipelines.findings import Finding
-from pipelines.machine_checks import _cgroup_cores, check_gpus, check_packages
-from pipelines.two_processes import check_two_processes
+from pipelines.checks.disk_checks import check_data, check_run_folder, check_weights
+from pipelines.checks.environment_checks import OF_A_LAUNCH, RULES, check_accelerate_file, check_environment
+from pipelines.checks.findings import Finding
+from pipelines.checks.machine_checks import _cgroup_cores, check_gpus, check_packages
+from pipelines.checks.two_processes import check_two_processes
 
 PATIENCE = 300  # seconds that two processes get on a busy machine
 

@@ -17,7 +17,8 @@ from core.config import parse_config
 from core.data import DataConfig, ImageSplit, load_images
 from core.images import to_float
 from core.random import seed_for
-from pipelines import encode_dataset, partial_codes
+from pipelines import encode_dataset
+from pipelines.encoding import partial_codes
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.codes import Augmentation, CodeCache
 

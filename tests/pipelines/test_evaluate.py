@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from core.data import DataConfig, load_images
 from core.images import to_float, to_uint8
 from core.random import seed_for
-from pipelines.evaluate_tokenizer import evaluate_tokenizer
-from pipelines.measurements import ssim
+from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
+from pipelines.evaluation.measurements import ssim
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 
@@ -156,7 +156,7 @@ def test_lpips_of_8_bit_images(runs, monkeypatch, tmp_path, originals, pictures)
             return (decoded - images).abs().mean()
 
     (tmp_path / "vgg16-397923af.pth").write_bytes(b"weights")
-    monkeypatch.setattr("pipelines.evaluate_tokenizer.build_perceptual", build)
+    monkeypatch.setattr("pipelines.evaluation.evaluate_tokenizer.build_perceptual", build)
     found = evaluate_tokenizer(runs.tokenizer, weights_dir=tmp_path, batch_size=10)
     expected = np.abs(pictures - originals.numpy()).mean() * 2 / 255
     assert found["figures"]["lpips"] == pytest.approx(expected, rel=1e-5)

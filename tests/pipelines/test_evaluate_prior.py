@@ -16,9 +16,9 @@ from core.data import DataConfig, load_images
 from core.errors import InputError
 from core.images import to_float
 from core.processes import join_processes
-from pipelines.evaluate_prior import SCALE_IMAGES, evaluate_prior
-from pipelines.frechet import OwnFeatures
-from pipelines.prior_measurements import (
+from pipelines.evaluation.evaluate_prior import SCALE_IMAGES, evaluate_prior
+from pipelines.evaluation.frechet import OwnFeatures
+from pipelines.evaluation.prior_measurements import (
     LEAST_SCALE,
     OF_SAMPLES,
     SampleFigures,
@@ -27,7 +27,7 @@ from pipelines.prior_measurements import (
     measure_samples,
     standard_error,
 )
-from pipelines.prior_table import prior_table
+from pipelines.evaluation.prior_table import prior_table
 from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig

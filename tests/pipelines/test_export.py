@@ -11,8 +11,8 @@ import torch
 
 from core.config import parse_config
 from core.errors import InputError
-from pipelines import exported_programs
-from pipelines.exported_programs import Encoder, export_programs
+from pipelines.sharing import exported_programs
+from pipelines.sharing.exported_programs import Encoder, export_programs
 from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 

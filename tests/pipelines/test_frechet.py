@@ -9,7 +9,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from core.shapes import draw_shapes
-from pipelines.frechet import FrechetDistances, InceptionFeatures, OwnFeatures, frechet_distance
+from pipelines.evaluation.frechet import FrechetDistances, InceptionFeatures, OwnFeatures, frechet_distance
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 
 

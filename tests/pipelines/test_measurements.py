@@ -13,8 +13,8 @@ from core.data import DataConfig, load_images
 from core.errors import InputError
 from core.images import to_float, to_uint8
 from core.random import seed_for
-from pipelines.evaluate_tokenizer import evaluate_tokenizer
-from pipelines.measurements import ssim, ssim_window
+from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
+from pipelines.evaluation.measurements import ssim, ssim_window
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.metrics import psnr
 

@@ -15,7 +15,7 @@ import yaml
 
 from core.errors import InputError
 from core.model_folder import file_sha256
-from pipelines.model_card import CardFields, gather_records, is_as_written, write_model_card
+from pipelines.sharing.model_card import CardFields, gather_records, is_as_written, write_model_card
 from pipelines.two_stage import TwoStagePipeline
 
 NEEDS_NO_NETWORK = {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*", "no_proxy": "*"}

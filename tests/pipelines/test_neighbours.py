@@ -7,10 +7,18 @@ import torch
 from core.data import DataConfig, ImageSplit, load_images
 from core.processes import join_processes
 from core.shapes import CLASS_NAMES
-from pipelines.frechet import OwnFeatures
-from pipelines.neighbours import OTHERS, POINTS, Neighbours, in_any_ball, nearest, neighbours_sheet, num_pictured
-from pipelines.prior_measurements import SampleFigures, measure_samples
-from pipelines.prior_table import memorising
+from pipelines.evaluation.frechet import OwnFeatures
+from pipelines.evaluation.neighbours import (
+    OTHERS,
+    POINTS,
+    Neighbours,
+    in_any_ball,
+    nearest,
+    neighbours_sheet,
+    num_pictured,
+)
+from pipelines.evaluation.prior_measurements import SampleFigures, measure_samples
+from pipelines.evaluation.prior_table import memorising
 from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage2_prior.sampling import SamplingConfig

@@ -12,7 +12,7 @@ from core.images import to_float
 from core.processes import join_processes
 from core.random import seed_for
 from core.shapes import CLASS_NAMES
-from pipelines.sample_quality import (
+from pipelines.evaluation.sample_quality import (
     SUBSETS,
     inception_score,
     kernel_distance,

@@ -10,9 +10,9 @@ import torch
 from core.config import parse_config
 from core.errors import InputError
 from core.run_folder import read_metrics
-from pipelines import tour_families
-from pipelines.tour import open_plan, random_latents, steps_for, tour
-from pipelines.tour_families import FAMILIES, document_of, merged
+from pipelines.comparison import tour_families
+from pipelines.comparison.tour import open_plan, random_latents, steps_for, tour
+from pipelines.comparison.tour_families import FAMILIES, document_of, merged
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage2_prior.train_prior import PriorTrainingConfig
 
@@ -113,7 +113,7 @@ def test_configurations_are_those_of_the_trainings(name):
         assert bool(config.loss.adversarial) == (name == "vqgan")
         assert bool(config.loss.corruption) == (name == "dae")
     for file in FAMILIES[name].file.split(", "):
-        assert (Path(tour_families.__file__).parents[1] / file).is_file()
+        assert (Path(tour_families.__file__).parents[2] / file).is_file()
 
 
 def test_merging_keeps_groups_of_one_type_and_replaces_others():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.verdict import verdict
+from pipelines.evaluation.verdict import verdict
 
 GOOD = {
     "images": 10_000, "psnr": 25.0, "codebook_size": 512, "codebooks": 1, "codes_used": 512, "perplexity": 470.0,

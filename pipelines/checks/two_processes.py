@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.findings import Finding
+from pipelines.checks.findings import Finding
 
 __all__ = ["check_two_processes"]
 
@@ -76,7 +76,7 @@ def _run_both(environments: list[dict[str, str]], said: list[Path], time_limit: 
     try:
         for environment, file in zip(environments, said, strict=True):
             with file.open("w") as out:
-                command = [sys.executable, "-m", "pipelines.two_processes"]
+                command = [sys.executable, "-m", "pipelines.checks.two_processes"]
                 processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
         end = time.monotonic() + time_limit
         while time.monotonic() < end:

@@ -8,9 +8,9 @@ from accelerate import PartialState
 from torch import Tensor
 
 from core.random import seed_for
-from pipelines.frechet import InceptionFeatures, OwnFeatures
-from pipelines.measurements import count_distinct, row_digests, total_over_processes
-from pipelines.neighbours import in_any_ball, nearest
+from pipelines.evaluation.frechet import InceptionFeatures, OwnFeatures
+from pipelines.evaluation.measurements import count_distinct, row_digests, total_over_processes
+from pipelines.evaluation.neighbours import in_any_ball, nearest
 
 __all__ = [
     "NEIGHBOURS",

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from pipelines.environment_checks import hugging_face_home
-from pipelines.findings import Finding
+from pipelines.checks.environment_checks import hugging_face_home
+from pipelines.checks.findings import Finding
 
 __all__ = ["check_data", "check_run_folder", "check_weights"]
 

@@ -9,9 +9,9 @@ from PIL import Image
 
 from core.model_folder import write_json
 from core.pictures import save_picture
-from pipelines.evaluation_document import Rows
-from pipelines.neighbours import neighbours_sheet
-from pipelines.prior_measurements import SampleFigures
+from pipelines.evaluation.evaluation_document import Rows
+from pipelines.evaluation.neighbours import neighbours_sheet
+from pipelines.evaluation.prior_measurements import SampleFigures
 from pipelines.report import Report
 from pipelines.two_stage import class_sheet
 

@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from pipelines.evaluation_document import Rows, figure_lines
-from pipelines.prior_measurements import MANY_COPIES
+from pipelines.evaluation.evaluation_document import Rows, figure_lines
+from pipelines.evaluation.prior_measurements import MANY_COPIES
 from stage2_prior.prior import PriorConfig
 
 __all__ = ["ROWS", "SAMPLE_ROWS", "in_units", "measured_on", "memorising", "prior_notes", "prior_table", "sample_notes"]

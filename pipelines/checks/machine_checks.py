@@ -11,7 +11,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from pipelines.findings import Finding
+from pipelines.checks.findings import Finding
 
 __all__ = ["available_cores", "check_cpu", "check_gpus", "check_packages"]
 

@@ -15,8 +15,8 @@ from gradio.components import Component
 
 from core.errors import InputError
 from core.images import to_pil
-from pipelines.app_handlers import ALL_CLASSES, BRUSHED, NO_CLASS, Handlers, Picture, draw_codes, enlarge
 from pipelines.edits import MASK_NAMES
+from pipelines.page.app_handlers import ALL_CLASSES, BRUSHED, NO_CLASS, Handlers, Picture, draw_codes, enlarge
 from pipelines.two_stage import TwoStagePipeline
 
 __all__ = ["CSS", "THEME", "build_page"]

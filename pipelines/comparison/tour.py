@@ -24,12 +24,7 @@ from core.processes import join_processes
 from core.run_folder import RunFolder, read_metrics
 from core.sources import first_form
 from core.training import TrainingRun
-from pipelines.encode_dataset import encode_dataset
-from pipelines.evaluation_document import spread
-from pipelines.frechet import FrechetDistances, OwnFeatures
-from pipelines.measurements import RowRandom, measure
-from pipelines.report import Report
-from pipelines.side_by_side import (
+from pipelines.comparison.side_by_side import (
     BATCH_SIZE,
     COLUMNS,
     MEASURED_IMAGES,
@@ -42,8 +37,13 @@ from pipelines.side_by_side import (
     figure_rows,
     sheet,
 )
-from pipelines.step_budget import TIMED_STEPS, seconds_per_step
-from pipelines.tour_families import FAMILIES, Family, document_of, merged
+from pipelines.comparison.step_budget import TIMED_STEPS, seconds_per_step
+from pipelines.comparison.tour_families import FAMILIES, Family, document_of, merged
+from pipelines.encode_dataset import encode_dataset
+from pipelines.evaluation.evaluation_document import spread
+from pipelines.evaluation.frechet import FrechetDistances, OwnFeatures
+from pipelines.evaluation.measurements import RowRandom, measure
+from pipelines.report import Report
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import WIDTHS
 from stage1_tokenizer.losses import corrupt

@@ -12,11 +12,11 @@ import yaml
 from core.errors import InputError
 from core.model_folder import file_sha256, find_model_folder
 from core.pictures import save_picture
-from pipelines.evaluate_tokenizer import ROWS as TOKENIZER_ROWS
-from pipelines.evaluation_document import Rows, model_kind
+from pipelines.evaluation.evaluate_tokenizer import ROWS as TOKENIZER_ROWS
+from pipelines.evaluation.evaluation_document import Rows, model_kind
+from pipelines.evaluation.prior_table import ROWS as PRIOR_ROWS
+from pipelines.evaluation.prior_table import SAMPLE_ROWS
 from pipelines.pipeline_folder import HUB_ID, find_pipeline_folder, is_pipeline_folder
-from pipelines.prior_table import ROWS as PRIOR_ROWS
-from pipelines.prior_table import SAMPLE_ROWS
 from pipelines.two_stage import TwoStagePipeline, class_sheet
 from stage2_prior.prior import Prior
 

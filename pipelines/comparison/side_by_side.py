@@ -20,11 +20,11 @@ from core.pictures import contact_sheet
 from core.processes import join_processes
 from pipelines.edits import reconstruct
 from pipelines.encode_dataset import training_data
-from pipelines.evaluation_document import choose_split, model_kind, spread, versions
-from pipelines.frechet import FrechetDistances, InceptionFeatures, OwnFeatures, open_features
-from pipelines.measurements import measure
+from pipelines.evaluation.evaluation_document import choose_split, model_kind, spread, versions
+from pipelines.evaluation.frechet import FrechetDistances, InceptionFeatures, OwnFeatures, open_features
+from pipelines.evaluation.measurements import measure
+from pipelines.evaluation.prior_measurements import measure_images, measure_samples
 from pipelines.pipeline_folder import is_pipeline_folder
-from pipelines.prior_measurements import measure_images, measure_samples
 from pipelines.two_stage import TwoStagePipeline, load_pipeline
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.sampling import SamplingConfig

@@ -10,7 +10,7 @@ from typing import Literal
 import psutil
 import yaml
 
-from pipelines.findings import Finding
+from pipelines.checks.findings import Finding
 
 __all__ = ["check_accelerate_file", "check_environment", "hugging_face_home"]
 

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from core.config import describe_differences
 from core.errors import InputError
 from core.model_folder import write_json
-from pipelines.image_variants import ImageVariants
+from pipelines.encoding.image_variants import ImageVariants
 from stage2_prior.codes import Manifest
 
 __all__ = ["CHUNK", "PartialCodes", "discard_leftover"]

@@ -15,7 +15,7 @@ from core.model_folder import file_sha256
 from core.pictures import contact_sheet
 from core.processes import join_processes
 from pipelines.encode_dataset import training_data
-from pipelines.evaluation_document import (
+from pipelines.evaluation.evaluation_document import (
     DIGESTS_OF_IMAGES,
     NO_NETWORK,
     Rows,
@@ -27,10 +27,10 @@ from pipelines.evaluation_document import (
     spread,
     versions,
 )
-from pipelines.evaluation_report import Picture, write_evaluation
-from pipelines.frechet import FrechetDistances, open_features
-from pipelines.measurements import Measurements, measure, ssim_window
-from pipelines.verdict import verdict
+from pipelines.evaluation.evaluation_report import Picture, write_evaluation
+from pipelines.evaluation.frechet import FrechetDistances, open_features
+from pipelines.evaluation.measurements import Measurements, measure, ssim_window
+from pipelines.evaluation.verdict import verdict
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import ACTIVE_VARIANCE
 from stage1_tokenizer.perceptual import SMALLEST_SIDE, TRUNK, LPIPSConfig, Perceptual, build_perceptual, find_trunk

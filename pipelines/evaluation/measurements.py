@@ -19,7 +19,7 @@ from tqdm import tqdm
 from core.data import ImageSplit
 from core.images import to_float, to_uint8
 from core.random import BatchRandom, seed_for
-from pipelines.frechet import FrechetDistances
+from pipelines.evaluation.frechet import FrechetDistances
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import ACTIVE_VARIANCE, psnr
 from stage1_tokenizer.quantizer import Quantizer

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from core.pictures import contact_sheet
-from pipelines.measurements import total_over_processes
+from pipelines.evaluation.measurements import total_over_processes
 
 __all__ = ["Neighbours", "in_any_ball", "nearest", "neighbours_sheet", "num_pictured"]
 

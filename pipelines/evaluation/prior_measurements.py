@@ -17,11 +17,11 @@ from tqdm import tqdm
 from core.data import ImageSplit
 from core.images import to_float
 from core.random import BatchRandom, seed_for
-from pipelines.evaluation_document import spread
-from pipelines.frechet import InceptionFeatures, OwnFeatures, bias_warning, frechet_distance, too_few
-from pipelines.measurements import count_distinct, hash_of, row_digests, total_over_processes
-from pipelines.neighbours import Neighbours, nearest, num_pictured
-from pipelines.sample_quality import (
+from pipelines.evaluation.evaluation_document import spread
+from pipelines.evaluation.frechet import InceptionFeatures, OwnFeatures, bias_warning, frechet_distance, too_few
+from pipelines.evaluation.measurements import count_distinct, hash_of, row_digests, total_over_processes
+from pipelines.evaluation.neighbours import Neighbours, nearest, num_pictured
+from pipelines.evaluation.sample_quality import (
     NEIGHBOURS,
     ImageFeatures,
     inception_score,

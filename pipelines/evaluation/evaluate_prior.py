@@ -16,7 +16,7 @@ from core.model_folder import find_model_folder
 from core.processes import join_processes
 from core.run_folder import RunFolder
 from pipelines.encode_dataset import training_data
-from pipelines.evaluation_document import (
+from pipelines.evaluation.evaluation_document import (
     DIGESTS_OF_IMAGES,
     NO_NETWORK,
     choose_split,
@@ -26,9 +26,9 @@ from pipelines.evaluation_document import (
     spread,
     versions,
 )
-from pipelines.evaluation_report import sample_pictures, write_evaluation
-from pipelines.frechet import open_features
-from pipelines.prior_measurements import (
+from pipelines.evaluation.evaluation_report import sample_pictures, write_evaluation
+from pipelines.evaluation.frechet import open_features
+from pipelines.evaluation.prior_measurements import (
     OF_SAMPLES,
     WITH_REAL,
     SampleFigures,
@@ -38,8 +38,8 @@ from pipelines.prior_measurements import (
     measure_samples,
     standard_error,
 )
-from pipelines.prior_protocol import about_chain_rule, about_likelihood, about_samples
-from pipelines.prior_table import ROWS, in_units, measured_on, prior_notes
+from pipelines.evaluation.prior_protocol import about_chain_rule, about_likelihood, about_samples
+from pipelines.evaluation.prior_table import ROWS, in_units, measured_on, prior_notes
 from pipelines.two_stage import TwoStagePipeline
 from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Prior, PriorConfig

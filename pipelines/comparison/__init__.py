@@ -1,0 +1,1 @@
+"""What `compare` is made of: models side by side, and the tour."""

@@ -1,0 +1,1 @@
+"""What `app` shows: the page and what its buttons do."""
