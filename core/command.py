@@ -1,5 +1,6 @@
 """How a command ends: a user's mistake is one sentence, never a traceback."""
 
+import errno
 import functools
 import os
 import sys
@@ -11,6 +12,9 @@ from core.errors import InputError
 
 __all__ = ["as_command", "new_app", "run_command"]
 
+OF_THE_DISK = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EROFS}
+"""Of files and folders: a wrong place or a full disk, and no mistake of the program."""
+
 
 def new_app(help_text: str | None = None) -> typer.Typer:
     """A command line whose bugs show Python's own traceback."""
@@ -18,8 +22,8 @@ def new_app(help_text: str | None = None) -> typer.Typer:
 
 
 def as_command(function: Callable[..., object]) -> Callable[..., None]:
-    """``function`` as a command: an :class:`InputError` is said once, by the main process, and exits with 2; Ctrl-C
-    exits with 130."""
+    """``function`` as a command: an :class:`InputError`, or a file that cannot be written where it should, is said
+    once, by the main process, and exits with 2; Ctrl-C exits with 130."""
 
     @functools.wraps(function)
     def command(*args: object, **kwargs: object) -> None:
@@ -28,6 +32,13 @@ def as_command(function: Callable[..., object]) -> Callable[..., None]:
         except InputError as error:
             if os.environ.get("RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr, flush=True)
+            raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno not in OF_THE_DISK or error.filename is None:
+                raise
+            if os.environ.get("RANK", "0") == "0":
+                where = error.filename2 or error.filename
+                print(f"error: {where}: {error.strerror}; give another place, or mend it", file=sys.stderr, flush=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             print("\nstopped; a training goes on from its last checkpoint by the same command", file=sys.stderr)

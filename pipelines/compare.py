@@ -66,7 +66,13 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Of the samples.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A folder: compare, or runs/tour, by default.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Another file for what is measured.")] = None,
-    train_all: Annotated[bool, typer.Option("--tour", help="Train every family, and tell their story.")] = False,
+    train_all: Annotated[
+        bool,
+        typer.Option(
+            "--tour",
+            help="Train nine models, from AE to MaskGIT, and tell their story (samples: guidance 2).",
+        ),
+    ] = False,
     minutes: Annotated[
         float | None, typer.Option(help=f"Of training for each model of the tour; {MINUTES} by default.")
     ] = None,

@@ -97,16 +97,17 @@ def _new_partial(out: Path) -> Path:
 def _hashes(folder: Path) -> dict[str, str] | None:
     try:
         return json.loads((folder / DOCUMENT).read_text(encoding="utf-8")).get("sha256")
-    except ValueError:
+    except (OSError, ValueError, AttributeError):
         return None
 
 
 def _move(partial: Path, out: Path) -> None:
     """Puts what was made in its place; in a folder that is there, file by file."""
-    if not out.exists() or _is_empty(out):
+    if not out.exists():
         partial.replace(out)
         return
-    for file in [path for path in partial.rglob("*") if path.is_file()]:
+    files = [path for path in partial.rglob("*") if path.is_file()]
+    for file in sorted(files, key=lambda path: path.name == DOCUMENT):  # last what says that all is there
         target = out / file.relative_to(partial)
         target.parent.mkdir(parents=True, exist_ok=True)
         file.replace(target)

@@ -55,6 +55,7 @@ def generate_folder(
     pipeline.check_sampling(sampling)
     settings = _settings(pipeline, class_names, seed, sampling) | {"file_format": file_format}
     _check_folder(out, settings)
+    state.wait_for_everyone()  # nobody writes before all have looked
     batch_size = batch_size or fitting_batch_size(pipeline.prior, sampling, pipeline.device)
     files = image_files(file_format, out / "images", pipeline.image_size, pipeline.channels, pipeline.class_names)
     found = [files.missing(num_images, batch_size)] if state.is_main_process else [None]
@@ -62,9 +63,10 @@ def generate_folder(
         broadcast_object_list(found)
     missing: list[range] = found[0] or []
     if state.is_main_process:
-        (out / "images").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         labels = [names[i % len(names)] for i in range(num_images)] if names else None
         write_json(out / "settings.json", {**settings, "num_images": num_images, "classes": labels})
+        (out / "images").mkdir(exist_ok=True)
     state.wait_for_everyone()
 
     start, wanted = time.perf_counter(), sum(map(len, missing))
@@ -101,7 +103,10 @@ def _settings(
 def _check_folder(out: Path, settings: dict[str, Any]) -> None:
     file = out / "settings.json"
     if file.is_file():
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            stored = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise InputError(f"{file}: damaged: how these images were made is lost; give another --out") from None
         differences = describe_differences({key: stored.get(key) for key in settings}, settings)
         if differences:
             raise InputError(
@@ -109,7 +114,7 @@ def _check_folder(out: Path, settings: dict[str, Any]) -> None:
                 + "\n  ".join(differences)
                 + "\nNothing was changed. Give another --out, or remove the folder"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {".settings.json.partial"}):
         raise InputError(f"--out {out}: exists and holds no generated images; give another --out")
 
 

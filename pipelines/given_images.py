@@ -14,6 +14,7 @@ from pipelines.edits import MASK_NAMES, named_mask
 
 __all__ = ["MOST_BYTES", "MOST_PIXELS", "describe_conversion", "open_image", "read_image", "read_mask"]
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # others may start programs, as EPS does
 MOST_BYTES = 20_000_000
 MOST_PIXELS = 25_000_000
 """A picture is resized to a few hundred pixels a side; a larger one only costs memory."""
@@ -33,7 +34,7 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MOST_PIXELS is below its limit
-            image = Image.open(path)
+            image = Image.open(path, formats=FORMATS)
         with image:  # closes the file; the pixels stay
             if image.width * image.height > MOST_PIXELS:
                 raise InputError(
@@ -67,7 +68,7 @@ def read_image(path: str | Path, size: tuple[int, int], channels: int) -> tuple[
     Raises:
         InputError: those of :func:`open_image`.
     """
-    image = open_image(path)
+    image = ImageOps.exif_transpose(open_image(path))
     pixels = np.array(image_to_uint8(image, size, channels))
     return torch.from_numpy(pixels), describe_conversion(image, size, channels)
 

@@ -12,7 +12,7 @@ from core.errors import InputError
 from core.pictures import contact_sheet, save_picture
 from core.processes import share_cores
 from pipelines import edits
-from pipelines.reconstruct import held_out_images, picture_file, read_images
+from pipelines.reconstruct import check_out, held_out_images, picture_file, read_images
 from pipelines.two_stage import load_tokenizer
 
 __all__ = ["interpolate"]
@@ -38,6 +38,7 @@ def interpolate(
     """
     if images and len(images) % 2:
         raise InputError(f"--image: got {len(images)} picture{'s' * (len(images) > 1)}, expected two for each strip")
+    check_out(out, images)
     tokenizer = load_tokenizer(model)
     if images:
         ends, titles = read_images(images, tokenizer), [file.stem for file in images]

@@ -31,8 +31,8 @@ NEEDED = ["*.json", "*.safetensors", "training/*.yaml"]
 
 
 def is_pipeline_folder(path: str | Path) -> bool:
-    """Whether ``path`` holds a pipeline.json."""
-    return (Path(path) / DOCUMENT).is_file()
+    """Whether ``path`` holds a pipeline, be it a part of one: a pipeline.json, or the tokenizer beside it."""
+    return any((Path(path) / file).is_file() for file in (DOCUMENT, "tokenizer/config.json"))
 
 
 def write_pipeline_folder(folder: Path, tokenizer: Autoencoder, prior: Prior | None) -> None:
@@ -59,7 +59,7 @@ def read_pipeline_folder(folder: Path) -> tuple[Autoencoder, Prior | None]:
         InputError: no pipeline, one of another format, or files that are missing or not those that were written (all
             of them are named).
     """
-    if not is_pipeline_folder(folder):
+    if not (folder / DOCUMENT).is_file():
         what = f"holds no pipeline ({DOCUMENT} is missing)" if folder.exists() else "no such folder"
         raise InputError(
             f"{folder}: {what}; expected a folder that twostage export wrote, or runs/NAME of a trained model"
@@ -76,6 +76,8 @@ def read_pipeline_folder(folder: Path) -> tuple[Autoencoder, Prior | None]:
     if version not in (1, FORMAT_VERSION):
         raise InputError(f"{file}: written in format {version}, this version of twostage reads up to {FORMAT_VERSION}")
     hashes = document.get("sha256", {})
+    if not isinstance(hashes, dict):
+        raise InputError(f"{file}: `sha256` is no list of files with their hashes; save the pipeline again")
     _check_files(folder, hashes)
     has_prior = version == 1 or "prior/config.json" in hashes
     tokenizer = Autoencoder.from_pretrained(folder / "tokenizer")

@@ -23,7 +23,7 @@ from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import psnr
 from stage2_prior.prior import Prior
 
-__all__ = ["held_out_images", "picture_file", "read_images", "reconstruct"]
+__all__ = ["check_out", "held_out_images", "picture_file", "read_images", "reconstruct"]
 
 COLUMNS = 12
 
@@ -43,6 +43,7 @@ def reconstruct(
         source: of held-out images, other than it was trained on.
         images: pictures to show instead of ``num_images`` held-out ones.
     """
+    check_out(out, images)
     tokenizer = load_tokenizer(model)
     if images:
         originals = read_images(images, tokenizer)
@@ -56,6 +57,18 @@ def reconstruct(
     titles = ["original", "reconstruction"] * (len(strips) // 2)
     save_picture(contact_sheet(torch.cat(strips), columns, row_titles=titles), out)
     return psnr(pictures, originals).mean().item()
+
+
+def check_out(out: Path, images: list[Path] | None) -> None:
+    """Refuses to write a picture over a folder or over one of the ``images`` that it is made of.
+
+    Raises:
+        InputError: either.
+    """
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder; give a file, such as {out / 'pictures.png'}")
+    if any(image.resolve() == out.resolve() for image in images or []):
+        raise InputError(f"--out {out}: is one of the pictures given by --image; give another file")
 
 
 def held_out_images(model: str | Path, source: str | None) -> ImageSplit:

@@ -133,7 +133,10 @@ class TwoStagePipeline:
         """
         where = tokenizer or prior.config.tokenizer.path
         if tokenizer is None and not Path(where).exists():
-            raise InputError(f"{path}: its tokenizer was at {where}, which is gone; give --tokenizer runs/TOKENIZER")
+            raise InputError(
+                f"{path}: its tokenizer was at {where}, which is gone; give --tokenizer runs/TOKENIZER "
+                "(of a verb without that option: twostage export with it, and give what it writes)"
+            )
         return cls(Autoencoder.from_pretrained(where), prior)
 
     def save_pretrained(self, path: str | Path) -> None:

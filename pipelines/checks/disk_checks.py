@@ -27,9 +27,13 @@ def check_run_folder(run_dir: Path) -> Iterator[Finding]:
 
     A file of 64 MB is written there and removed again.
     """
-    there = run_dir.absolute()
-    while not there.exists():
-        there = there.parent
+    try:
+        there = run_dir.absolute()
+        while not there.exists():
+            there = there.parent
+    except OSError as error:
+        yield Finding("run folder", "problem", f"{run_dir}: {error.strerror}", "choose another folder (run.dir=)")
+        return
     made = "" if there == run_dir.absolute() else f" (not there yet; it would be made in {there})"
     if not there.is_dir():
         yield Finding("run folder", "problem", f"{run_dir}: {there} is a file", "choose another folder")
@@ -116,15 +120,15 @@ def _file_system(folder: Path) -> str:
 def check_data() -> Iterator[Finding]:
     """The folder of data sets, and Hugging Face's cache."""
     root = os.environ.get("TWOSTAGE_DATA")
-    if not root:
+    if root and not os.access(root, os.R_OK | os.X_OK):
+        yield Finding("data", "problem", f"$TWOSTAGE_DATA {root}: no such folder to be read", "correct it, or unset it")
+    elif not root:
         yield Finding(
             "data",
             "warning",
             "$TWOSTAGE_DATA is not set: only paths, owner/name and `shapes` are found as data.source",
             "set it to a folder that holds data sets by name (mnist/train.parquet ...), if you have one",
         )
-    elif not Path(root).is_dir():
-        yield Finding("data", "problem", f"$TWOSTAGE_DATA {root}: no such folder", "correct it, or unset it")
     else:
         sets = sorted(path.name for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith("."))
         yield Finding("data", "ok", f"$TWOSTAGE_DATA {root}: {', '.join(sets) or 'empty'}")

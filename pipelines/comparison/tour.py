@@ -24,6 +24,7 @@ from core.processes import join_processes
 from core.run_folder import RunFolder, read_metrics
 from core.sources import first_form
 from core.training import TrainingRun
+from pipelines import edits
 from pipelines.comparison.side_by_side import (
     BATCH_SIZE,
     COLUMNS,
@@ -173,14 +174,17 @@ def open_plan(out: Path, data: dict[str, Any], minutes: float, seed: int, most_s
     """
     plan, file = Plan(out, data, minutes, seed, most_steps or sys.maxsize), out / "tour.json"
     if file.is_file():
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            plan.steps, plan.codes_of = stored["steps"], stored["codes_of"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{file}: damaged; give another --out, or remove it to plan the tour anew") from None
         for key in ("data", "minutes", "seed") if stored["steps"] else ():  # before the first one nothing is decided
-            if stored[key] != getattr(plan, key):
+            if stored.get(key) != getattr(plan, key):
                 raise InputError(
-                    f"--out {out}: holds a tour with {key} {stored[key]}, this would be one with {getattr(plan, key)}; "
+                    f"--out {out}: holds a tour with {key} {stored.get(key)}, not {getattr(plan, key)}; "
                     "give the same values to go on, or another --out"
                 )
-        plan.steps, plan.codes_of = stored["steps"], stored["codes_of"]
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: exists and holds no tour; give another --out")
     else:
@@ -349,7 +353,7 @@ def strips_of(model: Model, comparison: Comparison, latents: dict[str, Tensor]) 
         if corruption := model.tokenizer.config.loss.corruption:
             random = RowRandom(0, torch.arange(len(comparison.originals)))
             strips["damaged"] = to_uint8(corrupt(to_float(comparison.originals), corruption, random))
-            strips["mended"] = to_uint8(model.tokenizer.reconstruct(to_float(strips["damaged"])))
+            strips["mended"] = edits.reconstruct(model.tokenizer, strips["damaged"])
         strips["reconstruction"] = model.reconstructions
     title = f"{model.name}: random latents"
     strips |= {"random latents": latents[title]} if title in latents else {}

@@ -46,7 +46,7 @@ def model_kind(path: str | Path) -> str | None:
     """
     try:
         return json.loads((find_model_folder(path) / "config.json").read_text(encoding="utf-8")).get("kind")
-    except ValueError:
+    except (ValueError, AttributeError):
         return None
 
 

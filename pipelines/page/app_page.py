@@ -141,7 +141,7 @@ def _inpaint_tab(handlers: Handlers, generated: gr.State, selected: gr.State) ->
     assert pipeline.prior
     masked = pipeline.prior.config.model.type == "masked_transformer"
     names = pipeline.class_names or []
-    choices = [NO_CLASS, *names] if pipeline.prior.config.loss.class_dropout_prob else names
+    choices = [NO_CLASS, *names] if pipeline.prior.config.loss.class_dropout_prob or not names else names
     picture = gr.State()
     with gr.Row():
         with gr.Column(scale=1, min_width=280):

@@ -37,3 +37,20 @@ def test_an_interrupt_says_how_to_go_on(capsys):
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         as_command(lambda: 1 / 0)()
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence(capsys, tmp_path):
+    def write() -> None:
+        (tmp_path / "there").mkdir()
+        (tmp_path / "file").write_text("")
+        (tmp_path / "file" / "below").write_text("")
+
+    with pytest.raises(typer.Exit) as ended:
+        as_command(write)()
+    assert ended.value.exit_code == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path / 'file' / 'below'}: Not a directory; give another place, or mend it\n"
+    )
+    with pytest.raises(FileNotFoundError):  # of the program's own making
+        as_command((tmp_path / "nothing").read_text)()

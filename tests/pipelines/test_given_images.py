@@ -8,7 +8,7 @@ from PIL import Image
 from core.errors import InputError
 from core.images import image_to_uint8
 from pipelines.edits import MASK_NAMES, named_mask
-from pipelines.given_images import MOST_PIXELS, read_image, read_mask
+from pipelines.given_images import MOST_PIXELS, open_image, read_image, read_mask
 
 
 @pytest.fixture
@@ -98,3 +98,12 @@ def test_a_mask_is_turned_as_its_picture_is(tmp_path):
     upright[:5] = 255
     Image.fromarray(upright).save(tmp_path / "mask.png")
     assert np.array_equal(read_mask(tmp_path / "mask.png", tmp_path / "photo.jpg", (20, 12)), upright > 0)
+
+
+def test_other_decoders_than_those_named_are_never_tried(tmp_path):
+    """EPS, for one, starts a program."""
+    file = tmp_path / "picture.png"
+    Image.new("RGB", (4, 4)).save(tmp_path / "picture.eps")
+    (tmp_path / "picture.eps").rename(file)
+    with pytest.raises(InputError, match="not a readable picture"):
+        open_image(file)

@@ -39,9 +39,13 @@ def test_a_changed_byte_is_found(folder):
     assert "prior/model.safetensors has the hash" in refused(folder)
 
 
-def test_no_pipeline(folder, tmp_path):
+def test_no_pipeline(folder, twostage, tmp_path):
     (folder / "pipeline.json").unlink()
     assert "holds no pipeline (pipeline.json is missing)" in refused(folder)
+    for verb in (("generate", "--out", tmp_path / "out"), ("reconstruct",), ("export", "--out", tmp_path / "out")):
+        ended = twostage(verb[0], folder, *verb[1:])
+        assert ended.code == 2
+        assert "holds no pipeline (pipeline.json is missing)" in ended.err
     assert "no such folder" in refused(tmp_path / "nothing")
 
 
@@ -51,6 +55,7 @@ def test_other_formats(folder):
     for change, said in (
         ({"format_version": 3}, "written in format 3, this version of twostage reads up to 2"),
         ({"kind": "other"}, "is of the kind 'other'"),
+        ({"sha256": ["a"]}, "is no list of files with their hashes"),
         ({"sha256": {"../secret": "0"}}, "lists '../secret', which is no file of this folder"),
     ):
         file.write_text(json.dumps(document | change))

@@ -89,3 +89,15 @@ def test_a_pipeline_folder_knows_no_held_out_images(pipeline, twostage, tmp_path
 def test_held_out_images_of_a_priors_run_are_its_tokenizers(runs, tmp_path):
     assert reconstruct(runs.prior, tmp_path / "a.png") == reconstruct(runs.tokenizer, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_pictures_that_are_given_are_not_overwritten(runs, twostage, tmp_path):
+    picture = tmp_path / "mine.png"
+    Image.new("RGB", (16, 16)).save(picture)
+    before = picture.read_bytes()
+    ended = twostage("reconstruct", runs.tokenizer, "--image", picture, "--out", picture)
+    assert (ended.code, picture.read_bytes()) == (2, before)
+    assert "is one of the pictures given by --image" in ended.err
+    ended = twostage("interpolate", runs.tokenizer, "--out", tmp_path)
+    assert ended.code == 2
+    assert "is a folder; give a file" in ended.err

@@ -74,7 +74,7 @@ def test_the_same_tour_again_trains_nothing_again(told, capsys):
 
 def test_another_tour_in_the_same_folder_is_refused(told):
     out, _ = told
-    with pytest.raises(InputError, match=r"holds a tour with minutes 10, this would be one with 2"):
+    with pytest.raises(InputError, match=r"holds a tour with minutes 10, not 2"):
         tour(out, minutes=2, data=DATA)
 
 
