@@ -58,7 +58,7 @@ from stage2_prior.train_prior import train as train_prior
 
 __all__ = ["MINUTES", "tour"]
 
-MINUTES = 1.2
+MINUTES = 1.0
 """Of training for each model."""
 FEATURE_STEPS = 300
 LARGEST_SIDE = 64  # of images; larger ones are cropped and made smaller

@@ -119,10 +119,10 @@ FAMILIES = {
         {
             "model": {
                 "latent_channels": 32,
-                "backbone": {"type": "conv", "channels": 32, "channel_mult": [1, 2, 4], "num_res_blocks": [0, 0, 1]},
+                "backbone": {"type": "conv", "channels": 16, "channel_mult": [1, 2, 4], "num_res_blocks": [0, 0, 1]},
                 "bottleneck": {"type": "vector", "codebook_size": 256},
             },
-            "train": {"batch_size": 32},
+            "train": {"batch_size": 32, "warmup_steps": 50},
         },
     ),
     "vqgan": Family(
