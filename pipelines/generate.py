@@ -56,12 +56,16 @@ def generate_folder(
     settings = _settings(pipeline, class_names, seed, sampling) | {"file_format": file_format}
     _check_folder(out, settings)
     state.wait_for_everyone()  # nobody writes before all have looked
-    batch_size = batch_size or fitting_batch_size(pipeline.prior, sampling, pipeline.device)
     files = image_files(file_format, out / "images", pipeline.image_size, pipeline.channels, pipeline.class_names)
-    found = [files.missing(num_images, batch_size)] if state.is_main_process else [None]
+    decided: list[Any] = [None, None]  # by one for all: what is missing, and how many images fit the memory
+    if state.is_main_process:
+        fitting = batch_size or fitting_batch_size(pipeline.prior, sampling, pipeline.device)
+        decided = [files.missing(num_images), fitting]
     if state.num_processes > 1:
-        broadcast_object_list(found)
-    missing: list[range] = found[0] or []
+        broadcast_object_list(decided)
+    missing, batch_size = decided
+    size = files.part_size(batch_size)
+    parts = [range(k * size, min((k + 1) * size, num_images)) for k in sorted({number // size for number in missing})]
     if state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         labels = [names[i % len(names)] for i in range(num_images)] if names else None
@@ -69,8 +73,8 @@ def generate_folder(
         (out / "images").mkdir(exist_ok=True)
     state.wait_for_everyone()
 
-    start, wanted = time.perf_counter(), sum(map(len, missing))
-    mine = missing[state.process_index :: state.num_processes]
+    start, wanted = time.perf_counter(), sum(map(len, parts))
+    mine = parts[state.process_index :: state.num_processes]
     speedup = wanted / max(1, sum(map(len, mine)))  # the bar is of all processes, as if they were as fast as this one
     with tqdm(total=wanted, unit="images", disable=not state.is_main_process) as bar:
         for part in mine:
@@ -81,7 +85,7 @@ def generate_folder(
     if state.is_main_process:
         seconds = time.perf_counter() - start
         save_picture(class_sheet(files.read(min(num_images, MOST_PICTURED)), names), out / "grid.png")
-        kept = f"{num_images - wanted} were there already" if wanted < num_images else ""
+        kept = f"{num_images - len(missing)} were there already" if len(missing) < num_images else ""
         rate = f"{wanted / seconds:.1f} a second" if wanted else ""
         print(f"{num_images} images: {out / 'images'} ({', '.join(filter(None, [kept, rate]))})")
         print(f"at a glance: {out / 'grid.png'}; how: {out / 'settings.json'}")

@@ -28,12 +28,17 @@ SHARD = 1000  # images
 class ImageFiles(Protocol):
     """Images 0, 1, 2 ... in a folder."""
 
-    def missing(self, num_images: int, batch_size: int) -> list[range]:
-        """What of the first images is not there, or not whole, in parts that are written at once."""
+    def missing(self, num_images: int) -> list[int]:
+        """Which of the first images are not there, or not whole."""
+        ...
+
+    def part_size(self, batch_size: int) -> int:
+        """How many images are written at once."""
         ...
 
     def write(self, part: range, pixels: Tensor, labels: list[int] | None) -> None:
-        """Writes the images of a part, (n, C, H, W) uint8, so that a reader finds whole files only."""
+        """Writes the images of a part, (n, C, H, W) uint8, so that a reader finds whole files only; what is there
+        already stays."""
         ...
 
     def read(self, count: int) -> Tensor:
@@ -58,21 +63,20 @@ class PngFiles:
     image_size: tuple[int, int]
     channels: int
 
-    def missing(self, num_images: int, batch_size: int) -> list[range]:
-        """Runs of images that are missing, damaged, or of another size; at most ``batch_size`` long."""
-        lacking = [i for i in range(num_images) if not _is_whole(self._file(i), self.image_size)]
-        runs = itertools.groupby(enumerate(lacking), key=lambda pair: pair[1] - pair[0])
-        parts = []
-        for _, run in runs:
-            numbers = [number for _, number in run]
-            stop = numbers[-1] + 1
-            parts += [range(start, min(start + batch_size, stop)) for start in range(numbers[0], stop, batch_size)]
-        return parts
+    def missing(self, num_images: int) -> list[int]:
+        """Those that are missing, damaged, or of another size."""
+        return [i for i in range(num_images) if not _is_whole(self._file(i), self.image_size)]
+
+    def part_size(self, batch_size: int) -> int:
+        """A batch. It is drawn again as a whole where any of it is missing: in a batch of another size the last bits
+        of matrix products may differ, and so, now and then, a code."""
+        return batch_size
 
     def write(self, part: range, pixels: Tensor, labels: list[int] | None) -> None:
         """A file each; labels are in settings.json."""
         for number, image in zip(part, pixels, strict=True):
-            save_picture(to_pil(image), self._file(number))
+            if not _is_whole(self._file(number), self.image_size):
+                save_picture(to_pil(image), self._file(number))
 
     def read(self, count: int) -> Tensor:
         """Decodes the first files."""
@@ -92,10 +96,14 @@ class ParquetShards:
     channels: int
     class_names: list[str] | None
 
-    def missing(self, num_images: int, batch_size: int) -> list[range]:
-        """Shards that are missing, damaged, or shorter than they should be."""
+    def missing(self, num_images: int) -> list[int]:
+        """Those of shards that are missing, damaged, or shorter than they should be."""
         shards = [range(start, min(start + SHARD, num_images)) for start in range(0, num_images, SHARD)]
-        return [shard for shard in shards if not self._whole(shard)]
+        return [number for shard in shards if not self._whole(shard) for number in shard]
+
+    def part_size(self, batch_size: int) -> int:
+        """A shard."""
+        return SHARD
 
     def write(self, part: range, pixels: Tensor, labels: list[int] | None) -> None:
         """A shard."""
