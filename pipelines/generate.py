@@ -63,8 +63,8 @@ def generate_folder(
         decided = [files.missing(num_images), fitting]
     if state.num_processes > 1:
         broadcast_object_list(decided)
-    missing, batch_size = decided
-    size = files.part_size(batch_size)
+    missing, at_once = decided
+    size = files.part_size(at_once)
     parts = [range(k * size, min((k + 1) * size, num_images)) for k in sorted({number // size for number in missing})]
     if state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def generate_folder(
     speedup = wanted / max(1, sum(map(len, mine)))  # the bar is of all processes, as if they were as fast as this one
     with tqdm(total=wanted, unit="images", disable=not state.is_main_process) as bar:
         for part in mine:
-            drawn = pipeline.generate(part, cycle, sampling, seed, batch_size, lambda n: bar.update(n * speedup))
+            drawn = pipeline.generate(part, cycle, sampling, seed, at_once, lambda n: bar.update(n * speedup))
             labels = None if cycle is None else [cycle[i % len(cycle)] for i in part]
             files.write(part, torch.cat([pixels for pixels, _ in drawn]), labels)
     state.wait_for_everyone()
