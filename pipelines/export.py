@@ -15,7 +15,7 @@ from core.command import run_command
 from core.errors import InputError
 from core.processes import share_cores
 from pipelines.evaluation.evaluation_document import model_kind
-from pipelines.pipeline_folder import DOCUMENT, is_pipeline_folder, push_folder
+from pipelines.pipeline_folder import DOCUMENT, is_pipeline_folder, is_pipeline_or_hub_id, push_folder
 from pipelines.sharing.exported_programs import Format, check_libraries, export_programs
 from pipelines.sharing.model_card import CardFields, gather_records, is_as_written, write_model_card
 from pipelines.two_stage import TwoStagePipeline, load_pipeline
@@ -137,7 +137,7 @@ def command(
     if private and not push:
         raise InputError("--private: is of --push owner/name; give both, or leave it out")
     fields = CardFields(license, data_license, where=push or out.absolute().name)
-    local_run = Path(model).exists() and not is_pipeline_folder(model)
+    local_run = not is_pipeline_or_hub_id(model)
     alone = Autoencoder.from_pretrained(model) if local_run and model_kind(model) == "tokenizer" else None
     if alone and not alone.variational:
         if push:

@@ -16,6 +16,7 @@ __all__ = [
     "HUB_ID",
     "find_pipeline_folder",
     "is_pipeline_folder",
+    "is_pipeline_or_hub_id",
     "push_folder",
     "read_pipeline_folder",
     "write_pipeline_folder",
@@ -33,6 +34,11 @@ NEEDED = ["*.json", "*.safetensors", "training/*.yaml"]
 def is_pipeline_folder(path: str | Path) -> bool:
     """Whether ``path`` holds a pipeline, be it a part of one: a pipeline.json, or the tokenizer beside it."""
     return any((Path(path) / file).is_file() for file in (DOCUMENT, "tokenizer/config.json"))
+
+
+def is_pipeline_or_hub_id(path: str | Path) -> bool:
+    """Whether ``path`` is to be read as a pipeline and not as a run: a folder of one, or no folder here at all."""
+    return is_pipeline_folder(path) or not Path(path).exists()
 
 
 def write_pipeline_folder(folder: Path, tokenizer: Autoencoder, prior: Prior | None) -> None:

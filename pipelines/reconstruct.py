@@ -17,7 +17,7 @@ from pipelines import edits
 from pipelines.encode_dataset import training_data
 from pipelines.evaluation.evaluation_document import model_kind
 from pipelines.given_images import read_image
-from pipelines.pipeline_folder import find_pipeline_folder, is_pipeline_folder
+from pipelines.pipeline_folder import find_pipeline_folder, is_pipeline_or_hub_id
 from pipelines.two_stage import load_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import psnr
@@ -77,7 +77,7 @@ def held_out_images(model: str | Path, source: str | None) -> ImageSplit:
     Raises:
         InputError: nothing there that says what it was trained on, such as in a pipeline folder, and no ``source``.
     """
-    if is_pipeline_folder(model) or not Path(model).exists():
+    if is_pipeline_or_hub_id(model):
         run = find_pipeline_folder(model) / "tokenizer"
     else:
         run = Prior.from_pretrained(model).config.tokenizer.path if model_kind(model) == "prior" else model
@@ -102,7 +102,7 @@ def read_images(files: list[Path], tokenizer: Autoencoder) -> Tensor:
 
 def picture_file(model: str | Path, name: str) -> Path:
     """Where a picture of that name goes by default: into the run folder; beside a pipeline that is shared, here."""
-    if is_pipeline_folder(model) or not Path(model).exists():
+    if is_pipeline_or_hub_id(model):
         return Path(name)
     return find_model_folder(model).parent / name
 

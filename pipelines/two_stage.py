@@ -27,7 +27,7 @@ from pipelines.batch_size import ROWS, fitting_batch_size
 from pipelines.evaluation.evaluation_document import model_kind
 from pipelines.pipeline_folder import (
     find_pipeline_folder,
-    is_pipeline_folder,
+    is_pipeline_or_hub_id,
     push_folder,
     read_pipeline_folder,
     write_pipeline_folder,
@@ -419,7 +419,7 @@ def _as_type(pixels: Tensor, output_type: str) -> list[Image.Image] | Tensor | n
 
 def load_pipeline(path: str | Path, tokenizer: str | Path | None = None) -> TwoStagePipeline:
     """A pipeline from a pipeline folder, a hub id, or the run folder of a prior or of a variational autoencoder."""
-    if is_pipeline_folder(path) or not Path(path).exists():
+    if is_pipeline_or_hub_id(path):
         if tokenizer is not None:
             raise InputError(
                 f"--tokenizer {tokenizer}: {path} is a pipeline, which holds its own tokenizer; leave it out"
@@ -430,6 +430,6 @@ def load_pipeline(path: str | Path, tokenizer: str | Path | None = None) -> TwoS
 
 def load_tokenizer(path: str | Path) -> Autoencoder:
     """The tokenizer (or AE, VAE ...) of its own run folder, of a prior's, of a pipeline folder or of a hub id."""
-    if Path(path).exists() and not is_pipeline_folder(path) and model_kind(path) != "prior":
+    if not is_pipeline_or_hub_id(path) and model_kind(path) != "prior":
         return Autoencoder.from_pretrained(path)
     return load_pipeline(path).tokenizer

@@ -24,7 +24,7 @@ from pipelines.evaluation.evaluation_document import choose_split, model_kind, s
 from pipelines.evaluation.frechet import FrechetDistances, InceptionFeatures, OwnFeatures, open_features
 from pipelines.evaluation.measurements import measure
 from pipelines.evaluation.prior_measurements import measure_images, measure_samples
-from pipelines.pipeline_folder import is_pipeline_folder
+from pipelines.pipeline_folder import is_pipeline_or_hub_id
 from pipelines.two_stage import TwoStagePipeline, load_pipeline
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.sampling import SamplingConfig
@@ -116,7 +116,7 @@ def open_models(runs: Sequence[str | Path]) -> list[Model]:
     last = [Path(run).name for run in runs]
     for run, short in zip(runs, last, strict=True):
         name = short if last.count(short) == 1 else str(run)
-        if Path(run).exists() and not is_pipeline_folder(run) and model_kind(run) == "tokenizer":
+        if not is_pipeline_or_hub_id(run) and model_kind(run) == "tokenizer":
             tokenizer = Autoencoder.from_pretrained(run)
             pipeline = TwoStagePipeline(tokenizer) if tokenizer.variational else None
             models.append(Model(name, str(run), tokenizer, str(run), True, pipeline))

@@ -16,7 +16,7 @@ from pipelines.evaluation.evaluate_tokenizer import ROWS as TOKENIZER_ROWS
 from pipelines.evaluation.evaluation_document import Rows, model_kind
 from pipelines.evaluation.prior_table import ROWS as PRIOR_ROWS
 from pipelines.evaluation.prior_table import SAMPLE_ROWS
-from pipelines.pipeline_folder import HUB_ID, find_pipeline_folder, is_pipeline_folder
+from pipelines.pipeline_folder import HUB_ID, find_pipeline_folder, is_pipeline_or_hub_id
 from pipelines.two_stage import TwoStagePipeline, class_sheet
 from stage2_prior.prior import Prior
 
@@ -60,7 +60,7 @@ def gather_records(path: str | Path, tokenizer: str | Path | None = None) -> dic
         path: the run of a prior or of a variational autoencoder, a pipeline folder, or a hub id.
         tokenizer: the tokenizer's run, where it is not where the prior says.
     """
-    if is_pipeline_folder(path) or not Path(path).exists():
+    if is_pipeline_or_hub_id(path):
         folder = find_pipeline_folder(path)
         parts = {name: folder / name for name in ("tokenizer", "prior") if (folder / name).is_dir()}
         files = {f"training/{name}.yaml": folder / "training" / f"{name}.yaml" for name in parts}
