@@ -67,11 +67,11 @@ class DryRun(TrainingRun[ConfigT]):
     third is counted.
     """
 
-    def __init__(self, config: ConfigT, shardable: bool = False) -> None:
+    def __init__(self, config: ConfigT, shardable: bool = False, time_limit: float | None = None) -> None:
         self.run_dir = config.run.dir
         never_made = Path(tempfile.gettempdir()) / f"dry-run-{os.urandom(8).hex()}"
         run = config.run.model_copy(update={"dir": str(never_made), "trackers": []})
-        super().__init__(config.model_copy(update={"run": run}), shardable)
+        super().__init__(config.model_copy(update={"run": run}), shardable, time_limit)
         self.figures: dict[str, Any] = {}
 
     @property
@@ -86,6 +86,7 @@ class DryRun(TrainingRun[ConfigT]):
         optimizers: dict[str, tuple[nn.Module, Optimizer]],
         begin: Callable[[], None] | None = None,
         check: Callable[[], None] | None = None,
+        by_process: str = "",
     ) -> bool:
         """Always a new run."""
         self.batches, self._modules, self._optimizers = batches, modules, optimizers

@@ -15,6 +15,7 @@ from core.errors import InputError
 
 __all__ = [
     "FORMAT_VERSION",
+    "check_format",
     "file_sha256",
     "fill",
     "find_model_folder",
@@ -26,6 +27,18 @@ __all__ = [
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
+
+
+def check_format(version: Any, known: int, where: str | Path) -> None:
+    """Refuses what a newer version of twostage has written.
+
+    Raises:
+        InputError: ``version`` is no number from 1 to ``known``.
+    """
+    if type(version) is not int or not 1 <= version <= known:
+        raise InputError(
+            f"{where}: written in format {version}, this version of twostage reads up to {known}; update twostage"
+        )
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from core.files import replacing
 from core.images import to_pil
 
 __all__ = ["contact_sheet", "draw_curves", "figure_canvas", "save_picture", "to_image"]
@@ -51,9 +52,8 @@ def contact_sheet(
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Writes a PNG so that a reader never finds half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    picture.save(partial, format="PNG")
-    partial.replace(path)
+    with replacing(path) as partial:
+        picture.save(partial, format="PNG")
 
 
 def draw_curves(
@@ -68,7 +68,8 @@ def draw_curves(
     axes = figure.subplots()
     shown: list[float] = []
     for split, style in {"train": {"alpha": 0.7}, "val": {"marker": "o", "markersize": 3}}.items():
-        points = [(x["step"], x[metric]) for x in lines if x["split"] == split and math.isfinite(x[metric])]
+        found = [(x["step"], x.get(metric, math.nan)) for x in lines if x["split"] == split]
+        points = [(step, value) for step, value in found if math.isfinite(value)]
         if points:
             axes.plot(*zip(*points, strict=True), label="held out" if split == "val" else "training", **style)
             # The first steps would press everything after them flat.

@@ -1,15 +1,23 @@
 """A run's folder: config.yaml, metrics.jsonl, samples/, checkpoints/, model/."""
 
+import errno
+import fcntl
 import json
+import os
+import weakref
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from core.config import Section, describe_differences, dump_config
+from core.config import Section, describe_differences, dump_config, parse_config
 from core.errors import InputError
+from core.files import replacing
 
-__all__ = ["RunFolder", "read_metrics"]
+__all__ = ["STOPPED", "RunFolder", "read_metrics"]
+
+STOPPED = "stopped.txt"
+"""There while the run waits for the same command: for a script that does not see the command's own exit status."""
 
 
 class RunFolder:
@@ -27,6 +35,7 @@ class RunFolder:
         self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
+        self._lock: int | None = None  # a file descriptor
 
     def stored_config(self) -> dict[str, Any] | None:
         """The configuration that the run was started with, or None for a new folder."""
@@ -39,7 +48,11 @@ class RunFolder:
     def check(self, config: Section) -> None:
         """Refuses a configuration that is not the stored one."""
         stored = self.stored_config()
-        differences = describe_differences(stored, config.model_dump(mode="json")) if stored else []
+        if stored is None:
+            return
+        # Settings that the run's version did not have yet are at their defaults.
+        there = parse_config(type(config), stored, f"{self.config_file}").model_dump(mode="json")
+        differences = describe_differences(there, config.model_dump(mode="json"))
         if differences:
             raise InputError(
                 f"run.dir {self.path}: holds a run with another configuration:\n  "
@@ -47,13 +60,34 @@ class RunFolder:
                 + "\nNothing was changed. Choose another run.dir=, give the same values to go on, or remove the folder"
             )
 
+    def lock(self) -> None:
+        """Keeps other processes from training into this folder until this one ends, however it ends.
+
+        Raises:
+            InputError: another process has the lock.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
+            weakref.finalize(self, os.close, self._lock)
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP):  # a network disk that has no locks
+                return
+            raise InputError(
+                f"run.dir {self.path}: another process trains into it at this moment; wait for it or stop it, or "
+                "choose another run.dir="
+            ) from None
+
     def create(self, config: Section) -> None:
-        """Makes the folder and writes the resolved configuration."""
+        """Makes the folder, its lock, and writes the resolved configuration."""
+        self.lock()
         self.samples.mkdir(parents=True, exist_ok=True)
+        (self.path / STOPPED).unlink(missing_ok=True)
         if not self.config_file.exists():
-            partial = self.path / ".config.yaml.partial"
-            partial.write_text(dump_config(config), encoding="utf-8")
-            partial.replace(self.config_file)
+            with replacing(self.config_file, durable=True) as partial:
+                partial.write_text(dump_config(config), encoding="utf-8")
 
     def write_note(self, name: str, lines: list[str]) -> None:
         """A text file for the person who runs it."""
@@ -61,8 +95,11 @@ class RunFolder:
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Adds one JSON object to metrics.jsonl."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # a full disk does not say of which file
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.metrics_file)) from None
 
     def cut_metrics(self, step: int) -> None:
         """Drops what a killed run had logged after the checkpoint that is gone on from, so that no line is doubled."""
@@ -70,9 +107,8 @@ class RunFolder:
             kept = [line for line in read_metrics(self.metrics_file) if line["step"] <= step]
             text = "".join(json.dumps(line) + "\n" for line in kept)
             if text != self.metrics_file.read_text(encoding="utf-8"):
-                partial = self.metrics_file.with_name(".metrics.jsonl.partial")
-                partial.write_text(text, encoding="utf-8")
-                partial.replace(self.metrics_file)
+                with replacing(self.metrics_file) as partial:
+                    partial.write_text(text, encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

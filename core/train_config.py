@@ -1,6 +1,6 @@
 """The `train` group that both trainings have."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -38,6 +38,9 @@ class TrainConfig(Section):
     """Of the averaged weights that validation measures and inference loads; None: the weights themselves."""
     mixed_precision: MixedPrecision = "no"
     """`auto` measures this machine and takes bf16 where it is clearly faster."""
+    on_not_finite: Literal["stop", "skip"] = "stop"
+    """What to do about a loss or a gradient that is not finite: end the run, whose last checkpoint is kept, or leave
+    the update out and count. Either names the term, the step and the images."""
     log_every: Count = 50
     """Steps between training lines in metrics.jsonl (each the mean since the one before)."""
     validate_every: Count | None = None

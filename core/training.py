@@ -13,30 +13,37 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, patch_environment
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from core.batches import Batches
 from core.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
 from core.config import RunConfig
-from core.errors import InputError
+from core.errors import InputError, StopAsked
 from core.model_folder import fill
 from core.pictures import draw_curves
 from core.precision import fastest_precision
 from core.processes import join_processes
 from core.random import BatchRandom, seed_for
-from core.run_folder import RunFolder, read_metrics
+from core.run_folder import STOPPED, RunFolder, read_metrics
+from core.running_means import Means, RunningMeans
 from core.schedules import lr_at
 from core.sharding import share_like, units_to_shard, whole
+from core.stopping import StopRequests
 from core.train_config import TrainConfig
 
 __all__ = ["ConfigT", "DataT", "TrainingRun", "make_optimizer"]
 
 ADVICE = "Try a lower train.lr, train.max_grad_norm=1.0, or train.mixed_precision=no"
+FUSED = ("cpu", "cuda")
+"""Devices whose optimizer updates all weights at once, and can be told on the device to leave an update out."""
+WHOLES = {"loss", "nats_per_image", "bits_per_dim", "grad_norm", "discriminator_grad_norm"}
+"""Metrics that are not finite because a part of them is not."""
 
 
 class _TrainingSections(Protocol):
@@ -71,7 +78,7 @@ def make_optimizer(
         groups = [{"params": trained, "weight_decay": 0.0}]
     for group in groups:
         group["initial_lr"] = lr or train.lr
-    fused = trained[0].device.type in ("cpu", "cuda")
+    fused = trained[0].device.type in FUSED
     return torch.optim.AdamW(groups, lr=lr or train.lr, betas=betas or train.betas, fused=fused)
 
 
@@ -88,11 +95,14 @@ class TrainingRun(Generic[ConfigT]):
     Args:
         config: of the training verb; the run goes on with :attr:`config`, in which `auto` is decided.
         shardable: whether the launch may ask for FSDP; the training then looks at :attr:`units_to_shard`.
+        time_limit: minutes after which the run saves and stops; None: no limit.
     """
 
     clock = staticmethod(time.perf_counter)
 
-    def __init__(self, config: ConfigT, shardable: bool = False) -> None:
+    def __init__(self, config: ConfigT, shardable: bool = False, time_limit: float | None = None) -> None:
+        self._stop_requests = StopRequests(time_limit)
+        self._stop: StopAsked | None = None
         self.folder = RunFolder(config.run.dir)
         self.units_to_shard = units_to_shard(shardable)
         state = join_processes()
@@ -116,13 +126,15 @@ class TrainingRun(Generic[ConfigT]):
         self.facts: dict[str, Any] = {}  # what a restart must know beside the tensors; plain JSON
         self.finished: str | None = None
         self._checkpoints = Checkpoints(self.folder.checkpoints, train.keep_checkpoints)
+        if train.on_not_finite == "skip" and self.accelerator.device.type not in FUSED:
+            raise InputError(
+                f"train.on_not_finite 'skip': needs a CPU or a CUDA device, this run is on {self.accelerator.device}; "
+                "use stop"
+            )
         self._modules: Mapping[str, nn.Module] = {}
         self._optimizers: dict[str, tuple[nn.Module, Optimizer]] = {}
         self.name_rows: Callable[[Tensor], list[str]] = lambda rows: [f"row {row}" for row in rows.tolist()]
-        self._names: list[str] = []
-        self._sums: Tensor | None = None
-        self._first_broken: Tensor | None = None  # by metric: the step that was first not finite, or -1
-        self._recorded = 0
+        self._means = RunningMeans()
         self._ended: deque[float] = deque(maxlen=100)  # when the last steps ended
         self._bar: tqdm | None = None
         self._lr = 0.0
@@ -160,6 +172,7 @@ class TrainingRun(Generic[ConfigT]):
         optimizers: dict[str, tuple[nn.Module, Optimizer]],
         begin: Callable[[], None] | None = None,
         check: Callable[[], None] | None = None,
+        by_process: str = "",
     ) -> bool:
         """Names what checkpoints hold and loads the newest one; True where the run goes on from one.
 
@@ -170,40 +183,75 @@ class TrainingRun(Generic[ConfigT]):
             optimizers: by name, each with the module whose parameters it has.
             begin: gives a new run's modules their first weights, before the folder is made.
             check: looks at the :attr:`facts` of a run that goes on, before its weights are loaded.
+            by_process: the setting, if any, by which each process works in its own way, so that their number counts.
+
+        Raises:
+            InputError: only damaged checkpoints, or such a setting and another number of processes than before.
         """
         self.batches, self._modules, self._optimizers = batches, modules, optimizers
-        found = [self._checkpoints.latest()]
+        if self.accelerator.is_main_process and self.folder.config_file.exists():
+            self.folder.lock()
+        found: list[Any] = list(self._checkpoints.latest()) if self.accelerator.is_main_process else [None, []]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(found)
-        if found[0] is None:
+        checkpoint, damaged = found
+        for line in damaged:
+            self.say(line)
+        if checkpoint is None:
             if begin:
                 begin()
         else:
-            tensors, state = self._checkpoints.load(found[0])
-            self.step, self.facts, self.finished = state["step"], state["facts"], state["finished"]
-            if check:
-                check()
-            for name, module in modules.items():
-                own = module.state_dict()
-                shares = {key: share_like(t, own[key]) if key in own else t for key, t in tensors[name].items()}
-                fill(module, shares, found[0])
-            for name, (module, optimizer) in optimizers.items():
-                restore_optimizer(module, optimizer, tensors[name])
-            if self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.say(
-                f"going on from step {self.step} ({found[0]})"
-                if not self.finished
-                else f"{self.folder.path}: finished at step {self.step} ({self.finished}); nothing left to do"
-            )
+            self._load(checkpoint, check, by_process)
         if self.accelerator.is_main_process:
             self.folder.create(self.config)  # type: ignore[arg-type]
             self.folder.cut_metrics(self.step)
         self.accelerator.wait_for_everyone()
-        return found[0] is not None
+        return checkpoint is not None
+
+    def _load(self, checkpoint: Path, check: Callable[[], None] | None, by_process: str) -> None:
+        tensors, state = self._checkpoints.load(checkpoint)
+        self.step, self.facts, self.finished = state["step"], state["facts"], state["finished"]
+        if check:
+            check()
+        processes = self.accelerator.num_processes
+        before: int = state.get("processes", processes)
+        if before != processes and by_process and not self.finished:
+            raise InputError(
+                f"{self.folder.path}: was trained by {before} process{'es' * (before > 1)} up to step {self.step}, now "
+                f"there {'are' if processes > 1 else 'is'} {processes}. With {by_process} each process draws for "
+                f"itself, so the run would not go on as it was: start it with {before} (--num_processes {before})"
+            )
+        if missing := (self._modules.keys() | self._optimizers.keys()) - tensors.keys():
+            raise InputError(
+                f"{checkpoint}: holds no {min(missing)}.safetensors, which this run needs; put back a copy of it, or "
+                "remove the run's folder to begin anew"
+            )
+        for name, module in self._modules.items():
+            own = module.state_dict()
+            shares = {key: share_like(t, own[key]) if key in own else t for key, t in tensors[name].items()}
+            fill(module, shares, checkpoint)
+        for name, (module, optimizer) in self._optimizers.items():
+            restore_optimizer(module, optimizer, tensors[name])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        means = {names: part.to(self.accelerator.device) for names, part in tensors.get("means", {}).items()}
+        self._means.restore(means, self.accelerator.process_index, processes)
+        if self.finished:
+            self.say(f"{self.folder.path}: finished at step {self.step} ({self.finished}); nothing left to do")
+            return
+        self.say(f"going on from step {self.step} ({checkpoint})")
+        if before != processes:
+            self.say(
+                f"with {processes} process{'es' * (processes > 1)} instead of {before}: the same batches and draws, "
+                "sums in another order"
+            )
 
     def steps(self, read: Callable[[Tensor], DataT], read_ahead: bool) -> Iterator[list[tuple[DataT, BatchRandom]]]:
-        """The batches of the steps that are left. Sets the learning rate and the seeds of each, draws the bar."""
+        """The batches of the steps that are left. Sets the learning rate and the seeds of each, draws the bar.
+
+        Raises:
+            StopAsked: after the step that the processes agreed to stop at; its checkpoint is written.
+        """
         if self.finished:
             return
         purge = {"tensorboard": {"purge_step": self.step}} if "tensorboard" in self.config.run.trackers else {}
@@ -220,11 +268,15 @@ class TrainingRun(Generic[ConfigT]):
             mininterval=0.5,
             disable=not self.accelerator.is_main_process,
         )
-        with self._bar:
-            while self.step < last and not self.finished:
+        with self._bar, self._stop_requests.held():
+            while self.step < last and not self.finished and not self._stop:
                 self.begin_step()
                 yield next(ahead) if ahead else self.batches.at(self.step, read)
         self.accelerator.end_training()
+        if self._stop and not self.finished:
+            if self.accelerator.is_main_process:
+                self.folder.write_note(STOPPED, [f"step {self.step}: {self._stop.reason}", "the same command goes on"])
+            raise self._stop
 
     def begin_step(self) -> None:
         """Sets the learning rate and the seeds of the step that comes."""
@@ -233,26 +285,40 @@ class TrainingRun(Generic[ConfigT]):
         _seed_torch(seed_for(self.seed, "torch", self.step, self.accelerator.process_index), self.accelerator.device)
 
     def record(self, metrics: dict[str, Tensor]) -> None:
-        """Takes scalars by name (`loss` among them) from one part of a batch; what is logged is their mean."""
-        values = torch.stack([value.detach().float() for value in metrics.values()])
-        if self._sums is None or self._first_broken is None or self._names != list(metrics):
-            if self._recorded:  # a term begins here: what came before has a line of its own
-                self._log_training()
-            self._names, self._sums = list(metrics), torch.zeros_like(values)
-            self._first_broken = torch.full_like(values, -1, dtype=torch.long)
-        self._recorded += 1
-        self._sums += values
-        # Remembered on the device: looking at it in every step would make the step wait.
-        self._first_broken.masked_fill_(~values.isfinite() & (self._first_broken < 0), self.step)
+        """Takes scalars by name, of one part of a batch or of an update; what is logged is their mean."""
+        if self._means.begins(metrics):  # a term does: what came before has a line of its own
+            self._log_training()
+        self._means.add(metrics, self.step)
+
+    def check_gradient(self, net: nn.Module, optimizer: Optimizer) -> Tensor:
+        """The norm of the gradient of ``net``, which is clipped to `train.max_grad_norm`; called before each update.
+
+        Where it is not finite and `train.on_not_finite` is `skip`, ``optimizer`` leaves the update out.
+        """
+        train = self.config.train
+        # Accelerate's own clipping would take fp16's scale from the gradients of other optimizers, too.
+        self.accelerator.unscale_gradients(optimizer)
+        gradients = [p.grad for p in net.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients)
+        if train.max_grad_norm:
+            clip_grads_with_norm_(net.parameters(), train.max_grad_norm, norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.accelerator.scaler is not None:  # it leaves such updates out by itself, and lowers fp16's scale
+            return norm.nan_to_num(0.0, 0.0, 0.0)
+        if train.on_not_finite == "skip":
+            # What torch's GradScaler tells a fused optimizer; the gradient is the same in all processes.
+            inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+            inner.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        return norm
 
     def advance(self) -> dict[str, float] | None:
         """Counts a finished update; the training metrics where a line of them was due, the same in every process."""
         self.step += 1
+        self._stop = self._stop_requests.agreed()
         self._ended.append(self.clock())
         if self._bar is not None:
             self._bar.update(self.batches.batch_size)
-        # A line is due at every checkpoint too, so that a checkpoint never has a half-filled mean to remember.
-        if self.step % self.config.train.log_every == 0 or self.due("validate") or self.due("checkpoint"):
+        if self.step % self.config.train.log_every == 0 or self._falls("validate") or self._falls("checkpoint"):
             return self._log_training()
         return None
 
@@ -268,7 +334,11 @@ class TrainingRun(Generic[ConfigT]):
         return self.step / self.batches.max_steps
 
     def due(self, what: str) -> bool:
-        """Whether `validate` or `checkpoint` falls on the update just finished; both always on the last."""
+        """Whether `validate` or `checkpoint` falls on the update just finished; both always on the last, and a
+        checkpoint where the run was asked to stop."""
+        return self._falls(what) or (what == "checkpoint" and self._stop is not None)
+
+    def _falls(self, what: str) -> bool:
         every = getattr(self.config.train, f"{what}_every") or self.batches.steps_per_epoch
         return self.step % every == 0 or self.step == self.batches.max_steps
 
@@ -305,15 +375,19 @@ class TrainingRun(Generic[ConfigT]):
         tensors = {name: module.state_dict() for name, module in self._modules.items()}
         tensors |= {name: optimizer_tensors(*pair) for name, pair in self._optimizers.items()}
         tensors = {name: whole(group) for name, group in tensors.items()}
+        if means := self._means.state(self._gather):  # where the run was asked to stop between two lines
+            tensors["means"] = means
         if self.accelerator.is_main_process:
-            if write_model:
-                write_model(self.folder.model)
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
             state = {"facts": self.facts, "finished": self.finished, "scaler": scaler}
-            self._checkpoints.save(self.step, tensors, state)
+            state["processes"] = self.accelerator.num_processes
+            # The checkpoint comes last: a run that goes on from it, or ends with it, has all the rest.
+            if write_model:
+                write_model(self.folder.model)
             draw_curves(
                 read_metrics(self.folder.metrics_file), self.folder.path / "losses.png", title, baselines, curve
             )
+            self._checkpoints.save(self.step, tensors, state)
         self.accelerator.wait_for_everyone()
 
     # --- within ------------------------------------------------------------------------------------------------------
@@ -332,50 +406,71 @@ class TrainingRun(Generic[ConfigT]):
                 group["lr"] = group["initial_lr"] * factor
         self._lr = train.lr * factor
 
+    def _gather(self, tensor: Tensor) -> Tensor:
+        """Of all processes, (processes, ...)."""
+        return self.accelerator.gather(tensor[None])  # type: ignore[return-value]
+
     def _log_training(self) -> dict[str, float]:
-        assert self._sums is not None
-        assert self._first_broken is not None
-        means: list[float] = self.accelerator.reduce(self._sums / self._recorded, "mean").tolist()  # type: ignore[union-attr]
-        metrics = dict(zip(self._names, means, strict=True))
-        if not np.isfinite(means).all():
-            self._stop_at_broken(metrics)
-        self._sums.zero_()
-        self._recorded = 0
+        means = self._means.take(self._gather)
+        if means.first_broken:
+            self._report_broken(means)
+        metrics = {name: value for name, value in means.values.items() if np.isfinite(value)}
         self._write_metrics("train", metrics | {"lr": self._lr})
         if self._bar is not None:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
         return metrics
 
-    def _stop_at_broken(self, metrics: dict[str, float]) -> None:
-        """Names the term that was not finite first, the step, and the samples of that step's batch."""
-        assert self._first_broken is not None
-        steps = torch.where(self._first_broken < 0, self.batches.max_steps, self._first_broken)
-        # The first in any process; each has the same names.
-        steps = -self.accelerator.gather(-steps[None]).amax(0)  # type: ignore[union-attr,operator]
-        first = int(steps.min())
-        if first == self.batches.max_steps:  # every value was finite, their sum is not
-            return self._check_finite(metrics)
-        terms = [name for name, step in zip(self._names, steps.tolist(), strict=True) if step == first]
-        parts = [name for name in terms if name not in ("loss", "nats_per_image", "bits_per_dim")] or terms
-        rows = self.batches.rows(first)
-        names = self.name_rows(rows)
+    def _report_broken(self, means: Means) -> None:
+        """Names the term that was not finite first, the step, and the samples of that step's batch; ends the run, or,
+        under `skip`, counts."""
+        first = min(means.first_broken.values())
+        terms = [name for name, step in means.first_broken.items() if step == first]
+        parts = [name for name in terms if name not in WHOLES] or terms
+        names = self.name_rows(self.batches.rows(first))
+        note = self.folder.path / "not_finite.txt"
         if self.accelerator.is_main_process:
-            self.folder.write_note("not_finite.txt", [f"step {first + 1}: {', '.join(terms)}", *names])
-        shown = ", ".join(names[:3])
+            self.folder.write_note(note.name, [f"step {first + 1}: {', '.join(terms)}", *names])
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more (all in {note})" if len(names) > 3 else "")
+        said = f"step {first + 1}: {', '.join(parts)} is not finite for the batch of {shown}"
+        if self.config.train.on_not_finite == "skip":
+            left_out = sum(means.num_broken.get(name, 0) for name in ("grad_norm", "discriminator_grad_norm"))
+            self.facts["skipped_updates"] = self.facts.get("skipped_updates", 0) + left_out
+            self.say(f"{said}; updates left out so far: {self.facts['skipped_updates']}")
+            return
         raise InputError(
-            f"step {first + 1}: {', '.join(parts)} is not finite for the batch of {shown} and {len(names) - 3} more "
-            f"(all in {self.folder.path / 'not_finite.txt'}); the run stops, and its last good checkpoint in "
-            f"{self.folder.checkpoints} is kept. {ADVICE}"
+            f"{said}; the run stops, and its last good checkpoint in {self.folder.checkpoints} is kept. {ADVICE}; "
+            "train.on_not_finite=skip leaves such updates out"
         )
 
     def _check_weights(self) -> None:
-        """The losses were finite before this update; the weights and codebooks must be so after it, or nothing is
-        written over the last good ones."""
-        tensors = [t.detach() for module in self._modules.values() for t in module.state_dict().values()]
-        tensors = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if t.is_floating_point()]
+        """The losses were finite before this update; the weights and codebooks must be so after it, and the same in all
+        processes, or nothing is written over the last good ones."""
+        named = {
+            f"{part} {name}": tensor.detach()
+            for part, module in self._modules.items()
+            for name, tensor in module.state_dict().items()
+        }
+        shares = [t.to_local() if isinstance(t, DTensor) else t for t in named.values() if t.is_floating_point()]
         # Of all processes, so that none goes on alone where one has a broken share.
-        norm = self.accelerator.reduce(get_total_norm([t.float() for t in tensors]), "sum")
+        norm = self.accelerator.reduce(get_total_norm([t.float() for t in shares]), "sum")
+        if not norm.isfinite():  # type: ignore[union-attr]
+            self._log_training()  # where the run was asked to stop between two lines, this one names the term
         self._check_finite({"the weights' norm": norm.item()})  # type: ignore[union-attr]
+        if self.accelerator.num_processes == 1:
+            return
+        common = {name: tensor for name, tensor in named.items() if not isinstance(tensor, DTensor)}
+        if not common:
+            return
+        digests = [torch.hash_tensor(t.contiguous()).view(torch.int64) for t in common.values()]
+        every = self._gather(torch.stack(digests))
+        differs = (every != every[0]).any(0).tolist()
+        if others := [name for name, other in zip(common, differs, strict=True) if other]:
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            raise InputError(
+                f"step {self.step}: the processes no longer have the same {', '.join(others[:3])}{more}; the run "
+                f"stops, and its last good checkpoint in {self.folder.checkpoints} is kept. Give the same command to "
+                "go on from it; if it happens again, a device or its memory is at fault"
+            )
 
     def _check_finite(self, metrics: dict[str, float]) -> None:
         broken = [name for name, value in metrics.items() if not np.isfinite(value)]

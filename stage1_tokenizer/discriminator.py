@@ -115,7 +115,8 @@ class Discriminator(nn.Module):
         """Notes the mean logits of a part of a batch. Gives the metrics by name; `discriminator_accuracy` is the share
         of patches told right, which is 1/2 by chance."""
         real, fake = logits_real.mean(), logits_fake.mean()
-        self.pending_logits += torch.stack([real, fake, real.new_ones(())])
+        seen = torch.stack([real, fake, real.new_ones(())])
+        self.pending_logits += torch.where(seen.isfinite().all(), seen, 0.0)
         right = ((logits_real > 0).float().mean() + (logits_fake < 0).float().mean()) / 2
         names = ("discriminator", "logits_real", "logits_fake", "discriminator_accuracy")
         return dict(zip(names, (loss.detach(), real, fake, right), strict=True))

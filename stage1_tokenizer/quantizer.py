@@ -37,10 +37,10 @@ class Quantizer(nn.Module):
         self.register_buffer("pending_counts", torch.zeros(codebook_size), persistent=False)
 
     @torch.no_grad()
-    def count(self, indices: Tensor) -> None:
-        """Notes that the codes ``indices`` (N,) were chosen."""
-        ones = torch.ones((), device=indices.device).expand(len(indices))
-        self.pending_counts.index_add_(0, indices, ones)
+    def count(self, indices: Tensor, times: Tensor | None = None) -> None:
+        """Notes that the codes ``indices`` (N,) were chosen, once each, or ``times`` (a scalar)."""
+        times = torch.ones((), device=indices.device) if times is None else times.float()
+        self.pending_counts.index_add_(0, indices, times.expand(len(indices)))
 
     @torch.no_grad()
     def update_codebook(self, reduce_sum: Callable[[Tensor], Tensor]) -> None:

@@ -21,6 +21,7 @@ from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dr
 from core.errors import InputError
 from core.images import to_float
 from core.sources import first_form
+from core.stopping import TimeLimitOption, going_on_later
 from core.train_config import TrainConfig
 from core.training import TrainingRun, make_optimizer
 from stage1_tokenizer.augmentation import flip_half, shift
@@ -41,16 +42,20 @@ class FeaturesTrainingConfig(Section):
     train: TrainConfig
 
 
-def train(config: FeaturesTrainingConfig, dry_run: bool = False) -> TrainingRun[FeaturesTrainingConfig]:
+def train(
+    config: FeaturesTrainingConfig, dry_run: bool = False, time_limit: float | None = None
+) -> TrainingRun[FeaturesTrainingConfig]:
     """Trains into ``config.run.dir``, going on from its last checkpoint where there is one; returns the ended run.
 
     Args:
         dry_run: measures a few steps and writes nothing.
+        time_limit: minutes after which the run saves and stops; None: no limit.
 
     Raises:
         InputError: the pictures have no labels, or are all of one class.
+        StopAsked: the run was asked to stop, and has saved.
     """
-    run = (DryRun if dry_run else TrainingRun)(config)
+    run = (DryRun if dry_run else TrainingRun)(config, time_limit=time_limit)
     config, accelerator = run.config, run.accelerator
 
     # 1. The images and their labels.
@@ -79,6 +84,7 @@ def train(config: FeaturesTrainingConfig, dry_run: bool = False) -> TrainingRun[
     # 3. The training.
     for batch in run.steps(read, read_ahead=not split.in_memory):
         model.train()
+        norms: dict[str, Tensor] = {}  # of the gradient, once an update
         for (pixels, labels), random in batch:
             images = shift(to_float(pixels.to(accelerator.device, non_blocking=True)), config.max_shift, random)
             if config.data.horizontal_flip:
@@ -88,11 +94,12 @@ def train(config: FeaturesTrainingConfig, dry_run: bool = False) -> TrainingRun[
                 logits = model(images)
                 loss = F.cross_entropy(logits.float(), labels)
                 accelerator.backward(loss)
-                if accelerator.sync_gradients and config.train.max_grad_norm:
-                    accelerator.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
+                if accelerator.sync_gradients:
+                    norms = {"grad_norm": run.check_gradient(network, prepared_optimizer)}
                 prepared_optimizer.step()
                 prepared_optimizer.zero_grad()
             run.record({"loss": loss, "accuracy": (logits.argmax(dim=1) == labels).float().mean()})
+        run.record(norms)
         run.advance()
 
         # 4. Once in a while: measure, save.
@@ -199,13 +206,16 @@ def command(
         int, typer.Option(min=1, help="Channels at the full resolution, doubled at both others.")
     ] = WIDTHS[0],
     dry_run: DryRunOption = False,
+    time_limit: TimeLimitOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Train a feature network: for perceptual losses, Frechet distances, class accuracy. The same command resumes."""
     check_json(dry_run, json_file)
     out = out or Path("runs") / f"features_{Path(data).resolve().stem}"
     config = features_config(data, out, image_size, channels, epochs, batch_size, horizontal_flip, seed, width)
-    finish_dry_run(train(config, dry_run), json_file)
+    with going_on_later():
+        run = train(config, dry_run, time_limit)
+    finish_dry_run(run, json_file)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from core.images import to_float
 from core.model_folder import fill, load_model_folder
 from core.pictures import save_picture
 from core.random import seed_for
+from core.stopping import TimeLimitOption, going_on_later
 from core.train_config import TrainConfig
 from core.training import TrainingRun, make_optimizer
 from stage1_tokenizer.augmentation import flip_half
@@ -101,18 +102,25 @@ def autoencoder_config(config: TokenizerConfig, class_names: list[str] | None) -
 
 
 def train(
-    config: TokenizerConfig, weights_dir: Path | None = None, dry_run: bool = False
+    config: TokenizerConfig,
+    weights_dir: Path | None = None,
+    dry_run: bool = False,
+    time_limit: float | None = None,
 ) -> TrainingRun[TokenizerConfig]:
     """Trains into ``config.run.dir``, going on from its last checkpoint where there is one.
 
     Args:
         weights_dir: where LPIPS's trunk lies; None: torch's cache.
         dry_run: measures a few steps and writes nothing.
+        time_limit: minutes after which the run saves and stops; None: no limit.
 
     Returns:
         The run as it ended.
+
+    Raises:
+        StopAsked: the run was asked to stop, and has saved.
     """
-    run = (DryRun if dry_run else TrainingRun)(config)
+    run = (DryRun if dry_run else TrainingRun)(config, time_limit=time_limit)
     config, accelerator = run.config, run.accelerator
 
     # 1. The images.
@@ -170,6 +178,7 @@ def train(
         if config.train.parts == "decoder":
             autoencoder.bottleneck.eval()
         against = opponent if opponent and run.progress >= opponent.config.start else None
+        norms: dict[str, Tensor] = {}  # of the gradients, once an update
         for (pixels, labels), random in batch:
             images = to_float(pixels.to(accelerator.device, non_blocking=True))
             labels = None if labels is None else labels.to(accelerator.device, non_blocking=True)
@@ -180,8 +189,8 @@ def train(
                 gradient, terms = image_losses.pixel_gradient(output, images, run.progress)
                 loss = output.loss if gradient is None else output.loss + (output.decoded * gradient).sum()
                 accelerator.backward(loss)
-                if accelerator.sync_gradients and config.train.max_grad_norm:
-                    clip(autoencoder, prepared_optimizer, config.train.max_grad_norm, accelerator)
+                if accelerator.sync_gradients:
+                    norms = {"grad_norm": run.check_gradient(autoencoder, prepared_optimizer)}
                 prepared_optimizer.step()
                 prepared_optimizer.zero_grad()
 
@@ -193,12 +202,14 @@ def train(
                     if against.config.r1_weight:
                         loss = loss + against.config.r1_weight * r1_penalty(logits_real, real)
                     accelerator.backward(loss)
-                    if accelerator.sync_gradients and config.train.max_grad_norm:
-                        clip(against.net, against.prepared_optimizer, config.train.max_grad_norm, accelerator)
+                    if accelerator.sync_gradients:
+                        norm = run.check_gradient(against.net, against.prepared_optimizer)
+                        norms["discriminator_grad_norm"] = norm
                     against.prepared_optimizer.step()
                     against.prepared_optimizer.zero_grad()
                     terms |= against.net.observe(loss, logits_real, logits_fake)
             run.record(with_terms(output.metrics, terms))
+        run.record(norms)
         if not isinstance(autoencoder.bottleneck, Identity | Gaussian) and config.train.parts == "all":
             autoencoder.bottleneck.update_codebook(reduce_sum)
         if against:
@@ -228,12 +239,6 @@ def train(
         return run
     run.say(f"model: {run.folder.model}; pictures: {run.folder.samples}; curves: {run.folder.path / 'losses.png'}")
     return run
-
-
-def clip(net: nn.Module, optimizer: Optimizer, max_norm: float, accelerator: Accelerator) -> None:
-    """Clips the gradients of one net; Accelerate's own would take fp16's scale from those of the other net too."""
-    accelerator.unscale_gradients(optimizer)
-    torch.nn.utils.clip_grad_norm_(net.parameters(), max_norm)
 
 
 def start_from(autoencoder: Autoencoder, source: str, parts: Literal["all", "decoder"]) -> None:
@@ -322,11 +327,14 @@ def command(
         Path | None, typer.Option(help="Where LPIPS's vgg16-397923af.pth lies; torch's cache by default.")
     ] = None,
     dry_run: DryRunOption = False,
+    time_limit: TimeLimitOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Train a tokenizer (or AE, VAE ...) from a config. The same command resumes."""
     check_json(dry_run, json_file)
-    finish_dry_run(train(load_config(TokenizerConfig, config, overrides), weights_dir, dry_run), json_file)
+    with going_on_later():
+        run = train(load_config(TokenizerConfig, config, overrides), weights_dir, dry_run, time_limit)
+    finish_dry_run(run, json_file)
 
 
 if __name__ == "__main__":

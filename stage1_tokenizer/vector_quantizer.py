@@ -151,6 +151,7 @@ class VectorQuantizer(Quantizer):
         candidates = reduce_sum(self.pending_candidates)
         dead = self.ema_counts < self.config.revive_below * average
         fresh = candidates[torch.arange(size, device=candidates.device) % len(candidates)]
+        dead &= fresh.any(1)  # the others are of a batch that was left out
         self._place(fresh, dead, average)
         self.ema_counts.copy_(torch.where(dead, average, self.ema_counts))
         self.pending_candidates.zero_()
@@ -172,7 +173,9 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def _gather_statistics(self, vectors: Tensor, indices: Tensor, random: BatchRandom) -> None:
-        self.count(indices)
+        finite = vectors.isfinite().all()  # from a batch whose update is left out, nothing is learnt
+        vectors = torch.where(finite, vectors, 0.0)
+        self.count(indices, finite)
         if self.config.codebook == "ema":
             self.pending_sums.index_add_(0, indices, vectors)
         # Candidates are places in the global batch; each process fills in those that are its own.

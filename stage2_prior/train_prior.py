@@ -11,8 +11,9 @@ import torch
 import typer
 from accelerate import Accelerator
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import register_dataclass
+from torch.optim import Optimizer
 
 from core.batches import Batches
 from core.command import run_command
@@ -22,6 +23,7 @@ from core.ema import averaged_copy
 from core.errors import InputError
 from core.random import BatchRandom, seed_for
 from core.sharding import shard, whole
+from core.stopping import TimeLimitOption, going_on_later
 from core.train_config import TrainConfig
 from core.training import TrainingRun, make_optimizer
 from stage2_prior.autoregressive import images_at_once
@@ -54,7 +56,9 @@ class PriorTrainingConfig(Section):
     train: PriorTrainConfig
 
 
-def train(config: PriorTrainingConfig, dry_run: bool = False) -> TrainingRun[PriorTrainingConfig]:
+def train(
+    config: PriorTrainingConfig, dry_run: bool = False, time_limit: float | None = None
+) -> TrainingRun[PriorTrainingConfig]:
     """Trains into ``config.run.dir``, going on from its last checkpoint where there is one; returns the ended run.
 
     `model/` holds the weights of the best held-out loss, not the last ones. Held out, `loss` is the negative log
@@ -63,11 +67,15 @@ def train(config: PriorTrainingConfig, dry_run: bool = False) -> TrainingRun[Pri
 
     Args:
         dry_run: measures a few steps and writes nothing.
+        time_limit: minutes after which the run saves and stops; None: no limit.
+
+    Raises:
+        StopAsked: the run was asked to stop, and has saved.
     """
     cache = CodeCache(config.codes)
     check_entropy(cache.manifest, config.codes)
     cache.check_codes()
-    run = (DryRun if dry_run else TrainingRun)(config, shardable=config.model.type != "pixelcnn")
+    run = (DryRun if dry_run else TrainingRun)(config, config.model.type != "pixelcnn", time_limit)
     config, accelerator = run.config, run.accelerator
 
     # 1. The codes.
@@ -91,23 +99,27 @@ def train(config: PriorTrainingConfig, dry_run: bool = False) -> TrainingRun[Pri
     parameters = sum(p.numel() for p in prior.parameters())
     run.say(f"{parameters:,} parameters, {batches.steps_per_epoch} steps an epoch, {batches.max_steps} in all")
     what = codes_facts(cache.manifest)
-    if not run.restore(batches, modules, {"optimizer": (prior, optimizer)}, check=lambda: check_same_codes(run, what)):
+    optimizers: dict[str, tuple[nn.Module, Optimizer]] = {"optimizer": (prior, optimizer)}
+    dropout = f"model.dropout={config.model.dropout:g}" if config.model.dropout else ""
+    if not run.restore(batches, modules, optimizers, check=lambda: check_same_codes(run, what), by_process=dropout):
         run.facts = {"best_loss": math.inf, "best_step": 0, "validations_since_best": 0, "codes": what}
 
     # 3. The training.
     for batch in run.steps(split.read, read_ahead=False):
         model.train()
+        norms: dict[str, Tensor] = {}  # of the gradient, once an update
         for (indices, labels), random in batch:
             indices = indices.to(accelerator.device, non_blocking=True)
             labels = None if labels is None else labels.to(accelerator.device, non_blocking=True)
             with accelerator.accumulate(model):
                 output = model(indices, labels, random, run.progress)
                 accelerator.backward(output.loss)
-                if accelerator.sync_gradients and config.train.max_grad_norm:
-                    accelerator.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
+                if accelerator.sync_gradients:
+                    norms = {"grad_norm": run.check_gradient(prior, prepared_optimizer)}
                 prepared_optimizer.step()
                 prepared_optimizer.zero_grad()
             run.record(output.metrics)
+        run.record(norms)
         if averaged:
             averaged.update_parameters(prior)
         run.advance()
@@ -248,11 +260,14 @@ def command(
     config: Annotated[Path, typer.Argument(help="A file of configs/prior/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="codes=DIR and further key=value.")] = None,
     dry_run: DryRunOption = False,
+    time_limit: TimeLimitOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Train a prior over a tokenizer's codes. The same command resumes."""
     check_json(dry_run, json_file)
-    finish_dry_run(train(load_config(PriorTrainingConfig, config, overrides), dry_run), json_file)
+    with going_on_later():
+        run = train(load_config(PriorTrainingConfig, config, overrides), dry_run, time_limit)
+    finish_dry_run(run, json_file)
 
 
 if __name__ == "__main__":

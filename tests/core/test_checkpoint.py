@@ -23,7 +23,7 @@ def save(checkpoints: Checkpoints, *steps: int) -> None:
 
 
 def latest_step(checkpoints: Checkpoints) -> int | None:
-    folder = checkpoints.latest()
+    folder, _ = checkpoints.latest()
     return None if folder is None else checkpoints.load(folder)[1]["step"]
 
 
@@ -34,7 +34,7 @@ def flip_a_byte(file: Path) -> None:
 
 
 def test_nothing_saved_is_nothing_found(checkpoints):
-    assert checkpoints.latest() is None
+    assert checkpoints.latest() == (None, [])
 
 
 def test_round_trip_is_bit_exact(checkpoints):
@@ -47,7 +47,7 @@ def test_round_trip_is_bit_exact(checkpoints):
     }  # fmt: skip
     state = {"facts": {"best_loss": 0.1 + 0.2}, "finished": None, "scaler": None}
     checkpoints.save(7, tensors, state)
-    folder = checkpoints.latest()
+    folder, _ = checkpoints.latest()
     assert folder == checkpoints.folder / "step_00000007"
     loaded, loaded_state = checkpoints.load(folder)
     assert loaded_state == {"step": 7, **state}

@@ -24,6 +24,7 @@ def test_a_mistake_is_one_sentence_on_the_error_stream(capsys):
 
 
 def test_only_the_main_process_says_it(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert fail(InputError) == 2
     assert capsys.readouterr() == ("", "")
@@ -50,7 +51,7 @@ def test_a_place_that_cannot_be_written_is_a_sentence(capsys, tmp_path):
     assert ended.value.exit_code == 2
     assert (
         capsys.readouterr().err
-        == f"error: {tmp_path / 'file' / 'below'}: Not a directory; give another place, or mend it\n"
+        == f"error: {tmp_path / 'file' / 'below'}: Not a directory; make room, mend it or give another place\n"
     )
     with pytest.raises(FileNotFoundError):  # of the program's own making
         as_command((tmp_path / "nothing").read_text)()

@@ -251,10 +251,10 @@ def test_a_loss_that_is_not_finite_names_the_term_the_step_and_the_images(
     train_run = None
     original = train_tokenizer.TrainingRun.__init__
 
-    def remember(run, config):
+    def remember(run, config, **options):
         nonlocal train_run
         train_run = run
-        original(run, config)
+        original(run, config, **options)
 
     monkeypatch.setattr(train_tokenizer.TrainingRun, "__init__", remember)
     monkeypatch.setattr("stage1_tokenizer.image_losses.generator_loss", broken)

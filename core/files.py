@@ -1,0 +1,54 @@
+"""Files that are there wholly or not at all: written under another name, then renamed."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+__all__ = ["flush", "replacing", "write_error"]
+
+
+@contextmanager
+def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Gives the name to write under. After the block that file becomes ``path``; after an error in it, it is removed.
+
+    Args:
+        durable: waits until the disk has it, so that a power failure leaves the old file or the new one.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; names ``path``.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        if durable:
+            flush(partial)
+        partial.replace(path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if (number := write_error(error)) is not None:
+            raise OSError(number, os.strerror(number), str(path)) from None
+        raise
+
+
+def flush(path: Path) -> None:
+    """Waits until the disk has the file, or a folder's list of files."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_error(error: BaseException) -> int | None:
+    """The operating system's number of what was in the way; None for an error of another kind.
+
+    safetensors has it in its text alone.
+    """
+    if isinstance(error, OSError):
+        return error.errno
+    if isinstance(error, SafetensorError) and "os error" in str(error):
+        return int(str(error).partition("os error ")[2].split(")")[0])
+    return None

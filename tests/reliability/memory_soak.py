@@ -1,0 +1,97 @@
+"""A long soak: one process trains stage one and stage two in turns, over and over, with everything that belongs to
+them. Its resident memory and its open files must not grow."""
+
+import shutil
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from PIL import Image
+
+from core.config import parse_config
+from core.shapes import draw_shapes
+from pipelines.encode_dataset import encode_dataset
+from pipelines.generate import generate_folder
+from pipelines.two_stage import TwoStagePipeline
+from stage1_tokenizer.train_tokenizer import TokenizerConfig
+from stage1_tokenizer.train_tokenizer import train as train_tokenizer
+from stage2_prior.sampling import SamplingConfig
+from stage2_prior.train_prior import PriorTrainingConfig
+from stage2_prior.train_prior import train as train_prior
+
+__all__ = ["soak"]
+
+SAMPLE_SECONDS = 2.0
+CONV = {"type": "conv", "channels": 32, "channel_mult": [1, 2], "num_res_blocks": [0, 1]}
+TRAIN = {"batch_size": 32, "log_every": 10, "validate_every": 50, "checkpoint_every": 25, "ema_decay": 0.99}
+STEPS = 150
+
+
+def soak(minutes: float, folder: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Trains in turns for so long, below ``folder``.
+
+    Returns:
+        The figures: rounds, and of resident memory (MiB) and of open files the mean of the first and of the last
+        quarter and how much the one is above the other, in percent. The first round, in which everything is loaded and
+        allocated for the first time, is not counted.
+    """
+    pictures = _draw_pictures(folder / "pictures")
+    process, samples, ended = psutil.Process(), [], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(SAMPLE_SECONDS):
+            samples.append((time.monotonic(), process.memory_info().rss / 2**20, process.num_fds()))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    _round(folder / "round", "shapes")
+    watcher.start()
+    start, rounds = time.monotonic(), 0
+    while time.monotonic() - start < 60 * minutes or rounds % 2:
+        _round(folder / "round", str(pictures) if rounds % 2 else "shapes")
+        rounds += 1
+        say(f"{(time.monotonic() - start) / 60:.1f} minutes, {rounds} rounds: {process.memory_info().rss >> 20} MiB")
+    ended.set()
+    watcher.join()
+    quarter = len(samples) // 4
+    figures: dict[str, Any] = {"minutes": (time.monotonic() - start) / 60, "rounds": rounds, "samples": len(samples)}
+    for column, name in ((1, "memory_mib"), (2, "open_files")):
+        first, last = (statistics.fmean(s[column] for s in part) for part in (samples[:quarter], samples[-quarter:]))
+        figures |= {f"{name}_first": first, f"{name}_last": last, f"{name}_growth": 100 * (last / first - 1)}
+    return figures
+
+
+def _draw_pictures(folder: Path) -> Path:
+    """600 PNGs, a folder a class."""
+    for i, pixels in enumerate(draw_shapes(0, 600, (32, 32), 3, 0)):
+        file = folder / f"class_{i % 8}" / f"{i:04d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(file)
+    return folder
+
+
+def _round(folder: Path, source: str) -> None:
+    """A VQ-GAN, its codes, a prior, images of it; pictures of a folder are read from the disk for each batch."""
+    shutil.rmtree(folder, ignore_errors=True)
+    tokenizer = {
+        "run": {"dir": str(folder / "tokenizer")},
+        "data": {"source": source, "num_images": 512, "horizontal_flip": True, "in_memory_gb": 0.0},
+        "model": {"latent_channels": 8, "backbone": CONV, "bottleneck": {"type": "vector", "codebook_size": 64}},
+        "loss": {"adversarial": {"channels": 16, "num_layers": 2, "start": 0.2, "adaptive": True}},
+        "train": TRAIN | {"max_steps": STEPS, "lr": 1e-3},
+    }
+    train_tokenizer(parse_config(TokenizerConfig, tokenizer, "tokenizer"))
+    codes = encode_dataset(folder / "tokenizer", folder / "codes")
+    prior = {
+        "run": {"dir": str(folder / "prior")},
+        "codes": str(codes),
+        "model": {"type": "causal_transformer", "hidden_size": 96, "depth": 3, "num_heads": 4},
+        "loss": {"class_dropout_prob": 0.1},
+        "train": TRAIN | {"max_steps": STEPS, "lr": 1e-3, "max_grad_norm": 1.0},
+    }
+    train_prior(parse_config(PriorTrainingConfig, prior, "prior"))
+    pipeline = TwoStagePipeline.from_runs(folder / "prior")
+    generate_folder(pipeline, folder / "generated", 32, None, 0, SamplingConfig(guidance_scale=2.0), 16)
