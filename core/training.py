@@ -214,7 +214,7 @@ class TrainingRun(Generic[ConfigT]):
         if check:
             check()
         processes = self.accelerator.num_processes
-        before: int = state.get("processes", processes)
+        before = int(state.get("processes") or processes)
         if before != processes and by_process and not self.finished:
             raise InputError(
                 f"{self.folder.path}: was trained by {before} process{'es' * (before > 1)} up to step {self.step}, now "

@@ -1,6 +1,7 @@
 """A long soak: one process trains stage one and stage two in turns, over and over, with everything that belongs to
 them. Its resident memory and its open files must not grow."""
 
+import gc
 import shutil
 import statistics
 import threading
@@ -10,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from PIL import Image
+from drawn_pictures import draw_pictures
 
 from core.config import parse_config
-from core.shapes import draw_shapes
 from pipelines.encode_dataset import encode_dataset
 from pipelines.generate import generate_folder
 from pipelines.two_stage import TwoStagePipeline
@@ -39,7 +39,7 @@ def soak(minutes: float, folder: Path, say: Callable[[str], None] = print) -> di
         quarter and how much the one is above the other, in percent. The first round, in which everything is loaded and
         allocated for the first time, is not counted.
     """
-    pictures = _draw_pictures(folder / "pictures")
+    pictures = draw_pictures(folder / "pictures", 600)
     process, samples, ended = psutil.Process(), [], threading.Event()
 
     def watch() -> None:
@@ -64,15 +64,6 @@ def soak(minutes: float, folder: Path, say: Callable[[str], None] = print) -> di
     return figures
 
 
-def _draw_pictures(folder: Path) -> Path:
-    """600 PNGs, a folder a class."""
-    for i, pixels in enumerate(draw_shapes(0, 600, (32, 32), 3, 0)):
-        file = folder / f"class_{i % 8}" / f"{i:04d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.transpose(1, 2, 0)).save(file)
-    return folder
-
-
 def _round(folder: Path, source: str) -> None:
     """A VQ-GAN, its codes, a prior, images of it; pictures of a folder are read from the disk for each batch."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -95,3 +86,4 @@ def _round(folder: Path, source: str) -> None:
     train_prior(parse_config(PriorTrainingConfig, prior, "prior"))
     pipeline = TwoStagePipeline.from_runs(folder / "prior")
     generate_folder(pipeline, folder / "generated", 32, None, 0, SamplingConfig(guidance_scale=2.0), 16)
+    gc.collect()  # a run holds itself in circles; in one process after another that would not matter

@@ -1,0 +1,18 @@
+"""A folder of pictures for the harness."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from core.shapes import draw_shapes
+
+__all__ = ["draw_pictures"]
+
+
+def draw_pictures(folder: Path, count: int, side: int = 32) -> Path:
+    """RGB PNGs of shapes, a folder a class."""
+    for i, pixels in enumerate(draw_shapes(0, count, (side, side), 3, 0)):
+        file = folder / f"class_{i % 8}" / f"{i:05d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(file)
+    return folder
