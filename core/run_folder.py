@@ -112,8 +112,10 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The lines of a metrics.jsonl, [] where there is none yet; a last line cut short by a kill is left out."""
     lines = []
+    if not path.exists():
+        return lines
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))

@@ -67,14 +67,16 @@ class RunningMeans:
         )
 
     def state(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """What :meth:`restore` takes: by the names in it, each process's part, (processes, 4, names)."""
-        return {"\n".join(names): gather(part) for names, part in self._parts.items()}
+        """What :meth:`restore` takes: by place and names, each process's part, (processes, 4, names)."""
+        return {f"{i:03d} {' '.join(names)}": gather(part) for i, (names, part) in enumerate(self._parts.items())}
 
     def restore(self, state: dict[str, Tensor], process: int, processes: int) -> None:
-        """The inverse of :meth:`state`; the first process takes all where their number is another."""
-        for names, parts in state.items():
+        """The inverse of :meth:`state`; the first process takes all where their number is another, with the weight that
+        its own later values have."""
+        for place, parts in sorted(state.items()):
             if len(parts) == processes:
                 part = parts[process]
             else:
-                part = torch.cat([parts[:, :2].sum(0), parts[:, 2:].amax(0)]) * (process == 0)  # as `take` would
-            self._parts[tuple(names.split("\n"))] = part
+                sums = parts[:, :2].sum(0) * (processes / len(parts))
+                part = torch.cat([sums, parts[:, 2:].amax(0)]) * (process == 0)
+            self._parts[tuple(place.split()[1:])] = part

@@ -22,6 +22,7 @@ from core.images import to_float
 from core.model_folder import find_model_folder
 from core.processes import join_processes
 from core.run_folder import RunFolder
+from core.stopping import going_on_later
 from pipelines.encoding.image_variants import ImageVariants, image_variants
 from pipelines.encoding.partial_codes import CHUNK, PartialCodes, discard_leftover
 from stage1_tokenizer.autoencoder import Autoencoder
@@ -229,7 +230,8 @@ def command(
     crops: Annotated[int, typer.Option(min=0, help="Rows of this many crops of each training image, too.")] = 0,
 ) -> None:
     """Turn a data set into codes with a trained tokenizer. The same command resumes."""
-    encode_dataset(tokenizer, out, data, Augmentation(horizontal_flip=horizontal_flip, crops=crops))
+    with going_on_later():
+        encode_dataset(tokenizer, out, data, Augmentation(horizontal_flip=horizontal_flip, crops=crops))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from core.errors import InputError
 from core.model_folder import hash_tensors, write_json
 from core.pictures import save_picture
 from core.processes import join_processes
+from core.stopping import going_on_later
 from pipelines.batch_size import fitting_batch_size
 from pipelines.image_files import FileFormat, image_files
 from pipelines.sampling_options import with_sampling_options
@@ -141,7 +142,8 @@ def command(
 ) -> None:
     """Generate images with a trained prior and its tokenizer."""
     pipeline = load_pipeline(prior, tokenizer)
-    generate_folder(pipeline, out, num_images, class_name or None, seed, sampling, batch_size, file_format)
+    with going_on_later():
+        generate_folder(pipeline, out, num_images, class_name or None, seed, sampling, batch_size, file_format)
 
 
 if __name__ == "__main__":

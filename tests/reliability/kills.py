@@ -13,8 +13,10 @@ from processes import Command, run
 __all__ = ["SCENARIOS", "KillHarness", "kill_everywhere"]
 
 WATCHED = Path(__file__).with_name("watched_training.py")
-TRAIN = ["train.batch_size=8", "train.log_every=7", "train.checkpoint_every=10", "train.ema_decay=0.9",
-         "train.max_grad_norm=0.5", "train.lr_schedule=cosine", "train.warmup_steps=5", "train.validate_every=40"]  # fmt: skip
+TRAIN = [
+    *("train.batch_size=8", "train.log_every=7", "train.checkpoint_every=10", "train.validate_every=40"),
+    *("train.ema_decay=0.9", "train.max_grad_norm=0.5", "train.lr_schedule=cosine", "train.warmup_steps=5"),
+]
 TOKENIZER = """
 run: {dir: run}
 data: {source: ../pictures, image_size: 16, horizontal_flip: true, validation_share: 0.1}

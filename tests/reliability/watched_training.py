@@ -1,9 +1,10 @@
-"""python watched_training.py MODULE WORDS...: the module, and a line in $SEEN for each batch that this process reads: the
-step and the rows of the whole batch."""
+"""python watched_training.py MODULE WORDS...: the module, and a line in a file for each batch that this process reads:
+the step and the rows of the whole batch. The file is $SEEN_RANK."""
 
 import os
 import runpy
 import sys
+from pathlib import Path
 
 from core.batches import Batches
 
@@ -11,7 +12,7 @@ read_batch = Batches.at
 
 
 def read_and_note(batches: Batches, step, read):
-    with open(f"{os.environ['SEEN']}_{os.environ.get('RANK', '0')}", "a", encoding="utf-8") as file:
+    with Path(f"{os.environ['SEEN']}_{os.environ.get('RANK', '0')}").open("a", encoding="utf-8") as file:
         file.write(f"{step} {' '.join(map(str, batches.rows(step).tolist()))}\n")
     return read_batch(batches, step, read)
 

@@ -1,0 +1,240 @@
+"""What is asked to stop saves, says so, exits with the status that a scheduler starts it again by, and loses nothing."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import Command, run
+from safetensors.torch import load_file
+
+TRAIN = ["train.max_steps=300", "train.log_every=7", "train.checkpoint_every=100", "train.validate_every=50"]
+EMA = ["train.ema_decay=0.9", "train.max_grad_norm=0.5", "data.horizontal_flip=true"]
+TOKENIZER = ["-m", "stage1_tokenizer.train_tokenizer"]
+PRIOR = ["-m", "stage2_prior.train_prior"]
+
+
+def tokenizer_words(configs: Path, *more: str) -> list[str]:
+    return [*TOKENIZER, str(configs / "tokenizer.yaml"), "run.dir=run", *TRAIN, *EMA, *more]
+
+
+def metrics(folder: Path) -> list[dict]:
+    file = folder / "run" / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def last_step(folder: Path) -> int:
+    return max((line["step"] for line in metrics(folder)), default=0)
+
+
+def stopped_at(folder: Path) -> int:
+    """The step of the newest checkpoint."""
+    return max(int(path.name[5:]) for path in (folder / "run" / "checkpoints").glob("step_*"))
+
+
+def ended(folder: Path) -> dict[str, bytes]:
+    """All that a finished run leaves but the checkpoints before its last."""
+    run = folder / "run"
+    files = (path for path in run.rglob("*") if path.is_file())
+    kept = {str(path.relative_to(run)): path.read_bytes() for path in files}
+    return {name: content for name, content in kept.items() if "step_" not in name or "step_00000300" in name}
+
+
+def new(tmp_path: Path, name: str) -> Path:
+    (tmp_path / name).mkdir()
+    return tmp_path / name
+
+
+@pytest.fixture(scope="session")
+def whole(configs, tmp_path_factory) -> Path:
+    """A tokenizer's training that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(tokenizer_words(configs), folder)
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(configs, whole, tmp_path, number):
+    command = Command(tokenizer_words(configs), tmp_path)
+    assert command.wait_until(lambda: last_step(tmp_path) > 10)
+    command.process.send_signal(number)
+    status, reason = (130, "Ctrl-C") if number == signal.SIGINT else (75, number.name)
+    assert command.wait() == status, command.said
+    step = stopped_at(tmp_path)
+    assert step % 100, "the checkpoint is of the step that it was stopped at"
+    assert f"stopped ({reason}); the same command goes on" in command.said
+    assert ("saving after this step; Ctrl-C again stops at once" in command.said) == (number == signal.SIGINT)
+    assert (tmp_path / "run" / "stopped.txt").read_text() == f"step {step}: {reason}\nthe same command goes on\n"
+    assert "Traceback" not in command.said
+    assert f"going on from step {step} " in run(tokenizer_words(configs), tmp_path)
+    assert ended(tmp_path) == ended(whole), "bit for bit, half-filled means too"
+
+
+def test_a_second_interrupt_stops_at_once(configs, tmp_path):
+    # Long steps, so that the second one comes before the first has been looked at.
+    command = Command(tokenizer_words(configs, "train.batch_size=320", "train.checkpoint_every=5"), tmp_path)
+    assert command.wait_until(lambda: (tmp_path / "run/checkpoints/step_00000005").exists())
+    command.process.send_signal(signal.SIGINT)
+    assert command.wait_until(lambda: "saving after this step" in command.said)
+    command.process.send_signal(signal.SIGINT)
+    assert command.wait() == 130
+    assert "goes on from its last checkpoint" in command.said
+
+
+def test_a_time_limit_makes_headway_each_time(configs, whole, tmp_path):
+    words = [*tokenizer_words(configs), "--time-limit", "0.02"]
+    starts = 0
+    while True:
+        before = stopped_at(tmp_path) if starts else 0
+        command = Command(words, tmp_path)
+        status = command.wait()
+        starts += 1
+        if status == 0:
+            break
+        assert status == 75, command.said
+        assert "stopped (the time limit of 0.02 minutes)" in command.said
+        assert stopped_at(tmp_path) > before
+    assert starts > 1
+    assert ended(tmp_path) == ended(whole)
+
+
+def test_a_signal_before_the_first_step(configs, tmp_path):
+    command = Command(tokenizer_words(configs, "data.num_images=100000"), tmp_path)
+    assert command.wait_until(lambda: signal.SIGTERM.name in caught(command.process.pid))
+    command.process.send_signal(signal.SIGTERM)
+    assert command.wait() == 75, command.said
+    assert "stopped (SIGTERM); the same command goes on" in command.said
+
+
+def caught(process: int) -> set[str]:
+    """The signals that a process has handlers for."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return set()
+    mask = next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt")), 0)
+    return {number.name for number in signal.Signals if mask >> (number - 1) & 1}
+
+
+def test_two_processes_agree_and_go_on(configs, tmp_path):
+    whole, stopped = new(tmp_path, "whole"), new(tmp_path, "stopped")
+    words = tokenizer_words(configs)
+    uninterrupted = Command(words, whole, processes=2)
+    assert uninterrupted.wait() == 0, uninterrupted.said
+    command = Command(words, stopped, processes=2)
+    assert command.wait_until(lambda: last_step(stopped) > 10)
+    command.workers()[1].send_signal(signal.SIGUSR1)  # one of them alone
+    command.wait()
+    first = stopped_at(stopped)
+    assert first % 100
+    assert "stopped.txt" in {path.name for path in (stopped / "run").iterdir()}
+    assert command.said.count("the same command goes on") == 1, command.said
+    assert "exitcode  : 75" in command.said, "the launcher says what its processes ended with"
+
+    command = Command(words, stopped, processes=2)
+    assert command.wait_until(lambda: last_step(stopped) > first + 20)
+    command.process.send_signal(signal.SIGTERM)  # to the launcher, which hands it on
+    command.wait()
+    assert stopped_at(stopped) > first
+    assert f"step {stopped_at(stopped)}: " in (stopped / "run" / "stopped.txt").read_text()
+    run(words, stopped, processes=2)
+    assert ended(stopped) == ended(whole)
+
+
+def test_codes_and_images_go_on(runs, tmp_path):
+    encode = ["-m", "pipelines.encode_dataset", str(runs.tokenizer), "--crops", "30", "--out", "codes"]
+    generate = ["-m", "pipelines.generate", str(runs.prior), "--num-images", "400", "--batch-size", "8", "--out", "out"]
+    for words, begun in [(encode, ".codes.partial/identity.json"), (generate, "out/images/000008.png")]:
+        whole, stopped = (new(tmp_path, f"{words[1]}_{name}") for name in ("whole", "stopped"))
+        run(words, whole)
+        command = Command(words, stopped)
+        assert command.wait_until((stopped / begun).exists)
+        command.process.send_signal(signal.SIGTERM)
+        assert command.wait() == 75, command.said
+        assert "stopped (SIGTERM); the same command goes on" in command.said
+        run(words, stopped)
+        files = {path.relative_to(whole): path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+        found = {path.relative_to(stopped): path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+        del files[Path("said.txt")], found[Path("said.txt")]
+        assert found == files
+
+
+# --- another number of processes, and one that dies -----------------------------------------------------------------
+
+
+def prior_words(configs: Path, runs, dropout: float) -> list[str]:
+    model = f"model={{type: causal_transformer, hidden_size: 32, depth: 2, num_heads: 2, dropout: {dropout}}}"
+    return [*PRIOR, str(configs / "prior.yaml"), f"codes={runs.codes}", "run.dir=run", *TRAIN, model]
+
+
+def test_another_number_of_processes_goes_on_where_it_is_exact(configs, runs, tmp_path):
+    whole, changed = new(tmp_path, "whole"), new(tmp_path, "changed")
+    words = prior_words(configs, runs, dropout=0.0)
+    run(words, whole)
+    command = Command([*words, "--time-limit", "0.02"], changed, processes=2)
+    command.wait()
+    assert 0 < stopped_at(changed) < 300
+    said = run(words, changed)
+    assert "with 1 process instead of 2: the same batches and draws, sums in another order" in said
+    for name, tensor in load_file(whole / "run/checkpoints/step_00000300/model.safetensors").items():
+        found = load_file(changed / "run/checkpoints/step_00000300/model.safetensors")[name]
+        torch.testing.assert_close(found, tensor, rtol=0, atol=5e-3)
+    losses = [[line["loss"] for line in metrics(folder)] for folder in (whole, changed)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_another_number_of_processes_is_refused_with_dropout(configs, runs, tmp_path):
+    words = prior_words(configs, runs, dropout=0.1)
+    assert Command([*words, "--time-limit", "0"], tmp_path).wait() == 75
+    command = Command(words, tmp_path, processes=2)
+    assert command.wait() != 0
+    assert "run: was trained by 1 process up to step 1, now there are 2" in command.said
+    assert "With model.dropout=0.1 each process draws for itself" in command.said
+    assert "start it with 1 (--num_processes 1)" in command.said
+    assert command.said.count("error: ") == 1
+    assert stopped_at(tmp_path) == 1
+
+
+def test_one_process_dying_ends_the_others(configs, tmp_path):
+    command = Command(tokenizer_words(configs, "train.max_steps=100000"), tmp_path, processes=2)
+    assert command.wait_until(lambda: last_step(tmp_path) > 10)
+    workers, start = command.workers(), time.monotonic()
+    workers[1].kill()
+    assert command.wait(60) != 0
+    for worker in workers:
+        worker.wait(max(0.1, 60 - (time.monotonic() - start)))
+    assert "Signal 9 (SIGKILL)" in command.said
+    assert "error: another process of this run has ended, and so does this one" in command.said or (
+        "stopped (SIGTERM)" in command.said  # the launcher was faster
+    )
+
+
+def test_an_error_of_one_process_is_said_once(configs, tmp_path):
+    """The pictures that only the second process reads go away."""
+    from drawn_pictures import draw_pictures
+
+    pictures = draw_pictures(tmp_path / "pictures", 64, 16)
+    more = [f"data.source={pictures}", "data.in_memory_gb=0", "train.max_steps=100000", "data.num_images=null"]
+    command = Command(tokenizer_words(configs, *more), tmp_path, processes=2)
+    assert command.wait_until(lambda: last_step(tmp_path) > 5)
+    for file in pictures.rglob("*.png"):
+        file.unlink()
+    start = time.monotonic()
+    assert command.wait(60) != 0
+    assert time.monotonic() - start < 60
+    assert command.said.count("error: ") == 1, command.said
+    assert "could be read when the run began" in command.said
+
+
+def test_two_commands_do_not_train_into_one_folder(configs, tmp_path):
+    words = tokenizer_words(configs, "train.max_steps=100000")
+    first = Command(words, tmp_path)
+    assert first.wait_until(lambda: last_step(tmp_path) > 5)
+    second = Command(words, tmp_path)
+    assert second.wait() == 2
+    assert "error: run.dir run: another process trains into it at this moment" in second.said
+    assert first.running
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait() == 75
