@@ -16,14 +16,15 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from core.config import Count, Flag, Number, Section
+from core.config import Count, Flag, Number, Section, describe_differences
 from core.errors import InputError
-from core.images import image_to_uint8
+from core.images import image_to_uint8, printable, quiet_decoders
 from core.shapes import CLASS_NAMES, draw_shapes
-from core.sources import Records, Source, find_source
+from core.sources import Records, Source, find_source, shortened
 
 __all__ = ["DataConfig", "ImageData", "ImageSplit", "load_images"]
 
@@ -96,8 +97,26 @@ class ImageSplit:
         out = np.empty((len(rows), self.config.channels, *self.config.size), dtype=np.uint8)
         if bad := _decode(self.records, rows.tolist(), out, self.config).bad:
             row, reason = next(iter(bad.items()))
-            raise InputError(f"{self.records.names[row]}: could be read when the run began, and now cannot ({reason})")
+            raise InputError(
+                f"{self.records.names[row]}: could be read when the run began, and now cannot ({reason}). Nothing was "
+                "put in its place; bring it back, then give the same command to go on"
+            )
         return torch.from_numpy(out)
+
+    def fingerprint(self) -> str:
+        """The sha256 of what these pictures are, wherever they are: their number, names and labels, and their pixels
+        where they are in memory, else the sizes of their files."""
+        digest = hashlib.sha256(f"{len(self)} {self.config.channels} {self.config.size}".encode())
+        if self.labels is not None:
+            digest.update(self.labels.numpy().tobytes())
+        if self.records is not None:
+            for name in self.records.names:
+                digest.update(f"{name.removeprefix(self.records.origin)}\n".encode())
+        if self.pixels is not None:
+            digest.update(self.pixels.numpy().data)
+        elif self.records is not None:
+            digest.update(self.records.sizes().tobytes())
+        return digest.hexdigest()
 
     def names(self, rows: Tensor) -> list[str]:
         """What each picture is called in messages: its file, or its row."""
@@ -118,11 +137,37 @@ class ImageData:
     splits: dict[str, ImageSplit]
     class_names: list[str] | None
     notices: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """The files that were left out because they are no pictures, each with the reason."""
     bad: list[str] = field(default_factory=list)
-    """The pictures that were left out, each with the reason."""
+    """The pictures that were left out because they cannot be read, each with the reason."""
     modes: Counter[str] = field(default_factory=Counter)
     sizes: Counter[str] = field(default_factory=Counter)
     """How often each mode and size ("width x height") occurs among the files."""
+
+    def identity(self) -> dict[str, Any]:
+        """What a run remembers of its pictures, as plain JSON."""
+        return {
+            "classes": {str(label): name for label, name in enumerate(self.class_names or [])},
+            **{
+                name: {"pictures": len(split), "fingerprint": split.fingerprint()}
+                for name, split in self.splits.items()
+            },
+        }
+
+    def check_same(self, before: dict[str, Any] | None, run_dir: str | Path) -> None:
+        """Refuses to go on with other pictures than those whose :meth:`identity` was ``before``.
+
+        Raises:
+            InputError: pictures were added, removed, renamed or changed, or are of other classes.
+        """
+        differences = describe_differences(before, self.identity()) if before else []
+        if differences:
+            raise InputError(
+                f"data.source {self.validation.config.source}: holds other pictures than when the run in {run_dir} "
+                f"began ({'; '.join(differences[:3])}). Nothing was changed. Bring the same ones back to go on, or "
+                "choose another run.dir="
+            )
 
     @property
     def validation_name(self) -> str:
@@ -142,27 +187,31 @@ def load_images(config: DataConfig) -> ImageData:
     """
     if config.source == "shapes":
         return _load_shapes(config)
+    quiet_decoders()
     source = find_source(config.source)
     _limit_and_hold_out(source, config)
     bytes_needed = sum(map(len, source.splits.values())) * config.channels * config.size[0] * config.size[1]
     in_memory = bytes_needed <= config.in_memory_gb * 1e9
-    splits, bad, modes, sizes = {}, [], Counter(), Counter()
+    splits, bad, modes, sizes, animated = {}, [], Counter(), Counter(), 0
     for name, records in source.splits.items():
         pixels = np.empty((len(records), config.channels, *config.size), dtype=np.uint8) if in_memory else None
         found = _check(records, pixels, config)
         bad += [f"{records.names[row]} ({reason})" for row, reason in found.bad.items()]
         modes += found.modes
         sizes += found.sizes
+        animated += found.animated
         good = np.array([row for row in range(len(records)) if row not in found.bad], dtype=np.int64)
         if found.bad:
-            records, pixels = _take(records, good), None if pixels is None else pixels[good]
+            records, pixels = records.take(good), None if pixels is None else pixels[good]
         splits[name] = ImageSplit(records.labels, pixels, records, config)
     _report_bad(bad, source, config)
     for name, split in splits.items():
         if not len(split):
-            raise InputError(f"data.source {config.source}: no readable picture in `{name}`")
+            raise InputError(f"data.source {config.source}: no readable picture in `{name}`: {shortened(bad)}")
     source.notices += _describe_modes(modes, config.channels)
-    return ImageData(source.description, splits, source.class_names, source.notices, bad, modes, sizes)
+    if animated:
+        source.notices.append(f"{animated} pictures have several frames; the first is used")
+    return ImageData(source.description, splits, source.class_names, source.notices, source.skipped, bad, modes, sizes)
 
 
 def _load_shapes(config: DataConfig) -> ImageData:
@@ -189,17 +238,12 @@ def _limit_and_hold_out(source: Source, config: DataConfig) -> None:
             )
         held_out = min(max(1, round(len(train) * config.validation_share)), len(train) - 1)
         order = np.random.default_rng(0).permutation(len(train))
-        source.splits["val"] = _take(train, np.sort(order[:held_out]))
-        train = _take(train, np.sort(order[held_out:]))
+        source.splits["val"] = train.take(np.sort(order[:held_out]))
+        train = train.take(np.sort(order[held_out:]))
         source.notices.append(f"no `val` or `test` split: {held_out} of {len(order)} pictures are held out as `val`")
     if config.num_images is not None and config.num_images < len(train):
-        train = _take(train, np.sort(np.random.default_rng(1).permutation(len(train))[: config.num_images]))
+        train = train.take(np.sort(np.random.default_rng(1).permutation(len(train))[: config.num_images]))
     source.splits = {"train": train, **{k: v for k, v in source.splits.items() if k in ("val", "test") and len(v)}}
-
-
-def _take(records: Records, rows: np.ndarray) -> Records:
-    labels = None if records.labels is None else records.labels[rows]
-    return Records([records.names[row] for row in rows], labels, lambda i: records.open(int(rows[i])), records.version)
 
 
 # --- decoding -------------------------------------------------------------------------------------------------------
@@ -210,11 +254,13 @@ class _Findings:
     bad: dict[int, str] = field(default_factory=dict)  # row -> reason
     modes: Counter[str] = field(default_factory=Counter)
     sizes: Counter[str] = field(default_factory=Counter)
+    animated: int = 0
 
     def add(self, other: "_Findings") -> None:
         self.bad.update(other.bad)
         self.modes += other.modes
         self.sizes += other.sizes
+        self.animated += other.animated
 
 
 def _decode(records: Records, rows: list[int], out: np.ndarray, config: DataConfig) -> _Findings:
@@ -227,10 +273,10 @@ def _decode(records: Records, rows: list[int], out: np.ndarray, config: DataConf
                 with records.open(rows[place]) as image:
                     findings.modes[image.mode] += 1
                     findings.sizes[f"{image.width} x {image.height}"] += 1
+                    findings.animated += bool(getattr(image, "is_animated", False))
                     out[place] = image_to_uint8(image, config.size, config.channels)
             except Exception as error:  # a broken file can raise nearly anything in a decoder
-                reason = " ".join(str(error).split()) or type(error).__name__
-                findings.bad[rows[place]] = "not a readable picture" if "cannot identify" in reason else reason
+                findings.bad[rows[place]] = _reason(error)
         return findings
 
     threads = min(os.cpu_count() or 1, 8, max(1, len(rows) // 16))
@@ -244,6 +290,16 @@ def _decode(records: Records, rows: list[int], out: np.ndarray, config: DataConf
     return total
 
 
+def _reason(error: Exception) -> str:
+    """Why a picture cannot be read, in few words on one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a readable picture"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return "too large: more than 89 million pixels"
+    words = " ".join(printable(str(error)).split())
+    return (words if len(words) < 200 else f"{words[:200]} ...") or type(error).__name__
+
+
 def _check(records: Records, pixels: np.ndarray | None, config: DataConfig) -> _Findings:
     """Decodes every picture: into ``pixels``, or to see only whether it can be (remembered between runs)."""
     if pixels is not None:
@@ -252,7 +308,7 @@ def _check(records: Records, pixels: np.ndarray | None, config: DataConfig) -> _
     if cache.is_file():
         stored = json.loads(cache.read_text(encoding="utf-8"))
         bad = {int(row): reason for row, reason in stored["bad"].items()}
-        return _Findings(bad, Counter(stored["modes"]), Counter(stored["sizes"]))
+        return _Findings(bad, Counter(stored["modes"]), Counter(stored["sizes"]), stored["animated"])
     findings = _Findings()
     for start in range(0, len(records), 1024):
         rows = list(range(start, min(start + 1024, len(records))))
@@ -267,11 +323,10 @@ def _check(records: Records, pixels: np.ndarray | None, config: DataConfig) -> _
 
 
 def _scan_cache(records: Records) -> Path:
-    digest = hashlib.sha256(records.version.encode())
-    for name in records.names:
-        path = Path(name)
-        stat = path.stat() if path.is_file() else None
-        digest.update(f"{name}|{stat.st_size if stat else ''}|{stat.st_mtime_ns if stat else ''}\n".encode())
+    digest = hashlib.sha256(f"2 {len(records)} {records.version}".encode())
+    for file in records.files or []:
+        stat = file.stat()
+        digest.update(os.fsencode(file.absolute()) + f"|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
     root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     return root / "twostage" / "scans" / f"{digest.hexdigest()[:32]}.json"
 
@@ -279,7 +334,7 @@ def _scan_cache(records: Records) -> Path:
 def _report_bad(bad: list[str], source: Source, config: DataConfig) -> None:
     if not bad:
         return
-    shown = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
+    shown = shortened(bad)
     if config.on_bad_image == "error":
         raise InputError(
             f"data.source {config.source}: {len(bad)} unreadable pictures: {shown}. "

@@ -1,13 +1,43 @@
 """The one place where pixels change their form: PIL image -> uint8 (C, H, W) -> float [-1, 1] and back."""
 
+import os
+import warnings
+from pathlib import Path
+from typing import IO
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-__all__ = ["image_to_uint8", "to_float", "to_pil", "to_uint8"]
+__all__ = ["image_to_uint8", "open_picture", "printable", "quiet_decoders", "to_float", "to_pil", "to_uint8"]
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
+"""Of pictures, whatever their names say; Pillow's others may start programs, as EPS does."""
+
+
+def open_picture(file: Path | IO[bytes]) -> Image.Image:
+    """Opens a picture; it is decoded when its pixels are asked for.
+
+    Raises:
+        Exception: nearly any, for a broken file; `DecompressionBombError` above Pillow's limit of 179 million pixels
+            and, after :func:`quiet_decoders`, `DecompressionBombWarning` above 89 million.
+    """
+    return Image.open(file, formats=FORMATS)
+
+
+def quiet_decoders() -> None:
+    """For the whole process: Pillow's remarks about odd files are not shown, and pictures of more than 89 million
+    pixels are errors. (Python's way to do so within a block is not safe with threads.)"""
+    warnings.filterwarnings("ignore", module=r"PIL\b")
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+def printable(name: str | os.PathLike[str]) -> str:
+    """A file's name on one line, whatever bytes are in it."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def image_to_uint8(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
@@ -18,7 +48,7 @@ def image_to_uint8(image: Image.Image, size: tuple[int, int], channels: int) -> 
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        wide = np.asarray(image, dtype=np.float64)
+        wide = np.nan_to_num(np.asarray(image, dtype=np.float64))
         scale = 257.0 if image.mode.startswith("I;16") or wide.max() > 255 else 1.0
         image = Image.fromarray(np.clip(wide / scale, 0, 255).round().astype(np.uint8))
     transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info

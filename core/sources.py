@@ -7,33 +7,25 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 from PIL import Image
 
 from core.errors import InputError
+from core.images import open_picture, printable, quiet_decoders
+from core.picture_folder import SPLIT_NAMES, read_folder
 
-__all__ = ["Records", "Source", "find_source", "first_form"]
+__all__ = ["Records", "Source", "find_source", "first_form", "shortened"]
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TABLE_SUFFIXES = {".parquet", ".arrow"}
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
 KNOWN_NAMES = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist", "cifar10": "uoft-cs/cifar10"}
 
 
@@ -44,11 +36,29 @@ class Records:
     names: list[str]
     labels: np.ndarray | None  # (n,) int64
     open: Callable[[int], Image.Image]
+    sizes: Callable[[], np.ndarray]
+    """Bytes of each picture, (n,) int64; 0 for one that is not there."""
+    origin: str
+    """What the names begin with: where they are, which does not matter to what they are."""
+    files: list[Path] | None = None
+    """Where each picture has a file of its own."""
     version: str = ""
-    """Changes when a file that holds many pictures does; a picture's own file tells by its size and time."""
+    """Changes when a file that holds many pictures does."""
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def take(self, rows: np.ndarray) -> "Records":
+        """Some of them, in that order."""
+        return Records(
+            [self.names[row] for row in rows],
+            None if self.labels is None else self.labels[rows],
+            lambda i: self.open(int(rows[i])),
+            lambda: self.sizes()[rows],
+            self.origin,
+            None if self.files is None else [self.files[row] for row in rows],
+            self.version,
+        )
 
 
 @dataclass
@@ -59,6 +69,8 @@ class Source:
     splits: dict[str, Records]
     class_names: list[str] | None
     notices: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """Files that are no pictures, each with the reason."""
 
 
 def find_source(name: str) -> Source:
@@ -89,6 +101,7 @@ def find_source(name: str) -> Source:
 
 def first_form(source: str) -> tuple[tuple[int, int], int]:
     """The size (at most 256) and the channels of the first readable picture; 32x32 RGB for `shapes`."""
+    quiet_decoders()
     splits = {} if source == "shapes" else find_source(source).splits
     for records in splits.values():
         for row in range(len(records)):
@@ -115,73 +128,32 @@ def _read_local(path: Path) -> Source:
 
 
 def _read_folder(root: Path) -> Source:
-    folders = [p for p in _subfolders(root) if _holds_images(p)]
-    split_folders = {SPLIT_NAMES[p.name.lower()]: p for p in folders if p.name.lower() in SPLIT_NAMES}
-    beside = [p.name for p in folders if p.name.lower() not in SPLIT_NAMES]
-    if _images_directly_in(root) or (beside and "train" not in split_folders) or not folders:
-        split_folders = {"train": root}
-    elif beside:
-        raise InputError(
-            f"data.source {root}: holds the split `train` and also the folders {', '.join(beside[:5])}; expected "
-            "either only train, val and test or one folder a class"
+    found = read_folder(root)
+    splits = {}
+    for split, files in found.splits.items():
+        labels = None if found.labels is None else np.array(found.labels[split], dtype=np.int64)
+        splits[split] = Records(
+            [printable(file) for file in files],
+            labels,
+            lambda i, files=files: open_picture(files[i]),
+            lambda files=files: np.array([file.stat().st_size if file.exists() else 0 for file in files], np.int64),
+            printable(root),
+            files,
         )
-    elif "train" not in split_folders:
-        raise InputError(f"data.source {root}: has the splits {list(split_folders)}, expected one named train")
-    classes = [p.name for p in _subfolders(split_folders["train"]) if _holds_images(p)]
-    flat = bool(_images_directly_in(split_folders["train"]))
-    if flat and classes:
-        raise InputError(
-            f"data.source {split_folders['train']}: holds pictures and also folders of pictures "
-            f"({', '.join(classes[:5])}); expected either pictures only (no classes) or one folder a class"
-        )
-    splits, others = {}, 0
-    for split, folder in split_folders.items():
-        unknown = [p.name for p in _subfolders(folder) if p.name not in classes and _holds_images(p)]
-        if unknown or (not flat and _images_directly_in(folder)):
-            what = f"has the folders {unknown}" if unknown else "holds pictures outside class folders"
-            known = f"the classes {classes}; name them alike" if classes else "no classes; give both the same layout"
-            raise InputError(f"data.source {folder}: {what}, but `train` has {known}")
-        if flat:
-            paths, labels = _find_images(folder), None
-        else:
-            of_class = [_find_images(folder / name) if (folder / name).is_dir() else [] for name in classes]
-            paths = [path for group in of_class for path in group]
-            labels = np.repeat(np.arange(len(classes)), [len(group) for group in of_class])
-        visible = (p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p, folder))
-        others += sum(1 for p in visible if p.suffix.lower() not in IMAGE_SUFFIXES)
-        splits[split] = Records([str(p) for p in paths], labels, lambda i, paths=paths: Image.open(paths[i]))
-    if not any(len(records) for records in splits.values()):
-        known = " ".join(sorted(IMAGE_SUFFIXES))
-        raise InputError(f"data.source {root}: no pictures in this folder (looked for {known}, .parquet and .arrow)")
-    layout = "pictures without classes" if flat else f"one folder a class ({len(classes)} classes)"
-    within = f"the splits {', '.join(splits)}, each " if len(splits) > 1 or root not in split_folders.values() else ""
-    notices = [f"{others} files in {root} are no pictures and are left out"] if others else []
-    return Source(f"folder {root}: {within}{layout}", splits, None if flat else classes, notices)
+    names = None if found.class_names is None else [printable(name) for name in found.class_names]
+    layout = "pictures without classes" if names is None else f"one folder a class ({len(names)} classes)"
+    within = f"the splits {', '.join(splits)}, each " if len(splits) > 1 else ""
+    skipped = [f"{printable(path)} ({reason})" for path, reason in found.skipped.items()]
+    notices = []
+    if skipped:
+        within_root = [line.removeprefix(f"{printable(root)}/") for line in skipped]
+        notices.append(f"files left out because they are no pictures: {len(skipped)}: {shortened(within_root)}")
+    return Source(f"folder {printable(root)}: {within}{layout}", splits, names, notices, skipped)
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _images_directly_in(folder: Path) -> list[Path]:
-    return [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
-
-
-def _find_images(folder: Path) -> list[Path]:
-    return sorted(_images_below(folder))
-
-
-def _holds_images(folder: Path) -> bool:
-    return next(_images_below(folder), None) is not None
-
-
-def _images_below(folder: Path) -> Iterator[Path]:
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(p, folder))
-    return (p for p in found if p.is_file())
-
-
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+def shortened(names: list[str], most: int = 5) -> str:
+    """The first of many names."""
+    return "; ".join(names[:most]) + (f"; and {len(names) - most:,} more" if len(names) > most else "")
 
 
 # --- parquet and arrow files, Hugging Face datasets -------------------------------------------------------------------
@@ -203,7 +175,8 @@ def _read_tables(root: Path, files: list[Path]) -> Source:
         except pa.ArrowException as error:
             raise InputError(f"data.source {root}: the files of `{split}` do not fit together: {error}") from None
     version = " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
-    return _from_tables(f"{files[0].suffix[1:]} {root}", tables, str(root), version)
+    folder = root if root.is_dir() else root.parent
+    return _from_tables(f"{files[0].suffix[1:]} {root}", tables, printable(root), version, folder)
 
 
 def _read_table(file: Path) -> pa.Table:
@@ -231,10 +204,13 @@ def _read_hub(name: str, looked: list[Path]) -> Source:
         ) from None
     tables = {SPLIT_NAMES.get(str(split), str(split)): part.data.table for split, part in loaded.items()}
     version = " ".join(part._fingerprint for part in loaded.values())
-    return _from_tables(f"Hugging Face dataset {name}", tables, name, version)
+    return _from_tables(f"Hugging Face dataset {name}", tables, name, version, None)
 
 
-def _from_tables(description: str, tables: dict[str, pa.Table], origin: str, version: str) -> Source:
+def _from_tables(
+    description: str, tables: dict[str, pa.Table], origin: str, version: str, folder: Path | None
+) -> Source:
+    """The splits of tables; ``folder`` is what the paths in a local one are within."""
     first = "train" if "train" in tables else next(iter(tables))
     schema = tables[first].schema
     column = next((n for n in ("image", "img", "png", "jpg", "pixels") if n in schema.names), None)
@@ -255,18 +231,36 @@ def _from_tables(description: str, tables: dict[str, pa.Table], origin: str, ver
         if label_column and class_names:
             labels = _labels(table, label_column, class_names, f"{origin}: `{split}`")
         names = [f"{origin}:{split}:{row}" for row in range(table.num_rows)]
-        splits[split] = Records(names, labels, lambda i, images=images: _open_cell(images[i].as_py()), version)
+        splits[split] = Records(
+            names,
+            labels,
+            lambda i, images=images: _open_cell(images[i].as_py(), folder),
+            lambda images=images: _cell_sizes(images),
+            origin,
+            version=version,
+        )
     return Source(description, splits, class_names)
 
 
-def _open_cell(cell: Any) -> Image.Image:
+def _open_cell(cell: Any, folder: Path | None) -> Image.Image:
+    """The picture of a row: its bytes, or a file within ``folder``; anywhere, for what the hub's library has made."""
     content = cell.get("bytes") if isinstance(cell, dict) else cell
-    if content is None:
-        path = cell.get("path") if isinstance(cell, dict) else None
-        if not path:
-            raise ValueError("the row holds no picture")
-        return Image.open(path)
-    return Image.open(io.BytesIO(content))
+    if content is not None:
+        return open_picture(io.BytesIO(content))
+    path = cell.get("path") if isinstance(cell, dict) else None
+    if not path:
+        raise ValueError("the row holds no picture")
+    if folder is None:
+        return open_picture(Path(path))
+    file = (folder / path).resolve()
+    if not file.is_relative_to(folder.resolve()):
+        raise ValueError(f"its path {printable(path)} leads out of the table's folder")
+    return open_picture(file)
+
+
+def _cell_sizes(images: pa.ChunkedArray) -> np.ndarray:
+    content = pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images  # type: ignore[attr-defined]
+    return pc.fill_null(pc.binary_length(content), 0).to_numpy().astype(np.int64)  # type: ignore[attr-defined]
 
 
 def _class_names(schema: pa.Schema, tables: dict[str, pa.Table], column: str | None) -> list[str] | None:

@@ -9,12 +9,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from core.errors import InputError
-from core.images import image_to_uint8
+from core.images import image_to_uint8, open_picture
 from pipelines.edits import MASK_NAMES, named_mask
 
 __all__ = ["MOST_BYTES", "MOST_PIXELS", "describe_conversion", "open_image", "read_image", "read_mask"]
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")  # others may start programs, as EPS does
 MOST_BYTES = 20_000_000
 MOST_PIXELS = 25_000_000
 """A picture is resized to a few hundred pixels a side; a larger one only costs memory."""
@@ -34,7 +33,7 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MOST_PIXELS is below its limit
-            image = Image.open(path, formats=FORMATS)
+            image = open_picture(path)
         with image:  # closes the file; the pixels stay
             if image.width * image.height > MOST_PIXELS:
                 raise InputError(

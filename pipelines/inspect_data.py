@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -10,12 +10,14 @@ import typer
 from core.command import run_command
 from core.config import parse_config
 from core.data import DataConfig, ImageData, load_images
+from core.model_folder import write_json
 from core.pictures import contact_sheet, save_picture
 from core.sources import first_form
 
 __all__ = ["inspect_data"]
 
 NUM_PICTURED = 40
+MOST_NAMED = 20
 
 
 def inspect_data(config: DataConfig, out: Path) -> ImageData:
@@ -32,8 +34,11 @@ def inspect_data(config: DataConfig, out: Path) -> ImageData:
     print(f"  modes: {_most_common(data.modes)}")
     for line in data.notices:
         print(f"  {line}")
-    for name in data.bad:
-        print(f"  unreadable: {name}")
+    for kind, names in {"unreadable": data.bad, "left out": data.skipped}.items():
+        for name in names[:MOST_NAMED]:
+            print(f"  {kind}: {name}")
+        if len(names) > MOST_NAMED:
+            print(f"  {kind}: {len(names) - MOST_NAMED:,} more (all with --json FILE)")
     train = data.splits["train"]
     rows = torch.linspace(0, len(train) - 1, min(NUM_PICTURED, len(train))).long()
     labels = train.read_labels(rows)
@@ -42,6 +47,22 @@ def inspect_data(config: DataConfig, out: Path) -> ImageData:
     height, width = config.size
     print(f"{out}: as a model with data.image_size=[{height}, {width}] data.channels={config.channels} sees them")
     return data
+
+
+def describe(data: ImageData) -> dict[str, Any]:
+    """All of it as JSON: every file is used in a split or is skipped with a reason."""
+    used = {name: split.names(torch.arange(len(split))) for name, split in data.splits.items()}
+    skipped = data.bad + data.skipped
+    return {
+        "description": data.description,
+        "files": sum(map(len, used.values())) + len(skipped),
+        "used": used,
+        "skipped": skipped,
+        "class_names": data.class_names,
+        "sizes": dict(data.sizes),
+        "modes": dict(data.modes),
+        "notices": data.notices,
+    }
 
 
 def _most_common(counter: Counter[str]) -> str:
@@ -54,6 +75,9 @@ def command(
     image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; the first picture's by default.")] = None,
     channels: Annotated[int | None, typer.Option(help="1, 3 or 4; the first picture's by default.")] = None,
     out: Annotated[Path, typer.Option(help="The contact sheet.")] = Path("inspect.png"),
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="A file for all of it: what is used, what is skipped and why.")
+    ] = None,
 ) -> None:
     """Show what a data source holds: splits, classes, sizes, modes, bad files, a contact sheet."""
     size, found_channels = first_form(data)
@@ -62,7 +86,9 @@ def command(
         "image_size": image_size or list(size),
         "channels": channels or found_channels,
     }
-    inspect_data(parse_config(DataConfig, document, "the options"), out)
+    data_found = inspect_data(parse_config(DataConfig, document, "the options"), out)
+    if json_file:
+        write_json(json_file, describe(data_found))
 
 
 if __name__ == "__main__":

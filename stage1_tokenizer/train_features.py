@@ -76,7 +76,13 @@ def train(
     model, prepared_optimizer = accelerator.prepare(network, optimizer)
     parameters = sum(p.numel() for p in network.parameters())
     run.say(f"{parameters:,} parameters, {batches.steps_per_epoch} steps an epoch, {batches.max_steps} in all")
-    run.restore(batches, {"model": network}, {"optimizer": (network, optimizer)})
+    run.restore(
+        batches,
+        {"model": network},
+        {"optimizer": (network, optimizer)},
+        check=lambda: data.check_same(run.facts.get("data"), run.folder.path),
+    )
+    run.facts.setdefault("data", data.identity())
 
     def read(rows: Tensor) -> tuple[Tensor, Tensor]:
         return split.read(rows), read_labels(split, rows)

@@ -162,7 +162,10 @@ def train(
         if averaged:
             averaged.module.load_state_dict(autoencoder.state_dict())
 
-    run.restore(batches, modules, optimizers, begin)
+    run.restore(
+        batches, modules, optimizers, begin, check=lambda: data.check_same(run.facts.get("data"), run.folder.path)
+    )
+    run.facts.setdefault("data", data.identity())
     diagnosis = Diagnosis(REMEDIES.get(config.model.bottleneck.type, ""), run.facts, run.say)
     nets = [model, opponent.prepared] if opponent else [model]
 

@@ -79,12 +79,19 @@ def test_a_class_called_like_a_split_keeps_its_class(pictures):
     assert labelled(source, "train") == {"0.png": "train_station", "1.png": "testimony"}
 
 
-def test_other_files_are_counted_and_hidden_ones_left_out(pictures):
+def test_other_files_and_hidden_ones_are_named(pictures):
     root = pictures("cat/0.png", "cat/.ipynb_checkpoints/0-checkpoint.png", ".thumbnails/0.png", "cat/._0.png")
     (root / "cat" / "notes.txt").touch()
     source = find_source(str(root))
     assert labelled(source, "train") == {"0.png": "cat"}
-    assert source.notices == [f"1 files in {root} are no pictures and are left out"]
+    skipped = [line.removeprefix(f"{root}/") for line in source.skipped]
+    assert skipped == [
+        ".thumbnails/0.png (hidden)",
+        "cat/._0.png (hidden)",
+        "cat/.ipynb_checkpoints/0-checkpoint.png (hidden)",
+        "cat/notes.txt (no picture: .txt)",
+    ]
+    assert source.notices == [f"files left out because they are no pictures: 4: {'; '.join(skipped)}"]
 
 
 @pytest.mark.parametrize(
