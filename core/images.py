@@ -15,6 +15,9 @@ __all__ = ["image_to_uint8", "open_picture", "printable", "quiet_decoders", "to_
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
 """Of pictures, whatever their names say; Pillow's others may start programs, as EPS does."""
+UNSOUND = {"group3", "group4", "tiff_ccitt", "jpeg", "tiff_jpeg"}
+"""Compressions of TIFF in which Pillow 12.3 with libtiff 4.7.1 tells no damage, but shows what was in memory before in
+place of the pixels that it has not: others each time."""
 
 
 def open_picture(file: Path | IO[bytes]) -> Image.Image:
@@ -24,7 +27,11 @@ def open_picture(file: Path | IO[bytes]) -> Image.Image:
         Exception: nearly any, for a broken file; `DecompressionBombError` above Pillow's limit of 179 million pixels
             and, after :func:`quiet_decoders`, `DecompressionBombWarning` above 89 million.
     """
-    return Image.open(file, formats=FORMATS)
+    image = Image.open(file, formats=FORMATS)
+    if image.format == "TIFF" and image.info.get("compression") in UNSOUND:
+        image.close()
+        raise ValueError(f"a TIFF with the compression {image.info['compression']}, which hides damage; save it as PNG")
+    return image
 
 
 def quiet_decoders() -> None:

@@ -1,4 +1,4 @@
-"""What is asked to stop saves, says so, exits with the status that a scheduler starts it again by, and loses nothing."""
+"""What is asked to stop saves, says so, ends with the status by which it is started again, and loses nothing."""
 
 import json
 import signal
