@@ -18,7 +18,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
         durable: waits until the disk has it, so that a power failure leaves the old file or the new one.
 
     Raises:
-        OSError: it cannot be written, as on a full disk; names ``path``.
+        OSError: it cannot be written, as on a full disk; names ``path``, which safetensors and Python do not.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -28,6 +28,8 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
         partial.replace(path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
+        if getattr(error, "filename", None) not in (None, str(partial)):  # of another file
+            raise
         if (number := write_error(error)) is not None:
             raise OSError(number, os.strerror(number), str(path)) from None
         raise

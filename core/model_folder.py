@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from core.errors import InputError
+from core.files import replacing
 
 __all__ = [
     "FORMAT_VERSION",
@@ -43,13 +43,8 @@ def check_format(version: Any, known: int, where: str | Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON so that a reader finds the old file or the new one, never half of one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replacing(path, durable=True) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def file_sha256(path: Path) -> str:
@@ -70,10 +65,9 @@ def hash_tensors(labelled: Iterable[tuple[str, Tensor]], start: str = "") -> str
 def save_model_folder(folder: Path, kind: str, config: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Writes ``folder``; ``kind`` is what it holds (`tokenizer`, `prior`), so that one is not taken for the other."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{WEIGHTS}.partial"
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial)
-    write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "kind": kind, **config})
-    partial.replace(folder / WEIGHTS)
+    with replacing(folder / WEIGHTS, durable=True) as partial:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial)
+        write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "kind": kind, **config})
 
 
 def find_model_folder(path: str | Path) -> Path:

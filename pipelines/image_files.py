@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from core.files import replacing
 from core.images import image_to_uint8, to_pil
 from core.pictures import save_picture
 
@@ -113,9 +114,8 @@ class ParquetShards:
             columns["label"] = labels
             features["label"] = datasets.ClassLabel(names=self.class_names)
         file = self._file(part)
-        partial = file.with_name(f".{file.name}.partial")
-        pq.write_table(pa.Table.from_pydict(columns, features.arrow_schema), partial)
-        partial.replace(file)
+        with replacing(file) as partial:
+            pq.write_table(pa.Table.from_pydict(columns, features.arrow_schema), partial)
 
     def read(self, count: int) -> Tensor:
         """Decodes the first images."""

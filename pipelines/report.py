@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from core.files import replacing
+
 __all__ = ["Report"]
 
 STYLE = """
@@ -73,6 +75,5 @@ class Report:
             f"<body>{body}</body></html>\n"
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text(page, encoding="utf-8")

@@ -1,6 +1,7 @@
 """Codes under way: the folder that an interrupted `twostage encode` goes on from."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,25 @@ class PartialCodes:
             differences = "; ".join(describe_differences(stored, self.identity)) if stored else "of nothing known"
             said = f"{self.folder}: left by an interrupted call and discarded ({differences})"
             discard_leftover(self.final)
+        try:
+            self._make_room(grid, dtype)
+        except OSError as error:
+            discard_leftover(self.final)
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.final)) from None
+        return said
+
+    def _make_room(self, grid: tuple[int, int], dtype: type[np.integer]) -> None:
         self.codes.mkdir(parents=True)
         for name, split in self.splits.items():
-            shape = (split.rows, *grid)
-            np.lib.format.open_memmap(self.codes / f"{name}.codes.npy", mode="w+", dtype=dtype, shape=shape).flush()
+            file, shape = self.codes / f"{name}.codes.npy", (split.rows, *grid)
+            np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape).flush()
+            if hasattr(os, "posix_fallocate"):  # a disk that is too small says so now; later it would be a crash
+                with file.open("r+b") as opened:
+                    os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
             if (labels := split.labels()) is not None:
                 np.save(self.codes / f"{name}.labels.npy", labels)
             np.save(self._done_file(name), np.zeros(-(-len(split.images) // CHUNK), dtype=np.uint8))
         write_json(self.identity_file, self.identity)  # last: without it, none of the above counts
-        return said
 
     def check_shared(self) -> None:
         """Called by every process once the main one has begun.
