@@ -73,7 +73,7 @@ class FiniteScalar(Quantizer):
         half = (self.levels - 1) * (1 + 1e-3) / 2
         offset = (self.levels % 2 == 0) * 0.5
         bounded = torch.tanh(x + torch.atanh(offset / half)) * half - offset
-        rounded = bounded.detach().round()
+        rounded = bounded.detach().nan_to_num().round()  # what is no number keeps a code that exists; z tells of it
         indices = ((rounded + self.levels // 2).long() * self.basis).sum(-1)
         z = self._scale(bounded + (rounded - bounded).detach())
         return rearrange(z, "b h w d -> b d h w"), indices
