@@ -1,0 +1,127 @@
+"""python tests/reliability [PART ...]: the whole harness; docs/reliability.md is written from what it finds.
+
+Parts: kills images configs soak; all of them by default. What others have found before stays.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kills import kill_everywhere
+from memory_soak import soak
+from mutated_configs import fuzz_configs
+from mutated_images import fuzz_images
+
+DOCS = Path(__file__).parents[2] / "docs"
+FIGURES = DOCS / "reliability.json"
+HEAD = """# Reliability
+
+Made by `make soak` (`python tests/reliability`), which does for hours what the tests do for minutes: a part that finds a
+fault ends with it, and its row stays as it was. What is asked of each part, and how it is checked, stands below the table.
+
+"""
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("parts", nargs="*", help="kills, images, configs, soak; all by default")
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--kills", type=int, default=50)
+    arguments.add_argument("--images", type=int, default=500)
+    arguments.add_argument("--configs", type=int, default=1000)
+    arguments.add_argument("--minutes", type=float, default=120, help="of the soak")
+    asked = arguments.parse_args()
+    runs: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "kills": lambda folder: kill_everywhere(folder, asked.kills, asked.seed),
+        "images": lambda folder: fuzz_images(asked.images, asked.seed, folder),
+        "configs": lambda folder: fuzz_configs(asked.configs, asked.seed, folder),
+        "soak": lambda folder: soak(asked.minutes, folder),
+    }
+    if unknown := set(asked.parts) - runs.keys():
+        arguments.error(f"no such part: {', '.join(unknown)}; expected {', '.join(runs)}")
+    for part in asked.parts or runs:
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.monotonic()
+            figures = runs[part](Path(folder))
+        seconds = time.monotonic() - start
+        record(part, {"seed": asked.seed, **figures, "took_minutes": seconds / 60, "where": where()})
+
+
+def record(part: str, figures: dict[str, Any]) -> None:
+    """Keeps the figures of a part and writes the page anew."""
+    known = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+    known[part] = figures
+    FIGURES.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    write_page(known)
+    print(json.dumps(figures, indent=2))
+
+
+def write_page(known: dict[str, Any]) -> None:
+    """docs/reliability.md: the table, then the page's own text, which stays."""
+    page = DOCS / "reliability.md"
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    _, marker, below = text.partition("## How it is checked")
+    rows = [ROWS[part](known[part]) for part in ROWS if part in known]
+    table = "| what | asked | found | when |\n|---|---|---|---|\n"
+    table += "".join(f"| {' | '.join(row)} | {known[part]['where']}, {known[part]['took_minutes']:.0f} min |\n"
+                     for part, row in zip([part for part in ROWS if part in known], rows, strict=True))  # fmt: skip
+    page.write_text(f"{HEAD}{table}\n{marker}{below}", encoding="utf-8")
+
+
+def where() -> str:
+    """When and with what."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=DOCS, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return f"{date.today()}, commit {commit}, torch {version('torch')}, {platform.machine()}"
+
+
+def kills_row(figures: dict[str, Any]) -> tuple[str, str, str]:
+    counts = "; ".join(f"{name}: {count}" for name, count in figures["by_command"].items())
+    return (
+        "commands killed by SIGKILL at random instants, then started again",
+        f"{figures['kills']} of {figures['kills']} end with the bytes of an uninterrupted one",
+        f"{figures['bit_equal']} of {figures['kills']} ({counts}); in {figures['single_deaths']} cases one of two "
+        f"processes alone was killed, and all had ended within {figures['slowest_end_s']:.0f} s",
+    )
+
+
+def images_row(figures: dict[str, Any]) -> tuple[str, str, str]:
+    return (
+        "mutated pictures (PNG, JPEG, GIF, WebP, TIFF, BMP)",
+        f"{figures['mutated']} of {figures['mutated']} without a crash; every file used or named",
+        f"{figures['crashes']} crashes; {figures['files']} files = {figures['used']} used + {figures['skipped']} "
+        "named, the same in `inspect` and in training",
+    )
+
+
+def configs_row(figures: dict[str, Any]) -> tuple[str, str, str]:
+    return (
+        "mutated configurations",
+        f"{figures['configs']} of {figures['configs']}: a trained step, or one sentence that names the key",
+        f"{figures['trained']} trained, {figures['refused']} refused in a sentence, 0 otherwise",
+    )
+
+
+def soak_row(figures: dict[str, Any]) -> tuple[str, str, str]:
+    return (
+        "stage one and stage two in turns in one process",
+        "two hours; memory and open files flat within 3% (first against last quarter)",
+        f"{figures['minutes']:.0f} minutes, {figures['rounds']} rounds; memory {figures['memory_mib_first']:.0f} to "
+        f"{figures['memory_mib_last']:.0f} MiB ({figures['memory_mib_growth']:+.1f}%), open files "
+        f"{figures['open_files_first']:.1f} to {figures['open_files_last']:.1f} ({figures['open_files_growth']:+.1f}%)",
+    )
+
+
+ROWS = {"kills": kills_row, "images": images_row, "configs": configs_row, "soak": soak_row}
+
+if __name__ == "__main__":
+    main()
