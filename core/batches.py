@@ -39,7 +39,8 @@ class Batches:
         if train.batch_size % parts:
             raise InputError(
                 f"train.batch_size {train.batch_size}: cannot be shared equally by {accelerator.num_processes} "
-                f"processes x {train.gradient_accumulation_steps} accumulation steps; use a multiple of {parts}"
+                f"processes x {train.gradient_accumulation_steps} parts (train.gradient_accumulation_steps); use a "
+                f"multiple of {parts}"
             )
         self.num_samples, self.batch_size, self.seed = num_samples, train.batch_size, seed
         self.steps_per_epoch = num_samples // train.batch_size

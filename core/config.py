@@ -1,24 +1,29 @@
 """Typed configuration: a YAML file plus ``key=value`` overrides, validated once, with every error told at once."""
 
 import difflib
+import os
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from core.errors import InputError
 
 __all__ = [
     "Count",
+    "Depth",
     "Flag",
     "Number",
+    "PathName",
     "RunConfig",
     "Section",
+    "Seed",
     "Share",
     "Size",
+    "Width",
     "describe_differences",
     "dump_config",
     "load_config",
@@ -26,11 +31,30 @@ __all__ = [
 ]
 
 # Integers and booleans are taken as written (`true` is no 1); floats stay lax, because YAML reads `1e-4` as text.
-Count = Annotated[int, Field(strict=True, gt=0)]
-Size = Annotated[int, Field(strict=True, ge=0)]
+# Upper bounds are where a mistake is certain: what memory allows is looked at once the whole model is known.
+Count = Annotated[int, Field(strict=True, gt=0, le=2**31 - 1)]
+Size = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
+Width = Annotated[int, Field(strict=True, gt=0, le=65_536)]
+Depth = Annotated[int, Field(strict=True, gt=0, le=1_024)]
+Seed = Annotated[int, Field(strict=True, ge=0)]
 Number = Annotated[float, BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)]
 Share = Annotated[Number, Field(ge=0.0, le=1.0)]
 Flag = Annotated[bool, Field(strict=True)]
+
+
+def shortened(value: Any, most: int = 120) -> Any:
+    """``value``, or, where it would fill the screen, the beginning of what it looks like."""
+    text = value if isinstance(value, str) else repr(value)
+    return value if len(text) <= most else f"{text[:most]} ..."
+
+
+def _can_be_a_path(value: str) -> str:
+    if "\0" in value or any(len(os.fsencode(part)) > 255 for part in Path(value).parts):
+        raise ValueError(f"no file or folder can have the name {shortened(value)!r}; give a shorter one")
+    return value
+
+
+PathName = Annotated[str, Field(min_length=1), AfterValidator(_can_be_a_path)]
 
 
 class Section(BaseModel):
@@ -42,9 +66,9 @@ class Section(BaseModel):
 class RunConfig(Section):
     """Where a run writes and what it starts from."""
 
-    dir: str = Field(min_length=1)
+    dir: PathName
     """The run folder; the same command with the same folder resumes."""
-    seed: Size = 0
+    seed: Seed = 0
     """Every random number of the run follows from it."""
     trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
     """Accelerate's trackers; `metrics.jsonl` is always written."""
@@ -66,8 +90,8 @@ def load_config(schema: type[ConfigT], path: str | Path, overrides: list[str] | 
         hint = f"; in {path.parent} there is {', '.join(near)}" if near else ""
         raise InputError(f"config {path}: no such file{hint}")
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        document = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: other bytes than UTF-8, an odd date
         raise InputError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if document is None:
         document = {}
@@ -76,6 +100,19 @@ def load_config(schema: type[ConfigT], path: str | Path, overrides: list[str] | 
     for override in overrides or []:
         _apply_override(document, override)
     return parse_config(schema, document, f"config {path}")
+
+
+class _OnceEach(yaml.SafeLoader):
+    """YAML in which a key that is given twice is a mistake, and not the last one's."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = []
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if key.tag != "tag:yaml.org,2002:merge" and name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", key.start_mark)
+            seen.append(name)
+        return super().construct_mapping(node, deep)
 
 
 def parse_config(schema: type[ConfigT], document: dict[str, Any], name: str) -> ConfigT:
@@ -129,22 +166,25 @@ def _describe(schema: type[Section], details: ErrorDetails) -> str:
         known = list(group.model_fields) if group else []
         near = difflib.get_close_matches(path.rpartition(".")[2], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"{path}: unknown key; {hint}"
+        kind = f" of type {_tag(group)!r}" if _tag(group) else ""
+        return f"{path}: unknown key{kind}; {hint}"
     if kind == "missing":
         return f"{path}: required, but not given"
     if kind == "union_tag_not_found":
-        return f"{path}.type: required, but not given; expected one of {_quoted(_tags(annotation))}"
+        meant = difflib.get_close_matches("type", [key for key in got if isinstance(key, str)], n=1)
+        hint = f" (there is {meant[0]!r})" if meant else ""
+        return f"{path}.type: required, but not given{hint}; expected one of {_quoted(_tags(annotation))}"
     if kind == "union_tag_invalid":
         tag = got["type"]
         near = difflib.get_close_matches(str(tag), _tags(annotation), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{path}.type: got {tag!r}, expected one of {_quoted(_tags(annotation))}{hint}"
+        return f"{path}.type: got {shortened(tag)!r}, expected one of {_quoted(_tags(annotation))}{hint}"
     if kind in ("model_type", "model_attributes_type"):
-        return f"{path}: expected a group of keys, got {got!r}"
+        return f"{path}: expected a group of keys, got {shortened(got)!r}"
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if kind in ("value_error", "assertion_error"):
         return f"{path}: {message}" if path else message
-    return f"{path}: {message}, got {got!r}"
+    return f"{path}: {message}, got {shortened(got)!r}"
 
 
 def _quoted(names: list[str]) -> str:

@@ -20,21 +20,24 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from core.config import Count, Flag, Number, Section, describe_differences
+from core.config import Count, Flag, Number, PathName, Section, describe_differences
 from core.errors import InputError
+from core.fits_memory import check_bytes
 from core.images import image_to_uint8, printable, quiet_decoders
 from core.shapes import CLASS_NAMES, draw_shapes
 from core.sources import Records, Source, find_source, shortened
 
 __all__ = ["DataConfig", "ImageData", "ImageSplit", "load_images"]
 
+MOST_PIXELS = 65_536  # along a side
+NUM_SHAPES = 20_000
 Share = Annotated[Number, Field(gt=0.0, lt=1.0)]
 
 
 class DataConfig(Section):
     """Which pictures, and the form that they are brought to."""
 
-    source: str = Field(default="shapes", min_length=1)
+    source: PathName = "shapes"
     """`shapes`, a folder, a parquet or arrow file or a folder of them, a name under $TWOSTAGE_DATA, or a Hugging Face
     dataset `owner/name`."""
     image_size: Count | tuple[Count, Count] = 32
@@ -56,8 +59,8 @@ class DataConfig(Section):
     @classmethod
     def _pixels(cls, value: Any) -> Any:
         sides = list(value) if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
-        if not all(type(side) is int and side > 0 for side in sides):
-            raise ValueError(f"expected pixels such as 32, or [height, width], got {value!r}")
+        if not all(type(side) is int and 0 < side <= MOST_PIXELS for side in sides):
+            raise ValueError(f"expected pixels such as 32, or [height, width], up to {MOST_PIXELS}, got {value!r}")
         return value
 
     @property
@@ -186,12 +189,14 @@ def load_images(config: DataConfig) -> ImageData:
         InputError: nothing at the source, or an unreadable picture (named) unless ``on_bad_image`` is `skip`.
     """
     if config.source == "shapes":
+        _check_memory(config, config.num_images or NUM_SHAPES)
         return _load_shapes(config)
     quiet_decoders()
     source = find_source(config.source)
     _limit_and_hold_out(source, config)
-    bytes_needed = sum(map(len, source.splits.values())) * config.channels * config.size[0] * config.size[1]
+    bytes_needed = sum(map(len, source.splits.values())) * _bytes_each(config)
     in_memory = bytes_needed <= config.in_memory_gb * 1e9
+    _check_memory(config, bytes_needed // _bytes_each(config) if in_memory else 1)
     splits, bad, modes, sizes, animated = {}, [], Counter(), Counter(), 0
     for name, records in source.splits.items():
         pixels = np.empty((len(records), config.channels, *config.size), dtype=np.uint8) if in_memory else None
@@ -214,8 +219,19 @@ def load_images(config: DataConfig) -> ImageData:
     return ImageData(source.description, splits, source.class_names, source.notices, source.skipped, bad, modes, sizes)
 
 
+def _bytes_each(config: DataConfig) -> int:
+    return config.channels * config.size[0] * config.size[1]
+
+
+def _check_memory(config: DataConfig, count: int) -> None:
+    settings = [f"data.image_size {config.image_size}", f"data.num_images {config.num_images}"]
+    if config.source != "shapes":
+        settings.append(f"data.in_memory_gb {config.in_memory_gb:g}")
+    check_bytes(count * _bytes_each(config), f"{count:,} pictures", settings, torch.device("cpu"))
+
+
 def _load_shapes(config: DataConfig) -> ImageData:
-    num_train = config.num_images or 20_000
+    num_train = config.num_images or NUM_SHAPES
     num_test = max(64, num_train // 10)
     splits = {}
     # The held-out pictures come from another seed, so that no training picture is ever among them.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from core.config import Count, Section, parse_config
+from core.config import Count, Section, Width, parse_config
 from core.errors import InputError
 from core.model_folder import fill, hash_tensors, load_model_folder, save_model_folder
 from core.random import BatchRandom
@@ -35,7 +35,7 @@ TOLERANCE = 1e-3  # of pixels outside of [-1, 1]
 class ModelConfig(Section):
     """The architecture."""
 
-    latent_channels: Count = 64
+    latent_channels: Width = 64
     """Channels of the latent grid (alias: `z_channels`); with the `mlp` backbone the latent's dimensions."""
     backbone: BackboneConfig = ConvConfig()
     bottleneck: BottleneckConfig = VectorConfig()

@@ -13,7 +13,7 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from core.config import Count, Section, Size
+from core.config import Count, Section, Size, Width
 from stage1_tokenizer.vqgan_backbone import VQGANConfig, VQGANDecoder, VQGANEncoder
 
 __all__ = ["BackboneConfig", "ConvConfig", "MLPConfig", "build_backbone", "factor_of", "grid_of", "group_norm"]
@@ -23,7 +23,7 @@ class MLPConfig(Section):
     """Fully connected layers with ReLU: 784-400-20 is ``hidden_sizes: [400]`` with 20 latent channels."""
 
     type: Literal["mlp"] = "mlp"
-    hidden_sizes: list[Count] = Field(default=[400], min_length=1)
+    hidden_sizes: list[Width] = Field(default=[400], min_length=1, max_length=64)
     """Widths from the image to the latent; the decoder mirrors them."""
 
 
@@ -31,11 +31,11 @@ class ConvConfig(Section):
     """Residual blocks at halving resolutions (alias in other projects: `ch`, `ch_mult`)."""
 
     type: Literal["conv"] = "conv"
-    channels: Count = 64
+    channels: Width = 64
     """Width that ``channel_mult`` multiplies."""
-    channel_mult: list[Count] = Field(default=[1, 2, 2], min_length=1)
+    channel_mult: list[Width] = Field(default=[1, 2, 2], min_length=1, max_length=16)
     """One number a resolution, the full one first: n numbers reduce each side by 2^(n-1)."""
-    num_res_blocks: list[Size] = Field(default=[0, 0, 2])
+    num_res_blocks: list[Annotated[Size, Field(le=1_024)]] = Field(default=[0, 0, 2])
     """Residual blocks at each of these resolutions; few at the full one is what makes a tokenizer cheap."""
 
     attention_factors: list[Count] = Field(default=[])

@@ -5,14 +5,14 @@ p and q patches.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from core.config import Count, Flag, Number, Section, Share
+from core.config import Count, Flag, Number, Section, Share, Width
 from core.errors import InputError
 from core.train_config import Beta
 from stage1_tokenizer.backbones import group_norm
@@ -45,9 +45,9 @@ class AdversarialConfig(Section):
     """The share of the run after which the discriminator begins to train (alias: disc_start, in steps)."""
     ramp: Share = 0.1
     """The share of the run over which the generator's term then rises from 0 to its weight."""
-    channels: Count = 64
+    channels: Width = 64
     """Width of the first layer; doubled at each further one, up to 8 times."""
-    num_layers: Count = 3
+    num_layers: Annotated[Count, Field(le=16)] = 3
     """Halvings: with 3, a logit sees 70x70 pixels (Isola et al., section 3.2.2)."""
     norm: Literal["group", "sync_batch", "none"] = "group"
     """`sync_batch` has one set of statistics for all processes and needs GPUs where there are several."""

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from core.config import Number, Section
+from core.config import Number, PathName, Section
 from core.errors import InputError
 from stage1_tokenizer.feature_network import FeatureNetwork
 
@@ -55,7 +55,7 @@ class FeaturePerceptualConfig(Section):
     type: Literal["features"] = "features"
     weight: Number = Field(default=1.0, ge=0)
     """Of the term in the loss."""
-    path: str = Field(min_length=1)
+    path: PathName
     """The run folder of the feature network, or its model folder."""
 
 
@@ -151,7 +151,10 @@ def _to_rgb(images: Tensor) -> Tensor:
 
 
 def _build_features(config: FeaturePerceptualConfig, channels: int, image_size: tuple[int, int]) -> FeaturePerceptual:
-    network = FeatureNetwork.from_pretrained(config.path)
+    try:
+        network = FeatureNetwork.from_pretrained(config.path)
+    except InputError as error:
+        raise InputError(f"loss.perceptual.path: {error}") from None
     size, seen = network.config.image_size, network.config.channels
     if (seen, size) != (channels, image_size):
         raise InputError(

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from core.config import Count
+from core.config import Depth
 from core.random import BatchRandom
 from stage1_tokenizer.bottleneck_output import BottleneckOutput
 from stage1_tokenizer.quantizer import pass_gradient
@@ -23,7 +23,7 @@ class ResidualConfig(CodebookConfig):
     """``depth`` codes a cell, coarse to fine, each of its own ``codebook_size`` vectors."""
 
     type: Literal["residual"] = "residual"
-    depth: Count = 4
+    depth: Depth = 4
     """Codes a cell. A prior sees them side by side: a grid (h, w * depth)."""
 
 

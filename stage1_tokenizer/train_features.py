@@ -64,7 +64,7 @@ def train(
         run.say(line)
     class_names = check_labels(data, config.data.source)
     split = data.splits["train"]
-    batches = Batches(len(split), config.train, run.seed, accelerator, "images")
+    batches = Batches(len(split), config.train, run.seed, accelerator, "images (data.num_images)")
 
     # 2. The network, its optimizer.
     network = FeatureNetwork(

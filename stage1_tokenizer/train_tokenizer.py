@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 
 from core.batches import Batches
 from core.command import run_command
-from core.config import RunConfig, Section, describe_differences, load_config
+from core.config import PathName, RunConfig, Section, describe_differences, load_config
 from core.data import DataConfig, ImageSplit, load_images
 from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
 from core.ema import averaged_copy
 from core.errors import InputError
+from core.fits_memory import check_model
 from core.images import to_float
 from core.model_folder import fill, load_model_folder
 from core.pictures import save_picture
@@ -68,7 +69,7 @@ class TokenizerConfig(Section):
     """A file of `configs/tokenizer/`."""
 
     run: RunConfig
-    init_from: str | None = None
+    init_from: PathName | None = None
     """A trained model (a run, or a model folder, such as `twostage import` makes) to start from; its `model` group is
     taken over where none is given."""
     data: DataConfig = DataConfig()
@@ -80,7 +81,7 @@ class TokenizerConfig(Section):
     @classmethod
     def _model_of_init_from(cls, document: Any) -> Any:
         if isinstance(document, dict) and isinstance(document.get("init_from"), str) and "model" not in document:
-            return document | {"model": load_model_folder(document["init_from"], "tokenizer")[0]["model"]}
+            return document | {"model": open_source(document["init_from"])[0]["model"]}
         return document
 
     @model_validator(mode="after")
@@ -129,9 +130,15 @@ def train(
         run.say(line)
     split = data.splits["train"]
     run.name_rows = split.names
-    batches = Batches(len(split), config.train, run.seed, accelerator, "images")
+    batches = Batches(len(split), config.train, run.seed, accelerator, "images (data.num_images)")
 
     # 2. The model, its average, its opponent, their optimizers.
+    check_model(
+        lambda: Autoencoder(autoencoder_config(config, data.class_names)),
+        config.model.model_dump(),
+        "model",
+        accelerator.device,
+    )
     autoencoder = Autoencoder(autoencoder_config(config, data.class_names)).to(accelerator.device)
     if config.train.parts == "decoder":
         autoencoder.encoder.requires_grad_(False)
@@ -244,13 +251,21 @@ def train(
     return run
 
 
+def open_source(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the weights of `init_from`."""
+    try:
+        return load_model_folder(source, "tokenizer")
+    except InputError as error:
+        raise InputError(f"init_from: {error}") from None
+
+
 def start_from(autoencoder: Autoencoder, source: str, parts: Literal["all", "decoder"]) -> None:
     """Fills a new autoencoder with the weights of a trained one.
 
     Raises:
         InputError: another architecture; the differences are named.
     """
-    document, state = load_model_folder(source, "tokenizer")
+    document, state = open_source(source)
     own = autoencoder.config.model_dump(mode="json")
     compared = ["model"]
     compared += ["image_size", "channels"] if parts == "decoder" else []  # the codes are of images of one form
@@ -286,6 +301,12 @@ def make_opponent(config: TokenizerConfig, accelerator: Accelerator) -> Opponent
             "loss.adversarial.norm 'sync_batch': torch shares these statistics between GPUs only, and this run has "
             f"{accelerator.num_processes} processes on the CPU; use 'group'"
         )
+    check_model(
+        lambda: Discriminator(adversarial, config.data.channels, config.data.size),
+        adversarial.model_dump(),
+        "loss.adversarial",
+        accelerator.device,
+    )
     net = Discriminator(adversarial, config.data.channels, config.data.size).to(accelerator.device)
     optimizer = make_optimizer(net, config.train, lr=adversarial.lr, betas=adversarial.betas)
     return Opponent(adversarial, net, optimizer, *accelerator.prepare(net, optimizer))

@@ -13,7 +13,7 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from core.config import Count, Flag, Section
+from core.config import Count, Depth, Flag, Section, Width
 
 __all__ = ["VQGANConfig", "VQGANDecoder", "VQGANEncoder"]
 
@@ -23,13 +23,13 @@ class VQGANConfig(Section):
     taming-transformers, of diffusers' `VQModel` and of LlamaGen. H and W must be multiples of ``factor``."""
 
     type: Literal["vqgan"] = "vqgan"
-    channels: Count = 128
+    channels: Width = 128
     """Width that ``channel_mult`` multiplies (alias: `ch`)."""
-    channel_mult: list[Count] = Field(default=[1, 1, 2, 2, 4], min_length=1)
+    channel_mult: list[Width] = Field(default=[1, 1, 2, 2, 4], min_length=1, max_length=16)
     """One number a resolution, the full one first: n numbers reduce each side by 2^(n-1) (alias: `ch_mult`)."""
-    input_mult: Count = 1
+    input_mult: Width = 1
     """The same for the encoder's first convolution."""
-    num_res_blocks: Count = 2
+    num_res_blocks: Depth = 2
     """Residual blocks at each resolution; the decoder has one more."""
     attention_factors: list[Count] | None = None
     """Where self-attention follows each residual block: 16 is the resolution of a 16th of the image's sides. None: at
@@ -38,9 +38,9 @@ class VQGANConfig(Section):
     """The same in the decoder, where it differs; None: as in the encoder."""
     middle_attention: Flag = True
     """Whether self-attention stands between the two residual blocks of the coarsest resolution's middle."""
-    inner_channels: Count = 256
+    inner_channels: Width = 256
     """Channels between the backbone and the 1x1 convolution to or from the latent (alias: `z_channels`)."""
-    norm_groups: Count = 32
+    norm_groups: Width = 32
     """Groups of every group normalisation; each width must be a multiple of it."""
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from core.config import Count, Section, Share
+from core.config import Depth, Section, Share, Width
 from core.random import BatchRandom
 from stage2_prior.autoregressive import check_prefix, code_nats, sample_in_order, sum_nats
 from stage2_prior.sampling import Progress, SamplingConfig
@@ -28,13 +28,13 @@ class PixelCNNConfig(Section):
     """A vertical stack that sees the rows above, a horizontal one that sees the row to the left."""
 
     type: Literal["pixelcnn"] = "pixelcnn"
-    channels: Count = 64
-    depth: Count = 15
-    first_kernel: Count = 7
+    channels: Width = 64
+    depth: Depth = 15
+    first_kernel: Depth = 7
     """Side of the first layer's kernel, odd; of it only the cells before the present one are seen (mask A)."""
-    kernel: Count = 3
+    kernel: Depth = 3
     """Side of the other layers' kernels, odd; they see the present cell's features, too (mask B)."""
-    head_channels: Count = 256
+    head_channels: Width = 256
     dropout: Share = 0.0
     """On what each layer adds to its stack."""
 

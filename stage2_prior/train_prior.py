@@ -10,17 +10,17 @@ from typing import Annotated, Any
 import torch
 import typer
 from accelerate import Accelerator
-from pydantic import Field
 from torch import Tensor, nn
 from torch.export import register_dataclass
 from torch.optim import Optimizer
 
 from core.batches import Batches
 from core.command import run_command
-from core.config import Count, RunConfig, Section, describe_differences, load_config
+from core.config import Count, PathName, RunConfig, Section, describe_differences, load_config
 from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
 from core.ema import averaged_copy
 from core.errors import InputError
+from core.fits_memory import check_model
 from core.random import BatchRandom, seed_for
 from core.sharding import shard, whole
 from core.stopping import TimeLimitOption, going_on_later
@@ -49,7 +49,7 @@ class PriorTrainingConfig(Section):
     """A file of `configs/prior/`."""
 
     run: RunConfig
-    codes: str = Field(min_length=1)
+    codes: PathName
     """The folder that `twostage encode` wrote."""
     model: PriorModelConfig = CausalTransformerConfig()
     loss: PriorLossConfig = PriorLossConfig()
@@ -83,7 +83,10 @@ def train(
     batches = Batches(len(split), config.train, run.seed, accelerator, "code grids")
 
     # 2. The model, its average, its optimizer.
-    prior = Prior(prior_config(config.model, config.loss, cache.manifest)).to(accelerator.device)
+    form = prior_config(config.model, config.loss, cache.manifest)
+    shares = accelerator.num_processes if run.units_to_shard else 1
+    check_model(lambda: Prior(form), config.model.model_dump(), "model", accelerator.device, shares)
+    prior = Prior(form).to(accelerator.device)
     averaged = averaged_copy(prior, config.train.ema_decay) if config.train.ema_decay else None
     final = averaged.module if averaged else prior  # what validation measures and inference loads
     assert isinstance(final, Prior)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from core.config import Count, Flag, Section, Share
+from core.config import Depth, Flag, Section, Share, Width
 from core.random import BatchRandom
 from stage2_prior.fast_linear import TrainedLinear, fast_linear, linear
 from stage2_prior.sampling import Weights
@@ -33,10 +33,10 @@ __all__ = [
 class TransformerConfig(Section):
     """Pre-normalised blocks as in GPT-2."""
 
-    hidden_size: Count = 256
-    depth: Count = 6
-    num_heads: Count = 8
-    mlp_ratio: Count = 4
+    hidden_size: Width = 256
+    depth: Depth = 6
+    num_heads: Width = 8
+    mlp_ratio: Depth = 4
     dropout: Share = 0.1
     """On the embeddings and on what each block adds."""
     code_dropout: Share = 0.0

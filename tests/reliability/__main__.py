@@ -24,8 +24,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 FIGURES = DOCS / "reliability.json"
 HEAD = """# Reliability
 
-Made by `make soak` (`python tests/reliability`), which does for hours what the tests do for minutes: a part that finds a
-fault ends with it, and its row stays as it was. What is asked of each part, and how it is checked, stands below the table.
+Made by `make soak` (`python tests/reliability`), which does for hours what the tests do for minutes. A part that finds a
+fault ends there, and its row stays as it was.
 
 """
 
@@ -89,8 +89,10 @@ def kills_row(figures: dict[str, Any]) -> tuple[str, str, str]:
     return (
         "commands killed by SIGKILL at random instants, then started again",
         f"{figures['kills']} of {figures['kills']} end with the bytes of an uninterrupted one",
-        f"{figures['bit_equal']} of {figures['kills']} ({counts}); in {figures['single_deaths']} cases one of two "
-        f"processes alone was killed, and all had ended within {figures['slowest_end_s']:.0f} s",
+        (
+            f"{figures['bit_equal']} of {figures['kills']} ({counts}); in {figures['single_deaths']} cases one of two "
+            f"processes alone was killed, and all had ended within {figures['slowest_end_s']:.0f} s"
+        ),
     )
 
 
@@ -98,8 +100,10 @@ def images_row(figures: dict[str, Any]) -> tuple[str, str, str]:
     return (
         "mutated pictures (PNG, JPEG, GIF, WebP, TIFF, BMP)",
         f"{figures['mutated']} of {figures['mutated']} without a crash; every file used or named",
-        f"{figures['crashes']} crashes; {figures['files']} files = {figures['used']} used + {figures['skipped']} "
-        "named, the same in `inspect` and in training",
+        (
+            f"{figures['crashes']} crashes; {figures['files']} files = {figures['used']} used + {figures['skipped']} "
+            "named, the same in `inspect` and in training"
+        ),
     )
 
 
@@ -115,9 +119,12 @@ def soak_row(figures: dict[str, Any]) -> tuple[str, str, str]:
     return (
         "stage one and stage two in turns in one process",
         "two hours; memory and open files flat within 3% (first against last quarter)",
-        f"{figures['minutes']:.0f} minutes, {figures['rounds']} rounds; memory {figures['memory_mib_first']:.0f} to "
-        f"{figures['memory_mib_last']:.0f} MiB ({figures['memory_mib_growth']:+.1f}%), open files "
-        f"{figures['open_files_first']:.1f} to {figures['open_files_last']:.1f} ({figures['open_files_growth']:+.1f}%)",
+        (
+            f"{figures['minutes']:.0f} minutes, {figures['rounds']} rounds; memory {figures['memory_mib_first']:.0f} "
+            f"to {figures['memory_mib_last']:.0f} MiB ({figures['memory_mib_growth']:+.1f}%), open files "
+            f"{figures['open_files_first']:.1f} to {figures['open_files_last']:.1f} "
+            f"({figures['open_files_growth']:+.1f}%)"
+        ),
     )
 
 

@@ -96,7 +96,7 @@ class KillHarness:
             (folder / name).mkdir()
             run(words, folder / name)
             if name == "tokenizer":
-                run(["-m", "pipelines.encode_dataset", "run", "--out", "../codes"], folder / name)
+                run(["-m", "pipelines.encode_dataset", folder / name / "run", "--out", "../codes"], folder / name)
 
     def chain(self, name: str, processes: int, kills: int) -> int:
         """Starts the command in a new folder, kills it and starts it again, as often as asked or until it has ended by
