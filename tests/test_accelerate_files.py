@@ -25,7 +25,7 @@ from accelerate.utils import reduce
 from core.processes import join_processes
 state = join_processes()
 total = reduce(torch.tensor(state.process_index + 1.0, device=state.device), "sum").item()
-print(f"{state.process_index} of {state.num_processes}: {total}")
+print(f"{state.process_index} of {state.num_processes}: {total}\\n", end="", flush=True)  # one write: two print at once
 state.destroy_process_group()
 """
 

@@ -27,7 +27,8 @@ def with_model(pipeline, name: str) -> Prior:
 
 def peak_bytes(prior: Prior, count: int, sampling: SamplingConfig) -> int:
     """What sampling so many images held at most, beside what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    # acc_events: without it, torch 2.11 remarks on it.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         prior.sample(None, sampling, list(range(count)))
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0

@@ -24,8 +24,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 FIGURES = DOCS / "reliability.json"
 HEAD = """# Reliability
 
-Made by `make soak` (`python tests/reliability`), which does for hours what the tests do for minutes. A part that finds a
-fault ends there, and its row stays as it was.
+Made by `make soak` (`python tests/reliability`), which does for hours what the tests do for minutes. A part that finds
+a fault ends there, and its row stays as it was.
 
 """
 
