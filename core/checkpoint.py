@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from core.errors import InputError
-from core.files import flush, write_error
+from core.files import flush, read_json, write_error
 from core.model_folder import check_format, file_sha256
 from core.sharding import share_like
 
@@ -99,9 +100,19 @@ class Checkpoints:
 
     @staticmethod
     def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """The tensors of each file, and the state."""
-        tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-        return tensors, json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        """The tensors of each file, and the state.
+
+        Raises:
+            InputError: a file that is no checkpoint's, though the manifest has its hash.
+        """
+        remedy = "put back a copy of this checkpoint, or remove the run's folder to begin anew"
+        tensors = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                tensors[path.stem] = load_file(path)
+            except SafetensorError as error:
+                raise InputError(f"{folder}: {path.name} cannot be read ({error}); {remedy}") from None
+        return tensors, read_json(folder / "state.json", remedy)
 
     def _steps(self) -> list[Path]:
         return sorted(folder for folder in self.folder.glob("step_*") if (folder / MANIFEST).is_file())

@@ -165,9 +165,9 @@ def _describe(schema: type[Section], details: ErrorDetails) -> str:
     if kind == "extra_forbidden":
         known = list(group.model_fields) if group else []
         near = difflib.get_close_matches(path.rpartition(".")[2], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        kind = f" of type {_tag(group)!r}" if _tag(group) else ""
-        return f"{path}: unknown key{kind}; {hint}"
+        here = f"of type {_tag(group)!r} are" if _tag(group) else "here:"
+        hint = f"did you mean {near[0]!r}?" if near else f"known {here} {', '.join(known)}"
+        return f"{path}: unknown key; {hint}"
     if kind == "missing":
         return f"{path}: required, but not given"
     if kind == "union_tag_not_found":

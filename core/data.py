@@ -60,7 +60,7 @@ class DataConfig(Section):
     def _pixels(cls, value: Any) -> Any:
         sides = list(value) if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
         if not all(type(side) is int and 0 < side <= MOST_PIXELS for side in sides):
-            raise ValueError(f"expected pixels such as 32, or [height, width], up to {MOST_PIXELS}, got {value!r}")
+            raise ValueError(f"expected pixels such as 32, or [height, width], got {value!r}")
         return value
 
     @property

@@ -1,13 +1,34 @@
 """Files that are there wholly or not at all: written under another name, then renamed."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-__all__ = ["flush", "replacing", "write_error"]
+from core.errors import InputError
+
+__all__ = ["flush", "read_json", "replacing", "write_error"]
+
+
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: no JSON, or another thing than an object; says what to do about it.
+        FileNotFoundError: no such file.
+    """
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InputError(f"{file}: damaged: not valid JSON ({why}); {remedy}") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{file}: damaged: expected a JSON object, got {type(document).__name__}; {remedy}")
+    return document
 
 
 @contextmanager

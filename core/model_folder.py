@@ -2,31 +2,36 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from core.errors import InputError
-from core.files import replacing
+from core.files import read_json, replacing
 
 __all__ = [
     "FORMAT_VERSION",
     "check_format",
     "file_sha256",
     "fill",
+    "filled",
     "find_model_folder",
     "hash_tensors",
     "load_model_folder",
+    "load_saved_tensors",
     "save_model_folder",
     "write_json",
 ]
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def check_format(version: Any, known: int, where: str | Path) -> None:
@@ -85,22 +90,50 @@ def find_model_folder(path: str | Path) -> Path:
 def load_model_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and the weights of a model folder, or of a run folder's `model/`."""
     folder = find_model_folder(path)
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        file = folder / WEIGHTS
-        state = load_file(file)
-    except FileNotFoundError:
-        raise InputError(f"{folder}: incomplete model folder: {file.name} is missing") from None
-    except (ValueError, SafetensorError) as error:
-        raise InputError(f"{folder}: damaged model folder: {file.name} cannot be read ({error})") from None
-    version = config.pop("format_version", None)
-    if version != FORMAT_VERSION:
-        raise InputError(f"{folder}: written in format {version}, this version of twostage reads {FORMAT_VERSION}")
+    config = read_json(folder / "config.json", "copy the model again")
+    check_format(config.pop("format_version", None), FORMAT_VERSION, folder)
     found = config.pop("kind", None)
     if found != kind:
         raise InputError(f"{folder}: holds a {found}, expected a {kind}")
-    return config, state
+    try:
+        return config, load_file(folder / WEIGHTS)
+    except FileNotFoundError:
+        raise InputError(f"{folder}: incomplete model folder: {WEIGHTS} is missing") from None
+    except (ValueError, OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: damaged model folder: {WEIGHTS} cannot be read ({error})") from None
+
+
+def load_saved_tensors(path: Path) -> Any:
+    """What `torch.save` has written, where it is made of tensors and plain containers alone; on the CPU.
+
+    Raises:
+        UnpicklingError, RuntimeError, EOFError, ValueError: it is something else, which is not run.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch wonders about files that are none of its own
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def filled(build: Callable[[], ModuleT], state: dict[str, Tensor], where: str | Path) -> ModuleT:
+    """What ``build`` returns, with the weights ``state``, in evaluation mode. It is made only if they fit it: a
+    config.json cannot ask for more memory than its weights take.
+
+    Raises:
+        InputError: other names or shapes.
+    """
+    try:
+        with torch.device("meta"):
+            skeleton = build().state_dict()
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise InputError(f"{where}: config.json describes no model ({' '.join(str(error).split())[:200]})") from None
+    wrong = [name for name in skeleton.keys() | state.keys()
+             if name not in skeleton or name not in state or skeleton[name].shape != state[name].shape]  # fmt: skip
+    if wrong:
+        shown = ", ".join(sorted(wrong)[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise InputError(f"{where}: the weights do not fit config.json: {shown}; copy the model again")
+    model = build()
+    fill(model, state, where)
+    return model.eval()
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], where: str | Path) -> None:

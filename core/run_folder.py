@@ -40,10 +40,19 @@ class RunFolder:
     def stored_config(self) -> dict[str, Any] | None:
         """The configuration that the run was started with, or None for a new folder."""
         if self.config_file.is_file():
-            return yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+            return self._read_config()
         if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
             raise InputError(f"run.dir {self.path}: exists and is no run of twostage; choose another run.dir=")
         return None
+
+    def _read_config(self) -> dict[str, Any]:
+        try:
+            document = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise InputError(f"{self.config_file}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(document, dict):
+            raise InputError(f"{self.config_file}: damaged: expected the groups of a configuration, got {document!r}")
+        return document
 
     def check(self, config: Section) -> None:
         """Refuses a configuration that is not the stored one."""

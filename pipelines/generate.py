@@ -4,7 +4,6 @@ accelerate launch -m pipelines.generate runs/PRIOR --num-images 64 --class-name 
 """
 
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +16,8 @@ from tqdm import tqdm
 from core.command import run_command
 from core.config import describe_differences
 from core.errors import InputError
-from core.model_folder import hash_tensors, write_json
+from core.files import read_json
+from core.model_folder import check_format, hash_tensors, write_json
 from core.pictures import save_picture
 from core.processes import join_processes
 from core.stopping import going_on_later
@@ -29,6 +29,8 @@ from stage2_prior.sampling import SamplingConfig
 
 __all__ = ["generate_folder"]
 
+FORMAT_VERSION = 1
+"""Of settings.json; the first ones did not say it."""
 MOST_PICTURED = 80
 
 
@@ -70,7 +72,8 @@ def generate_folder(
     if state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         labels = [names[i % len(names)] for i in range(num_images)] if names else None
-        write_json(out / "settings.json", {**settings, "num_images": num_images, "classes": labels})
+        document = {"format_version": FORMAT_VERSION, **settings, "num_images": num_images, "classes": labels}
+        write_json(out / "settings.json", document)
         (out / "images").mkdir(exist_ok=True)
     state.wait_for_everyone()
 
@@ -108,10 +111,8 @@ def _settings(
 def _check_folder(out: Path, settings: dict[str, Any]) -> None:
     file = out / "settings.json"
     if file.is_file():
-        try:
-            stored = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            raise InputError(f"{file}: damaged: how these images were made is lost; give another --out") from None
+        stored = read_json(file, "how these images were made is lost; give another --out")
+        check_format(stored.get("format_version", 1), FORMAT_VERSION, file)
         differences = describe_differences({key: stored.get(key) for key in settings}, settings)
         if differences:
             raise InputError(

@@ -1,13 +1,14 @@
 """A pipeline on disk: `pipeline.json` beside `tokenizer/` and, where there is one, `prior/`. `pipeline.json` is written
 last and lists every file with its hash, so that a folder that was copied by half is not taken for a whole one."""
 
-import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from core.errors import InputError
-from core.model_folder import file_sha256, write_json
+from core.files import read_json
+from core.model_folder import check_format, file_sha256, write_json
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
 
@@ -71,18 +72,14 @@ def read_pipeline_folder(folder: Path) -> tuple[Autoencoder, Prior | None]:
             f"{folder}: {what}; expected a folder that twostage export wrote, or runs/NAME of a trained model"
         )
     file = folder / DOCUMENT
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise InputError(f"{file}: not valid JSON; save the pipeline again") from None
-    kind = document.get("kind") if isinstance(document, dict) else None
+    document = read_json(file, "save the pipeline again")
+    kind = document.get("kind")
     if kind != "two_stage_pipeline":
         raise InputError(f"{file}: is of the kind {kind!r}, expected 'two_stage_pipeline'")
-    version = document.get("format_version")
-    if version not in (1, FORMAT_VERSION):
-        raise InputError(f"{file}: written in format {version}, this version of twostage reads up to {FORMAT_VERSION}")
+    version: Any = document.get("format_version")
+    check_format(version, FORMAT_VERSION, file)
     hashes = document.get("sha256", {})
-    if not isinstance(hashes, dict):
+    if not isinstance(hashes, dict) or (version > 1 and not hashes):
         raise InputError(f"{file}: `sha256` is no list of files with their hashes; save the pipeline again")
     _check_files(folder, hashes)
     has_prior = version == 1 or "prior/config.json" in hashes
@@ -95,7 +92,7 @@ def _check_files(folder: Path, hashes: dict[str, str]) -> None:
     problems = []
     for name, expected in hashes.items():
         file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name or "\\" in name:
             raise InputError(f"{folder / DOCUMENT}: lists {name!r}, which is no file of this folder; save it again")
         if not file.is_file():
             problems.append(f"{name} is missing")

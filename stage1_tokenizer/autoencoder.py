@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from core.config import Count, Section, Width, parse_config
 from core.errors import InputError
-from core.model_folder import fill, hash_tensors, load_model_folder, save_model_folder
+from core.model_folder import filled, hash_tensors, load_model_folder, save_model_folder
 from core.random import BatchRandom
 from stage1_tokenizer.backbones import BackboneConfig, ConvConfig, build_backbone, factor_of, grid_of
 from stage1_tokenizer.bottleneck_output import BottleneckOutput
@@ -247,9 +247,8 @@ class Autoencoder(nn.Module):
         """Reads a model folder, or a run folder's `model/`; in evaluation mode, on the CPU."""
         document, state = load_model_folder(path, "tokenizer")
         document.pop("hash", None)
-        model = cls(parse_config(AutoencoderConfig, document, f"{path}: config.json"))
-        fill(model, state, path)
-        return model.eval()
+        config = parse_config(AutoencoderConfig, document, f"{path}: config.json")
+        return filled(lambda: cls(config), state, path)
 
     def to_pixels(self, decoded: Tensor) -> Tensor:
         """The decoder's output, pixels or logits, as pixels: in [-1, 1] from logits, else about so; differentiable."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from core.config import Count, Section, parse_config
 from core.errors import InputError
-from core.model_folder import fill, hash_tensors, load_model_folder, save_model_folder
+from core.model_folder import filled, hash_tensors, load_model_folder, save_model_folder
 
 __all__ = ["WIDTHS", "FeatureNetwork", "FeatureNetworkConfig"]
 
@@ -90,9 +90,8 @@ class FeatureNetwork(nn.Module):
     def from_pretrained(cls, path: str | Path) -> "FeatureNetwork":
         """Reads a model folder, or a run folder's `model/`; in evaluation mode, on the CPU."""
         document, state = load_model_folder(path, "features")
-        network = cls(parse_config(FeatureNetworkConfig, document, f"{path}: config.json"))
-        fill(network, state, path)
-        return network.eval()
+        config = parse_config(FeatureNetworkConfig, document, f"{path}: config.json")
+        return filled(lambda: cls(config), state, path)
 
 
 class ResBlock(nn.Module):

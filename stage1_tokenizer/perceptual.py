@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from core.config import Number, PathName, Section
 from core.errors import InputError
+from core.model_folder import load_saved_tensors
 from stage1_tokenizer.feature_network import FeatureNetwork
 
 __all__ = [
@@ -219,7 +220,7 @@ def _fill_trunk(trunk: nn.Module, path: Path) -> None:
     """Loads torchvision's VGG-16; a file with the convolutions alone will do."""
     wanted = f"expected the weights of torchvision's VGG-16, {TRUNK_URL}"
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = load_saved_tensors(path)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise InputError(f"{path}: not a file of weights ({_one_line(error)}); {wanted}") from None
     if not isinstance(stored, dict):

@@ -3,10 +3,9 @@
 `manifest.json` beside memory-mapped arrays, `SPLIT.codes.npy` (n, h, w) uint16 or int32 and `SPLIT.labels.npy` (n,).
 """
 
-import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from core.config import Count, Flag, Section, Size, parse_config
 from core.errors import InputError
+from core.files import read_json
+from core.model_folder import check_format
 
 __all__ = [
     "Augmentation",
@@ -27,6 +28,7 @@ __all__ = [
     "code_statistics",
 ]
 
+FORMAT_VERSION = 1
 _ROWS_AT_ONCE = 4096  # where a whole array is gone through
 
 
@@ -65,7 +67,7 @@ class SplitFiles(Section):
 class Manifest(Section):
     """`manifest.json`: what the codes are and what is known of their distribution."""
 
-    format_version: Literal[1] = 1
+    format_version: Count = FORMAT_VERSION
     tokenizer: TokenizerReference
     source: str
     image_size: tuple[Count, Count]
@@ -152,10 +154,8 @@ class CodeCache:
         if not file.is_file():
             what = "no code cache (manifest.json is missing)" if self.path.exists() else "no such folder"
             raise InputError(f"codes {self.path}: {what}; make one with: twostage encode runs/TOKENIZER --out {path}")
-        try:
-            document = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            raise InputError(f"codes {file}: not valid JSON; encode the images again") from None
+        document = read_json(file, "encode the images again")
+        check_format(document.get("format_version"), FORMAT_VERSION, f"codes {self.path}")
         self.manifest = parse_config(Manifest, document, f"codes {file}")
         self.splits = {name: self._open(files) for name, files in self.manifest.splits.items()}
 

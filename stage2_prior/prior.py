@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from core.config import Count, Number, Section, Share, parse_config
 from core.errors import InputError
-from core.model_folder import fill, load_model_folder, save_model_folder
+from core.model_folder import filled, load_model_folder, save_model_folder
 from core.random import BatchRandom
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
 from stage2_prior.codes import Manifest, TokenizerReference
@@ -280,9 +280,8 @@ class Prior(nn.Module):
     def from_pretrained(cls, path: str | Path) -> "Prior":
         """Reads a model folder, or a run folder's `model/`; in evaluation mode, on the CPU."""
         document, state = load_model_folder(path, "prior")
-        prior = cls(parse_config(PriorConfig, document, f"{path}: config.json"))
-        fill(prior, state, path)
-        return prior.eval()
+        config = parse_config(PriorConfig, document, f"{path}: config.json")
+        return filled(lambda: cls(config), state, path)
 
     def _classes(self, labels: Tensor | None, indices: Tensor) -> Tensor:
         if labels is None or not self.num_classes:

@@ -336,7 +336,7 @@ def test_damaged_models(refused, runs, tmp_path):
     assert "incomplete model folder: model.safetensors is missing" in refused("encode", "run", "--out", "codes")
     weights.write_bytes(whole)
     (tmp_path / "run" / "model" / "config.json").write_text('{"format_version": 1, "ki')
-    assert "damaged model folder: config.json cannot be read" in refused("reconstruct", "run")
+    assert "config.json: damaged: not valid JSON" in refused("reconstruct", "run")
 
 
 def test_damaged_pipelines(refused, runs, tmp_path):

@@ -1,6 +1,5 @@
 """Codes under way: the folder that an interrupted `twostage encode` goes on from."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from accelerate.utils import gather_object
 
 from core.config import describe_differences
 from core.errors import InputError
+from core.files import read_json
 from core.model_folder import write_json
 from pipelines.encoding.image_variants import ImageVariants
 from stage2_prior.codes import Manifest
@@ -58,7 +58,7 @@ class PartialCodes:
         """
         # `codes` has gone where a kill came after the last step but one.
         whole = self.identity_file.is_file() and self.codes.is_dir()
-        stored = json.loads(self.identity_file.read_text(encoding="utf-8")) if whole else None
+        stored = read_json(self.identity_file, f"remove {self.folder} and give the same command") if whole else None
         if stored == self.identity:
             total = sum(split.rows for split in self.splits.values())
             return f"{self.folder}: goes on, {sum(map(self._rows_done, self.splits)):,} of {total:,} rows are there"
@@ -102,8 +102,8 @@ class PartialCodes:
         Flush the codes of a chunk before its byte is set.
         """
         return (
-            np.load(self.codes / f"{name}.codes.npy", mmap_mode="r+"),
-            np.load(self._done_file(name), mmap_mode="r+"),
+            np.load(self.codes / f"{name}.codes.npy", mmap_mode="r+", allow_pickle=False),
+            np.load(self._done_file(name), mmap_mode="r+", allow_pickle=False),
         )
 
     def finish(self, manifest: Manifest) -> None:
@@ -127,7 +127,7 @@ class PartialCodes:
 
     def _rows_done(self, name: str) -> int:
         images, variants = len(self.splits[name].images), self.splits[name].augmentation.variants
-        chunks = np.flatnonzero(np.load(self._done_file(name)))
+        chunks = np.flatnonzero(np.load(self._done_file(name), allow_pickle=False))
         return int(np.minimum(CHUNK, images - CHUNK * chunks).sum()) * variants
 
 

@@ -1,6 +1,5 @@
 """What the evaluations of tokenizers and of priors have in common: rows, lines of the protocol, the table."""
 
-import json
 import math
 import platform
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from core.data import DataConfig, ImageData, ImageSplit
 from core.errors import InputError
+from core.files import read_json
 from core.model_folder import file_sha256, find_model_folder
 
 __all__ = [
@@ -45,7 +45,7 @@ def model_kind(path: str | Path) -> str | None:
         InputError: no model there.
     """
     try:
-        return json.loads((find_model_folder(path) / "config.json").read_text(encoding="utf-8")).get("kind")
+        return read_json(find_model_folder(path) / "config.json", "copy the model again").get("kind")
     except (ValueError, AttributeError):
         return None
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from core.errors import InputError
 from core.images import to_float
-from core.model_folder import file_sha256
+from core.model_folder import file_sha256, load_saved_tensors
 from core.random import seed_for
 from stage1_tokenizer.feature_network import FeatureNetwork
 
@@ -77,7 +77,7 @@ class InceptionFeatures(nn.Module):
         if not path.is_file():
             raise InputError(f"--inception {path}: no such file; expected {wanted}, or give --features runs/NAME")
         try:
-            torch.load(path, map_location="cpu", weights_only=True)  # the library itself would run what is in it
+            load_saved_tensors(path)  # the library itself would run what is in it
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             raise InputError(
                 f"--inception {path}: no file of weights ({_first_line(error)}); expected {wanted}"

@@ -79,11 +79,19 @@ def gather_records(path: str | Path, tokenizer: str | Path | None = None) -> dic
     records = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
     for name, part in parts.items():
         evaluation = records.get(f"evaluation/{name}.json")
-        if evaluation and not _is_of(json.loads(evaluation), name, part):
+        if evaluation and not _can_be_shown(evaluation, name, part, records):
             del records[f"evaluation/{name}.json"]
     if "evaluation/tokenizer.json" not in records:
         records.pop("reconstructions.png", None)
     return records
+
+
+def _can_be_shown(evaluation: bytes, name: str, part: Path, records: dict[str, bytes]) -> bool:
+    """Whether it is a whole evaluation, and of these weights."""
+    try:
+        return _is_of(json.loads(evaluation), name, part) and bool(_figures(name, records))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # written by hand, or cut short
+        return False
 
 
 def _is_of(document: dict[str, Any], name: str, part: Path) -> bool:

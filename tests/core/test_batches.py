@@ -1,5 +1,6 @@
 """The data order is a function of the step, whatever the number of processes."""
 
+import re
 from collections import Counter
 from itertools import islice
 from types import SimpleNamespace
@@ -107,6 +108,9 @@ def test_fewer_samples_than_a_batch():
 
 
 def test_a_batch_that_cannot_be_shared():
-    sentence = "train.batch_size 8: cannot be shared equally by 3 processes x 2 accumulation steps; use a multiple of 6"
+    sentence = re.escape(
+        "train.batch_size 8: cannot be shared equally by 3 processes x 2 parts (train.gradient_accumulation_steps); "
+        "use a multiple of 6"
+    )
     with pytest.raises(InputError, match=f"^{sentence}$"):
         make_batches(processes=3, gradient_accumulation_steps=2)

@@ -104,7 +104,10 @@ def test_all_mistakes_are_told_at_once_with_their_paths():
         ({"copys": 2}, "copys: unknown key; did you mean 'copies'?"),
         ({"zzz": 2}, "zzz: unknown key; known here: run, shape, lr, copies, border, filled, opacity"),
         ({"shape": {"type": "angular", "corner": 3}}, "shape.corner: unknown key; did you mean 'corners'?"),
-        ({"shape": {"type": "angular", "radius": 3}}, "shape.radius: unknown key; known here: type, corners"),
+        (
+            {"shape": {"type": "angular", "radius": 3}},
+            "shape.radius: unknown key; known of type 'angular' are type, corners",
+        ),
         (
             {"shape": {"type": "rund"}},
             "shape.type: got 'rund', expected one of 'round', 'angular'; did you mean 'round'?",
@@ -159,7 +162,7 @@ def test_wrong_union_type_lists_the_types_of_a_tokenizer():
         ("shape.radus=2", "shape.radus: unknown key; did you mean 'radius'?"),
         ("copis=2", "copis: unknown key; did you mean 'copies'?"),
         ("copies=two", "copies: expected a valid integer, got 'two'"),
-        ("shape.type=angular", "shape.radius: unknown key; known here: type, corners"),
+        ("shape.type=angular", "shape.radius: unknown key; known of type 'angular' are type, corners"),
     ],
 )
 def test_mistakes_in_overrides_are_told_like_those_in_files(load, override, mistake):

@@ -56,6 +56,7 @@ def test_settings_say_how(folder, pipeline):
     names = pipeline.class_names
     assert len(settings.pop("weights_sha256")) == 64
     assert settings == {
+        "format_version": 1,
         "tokenizer": pipeline.tokenizer.content_hash(),
         "seed": 3,
         "class_names": None,

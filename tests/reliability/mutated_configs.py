@@ -122,7 +122,7 @@ def _check_one(data: st.DataObject, base: dict[str, Any], name: str, folder: Pat
     if status == 2:
         _check_sentence(said, [key for path in changes for key in _names(document, path, changes[path])])
         return False
-    run_dir = folder / "work" / str(changes.get(("run", "dir"), "run"))
+    run_dir = folder / "work" / _text(changes.get(("run", "dir"), "run"))
     resolved = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     shutil.rmtree(run_dir)
     for path, value in changes.items():
@@ -192,6 +192,11 @@ def _names(document: dict[str, Any], path: tuple[str, ...], value: Any) -> list[
     return [str(path[-1]), *(map(str, group) if isinstance(group, dict) else [])]
 
 
+def _text(value: Any) -> str:
+    """YAML's binary text is text to a configuration."""
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
 def _same(given: Any, found: Any) -> bool:
     """Whether the resolved configuration has what was given, or the default of what was taken away."""
     if given is MISSING:
@@ -204,7 +209,7 @@ def _same(given: Any, found: Any) -> bool:
         return given is found or (given is False and found == "no")  # mixed_precision
     if isinstance(found, int | float) and isinstance(given, int | float | str):
         return float(given) == float(found)
-    return given == found
+    return given == found or (isinstance(given, bytes) and given.decode() == found)
 
 
 def _paths(document: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
