@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint format
+.PHONY: demo test test-lowest soak lint format
 
 # From nothing to generated images in a few minutes: look at runs/demo/ afterwards.
 # DEMO_OPTIONS goes to both trainings, such as train.max_steps=100; another DEMO is another folder.
@@ -17,8 +17,28 @@ demo: $(VENV)/.installed
 	$(BIN)/twostage generate $(DEMO)/prior --num-images 64 --guidance-scale 2 --temperature 0.8 --out $(DEMO)/generated
 	@echo "Look at $(DEMO)/: reconstructions.png, generated/grid.png, tokenizer/losses.png, prior/losses.png"
 
+# Without a network where the system allows it: tests/offline.py.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python tests/offline.py $(BIN)/python $(PYTEST)
+
+# The same with the lowest versions that pyproject.toml allows; their remarks about newer libraries do not count.
+LOWEST := .venv-lowest
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python tests/offline.py $(LOWEST)/bin/python $(PYTEST) \
+	  -W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning -W ignore::FutureWarning
+
+$(LOWEST)/.installed: pyproject.toml
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  extras = p["optional-dependencies"]; all = p["dependencies"] + extras["app"] + extras["export"] + extras["dev"]; \
+	  print("\n".join(line.replace(">=", "==") for line in all if not line.startswith("twostage")))' > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet 'setuptools>=77' -r $(LOWEST)/lowest.txt --editable .
+	touch $@
+
+# Hours: kills, damaged pictures and configurations, memory. Writes docs/reliability.md; PARTS=kills does one of them.
+soak: $(VENV)/.installed-dev
+	$(BIN)/python tests/reliability $(PARTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
