@@ -18,6 +18,7 @@ from core.shapes import draw_shapes
 REPOSITORY = Path(__file__).parents[1]
 TINY = "train.max_steps=4 train.batch_size=8 train.warmup_steps=0 train.validate_every=2 train.checkpoint_every=2"
 MADE = {
+    "docs/reliability.md": ["runs/limited/losses.png"],
     "README.md": [
         "runs/demo/reconstructions.png",
         "runs/demo/generated/grid.png",
