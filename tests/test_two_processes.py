@@ -64,7 +64,8 @@ for name, overrides in runs.items():
     train_tokenizer.train(load_config(train_tokenizer.TokenizerConfig, config, overrides))
     assert PartialState().num_processes == 2
     digest = hashlib.sha256()
-    for key, tensor in trained[0].bottleneck.state_dict().items():  # codebooks and their statistics
+    # The last one: one before it is made to count the weights alone. Codebooks and their statistics:
+    for key, tensor in trained[-1].bottleneck.state_dict().items():
         digest.update(tensor.numpy().tobytes())
     hashes[name] = digest.hexdigest()
 (out / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(hashes))
