@@ -71,7 +71,7 @@ def write_page(known: dict[str, Any]) -> None:
     _, marker, below = text.partition("## How it is checked")
     rows = [ROWS[part](known[part]) for part in ROWS if part in known]
     table = "| what | asked | found | when |\n|---|---|---|---|\n"
-    table += "".join(f"| {' | '.join(row)} | {known[part]['where']}, {known[part]['took_minutes']:.0f} min |\n"
+    table += "".join(f"| {' | '.join(row)} | {known[part]['where']}, {known[part]['took_minutes']:.1f} min |\n"
                      for part, row in zip([part for part in ROWS if part in known], rows, strict=True))  # fmt: skip
     page.write_text(f"{HEAD}{table}\n{marker}{below}", encoding="utf-8")
 
