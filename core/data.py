@@ -287,10 +287,12 @@ def _decode(records: Records, rows: list[int], out: np.ndarray, config: DataConf
         for place in chunk:
             try:
                 with records.open(rows[place]) as image:
-                    findings.modes[image.mode] += 1
-                    findings.sizes[f"{image.width} x {image.height}"] += 1
-                    findings.animated += bool(getattr(image, "is_animated", False))
+                    mode, size = image.mode, f"{image.width} x {image.height}"
+                    animated = bool(getattr(image, "is_animated", False))
                     out[place] = image_to_uint8(image, config.size, config.channels)
+                findings.modes[mode] += 1
+                findings.sizes[size] += 1
+                findings.animated += animated
             except Exception as error:  # a broken file can raise nearly anything in a decoder
                 findings.bad[rows[place]] = _reason(error)
         return findings

@@ -71,6 +71,7 @@ def draw_curves(
         found = [(x["step"], x.get(metric, math.nan)) for x in lines if x["split"] == split]
         points = [(step, value) for step, value in found if math.isfinite(value)]
         if points:
+            style |= {"marker": "o"} if len(points) == 1 else {}  # a line of one point cannot be seen
             axes.plot(*zip(*points, strict=True), label="held out" if split == "val" else "training", **style)
             # The first steps would press everything after them flat.
             losses = torch.tensor([loss for step, loss in points if step >= points[-1][0] * 0.05])
