@@ -22,7 +22,7 @@ from torchvision import transforms
 from benchmarks.reporting import compared, parser, report
 from core.batches import Batches
 from core.config import load_config
-from core.data import ImageSplit, load_images
+from core.data import ImageData, ImageSplit, load_images
 from core.ema import averaged_copy
 from core.images import to_float
 from core.training import TrainingRun, make_optimizer
@@ -77,12 +77,12 @@ def usual_epoch(loader: DataLoader, model: UsualVAE, optimizer: torch.optim.Opti
     return time.perf_counter() - start
 
 
-def our_epochs(config: TokenizerConfig, split: ImageSplit):
+def our_epochs(config: TokenizerConfig, data: ImageData):
     """Yields the seconds of each epoch of the training command's loop."""
-    run = TrainingRun(config)
+    run, split = TrainingRun(config), data.splits["train"]
     accelerator = run.accelerator
     batches = Batches(len(split), config.train, run.seed, accelerator, "images")
-    autoencoder = Autoencoder(autoencoder_config(config, None))
+    autoencoder = Autoencoder(autoencoder_config(config, data))
     averaged = averaged_copy(autoencoder, config.train.ema_decay) if config.train.ema_decay else None
     optimizer = make_optimizer(autoencoder, config.train)
     model, prepared = accelerator.prepare(autoencoder, optimizer)
@@ -111,11 +111,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"run.dir={folder}/run", "run.trackers=[]", f"train.epochs={options.repeats + 1}"]
         config = load_config(TokenizerConfig, CONFIG, overrides)
-        split = load_images(config.data).splits["train"]
-        ours = our_epochs(config, split)
+        data = load_images(config.data)
+        ours = our_epochs(config, data)
         usual, peer = UsualVAE(), []
         optimizer = torch.optim.Adam(usual.parameters(), lr=1e-3)
-        loader = DataLoader(PILDataset(split), batch_size=128, shuffle=True, num_workers=1)
+        loader = DataLoader(PILDataset(data.splits["train"]), batch_size=128, shuffle=True, num_workers=1)
         measured = []
         for _ in range(options.repeats + 1):  # in turns; the first is a warm-up
             measured.append(next(ours))

@@ -4,33 +4,41 @@ Sets that fit ``in_memory_gb`` are decoded once, into one uint8 array; larger on
 they are needed, by threads.
 """
 
-import contextlib
 import hashlib
-import json
-import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+import typer
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from core.config import Count, Flag, Number, PathName, Section, describe_differences
+from core.decoding import Findings, check, decode
 from core.errors import InputError
 from core.fits_memory import check_bytes
-from core.images import image_to_uint8, printable, quiet_decoders
+from core.images import quiet_decoders
+from core.labels import AUTO
+from core.pixel_values import UsedValues, is_grey
+from core.records import Records, Source, shortened
 from core.shapes import CLASS_NAMES, draw_shapes
-from core.sources import Records, Source, find_source, shortened
+from core.sources import find_source
 
-__all__ = ["DataConfig", "ImageData", "ImageSplit", "load_images"]
+__all__ = ["DataConfig", "ImageData", "ImageSplit", "LabelColumnOption", "ValueRangeOption", "load_images"]
 
 MOST_PIXELS = 65_536  # along a side
 NUM_SHAPES = 20_000
+MAX_NAMED = 5
+LabelColumnOption = Annotated[
+    str, typer.Option(help="The column of a table that holds the classes; found by its name by default, null for none.")
+]
+ValueRangeOption = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="BLACK WHITE", help="The files' values that become black and white, such as 0 4095."),
+]
 Share = Annotated[Number, Field(gt=0.0, lt=1.0)]
 
 
@@ -44,6 +52,11 @@ class DataConfig(Section):
     """Pixels: one number for squares, or [height, width]. Other pictures are cropped at their centre, then resized."""
     channels: Literal[1, 3, 4] = 3
     """1 grey, 3 RGB, 4 RGBA."""
+    label_column: Annotated[str, Field(min_length=1)] | None = AUTO
+    """The column of a table that holds the classes; `auto`: the one called `label`, `class` or so; null: no classes."""
+    value_range: tuple[Number, Number] | None = None
+    """The values in the files that become black and white, such as [0, 4095] for 12 bits in 16; null: the range of the
+    files' type, which is 0 to 1 for floats."""
     horizontal_flip: Flag = False
     """Training images are mirrored with probability 1/2."""
     num_images: Count | None = None
@@ -61,6 +74,13 @@ class DataConfig(Section):
         sides = list(value) if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
         if not all(type(side) is int and 0 < side <= MOST_PIXELS for side in sides):
             raise ValueError(f"expected pixels such as 32, or [height, width], got {value!r}")
+        return value
+
+    @field_validator("value_range")
+    @classmethod
+    def _range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not value[0] < value[1]:
+            raise ValueError(f"expected [black, white] with black below white, such as [0, 4095], got {list(value)}")
         return value
 
     @property
@@ -98,7 +118,7 @@ class ImageSplit:
             return self.pixels[rows]
         assert self.records is not None
         out = np.empty((len(rows), self.config.channels, *self.config.size), dtype=np.uint8)
-        if bad := _decode(self.records, rows.tolist(), out, self.config).bad:
+        if bad := decode(self.records, rows.tolist(), out, self.config.value_range).bad:
             row, reason = next(iter(bad.items()))
             raise InputError(
                 f"{self.records.names[row]}: could be read when the run began, and now cannot ({reason}). Nothing was "
@@ -147,6 +167,17 @@ class ImageData:
     modes: Counter[str] = field(default_factory=Counter)
     sizes: Counter[str] = field(default_factory=Counter)
     """How often each mode and size ("width x height") occurs among the files."""
+    values: dict[str, UsedValues] = field(default_factory=dict)
+    """The values that occur in the files, by their type (`8-bit`, `16-bit`, `float` ...)."""
+
+    @property
+    def untrained_classes(self) -> list[str]:
+        """The class names that no training image has."""
+        labels = self.splits["train"].labels
+        if labels is None or self.class_names is None:
+            return []
+        counts = torch.bincount(labels, minlength=len(self.class_names)).tolist()
+        return [name for name, count in zip(self.class_names, counts, strict=True) if not count]
 
     def identity(self) -> dict[str, Any]:
         """What a run remembers of its pictures, as plain JSON."""
@@ -174,8 +205,9 @@ class ImageData:
 
     @property
     def validation_name(self) -> str:
-        """The split that validation reads: `val` where there is one, else `test`."""
-        return "val" if "val" in self.splits else "test"
+        """The split that validation reads: `val` where there is one, else `test`; one with labels where `train` has."""
+        labels, held_out = self.splits["train"].labels, [name for name in ("val", "test") if name in self.splits]
+        return next(name for name in held_out if labels is None or self.splits[name].labels is not None)
 
     @property
     def validation(self) -> ImageSplit:
@@ -192,19 +224,17 @@ def load_images(config: DataConfig) -> ImageData:
         _check_memory(config, config.num_images or NUM_SHAPES)
         return _load_shapes(config)
     quiet_decoders()
-    source = find_source(config.source)
+    source = find_source(config.source, config.label_column)
     _limit_and_hold_out(source, config)
     bytes_needed = sum(map(len, source.splits.values())) * _bytes_each(config)
     in_memory = bytes_needed <= config.in_memory_gb * 1e9
     _check_memory(config, bytes_needed // _bytes_each(config) if in_memory else 1)
-    splits, bad, modes, sizes, animated = {}, [], Counter(), Counter(), 0
+    splits, bad, total = {}, [], Findings()
     for name, records in source.splits.items():
         pixels = np.empty((len(records), config.channels, *config.size), dtype=np.uint8) if in_memory else None
-        found = _check(records, pixels, config)
+        found = check(records, pixels, (config.channels, *config.size), config.value_range)
         bad += [f"{records.names[row]} ({reason})" for row, reason in found.bad.items()]
-        modes += found.modes
-        sizes += found.sizes
-        animated += found.animated
+        total.add(found)
         good = np.array([row for row in range(len(records)) if row not in found.bad], dtype=np.int64)
         if found.bad:
             records, pixels = records.take(good), None if pixels is None else pixels[good]
@@ -213,10 +243,28 @@ def load_images(config: DataConfig) -> ImageData:
     for name, split in splits.items():
         if not len(split):
             raise InputError(f"data.source {config.source}: no readable picture in `{name}`: {shortened(bad)}")
-    source.notices += _describe_modes(modes, config.channels)
-    if animated:
-        source.notices.append(f"{animated} pictures have several frames; the first is used")
-    return ImageData(source.description, splits, source.class_names, source.notices, source.skipped, bad, modes, sizes)
+    _check_values(total.values, config)
+    source.notices += _describe_values(total.values, config)
+    source.notices += _describe_modes(total.modes, config.channels)
+    if total.animated:
+        source.notices.append(f"{total.animated} pictures have several frames; the first is used")
+    data = ImageData(
+        source.description,
+        splits,
+        source.class_names,
+        source.notices,
+        source.skipped,
+        bad,
+        total.modes,
+        total.sizes,
+        total.values,
+    )
+    if untrained := data.untrained_classes:
+        data.notices.append(
+            f"{len(untrained)} of {len(source.class_names or [])} classes have no training image, so no model learns "
+            f"them: {', '.join(untrained[:MAX_NAMED])}{' ...' if len(untrained) > MAX_NAMED else ''}"
+        )
+    return data
 
 
 def _bytes_each(config: DataConfig) -> int:
@@ -246,107 +294,29 @@ def _limit_and_hold_out(source: Source, config: DataConfig) -> None:
     if "train" not in source.splits:
         raise InputError(f"data.source {config.source}: has the splits {list(source.splits)}, expected one named train")
     train = source.splits["train"]
-    if not any(source.splits.get(name) for name in ("val", "test")):
+    held_out = {name: source.splits[name] for name in ("val", "test") if source.splits.get(name)}
+    if not any(train.labels is None or records.labels is not None for records in held_out.values()):
         if len(train) < 2:
             raise InputError(
                 f"data.source {config.source}: holds {len(train)} picture{'s' * (len(train) != 1)}, expected at least "
                 "2: one to train on and one held out"
             )
-        held_out = min(max(1, round(len(train) * config.validation_share)), len(train) - 1)
+        count = min(max(1, round(len(train) * config.validation_share)), len(train) - 1)
         order = np.random.default_rng(0).permutation(len(train))
-        source.splits["val"] = train.take(np.sort(order[:held_out]))
-        train = train.take(np.sort(order[held_out:]))
-        source.notices.append(f"no `val` or `test` split: {held_out} of {len(order)} pictures are held out as `val`")
+        why = " with labels" if held_out else ""
+        source.notices.append(
+            f"no `val` or `test` split{why}: {count} of {len(order)} pictures are held out as `val`"
+            + (
+                f" (in place of {len(held_out['val']):,} without labels, which are not used)"
+                if "val" in held_out
+                else ""
+            )
+        )
+        held_out["val"] = train.take(np.sort(order[:count]))
+        train = train.take(np.sort(order[count:]))
     if config.num_images is not None and config.num_images < len(train):
         train = train.take(np.sort(np.random.default_rng(1).permutation(len(train))[: config.num_images]))
-    source.splits = {"train": train, **{k: v for k, v in source.splits.items() if k in ("val", "test") and len(v)}}
-
-
-# --- decoding -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Findings:
-    bad: dict[int, str] = field(default_factory=dict)  # row -> reason
-    modes: Counter[str] = field(default_factory=Counter)
-    sizes: Counter[str] = field(default_factory=Counter)
-    animated: int = 0
-
-    def add(self, other: "_Findings") -> None:
-        self.bad.update(other.bad)
-        self.modes += other.modes
-        self.sizes += other.sizes
-        self.animated += other.animated
-
-
-def _decode(records: Records, rows: list[int], out: np.ndarray, config: DataConfig) -> _Findings:
-    """Decodes ``rows`` into ``out`` by threads (Pillow works outside the interpreter's lock)."""
-
-    def work(chunk: range) -> _Findings:
-        findings = _Findings()
-        for place in chunk:
-            try:
-                with records.open(rows[place]) as image:
-                    mode, size = image.mode, f"{image.width} x {image.height}"
-                    animated = bool(getattr(image, "is_animated", False))
-                    out[place] = image_to_uint8(image, config.size, config.channels)
-                findings.modes[mode] += 1
-                findings.sizes[size] += 1
-                findings.animated += animated
-            except Exception as error:  # a broken file can raise nearly anything in a decoder
-                findings.bad[rows[place]] = _reason(error)
-        return findings
-
-    threads = min(os.cpu_count() or 1, 8, max(1, len(rows) // 16))
-    chunks = [range(start, len(rows), threads) for start in range(threads)]
-    if threads == 1:
-        return work(chunks[0])
-    total = _Findings()
-    with ThreadPoolExecutor(threads) as pool:
-        for findings in pool.map(work, chunks):
-            total.add(findings)
-    return total
-
-
-def _reason(error: Exception) -> str:
-    """Why a picture cannot be read, in few words on one line."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not a readable picture"
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return "too large: more than 89 million pixels"
-    words = " ".join(printable(str(error)).split())
-    return (words if len(words) < 200 else f"{words[:200]} ...") or type(error).__name__
-
-
-def _check(records: Records, pixels: np.ndarray | None, config: DataConfig) -> _Findings:
-    """Decodes every picture: into ``pixels``, or to see only whether it can be (remembered between runs)."""
-    if pixels is not None:
-        return _decode(records, list(range(len(records))), pixels, config)
-    cache = _scan_cache(records)
-    if cache.is_file():
-        stored = json.loads(cache.read_text(encoding="utf-8"))
-        bad = {int(row): reason for row, reason in stored["bad"].items()}
-        return _Findings(bad, Counter(stored["modes"]), Counter(stored["sizes"]), stored["animated"])
-    findings = _Findings()
-    for start in range(0, len(records), 1024):
-        rows = list(range(start, min(start + 1024, len(records))))
-        out = np.empty((len(rows), config.channels, *config.size), dtype=np.uint8)
-        findings.add(_decode(records, rows, out, config))
-    with contextlib.suppress(OSError):  # a home that cannot be written to costs the next run another check
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(vars(findings)), encoding="utf-8")
-        partial.replace(cache)
-    return findings
-
-
-def _scan_cache(records: Records) -> Path:
-    digest = hashlib.sha256(f"2 {len(records)} {records.version}".encode())
-    for file in records.files or []:
-        stat = file.stat()
-        digest.update(os.fsencode(file.absolute()) + f"|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
-    root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return root / "twostage" / "scans" / f"{digest.hexdigest()[:32]}.json"
+    source.splits = {"train": train, **held_out}
 
 
 def _report_bad(bad: list[str], source: Source, config: DataConfig) -> None:
@@ -361,9 +331,42 @@ def _report_bad(bad: list[str], source: Source, config: DataConfig) -> None:
     source.notices.append(f"{len(bad)} unreadable pictures are skipped: {shown}")
 
 
+def _check_values(values: dict[str, UsedValues], config: DataConfig) -> None:
+    """Refuses values of which a range has to be given: floats outside of 0 to 1, and integers that would all be one
+    shade."""
+    for kind, used in values.items():
+        low, high = config.value_range or used.type_range
+        found = f"{used.images:,} pictures hold {kind} values from {used.low:g} to {used.high:g}"
+        remedy = f"set data.value_range=[{used.low:g}, {used.high:g}], or the whole range that they are meant in"
+        if config.value_range is None and used.outside(None):
+            raise InputError(f"data.source {config.source}: {found}, expected floats from 0 to 1; {remedy}")
+        if used.hidden(config.value_range) and used.high > used.low:
+            raise InputError(
+                f"data.source {config.source}: {found}, which are all one shade in the range from {low:g} to {high:g}; "
+                f"{remedy}"
+            )
+
+
+def _describe_values(values: dict[str, UsedValues], config: DataConfig) -> list[str]:
+    notices = []
+    for kind, used in values.items():
+        low, high = config.value_range or used.type_range
+        found = f"{used.images:,} pictures hold {kind} values from {used.low:g} to {used.high:g}"
+        if used.little(config.value_range):
+            notices.append(
+                f"{found}, little of the range from {low:g} to {high:g}: they will look dark, bright or flat. If they "
+                f"are meant in another range, set data.value_range=[{used.low:g}, {used.high:g}]"
+            )
+        elif used.outside(config.value_range):
+            notices.append(f"{found}; those outside of data.value_range=[{low:g}, {high:g}] are clipped")
+        if used.with_nan:
+            notices.append(f"{used.with_nan:,} pictures hold values that are no numbers (NaN), which become black")
+    return notices
+
+
 def _describe_modes(modes: Counter[str], channels: int) -> list[str]:
     total = sum(modes.values())
-    grey = sum(count for mode, count in modes.items() if mode in ("1", "L", "LA", "I", "I;16", "F"))
+    grey = sum(count for mode, count in modes.items() if is_grey(mode))
     if channels > 1 and grey:
         return [f"{grey} of {total} pictures are grey and are repeated over the colours (data.channels={channels})"]
     if channels == 1 and grey < total:

@@ -3,12 +3,14 @@
 import os
 import warnings
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from core.pixel_values import UsedValues, ValueRange, is_wide, pixel_values, scaled_to_8_bits, value_type, white_is_zero
 
 __all__ = ["image_to_uint8", "open_picture", "printable", "quiet_decoders", "to_float", "to_pil", "to_uint8"]
 
@@ -47,25 +49,50 @@ def printable(name: str | os.PathLike[str]) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def image_to_uint8(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
+def image_to_uint8(
+    image: Image.Image,
+    size: tuple[int, int],
+    channels: int,
+    value_range: ValueRange | None = None,
+    used: dict[str, UsedValues] | None = None,
+) -> np.ndarray:
     """Brings any picture to (channels, H, W) uint8: EXIF orientation applied, mode converted, cropped at its centre to
     the wanted shape and resized (Lanczos, antialiased) to ``size`` = (H, W).
 
-    Transparent pictures are laid on white when ``channels`` is below 4; 16-bit grey is scaled to 8 bits.
+    Transparent pictures are laid on white when ``channels`` is below 4.
+
+    Args:
+        value_range: the values that become black and white; None: the range of the file's type (`value_type`).
+        used: gets the values that occur, by type.
     """
+    (kind, type_range), inverted = value_type(image), white_is_zero(image)
+    values = UsedValues(type_range, images=1)
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        wide = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        scale = 257.0 if image.mode.startswith("I;16") or wide.max() > 255 else 1.0
-        image = Image.fromarray(np.clip(wide / scale, 0, 255).round().astype(np.uint8))
     transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-    if transparent and channels < 4:
+    if is_wide(image):
+        wide = pixel_values(image)
+        finite = wide[np.isfinite(wide)] if kind == "float" else wide
+        values.with_nan = int(len(finite) < wide.size and bool(np.isnan(wide).any()))
+        if finite.size:
+            values.low, values.high = float(finite.min()), float(finite.max())
+        pixels = scaled_to_8_bits(wide, value_range or type_range)
+        image = Image.fromarray(255 - pixels if inverted else pixels)
+    elif transparent and channels < 4:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert(MODES[channels])
+    if kind == "8-bit":
+        extremes: Any = image.getextrema()  # a pair, or one for each channel
+        colours = [extremes] if channels == 1 else extremes[:3]
+        values.low, values.high = float(min(low for low, _ in colours)), float(max(high for _, high in colours))
+        if value_range:
+            table = scaled_to_8_bits(np.arange(256), value_range).tolist()
+            image = image.point(table * min(channels, 3) + list(range(256)) * (channels == 4))
     height, width = size
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    if used is not None:
+        used.setdefault(kind, UsedValues(type_range)).add(values)
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 

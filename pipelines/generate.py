@@ -59,7 +59,7 @@ def generate_folder(
     settings = _settings(pipeline, class_names, seed, sampling) | {"file_format": file_format}
     _check_folder(out, settings)
     state.wait_for_everyone()  # nobody writes before all have looked
-    files = image_files(file_format, out / "images", pipeline.image_size, pipeline.channels, pipeline.class_names)
+    files = image_files(file_format, out / "images", pipeline.image_size, pipeline.channels, pipeline.label_names)
     decided: list[Any] = [None, None]  # by one for all: what is missing, and how many images fit the memory
     if state.is_main_process:
         fitting = batch_size or fitting_batch_size(pipeline.prior, sampling, pipeline.device)

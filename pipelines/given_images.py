@@ -10,6 +10,7 @@ from torch import Tensor
 
 from core.errors import InputError
 from core.images import image_to_uint8, open_picture
+from core.pixel_values import UsedValues, ValueRange
 from pipelines.edits import MASK_NAMES, named_mask
 
 __all__ = ["MOST_BYTES", "MOST_PIXELS", "describe_conversion", "open_image", "read_image", "read_mask"]
@@ -61,14 +62,27 @@ def describe_conversion(image: Image.Image, size: tuple[int, int], channels: int
     return "; ".join(words) or None
 
 
-def read_image(path: str | Path, size: tuple[int, int], channels: int) -> tuple[Tensor, str | None]:
+def read_image(
+    path: str | Path, size: tuple[int, int], channels: int, value_range: ValueRange | None = None
+) -> tuple[Tensor, str | None]:
     """A picture as a model sees it, (channels, *size) uint8, and what was changed about it, in words, or None.
+
+    Args:
+        value_range: the values that are black and white to the model; None: the range of the file's type.
 
     Raises:
         InputError: those of :func:`open_image`.
     """
     image = ImageOps.exif_transpose(open_image(path))
-    pixels = np.array(image_to_uint8(image, size, channels))
+    used: dict[str, UsedValues] = {}
+    pixels = np.array(image_to_uint8(image, size, channels, value_range, used))
+    for kind, values in used.items():
+        if value_range is None and (values.outside(None) or values.hidden(None)):
+            low, high = values.type_range
+            raise InputError(
+                f"{path}: holds {kind} values from {values.low:g} to {values.high:g}, which the range from {low:g} to "
+                f"{high:g} cannot show; save it with 8 bits, or train the model with data.value_range"
+            )
     return torch.from_numpy(pixels), describe_conversion(image, size, channels)
 
 

@@ -9,7 +9,8 @@ import typer
 
 from core.command import run_command
 from core.config import parse_config
-from core.data import DataConfig, ImageData, load_images
+from core.data import DataConfig, ImageData, LabelColumnOption, ValueRangeOption, load_images
+from core.labels import AUTO
 from core.model_folder import write_json
 from core.pictures import contact_sheet, save_picture
 from core.sources import first_form
@@ -30,8 +31,14 @@ def inspect_data(config: DataConfig, out: Path) -> ImageData:
             counts = torch.bincount(split.labels, minlength=len(data.class_names)).tolist()
             shown = ", ".join(f"{c} {n:,}" for c, n in list(zip(data.class_names, counts, strict=True))[:20])
             print(f"    classes: {shown}{' ...' if len(counts) > 20 else ''}")
+        elif data.class_names:
+            print("    no labels")
     print(f"  sizes (width x height): {_most_common(data.sizes)}")
     print(f"  modes: {_most_common(data.modes)}")
+    for kind, used in data.values.items():
+        low, high = config.value_range or used.type_range
+        found = f"{kind}, {used.low:g} to {used.high:g} in {used.images:,} pictures"
+        print(f"  values: {found}; {low:g} becomes black, {high:g} white")
     for line in data.notices:
         print(f"  {line}")
     for kind, names in {"unreadable": data.bad, "left out": data.skipped}.items():
@@ -61,6 +68,8 @@ def describe(data: ImageData) -> dict[str, Any]:
         "class_names": data.class_names,
         "sizes": dict(data.sizes),
         "modes": dict(data.modes),
+        "values": {kind: vars(used) for kind, used in data.values.items()},
+        "untrained_classes": data.untrained_classes,
         "notices": data.notices,
     }
 
@@ -74,6 +83,8 @@ def command(
     data: Annotated[str, typer.Argument(help="shapes, a folder, parquet files, a name, or owner/name.")],
     image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; the first picture's by default.")] = None,
     channels: Annotated[int | None, typer.Option(help="1, 3 or 4; the first picture's by default.")] = None,
+    label_column: LabelColumnOption = AUTO,
+    value_range: ValueRangeOption = None,
     out: Annotated[Path, typer.Option(help="The contact sheet.")] = Path("inspect.png"),
     json_file: Annotated[
         Path | None, typer.Option("--json", help="A file for all of it: what is used, what is skipped and why.")
@@ -85,6 +96,8 @@ def command(
         "source": data,
         "image_size": image_size or list(size),
         "channels": channels or found_channels,
+        "label_column": None if label_column == "null" else label_column,
+        "value_range": value_range,
     }
     data_found = inspect_data(parse_config(DataConfig, document, "the options"), out)
     if json_file:

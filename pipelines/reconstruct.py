@@ -93,7 +93,8 @@ def read_images(files: list[Path], tokenizer: Autoencoder) -> Tensor:
     """Pictures in the tokenizer's form, (n, C, H, W) uint8; it is printed what was changed about them."""
     images = []
     for file in files:
-        image, changed = read_image(file, tokenizer.config.image_size, tokenizer.config.channels)
+        config = tokenizer.config
+        image, changed = read_image(file, config.image_size, config.channels, config.value_range)
         images.append(image)
         if changed:
             print(f"{file}: {changed}")

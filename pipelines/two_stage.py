@@ -77,11 +77,21 @@ class TwoStagePipeline:
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval() if prior else None
 
     @property
+    def _conditional(self) -> Prior | Autoencoder | None:
+        """The model that is given the class."""
+        return self.prior or (self.tokenizer if self.tokenizer.class_conditional else None)
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """The class of each label, by number; None where there are no classes."""
+        return self._conditional.config.class_names if self._conditional else None
+
+    @property
     def class_names(self) -> list[str] | None:
-        """What images can be asked for; None where there are no classes."""
-        if self.prior:
-            return self.prior.config.class_names
-        return self.tokenizer.config.class_names if self.tokenizer.class_conditional else None
+        """The classes that images can be asked for: those that had training images; None where there are no classes."""
+        if not self._conditional or not self.label_names:
+            return None
+        return [name for name in self.label_names if name not in self._conditional.config.untrained_classes]
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -180,17 +190,22 @@ class TwoStagePipeline:
         Raises:
             InputError: a name that is not there; the valid ones are listed.
         """
-        known = self.class_names
-        if not known:
+        known, every = self.class_names, self.label_names
+        if not known or not every:
             if class_names:
                 raise InputError(f"class name {class_names[0]!r}: this model was trained without classes")
             return None
         for name in class_names or []:
+            if name in every and name not in known:
+                raise InputError(
+                    f"class name {name!r}: no training image was of this class, so the model has not learned it; "
+                    f"expected one of: {', '.join(known)}"
+                )
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise InputError(f"class name {name!r}: not a class of this model{hint} It knows: {', '.join(known)}")
-        return [known.index(name) for name in class_names or known]
+        return [every.index(name) for name in class_names or known]
 
     def check_sampling(self, sampling: SamplingConfig) -> None:
         """Refuses settings that this pipeline cannot sample with.
@@ -336,11 +351,12 @@ class TwoStagePipeline:
         return PipelineOutput(pixels, None, labels)
 
     def _check_labels(self, labels: list[int]) -> None:
-        count = len(self.class_names or [])
-        if not count:
+        names = self.label_names
+        if not names:
             raise InputError(f"labels {labels}: this model was trained without classes; leave them out")
-        if not labels or not all(0 <= label < count for label in labels):
-            raise InputError(f"labels {labels}: expected numbers from 0 to {count - 1}")
+        if not labels or not all(0 <= label < len(names) for label in labels):
+            raise InputError(f"labels {labels}: expected numbers from 0 to {len(names) - 1}")
+        self.labels_for([names[label] for label in labels])
 
     @torch.no_grad()
     def generate(

@@ -62,6 +62,10 @@ class AutoencoderConfig(Section):
     channels: Count
     class_names: list[str] | None = None
     """Of the data that it was trained on."""
+    untrained_classes: tuple[str, ...] = ()
+    """Those of them that had no training image."""
+    value_range: tuple[float, float] | None = None
+    """The values in image files that became black and white (`data.value_range`)."""
     model: ModelConfig
     loss: LossConfig
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from core.batches import Batches
 from core.command import run_command
 from core.config import Count, RunConfig, Section, Size, parse_config
-from core.data import DataConfig, ImageData, ImageSplit, load_images
+from core.data import DataConfig, ImageData, ImageSplit, LabelColumnOption, ValueRangeOption, load_images
 from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
 from core.errors import InputError
 from core.images import to_float
+from core.labels import AUTO
 from core.sources import first_form
 from core.stopping import TimeLimitOption, going_on_later
 from core.train_config import TrainConfig
@@ -130,7 +131,7 @@ def check_labels(data: ImageData, source: str) -> list[str]:
     if data.class_names is None or any(split.labels is None for split in (data.splits["train"], data.validation)):
         raise InputError(
             f"data.source {source}: its pictures have no labels, and a feature network learns by telling classes "
-            "apart; give one folder a class, or a table with a column `label`, such as mnist, cifar10 or shapes"
+            "apart; give one folder a class, or a table with a column of classes (--label-column)"
         )
     if len(data.class_names) < 2:
         raise InputError(
@@ -173,6 +174,8 @@ def features_config(
     horizontal_flip: bool = False,
     seed: int = 0,
     width: int = WIDTHS[0],
+    label_column: str = AUTO,
+    value_range: tuple[float, float] | None = None,
 ) -> FeaturesTrainingConfig:
     """The recipe that the command's options fill in; the form of the images is the first one's by default."""
     size, found_channels = first_form(data)
@@ -182,6 +185,8 @@ def features_config(
             "source": data,
             "image_size": image_size or list(size),
             "channels": channels or found_channels,
+            "label_column": label_column,
+            "value_range": value_range,
             "horizontal_flip": horizontal_flip,
         },
         "widths": [width, 2 * width, 4 * width],
@@ -211,6 +216,8 @@ def command(
     width: Annotated[
         int, typer.Option(min=1, help="Channels at the full resolution, doubled at both others.")
     ] = WIDTHS[0],
+    label_column: LabelColumnOption = AUTO,
+    value_range: ValueRangeOption = None,
     dry_run: DryRunOption = False,
     time_limit: TimeLimitOption = None,
     json_file: JsonOption = None,
@@ -218,7 +225,9 @@ def command(
     """Train a feature network: for perceptual losses, Frechet distances, class accuracy. The same command resumes."""
     check_json(dry_run, json_file)
     out = out or Path("runs") / f"features_{Path(data).resolve().stem}"
-    config = features_config(data, out, image_size, channels, epochs, batch_size, horizontal_flip, seed, width)
+    config = features_config(
+        data, out, image_size, channels, epochs, batch_size, horizontal_flip, seed, width, label_column, value_range
+    )
     with going_on_later():
         run = train(config, dry_run, time_limit)
     finish_dry_run(run, json_file)

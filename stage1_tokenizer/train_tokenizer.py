@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from core.batches import Batches
 from core.command import run_command
 from core.config import PathName, RunConfig, Section, describe_differences, load_config
-from core.data import DataConfig, ImageSplit, load_images
+from core.data import DataConfig, ImageData, ImageSplit, load_images
 from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
 from core.ema import averaged_copy
 from core.errors import InputError
@@ -91,12 +91,14 @@ class TokenizerConfig(Section):
         return self
 
 
-def autoencoder_config(config: TokenizerConfig, class_names: list[str] | None) -> AutoencoderConfig:
-    """What of a training's configuration the trained model keeps."""
+def autoencoder_config(config: TokenizerConfig, data: ImageData) -> AutoencoderConfig:
+    """What the trained model keeps of a training's configuration and of its data."""
     return AutoencoderConfig(
         image_size=config.data.size,
         channels=config.data.channels,
-        class_names=class_names,
+        class_names=data.class_names,
+        untrained_classes=tuple(data.untrained_classes),
+        value_range=config.data.value_range,
         model=config.model,
         loss=config.loss,
     )
@@ -134,12 +136,12 @@ def train(
 
     # 2. The model, its average, its opponent, their optimizers.
     check_model(
-        lambda: Autoencoder(autoencoder_config(config, data.class_names)),
+        lambda: Autoencoder(autoencoder_config(config, data)),
         config.model.model_dump(),
         "model",
         accelerator.device,
     )
-    autoencoder = Autoencoder(autoencoder_config(config, data.class_names)).to(accelerator.device)
+    autoencoder = Autoencoder(autoencoder_config(config, data)).to(accelerator.device)
     if config.train.parts == "decoder":
         autoencoder.encoder.requires_grad_(False)
         autoencoder.bottleneck.requires_grad_(False)

@@ -163,6 +163,15 @@ class CodeCache:
     def validation(self) -> CodeSplit:
         return self.splits[self.manifest.validation_split]
 
+    @property
+    def untrained_classes(self) -> list[str]:
+        """The class names that no row of the training split has."""
+        names, labels = self.manifest.class_names, self.splits["train"].labels
+        if names is None or labels is None:
+            return []
+        counts = np.bincount(labels, minlength=len(names))
+        return [name for name, count in zip(names, counts, strict=True) if not count]
+
     def check_codes(self) -> None:
         """Reads all codes and labels once; labels count only where the manifest names classes.
 

@@ -17,7 +17,7 @@ from core.errors import InputError
 from core.model_folder import filled, load_model_folder, save_model_folder
 from core.random import BatchRandom
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
-from stage2_prior.codes import Manifest, TokenizerReference
+from stage2_prior.codes import CodeCache, TokenizerReference
 from stage2_prior.fast_linear import check_weights
 from stage2_prior.masked_transformer import MaskedTransformer, MaskedTransformerConfig
 from stage2_prior.pixelcnn import PixelCNN, PixelCNNConfig
@@ -51,6 +51,8 @@ class PriorConfig(Section):
     codebook_size: Count
     grid: tuple[Count, Count]
     class_names: list[str] | None
+    untrained_classes: tuple[str, ...] = ()
+    """Those of them that had no training image."""
     image_size: tuple[Count, Count]
     channels: Count
     tokenizer: TokenizerReference
@@ -68,14 +70,16 @@ class PriorOutput:
     """Scalars by name, `loss` among them, detached."""
 
 
-def prior_config(model: PriorModelConfig, loss: PriorLossConfig, manifest: Manifest) -> PriorConfig:
-    """The stored configuration of a prior that is trained on the codes of ``manifest``."""
+def prior_config(model: PriorModelConfig, loss: PriorLossConfig, cache: CodeCache) -> PriorConfig:
+    """The stored configuration of a prior that is trained on the codes of ``cache``."""
+    manifest = cache.manifest
     return PriorConfig(
         model=model,
         loss=loss,
         codebook_size=manifest.codebook_size,
         grid=manifest.grid,
         class_names=manifest.class_names,
+        untrained_classes=tuple(cache.untrained_classes),
         image_size=manifest.image_size,
         channels=manifest.channels,
         tokenizer=manifest.tokenizer,

@@ -83,7 +83,7 @@ def train(
     batches = Batches(len(split), config.train, run.seed, accelerator, "code grids")
 
     # 2. The model, its average, its optimizer.
-    form = prior_config(config.model, config.loss, cache.manifest)
+    form = prior_config(config.model, config.loss, cache)
     shares = accelerator.num_processes if run.units_to_shard else 1
     check_model(lambda: Prior(form), config.model.model_dump(), "model", accelerator.device, shares)
     prior = Prior(form).to(accelerator.device)
@@ -193,6 +193,11 @@ def describe_codes(cache: CodeCache, run: TrainingRun[PriorTrainingConfig]) -> f
     run.say(
         f"baselines in nats per code, held out: uniform {math.log(manifest.codebook_size):.4f}, unigram {baseline:.4f}"
     )
+    if untrained := cache.untrained_classes:
+        run.say(
+            f"{len(untrained)} of {len(manifest.class_names or [])} classes have no training image, so the prior does "
+            f"not learn them: {', '.join(untrained)}"
+        )
     return baseline
 
 

@@ -182,7 +182,7 @@ def compare_models(
     data, state = load_images(config), join_processes()
     for model in models:
         names = model.tokenizer.config.class_names if model.tokenizer.class_conditional else None
-        names = model.pipeline.class_names if model.pipeline else names
+        names = model.pipeline.label_names if model.pipeline else names
         if names and names != data.class_names:
             raise InputError(
                 f"{model.path}: was trained on the classes {names}, data.source {config.source} has "

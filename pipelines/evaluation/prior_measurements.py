@@ -263,7 +263,7 @@ def measure_samples(
         return found
 
     # 2. What the network makes of them.
-    problem = class_problem(network, pipeline.class_names)
+    problem = class_problem(network, pipeline.label_names)
     labels = None if cycle is None else torch.tensor(cycle)[torch.arange(num_samples) % len(cycle)]
     if problem:
         found.missing["class_accuracy"] = problem

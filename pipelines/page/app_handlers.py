@@ -70,7 +70,8 @@ class Handlers:
         """
         name = Path(path).name
         try:
-            pixels, changed = read_image(path, self.pipeline.image_size, self.pipeline.channels)
+            config = self.pipeline.tokenizer.config
+            pixels, changed = read_image(path, config.image_size, config.channels, config.value_range)
         except InputError as error:
             raise InputError(str(error).replace(path, name)) from None
         return Picture(pixels, note=f"{name}: {changed or 'taken as it is'}.")
@@ -81,7 +82,7 @@ class Handlers:
         """Pictures of a class, or of `ALL_CLASSES` in turn (so does None)."""
         chosen = None if class_name in (None, ALL_CLASSES) else [class_name]
         output = self.pipeline(num_images, chosen, seed=_seed(seed), output_type="pt", callback=callback, **sampling)
-        known = self.pipeline.class_names
+        known = self.pipeline.label_names
         names = [known[label] if known else None for label in output.labels or [0] * num_images]
         return [Picture(*pair) for pair in zip(output.images, names, strict=True)]
 

@@ -50,9 +50,9 @@ def reopened(image: Image.Image, form: str, **options: object) -> Image.Image:
         ("I;16", 257 * 77, 1, [77]),
         ("I;16", 200, 1, [1]),
         ("I;16", 65535, 3, [255, 255, 255]),
-        ("I", 257 * 77, 1, [77]),
-        ("I", 77, 1, [77]),
-        ("F", 77.4, 1, [77]),
+        ("I;16B", 257 * 77, 1, [77]),
+        ("I", 0, 1, [128]),
+        ("F", 77.4 / 255, 1, [77]),
     ],
 )
 def test_modes(mode, colour, channels, expected):

@@ -9,6 +9,7 @@ from torch import nn
 from core.errors import InputError
 from core.model_folder import save_model_folder
 from core.random import BatchRandom
+from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Prior, prior_config, replace_codes
 from stage2_prior.sampling import SamplingConfig, image_seeds
 
@@ -302,7 +303,8 @@ def test_the_stored_config_is_what_the_codes_are(tiny_prior, write_codes, random
     labels = {name: codes[:, 0, 0] % 2 for name, codes in splits.items()}
     manifest = write_codes(tmp_path / "codes", splits, 5, PETS, labels)
     prior = tiny_prior()
-    config = prior_config(prior.config.model, prior.config.loss, manifest)
+    config = prior_config(prior.config.model, prior.config.loss, CodeCache(tmp_path / "codes"))
+    assert config.untrained_classes == ()
     assert (config.codebook_size, config.grid, config.class_names) == (5, (2, 3), PETS)
     assert (config.image_size, config.channels, config.tokenizer) == ((8, 8), 3, manifest.tokenizer)
     assert config.unigram_nats_per_code == manifest.unigram_nats_per_code["val"]

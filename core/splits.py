@@ -1,0 +1,28 @@
+"""How the splits of a dataset are spelled in the names of folders, files and Hugging Face splits."""
+
+import re
+
+__all__ = ["HELD_OUT", "SPLIT_WORDS", "exact_split", "spelled_splits"]
+
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "val": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""The words of each split, the same as in Hugging Face's `datasets.data_files.SPLIT_KEYWORDS`."""
+HELD_OUT = {"val", "test"}
+_SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+
+
+def exact_split(name: str) -> str | None:
+    """The split (`train`, `val`, `test`) that ``name`` is a word for: `Validation` is `val`; None for other names."""
+    return _SPLIT_OF.get(name.casefold())
+
+
+def spelled_splits(name: str) -> set[str]:
+    """The splits whose words occur in ``name``, between digits and any of `-._ `, as `datasets` reads names.
+
+    `my-dev_2.parquet` gives {`val`}, `train_vs_test` two splits, `testimony` none.
+    """
+    words = re.split(r"[-._\s0-9]+", name.casefold())
+    return {_SPLIT_OF[word] for word in words if word in _SPLIT_OF}
