@@ -359,8 +359,8 @@ def _describe_values(values: dict[str, UsedValues], config: DataConfig) -> list[
             )
         elif used.outside(config.value_range):
             notices.append(f"{found}; those outside of data.value_range=[{low:g}, {high:g}] are clipped")
-        if used.with_nan:
-            notices.append(f"{used.with_nan:,} pictures hold values that are no numbers (NaN), which become black")
+        if used.not_finite:
+            notices.append(f"{used.not_finite:,} pictures hold values that are NaN or infinite: NaN becomes black")
     return notices
 
 

@@ -70,9 +70,9 @@ def image_to_uint8(
     image = ImageOps.exif_transpose(image)
     transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     if is_wide(image):
-        wide = pixel_values(image)
+        wide = pixel_values(image, kind)
         finite = wide[np.isfinite(wide)] if kind == "float" else wide
-        values.with_nan = int(len(finite) < wide.size and bool(np.isnan(wide).any()))
+        values.not_finite = int(finite.size < wide.size)
         if finite.size:
             values.low, values.high = float(finite.min()), float(finite.max())
         pixels = scaled_to_8_bits(wide, value_range or type_range)

@@ -115,7 +115,7 @@ def read_labels(
         found = [-1 if value is None else index.get(value, index.get(str(value), -2)) for value in rows]
         labels[split] = _checked(np.array(found, dtype=np.int64), rows, names, column, f"{origin}: `{split}`")
     total = sum(map(len, labelled.values()))
-    if len(names) > max(2, total // 2):
+    if len(names) > max(MAX_NAMED, total // 2):
         notices.append(
             f"the column {column!r} gives {len(names):,} classes to {total:,} images: is it a number of each image? "
             f"If so, {REMEDY}"

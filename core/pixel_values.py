@@ -54,10 +54,10 @@ def value_type(image: Image.Image) -> tuple[str, ValueRange]:
     return f"{'signed ' if signed else ''}{bits}-bit", (low, high)
 
 
-def pixel_values(image: Image.Image) -> np.ndarray:
-    """The values of a wide image as its file has them, (H, W) float64."""
+def pixel_values(image: Image.Image, kind: str) -> np.ndarray:
+    """The values of a wide image of the type ``kind`` (`value_type`) as its file has them, (H, W) float64."""
     values = np.asarray(image)
-    if image.mode == "I" and value_type(image)[0] == "32-bit":
+    if kind == "32-bit":
         values = values.view(np.uint32)  # Pillow reads them as signed ones
     return values.astype(np.float64)
 
@@ -82,13 +82,13 @@ class UsedValues:
     images: int = 0
     low: float = float("inf")
     high: float = float("-inf")
-    with_nan: int = 0
-    """Images in which some pixels are no numbers."""
+    not_finite: int = 0
+    """Images in which some pixels are NaN or infinite."""
 
     def add(self, other: "UsedValues") -> None:
         """Counts the images of ``other`` too."""
         self.images += other.images
-        self.with_nan += other.with_nan
+        self.not_finite += other.not_finite
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
 
     def hidden(self, value_range: ValueRange | None) -> bool:

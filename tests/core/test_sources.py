@@ -114,8 +114,8 @@ def test_other_files_and_hidden_ones_are_named(pictures):
         (("cat/0.png", "cat/test/1.png"), "{root}: holds the split test and also pictures that are in none of these; "),
         (("val/cat/0.png", "test/cat/1.png"), "{root}: has the splits ['test', 'val'], expected one named train"),
     ],
-    ids=["mixed", "class only in test", "test is flat", "train is flat", "train among classes", "held out among classes",
-         "held out below a class", "no train"],
+    ids=["mixed", "class only in test", "test is flat", "train is flat", "train among classes",
+         "held out among classes", "held out below a class", "no train"],
 )  # fmt: skip
 def test_ambiguous_folder_is_refused(pictures, names, sentence):
     root = pictures(*names)
