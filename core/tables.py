@@ -29,15 +29,18 @@ _SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 
 
 def find_tables(content: FolderContent) -> list[Path]:
-    """The tables of a folder that is a dataset of tables, relative to it: those directly in it, else, where it holds no
-    pictures, those below it; not what `datasets` keeps in `cache-*.arrow`."""
+    """The tables of a folder that is a dataset of tables, relative to it: those directly in it, and those below it
+    where none of the former is called by a split; [] where the only tables lie among pictures. `cache-*.arrow` does not
+    count: `datasets` keeps copies there."""
     found = [
         path
         for path, reason in sorted(content.skipped.items())
         if path.suffix in TABLE_SUFFIXES and reason != "hidden" and not path.name.startswith("cache-")
     ]
     directly = [path for path in found if len(path.parts) == 1]
-    return directly or ([] if content.pictures else found)
+    if content.pictures and not directly:
+        return []
+    return directly if any(spelled_splits(_shard_name(path)) for path in directly) else found
 
 
 def read_tables(root: Path, files: list[Path], wanted_label: str | None, content: FolderContent | None) -> Source:

@@ -70,6 +70,9 @@ def generate_folder(
     size = files.part_size(at_once)
     parts = [range(k * size, min((k + 1) * size, num_images)) for k in sorted({number // size for number in missing})]
     if state.is_main_process:
+        untrained = [name for name in pipeline.label_names or [] if name not in (pipeline.class_names or [])]
+        if untrained and not class_names:
+            print(f"no images of the classes that had no training image: {', '.join(untrained)}")
         out.mkdir(parents=True, exist_ok=True)
         labels = [names[i % len(names)] for i in range(num_images)] if names else None
         document = {"format_version": FORMAT_VERSION, **settings, "num_images": num_images, "classes": labels}

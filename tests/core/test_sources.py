@@ -11,7 +11,9 @@ import pyarrow as pa
 import pytest
 
 from core.errors import InputError
-from core.sources import Source, find_source
+from core.records import Source
+from core.sources import find_source
+from core.tables import named_splits
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -226,6 +228,75 @@ def test_shards_of_a_split_are_joined_in_order(table):
         "train": [0, 0, 1],
         "val": [1],
     }
+
+
+@pytest.mark.parametrize(
+    ("names", "splits", "ignored"),
+    [
+        (["train.parquet", "extra.parquet"], {"train": 1}, ["extra.parquet"]),
+        (["train-00000-of-00001.parquet", "train_extra-00000-of-00001.parquet"], {"train": 1},
+         ["train_extra-00000-of-00001.parquet"]),
+        (["train.parquet", "train_extra.parquet"], {"train": 2}, []),
+        (["cifar10_train.parquet", "cifar10_test.parquet"], {"train": 1, "test": 1}, []),
+        (["a.parquet", "b.parquet"], {"train": 2}, []),
+        (["train.parquet", "cache-1f2e.arrow"], {"train": 1}, ["cache-1f2e.arrow"]),
+        (["unsupervised-00000-of-00001.parquet", "training-00000-of-00001.parquet", "Eval.parquet"],
+         {"train": 1, "test": 1}, ["unsupervised-00000-of-00001.parquet"]),
+    ],
+)  # fmt: skip
+def test_a_table_that_is_no_split_is_named_and_never_trained_on(table, names, splits, ignored):
+    for name in names:
+        folder = table(name, [0]).parent
+    source = find_source(str(folder))
+    assert {split: len(records) for split, records in source.splits.items()} == splits
+    assert sorted(line.partition(" (")[0] for line in source.skipped) == [f"{folder}/{name}" for name in ignored]
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["data.parquet", "test.parquet"],
+         "has the splits ['test'] and tables whose names are none (data.parquet); call the one to train on "),
+        (["train_test.parquet"], "the table train_test.parquet could be test or train by its name; give it the "),
+    ],
+)  # fmt: skip
+def test_tables_whose_split_is_not_clear_are_refused(table, names, sentence):
+    for name in names:
+        folder = table(name, [0]).parent
+    with pytest.raises(InputError, match=re.escape(f"data.source {folder}: {sentence}")):
+        find_source(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("parts", "chosen", "ignored"),
+    [
+        (["train", "validation", "test"], {"train": "train", "val": "validation", "test": "test"}, []),
+        (["train", "extra", "test"], {"train": "train", "test": "test"}, ["extra"]),
+        (["train", "train_extra", "dev"], {"train": "train", "val": "dev"}, ["train_extra"]),
+        (["train_sft", "test_sft"], {"train": "train_sft", "test": "test_sft"}, []),
+    ],
+)
+def test_the_splits_of_a_hub_dataset(parts, chosen, ignored):
+    assert named_splits("someone/flowers", parts) == (chosen, ignored)
+
+
+def test_two_hub_splits_that_are_the_same_one_are_refused():
+    with pytest.raises(InputError, match="its splits 'train_a' and 'train_b' are both `train`; expected one"):
+        named_splits("someone/flowers", ["train_a", "train_b"])
+
+
+def test_pictures_by_path_are_found_within_the_folder(tmp_path, pictures):
+    root = pictures("a/0.png", "a/1.png")
+    cells = ["pictures/a/1.png", "pictures/a/0.png", "pictures/gone.png", "../outside.png", "https://x.org/y.png", None]
+    pa.parquet.write_table(pa.table({"file_name": cells, "text": ["x"] * 6}), tmp_path / "train.parquet")
+    source = find_source(str(tmp_path))
+    records = source.splits["train"]
+    assert records.open(0).getpixel((0, 0))[0] == 10
+    assert records.open(1).getpixel((0, 0))[0] == 0
+    assert records.sizes().tolist() == [(root / f"a/{i}.png").stat().st_size for i in (1, 0)] + [0] * 4
+    for row, reason in enumerate(["no such file", "leads out of the table's folder", "no such file", "no picture"], 2):
+        with pytest.raises(ValueError, match=reason):
+            records.open(row)
 
 
 def test_a_row_is_named_by_file_split_and_number(table):

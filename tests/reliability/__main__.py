@@ -1,6 +1,6 @@
 """python tests/reliability [PART ...]: the whole harness; docs/reliability.md is written from what it finds.
 
-Parts: kills images configs soak; all of them by default. What others have found before stays.
+Parts: kills images layouts configs soak; all of them by default. What others have found before stays.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dataset_layouts import fuzz_layouts
 from kills import kill_everywhere
 from memory_soak import soak
 from mutated_configs import fuzz_configs
@@ -32,16 +33,18 @@ a fault ends there, and its row stays as it was.
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("parts", nargs="*", help="kills, images, configs, soak; all by default")
+    arguments.add_argument("parts", nargs="*", help="kills, images, layouts, configs, soak; all by default")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--kills", type=int, default=50)
     arguments.add_argument("--images", type=int, default=500)
+    arguments.add_argument("--layouts", type=int, default=3000)
     arguments.add_argument("--configs", type=int, default=1000)
     arguments.add_argument("--minutes", type=float, default=120, help="of the soak")
     asked = arguments.parse_args()
     runs: dict[str, Callable[[Path], dict[str, Any]]] = {
         "kills": lambda folder: kill_everywhere(folder, asked.kills, asked.seed),
         "images": lambda folder: fuzz_images(asked.images, asked.seed, folder),
+        "layouts": lambda folder: fuzz_layouts(asked.layouts, asked.seed, folder),
         "configs": lambda folder: fuzz_configs(asked.configs, asked.seed, folder),
         "soak": lambda folder: soak(asked.minutes, folder),
     }
@@ -107,6 +110,14 @@ def images_row(figures: dict[str, Any]) -> tuple[str, str, str]:
     )
 
 
+def layouts_row(figures: dict[str, Any]) -> tuple[str, str, str]:
+    return (
+        "datasets: layouts x spellings of splits x label columns x modes x stray files",
+        "all: the right split and label for every image, every file used or named, nothing held out in training",
+        f"{figures['layouts']:,} of {figures['layouts']:,}",
+    )
+
+
 def configs_row(figures: dict[str, Any]) -> tuple[str, str, str]:
     return (
         "mutated configurations",
@@ -128,7 +139,7 @@ def soak_row(figures: dict[str, Any]) -> tuple[str, str, str]:
     )
 
 
-ROWS = {"kills": kills_row, "images": images_row, "configs": configs_row, "soak": soak_row}
+ROWS = {"kills": kills_row, "images": images_row, "layouts": layouts_row, "configs": configs_row, "soak": soak_row}
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,256 @@
+"""Datasets as people lay them out: folders and tables x names of splits x label columns x modes of images.
+
+Every image is one shade, which tells its split, its class and its number without its name. So for every dataset: the
+right splits and labels, every file used or named, and nothing held out in training.
+"""
+
+import io
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from core.data import DataConfig, ImageData, load_images
+from core.splits import SPLIT_WORDS
+
+CLASSES = ["ant", "bee", "cow"]
+SPLITS = ["train", "val", "test"]
+PER_CLASS = 2
+MODES = ["L", "RGB", "RGBA", "P", "I;16", "1-bit-like", "CMYK"]
+FORMS = ["{}", "{}", "{}", "My-{}", "{}_2", "set.{}.a", "{} 01"]
+FOLDERS = [
+    "split/class",
+    "class/split",
+    "data/split/class",
+    "split",
+    "class/split.file",
+    "split.file",
+    "split/class/deep",
+]
+TABLES = [
+    "split.parquet",
+    "split-shards",
+    "data/split-shards",
+    "split/part",
+    "saved",
+    "split.arrow",
+    "paths",
+    "struct paths",
+]
+LABELS = ["class names", "numbers", "sparse numbers", "texts", "floats", "lists of one", "another column", "none"]
+EXTRAS = ["nothing", "another table", "notes", "broken image", "hidden image", "empty folder"]
+
+
+def shade(split: str, label: int, number: int) -> int:
+    """The grey value of an image; the inverse of :func:`origin`."""
+    return 10 + 80 * SPLITS.index(split) + 20 * label + 5 * number
+
+
+def origin(value: int) -> tuple[str, str]:
+    """The split and the class of an image by its grey value (JPEG-free, so it is exact)."""
+    split, rest = divmod(value - 10, 80)
+    return SPLITS[split], CLASSES[rest // 20]
+
+
+def draw(value: int, mode: str) -> Image.Image:
+    """One shade in a mode."""
+    grey = Image.new("L", (6, 5), value)
+    if mode == "I;16":
+        return Image.fromarray(np.full((5, 6), value * 257, dtype=np.uint16))
+    if mode == "1-bit-like":
+        return grey.quantize(4)
+    if mode == "P":
+        return grey.convert("RGB").quantize(8)
+    return grey.convert(mode)
+
+
+@dataclass
+class Layout:
+    """What was drawn, and how to read it."""
+
+    description: str
+    source: Path
+    options: dict[str, Any]
+    labelled: bool
+    files: set[Path]
+    """All that has to be used or named."""
+
+
+def write(root: Path, seed: int) -> Layout:
+    """Writes a dataset below ``root``."""
+    draws = random.Random(seed)
+    layout = draws.choice(FOLDERS + TABLES)
+    mode, labels, extra = draws.choice(MODES), draws.choice(LABELS), draws.choice(EXTRAS)
+    held_out = draws.choice([("val",), ("test",), ("val", "test")])
+    form = draws.choice(FORMS)
+    spelled = {split: form.format(draws.choice(SPLIT_WORDS[split])) for split in ("train", *held_out)}
+    if draws.random() < 0.3:
+        spelled = {split: name.title() for split, name in spelled.items()}
+    suffix = ".tif" if mode == "CMYK" else ".png"
+    images = [
+        (split, label, draw(shade(split, label, number), mode), f"{label}{number}")
+        for split in spelled for label in range(len(CLASSES)) for number in range(PER_CLASS)
+    ]  # fmt: skip
+    root.mkdir()
+    options: dict[str, Any] = {"image_size": 4, "channels": draws.choice([1, 3])}
+    if layout in FOLDERS:
+        labelled = "class" in layout
+        for split, label, image, name in images:
+            file = root / _path(layout, spelled[split], CLASSES[label], name + suffix)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file)
+    else:
+        labelled = labels != "none"
+        _write_tables(root, layout, spelled, images, labels, suffix)
+        if labels == "another column":
+            options["label_column"] = "breed"
+    _add(root, extra, layout in FOLDERS)
+    files = {path for path in root.rglob("*") if path.is_file()}
+    description = f"seed {seed}: {layout}, {spelled}, {labels}, {mode}, {extra}"
+    return Layout(description, root, options | {"on_bad_image": "skip"}, labelled, files)
+
+
+def _path(layout: str, split: str, name: str, file: str) -> str:
+    if layout.endswith("split.file"):
+        folder = f"{name}/" if layout.startswith("class") else ""
+        return f"{folder}{split}_{name if not folder else ''}{file}"
+    deep = {"split/class/deep": f"{split}/{name}/deep/er"}.get(layout)
+    folder = deep or layout.replace("split", split).replace("class", name)
+    return f"{folder}/{file if 'class' in layout else name + file}"
+
+
+def _write_tables(
+    root: Path, layout: str, spelled: dict[str, str], images: list[Any], labels: str, suffix: str
+) -> None:
+    column = "breed" if labels == "another column" else "label"
+    tables = {}
+    for split in spelled:
+        rows = [(label, image, name) for where, label, image, name in images if where == split]
+        cells: list[Any] = []
+        for label, image, name in rows:
+            content = io.BytesIO()
+            image.save(content, "TIFF" if suffix == ".tif" else "PNG")
+            if "paths" in layout:
+                file = root / "images" / split / f"{CLASSES[label]}{name}{suffix}"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content.getvalue())
+                path = str(file.relative_to(root))
+                cells.append({"bytes": None, "path": path} if layout == "struct paths" else path)
+            else:
+                cells.append({"bytes": content.getvalue(), "path": None})
+        columns: dict[str, Any] = {"image": cells}
+        values = [label for label, *_ in rows]
+        kinds = {
+            "class names": values, "numbers": values, "sparse numbers": [10**8 * v - 7 for v in values],
+            "texts": [CLASSES[v] for v in values], "floats": [float(v) for v in values],
+            "lists of one": [[v] for v in values], "another column": [CLASSES[v] for v in values],
+        }  # fmt: skip
+        if labels != "none":
+            columns[column] = kinds[labels]
+        kind = {"image": datasets.Image()} if layout != "paths" else {"image": datasets.Value("string")}
+        table = pa.table(columns)
+        if labels == "class names":
+            features = datasets.Features(kind | {"label": datasets.ClassLabel(names=CLASSES)})
+            table = table.replace_schema_metadata(features.arrow_schema.metadata)
+        tables[split] = table
+    if layout == "saved":
+        parts = {spelled[split].replace(" ", "_"): datasets.Dataset(table) for split, table in tables.items()}
+        datasets.DatasetDict(parts).save_to_disk(root)
+        return
+    for split, table in tables.items():
+        _write_table(root, layout, spelled[split], table)
+
+
+def _write_table(root: Path, layout: str, name: str, table: pa.Table) -> None:
+    if layout == "split.arrow":
+        with pa.ipc.new_stream(root / f"{name}.arrow", table.schema) as writer:
+            writer.write_table(table)
+    elif layout.endswith("shards"):
+        folder = root / "data" if layout.startswith("data") else root
+        folder.mkdir(exist_ok=True)
+        for i in range(2):
+            half = table.slice(i * 3, 3)
+            pq.write_table(half, folder / f"{name}-{i:05d}-of-00002.parquet")
+    else:
+        file = root / name / "part.parquet" if layout == "split/part" else root / f"{name}.parquet"
+        file.parent.mkdir(exist_ok=True)
+        pq.write_table(table, file)
+
+
+def _add(root: Path, extra: str, is_folder: bool) -> None:
+    if extra == "another table" and not is_folder:
+        near = next(path for path in root.rglob("*") if path.suffix in (".parquet", ".arrow")).parent
+        image = io.BytesIO()
+        draw(255, "L").save(image, "PNG")
+        folder = near if not near.name.lower().strip("-_. 0123456789") or near == root or near.name == "data" else root
+        pq.write_table(pa.table({"image": [{"bytes": image.getvalue(), "path": None}]}), folder / "extra.parquet")
+    elif extra == "notes":
+        (root / "notes.txt").write_text("no picture")
+    elif extra == "hidden image":
+        draw(255, "L").save(root / ".hidden.png")
+    elif extra == "broken image" and is_folder:
+        near = next(path for path in root.rglob("*") if path.suffix in (".png", ".tif")).parent
+        name = next(path for path in near.iterdir()).stem
+        (near / f"{name}-broken.png").write_bytes(b"\x89PNG no picture")
+    elif extra == "empty folder":
+        (root / "nothing").mkdir()
+
+
+def check(layout: Layout) -> None:
+    """Reads the dataset.
+
+    Raises:
+        AssertionError: an image in another split or of another class than it was drawn for, or lost; a file that is
+            neither used nor named.
+        InputError: it is refused, though all that is drawn here has a meaning.
+    """
+    data = load_images(DataConfig.model_validate({"source": str(layout.source), **layout.options}))
+    counts: dict[str, int] = {}
+    for name, split in data.splits.items():
+        values = split.pixels[:, 0, 2, 2].tolist()
+        for row, value in enumerate(values):
+            where, expected = origin(value)
+            assert where == name, f"{layout.description}: an image of {where} is in {name}"
+            counts[expected] = counts.get(expected, 0) + 1
+            if layout.labelled:
+                assert split.labels is not None, f"{layout.description}: the labels of {name} are lost"
+                label = data.class_names[split.labels[row]]
+                assert CLASSES.index(expected) == _class(label), f"{layout.description}: {label} for {expected}"
+            else:
+                assert split.labels is None, f"{layout.description}: labels out of nothing"
+    assert counts == dict.fromkeys(CLASSES, PER_CLASS * len(data.splits)), f"{layout.description}: images are lost"
+    _check_named(layout, data)
+
+
+def fuzz_layouts(count: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Checks ``count`` datasets, each drawn from its own number; returns what the page shows."""
+    datasets.disable_progress_bars()
+    for number in range(seed * count, (seed + 1) * count):
+        root = folder / str(number)
+        check(write(root, number))
+        shutil.rmtree(root)
+    return {"layouts": count}
+
+
+def _class(name: str) -> int:
+    """The class that a name of any label column stands for."""
+    if name in CLASSES:
+        return CLASSES.index(name)
+    return int(name) if len(name) == 1 else (int(name) + 7) // 10**8
+
+
+def _check_named(layout: Layout, data: ImageData) -> None:
+    named = {line.partition(" (")[0] for line in [*data.skipped, *data.bad]}
+    for split in data.splits.values():
+        named |= {name.partition(":")[0] for name in split.records.names}
+        named |= {str(file) for file in split.records.files or []}
+    used = {file for file in layout.files if file.suffix in (".parquet", ".arrow") and file.stem != "extra"}
+    lost = [str(file) for file in layout.files - used if str(file) not in named]
+    assert not lost, f"{layout.description}: neither used nor named: {lost}"
