@@ -115,5 +115,5 @@ def _scan_cache(records: Records) -> Path:
         stat = file.stat() if file.exists() else None  # a table can name a file that is not there
         about = f"|{stat.st_size}|{stat.st_mtime_ns}\n" if stat else "|missing\n"
         digest.update(os.fsencode(file.absolute()) + about.encode())
-    root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    root = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
     return root / "twostage" / "scans" / f"{digest.hexdigest()[:32]}.json"

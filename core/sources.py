@@ -31,7 +31,7 @@ def find_source(name: str, label_column: str | None = AUTO) -> Source:
     Raises:
         InputError: nothing was found, it is empty, or its layout is ambiguous; says where it was looked for.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     root = os.environ.get("TWOSTAGE_DATA")
     looks_local = name.startswith((".", "/", "~")) or path.suffix in TABLE_SUFFIXES or name.count("/") > 1
     candidates = [path]

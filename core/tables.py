@@ -254,10 +254,11 @@ def _open_cell(cell: Any, folder: Path | None) -> Image.Image:
         what = "holds no picture" if not isinstance(content, list) else "holds numbers, expected an encoded picture"
         raise ValueError(f"the row {what}")
     assert folder is not None
+    path = cell["path"] if isinstance(cell, dict) else cell
     if not file.is_relative_to(folder.resolve()):
-        raise ValueError(f"its path {printable(file)} leads out of the table's folder")
+        raise ValueError(f"its path {printable(path)} leads out of the table's folder")
     if not file.is_file():
-        raise ValueError(f"no such file: {printable(file)}")
+        raise ValueError(f"no such file: {printable(path)}")
     return open_picture(file)
 
 

@@ -73,17 +73,21 @@ def read_image(
     Raises:
         InputError: those of :func:`open_image`.
     """
-    image = ImageOps.exif_transpose(open_image(path))
+    image = open_image(path)
     used: dict[str, UsedValues] = {}
     pixels = np.array(image_to_uint8(image, size, channels, value_range, used))
+    notes = [describe_conversion(ImageOps.exif_transpose(image), size, channels)]
     for kind, values in used.items():
+        low, high = value_range or values.type_range
+        found = f"holds {kind} values from {values.low:g} to {values.high:g}"
         if value_range is None and (values.outside(None) or values.hidden(None)):
-            low, high = values.type_range
             raise InputError(
-                f"{path}: holds {kind} values from {values.low:g} to {values.high:g}, which the range from {low:g} to "
-                f"{high:g} cannot show; save it with 8 bits, or train the model with data.value_range"
+                f"{path}: {found}, which the range from {low:g} to {high:g} cannot show; save it with 8 bits, or train "
+                "the model with data.value_range"
             )
-    return torch.from_numpy(pixels), describe_conversion(image, size, channels)
+        if kind != "8-bit" and values.little(value_range):
+            notes.append(f"{found}, little of the range from {low:g} to {high:g}")
+    return torch.from_numpy(pixels), "; ".join(filter(None, notes)) or None
 
 
 def read_mask(mask: str | Path, image: str | Path, size: tuple[int, int]) -> Tensor:

@@ -207,7 +207,11 @@ def test_a_table_whose_paths_lead_outside(twostage, path, tmp_path):
     assert ended.code == 0, ended.err
     document = json.loads((tmp_path / "found.json").read_text())
     assert {name: len(used) for name, used in document["used"].items()} == {"train": 4, "test": 4}
-    assert document["skipped"] == [f"data:test:4 (its path {path} leads out of the table's folder)"]
+    assert document["skipped"] == [
+        f"data:test:4 (its path {path} leads out of the table's folder)",
+        "data/link/data (a link to a folder above it)",
+        "data/link/outside.png (in no table)",
+    ]
 
 
 # --- documents and headers that lie ---------------------------------------------------------------------------------

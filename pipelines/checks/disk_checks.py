@@ -132,7 +132,7 @@ def check_data() -> Iterator[Finding]:
     else:
         sets = sorted(path.name for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith("."))
         yield Finding("data", "ok", f"$TWOSTAGE_DATA {root}: {', '.join(sets) or 'empty'}")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or hugging_face_home() / "hub").expanduser()
+    cache = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or hugging_face_home() / "hub"))
     kept = sorted(path.name for path in cache.glob("*--*--*"))
     shown = ", ".join(name.replace("--", " ", 1).replace("--", "/") for name in kept[:5])
     more = f" and {len(kept) - 5} more" if len(kept) > 5 else ""

@@ -158,10 +158,10 @@ def test_unknown_name_says_where_it_was_looked_for(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["./nothing", "../no/thing", "/no/thing", "~/no_such_thing", "no.parquet", "a/b.arrow"]
+    "name", ["./nothing", "../no/thing", "/no/thing", "~/no_such_thing", "~nobody_at_all/x", "no.parquet", "a/b.arrow"]
 )
 def test_missing_path_is_never_a_download(name):
-    looked = re.escape(str(Path(name).expanduser()))
+    looked = re.escape(str(Path(os.path.expanduser(name))))
     with pytest.raises(InputError, match=rf"data.source '{re.escape(name)}': nothing there \(looked for {looked}\)$"):
         find_source(name)
 

@@ -32,6 +32,20 @@ def test_a_picture_is_converted_and_it_is_said_how(picture):
     assert said == "20x12 cropped at its centre and resized to 8x8 pixels; mode RGB converted to L"
 
 
+def test_values_of_more_than_8_bits_are_seen_as_the_model_was_trained(picture):
+    twelve = picture("a.png", np.full((8, 8), 2048, dtype=np.uint16))
+    assert read_image(twelve, (8, 8), 1, (0, 4095))[0].unique().tolist() == [128]
+    twelve = picture("b.png", np.linspace(0, 4095, 64).astype(np.uint16).reshape(8, 8))
+    found, said = read_image(twelve, (8, 8), 1)
+    assert found.max() == 16
+    assert said.endswith("holds 16-bit values from 0 to 4095, little of the range from 0 to 65535")
+    floats = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    assert read_image(picture("c.tif", floats), (8, 8), 1)[0].max() == 255
+    with pytest.raises(InputError, match=r"d.tif: holds float values from 0 to 255, which the range from 0 to 1 cannot"):
+        read_image(picture("d.tif", floats * 255), (8, 8), 1)
+    assert read_image(picture("d.tif", floats * 255), (8, 8), 1, (0, 255))[0].max() == 255
+
+
 def test_what_is_no_picture_is_refused(tmp_path, picture):
     with pytest.raises(InputError, match=r"gone.png: no such file; expected a picture"):
         read_image(tmp_path / "gone.png", (8, 8), 1)
