@@ -181,15 +181,19 @@ def _split_depth(root: Path, pictures: list[Path]) -> int | None:
 
 def _split_by_file_names(pictures: list[Path]) -> bool:
     """Whether every file's name spells its split, as in `train_001.png` and `test_001.png`."""
-    spelled = [spelled_splits(path.stem) for path in pictures]
-    found = set().union(*spelled)
-    return all(len(splits) == 1 for splits in spelled) and "train" in found and bool(found & HELD_OUT)
+    found: set[str] = set()
+    for path in pictures:
+        if len(splits := spelled_splits(path.stem)) != 1:
+            return False
+        found |= splits
+    return "train" in found and bool(found & HELD_OUT)
 
 
 def _possible_splits(pictures: list[Path]) -> list[str]:
     """Warns of names that read as held out where others do not, so that all are trained on."""
     notices = []
-    folders = sorted({part for path in pictures for part in path.parts[:-1] if spelled_splits(part) & HELD_OUT})
+    parts = {part for path in pictures for part in path.parts[:-1]}
+    folders = sorted(part for part in parts if spelled_splits(part) & HELD_OUT)
     if folders:
         notices.append(
             f"the folders {_some([printable(name) for name in folders])} are used for training like the others, though "

@@ -12,6 +12,7 @@ SPLIT_WORDS = {
 """The words of each split, the same as in Hugging Face's `datasets.data_files.SPLIT_KEYWORDS`."""
 HELD_OUT = {"val", "test"}
 _SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+_WORD = re.compile(rf"(?<![^-._\s0-9])(?:{'|'.join(_SPLIT_OF)})(?![^-._\s0-9])", re.IGNORECASE)
 
 
 def exact_split(name: str) -> str | None:
@@ -24,5 +25,4 @@ def spelled_splits(name: str) -> set[str]:
 
     `my-dev_2.parquet` gives {`val`}, `train_vs_test` two splits, `testimony` none.
     """
-    words = re.split(r"[-._\s0-9]+", name.casefold())
-    return {_SPLIT_OF[word] for word in words if word in _SPLIT_OF}
+    return {_SPLIT_OF[word.casefold()] for word in _WORD.findall(name)}
