@@ -221,6 +221,9 @@ def load_images(config: DataConfig) -> ImageData:
         InputError: nothing at the source, or an unreadable picture (named) unless ``on_bad_image`` is `skip`.
     """
     if config.source == "shapes":
+        for name, default in {"label_column": AUTO, "value_range": None}.items():
+            if (given := getattr(config, name)) != default:
+                raise InputError(f"data.{name} {given}: shapes are drawn with their classes and 8 bits; leave it out")
         _check_memory(config, config.num_images or NUM_SHAPES)
         return _load_shapes(config)
     quiet_decoders()

@@ -75,11 +75,18 @@ def _read_local(path: Path, wanted_label: str | None) -> Source:
     content = list_folder(path)
     if tables := find_tables(content):
         return read_tables(path, tables, wanted_label, content)
-    return _read_folder(path, content)
+    if wanted_label not in (AUTO, None):
+        raise InputError(
+            f"data.label_column {wanted_label!r}: {path} is a folder of images, whose classes are its folders; leave it "
+            "out"
+        )
+    return _read_folder(path, content, wanted_label)
 
 
-def _read_folder(root: Path, content: FolderContent) -> Source:
+def _read_folder(root: Path, content: FolderContent, wanted_label: str | None) -> Source:
     found = understand_folder(root, content)
+    if wanted_label is None:  # no classes are wanted
+        found.labels = found.class_names = None
     splits = {}
     for split, files in found.splits.items():
         labels = None if found.labels is None else np.array(found.labels[split], dtype=np.int64)

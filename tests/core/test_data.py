@@ -70,6 +70,12 @@ def test_validation_is_val_where_there_is_one_else_test(pictures):
     assert (load(root).validation_name, reds(load(root).validation)) == ("val", [20])
 
 
+def test_drawn_shapes_take_no_settings_of_files():
+    for name, value in {"label_column": "breed", "value_range": [0, 1]}.items():
+        with pytest.raises(InputError, match=rf"data\.{name} .+: shapes are drawn with their classes and 8 bits"):
+            load("shapes", **{name: value})
+
+
 # --- holding out and limiting -----------------------------------------------------------------------------------------
 
 

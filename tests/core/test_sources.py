@@ -299,6 +299,15 @@ def test_pictures_by_path_are_found_within_the_folder(tmp_path, pictures):
             records.open(row)
 
 
+def test_a_folder_has_no_label_column(pictures):
+    root = pictures("cat/0.png", "dog/1.png")
+    with pytest.raises(InputError, match=f"data.label_column 'breed': {root} is a folder of images, whose classes are"):
+        find_source(str(root), "breed")
+    source = find_source(str(root), None)
+    assert source.class_names is None
+    assert source.splits["train"].labels is None
+
+
 def test_a_row_is_named_by_file_split_and_number(table):
     path = table("train.parquet", [0, 0])
     assert find_source(str(path)).splits["train"].names == [f"{path}:train:0", f"{path}:train:1"]

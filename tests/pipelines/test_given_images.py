@@ -41,7 +41,9 @@ def test_values_of_more_than_8_bits_are_seen_as_the_model_was_trained(picture):
     assert said.endswith("holds 16-bit values from 0 to 4095, little of the range from 0 to 65535")
     floats = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     assert read_image(picture("c.tif", floats), (8, 8), 1)[0].max() == 255
-    with pytest.raises(InputError, match=r"d.tif: holds float values from 0 to 255, which the range from 0 to 1 cannot"):
+    with pytest.raises(
+        InputError, match=r"d.tif: holds float values from 0 to 255, which the range from 0 to 1 cannot"
+    ):
         read_image(picture("d.tif", floats * 255), (8, 8), 1)
     assert read_image(picture("d.tif", floats * 255), (8, 8), 1, (0, 255))[0].max() == 255
 
