@@ -11,6 +11,7 @@ from core.command import run_command
 from core.errors import InputError
 from core.pictures import contact_sheet, save_picture
 from core.processes import share_cores
+from core.spread import spread_over_classes
 from pipelines import edits
 from pipelines.reconstruct import check_out, held_out_images, picture_file, read_images
 from pipelines.two_stage import load_tokenizer
@@ -56,16 +57,16 @@ def interpolate(
 
 
 def pairs_of_rows(labels: Tensor | None, count: int, num_pairs: int) -> Tensor:
-    """The first pairs of ``count`` rows, one after the other: (2 pairs,). The two are of different ``labels`` (count,)
-    while there are such.
+    """Pairs of rows, one after the other: (2 pairs,), spread over the classes of ``labels`` (count,). The two rows of a
+    pair are of different classes while there are such.
 
     Raises:
         InputError: fewer than two rows.
     """
     if count < 2:
         raise InputError(f"{count} held-out images, expected at least the two ends of a strip; give --image twice")
-    left, pairs = list(range(count)), []
-    while len(left) > 1 and len(pairs) < 2 * num_pairs:
+    left, pairs = spread_over_classes(labels, count, 2 * num_pairs).tolist(), []
+    while len(left) > 1:
         first = left.pop(0)
         other = (row for row in left if labels is not None and labels[row] != labels[first])
         second = next(other, left[0])

@@ -13,6 +13,7 @@ from core.errors import InputError
 from core.model_folder import find_model_folder
 from core.pictures import contact_sheet, save_picture
 from core.processes import share_cores
+from core.spread import spread_over_classes
 from pipelines import edits
 from pipelines.encode_dataset import training_data
 from pipelines.evaluation.evaluation_document import model_kind
@@ -49,7 +50,7 @@ def reconstruct(
         originals = read_images(images, tokenizer)
     else:
         held_out = held_out_images(model, source)
-        originals = held_out.read(torch.arange(min(num_images, len(held_out))))
+        originals = held_out.read(spread_over_classes(held_out.labels, len(held_out), num_images))
     pictures = edits.reconstruct(tokenizer, originals)
     columns, strips = min(COLUMNS, len(originals)), []
     for part in torch.arange(len(originals)).split(columns):

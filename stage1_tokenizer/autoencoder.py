@@ -24,6 +24,7 @@ from stage1_tokenizer.bottlenecks import BottleneckConfig, Gaussian, Identity, b
 from stage1_tokenizer.finite_scalar import FiniteScalarConfig
 from stage1_tokenizer.lookup_free import LookupFreeConfig
 from stage1_tokenizer.losses import LossConfig, corrupt, negative_log_likelihood, reconstruction_loss
+from stage1_tokenizer.perceptual import FeaturePerceptualConfig, PerceptualNetwork
 from stage1_tokenizer.vector_quantizer import VectorConfig
 
 __all__ = ["Autoencoder", "AutoencoderConfig", "AutoencoderOutput", "ModelConfig"]
@@ -64,6 +65,20 @@ class AutoencoderConfig(Section):
     """Of the data that it was trained on."""
     model: ModelConfig
     loss: LossConfig
+    trained_against: list[PerceptualNetwork] | None = None
+    """The networks of perceptual losses that its weights were trained with, those of `init_from` first; None: not
+    recorded (see :meth:`perceptual_networks`)."""
+
+    def perceptual_networks(self) -> list[PerceptualNetwork]:
+        """The networks that it was trained against. A model that was saved before they were recorded has the one that
+        its loss names, without a hash."""
+        if self.trained_against is not None:
+            return self.trained_against
+        perceptual = self.loss.perceptual
+        if perceptual is None or not perceptual.weight:
+            return []
+        path = perceptual.path if isinstance(perceptual, FeaturePerceptualConfig) else None
+        return [PerceptualNetwork(type=perceptual.type, path=path)]
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""The pictures of a training: the same held-out images every time, and what the latent space looks like."""
+"""The pictures of a training: the same held-out images every time, of all classes in turn, and what the latent space
+looks like."""
 
 from typing import Any
 
@@ -10,6 +11,7 @@ from core.data import ImageData, ImageSplit
 from core.images import to_float, to_uint8
 from core.pictures import contact_sheet, figure_canvas, to_image
 from core.random import BatchRandom, seed_for
+from core.spread import spread_over_classes
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.losses import corrupt
 
@@ -40,7 +42,7 @@ def draw_pictures(model: Autoencoder, data: ImageData, seed: int) -> dict[str, I
 
 
 def _overview(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
-    rows = torch.arange(min(COLUMNS, len(data.validation)))
+    rows = spread_over_classes(data.validation.labels, len(data.validation), COLUMNS)
     device = model.last_layer.device
     originals = data.validation.read(rows)
     images = to_float(originals.to(device))
@@ -81,7 +83,7 @@ def _manifold(model: Autoencoder) -> Image.Image:
 
 
 def _scatter(model: Autoencoder, split: ImageSplit, class_names: list[str] | None) -> Image.Image:
-    rows = torch.arange(min(SCATTERED, len(split)))
+    rows = spread_over_classes(split.labels, len(split), SCATTERED)
     device = model.last_layer.device
     z = torch.cat([model.encode(to_float(split.read(part).to(device))).z.flatten(1).cpu() for part in rows.split(500)])
     labels = split.read_labels(rows)

@@ -15,10 +15,12 @@ from pipelines.two_stage import load_pipeline
 
 def test_pairs_are_of_two_classes_while_there_are_such():
     labels = torch.tensor([3, 3, 3, 1, 2, 2, 2])
-    assert pairs_of_rows(labels, 7, 2).tolist() == [0, 3, 1, 4]
-    assert pairs_of_rows(labels, 7, 9).tolist() == [0, 3, 1, 4, 2, 5], "one is left over"
+    assert pairs_of_rows(labels, 7, 2).tolist() == [3, 4, 0, 5], "the classes in turn"
+    assert pairs_of_rows(labels, 7, 9).tolist() == [3, 4, 0, 5, 1, 6], "one is left over"
+    ordered = torch.arange(6).repeat_interleave(50)  # as in a folder: class after class
+    assert ordered[pairs_of_rows(ordered, 300, 3)].tolist() == [0, 1, 2, 3, 4, 5]
     assert pairs_of_rows(torch.zeros(4), 4, 9).tolist() == [0, 1, 2, 3]
-    assert pairs_of_rows(None, 5, 1).tolist() == [0, 1]
+    assert pairs_of_rows(None, 5, 1).tolist() == [0, 2]
     with pytest.raises(InputError, match="1 held-out images, expected at least the two ends"):
         pairs_of_rows(None, 1, 1)
 

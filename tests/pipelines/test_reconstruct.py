@@ -7,13 +7,15 @@ from PIL import Image
 
 from core.data import DataConfig, load_images
 from core.images import to_float
+from core.spread import spread_over_classes
 from pipelines.reconstruct import reconstruct
 from stage1_tokenizer.autoencoder import Autoencoder
 
 
 def test_psnr_is_that_of_the_pictures(runs, tmp_path):
     found = reconstruct(runs.tokenizer, tmp_path / "pictures.png", num_images=5)
-    originals = load_images(DataConfig(image_size=16, num_images=320)).validation.read(torch.arange(5))
+    split = load_images(DataConfig(image_size=16, num_images=320)).validation
+    originals = split.read(spread_over_classes(split.labels, len(split), 5))
     model = Autoencoder.from_pretrained(runs.tokenizer)
     decoded = model.decode_indices(model.encode(to_float(originals)).indices).double().numpy()
     pixels = np.clip(np.round((decoded + 1) * 127.5), 0, 255)
