@@ -16,8 +16,10 @@ WITHOUT_JUDGE = {name: value for name, value in GOOD.items() if name not in OF_J
 def test_a_good_tokenizer_is_ready_and_it_says_by_what():
     assert verdict(GOOD).ready is True
     assert verdict(GOOD).sentences == [
-        "Ready for stage two by PSNR 25.0 dB, the use of its codes, 71.0% recognised reconstructions (73.0% of the "
-        "originals) and rFID 4.2 (halves of the originals: 5.1): twostage encode, then twostage train-prior."
+        (
+            "Ready for stage two by PSNR 25.0 dB, the use of its codes, 71.0% recognised reconstructions (73.0% of the "
+            "originals) and rFID 4.2 (halves of the originals: 5.1): twostage encode, then twostage train-prior."
+        )
     ]
     by_distance = verdict(WITHOUT_JUDGE | {"rfid": 4.2})
     assert by_distance.ready is True
