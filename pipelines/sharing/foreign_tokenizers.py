@@ -43,8 +43,8 @@ class ForeignTokenizer:
 
 
 def read_tokenizer(source: Path, config: str | Path | None = None, kind: str | None = None) -> ForeignTokenizer:
-    """Reads a `.ckpt` of taming-transformers with its ``config``, a `.pt` of LlamaGen, either of them as `.safetensors`,
-    or the folder of a diffusers `VQModel` or of a pipeline with one; without ``kind`` the weights' names tell which.
+    """Reads a `.ckpt` of taming-transformers with its ``config``, a `.pt` of LlamaGen, either of these as safetensors,
+    or the folder of a diffusers `VQModel` or of a pipeline with one; without ``kind`` the weights' names decide.
 
     Raises:
         InputError: not such a file or folder, or a variant that computes something else.
