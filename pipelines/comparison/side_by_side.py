@@ -358,7 +358,7 @@ def figure_rows(models: Sequence[Model]) -> list[dict[str, str]]:
 def evidence_notes(models: Sequence[Model]) -> list[str]:
     """Why figures of the table that are marked are no evidence, a sentence for each model."""
     return [
-        f"{MARK.strip()} {model.name}: {NO_EVIDENCE}: {reason}."
+        f"{MARK.strip()} {model.name}: {NO_EVIDENCE}, because {reason}."
         for model in models
         for reason in dict.fromkeys(model.not_evidence.values())
     ]

@@ -101,7 +101,7 @@ def evidence_warnings(protocol: dict[str, Any], rows: Rows) -> list[str]:
         reason: ", ".join(rows[name][0].strip() for name, why in doubts.items() if why == reason)
         for reason in doubts.values()
     }
-    return [f"Warning: {which} {NO_EVIDENCE}: {reason}." for reason, which in titles.items()]
+    return [f"Warning: {which}: {NO_EVIDENCE}, because {reason}." for reason, which in titles.items()]
 
 
 def figure_lines(figures: dict[str, Any], protocol: dict[str, Any], rows: Rows) -> list[str]:

@@ -38,6 +38,8 @@ MAX_CELLS = 1024
 
 
 NEXT = "twostage encode, then twostage train-prior."
+SAME_JUDGE = "the network that judged is the one that it was trained against"
+WEAK_JUDGE = "the network that judged hardly knows the originals"
 NO_JUDGE = "no independent network judged whether its reconstructions still show what the originals show"
 JUDGE = (
     "Have another network judge it: --features runs/NAME (twostage train-features, with another --seed and --width "
@@ -79,12 +81,12 @@ def verdict(figures: Mapping[str, float | None], not_evidence: Mapping[str, str]
     remarks = [finding.sentence for finding in findings if not finding.blocks]
     if blockers:
         return Verdict(False, ["Not ready for stage two.", *blockers, *remarks])
-    judged = list(_judged(known))
-    if judged:
+    judged, weak = list(_judged(known)), known.get("recognised_originals", 1) < MIN_RECOGNISED_ORIGINALS
+    if judged and not weak:
         outcome = f"Ready for stage two by {_listed([*_basis(known), *judged])}: {NEXT}"
         return Verdict(True, [outcome, *remarks])
     flattering = any(name in not_evidence for name in ("recognised", "rfid"))
-    lacking = "the network that judged is the one that it was trained against" if flattering else NO_JUDGE
+    lacking = SAME_JUDGE if flattering else WEAK_JUDGE if weak else NO_JUDGE
     outcome = f"No verdict on stage two: {_listed(_basis(known))} show nothing against it, but {lacking}."
     return Verdict(None, [outcome, f"{JUDGE} To go on without: {NEXT}", *remarks])
 
@@ -96,7 +98,7 @@ def _basis(figures: dict[str, float]) -> list[str]:
 
 def _judged(figures: dict[str, float]) -> Iterator[str]:
     """What an independent network has to say."""
-    if "recognised" in figures and figures["recognised_originals"] >= MIN_RECOGNISED_ORIGINALS:
+    if "recognised" in figures:
         yield (
             f"{figures['recognised']:.1%} recognised reconstructions ({figures['recognised_originals']:.1%} of the "
             "originals)"

@@ -191,10 +191,10 @@ def test_evaluate_warns_and_refuses_the_verdict(trained, critic, judge, twostage
     assert "Ready" not in ended.out
     report = (run / "evaluation" / "evaluation.html").read_text()
     for words in (ended.out, report):
-        assert "Warning: recognised, rFID not evidence of quality: " in words
+        assert "Warning: recognised, rFID: not evidence of quality, because " in words
         assert "--seed 1 --width 48" in words
         assert "not evidence of quality, see above" in words or "(not evidence of quality)" in words
-    assert f"Warning: recognised, rFID not evidence of quality: {reason}.\n" in ended.out
+    assert f"Warning: recognised, rFID: not evidence of quality, because {reason}.\n" in ended.out
 
     ended = twostage("evaluate", run, "--features", judge)
     document = json.loads((run / "evaluation" / "evaluation.json").read_text())
@@ -232,8 +232,8 @@ def test_compare_marks_the_figures_of_that_model_alone(trained, runs, critic, tw
     assert marked["not_evidence"].keys() == {"recognised", "rfid"}
     assert plain["not_evidence"] == {}
     assert ended.out.count(" *") == 2
-    assert "* trained: not evidence of quality: " in ended.out
-    assert "* trained: not evidence of quality: " in (out / "compare.html").read_text()
+    assert "* trained: not evidence of quality, because " in ended.out
+    assert "* trained: not evidence of quality, because " in (out / "compare.html").read_text()
 
 
 def test_lpips_that_was_optimised_is_no_evidence(runs, twostage, monkeypatch, tmp_path):
@@ -253,7 +253,9 @@ def test_lpips_that_was_optimised_is_no_evidence(runs, twostage, monkeypatch, tm
         document = json.loads((run / "evaluation" / "evaluation.json").read_text())
         assert document["protocol"]["not_evidence"].keys() == expected
         assert document["figures"]["lpips"] is not None
-        assert ("Warning: LPIPS not evidence of quality" in ended.out) == bool(expected)
+        assert (
+            "Warning: LPIPS: not evidence of quality, because the tokenizer was trained to lower LPIPS" in ended.out
+        ) == bool(expected)
 
 
 @pytest.mark.parametrize("value", [["x"], [{"type": "vgg"}], {"type": "lpips"}, 3])
