@@ -20,6 +20,9 @@ MOST_BYTES = 20_000_000
 MOST_PIXELS = 25_000_000
 """A picture is resized to a few hundred pixels a side; a larger one only costs memory."""
 
+MOST_NAMED = 20
+"""Unreadable images of a folder."""
+
 
 def open_image(path: str | Path) -> Image.Image:
     """Opens and decodes a picture.
@@ -75,17 +78,19 @@ def _images_of(folder: Path, most: int, option: str) -> list[Path]:
     files = [path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
     others = [path.name for path in entries if path not in files and not path.is_dir()]
     folders = [path.name for path in entries if path.is_dir()]
-    used: list[Path] = []
-    looked_at = 0
+    used, unreadable = [], []
     for file in files:
         if len(used) == most:
             break
-        looked_at += 1
         try:
             open_image(file)
             used.append(file)
         except InputError as error:
-            print(f"skipped: {error}")
+            unreadable.append(str(error))
+    for reason in unreadable[:MOST_NAMED]:
+        print(f"skipped: {reason}")
+    if len(unreadable) > MOST_NAMED:
+        print(f"{folder}: {len(unreadable) - MOST_NAMED} more unreadable images are skipped")
     if others:
         print(f"{folder}: not images: {_some_of(others)}")
     if not used:
@@ -93,7 +98,7 @@ def _images_of(folder: Path, most: int, option: str) -> list[Path]:
         raise InputError(f"{folder}: no readable image in this folder{below or '; expected PNG, JPEG, WebP ...'}")
     if folders:
         print(f"{folder}: folders in it are not searched: {_some_of(folders)}")
-    if looked_at < len(files):
+    if len(used) + len(unreadable) < len(files):
         print(f"{folder}: the first {len(used)} of {len(files)} images; {option} shows more")
     return used
 

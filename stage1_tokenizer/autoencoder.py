@@ -66,8 +66,8 @@ class AutoencoderConfig(Section):
     model: ModelConfig
     loss: LossConfig
     trained_against: list[PerceptualNetwork] | None = None
-    """The networks of perceptual losses that its weights were trained with, those of `init_from` first; None: not
-    recorded (see :meth:`perceptual_networks`)."""
+    """The networks of perceptual losses that its weights were trained with, those of `init_from` first; None: none, or
+    not recorded (see :meth:`perceptual_networks`)."""
 
     def perceptual_networks(self) -> list[PerceptualNetwork]:
         """The networks that it was trained against. A model that was saved before they were recorded has the one that
@@ -255,6 +255,8 @@ class Autoencoder(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors."""
         config: dict[str, Any] = self.config.model_dump(mode="json")
+        if not config["trained_against"]:  # earlier versions do not know the key
+            del config["trained_against"]
         save_model_folder(Path(folder), "tokenizer", config | {"hash": self.content_hash()}, self.state_dict())
 
     @classmethod

@@ -108,11 +108,11 @@ class SamplingConfig(Section):
     """How codes are drawn from a prior's predictions."""
 
     temperature: Temperature = 1.0
-    """Logits are divided by it: below 1 is safer, above 1 is more varied."""
+    """Above 0; logits are divided by it: below 1 is safer, above 1 is more varied."""
     top_k: TopK | None = None
-    """Only the k most likely codes can be drawn; None: all."""
+    """Only the k most likely codes can be drawn, at least 1; None: all."""
     top_p: TopP | None = None
-    """Only the most likely codes that together hold this probability can be drawn; None: all."""
+    """Only the most likely codes that together hold this probability, above 0 to 1, can be drawn; None: all."""
     guidance_scale: GuidanceScale = 1.0
     """1: the class-conditional model as it is; above 1 pushes away from the unconditional one (alias: `cfg_scale`)."""
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"

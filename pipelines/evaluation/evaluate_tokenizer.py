@@ -41,8 +41,8 @@ __all__ = ["evaluate_tokenizer", "tokenizer_table", "typical"]
 
 NUM_PICTURED = 12
 CAPTIONS = {
-    "worst": "The images that come back worst, by PSNR.",
-    "typical": "Typical images: those whose PSNR is nearest to the median of their class, the classes in turn.",
+    "worst": "The images with the worst reconstructions, by PSNR.",
+    "typical": "Typical images: those whose PSNR is nearest to the median{}.",
 }
 OF_JUDGE = ("recognised", "rfid")
 SEED = 0  # of the posterior's noise, and of a denoising autoencoder's corruption
@@ -231,8 +231,9 @@ def typical(ratios: Tensor, labels: Tensor | None, count: int) -> Tensor:
 
 def _pictures(model: Autoencoder, images: ImageSplit, rows: Tensor, ratios: Tensor) -> list[Picture]:
     pictures = []
-    worst = torch.sort(ratios, stable=True).indices[:NUM_PICTURED]
-    shown = {"worst": worst, "typical": typical(ratios, images.read_labels(rows), NUM_PICTURED)}
+    worst, labels = torch.sort(ratios, stable=True).indices[:NUM_PICTURED], images.read_labels(rows)
+    shown = {"worst": worst, "typical": typical(ratios, labels, NUM_PICTURED)}
+    of_class = "" if labels is None else " of their class, the classes in turn"
     for name, places in shown.items():
         originals = images.read(rows[places])
         device = next(model.parameters()).device
@@ -241,7 +242,7 @@ def _pictures(model: Autoencoder, images: ImageSplit, rows: Tensor, ratios: Tens
         captions += [f"{ratio:.1f} dB" for ratio in ratios[places].tolist()]
         titles = ["original", "reconstruction"]
         sheet = contact_sheet(torch.cat([originals, pictures_back]), len(places), captions, titles)
-        pictures.append((name, sheet, CAPTIONS[name]))
+        pictures.append((name, sheet, CAPTIONS[name].format(of_class)))
     return pictures
 
 

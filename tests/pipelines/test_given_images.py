@@ -144,6 +144,16 @@ def test_the_images_of_a_folder_in_order_with_what_is_not_used(folder, capsys):
     assert "shows more" not in capsys.readouterr().out
 
 
+def test_many_damaged_images_do_not_fill_the_screen(tmp_path, capsys):
+    for number in range(30):
+        (tmp_path / f"{number}.png").write_bytes(b"damaged")
+    Image.new("L", (8, 8)).save(tmp_path / "good.png")
+    assert [file.name for file in find_images([tmp_path], 3, "--num-images")] == ["good.png"]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 21
+    assert said[-1] == f"{tmp_path}: 10 more unreadable images are skipped"
+
+
 def test_files_and_folders_together(folder):
     used = find_images([folder / "z.JPEG", folder / "cats", folder / "img 1.png"], 1, "--num-images")
     assert [file.name for file in used] == ["z.JPEG", "0.png", "img 1.png"]

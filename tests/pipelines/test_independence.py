@@ -13,6 +13,7 @@ from core.errors import InputError
 from core.shapes import CLASS_NAMES
 from pipelines.evaluation.frechet import OwnFeatures
 from pipelines.evaluation.independence import not_evidence
+from pipelines.sharing.model_card import CardFields, write_model_card
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage1_tokenizer.perceptual import PerceptualNetwork
@@ -67,8 +68,9 @@ def found(config: AutoencoderConfig, features: Path, run: Path | str = "runs/tok
 # --- what a model remembers -----------------------------------------------------------------------------------------
 
 
-def test_a_training_remembers_its_network_and_the_hash_stays_what_it_was(trained, critic):
+def test_a_training_remembers_its_network_and_the_hash_stays_what_it_was(trained, critic, runs):
     document = json.loads((trained / "model" / "config.json").read_text())
+    assert "trained_against" not in json.loads((runs.tokenizer / "model" / "config.json").read_text())
     network = FeatureNetwork.from_pretrained(critic)
     assert document["trained_against"] == [{"type": "features", "path": str(critic), "hash": network.features_hash()}]
     model = Autoencoder.from_pretrained(trained)
@@ -234,6 +236,22 @@ def test_compare_marks_the_figures_of_that_model_alone(trained, runs, critic, tw
     assert ended.out.count(" *") == 2
     assert "* trained: not evidence of quality, because " in ended.out
     assert "* trained: not evidence of quality, because " in (out / "compare.html").read_text()
+
+
+def test_a_model_card_warns_beside_the_figures(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    for doubts in ({}, {"rfid": "runs/critic is the network that it was trained against"}, None):
+        protocol = {"data": {"source": "shapes", "split": "test", "images": 64, "chosen": "all", "sha256": "0" * 64}}
+        protocol |= {"not_evidence": doubts} if doubts is not None else {}  # as an earlier version wrote it
+        document = {"figures": {"psnr": 20.0, "rfid": 2.1}, "protocol": protocol}
+        records = {"evaluation/tokenizer.json": json.dumps(document).encode()}
+        write_model_card(tmp_path, pipeline, records, CardFields(None, None, "me/mine"))
+        card = (tmp_path / "README.md").read_text()
+        warning = (
+            "Warning: rFID: not evidence of quality, because runs/critic is the network that it was trained against."
+        )
+        assert (warning in card) == bool(doubts)
+        assert "| rFID | 2.1 |" in card
 
 
 def test_lpips_that_was_optimised_is_no_evidence(runs, twostage, monkeypatch, tmp_path):
