@@ -24,8 +24,8 @@ from benchmarks.reporting import Row, parser, report
 from core.images import to_float
 from core.pictures import contact_sheet, save_picture
 from core.processes import share_cores
+from core.spread import spread
 from pipelines.edits import MASK_NAMES, known_codes, mark_masked, named_mask, paste, reconstruct
-from pipelines.evaluation.evaluation_document import spread
 from pipelines.reconstruct import held_out_images
 from pipelines.two_stage import TwoStagePipeline, load_pipeline
 from stage1_tokenizer.feature_network import FeatureNetwork

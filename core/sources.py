@@ -77,8 +77,8 @@ def _read_local(path: Path, wanted_label: str | None) -> Source:
         return read_tables(path, tables, wanted_label, content)
     if wanted_label not in (AUTO, None):
         raise InputError(
-            f"data.label_column {wanted_label!r}: {path} is a folder of images, whose classes are its folders; leave it "
-            "out"
+            f"data.label_column {wanted_label!r}: {path} is a folder of images, whose classes are its folders; leave "
+            "it out"
         )
     return _read_folder(path, content, wanted_label)
 

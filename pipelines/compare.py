@@ -20,6 +20,7 @@ from pipelines.comparison.side_by_side import (
     compare_models,
     comparison_document,
     comparison_sheet,
+    evidence_notes,
     figure_rows,
 )
 from pipelines.comparison.tour import MINUTES, tour
@@ -35,6 +36,8 @@ def write_comparison(comparison: Comparison, out: Path) -> None:
     document, picture = comparison_document(comparison), comparison_sheet(comparison)
     report = Report("Models side by side")
     report.table(COLUMNS, figure_rows(comparison.models))
+    for note in evidence_notes(comparison.models):
+        report.text(note)
     about = comparison.protocol["data"]
     report.text(f"Measured on {about['images']:,} images of `{about['split']}` of {about['source']}.")
     report.heading("The same images, the same classes and seeds")
@@ -111,7 +114,7 @@ def command(
         write_comparison(comparison, out)
     if json_file:
         write_json(json_file, comparison_document(comparison))
-    print(text_table(figure_rows(comparison.models)))
+    print("\n".join([text_table(figure_rows(comparison.models)), *evidence_notes(comparison.models)]))
     print(f"{out / 'compare.html'}; the pictures: {out / 'compare.png'}; the figures: {out / 'compare.json'}")
 
 

@@ -1,5 +1,6 @@
 """Pictures that people give to a trained model: checked before they are decoded, then brought to the model's form."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -10,14 +11,18 @@ from torch import Tensor
 
 from core.errors import InputError
 from core.images import image_to_uint8, open_picture
+from core.picture_folder import IMAGE_SUFFIXES
 from core.pixel_values import UsedValues, ValueRange
 from pipelines.edits import MASK_NAMES, named_mask
 
-__all__ = ["MOST_BYTES", "MOST_PIXELS", "describe_conversion", "open_image", "read_image", "read_mask"]
+__all__ = ["MOST_BYTES", "MOST_PIXELS", "describe_conversion", "find_images", "open_image", "read_image", "read_mask"]
 
 MOST_BYTES = 20_000_000
 MOST_PIXELS = 25_000_000
 """A picture is resized to a few hundred pixels a side; a larger one only costs memory."""
+
+MOST_NAMED = 20
+"""Unreadable images of a folder."""
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -27,6 +32,8 @@ def open_image(path: str | Path) -> Image.Image:
         InputError: no such file, no readable picture, or one of more than `MOST_BYTES` or `MOST_PIXELS`.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; expected one image, such as {path / 'image.png'}")
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a picture (PNG, JPEG, WebP, GIF, TIFF, BMP)")
     if (size := path.stat().st_size) > MOST_BYTES:
@@ -49,6 +56,61 @@ def open_image(path: str | Path) -> Image.Image:
     except Exception as error:  # a broken file can raise nearly anything in a decoder
         raise InputError(f"{path}: cannot be decoded ({' '.join(str(error).split())}); save it again") from None
     return image
+
+
+def find_images(given: list[Path], most: int, option: str) -> list[Path]:
+    """The image files that are given: files as they are, of each folder its readable images in the order of their names
+    (2 before 10), at most ``most``. It is printed which files of a folder are not used, and why.
+
+    Args:
+        option: that raises ``most``, for the message.
+
+    Raises:
+        InputError: a folder that cannot be read or has no readable image.
+    """
+    return [file for path in given for file in (_images_of(path, most, option) if path.is_dir() else [path])]
+
+
+def _images_of(folder: Path, most: int, option: str) -> list[Path]:
+    try:
+        entries = sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=_natural_order)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror}); expected a folder of images") from None
+    files = [path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
+    others = [path.name for path in entries if path not in files and not path.is_dir()]
+    folders = [path.name for path in entries if path.is_dir()]
+    used, unreadable = [], []
+    for file in files:
+        if len(used) == most:
+            break
+        try:
+            open_image(file)
+            used.append(file)
+        except InputError as error:
+            unreadable.append(str(error))
+    for reason in unreadable[:MOST_NAMED]:
+        print(f"skipped: {reason}")
+    if len(unreadable) > MOST_NAMED:
+        print(f"{folder}: {len(unreadable) - MOST_NAMED} more unreadable images are skipped")
+    if others:
+        print(f"{folder}: not images: {_some_of(others)}")
+    if not used:
+        below = f", only the folders {_some_of(folders)}: give one of them, or --data {folder}" if folders else ""
+        raise InputError(f"{folder}: no readable image in this folder{below or '; expected PNG, JPEG, WebP ...'}")
+    if folders:
+        print(f"{folder}: folders in it are not searched: {_some_of(folders)}")
+    if len(used) + len(unreadable) < len(files):
+        print(f"{folder}: the first {len(used)} of {len(files)} images; {option} shows more")
+    return used
+
+
+def _natural_order(path: Path) -> list[tuple[int, str]]:
+    """2 before 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name) if part]
+
+
+def _some_of(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def describe_conversion(image: Image.Image, size: tuple[int, int], channels: int) -> str | None:

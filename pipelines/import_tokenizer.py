@@ -13,7 +13,8 @@ import typer
 from core.command import run_command
 from core.config import parse_config
 from core.errors import InputError
-from pipelines.sharing.foreign_tokenizers import ForeignTokenizer, read_tokenizer, some_of
+from pipelines.sharing.foreign_tokenizers import ForeignTokenizer, read_tokenizer
+from pipelines.sharing.foreign_weights import some_of
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.vector_quantizer import VectorConfig
 from stage1_tokenizer.vqgan_backbone import VQGANConfig
@@ -77,7 +78,8 @@ def import_tokenizer(
     """Writes the tokenizer of another project into ``out``/model, and returns it in evaluation mode.
 
     Args:
-        source: A `.ckpt` of taming-transformers, a `.pt` of LlamaGen, or the folder of a diffusers `VQModel`.
+        source: A `.ckpt` of taming-transformers or a `.pt` of LlamaGen (either may be `.safetensors`), or the folder of
+            a diffusers `VQModel` or of a pipeline with one. Weights of full precision are preferred.
         out: A run folder; it must not hold a model.
         config: The YAML file of a taming-transformers checkpoint, which says nothing of its architecture itself.
         kind: `taming`, `diffusers` or `llamagen`; None: by the names of the weights.
@@ -86,7 +88,13 @@ def import_tokenizer(
     Raises:
         InputError: not such a file or folder, a variant that computes something else, or weights that do not fit.
     """
-    source, folder = Path(source), Path(out) / "model"
+    return _import(Path(source), Path(out), config, kind, image_size)[0]
+
+
+def _import(
+    source: Path, out: Path, config: str | Path | None, kind: str | None, image_size: int | None
+) -> tuple[Autoencoder, ForeignTokenizer]:
+    folder = out / "model"
     if (folder / "config.json").exists():
         raise InputError(f"{folder}: holds a model already; give --out another folder, or delete this one")
     found = read_tokenizer(source, config, kind)
@@ -95,7 +103,7 @@ def import_tokenizer(
     model = Autoencoder(parse_config(AutoencoderConfig, found.document, str(source)))
     _fill(model, found, source)
     model.save_pretrained(folder)
-    return model.eval()
+    return model.eval(), found
 
 
 def _name_there(ours: str, kind: str, levels: int) -> str:
@@ -124,6 +132,8 @@ def _fill(model: Autoencoder, found: ForeignTokenizer, where: Path) -> None:
         raise InputError(f"{where}: holds weights that its configuration has no place for: {some_of(unknown)}")
     for name, ours in names.items():
         shape, weights = state[ours].shape, found.state[name]
+        if not weights.is_floating_point():
+            raise InputError(f"{where}: {name} holds {weights.dtype} values; expected weights that are not quantised")
         if weights.shape == shape[:2] and shape[2:] == (1, 1):  # a fully connected layer is a 1x1 convolution
             weights = weights[:, :, None, None]
         if weights.shape != shape:
@@ -136,7 +146,11 @@ def _fill(model: Autoencoder, found: ForeignTokenizer, where: Path) -> None:
 
 def command(
     source: Annotated[
-        str, typer.Argument(help="A .ckpt of taming-transformers, a .pt of LlamaGen, or the folder of a VQModel.")
+        str,
+        typer.Argument(
+            help="A .ckpt of taming-transformers or .pt of LlamaGen (or .safetensors), or the folder of a diffusers "
+            "VQModel or of a pipeline with one."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The run folder to make: runs/NAME.")],
     config: Annotated[Path | None, typer.Option(help="The YAML file of a taming-transformers checkpoint.")] = None,
@@ -144,13 +158,14 @@ def command(
     image_size: Annotated[int | None, typer.Option(min=1, help="Another one than it was trained with.")] = None,
 ) -> None:
     """Take over a published VQ tokenizer: taming-transformers, diffusers or LlamaGen."""
-    model = import_tokenizer(source, out, config, kind, image_size)
+    model, found = _import(Path(source), out, config, kind, image_size)
     backbone, quantizer = model.config.model.backbone, model.config.model.bottleneck
     assert isinstance(backbone, VQGANConfig)
     assert isinstance(quantizer, VectorConfig)
     (height, width), parameters = model.config.image_size, sum(p.numel() for p in model.parameters())
     attention = [str(2**level) for level in range(len(backbone.channel_mult)) if backbone.attends(level)]
     print(f"{out / 'model'}: {parameters / 1e6:.1f} million parameters")
+    print(f"  weights    {found.source}")
     print(
         f"  backbone   vqgan: widths {' '.join(map(str, backbone.widths))}, {backbone.num_res_blocks} residual blocks "
         f"each, attention at the factors {', '.join(attention) or '(none)'}"

@@ -14,6 +14,7 @@ from core.labels import AUTO
 from core.model_folder import write_json
 from core.pictures import contact_sheet, save_picture
 from core.sources import first_form
+from core.spread import spread_over_classes
 
 __all__ = ["inspect_data"]
 
@@ -47,7 +48,7 @@ def inspect_data(config: DataConfig, out: Path) -> ImageData:
         if len(names) > MOST_NAMED:
             print(f"  {kind}: {len(names) - MOST_NAMED:,} more (all with --json FILE)")
     train = data.splits["train"]
-    rows = torch.linspace(0, len(train) - 1, min(NUM_PICTURED, len(train))).long()
+    rows = spread_over_classes(train.labels, len(train), NUM_PICTURED)
     labels = train.read_labels(rows)
     captions = None if labels is None or not data.class_names else [data.class_names[i] for i in labels.tolist()]
     save_picture(contact_sheet(train.read(rows), min(8, len(rows)), captions), out)

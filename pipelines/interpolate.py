@@ -11,7 +11,9 @@ from core.command import run_command
 from core.errors import InputError
 from core.pictures import contact_sheet, save_picture
 from core.processes import share_cores
+from core.spread import spread_over_classes
 from pipelines import edits
+from pipelines.given_images import find_images
 from pipelines.reconstruct import check_out, held_out_images, picture_file, read_images
 from pipelines.two_stage import load_tokenizer
 
@@ -30,14 +32,15 @@ def interpolate(
     other, by the rule of `edits.interpolate`; returns how many strips.
 
     Args:
-        images: pictures, of which each two are a pair, instead of ``num_pairs`` of held-out images (of two classes
-            each, where there are classes).
+        images: files and folders, of which each two images are a pair, instead of ``num_pairs`` of held-out images (of
+            two classes each, where there are classes); of a folder at most ``num_pairs`` pairs.
 
     Raises:
         InputError: an odd number of pictures, fewer than two held-out ones.
     """
-    if images and len(images) % 2:
-        raise InputError(f"--image: got {len(images)} picture{'s' * (len(images) > 1)}, expected two for each strip")
+    images = find_images(images or [], 2 * num_pairs, "--num-pairs")
+    if len(images) % 2:
+        raise InputError(f"--image: got {len(images)} image{'s' * (len(images) > 1)}, expected two for each strip")
     check_out(out, images)
     tokenizer = load_tokenizer(model)
     if images:
@@ -56,16 +59,16 @@ def interpolate(
 
 
 def pairs_of_rows(labels: Tensor | None, count: int, num_pairs: int) -> Tensor:
-    """The first pairs of ``count`` rows, one after the other: (2 pairs,). The two are of different ``labels`` (count,)
-    while there are such.
+    """Pairs of rows, one after the other: (2 pairs,), spread over the classes of ``labels`` (count,). The two rows of a
+    pair are of different classes while there are such.
 
     Raises:
         InputError: fewer than two rows.
     """
     if count < 2:
         raise InputError(f"{count} held-out images, expected at least the two ends of a strip; give --image twice")
-    left, pairs = list(range(count)), []
-    while len(left) > 1 and len(pairs) < 2 * num_pairs:
+    left, pairs = spread_over_classes(labels, count, 2 * num_pairs).tolist(), []
+    while len(left) > 1:
         first = left.pop(0)
         other = (row for row in left if labels is not None and labels[row] != labels[first])
         second = next(other, left[0])
@@ -80,11 +83,12 @@ def command(
         typer.Argument(help="runs/NAME of a tokenizer (or AE, VAE ...) or of a prior, a pipeline folder, a hub id."),
     ],
     image: Annotated[
-        list[Path] | None, typer.Option(help="Pictures instead of held-out images, given twice: the two ends.")
+        list[Path] | None,
+        typer.Option(help="An image, given twice: the two ends; or a folder of images, which are paired in order."),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Another source than it was trained on.")] = None,
     num_images: Annotated[int, typer.Option(min=2, help="Of a strip, both ends included.")] = 9,
-    num_pairs: Annotated[int, typer.Option(min=1, help="Strips between held-out images.")] = 4,
+    num_pairs: Annotated[int, typer.Option(min=1, help="Strips between held-out images, or those of a folder.")] = 4,
     out: Annotated[Path | None, typer.Option(help="A PNG; interpolations.png in the run folder by default.")] = None,
 ) -> None:
     """Show what lies between two images: held-out ones, or your own."""

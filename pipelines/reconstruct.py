@@ -13,10 +13,11 @@ from core.errors import InputError
 from core.model_folder import find_model_folder
 from core.pictures import contact_sheet, save_picture
 from core.processes import share_cores
+from core.spread import spread_over_classes
 from pipelines import edits
 from pipelines.encode_dataset import training_data
 from pipelines.evaluation.evaluation_document import model_kind
-from pipelines.given_images import read_image
+from pipelines.given_images import find_images, read_image
 from pipelines.pipeline_folder import find_pipeline_folder, is_pipeline_or_hub_id
 from pipelines.two_stage import load_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
@@ -41,15 +42,16 @@ def reconstruct(
     Args:
         model: a run folder of a tokenizer (or AE, VAE ...) or of a prior over its codes, a pipeline folder, a hub id.
         source: of held-out images, other than it was trained on.
-        images: pictures to show instead of ``num_images`` held-out ones.
+        images: files and folders to show instead of ``num_images`` held-out images; of a folder at most ``num_images``.
     """
+    images = find_images(images or [], num_images, "--num-images")
     check_out(out, images)
     tokenizer = load_tokenizer(model)
     if images:
         originals = read_images(images, tokenizer)
     else:
         held_out = held_out_images(model, source)
-        originals = held_out.read(torch.arange(min(num_images, len(held_out))))
+        originals = held_out.read(spread_over_classes(held_out.labels, len(held_out), num_images))
     pictures = edits.reconstruct(tokenizer, originals)
     columns, strips = min(COLUMNS, len(originals)), []
     for part in torch.arange(len(originals)).split(columns):
@@ -120,10 +122,11 @@ def command(
         typer.Argument(help="runs/NAME of a tokenizer (or AE, VAE ...) or of a prior, a pipeline folder, a hub id."),
     ],
     image: Annotated[
-        list[Path] | None, typer.Option(help="A picture instead of held-out images; repeat for several.")
+        list[Path] | None,
+        typer.Option(help="An image, or a folder of images, instead of held-out ones; repeat for several."),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Another source than it was trained on.")] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Held-out images that are shown.")] = 12,
+    num_images: Annotated[int, typer.Option(min=1, help="Images shown: held-out ones, or those of a folder.")] = 12,
     out: Annotated[Path | None, typer.Option(help="A PNG; reconstructions.png in the run folder by default.")] = None,
 ) -> None:
     """Show images over their reconstructions: held-out ones, or your own."""

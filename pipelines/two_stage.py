@@ -195,6 +195,8 @@ class TwoStagePipeline:
             if class_names:
                 raise InputError(f"class name {class_names[0]!r}: this model was trained without classes")
             return None
+        if isinstance(class_names, str):
+            raise InputError(f"class_names {class_names!r}: expected a list of names, such as [{class_names!r}]")
         for name in class_names or []:
             if name in every and name not in known:
                 raise InputError(
@@ -202,9 +204,11 @@ class TwoStagePipeline:
                     f"expected one of: {', '.join(known)}"
                 )
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise InputError(f"class name {name!r}: not a class of this model{hint} It knows: {', '.join(known)}")
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else "."
+                raise InputError(
+                    f"class name {name!r}: not a class of this model{hint} Its classes: {', '.join(known)}"
+                )
         return [every.index(name) for name in class_names or known]
 
     def check_sampling(self, sampling: SamplingConfig) -> None:

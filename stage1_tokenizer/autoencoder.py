@@ -24,6 +24,7 @@ from stage1_tokenizer.bottlenecks import BottleneckConfig, Gaussian, Identity, b
 from stage1_tokenizer.finite_scalar import FiniteScalarConfig
 from stage1_tokenizer.lookup_free import LookupFreeConfig
 from stage1_tokenizer.losses import LossConfig, corrupt, negative_log_likelihood, reconstruction_loss
+from stage1_tokenizer.perceptual import FeaturePerceptualConfig, PerceptualNetwork
 from stage1_tokenizer.vector_quantizer import VectorConfig
 
 __all__ = ["Autoencoder", "AutoencoderConfig", "AutoencoderOutput", "ModelConfig"]
@@ -68,6 +69,20 @@ class AutoencoderConfig(Section):
     """The values in image files that became black and white (`data.value_range`)."""
     model: ModelConfig
     loss: LossConfig
+    trained_against: list[PerceptualNetwork] | None = None
+    """The networks of perceptual losses that its weights were trained with, those of `init_from` first; None: none, or
+    not recorded (see :meth:`perceptual_networks`)."""
+
+    def perceptual_networks(self) -> list[PerceptualNetwork]:
+        """The networks that it was trained against. A model that was saved before they were recorded has the one that
+        its loss names, without a hash."""
+        if self.trained_against is not None:
+            return self.trained_against
+        perceptual = self.loss.perceptual
+        if perceptual is None or not perceptual.weight:
+            return []
+        path = perceptual.path if isinstance(perceptual, FeaturePerceptualConfig) else None
+        return [PerceptualNetwork(type=perceptual.type, path=path)]
 
 
 @dataclass
@@ -244,6 +259,8 @@ class Autoencoder(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors."""
         config: dict[str, Any] = self.config.model_dump(mode="json")
+        if not config["trained_against"]:  # earlier versions do not know the key
+            del config["trained_against"]
         save_model_folder(Path(folder), "tokenizer", config | {"hash": self.content_hash()}, self.state_dict())
 
     @classmethod

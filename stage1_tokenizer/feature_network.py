@@ -82,6 +82,13 @@ class FeatureNetwork(nn.Module):
         labelled = [(f"{name} {tuple(tensor.shape)} {tensor.dtype}", tensor) for name, tensor in weights]
         return hash_tensors(labelled, json.dumps(self.config.model_dump(mode="json"), sort_keys=True))
 
+    def features_hash(self) -> str:
+        """A hash of the weights that the features come from, without the head and the class names: two networks of one
+        hash see images alike, wherever their folders are."""
+        return hash_tensors(
+            (f"{name} {tuple(tensor.shape)}", tensor) for name, tensor in sorted(self.layers.state_dict().items())
+        )
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors."""
         save_model_folder(Path(folder), "features", self.config.model_dump(mode="json"), self.state_dict())

@@ -13,7 +13,7 @@ from torch import Tensor
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderOutput
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, adversarial_weight, generator_loss
 from stage1_tokenizer.losses import LossConfig
-from stage1_tokenizer.perceptual import build_perceptual
+from stage1_tokenizer.perceptual import PerceptualNetwork, build_perceptual, describe_network
 
 __all__ = ["ImageLosses"]
 
@@ -44,6 +44,13 @@ class ImageLosses:
             form = autoencoder.config
             built = build_perceptual(config.perceptual, form.channels, form.image_size, weights_dir)
             self.perceptual = built.to(accelerator.device)
+
+    def networks(self) -> list[PerceptualNetwork]:
+        """The networks that the autoencoder is trained against, to be remembered with it."""
+        perceptual = self.config.perceptual
+        if perceptual is None or self.perceptual is None or not perceptual.weight:
+            return []
+        return [describe_network(perceptual, self.perceptual)]
 
     def pixel_gradient(
         self, output: AutoencoderOutput, images: Tensor, progress: float

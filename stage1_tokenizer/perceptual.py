@@ -28,7 +28,9 @@ __all__ = [
     "LPIPSConfig",
     "Perceptual",
     "PerceptualConfig",
+    "PerceptualNetwork",
     "build_perceptual",
+    "describe_network",
     "find_trunk",
 ]
 
@@ -63,6 +65,17 @@ class FeaturePerceptualConfig(Section):
 PerceptualConfig = Annotated[LPIPSConfig | FeaturePerceptualConfig, Field(discriminator="type")]
 
 
+class PerceptualNetwork(Section):
+    """A network that a model was trained against, as its `config.json` remembers it: distances in it are no evidence
+    of the model's quality, because training lowered them."""
+
+    type: Literal["lpips", "features"]
+    path: str | None = None
+    """Where a feature network was."""
+    hash: str | None = None
+    """A feature network's :meth:`FeatureNetwork.features_hash`; None: not recorded."""
+
+
 class Perceptual(nn.Module, ABC):
     """Two batches of images -> their mean distance in the features of ``network``.
 
@@ -74,6 +87,11 @@ class Perceptual(nn.Module, ABC):
         super().__init__()
         self._hidden = (network.eval().requires_grad_(False),)  # nn.Module does not look into a tuple
         self.eval()
+
+    @property
+    def network(self) -> nn.Module:
+        """What the images are compared in."""
+        return self._hidden[0]
 
     def forward(self, decoded: Tensor, images: Tensor) -> Tensor:
         """The mean distance of two batches (B, C, H, W) in [-1, 1], a float32 scalar >= 0; gradients reach ``decoded``
@@ -103,7 +121,7 @@ class FeaturePerceptual(Perceptual):
     """
 
     def distance(self, decoded: Tensor, images: Tensor) -> Tensor:
-        network = self._hidden[0]
+        network = self.network
         assert isinstance(network, FeatureNetwork)
         with torch.no_grad():
             targets = [_unit_length(features) for features in network.stages(images)]
@@ -119,7 +137,7 @@ class LPIPS(Perceptual):
     colours are compared."""
 
     def distance(self, decoded: Tensor, images: Tensor) -> Tensor:
-        return self._hidden[0](_to_rgb(decoded), _to_rgb(images)).mean()
+        return self.network(_to_rgb(decoded), _to_rgb(images)).mean()
 
 
 def build_perceptual(
@@ -141,6 +159,14 @@ def build_perceptual(
         if isinstance(config, FeaturePerceptualConfig):
             return _build_features(config, channels, image_size)
         return _build_lpips(channels, image_size, weights_dir)
+
+
+def describe_network(config: LPIPSConfig | FeaturePerceptualConfig, perceptual: Perceptual) -> PerceptualNetwork:
+    """What to remember of the network of ``perceptual``, which was built from ``config``."""
+    if isinstance(config, LPIPSConfig):
+        return PerceptualNetwork(type="lpips")
+    assert isinstance(perceptual.network, FeatureNetwork)
+    return PerceptualNetwork(type="features", path=config.path, hash=perceptual.network.features_hash())
 
 
 def _unit_length(features: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""The pictures of a training: the same held-out images every time, and what the latent space looks like."""
+"""The pictures of a training: the same held-out images every time, of all classes in turn, and what the latent space
+looks like."""
 
 from typing import Any
 
@@ -10,6 +11,7 @@ from core.data import ImageData, ImageSplit
 from core.images import to_float, to_uint8
 from core.pictures import contact_sheet, figure_canvas, to_image
 from core.random import BatchRandom, seed_for
+from core.spread import spread_over_classes
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.losses import corrupt
 
@@ -32,7 +34,7 @@ def draw_pictures(model: Autoencoder, data: ImageData, seed: int) -> dict[str, I
     model.eval()
     pictures = {"": _overview(model, data, seed)}
     if model.class_conditional and data.class_names:
-        pictures["classes"] = _classes(model, data.class_names[:COLUMNS], seed)
+        pictures["classes"] = _classes(model, data, seed)
     if model.codebook_size is None and model.config.model.latent_channels == 2 and model.grid == (1, 1):
         pictures["manifold"] = _manifold(model)
         pictures["scatter"] = _scatter(model, data.validation, data.class_names)
@@ -40,7 +42,7 @@ def draw_pictures(model: Autoencoder, data: ImageData, seed: int) -> dict[str, I
 
 
 def _overview(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
-    rows = torch.arange(min(COLUMNS, len(data.validation)))
+    rows = spread_over_classes(data.validation.labels, len(data.validation), COLUMNS)
     device = model.last_layer.device
     originals = data.validation.read(rows)
     images = to_float(originals.to(device))
@@ -65,11 +67,12 @@ def _overview(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
     return contact_sheet(torch.cat([strip.cpu() for strip in strips]), columns=len(rows), row_titles=titles)
 
 
-def _classes(model: Autoencoder, class_names: list[str], seed: int) -> Image.Image:
-    device = model.last_layer.device
-    labels = torch.arange(len(class_names)).repeat(4)
+def _classes(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
+    device, names = model.last_layer.device, data.class_names or []
+    trained = [label for label, name in enumerate(names) if name not in data.untrained_classes][:COLUMNS]
+    labels = torch.tensor(trained).repeat(4)
     samples = to_uint8(model.sample(len(labels), labels, _generator(seed, device))).cpu()
-    return contact_sheet(samples, columns=len(class_names), captions=[class_names[i] for i in labels.tolist()])
+    return contact_sheet(samples, columns=len(trained), captions=[names[i] for i in labels.tolist()])
 
 
 def _manifold(model: Autoencoder) -> Image.Image:
@@ -81,7 +84,7 @@ def _manifold(model: Autoencoder) -> Image.Image:
 
 
 def _scatter(model: Autoencoder, split: ImageSplit, class_names: list[str] | None) -> Image.Image:
-    rows = torch.arange(min(SCATTERED, len(split)))
+    rows = spread_over_classes(split.labels, len(split), SCATTERED)
     device = model.last_layer.device
     z = torch.cat([model.encode(to_float(split.read(part).to(device))).z.flatten(1).cpu() for part in rows.split(500)])
     labels = split.read_labels(rows)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from core.batches import Batches
 from core.command import run_command
-from core.config import PathName, RunConfig, Section, describe_differences, load_config
+from core.config import PathName, RunConfig, Section, describe_differences, load_config, parse_config
 from core.data import DataConfig, ImageData, ImageSplit, load_images
 from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
 from core.ema import averaged_copy
@@ -37,6 +37,7 @@ from stage1_tokenizer.diagnosis import Diagnosis
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, discriminator_loss, r1_penalty
 from stage1_tokenizer.image_losses import ImageLosses
 from stage1_tokenizer.losses import LossConfig
+from stage1_tokenizer.perceptual import PerceptualNetwork
 from stage1_tokenizer.residual_quantizer import ResidualQuantizer
 from stage1_tokenizer.sample_pictures import draw_pictures
 from stage1_tokenizer.validation import validate
@@ -165,7 +166,8 @@ def train(
 
     def begin() -> None:
         if config.init_from:
-            start_from(autoencoder, config.init_from, config.train.parts)
+            earlier = start_from(autoencoder, config.init_from, config.train.parts)
+            run.facts["trained_against"] = [network.model_dump() for network in earlier]
         else:
             initialize_codebook(autoencoder, split, batches, accelerator)
         if averaged:
@@ -175,6 +177,9 @@ def train(
         batches, modules, optimizers, begin, check=lambda: data.check_same(run.facts.get("data"), run.folder.path)
     )
     run.facts.setdefault("data", data.identity())
+    networks = [PerceptualNetwork(**network) for network in run.facts.get("trained_against", [])]
+    networks += [network for network in image_losses.networks() if network not in networks]
+    final.config = final.config.model_copy(update={"trained_against": networks})
     diagnosis = Diagnosis(REMEDIES.get(config.model.bottleneck.type, ""), run.facts, run.say)
     nets = [model, opponent.prepared] if opponent else [model]
 
@@ -261,8 +266,8 @@ def open_source(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise InputError(f"init_from: {error}") from None
 
 
-def start_from(autoencoder: Autoencoder, source: str, parts: Literal["all", "decoder"]) -> None:
-    """Fills a new autoencoder with the weights of a trained one.
+def start_from(autoencoder: Autoencoder, source: str, parts: Literal["all", "decoder"]) -> list[PerceptualNetwork]:
+    """Fills a new autoencoder with the weights of a trained one; returns the networks that this was trained against.
 
     Raises:
         InputError: another architecture; the differences are named.
@@ -277,6 +282,8 @@ def start_from(autoencoder: Autoencoder, source: str, parts: Literal["all", "dec
     if differences:
         raise InputError(f"init_from {source}: is another model:\n  " + "\n  ".join(differences))
     fill(autoencoder, state, f"init_from {source}")
+    document.pop("hash", None)
+    return parse_config(AutoencoderConfig, document, f"init_from {source}: config.json").perceptual_networks()
 
 
 @dataclass

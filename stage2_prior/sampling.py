@@ -5,14 +5,14 @@ Axes: B images, N cells of a grid, K codes.
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from core.config import Count, Number, Section
+from core.config import Number, Section
 from core.random import seed_for
 from stage2_prior.shares import MaskSchedule
 
@@ -33,25 +33,96 @@ Progress = Callable[[int], object]
 """Told how many codes were drawn since it was told last."""
 
 
+MAX_SCALE = 1e6
+"""Of temperatures and of guidance: beyond it, and below 1 / `MAX_SCALE`, logits in float32 are no numbers any more."""
+GREEDY = "top_k=1 (--top-k 1) draws the most likely code every time"
+
+
+def _within(holds: Callable[[float], bool], expected: Callable[[float], str]) -> AfterValidator:
+    """Refuses the values for which ``holds`` is false, with what is expected instead and what to give."""
+
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(f"got {value:g}, {expected(value)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _percent(value: float) -> str:
+    return f"; for {value:g} percent give {value / 100:g}" if 5 <= value <= 100 else ""
+
+
+_Integer = Annotated[int, Field(strict=True)]
+Temperature = Annotated[
+    Number,
+    _within(
+        lambda value: 1 / MAX_SCALE <= value <= MAX_SCALE,
+        lambda value: (
+            f"expected at most {MAX_SCALE:g}; all codes are equally likely long before"
+            if value > 1
+            else f"expected more than 0 (at least {1 / MAX_SCALE:g}); {GREEDY} (a VAE has no codes: give 0.01)"
+        ),
+    ),
+]
+TopK = Annotated[
+    _Integer,
+    _within(
+        lambda value: value >= 1,
+        lambda _: (
+            "expected at least 1, which draws the most likely code every time; leave it out to draw from all codes"
+        ),
+    ),
+]
+TopP = Annotated[
+    Number,
+    _within(
+        lambda value: 0 < value <= 1,
+        lambda value: (
+            f"expected a share above 0 and at most 1, such as 0.9{_percent(value)}"
+            if value > 0
+            else f"expected a share above 0 and at most 1, such as 0.9; {GREEDY}"
+        ),
+    ),
+]
+GuidanceScale = Annotated[
+    Number,
+    _within(
+        lambda value: 0 <= value <= MAX_SCALE,
+        lambda _: f"expected from 0 to {MAX_SCALE:g}: 0 ignores the class, 1 follows it as trained, 2 more strongly",
+    ),
+]
+NumSteps = Annotated[
+    _Integer, _within(lambda value: value >= 1, lambda _: "expected at least 1; leave it out for the usual 8")
+]
+ChoiceTemperature = Annotated[
+    Number,
+    _within(
+        lambda value: 0 <= value <= MAX_SCALE,
+        lambda _: f"expected from 0 (no chance: the most confident codes stay) to {MAX_SCALE:g}; leave it out for 4.5",
+    ),
+]
+
+
 class SamplingConfig(Section):
     """How codes are drawn from a prior's predictions."""
 
-    temperature: Number = Field(default=1.0, gt=0)
-    """Logits are divided by it: below 1 is safer, above 1 is more varied."""
-    top_k: Count | None = None
-    """Only the k most likely codes can be drawn; None: all."""
-    top_p: Number | None = Field(default=None, gt=0, le=1)
-    """Only the most likely codes that together hold this probability can be drawn; None: all."""
-    guidance_scale: Number = Field(default=1.0, ge=0)
+    temperature: Temperature = 1.0
+    """Above 0; logits are divided by it: below 1 is safer, above 1 is more varied."""
+    top_k: TopK | None = None
+    """Only the k most likely codes can be drawn, at least 1; None: all."""
+    top_p: TopP | None = None
+    """Only the most likely codes that together hold this probability, above 0 to 1, can be drawn; None: all."""
+    guidance_scale: GuidanceScale = 1.0
     """1: the class-conditional model as it is; above 1 pushes away from the unconditional one (alias: `cfg_scale`)."""
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the scale goes from 1 at an image's first codes to `guidance_scale` at its last; `constant`: it is the same
     for all."""
-    num_steps: Count | None = None
+    num_steps: NumSteps | None = None
     """Of masked transformers: the parallel steps in which an image is filled; None: 8."""
     mask_schedule: MaskSchedule | None = None
     """Of masked transformers: what share of the codes is still masked after each step; None: as in its training."""
-    choice_temperature: Number | None = Field(default=None, ge=0)
+    choice_temperature: ChoiceTemperature | None = None
     """Of masked transformers: how much chance decides which of a step's codes stay, falling to none at the last step;
     0: the most confident ones stay. None: 4.5."""
     weights: Weights = "float32"

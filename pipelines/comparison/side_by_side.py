@@ -18,10 +18,12 @@ from core.data import DataConfig, ImageData, ImageSplit, load_images
 from core.errors import InputError
 from core.pictures import contact_sheet
 from core.processes import join_processes
+from core.spread import spread, spread_over_classes
 from pipelines.edits import reconstruct
 from pipelines.encode_dataset import training_data
-from pipelines.evaluation.evaluation_document import choose_split, model_kind, spread, versions
-from pipelines.evaluation.frechet import FrechetDistances, InceptionFeatures, OwnFeatures, open_features
+from pipelines.evaluation.evaluation_document import NO_EVIDENCE, choose_split, model_kind, versions
+from pipelines.evaluation.frechet import InceptionFeatures, OwnFeatures, ReconstructionJudge, open_features
+from pipelines.evaluation.independence import not_evidence
 from pipelines.evaluation.measurements import measure
 from pipelines.evaluation.prior_measurements import measure_images, measure_samples
 from pipelines.pipeline_folder import is_pipeline_or_hub_id
@@ -36,6 +38,7 @@ __all__ = [
     "compare_models",
     "comparison_document",
     "comparison_sheet",
+    "evidence_notes",
     "figure_rows",
     "open_models",
     "sheet",
@@ -49,6 +52,7 @@ COLUMNS = {
     "parameters": "parameters",
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
+    "recognised": "recognised reconstructions",
     "rfid": "Frechet distance of reconstructions",
     "codes": "codes in use",
     "nats_per_image": "nats per image",
@@ -58,10 +62,15 @@ COLUMNS = {
     "class_accuracy": "class accuracy",
 }
 """Of the table: the titles by figure."""
+JUDGED = ("recognised", "rfid", "frechet_distance", "class_accuracy")
+"""The figures of the feature network."""
+MARK = " *"
+"""Behind a figure that is no evidence; :func:`evidence_notes` says why."""
 FORMATS = {
     "parameters": "{:,.0f}",
     "psnr": "{:.2f}",
     "ssim": "{:.3f}",
+    "recognised": "{:.1%}",
     "rfid": "{:.3g}",
     "nats_per_image": "at most {:.1f}",
     "nats_per_code": "{:.3f}",
@@ -87,6 +96,8 @@ class Model:
     figures: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     """Why a figure of its samples is not there."""
+    not_evidence: dict[str, str] = field(default_factory=dict)
+    """Why a figure says nothing about quality."""
     reconstructions: Tensor | None = None
     """(n, C, H, W) uint8, of the images pictured."""
     samples: Tensor | None = None
@@ -190,7 +201,7 @@ def compare_models(
             )
     split_name, split = choose_split(data, None, config)
     measured = spread(len(split), MEASURED_IMAGES)
-    originals = split.read(spread(len(split), num_images))
+    originals = split.read(spread_over_classes(split.labels, len(split), num_images))
     classes: list[str] | None = None
     for model in models:
         if model.pipeline and model.pipeline.class_names:
@@ -202,16 +213,18 @@ def compare_models(
     for model in models:
         model.tokenizer.to(state.device)
         if model.reconstructs:
-            distances = (
-                FrechetDistances(network, len(measured), torch.device(state.device or "cpu")) if network else None
-            )
-            found = measure(model.tokenizer, split, measured, BATCH_SIZE, 0, state, None, distances)
+            device = torch.device(state.device or "cpu")
+            judge = ReconstructionJudge(network, len(measured), device, data.class_names) if network else None
+            found = measure(model.tokenizer, split, measured, BATCH_SIZE, 0, state, None, judge)
             model.figures |= {"parameters": num_parameters(model.tokenizer), **found.figures}
             model.reconstructions = reconstruct(model.tokenizer, originals)
         if model.pipeline:
             measure_pipeline(
                 model, data, split, measured, len(originals), num_samples, classes, seed, sampling, network, state
             )
+        judged = [name for name in JUDGED if name in model.figures]
+        where = model.tokenizer_path or model.path
+        model.not_evidence = not_evidence(model.tokenizer.config, where, network, features, config.source, judged)
     protocol = {
         "data": {"source": config.source, "split": split_name, "images": len(measured)},
         "pixels": "reconstructions are clipped and rounded to 8 bits",
@@ -328,7 +341,11 @@ def figure_rows(models: Sequence[Model]) -> list[dict[str, str]]:
     rows = []
     for model in models:
         figures = model.figures
-        row = {key: form.format(figures[key]) for key, form in FORMATS.items() if key in figures}
+        row = {
+            key: form.format(figures[key]) + MARK * (key in model.not_evidence)
+            for key, form in FORMATS.items()
+            if key in figures
+        }
         if "codebook_size" in figures:
             codes = figures["codebook_size"] * figures["codebooks"]
             row["codes"] = f"{figures['codes_used']:.0f} of {codes:.0f}"
@@ -336,6 +353,15 @@ def figure_rows(models: Sequence[Model]) -> list[dict[str, str]]:
             row["nats_per_code"] = f"at most {row['nats_per_code']}"
         rows.append({"name": model.name, **row})
     return rows
+
+
+def evidence_notes(models: Sequence[Model]) -> list[str]:
+    """Why figures of the table that are marked are no evidence, a sentence for each model."""
+    return [
+        f"{MARK.strip()} {model.name}: {NO_EVIDENCE}, because {reason}."
+        for model in models
+        for reason in dict.fromkeys(model.not_evidence.values())
+    ]
 
 
 def sheet(
@@ -368,6 +394,13 @@ def comparison_sheet(comparison: Comparison, between: Mapping[str, Tensor] | Non
 def comparison_document(comparison: Comparison) -> dict[str, Any]:
     """All of it in plain JSON."""
     models = [
-        {"name": m.name, "path": m.path, "figures": m.figures, "not_measured": m.missing} for m in comparison.models
+        {
+            "name": m.name,
+            "path": m.path,
+            "figures": m.figures,
+            "not_evidence": m.not_evidence,
+            "not_measured": m.missing,
+        }
+        for m in comparison.models
     ]
     return {"models": models, "protocol": comparison.protocol}

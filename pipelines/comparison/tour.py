@@ -23,6 +23,7 @@ from core.pictures import save_picture
 from core.processes import join_processes
 from core.run_folder import RunFolder, read_metrics
 from core.sources import first_form
+from core.spread import spread
 from core.training import TrainingRun
 from pipelines import edits
 from pipelines.comparison.side_by_side import (
@@ -41,8 +42,7 @@ from pipelines.comparison.side_by_side import (
 from pipelines.comparison.step_budget import TIMED_STEPS, seconds_per_step
 from pipelines.comparison.tour_families import FAMILIES, Family, document_of, merged
 from pipelines.encode_dataset import encode_dataset
-from pipelines.evaluation.evaluation_document import spread
-from pipelines.evaluation.frechet import FrechetDistances, OwnFeatures
+from pipelines.evaluation.frechet import OwnFeatures, ReconstructionJudge
 from pipelines.evaluation.measurements import RowRandom, measure
 from pipelines.report import Report
 from stage1_tokenizer.autoencoder import Autoencoder
@@ -261,8 +261,8 @@ def best_tokenizer(plan: Plan) -> str:
     rows, found = spread(len(split), MEASURED_IMAGES), {}
     for name in ("vqvae", "vqgan"):
         model = Autoencoder.from_pretrained(plan.out / name).to(state.device)
-        distances = FrechetDistances(network, len(rows), torch.device(state.device or "cpu"))
-        figures = measure(model, split, rows, BATCH_SIZE, 0, state, None, distances).figures
+        judge = ReconstructionJudge(network, len(rows), torch.device(state.device or "cpu"))
+        figures = measure(model, split, rows, BATCH_SIZE, 0, state, None, judge).figures
         found[name] = figures.get("rfid", -figures["psnr"])
     return min(found, key=found.__getitem__)
 

@@ -15,6 +15,7 @@ from core.errors import InputError
 from core.model_folder import find_model_folder
 from core.processes import join_processes
 from core.run_folder import RunFolder
+from core.spread import spread
 from pipelines.encode_dataset import training_data
 from pipelines.evaluation.evaluation_document import (
     DIGESTS_OF_IMAGES,
@@ -23,12 +24,13 @@ from pipelines.evaluation.evaluation_document import (
     described_rows,
     described_weights,
     sorted_figures,
-    spread,
     versions,
 )
 from pipelines.evaluation.evaluation_report import sample_pictures, write_evaluation
 from pipelines.evaluation.frechet import open_features
+from pipelines.evaluation.independence import not_evidence
 from pipelines.evaluation.prior_measurements import (
+    JUDGING,
     OF_SAMPLES,
     WITH_REAL,
     SampleFigures,
@@ -99,6 +101,8 @@ def evaluate_prior(
     name = split or cache.manifest.validation_split
     if name not in cache.splits:
         raise InputError(f"--split {name}: codes {cache.path} have {' and '.join(cache.splits)}; give one of them")
+    if config.class_names and cache.splits[name].labels is None:
+        raise InputError(f"--split {name}: has no labels, but {prior} was trained with classes; give another one")
     pipeline, no_pipeline = _opened(
         lambda: TwoStagePipeline.from_prior(model, prior, tokenizer),
         asked_for=tokenizer is not None or network is not None,
@@ -171,13 +175,16 @@ def evaluate_prior(
         missing["chain_rule_nats_per_image"] = no_images
 
     # 3. Samples.
-    samples = None
+    samples, doubts = None, {}
     if network and pipeline:
         train, real = None, None
         if images:
             train, real = images[1].splits["train"], choose_split(images[1], name, images[0])[1]
         samples = measure_samples(pipeline, network, num_samples, sampling, seed, batch_size, state, train, real)
         figures |= samples.figures
+        judged = [name for name in JUDGING if name in samples.figures]
+        where, judged_on = tokenizer or config.tokenizer.path, source or cache.manifest.source
+        doubts = not_evidence(pipeline.tokenizer.config, where, network, features, judged_on, judged)
         missing |= ({} if images else dict.fromkeys(WITH_REAL, no_images)) | samples.missing
         protocol |= about_samples(samples, sampling, seed, num_samples, pipeline, network, name)
     else:
@@ -189,6 +196,7 @@ def evaluate_prior(
             **protocol,
             "image_size": list(config.image_size),
             "channels": config.channels,
+            "not_evidence": doubts,
             "not_measured": missing,
             "batch_size": batch_size,
             "processes": state.num_processes,
@@ -197,7 +205,7 @@ def evaluate_prior(
         },
     }
     if out and state.is_main_process:
-        _write(Path(out), document, samples, config)
+        _write(Path(out), document, samples, pipeline.class_names if pipeline else None)
     state.wait_for_everyone()
     return document
 
@@ -266,8 +274,8 @@ def open_images(tokenizer: str | Path, source: str, config: PriorConfig) -> tupl
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def _write(out: Path, document: dict[str, Any], samples: SampleFigures | None, config: PriorConfig) -> None:
-    pictures = sample_pictures(samples, config.class_names) if samples else []
+def _write(out: Path, document: dict[str, Any], samples: SampleFigures | None, class_names: list[str] | None) -> None:
+    pictures = sample_pictures(samples, class_names) if samples else []
     refused = [samples.refused] if samples and samples.refused else []
     notes = measured_on(document) + refused + prior_notes(document)
     title = f"Evaluation of {document['protocol']['prior']['path']}"

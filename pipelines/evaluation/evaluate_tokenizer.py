@@ -14,6 +14,7 @@ from core.images import to_float, to_uint8
 from core.model_folder import file_sha256
 from core.pictures import contact_sheet
 from core.processes import join_processes
+from core.spread import spread, spread_over_classes
 from pipelines.encode_dataset import training_data
 from pipelines.evaluation.evaluation_document import (
     DIGESTS_OF_IMAGES,
@@ -22,26 +23,28 @@ from pipelines.evaluation.evaluation_document import (
     choose_split,
     described_rows,
     described_weights,
+    evidence_warnings,
     figure_lines,
     sorted_figures,
-    spread,
     versions,
 )
 from pipelines.evaluation.evaluation_report import Picture, write_evaluation
-from pipelines.evaluation.frechet import FrechetDistances, open_features
-from pipelines.evaluation.measurements import Measurements, measure, ssim_window
+from pipelines.evaluation.frechet import ReconstructionJudge, open_features
+from pipelines.evaluation.independence import LPIPS_REASON, not_evidence
+from pipelines.evaluation.measurements import measure, ssim_window
 from pipelines.evaluation.verdict import verdict
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import ACTIVE_VARIANCE
 from stage1_tokenizer.perceptual import SMALLEST_SIDE, TRUNK, LPIPSConfig, Perceptual, build_perceptual, find_trunk
 
-__all__ = ["evaluate_tokenizer", "tokenizer_table"]
+__all__ = ["evaluate_tokenizer", "tokenizer_table", "typical"]
 
 NUM_PICTURED = 12
 CAPTIONS = {
-    "worst": "The images that come back worst, by PSNR.",
-    "typical": "The first images.",
+    "worst": "The images with the worst reconstructions, by PSNR.",
+    "typical": "Typical images: those whose PSNR is nearest to the median{}.",
 }
+OF_JUDGE = ("recognised", "rfid")
 SEED = 0  # of the posterior's noise, and of a denoising autoencoder's corruption
 ROWS: Rows = {
     "images": ("images", "{:.0f}", "held-out images that were sent through and back"),
@@ -49,6 +52,8 @@ ROWS: Rows = {
     "psnr_corrupted": ("  from corrupted images", "{:.2f} dB", "as in its training"),
     "ssim": ("SSIM", "{:.4f}", "structure in small windows, at most 1; higher is better"),
     "lpips": ("LPIPS", "{:.4f}", "difference that people would see; lower is better"),
+    "recognised": ("recognised", "{:.1%}", "reconstructions that the network gives their class; higher is better"),
+    "recognised_originals": ("  of the originals", "{:.1%}", "the most that can be expected"),
     "rfid": ("rFID", "{:.4g}", "Frechet distance of reconstructions to originals; lower is better"),
     "rfid_of_halves": ("  of the originals' halves", "{:.4g}", "what so many images leave of a distance of 0"),
     "nats_per_image": ("negative ELBO", "{:.2f} nats per image", "an upper bound of an image's cost; lower is better"),
@@ -106,6 +111,10 @@ def evaluate_tokenizer(
     data_config = training_data(tokenizer, source)
     data = load_images(data_config)
     name, images = choose_split(data, split, data_config)
+    if model.class_conditional and images.labels is None:
+        raise InputError(
+            f"--split {name}: has no labels, but {tokenizer} was trained with classes; choose another split"
+        )
     if model.class_conditional and data.class_names != model.config.class_names:
         raise InputError(
             f"{tokenizer}: was trained on the classes {model.config.class_names}, data.source {data_config.source} has "
@@ -121,11 +130,18 @@ def evaluate_tokenizer(
         SEED,
         state,
         perceptual.to(state.device) if perceptual else None,
-        FrechetDistances(network, len(rows), torch.device(state.device or "cpu")) if network else None,
+        ReconstructionJudge(network, len(rows), torch.device(state.device or "cpu"), data.class_names)
+        if network
+        else None,
     )
-    about = {"lpips": about_lpips, "rfid": found.frechet or {"not_measured": NO_NETWORK}}
-    missing = {key: lines["not_measured"] for key, lines in about.items() if "not_measured" in lines}
+    about = {"lpips": about_lpips, "rfid": found.judged or {}}
+    missing = found.missing | ({"lpips": about_lpips["not_measured"]} if "not_measured" in about_lpips else {})
+    missing |= {} if network else {"rfid": NO_NETWORK}
     figures, missing = sorted_figures(found.figures, missing, ROWS)
+    measured = [name for name in OF_JUDGE if figures.get(name) is not None]
+    doubts = not_evidence(model.config, tokenizer, network, features, data_config.source, measured)
+    if figures.get("lpips") is not None and any(net.type == "lpips" for net in model.config.perceptual_networks()):
+        doubts["lpips"] = LPIPS_REASON
     document = {
         "figures": figures,
         "protocol": {
@@ -145,16 +161,18 @@ def evaluate_tokenizer(
             "pixels": "reconstructions are clipped and rounded to 8 bits before PSNR, SSIM, LPIPS and rFID",
             **_methods(model, size),
             **about,
+            "trained_against": [net.model_dump() for net in model.config.perceptual_networks()],
+            "not_evidence": doubts,
             "not_measured": missing,
             "batch_size": batch_size,
             "device": torch.device(state.device or "cpu").type,
             "versions": versions(),
         },
-        "verdict": asdict(verdict(figures)),
+        "verdict": asdict(verdict(figures, doubts)),
     }
     if out and state.is_main_process:
         notes = [*_measured_on(document), *_notes(document)]
-        pictures = _pictures(model, images, rows, found)
+        pictures = _pictures(model, images, rows, found.psnr)
         write_evaluation(Path(out), f"Evaluation of {tokenizer}", document, ROWS, notes, pictures)
     state.wait_for_everyone()
     return document
@@ -198,25 +216,44 @@ def _methods(model: Autoencoder, size: tuple[int, int]) -> dict[str, Any]:
     return methods
 
 
-def _pictures(model: Autoencoder, images: ImageSplit, rows: Tensor, found: Measurements) -> list[Picture]:
+def typical(ratios: Tensor, labels: Tensor | None, count: int) -> Tensor:
+    """Which of n images are typical: of each class in turn those whose PSNR is nearest to the class's median.
+
+    Args:
+        ratios: (n,) dB.
+        labels: (n,) int64; None: the images are one class.
+
+    Returns:
+        (min(count, n),) int64.
+    """
+
+    def nearest_to_median(places: Tensor, wanted: int) -> Tensor:
+        return places[(ratios[places] - ratios[places].median()).abs().argsort(stable=True)[:wanted]]
+
+    return spread_over_classes(labels, len(ratios), count, nearest_to_median)
+
+
+def _pictures(model: Autoencoder, images: ImageSplit, rows: Tensor, ratios: Tensor) -> list[Picture]:
     pictures = []
-    order = torch.sort(found.psnr, stable=True).indices
-    for name, places in {"worst": order[:NUM_PICTURED], "typical": torch.arange(len(rows))[:NUM_PICTURED]}.items():
+    worst, labels = torch.sort(ratios, stable=True).indices[:NUM_PICTURED], images.read_labels(rows)
+    shown = {"worst": worst, "typical": typical(ratios, labels, NUM_PICTURED)}
+    of_class = "" if labels is None else " of their class, the classes in turn"
+    for name, places in shown.items():
         originals = images.read(rows[places])
         device = next(model.parameters()).device
         pictures_back = to_uint8(model.reconstruct(to_float(originals.to(device)))).cpu()
         captions = [f"row {row}" for row in rows[places].tolist()]
-        captions += [f"{ratio:.1f} dB" for ratio in found.psnr[places].tolist()]
+        captions += [f"{ratio:.1f} dB" for ratio in ratios[places].tolist()]
         titles = ["original", "reconstruction"]
         sheet = contact_sheet(torch.cat([originals, pictures_back]), len(places), captions, titles)
-        pictures.append((name, sheet, CAPTIONS[name]))
+        pictures.append((name, sheet, CAPTIONS[name].format(of_class)))
     return pictures
 
 
 def tokenizer_table(document: dict[str, Any]) -> str:
     """What the command prints of :func:`evaluate_tokenizer`'s result."""
     figures = {name: value for name, value in document["figures"].items() if (name, value) != ("codebooks", 1)}
-    lines = figure_lines(figures, document["protocol"]["not_measured"], ROWS)
+    lines = figure_lines(figures, document["protocol"], ROWS)
     return "\n".join([*_measured_on(document), *lines, *_notes(document)])
 
 
@@ -233,4 +270,4 @@ def _notes(document: dict[str, Any]) -> list[str]:
         if "network" in protocol[name]:
             notes.append(f"{ROWS[name][0]} in {protocol[name]['network']}, {protocol[name]['hash'][:12]}")
         notes += [protocol[name]["warning"]] if "warning" in protocol[name] else []
-    return [*notes, *document["verdict"]["sentences"]]
+    return [*notes, *evidence_warnings(protocol, ROWS), *document["verdict"]["sentences"]]

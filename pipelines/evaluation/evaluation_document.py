@@ -6,9 +6,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from core.data import DataConfig, ImageData, ImageSplit
 from core.errors import InputError
 from core.files import read_json
@@ -16,16 +13,17 @@ from core.model_folder import file_sha256, find_model_folder
 
 __all__ = [
     "DIGESTS_OF_IMAGES",
+    "NO_EVIDENCE",
     "NO_NETWORK",
     "Rows",
     "choose_split",
     "described_rows",
     "described_weights",
     "evaluation_folder",
+    "evidence_warnings",
     "figure_lines",
     "model_kind",
     "sorted_figures",
-    "spread",
     "versions",
 ]
 
@@ -33,6 +31,7 @@ Rows = dict[str, tuple[str, str, str]]
 """Of a table: what each figure is called there, how it is written, and what it means (which the report says)."""
 
 PACKAGES = ("torch", "torchmetrics", "numpy", "pillow")
+NO_EVIDENCE = "not evidence of quality"
 NO_NETWORK = "give --features runs/NAME (twostage train-features), or --inception FILE"
 DIGESTS_OF_IMAGES = "the images' own sha256 digests (uint8, channels x height x width), in order"
 
@@ -70,14 +69,8 @@ def choose_split(data: ImageData, split: str | None, config: DataConfig) -> tupl
     return name, data.splits[name]
 
 
-def spread(total: int, wanted: int | None) -> Tensor:
-    """Every row, or so many at equal distances: a split may be sorted by class."""
-    count = min(wanted or total, total)
-    return torch.arange(count) * total // count
-
-
 def described_rows(count: int, total: int) -> str:
-    """How :func:`spread` chose."""
+    """How :func:`core.spread.spread` chose."""
     return "all" if count == total else f"spread evenly over {total}"
 
 
@@ -101,13 +94,24 @@ def sorted_figures(
     return {name: known[name] for name in rows if name in known}, missing
 
 
-def figure_lines(figures: dict[str, Any], missing: dict[str, str], rows: Rows) -> list[str]:
-    """A line of the table for each figure."""
+def evidence_warnings(protocol: dict[str, Any], rows: Rows) -> list[str]:
+    """A sentence for each reason why figures are no evidence (``protocol["not_evidence"]``)."""
+    doubts: dict[str, str] = protocol["not_evidence"]
+    titles = {
+        reason: ", ".join(rows[name][0].strip() for name, why in doubts.items() if why == reason)
+        for reason in doubts.values()
+    }
+    return [f"Warning: {which}: {NO_EVIDENCE}, because {reason}." for reason, which in titles.items()]
+
+
+def figure_lines(figures: dict[str, Any], protocol: dict[str, Any], rows: Rows) -> list[str]:
+    """A line of the table for each figure; what is not measured and what is no evidence is marked."""
+    missing, doubts = protocol["not_measured"], protocol["not_evidence"]
     lines, said = [], set()
     for name, value in figures.items():
         title, form, _ = rows[name]
         if value is not None:
-            words = form.format(value)
+            words = form.format(value) + (f" ({NO_EVIDENCE})" if name in doubts else "")
         else:
             words = "not measured: " + ("as above" if missing[name] in said else missing[name])
             said.add(missing[name])

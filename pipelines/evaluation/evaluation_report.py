@@ -9,7 +9,7 @@ from PIL import Image
 
 from core.model_folder import write_json
 from core.pictures import save_picture
-from pipelines.evaluation.evaluation_document import Rows
+from pipelines.evaluation.evaluation_document import NO_EVIDENCE, Rows
 from pipelines.evaluation.neighbours import neighbours_sheet
 from pipelines.evaluation.prior_measurements import SampleFigures
 from pipelines.report import Report
@@ -57,6 +57,7 @@ def _write_report(
     path: Path, title: str, document: dict[str, Any], rows: Rows, notes: Iterable[str], pictures: list[Picture]
 ) -> None:
     figures, missing = document["figures"], document["protocol"]["not_measured"]
+    doubts = document["protocol"]["not_evidence"]
     report = Report(title)
     for note in notes:
         report.text(note)
@@ -65,6 +66,7 @@ def _write_report(
     for name, value in figures.items():
         heading, form, meaning = rows[name]
         if value is not None:
+            meaning = f"{meaning}; {NO_EVIDENCE}, see above" if name in doubts else meaning
             lines.append({"figure": f"{_indented(heading)}: {meaning}", "value": form.format(value)})
     report.table({"figure": "figure", "value": "value"}, lines)
     for reason in dict.fromkeys(missing.values()):

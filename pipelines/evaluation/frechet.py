@@ -20,10 +20,11 @@ from stage1_tokenizer.feature_network import FeatureNetwork
 
 __all__ = [
     "FeatureDistance",
-    "FrechetDistances",
     "InceptionFeatures",
     "OwnFeatures",
+    "ReconstructionJudge",
     "bias_warning",
+    "class_problem",
     "frechet_distance",
     "open_features",
     "too_few",
@@ -183,48 +184,86 @@ def bias_warning(num_images: int, num_features: int) -> str | None:
     )
 
 
-class FrechetDistances:
-    """Gathers the features of originals and of their reconstructions, batch by batch.
+def class_problem(network: OwnFeatures | InceptionFeatures, class_names: list[str] | None, of: str) -> str | None:
+    """Why the network cannot tell whether images are of their class, or None.
+
+    Args:
+        of: what has the ``class_names``: `model` or `data`.
+    """
+    if not class_names:
+        return f"the {of} has no classes"
+    if network.class_names is None:
+        return "the Inception network knows other classes; give --features runs/NAME"
+    if network.class_names != class_names:
+        return (
+            f"the feature network knows the classes {', '.join(network.class_names)}; those of the {of} are "
+            f"{', '.join(class_names)}"
+        )
+    return None
+
+
+class ReconstructionJudge:
+    """Looks at originals and at their reconstructions with a network, batch by batch.
 
     Args:
         num_images: over all processes.
         device: of the network and of the sums (float64).
+        class_names: of the images; None: whether they are recognised is not measured.
     """
 
-    def __init__(self, network: OwnFeatures | InceptionFeatures, num_images: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        network: OwnFeatures | InceptionFeatures,
+        num_images: int,
+        device: torch.device,
+        class_names: list[str] | None = None,
+    ) -> None:
         self.network, self.num_images = network.to(device), num_images
+        self.problem = class_problem(network, class_names, "data") if class_names else None
+        self._knows_classes = bool(class_names) and self.problem is None
+        self._recognised = torch.zeros(3, dtype=torch.long)  # originals, reconstructions; images that were looked at
         self.reconstructions, self.halves = (FeatureDistance(network.num_features, device) for _ in range(2))
         # Not every second image: classes often take turns.
         generator = torch.Generator().manual_seed(seed_for("halves"))
         self._first_half = torch.randperm(num_images, generator=generator) < num_images // 2
 
-    def update(self, originals: Tensor, pictures: Tensor, places: Tensor) -> None:
-        """Takes in uint8 images (B, C, H, W), their 8-bit reconstructions, and which of the images they are, (B,)."""
-        features = self.network(originals)
+    def update(self, originals: Tensor, pictures: Tensor, places: Tensor, labels: Tensor | None = None) -> None:
+        """Takes in uint8 images (B, C, H, W), their 8-bit reconstructions, which of the images they are, (B,), and
+        their classes (B,) int64, where they have any."""
+        features, of_pictures = self.network(originals), self.network(pictures)
         self.reconstructions.update(features, real=True)
-        self.reconstructions.update(self.network(pictures), real=False)
+        self.reconstructions.update(of_pictures, real=False)
+        if self._knows_classes and labels is not None:
+            correct = [(self.network.logits(each).argmax(1) == labels).sum() for each in (features, of_pictures)]
+            self._recognised += torch.stack([*correct, torch.full_like(correct[0], len(labels))]).cpu()
         first = self._first_half[places].to(features.device)
         self.halves.update(features[first], real=True)
         self.halves.update(features[~first], real=False)
 
-    def compute(self, distinct: int, total: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], dict[str, Any]]:
-        """The figures, and what to know about them. ``total`` sums a tensor over the processes.
+    def compute(
+        self, distinct: int, total: Callable[[Tensor], Tensor]
+    ) -> tuple[dict[str, float], dict[str, str], dict[str, Any]]:
+        """The figures, why there are no others, and what to know about them.
 
         Args:
             distinct: different images among the originals.
+            total: sums a tensor over the processes.
         """
         width, protocol = self.network.num_features, dict(self.network.protocol)
+        missing = {"recognised": self.problem} if self.problem else {}
+        originals, reconstructions, seen = total(self._recognised).tolist()
+        figures = {"recognised": reconstructions / seen, "recognised_originals": originals / seen} if seen else {}
         if reason := too_few(distinct, width):
-            return {}, protocol | {"not_measured": reason}
+            return figures, missing | {"rfid": reason}, protocol
         if warning := bias_warning(self.num_images, width):
             protocol["warning"] = warning
-        figures = {"rfid": self.reconstructions.compute(total)}
+        figures["rfid"] = self.reconstructions.compute(total)
         if self.num_images // 2 > width:
             figures["rfid_of_halves"] = self.halves.compute(total)
             protocol["halves"] = (
                 "rfid_of_halves: a random half of the originals against the other, so of half as many images"
             )
-        return figures, protocol
+        return figures, missing, protocol
 
 
 class _Given(nn.Module):

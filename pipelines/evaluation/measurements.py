@@ -19,7 +19,7 @@ from tqdm import tqdm
 from core.data import ImageSplit
 from core.images import to_float, to_uint8
 from core.random import BatchRandom, seed_for
-from pipelines.evaluation.frechet import FrechetDistances
+from pipelines.evaluation.frechet import ReconstructionJudge
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import ACTIVE_VARIANCE, psnr
 from stage1_tokenizer.quantizer import Quantizer
@@ -77,8 +77,10 @@ class Measurements:
     """Of the images' own sha256 digests (each of its uint8 bytes, C x H x W), in their order."""
     duplicates: int
     """Images that are a copy of another one among them."""
-    frechet: dict[str, Any] | None
-    """What to know about the Frechet distance."""
+    missing: dict[str, str]
+    """Why the judging network gave no such figure."""
+    judged: dict[str, Any] | None
+    """What to know about the judging network's figures; None: there was none."""
 
 
 @torch.no_grad()
@@ -90,7 +92,7 @@ def measure(
     seed: int,
     state: PartialState,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
-    frechet: FrechetDistances | None = None,
+    judge: ReconstructionJudge | None = None,
 ) -> Measurements:
     """Sends the images of ``rows`` through ``model`` and back, and measures.
 
@@ -130,8 +132,8 @@ def measure(
                 counts, latent.indices.cpu().unflatten(-1, (-1, len(counts))).unbind(-1), strict=True
             ):
                 codes += torch.bincount(part.flatten(), minlength=len(codes))
-        if frechet:
-            frechet.update(originals, pictures, places)
+        if judge:
+            judge.update(originals, pictures, places, labels)
         for column, name in enumerate(names):
             table[places, column] = values[name].cpu().double()
 
@@ -146,8 +148,8 @@ def measure(
         variance = sums[1] - sums[0].square()
         figures |= {"active_units": int((variance > ACTIVE_VARIANCE).sum()), "latent_units": units}
     distinct = count_distinct(digests)
-    distance, about = frechet.compute(distinct, total) if frechet else ({}, None)
-    return Measurements(figures | distance, table[:, 0], hash_of(digests), len(rows) - distinct, about)
+    seen, missing, about = judge.compute(distinct, total) if judge else ({}, {}, None)
+    return Measurements(figures | seen, table[:, 0], hash_of(digests), len(rows) - distinct, missing, about)
 
 
 def row_digests(rows: Tensor) -> Tensor:

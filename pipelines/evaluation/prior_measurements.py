@@ -17,8 +17,15 @@ from tqdm import tqdm
 from core.data import ImageSplit
 from core.images import to_float
 from core.random import BatchRandom, seed_for
-from pipelines.evaluation.evaluation_document import spread
-from pipelines.evaluation.frechet import InceptionFeatures, OwnFeatures, bias_warning, frechet_distance, too_few
+from core.spread import spread
+from pipelines.evaluation.frechet import (
+    InceptionFeatures,
+    OwnFeatures,
+    bias_warning,
+    class_problem,
+    frechet_distance,
+    too_few,
+)
 from pipelines.evaluation.measurements import count_distinct, hash_of, row_digests, total_over_processes
 from pipelines.evaluation.neighbours import Neighbours, nearest, num_pictured
 from pipelines.evaluation.sample_quality import (
@@ -40,6 +47,7 @@ from stage2_prior.sampling import SamplingConfig
 __all__ = [
     "BOUND_DRAWS",
     "BOUND_SEED",
+    "JUDGING",
     "MANY_COPIES",
     "OF_SAMPLES",
     "WITH_REAL",
@@ -73,6 +81,8 @@ WITH_REAL = (
 )
 OF_SAMPLES = ("class_accuracy", "inception_score", *WITH_REAL)
 """Figures of samples: by the network alone, and beside real images."""
+JUDGING = ("class_accuracy", "frechet_distance", "kernel_distance", "inception_score", "precision", "recall")
+"""Those that say how good samples are."""
 
 
 @dataclass
@@ -263,7 +273,7 @@ def measure_samples(
         return found
 
     # 2. What the network makes of them.
-    problem = class_problem(network, pipeline.label_names)
+    problem = class_problem(network, pipeline.label_names, "model")
     labels = None if cycle is None else torch.tensor(cycle)[torch.arange(num_samples) % len(cycle)]
     if problem:
         found.missing["class_accuracy"] = problem
@@ -324,20 +334,6 @@ def class_figures(images: ImageFeatures, labels: Tensor | None, ending: str) -> 
     if labels is not None:
         figures[f"class_accuracy{ending}"] = (logits.argmax(1) == labels).double().mean().item()
     return figures
-
-
-def class_problem(network: OwnFeatures | InceptionFeatures, class_names: list[str] | None) -> str | None:
-    """Why the network cannot tell whether images are of their class."""
-    if not class_names:
-        return "the model has no classes"
-    if network.class_names is None:
-        return "the Inception network knows other classes; give --features runs/NAME"
-    if network.class_names != class_names:
-        return (
-            f"the feature network knows the classes {', '.join(network.class_names)}, the model's are "
-            f"{', '.join(class_names)}"
-        )
-    return None
 
 
 def too_many_copies(copies: int, num_samples: int, sampling: SamplingConfig) -> str:

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from pipelines.evaluation.evaluation_document import Rows, figure_lines
+from pipelines.evaluation.evaluation_document import Rows, evidence_warnings, figure_lines
 from pipelines.evaluation.prior_measurements import MANY_COPIES
 from stage2_prior.prior import PriorConfig
 
@@ -97,7 +97,7 @@ def in_units(nats_per_image: float, config: PriorConfig) -> dict[str, float]:
 
 def prior_table(document: dict[str, Any]) -> str:
     """What the command prints of :func:`evaluate_prior`'s result."""
-    lines = figure_lines(document["figures"], document["protocol"]["not_measured"], ROWS)
+    lines = figure_lines(document["figures"], document["protocol"], ROWS)
     return "\n".join([*measured_on(document), *lines, *prior_notes(document)])
 
 
@@ -126,7 +126,7 @@ def prior_notes(document: dict[str, Any]) -> list[str]:
     if "chain_rule" in protocol:
         about = protocol["chain_rule"]
         notes.append(f"whole model: of {about['of']}; {about['note']}")
-    return notes + sample_notes(figures, protocol)
+    return notes + sample_notes(figures, protocol) + evidence_warnings(protocol, ROWS)
 
 
 def sample_notes(figures: dict[str, Any], protocol: dict[str, Any]) -> list[str]:

@@ -1,34 +1,31 @@
-"""Reads the tokenizers of other projects as their files are: what they are made of, and their weights.
-
-Only tensors are read from a file; nothing in it is ever executed.
-"""
+"""Reads the tokenizers of other projects as their files are: what they are made of, and their weights."""
 
 import json
 import math
 import re
-import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator, ConfigDict, Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from core.config import Count, Flag, Section, load_config, parse_config
 from core.errors import InputError
+from pipelines.sharing.foreign_weights import (
+    State,
+    Weights,
+    find_vq_model,
+    read_diffusers_weights,
+    read_weights,
+    some_of,
+)
 
-__all__ = ["KINDS", "ForeignTokenizer", "read_tokenizer", "some_of"]
+__all__ = ["KINDS", "ForeignTokenizer", "read_tokenizer"]
 
 KINDS = ("taming", "diffusers", "llamagen")
 
-State = dict[str, Tensor]
-
-# How the first releases of diffusers called an attention's layers.
-OLD_DIFFUSERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+TRAINED_ON_LPIPS = {"trained_against": [{"type": "lpips"}]}
 
 
 @dataclass
@@ -41,11 +38,13 @@ class ForeignTokenizer:
     """The weights under their own names, without those that only training uses."""
     document: dict[str, Any]
     """The same tokenizer as an :class:`AutoencoderConfig`, not yet validated."""
+    source: str
+    """The file that the weights come from, and how they were stored, in words."""
 
 
 def read_tokenizer(source: Path, config: str | Path | None = None, kind: str | None = None) -> ForeignTokenizer:
-    """Reads a `.ckpt` of taming-transformers with its ``config``, a `.pt` of LlamaGen or the folder of a diffusers
-    `VQModel`; without ``kind`` the weights' names tell which.
+    """Reads a `.ckpt` of taming-transformers with its ``config``, a `.pt` of LlamaGen, either of these as safetensors,
+    or the folder of a diffusers `VQModel` or of a pipeline with one; without ``kind`` the weights' names decide.
 
     Raises:
         InputError: not such a file or folder, or a variant that computes something else.
@@ -53,27 +52,24 @@ def read_tokenizer(source: Path, config: str | Path | None = None, kind: str | N
     if kind is not None and kind not in KINDS:
         raise InputError(f"--kind {kind}: expected one of {', '.join(KINDS)}")
     if not source.exists():
-        raise InputError(f"{source}: no such file or folder; expected a .ckpt, a .pt or the folder of a VQModel")
+        raise InputError(
+            f"{source}: no such file or folder; expected a .ckpt, .pt or .safetensors file, or the folder of a VQModel"
+        )
     folder = source.is_dir()
     if kind is not None and folder != (kind == "diffusers"):
         wanted = "a folder with config.json" if kind == "diffusers" else "a checkpoint file"
         raise InputError(f"{source}: is a {'folder' if folder else 'file'}; --kind {kind} needs {wanted}")
-    state = {} if folder else _read_checkpoint(source)
-    kind = kind or ("diffusers" if folder else _recognise(source, state))
-    if kind == "taming":
-        return _taming(source, state, config)
+    weights = None if folder else read_weights(source)
+    if weights and (kind or _recognise(source, weights.state)) == "taming":
+        return _taming(source, weights, config)
     if config is not None:
         raise InputError(f"--config {config}: only a taming-transformers checkpoint needs it; leave it out")
-    return _diffusers(source) if folder else _llamagen(source, state)
-
-
-def some_of(names: Iterable[str]) -> str:
-    """At most five of the names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return _llamagen(source, weights) if weights else _diffusers(find_vq_model(source))
 
 
 def _recognise(path: Path, state: State) -> str:
+    if any(name.startswith("encoder.down_blocks.") for name in state):
+        raise InputError(f"{path}: holds weights of diffusers, whose config.json belongs to them; give their folder")
     for kind, part in {"taming": "encoder.down.", "llamagen": "encoder.conv_blocks."}.items():
         if any(name.startswith(part) for name in state):
             return kind
@@ -81,39 +77,6 @@ def _recognise(path: Path, state: State) -> str:
         f"{path}: not a tokenizer of a known kind: it has no weights encoder.down... (taming-transformers) or "
         f"encoder.conv_blocks... (LlamaGen), but {some_of(state)}"
     )
-
-
-# --- the files ------------------------------------------------------------------------------------------------------
-
-
-class _Inert:
-    """Stands in for the classes of training programs, of which a checkpoint may hold objects beside its weights."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-def _read_checkpoint(path: Path) -> State:
-    """The tensors of a file that `torch.save` wrote."""
-    try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
-        with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail in any of the layers that read it
-        raise InputError(
-            f"{path}: cannot be read as tensors alone ({type(error).__name__}); expected what torch.save writes, whole "
-            "and without objects that would run code: save its state dict by itself where it was trained"
-        ) from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict with a state dict")
-    nested = [content[key] for key in ("state_dict", "ema", "model") if isinstance(content.get(key), dict)]
-    state = {name: tensor for name, tensor in (*nested, content)[0].items() if isinstance(tensor, Tensor)}
-    if not state:
-        raise InputError(f"{path}: no weights under state_dict, ema or model; it holds {some_of(map(str, content))}")
-    return state
 
 
 # --- taming-transformers --------------------------------------------------------------------------------------------
@@ -161,6 +124,7 @@ class _TamingParams(_Foreign):
     n_embed: Count
     ddconfig: _TamingBackbone
     remap: Annotated[Any, _only(None)] = None
+    lossconfig: Any = None
 
 
 class _TamingModel(_Foreign):
@@ -172,7 +136,7 @@ class _TamingConfig(_Foreign):
     model: _TamingModel
 
 
-def _taming(path: Path, state: State, config: str | Path | None) -> ForeignTokenizer:
+def _taming(path: Path, weights: Weights, config: str | Path | None) -> ForeignTokenizer:
     if config is None:
         raise InputError(
             f"{path}: a taming-transformers checkpoint does not say its architecture; give its YAML file, the one with "
@@ -194,16 +158,19 @@ def _taming(path: Path, state: State, config: str | Path | None) -> ForeignToken
         "inner_channels": parts.z_channels,
     }
     size = (parts.resolution, parts.resolution)
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("loss.")}
+    state = {name: tensor for name, tensor in weights.state.items() if not name.startswith("loss.")}
     document = _document(size, parts.in_channels, backbone, params.n_embed, params.embed_dim)
-    return ForeignTokenizer("taming", state, document)
+    if isinstance(params.lossconfig, dict) and "LPIPS" in str(params.lossconfig.get("target")):
+        document |= TRAINED_ON_LPIPS
+    return ForeignTokenizer("taming", state, document, weights.source)
 
 
 # --- LlamaGen -------------------------------------------------------------------------------------------------------
 
 
-def _llamagen(path: Path, state: State) -> ForeignTokenizer:
-    """All but the size of the images and the normalised codes follows from the shapes."""
+def _llamagen(path: Path, weights: Weights) -> ForeignTokenizer:
+    """All but the size of the images and the normalised codes follows from the shapes. LPIPS is part of its loss."""
+    state = weights.state
 
     def sizes(name: str) -> torch.Size:
         if name not in state or state[name].dim() < 2:
@@ -218,7 +185,8 @@ def _llamagen(path: Path, state: State) -> ForeignTokenizer:
     backbone = {**_multiples(stem, widths), "num_res_blocks": len(blocks), "inner_channels": inner}
     codes = sizes("quantize.embedding.weight")[0]
     state = {name: tensor for name, tensor in state.items() if name != "quantize.codebook_used"}
-    return ForeignTokenizer("llamagen", state, _document((256, 256), channels, backbone, codes, dim, l2_normalize=True))
+    document = _document((256, 256), channels, backbone, codes, dim, l2_normalize=True)
+    return ForeignTokenizer("llamagen", state, document | TRAINED_ON_LPIPS, weights.source)
 
 
 # --- diffusers ------------------------------------------------------------------------------------------------------
@@ -272,25 +240,8 @@ def _diffusers(folder: Path) -> ForeignTokenizer:
     size = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size, config.sample_size)
     dim = config.vq_embed_dim or config.latent_channels
     described = _document(size, config.in_channels, backbone, config.num_vq_embeddings, dim)
-    return ForeignTokenizer("diffusers", _read_diffusers_weights(folder), described)
-
-
-def _read_diffusers_weights(folder: Path) -> State:
-    safe, pickled = (folder / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin"))
-    if safe.is_file():
-        try:
-            state = load_file(safe)
-        except SafetensorError as error:
-            raise InputError(f"{safe}: damaged, it cannot be read ({error}); download it again") from None
-    elif pickled.is_file():
-        state = _read_checkpoint(pickled)
-    else:
-        raise InputError(f"{folder}: no weights there; expected {safe.name} or {pickled.name}")
-    old = "|".join(OLD_DIFFUSERS)
-    return {
-        re.sub(rf"(attentions\.\d+)\.({old})\.", lambda found: f"{found[1]}.{OLD_DIFFUSERS[found[2]]}.", name): tensor
-        for name, tensor in state.items()
-    }
+    weights = read_diffusers_weights(folder)
+    return ForeignTokenizer("diffusers", weights.state, described, weights.source)
 
 
 # --- all of them ----------------------------------------------------------------------------------------------------

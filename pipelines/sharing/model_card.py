@@ -13,7 +13,7 @@ from core.errors import InputError
 from core.model_folder import file_sha256, find_model_folder
 from core.pictures import save_picture
 from pipelines.evaluation.evaluate_tokenizer import ROWS as TOKENIZER_ROWS
-from pipelines.evaluation.evaluation_document import Rows, model_kind
+from pipelines.evaluation.evaluation_document import Rows, evidence_warnings, model_kind
 from pipelines.evaluation.prior_table import ROWS as PRIOR_ROWS
 from pipelines.evaluation.prior_table import SAMPLE_ROWS
 from pipelines.pipeline_folder import HUB_ID, find_pipeline_folder, is_pipeline_or_hub_id
@@ -217,6 +217,7 @@ def _figures(name: str, records: dict[str, bytes]) -> list[str]:
     measured = [(*ROWS[name][key], value) for key, value in document["figures"].items() if value is not None]
     rows = [[title.strip(), form.format(value), meaning] for title, form, meaning, value in measured]
     protocol = document["protocol"]
+    warnings = evidence_warnings({"not_evidence": {}} | protocol, ROWS[name])  # which older evaluations do not have
     on = [
         f"{about['source'] if what == 'data' else 'its codes'}, `{about['split']}`: "
         f"{about.get('images', about.get('rows')):,} {unit} ({about['chosen']}), sha256 `{about['sha256'][:12]}`"
@@ -224,7 +225,7 @@ def _figures(name: str, records: dict[str, bytes]) -> list[str]:
         if (about := protocol.get(what))
     ]
     about = f"Measured on {'; '.join(on)}. The whole protocol: [evaluation/{name}.json](evaluation/{name}.json)."
-    return [f"The {name}:", _table([name, "figure", "meaning"], rows), about]
+    return [f"The {name}:", _table([name, "figure", "meaning"], rows), *warnings, about]
 
 
 def _about_data(records: dict[str, bytes], fields: CardFields) -> list[str]:

@@ -9,9 +9,9 @@ from PIL import Image
 from core.data import load_images
 from core.errors import InputError
 from core.images import to_float, to_uint8
+from core.spread import spread_over_classes
 from pipelines.comparison.side_by_side import compare_models, figure_rows, open_models
 from pipelines.encode_dataset import training_data
-from pipelines.evaluation.evaluation_document import spread
 from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import psnr
@@ -50,7 +50,7 @@ def test_figures_are_of_the_same_held_out_images(comparison, runs):
 def test_pictures_are_of_the_same_rows_classes_and_seeds(comparison, runs):
     tokenizer, vae, prior = comparison.models
     split = load_images(training_data(runs.tokenizer, None)).validation
-    assert torch.equal(comparison.originals, split.read(spread(len(split), 5)))
+    assert torch.equal(comparison.originals, split.read(spread_over_classes(split.labels, len(split), 5)))
     assert comparison.classes == ["star", "ring", "star", "ring", "star"]
     assert (tokenizer.samples, prior.reconstructions) == (None, None)
     asked = {"num_images": 5, "class_names": ["star", "ring"], "seed": 3, "output_type": "pt", "temperature": 0.9}

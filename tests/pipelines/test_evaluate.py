@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from core.data import DataConfig, load_images
 from core.images import to_float, to_uint8
 from core.random import seed_for
+from core.shapes import CLASS_NAMES
 from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
 from pipelines.evaluation.measurements import ssim
 from stage1_tokenizer.autoencoder import Autoencoder
@@ -181,7 +182,8 @@ def test_the_protocol_says_how_it_was_measured(runs, features, document, origina
     }
     assert protocol["rfid"]["hash"] == FeatureNetwork.from_pretrained(features).content_hash()
     assert "64 images for 12 features" in protocol["rfid"]["warning"]
-    assert protocol["not_measured"].keys() == {"lpips"}
+    assert protocol["not_measured"].keys() == {"lpips", "recognised"}, "its classes are a and b"
+    assert (protocol["trained_against"], protocol["not_evidence"]) == ([], {})
     assert protocol["versions"].keys() == {"python", "torch", "torchmetrics", "numpy", "pillow"}
 
 
@@ -241,10 +243,17 @@ def tile(sheet: np.ndarray, row: int, column: int) -> np.ndarray:
     return sheet[y : y + 96 : 6, x : x + 96 : 6].transpose(2, 0, 1)
 
 
-def test_the_worst_are_the_worst(run, originals, pictures):
+def test_the_worst_are_the_worst_and_the_typical_are_of_median_psnr(run, originals, pictures):
     evaluate_tokenizer(run, out=run / "evaluation", batch_size=9)
     error = ((originals.numpy() - pictures) ** 2).reshape(64, -1).mean(1)
-    for name, rows in {"worst": np.argsort(-error, kind="stable")[:12], "typical": np.arange(12)}.items():
+    ratios, classes = 10 * np.log10(255**2 / error), np.arange(64) % len(CLASS_NAMES)
+    nearest = []  # of each class: its images by how far their PSNR is from the class's median
+    for number in range(len(CLASS_NAMES)):
+        rows = np.flatnonzero(classes == number)
+        median = np.sort(ratios[rows])[(len(rows) - 1) // 2]
+        nearest.append(rows[np.abs(ratios[rows] - median).argsort(kind="stable")])
+    typical = [rows[turn] for turn in range(2) for rows in nearest][:12]
+    for name, rows in {"worst": np.argsort(-error, kind="stable")[:12], "typical": typical}.items():
         sheet = np.asarray(Image.open(run / "evaluation" / f"{name}.png"))
         for column, row in enumerate(rows):
             assert np.array_equal(tile(sheet, 0, column), originals[row].numpy())

@@ -343,7 +343,7 @@ def test_a_network_of_other_classes_gives_distances_alone(runs, tmp_path):
     FeatureNetwork(config).save_pretrained(tmp_path)
     found = evaluate_prior(runs.prior, features=tmp_path, num_samples=20, num_images=8)
     assert found["figures"]["class_accuracy"] is None
-    assert "knows the classes a, b, the model's are" in found["protocol"]["not_measured"]["class_accuracy"]
+    assert "knows the classes a, b; those of the model are" in found["protocol"]["not_measured"]["class_accuracy"]
     assert found["figures"]["frechet_distance"] > 0
     assert 1 <= found["figures"]["inception_score"] <= 2, "its own two classes"
     assert "the network's own 2" in found["protocol"]["inception_score"]["classes"]

@@ -9,7 +9,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from core.shapes import draw_shapes
-from pipelines.evaluation.frechet import FrechetDistances, InceptionFeatures, OwnFeatures, frechet_distance
+from pipelines.evaluation.frechet import InceptionFeatures, OwnFeatures, ReconstructionJudge, frechet_distance
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 
 
@@ -32,24 +32,24 @@ class Pixels(torch.nn.Module):
 
 def test_the_distance_has_the_precision_of_float64():
     x, y = torch.randint(0, 256, (2, 300, 1, 5, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    distances = FrechetDistances(Pixels(), 300, torch.device("cpu"))
+    distances = ReconstructionJudge(Pixels(), 300, torch.device("cpu"))
     for places in torch.arange(300).split(77):
         distances.update(x[places], y[places], places)
-    figures, protocol = distances.compute(300, lambda tensor: tensor)
+    figures, _, protocol = distances.compute(300, lambda tensor: tensor)
     assert figures["rfid"] == pytest.approx(
         reference_distance(*(z.flatten(1).double().numpy() for z in (x, y))), rel=1e-9
     )
     assert "warning" in protocol
-    few = FrechetDistances(Pixels(), 81, torch.device("cpu"))
+    few = ReconstructionJudge(Pixels(), 81, torch.device("cpu"))
     few.update(x[:81], y[:81], torch.arange(81))
     assert few.compute(81, lambda tensor: tensor)[0].keys() == {"rfid"}, "a half has fewer images than it needs"
 
 
 def test_images_that_come_back_as_they_were_have_no_distance():
     x = torch.randint(0, 256, (300, 1, 5, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    distances = FrechetDistances(Pixels(), 300, torch.device("cpu"))
+    distances = ReconstructionJudge(Pixels(), 300, torch.device("cpu"))
     distances.update(x, x, torch.arange(300))
-    figures, _ = distances.compute(300, lambda tensor: tensor)
+    figures, _, _ = distances.compute(300, lambda tensor: tensor)
     assert figures["rfid"] == pytest.approx(0, abs=1e-6)
     assert figures["rfid_of_halves"] > 100, "of 255 levels"
 

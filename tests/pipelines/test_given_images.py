@@ -8,7 +8,7 @@ from PIL import Image
 from core.errors import InputError
 from core.images import image_to_uint8
 from pipelines.edits import MASK_NAMES, named_mask
-from pipelines.given_images import MOST_PIXELS, open_image, read_image, read_mask
+from pipelines.given_images import MOST_PIXELS, find_images, open_image, read_image, read_mask
 
 
 @pytest.fixture
@@ -123,3 +123,83 @@ def test_other_decoders_than_those_named_are_never_tried(tmp_path):
     (tmp_path / "picture.eps").rename(file)
     with pytest.raises(InputError, match="not a readable picture"):
         open_image(file)
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve images, and what else lies in a folder of images."""
+    for number in range(1, 13):
+        Image.new("RGB", (20, 20), (20 * number, 0, 0)).save(tmp_path / f"img {number}.png")
+    (tmp_path / "img 3.png").write_bytes(b"no image")
+    (tmp_path / "img 4.png").write_bytes((tmp_path / "img 5.png").read_bytes()[:40])
+    Image.new("L", (8, 8)).save(tmp_path / "z.JPEG")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    (tmp_path / "cats").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "cats" / "0.png")
+    (tmp_path / "folder.png").mkdir()
+    return tmp_path
+
+
+def test_the_images_of_a_folder_in_order_with_what_is_not_used(folder, capsys):
+    used = find_images([folder], 4, "--num-images")
+    assert [file.name for file in used] == ["img 1.png", "img 2.png", "img 5.png", "img 6.png"]
+    said = capsys.readouterr().out
+    assert f"skipped: {folder / 'gone.png'}: no such file" in said
+    assert f"skipped: {folder / 'img 3.png'}: not a readable picture" in said
+    assert f"skipped: {folder / 'img 4.png'}: " in said
+    assert f"{folder}: not images: notes.txt\n" in said
+    assert f"{folder}: folders in it are not searched: cats, folder.png\n" in said
+    assert f"{folder}: the first 4 of 14 images; --num-images shows more\n" in said
+    used = find_images([folder], 100, "--num-images")
+    assert [file.name for file in used] == [f"img {n}.png" for n in (1, 2, *range(5, 13))] + ["z.JPEG"]
+    assert "shows more" not in capsys.readouterr().out
+
+
+def test_many_damaged_images_do_not_fill_the_screen(tmp_path, capsys):
+    for number in range(30):
+        (tmp_path / f"{number}.png").write_bytes(b"damaged")
+    Image.new("L", (8, 8)).save(tmp_path / "good.png")
+    assert [file.name for file in find_images([tmp_path], 3, "--num-images")] == ["good.png"]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 21
+    assert said[-1] == f"{tmp_path}: 10 more unreadable images are skipped"
+
+
+def test_files_and_folders_together(folder):
+    used = find_images([folder / "z.JPEG", folder / "cats", folder / "img 1.png"], 1, "--num-images")
+    assert [file.name for file in used] == ["z.JPEG", "0.png", "img 1.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("empty", "no readable image in this folder; expected PNG, JPEG"),
+        ("classes", "no readable image in this folder, only the folders cats, dogs: give one of them, or --data"),
+        ("damaged", "no readable image in this folder; expected PNG"),
+        ("texts", "no readable image in this folder; expected PNG"),
+    ],
+)
+def test_a_folder_without_images(tmp_path, name, said):
+    folder = tmp_path / name
+    folder.mkdir()
+    if name == "classes":
+        for part in ("cats", "dogs"):
+            (folder / part).mkdir()
+            Image.new("L", (8, 8)).save(folder / part / "0.png")
+    if name == "damaged":
+        (folder / "a.png").write_bytes(b"x")
+    if name == "texts":
+        (folder / "a.txt").write_bytes(b"x")
+    with pytest.raises(InputError) as refused:
+        find_images([folder], 3, "--num-images")
+    assert f"{folder}: {said}" in str(refused.value)
+
+
+def test_where_one_image_is_wanted_a_folder_is_refused(folder):
+    with pytest.raises(InputError, match=r"cats: is a folder; expected one image, such as .*image.png"):
+        read_image(folder / "cats", (8, 8), 1)

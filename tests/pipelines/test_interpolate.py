@@ -15,10 +15,12 @@ from pipelines.two_stage import load_pipeline
 
 def test_pairs_are_of_two_classes_while_there_are_such():
     labels = torch.tensor([3, 3, 3, 1, 2, 2, 2])
-    assert pairs_of_rows(labels, 7, 2).tolist() == [0, 3, 1, 4]
-    assert pairs_of_rows(labels, 7, 9).tolist() == [0, 3, 1, 4, 2, 5], "one is left over"
+    assert pairs_of_rows(labels, 7, 2).tolist() == [3, 4, 0, 5], "the classes in turn"
+    assert pairs_of_rows(labels, 7, 9).tolist() == [3, 4, 0, 5, 1, 6], "one is left over"
+    ordered = torch.arange(6).repeat_interleave(50)  # as in a folder: class after class
+    assert ordered[pairs_of_rows(ordered, 300, 3)].tolist() == [0, 1, 2, 3, 4, 5]
     assert pairs_of_rows(torch.zeros(4), 4, 9).tolist() == [0, 1, 2, 3]
-    assert pairs_of_rows(None, 5, 1).tolist() == [0, 1]
+    assert pairs_of_rows(None, 5, 1).tolist() == [0, 2]
     with pytest.raises(InputError, match="1 held-out images, expected at least the two ends"):
         pairs_of_rows(None, 1, 1)
 
@@ -48,7 +50,7 @@ def test_given_pictures_are_the_ends(runs, pipeline, tmp_path, capsys):
     for number, picture in enumerate(expected):
         tile = strip[4:100, left + 4 + number * 100 :][:, :96]
         assert np.array_equal(tile[::6, ::6], picture.permute(1, 2, 0))
-    with pytest.raises(InputError, match="--image: got 1 picture, expected two for each strip"):
+    with pytest.raises(InputError, match="--image: got 1 image, expected two for each strip"):
         interpolate(tmp_path / "pipeline", tmp_path / "strip.png", files[:1])
     with pytest.raises(
         InputError, match=r"pipeline: does not say which images .* --image FILE, or a data set by --data"
@@ -63,3 +65,16 @@ def test_latents_of_a_variational_autoencoder_are_interpolated_too(variational):
     assert torch.equal(between[[0, 2]], pipeline.reconstruct(ends))
     with pytest.raises(InputError, match="second image: expected uint8"):
         pipeline.interpolate(ends[0], ends[1].float(), 3)
+
+
+def test_the_images_of_a_folder_are_paired_in_order(runs, twostage, tmp_path):
+    folder, out = tmp_path / "mine", tmp_path / "strips.png"
+    folder.mkdir()
+    for number, image in enumerate(torch.from_numpy(draw_shapes(0, 7, (16, 16), 3))):
+        save_picture(to_pil(image), folder / f"{number}.png")
+    ended = twostage("interpolate", runs.tokenizer, "--image", folder, "--num-pairs", 2, "--out", out)
+    assert ended.code == 0, ended.err
+    assert f"{folder}: the first 4 of 7 images; --num-pairs shows more\n{out}: 2 strips of 9" in ended.out
+    ended = twostage("interpolate", runs.tokenizer, "--image", folder, "--out", out)
+    assert ended.code == 2
+    assert "--image: got 7 images, expected two for each strip" in ended.err

@@ -7,13 +7,15 @@ from PIL import Image
 
 from core.data import DataConfig, load_images
 from core.images import to_float
+from core.spread import spread_over_classes
 from pipelines.reconstruct import reconstruct
 from stage1_tokenizer.autoencoder import Autoencoder
 
 
 def test_psnr_is_that_of_the_pictures(runs, tmp_path):
     found = reconstruct(runs.tokenizer, tmp_path / "pictures.png", num_images=5)
-    originals = load_images(DataConfig(image_size=16, num_images=320)).validation.read(torch.arange(5))
+    split = load_images(DataConfig(image_size=16, num_images=320)).validation
+    originals = split.read(spread_over_classes(split.labels, len(split), 5))
     model = Autoencoder.from_pretrained(runs.tokenizer)
     decoded = model.decode_indices(model.encode(to_float(originals)).indices).double().numpy()
     pixels = np.clip(np.round((decoded + 1) * 127.5), 0, 255)
@@ -101,3 +103,58 @@ def test_pictures_that_are_given_are_not_overwritten(runs, twostage, tmp_path):
     ended = twostage("interpolate", runs.tokenizer, "--out", tmp_path)
     assert ended.code == 2
     assert "is a folder; give a file" in ended.err
+
+
+def save_images(folder, count: int) -> np.ndarray:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    folder.mkdir()
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{number}.png")
+    return pixels
+
+
+def test_the_images_of_a_folder(runs, twostage, tmp_path):
+    pixels = save_images(tmp_path / "mine", 12)
+    (tmp_path / "mine" / "2.png").write_bytes(b"damaged")
+    out = tmp_path / "out.png"
+    ended = twostage("reconstruct", runs.tokenizer, "--image", tmp_path / "mine", "--num-images", 10, "--out", out)
+    assert ended.code == 0, ended.err
+    assert f"skipped: {tmp_path / 'mine' / '2.png'}: not a readable picture" in ended.out
+    assert "the first 10 of 12 images; --num-images shows more" in ended.out
+    shown = np.asarray(Image.open(out))
+    left = shown.shape[1] - 10 * 100 - 4
+    for column, number in enumerate([0, 1, *range(3, 11)]):
+        tile = shown[4:100, left + 4 + 100 * column :][:, :96]
+        assert np.array_equal(tile[::6, ::6], pixels[number])
+    ended = twostage("reconstruct", runs.tokenizer, "--image", tmp_path / "mine", "--out", tmp_path / "mine" / "0.png")
+    assert (ended.code, "is one of the pictures given by --image" in ended.err) == (2, True)
+
+
+@pytest.mark.parametrize("verb", ["inpaint", "outpaint"])
+def test_verbs_of_one_image_refuse_a_folder(runs, twostage, tmp_path, verb):
+    save_images(tmp_path / "mine", 2)
+    words = [tmp_path / "mine"] if verb == "outpaint" else [tmp_path / "mine", "lower half"]
+    ended = twostage(verb, runs.prior, *words, "--out", tmp_path / "out")
+    assert ended.code == 2
+    assert f"error: {tmp_path / 'mine'}: is a folder; expected one image" in ended.err
+
+
+def test_a_sorted_folder_is_shown_over_all_its_classes(runs, twostage, tmp_path):
+    """Also where the first rows of the held-out split are all of one class."""
+    colours = {"a": (250, 0, 0), "b": (0, 250, 0), "c": (0, 0, 250)}
+    for split, count in {"train": 4, "test": 40}.items():
+        for name, colour in colours.items():
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (16, 16), colour).save(tmp_path / "data" / split / name / f"{number:02d}.png")
+    out = tmp_path / "out.png"
+    ended = twostage("reconstruct", runs.tokenizer, "--data", tmp_path / "data", "--out", out)
+    assert ended.code == 0, ended.err
+    shown = np.asarray(Image.open(out))
+    left = shown.shape[1] - 12 * 100 - 4
+    found = [tuple(shown[50, left + 50 + 100 * column].tolist()) for column in range(12)]
+    assert found == [*colours.values()] * 4
+    ended = twostage("inspect", tmp_path / "data", "--out", tmp_path / "sheet.png")
+    assert ended.code == 0, ended.err
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert {tuple(pixel) for pixel in sheet[50, 50::100].tolist()} >= set(colours.values())

@@ -95,8 +95,31 @@ def test_classes_given_twice_or_wrongly_are_refused(pipeline):
         pipeline(class_names=names[:1], labels=[0])
     with pytest.raises(InputError, match=f"expected numbers from 0 to {len(names) - 1}"):
         pipeline(labels=[len(names)])
-    with pytest.raises(InputError, match=f"class name 'strar'.*did you mean 'star'.*It knows: {', '.join(names)}"):
+    with pytest.raises(InputError, match=f"class name 'strar'.*did you mean 'star'.*Its classes: {', '.join(names)}"):
         pipeline(class_names=["strar"])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("strar", "class name 'strar': not a class of this model; did you mean 'star'? Its classes: "),
+        ("Star", "class name 'Star': not a class of this model; did you mean 'star'? Its classes: "),
+        ("star ", "class name 'star ': not a class of this model; did you mean 'star'? Its classes: "),
+        ("zebra", "class name 'zebra': not a class of this model. Its classes: "),
+        ("", "class name '': not a class of this model. Its classes: "),
+        (3, "class name 3: not a class of this model. Its classes: "),
+        (None, "class name None: not a class of this model. Its classes: "),
+    ],
+)
+def test_an_unknown_class_is_named_beside_the_known_ones(pipeline, name, said):
+    with pytest.raises(InputError) as refused:
+        pipeline(class_names=[name])
+    assert str(refused.value) == said + ", ".join(pipeline.class_names)
+
+
+def test_one_name_for_a_list_of_names_is_not_read_letter_by_letter(pipeline):
+    with pytest.raises(InputError, match=r"class_names 'star': expected a list of names, such as \['star'\]"):
+        pipeline(class_names="star")
 
 
 @pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0, "temperature": 0.8, "top_k": 9, "top_p": 0.9}])

@@ -5,6 +5,8 @@ import json
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -101,3 +103,35 @@ def test_a_class_conditional_autoencoder_does_the_same(trained, twostage, tmp_pa
     pipeline = TwoStagePipeline.from_runs(tmp_path / "cvae")
     assert pipeline.class_names == ["ant", "cow"]
     assert pipeline(num_images=3).labels == [0, 2, 0]
+    with Image.open(next((tmp_path / "cvae/samples").glob("*_classes.png"))) as sheet:
+        assert sheet.width < 3 * 80, "a column for each of the two classes that were trained"
+
+
+def test_a_held_out_split_without_labels_measures_no_class(trained, twostage, tmp_path, configs):
+    root = tmp_path / "data"
+    root.mkdir()
+    for split, labels in {"train": [0, 1] * 24, "test": [-1] * 8}.items():
+        columns = {"image": [image(max(label, 0), i) for i, label in enumerate(labels)], "label": labels}
+        names = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
+        pq.write_table(pa.Table.from_pydict(columns, names.arrow_schema), root / f"{split}.parquet")
+    run = tmp_path / "tokenizer"
+    words = (
+        "train-tokenizer",
+        configs / "tokenizer.yaml",
+        f"run.dir={run}",
+        f"data.source={root}",
+        "data.num_images=null",
+    )
+    ended = twostage(*words)
+    assert ended.code == 0, ended.err
+    assert "`test` has no labels and is used without classes" in ended.out + ended.err
+    assert "no `val` or `test` split with labels: 2 of 48 pictures are held out as `val`" in ended.out + ended.err
+    for verb, *words in (
+        ("encode", run, "--out", tmp_path / "codes"),
+        ("train-prior", configs / "prior.yaml", f"run.dir={tmp_path / 'prior'}", f"codes={tmp_path / 'codes'}"),
+    ):
+        ended = twostage(verb, *words)
+        assert ended.code == 0, ended.err
+    refused = twostage("evaluate", tmp_path / "prior", "--split", "test")
+    assert refused.code == 2
+    assert "--split test: has no labels, but" in refused.err

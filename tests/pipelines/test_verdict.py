@@ -7,12 +7,47 @@ from pipelines.evaluation.verdict import verdict
 GOOD = {
     "images": 10_000, "psnr": 25.0, "codebook_size": 512, "codebooks": 1, "codes_used": 512, "perplexity": 470.0,
     "entropy_nats_per_code": 6.15, "cells": 64, "code_bits_per_pixel": 0.56, "lpips": None,
+    "recognised": 0.71, "recognised_originals": 0.73, "rfid": 4.2, "rfid_of_halves": 5.1,
 }  # fmt: skip
+OF_JUDGE = ("recognised", "recognised_originals", "rfid", "rfid_of_halves")
+WITHOUT_JUDGE = {name: value for name, value in GOOD.items() if name not in OF_JUDGE}
 
 
-def test_a_good_tokenizer_is_ready():
-    assert verdict(GOOD).ready
-    assert verdict(GOOD).sentences == ["Ready for stage two: twostage encode, then twostage train-prior."]
+def test_a_good_tokenizer_is_ready_and_it_says_by_what():
+    assert verdict(GOOD).ready is True
+    assert verdict(GOOD).sentences == [
+        (
+            "Ready for stage two by PSNR 25.0 dB, the use of its codes, 71.0% recognised reconstructions (73.0% of the "
+            "originals) and rFID 4.2 (halves of the originals: 5.1): twostage encode, then twostage train-prior."
+        )
+    ]
+    by_distance = verdict(WITHOUT_JUDGE | {"rfid": 4.2})
+    assert by_distance.ready is True
+    assert by_distance.sentences[0].startswith(
+        "Ready for stage two by PSNR 25.0 dB, the use of its codes and rFID 4.2:"
+    )
+
+
+def test_without_an_independent_judge_there_is_no_verdict():
+    """PSNR and the use of the codes were good where a network recognised 47% (73% of the originals)."""
+    for figures, not_evidence, words in [
+        (WITHOUT_JUDGE, {}, "show nothing against it, but no independent network judged"),
+        (GOOD | dict.fromkeys(OF_JUDGE), {}, "no independent network judged"),
+        (GOOD, {"recognised": "why", "rfid": "why"}, "the network that judged is the one that it was trained against"),
+        (WITHOUT_JUDGE | {"rfid": 0.0}, {"rfid": "why"}, "the one that it was trained against"),
+        (WITHOUT_JUDGE | {"lpips": 0.1}, {"lpips": "why"}, "no independent network judged"),
+        (WITHOUT_JUDGE | {"recognised": 0.4, "recognised_originals": 0.45}, {}, "hardly knows the originals"),
+        (GOOD | {"recognised_originals": 0.49}, {}, "the network that judged hardly knows the originals"),
+    ]:
+        found = verdict(figures, not_evidence)
+        assert found.ready is None
+        assert words in found.sentences[0]
+        assert "Ready" not in " ".join(found.sentences)
+        assert "rFID" not in " ".join(found.sentences), "no evidence, so no reason"
+        assert "--features runs/NAME" in found.sentences[1]
+        assert "--seed" in found.sentences[1]
+    broken = verdict(GOOD | {"psnr": 12.0}, {"recognised": "why", "rfid": "why"})
+    assert broken.ready is False, "what PSNR says against it holds whoever judged"
 
 
 @pytest.mark.parametrize(
@@ -31,6 +66,10 @@ def test_a_good_tokenizer_is_ready():
         ({"code_bits_per_pixel": 2.25}, True, ["2.25 bits per pixel"]),
         ({"code_bits_per_pixel": 0.01}, True, ["0.010 bits per pixel"]),
         ({"psnr": 10.0, "cells": 4096}, False, ["PSNR", "4096 cells"]),
+        ({"recognised": 0.47}, False, ["recognises 47.0% of the reconstructions and 73.0% of the originals"]),
+        ({"recognised": 0.585}, True, []),
+        ({"rfid": 52.0}, True, ["more than 10 times"]),
+        ({"rfid": 52.0, "rfid_of_halves": None}, True, []),
     ],
 )
 def test_each_finding_has_its_sentence(changes, ready, words):

@@ -154,3 +154,56 @@ def test_a_rows_draw_depends_on_its_own_noise_alone():
     logits, noise = random_logits(), uniform_noise(image_seeds(0, 0, 6), 1)[:, 0]
     alone = [choose(logits[row : row + 1], noise[row : row + 1]).item() for row in range(6)]
     assert choose(logits, noise).tolist() == alone
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"temperature": 0},
+            "temperature: got 0, expected more than 0 (at least 1e-06); top_k=1 (--top-k 1) draws the",
+        ),
+        ({"temperature": 0.0}, "top_k=1 (--top-k 1)"),
+        ({"temperature": "0"}, "top_k=1 (--top-k 1)"),
+        ({"temperature": -0.5}, "temperature: got -0.5, expected more than 0"),
+        ({"temperature": 1e-300}, "expected more than 0 (at least 1e-06)"),
+        ({"temperature": 1e300}, "temperature: got 1e+300, expected at most 1e+06"),
+        ({"temperature": float("nan")}, "temperature: expected a finite number, got nan"),
+        ({"temperature": float("inf")}, "temperature: expected a finite number, got inf"),
+        ({"temperature": None}, "temperature: expected a valid number, got None"),
+        ({"top_k": 0}, "top_k: got 0, expected at least 1, which draws the most likely code every time; leave it out"),
+        ({"top_k": -3}, "top_k: got -3, expected at least 1"),
+        ({"top_k": 2.5}, "top_k: expected a valid integer, got 2.5"),
+        ({"top_k": True}, "top_k: expected a valid integer, got True"),
+        ({"top_p": 0}, "top_p: got 0, expected a share above 0 and at most 1, such as 0.9; top_k=1 (--top-k 1)"),
+        ({"top_p": 95}, "top_p: got 95, expected a share above 0 and at most 1, such as 0.9; for 95 percent give 0.95"),
+        ({"top_p": 1.01}, "top_p: got 1.01, expected a share above 0 and at most 1, such as 0.9"),
+        ({"top_p": -0.1}, "top_p: got -0.1, expected a share"),
+        ({"guidance_scale": -1}, "guidance_scale: got -1, expected from 0 to 1e+06: 0 ignores the class"),
+        ({"guidance_scale": 1e300}, "guidance_scale: got 1e+300"),
+        ({"num_steps": 0}, "num_steps: got 0, expected at least 1; leave it out"),
+        ({"choice_temperature": -1}, "choice_temperature: got -1, expected from 0"),
+    ],
+    ids=str,
+)
+def test_an_impossible_setting_names_what_to_give_instead(given, said):
+    with pytest.raises(InputError) as refused:
+        parse_config(SamplingConfig, given, "the sampling options")
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("given", [{"temperature": 1e-6}, {"temperature": 1e6}, {"guidance_scale": 1e6}, {"top_p": 1}])
+def test_the_outermost_settings_still_draw_numbers(given):
+    sampling = parse_config(SamplingConfig, given, "the sampling options")
+    logits = 40 * random_logits()
+    guided = guide(logits, logits.flip(-1), sampling.guidance_scale)
+    assert not filter_logits(guided, sampling).isnan().any()
+    assert filter_logits(guided, sampling).softmax(-1).isfinite().all()
+
+
+def test_the_smallest_temperature_is_top_k_1():
+    logits, noise = random_logits(), torch.rand(random_logits().shape[:-1], dtype=torch.float64)
+    drawn = [
+        choose(filter_logits(logits, SamplingConfig(**given)), noise) for given in ({"temperature": 1e-6}, {"top_k": 1})
+    ]
+    assert torch.equal(*drawn)
