@@ -297,7 +297,7 @@ def _decode(records: Records, rows: list[int], out: np.ndarray, config: DataConf
                 findings.bad[rows[place]] = _reason(error)
         return findings
 
-    threads = min(os.cpu_count() or 1, 8, max(1, len(rows) // 16))
+    threads = min(torch.get_num_threads(), 8, max(1, len(rows) // 16))
     chunks = [range(start, len(rows), threads) for start in range(threads)]
     if threads == 1:
         return work(chunks[0])
