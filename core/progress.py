@@ -26,7 +26,7 @@ class ProgressBar(tqdm):
             options["bar_format"] = "{desc}{percentage:.0f}%, {elapsed} so far, {remaining} left"
         super().__init__(*args, **options)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:  # type: ignore[override]
         """Draws the bar, or writes the line."""
         if not self._in_lines:
             return bool(super().display(msg, pos))

@@ -88,7 +88,7 @@ def generate_folder(
     state.wait_for_everyone()
     if state.is_main_process:
         seconds = time.perf_counter() - start
-        save_picture(class_sheet(files.read(min(num_images, MOST_PICTURED)), names), out / "grid.png")
+        save_picture(class_sheet(files.read(min(num_images, MOST_PICTURED)), names, cycle), out / "grid.png")
         kept = f"{num_images - len(missing)} were there already" if len(missing) < num_images else ""
         rate = f"{wanted / seconds:.1f} a second" if wanted else ""
         print(f"{num_images} images: {out / 'images'} ({', '.join(filter(None, [kept, rate]))})")
