@@ -3,6 +3,7 @@ themselves, which must not be taken for a person's wishes."""
 
 import functools
 import os
+import re
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import PurePath
 
 import psutil
 
-__all__ = ["Launch", "find_launch", "overruled"]
+__all__ = ["THREAD_VARIABLES", "Launch", "find_launch", "is_thread_count", "overruled"]
 
 MODULES = {
     "accelerate.commands.accelerate_cli": "accelerate",
@@ -19,6 +20,14 @@ MODULES = {
     "torch.distributed.launch": "torchrun",
 }
 """What may stand after `python -m`, and the command that it is."""
+
+
+THREAD_VARIABLES = {
+    "MKL_NUM_THREADS": r"(?!\s*0*\s*$).*",  # to MKL a word is 1, and 0 nothing
+    "MKL_DOMAIN_NUM_THREADS": r".+",
+    "OMP_NUM_THREADS": r"\s*\+?0*[1-9]\d*\s*(,.*\d\s*)?",  # libgomp says that it is invalid, otherwise
+}
+"""The variables by which torch sets the number of its threads, the stronger ones first, and the values that work."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,11 @@ def _options(arguments: list[str]) -> Namespace:
     from accelerate.commands.launch import launch_command_parser
 
     return launch_command_parser().parse_args(arguments)
+
+
+def is_thread_count(name: str, value: str) -> bool:
+    """Whether torch takes ``value`` of one of the `THREAD_VARIABLES` for a number of threads."""
+    return re.fullmatch(THREAD_VARIABLES[name], value, re.DOTALL) is not None
 
 
 def overruled(mixed_precision: str, gradient_accumulation_steps: int) -> list[str]:

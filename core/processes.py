@@ -1,22 +1,14 @@
 """This process among those that work on one command, and the threads that it works with."""
 
 import os
-import re
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, patch_environment
 
-from core.launch import find_launch
+from core.launch import THREAD_VARIABLES, find_launch, is_thread_count
 
 __all__ = ["available_cores", "join_processes", "share_cores", "thread_variable", "threads_of"]
-
-WORKS = {
-    "MKL_NUM_THREADS": r"(?!\s*0*\s*$).*",  # to MKL a word is 1, and 0 nothing
-    "MKL_DOMAIN_NUM_THREADS": r".+",
-    "OMP_NUM_THREADS": r"\s*\+?0*[1-9]\d*\s*(,.*\d\s*)?",  # libgomp says that it is invalid, otherwise
-}
-"""The variables by which torch sets the number of its threads, the stronger ones first, and the values that work."""
 
 
 def available_cores() -> int:
@@ -31,8 +23,8 @@ def thread_variable() -> str | None:
     or with --num_cpu_threads_per_process.
     """
     launch = find_launch()
-    for name, works in WORKS.items():
-        if not re.fullmatch(works, os.environ.get(name, ""), re.DOTALL):
+    for name in THREAD_VARIABLES:
+        if not is_thread_count(name, os.environ.get(name, "")):
             continue
         if name != "OMP_NUM_THREADS" or launch is None or name in launch.environment:
             return name
