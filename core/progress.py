@@ -23,7 +23,8 @@ class ProgressBar(tqdm):
         self._in_lines = not on_terminal()
         if self._in_lines:
             options |= {"leave": False, "mininterval": SECONDS, "maxinterval": SECONDS, "delay": SECONDS}
-            options["bar_format"] = "{desc}{percentage:.0f}%, {elapsed} so far, {remaining} left"
+            what = "{desc}: " if options.get("desc") else ""
+            options["bar_format"] = what + "{percentage:.0f}%, {elapsed} so far, {remaining} left"
         super().__init__(*args, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:  # type: ignore[override]
