@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import typer
 
 from core.errors import INTERRUPTED, InputError, StopAsked
 
-__all__ = ["as_command", "new_app", "run_command"]
+__all__ = ["as_command", "new_app", "prepare_process", "run_command"]
 
 OF_THE_DISK = {
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
@@ -19,6 +20,18 @@ OF_THE_DISK = {
 """Of files and folders: a wrong place, a full disk or a broken one, and no mistake of the program."""
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """What torch's gloo says where another process has ended."""
+
+
+def prepare_process() -> None:
+    """Makes this process independent of where it was started; called first by every command.
+
+    Characters that the terminal's encoding does not have are written as escapes. Of matplotlib only its Agg canvas is
+    used, so the backend that MPLBACKEND names for other programs (a notebook's, say) need not be there.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    os.environ["MPLBACKEND"] = "agg"
 
 
 def new_app(help_text: str | None = None) -> typer.Typer:
@@ -60,6 +73,7 @@ def as_command(function: Callable[..., object]) -> Callable[..., None]:
 
 def run_command(function: Callable[..., object]) -> None:
     """Runs ``function`` on this process's arguments: what `python -m` and `accelerate launch -m` start."""
+    prepare_process()
     app = new_app()
     app.command()(as_command(function))
     app()

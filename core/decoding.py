@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 
 from core.images import image_to_uint8, printable
@@ -63,7 +64,7 @@ def decode(records: Records, rows: list[int], out: np.ndarray, value_range: Valu
                 findings.bad[rows[place]] = _reason(error)
         return findings
 
-    threads = min(os.cpu_count() or 1, 8, max(1, len(rows) // 16))
+    threads = min(torch.get_num_threads(), 8, max(1, len(rows) // 16))
     chunks = [range(start, len(rows), threads) for start in range(threads)]
     if threads == 1:
         return work(chunks[0])

@@ -6,15 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from core.files import replacing
+from core.fonts import figure_families, font_for, legible, load_matplotlib, shortened
 from core.images import to_pil
 
 __all__ = ["contact_sheet", "draw_curves", "figure_canvas", "save_picture", "to_image"]
 
 MARGIN = 4
+MAX_TITLE = 300
+
+
+class _Text:
+    """A text with the font that has its characters, shortened to ``max_width`` pixels."""
+
+    def __init__(self, text: str, max_width: int) -> None:
+        text = legible(text)
+        self._font = font_for(text)
+        assert self._font is not None  # legible
+        self._text = shortened(text, self._font, max_width)
+        self.width = math.ceil(self._font.getlength(self._text))
+
+    def draw(self, draw: ImageDraw.ImageDraw, place: tuple[float, float], anchor: str) -> None:
+        draw.text(place, self._text, fill="black", font=self._font, anchor=anchor)
 
 
 def contact_sheet(
@@ -24,14 +40,16 @@ def contact_sheet(
 
     Args:
         pixels: (n, C, H, W) uint8, row by row.
-        captions: one below each picture.
+        captions: one below each picture, shortened to its width.
         row_titles: one to the left of each row.
+
+    Characters that no font has are drawn as escapes (class names: :func:`core.fonts.class_labels`).
     """
     height, width = pixels.shape[-2:]
     scale = max(1, round(88 / max(height, width)))
-    font = ImageFont.load_default(13)
     below = 18 if captions else 0
-    left = 8 + max((int(font.getlength(title)) for title in row_titles), default=0) if row_titles else 0
+    titles = [_Text(title, MAX_TITLE) for title in row_titles or ()]
+    left = 8 + max((title.width for title in titles), default=0) if titles else 0
     rows = -(-len(pixels) // columns)
     cell_width, cell_height = width * scale + MARGIN, height * scale + MARGIN + below
     sheet = Image.new("RGB", (left + columns * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
@@ -43,9 +61,9 @@ def contact_sheet(
         sheet.paste(tile, (x, y), tile if tile.mode == "RGBA" else None)
         if captions:
             centre = x + width * scale // 2
-            draw.text((centre, y + height * scale + 2), captions[i], fill="black", font=font, anchor="ma")
-        if row_titles and i % columns == 0:
-            draw.text((4, y + height * scale // 2), row_titles[i // columns], fill="black", font=font, anchor="lm")
+            _Text(captions[i], cell_width - 2).draw(draw, (centre, y + height * scale + 2), "ma")
+        if titles and i % columns == 0:
+            titles[i // columns].draw(draw, (4, y + height * scale // 2), "lm")
     return sheet
 
 
@@ -82,7 +100,9 @@ def draw_curves(
     if shown:
         margin = 0.06 * (max(shown) - min(shown)) or 1.0
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
-    axes.set(xlabel="step", ylabel=metric, title=title)
+    axes.set(xlabel="step", ylabel=metric)
+    title = legible(title)
+    axes.set_title(title, family=figure_families([title]), parse_math=False)
     if shown:
         axes.legend()
     axes.grid(alpha=0.3)
@@ -91,6 +111,7 @@ def draw_curves(
 
 def figure_canvas(size: tuple[float, float]) -> tuple[Any, Any]:
     """A matplotlib canvas and its figure, ``size`` in inches, without the state that pyplot keeps."""
+    load_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

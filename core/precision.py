@@ -1,12 +1,11 @@
-"""`mixed_precision: auto`: decided by measuring this machine, because processor names do not tell."""
+"""`mixed_precision: auto`: decided from what the processor and torch can do, so that it is the same at every start."""
 
-import time
 from typing import Annotated, Literal
 
 import torch
 from pydantic import BeforeValidator
 
-__all__ = ["MixedPrecision", "fastest_precision"]
+__all__ = ["MixedPrecision", "fastest_precision", "reason_for_precision"]
 
 # YAML reads a bare `no` as false.
 MixedPrecision = Annotated[
@@ -15,19 +14,24 @@ MixedPrecision = Annotated[
 
 
 def fastest_precision(device: torch.device) -> Literal["no", "bf16"]:
-    """`bf16` where a matrix product in it takes less than two thirds of float32's time, else `no` (about 50 ms)."""
+    """`bf16` where the device computes in it faster than in float32, else `no`."""
+    return reason_for_precision(device)[0]
+
+
+def reason_for_precision(device: torch.device) -> tuple[Literal["no", "bf16"], str]:
+    """What :func:`fastest_precision` chooses, and why. What was measured is in docs/scaling.md."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "the GPU has bf16"
+        return "no", "the GPU only emulates bf16"
     if device.type != "cpu":
-        return "no"
-    return "bf16" if _seconds(torch.bfloat16) < _seconds(torch.float32) * 2 / 3 else "no"
-
-
-def _seconds(dtype: torch.dtype) -> float:
-    x, weight = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        best = min(best, time.perf_counter() - start)
-    return best
+        return "no", f"bf16 was not measured on {device.type}"
+    if not torch.backends.mkldnn.is_available():
+        return "no", "this build of torch has no oneDNN, which computes in bf16"
+    processor = torch.cpu.get_capabilities()
+    if processor.get("amx_tile") and processor.get("amx_bf16"):
+        return "bf16", "the processor has AMX"
+    # On Intel's processors these instructions alone are slower than float32.
+    if processor.get("avx512_bf16") and "AMD" in processor.get("cpu_name", ""):
+        return "bf16", "the processor is AMD's and has AVX512-BF16"
+    return "no", "the processor has neither AMX nor, as AMD's, AVX512-BF16"

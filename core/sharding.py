@@ -21,6 +21,10 @@ from core.precision import MixedPrecision
 __all__ = ["shard", "share_like", "units_to_shard", "whole"]
 
 
+UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+"""What Accelerate can be asked for by a variable, and would fail at, or train one model of two with."""
+
+
 def units_to_shard(shardable: bool) -> list[str]:
     """The names of the classes whose modules the launch file wants to be worked on one at a time; [] without FSDP.
 
@@ -28,8 +32,15 @@ def units_to_shard(shardable: bool) -> list[str]:
         shardable: whether this training can be done with FSDP.
 
     Raises:
-        InputError: FSDP for a training that is not shardable, or with settings that are not supported.
+        InputError: DeepSpeed and its like; FSDP for a training that is not shardable, or with settings that are not
+            supported.
     """
+    for kind in UNSUPPORTED:
+        if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
+            raise InputError(
+                f"the launch asks for {kind} (ACCELERATE_USE_{kind}), which no training here supports; launch with "
+                "configs/accelerate/gpu_8.yaml, or fsdp_8.yaml for a prior that does not fit one GPU"
+            )
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return []
     if not shardable:

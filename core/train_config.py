@@ -37,7 +37,7 @@ class TrainConfig(Section):
     ema_decay: Number | None = Field(default=None, gt=0, lt=1)
     """Of the averaged weights that validation measures and inference loads; None: the weights themselves."""
     mixed_precision: MixedPrecision = "no"
-    """`auto` measures this machine and takes bf16 where it is clearly faster."""
+    """`auto` takes bf16 where the GPU has it or the processor is fast in it (AMX; AVX512-BF16 of AMD), else `no`."""
     on_not_finite: Literal["stop", "skip"] = "stop"
     """What to do about a loss or a gradient that is not finite: end the run, whose last checkpoint is kept, or leave
     the update out and count. Either names the term, the step and the images."""

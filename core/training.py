@@ -2,11 +2,12 @@
 visible in `train_tokenizer` and `train_prior`."""
 
 import itertools
+import shutil
 import statistics
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, patch_environment
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -25,10 +27,12 @@ from core.batches import Batches
 from core.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
 from core.config import RunConfig
 from core.errors import InputError, StopAsked
+from core.launch import overruled
 from core.model_folder import fill
 from core.pictures import draw_curves
 from core.precision import fastest_precision
 from core.processes import join_processes
+from core.progress import on_terminal
 from core.random import BatchRandom, seed_for
 from core.run_folder import STOPPED, RunFolder, read_metrics
 from core.running_means import Means, RunningMeans
@@ -82,6 +86,17 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=lr or train.lr, betas=betas or train.betas, fused=fused)
 
 
+def _check_trackers(names: Sequence[str]) -> None:
+    missing = set(names) - {str(tracker) for tracker in get_available_trackers()}
+    if missing:
+        name = min(missing)
+        others = [other for other in names if other not in missing]
+        raise InputError(
+            f"run.trackers {name}: {name} is not installed; install it (pip install {name}) or set "
+            f"run.trackers=[{', '.join(others)}]"
+        )
+
+
 def _seed_torch(seed: int, device: torch.device) -> None:
     """torch.manual_seed for every step: where CUDA is never used, that one would queue a call for it each time."""
     torch.default_generator.manual_seed(seed)
@@ -103,6 +118,7 @@ class TrainingRun(Generic[ConfigT]):
     def __init__(self, config: ConfigT, shardable: bool = False, time_limit: float | None = None) -> None:
         self._stop_requests = StopRequests(time_limit)
         self._stop: StopAsked | None = None
+        _check_trackers(config.run.trackers)
         self.folder = RunFolder(config.run.dir)
         self.units_to_shard = units_to_shard(shardable)
         state = join_processes()
@@ -112,10 +128,13 @@ class TrainingRun(Generic[ConfigT]):
         train = self.config.train
         # torch 2.14 has a newer name for `broadcast_buffers`, which older ones and Accelerate do not know yet.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        with patch_environment(accelerate_use_fsdp="false"):  # a model that is sharded is so before it sees it
+        # A model that is sharded is so before Accelerate sees it. To Accelerate the other variable means more than the
+        # argument of the same name.
+        parts = train.gradient_accumulation_steps
+        with patch_environment(accelerate_use_fsdp="false", accelerate_gradient_accumulation_steps=parts):
             self.accelerator = Accelerator(
                 mixed_precision=train.mixed_precision,
-                gradient_accumulation_steps=train.gradient_accumulation_steps,
+                gradient_accumulation_steps=parts,
                 log_with=list(self.config.run.trackers) or None,  # it warns about an empty list
                 project_dir=self.folder.path,
                 # Broadcasting buffers would overwrite every rank's codebook with rank 0's.
@@ -123,6 +142,7 @@ class TrainingRun(Generic[ConfigT]):
             )
         self.seed = self.config.run.seed
         self.step = 0
+        self._is_new = False
         self.facts: dict[str, Any] = {}  # what a restart must know beside the tensors; plain JSON
         self.finished: str | None = None
         self._checkpoints = Checkpoints(self.folder.checkpoints, train.keep_checkpoints)
@@ -138,6 +158,8 @@ class TrainingRun(Generic[ConfigT]):
         self._ended: deque[float] = deque(maxlen=100)  # when the last steps ended
         self._bar: tqdm | None = None
         self._lr = 0.0
+        for line in overruled(train.mixed_precision, train.gradient_accumulation_steps):
+            self.say(line)
         torch.manual_seed(seed_for(self.seed, "initial weights"))
 
     def _resolve(self, config: ConfigT, state: PartialState) -> ConfigT:
@@ -203,6 +225,7 @@ class TrainingRun(Generic[ConfigT]):
         else:
             self._load(checkpoint, check, by_process)
         if self.accelerator.is_main_process:
+            self._is_new = not self.folder.config_file.exists()
             self.folder.create(self.config)  # type: ignore[arg-type]
             self.folder.cut_metrics(self.step)
         self.accelerator.wait_for_everyone()
@@ -254,8 +277,7 @@ class TrainingRun(Generic[ConfigT]):
         """
         if self.finished:
             return
-        purge = {"tensorboard": {"purge_step": self.step}} if "tensorboard" in self.config.run.trackers else {}
-        self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
+        self._start_trackers()
         ahead = self.batches.read_ahead(self.step, read) if read_ahead else None
         size, last = self.batches.batch_size, self.batches.max_steps
         self._bar = tqdm(
@@ -266,7 +288,7 @@ class TrainingRun(Generic[ConfigT]):
             smoothing=0.05,
             dynamic_ncols=True,
             mininterval=0.5,
-            disable=not self.accelerator.is_main_process,
+            disable=not (self.accelerator.is_main_process and on_terminal()),
         )
         with self._bar, self._stop_requests.held():
             while self.step < last and not self.finished and not self._stop:
@@ -277,6 +299,19 @@ class TrainingRun(Generic[ConfigT]):
             if self.accelerator.is_main_process:
                 self.folder.write_note(STOPPED, [f"step {self.step}: {self._stop.reason}", "the same command goes on"])
             raise self._stop
+
+    def _start_trackers(self) -> None:
+        purge = {"tensorboard": {"purge_step": self.step}} if "tensorboard" in self.config.run.trackers else {}
+        try:
+            self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
+        except Exception as error:  # a tracker can raise anything: no login, no network, a broken installation
+            if self._is_new:  # the configuration names the tracker, so another one could not go on in this folder
+                shutil.rmtree(self.folder.path, ignore_errors=True)
+            raise InputError(
+                f"run.trackers {', '.join(self.config.run.trackers)}: could not be started "
+                f"({' '.join(str(error).split()) or type(error).__name__}). Log in (wandb login), set "
+                "WANDB_MODE=offline, or remove the tracker: run.trackers=[]"
+            ) from error
 
     def begin_step(self) -> None:
         """Sets the learning rate and the seeds of the step that comes."""
@@ -416,9 +451,19 @@ class TrainingRun(Generic[ConfigT]):
             self._report_broken(means)
         metrics = {name: value for name, value in means.values.items() if np.isfinite(value)}
         self._write_metrics("train", metrics | {"lr": self._lr})
+        shown = {name: f"{value:.4g}" for name, value in metrics.items()}
         if self._bar is not None:
-            self._bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
+            self._bar.set_postfix(shown, refresh=False)
+            if not on_terminal():
+                self.say(self._describe_step(shown))
         return metrics
+
+    def _describe_step(self, metrics: dict[str, str]) -> str:
+        seconds = self.seconds_per_step
+        left, speed = seconds * (self.batches.max_steps - self.step), self.batches.batch_size / seconds
+        time_left = f", {speed:.4g} img/s, {tqdm.format_interval(left)} left" if seconds > 0 else ""
+        terms = ", ".join(f"{name} {value}" for name, value in metrics.items())
+        return f"step {self.step}/{self.batches.max_steps}: {terms}{time_left}"
 
     def _report_broken(self, means: Means) -> None:
         """Names the term that was not finite first, the step, and the samples of that step's batch; ends the run, or,

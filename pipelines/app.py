@@ -19,6 +19,7 @@ from core.command import run_command
 from core.errors import InputError
 from core.processes import join_processes
 from pipelines.given_images import MOST_BYTES
+from pipelines.proxies import broken_proxy
 from pipelines.two_stage import load_pipeline
 
 __all__ = ["serve"]
@@ -81,9 +82,10 @@ def _set_environment(host: str, folder: str) -> None:
         "GRADIO_ANALYTICS_ENABLED": "False",
         "GRADIO_RUN_HISTORY": "False",
     }
-    # Gradio asks its own server whether it is there, which must not go through a proxy.
+    # Gradio asks its own server whether it is there, which must not go through a proxy, and stops at one that cannot
+    # be used.
     exempt = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    os.environ["no_proxy"] = ",".join(filter(None, [exempt, host, "localhost"]))
+    os.environ["no_proxy"] = "*" if broken_proxy() else ",".join(filter(None, [exempt, host, "localhost"]))
 
 
 def _check_address(host: str, port: int) -> None:

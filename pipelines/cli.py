@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from core.command import as_command, new_app
+from core.command import as_command, new_app, prepare_process
 
 __all__ = ["main"]
 
@@ -38,6 +38,7 @@ VERBS = {
 
 def main() -> None:
     """Runs `twostage VERB ...`."""
+    prepare_process()
     app = new_app("Train an image generator in two stages on your own pictures: first a tokenizer, then a prior.")
     app.callback()(lambda: None)  # keeps the verb in the usage line, also while there is only one
     asked = next((word for word in sys.argv[1:] if not word.startswith("-")), None)

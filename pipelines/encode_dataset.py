@@ -12,7 +12,6 @@ from typing import Annotated
 import torch
 import typer
 from accelerate import PartialState
-from tqdm import tqdm
 
 from core.command import run_command
 from core.config import parse_config
@@ -21,6 +20,7 @@ from core.errors import InputError
 from core.images import to_float
 from core.model_folder import find_model_folder
 from core.processes import join_processes
+from core.progress import ProgressBar
 from core.run_folder import RunFolder
 from core.stopping import going_on_later
 from pipelines.encoding.image_variants import ImageVariants, image_variants
@@ -154,7 +154,7 @@ def _encode_split(
     codes, done = partial.open(name)
     chunks = torch.arange(len(images.images)).split(CHUNK)
     mine = [chunk for chunk in range(state.process_index, len(chunks), state.num_processes) if not done[chunk]]
-    for chunk in tqdm(mine, desc=name, unit="batch", disable=not state.is_main_process, leave=False):
+    for chunk in ProgressBar(mine, desc=name, unit="batch", disable=not state.is_main_process, leave=False):
         first = chunk * CHUNK
         for pixels in images.read(chunks[chunk]):
             indices = model.encode(to_float(pixels.to(state.device))).indices

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from accelerate.utils import broadcast_object_list
-from tqdm import tqdm
 
 from core.command import run_command
 from core.config import describe_differences
@@ -20,6 +19,7 @@ from core.files import read_json
 from core.model_folder import check_format, hash_tensors, write_json
 from core.pictures import save_picture
 from core.processes import join_processes
+from core.progress import ProgressBar
 from core.stopping import going_on_later
 from pipelines.batch_size import fitting_batch_size
 from pipelines.image_files import FileFormat, image_files
@@ -83,7 +83,7 @@ def generate_folder(
     start, wanted = time.perf_counter(), sum(map(len, parts))
     mine = parts[state.process_index :: state.num_processes]
     speedup = wanted / max(1, sum(map(len, mine)))  # the bar is of all processes, as if they were as fast as this one
-    with tqdm(total=wanted, unit="images", disable=not state.is_main_process) as bar:
+    with ProgressBar(total=wanted, unit="images", disable=not state.is_main_process) as bar:
         for part in mine:
             drawn = pipeline.generate(part, cycle, sampling, seed, at_once, lambda n: bar.update(n * speedup))
             labels = None if cycle is None else [cycle[i % len(cycle)] for i in part]
@@ -91,7 +91,7 @@ def generate_folder(
     state.wait_for_everyone()
     if state.is_main_process:
         seconds = time.perf_counter() - start
-        save_picture(class_sheet(files.read(min(num_images, MOST_PICTURED)), names), out / "grid.png")
+        save_picture(class_sheet(files.read(min(num_images, MOST_PICTURED)), names, cycle), out / "grid.png")
         kept = f"{num_images - len(missing)} were there already" if len(missing) < num_images else ""
         rate = f"{wanted / seconds:.1f} a second" if wanted else ""
         print(f"{num_images} images: {out / 'images'} ({', '.join(filter(None, [kept, rate]))})")

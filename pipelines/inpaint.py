@@ -9,13 +9,13 @@ from typing import Annotated
 import torch
 import typer
 from torch import Tensor
-from tqdm import tqdm
 
 from core.command import run_command
 from core.errors import InputError
 from core.images import to_pil
 from core.pictures import contact_sheet, save_picture
 from core.processes import join_processes
+from core.progress import ProgressBar
 from pipelines.edits import mark_masked
 from pipelines.given_images import read_mask
 from pipelines.reconstruct import read_images
@@ -72,9 +72,9 @@ def check_out(out: Path) -> None:
         raise InputError(f"--out {out}: holds something already; give a new folder, or remove this one")
 
 
-def new_bar() -> tqdm:
+def new_bar() -> ProgressBar:
     """A progress bar of the share done, from 0 to 1."""
-    return tqdm(total=1.0, bar_format="{l_bar}{bar}| {elapsed} so far, {remaining} left")
+    return ProgressBar(total=1.0, bar_format="{l_bar}{bar}| {elapsed} so far, {remaining} left")
 
 
 def write_images(out: Path, images: Tensor) -> None:

@@ -10,6 +10,7 @@ import typer
 from core.command import run_command
 from core.config import parse_config
 from core.data import DataConfig, ImageData, LabelColumnOption, ValueRangeOption, load_images
+from core.fonts import class_labels
 from core.labels import AUTO
 from core.model_folder import write_json
 from core.pictures import contact_sheet, save_picture
@@ -50,7 +51,8 @@ def inspect_data(config: DataConfig, out: Path) -> ImageData:
     train = data.splits["train"]
     rows = spread_over_classes(train.labels, len(train), NUM_PICTURED)
     labels = train.read_labels(rows)
-    captions = None if labels is None or not data.class_names else [data.class_names[i] for i in labels.tolist()]
+    drawn = class_labels(data.class_names or [])
+    captions = None if labels is None or not drawn else [drawn[i] for i in labels.tolist()]
     save_picture(contact_sheet(train.read(rows), min(8, len(rows)), captions), out)
     height, width = config.size
     print(f"{out}: as a model with data.image_size=[{height}, {width}] data.channels={config.channels} sees them")

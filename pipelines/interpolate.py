@@ -9,6 +9,7 @@ from torch import Tensor
 
 from core.command import run_command
 from core.errors import InputError
+from core.fonts import class_labels
 from core.pictures import contact_sheet, save_picture
 from core.processes import share_cores
 from core.spread import spread_over_classes
@@ -49,7 +50,7 @@ def interpolate(
         held_out = held_out_images(model, source)
         rows = pairs_of_rows(held_out.labels, len(held_out), num_pairs)
         ends, labels = held_out.read(rows), held_out.read_labels(rows)
-        names = tokenizer.config.class_names if source is None else None
+        names = class_labels(tokenizer.config.class_names or []) if source is None else None
         titles = [names[label] for label in labels.tolist()] if names and labels is not None else None
     pairs = zip(ends[::2], ends[1::2], strict=True)
     strips = [edits.interpolate(tokenizer, first, second, num_images) for first, second in pairs]

@@ -9,6 +9,7 @@ from typing import Any
 from core.errors import InputError
 from core.files import read_json
 from core.model_folder import check_format, file_sha256, write_json
+from pipelines.proxies import broken_proxy
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
 
@@ -118,9 +119,9 @@ def find_pipeline_folder(path: str | Path) -> Path:
     except Exception as error:  # the hub's libraries raise several families of errors when offline
         kept = os.environ.get("HF_HOME", "~/.cache/huggingface")
         raise InputError(
-            f"{name}: no such folder here, and the Hugging Face hub did not give it ({type(error).__name__}); looked "
-            f"also for a copy downloaded earlier, in {kept}. Without a network, copy the pipeline's folder here and "
-            "give that"
+            f"{name}: no such folder here, and the Hugging Face hub did not give it "
+            f"({broken_proxy() or type(error).__name__}); looked also for a copy downloaded earlier, in {kept}. "
+            "Without a network, copy the pipeline's folder here and give that"
         ) from None
 
 
@@ -135,14 +136,14 @@ def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
         raise InputError(f"{repo_id!r}: no id of the Hugging Face hub; expected owner/name")
     from huggingface_hub import HfApi
 
-    hub = HfApi()
     try:
+        hub = HfApi()
         address = hub.create_repo(repo_id, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="twostage export")
     except Exception as error:  # as above
+        reason = broken_proxy() or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise InputError(
-            f"{repo_id}: the Hugging Face hub did not take it ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}); log in (hf auth login) as one who may write there, check the "
-            "network, and push again"
+            f"{repo_id}: the Hugging Face hub did not take it ({reason}); log in (hf auth login) as one who may write "
+            "there, check the network, and push again"
         ) from None
     return str(address)

@@ -7,7 +7,7 @@ pipeline(num_images=8, class_names=["star"], seed=0).images[0].save("star.png")
 import difflib
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from core.config import parse_config
 from core.errors import InputError
+from core.fonts import class_labels
 from core.images import to_pil, to_uint8
 from core.pictures import contact_sheet
 from pipelines import edits, redraw
@@ -419,11 +420,16 @@ class TwoStagePipeline:
         return to_uint8(torch.cat(images)).cpu()
 
 
-def class_sheet(pixels: Tensor, names: list[str] | None) -> Image.Image:
+def class_sheet(pixels: Tensor, names: list[str] | None, numbers: Sequence[int] | None = None) -> Image.Image:
     """A contact sheet of images (n, C, H, W) uint8, of which image i is of the class ``names[i % len(names)]``: one
-    class a column, where that fits."""
+    class a column, where that fits.
+
+    Args:
+        numbers: of the classes, where ``names`` are not all of them.
+    """
     columns = len(names) if names and 4 <= len(names) <= 12 else 8
-    captions = [names[i % len(names)] for i in range(len(pixels))] if names else None
+    labels = class_labels(names, numbers) if names else []
+    captions = [labels[i % len(labels)] for i in range(len(pixels))] if labels else None
     return contact_sheet(pixels, min(columns, len(pixels)), captions)
 
 

@@ -231,7 +231,7 @@ def _fetch_trunk(weights_dir: Path | None, heads: Path) -> Path:
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(TRUNK_URL, str(cached), hash_prefix="397923af")
-    except (OSError, RuntimeError, HTTPException) as error:  # no network, or a file with another hash
+    except (OSError, RuntimeError, ValueError, HTTPException) as error:  # no network, a proxy, another hash
         places = " nor at ".join(str(folder / TRUNK) for folder in folders)
         raise InputError(
             f"loss.perceptual lpips: needs two files. The heads vgg.pth are part of the package lpips ({heads}). The "

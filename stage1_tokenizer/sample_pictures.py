@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from core.data import ImageData, ImageSplit
+from core.fonts import class_labels, figure_families
 from core.images import to_float, to_uint8
 from core.pictures import contact_sheet, figure_canvas, to_image
 from core.random import BatchRandom, seed_for
@@ -20,6 +21,7 @@ __all__ = ["draw_pictures"]
 COLUMNS = 12
 INTERPOLATIONS = 2
 MANIFOLD_SIDE = 20
+LEGEND = 160  # pixels of a class name in the legend
 SCATTERED = 5000
 
 
@@ -70,9 +72,9 @@ def _overview(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
 def _classes(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
     device, names = model.last_layer.device, data.class_names or []
     trained = [label for label, name in enumerate(names) if name not in data.untrained_classes][:COLUMNS]
-    labels = torch.tensor(trained).repeat(4)
+    labels, captions = torch.tensor(trained).repeat(4), class_labels(names)
     samples = to_uint8(model.sample(len(labels), labels, _generator(seed, device))).cpu()
-    return contact_sheet(samples, columns=len(trained), captions=[names[i] for i in labels.tolist()])
+    return contact_sheet(samples, columns=len(trained), captions=[captions[i] for i in labels.tolist()])
 
 
 def _manifold(model: Autoencoder) -> Image.Image:
@@ -92,12 +94,17 @@ def _scatter(model: Autoencoder, split: ImageSplit, class_names: list[str] | Non
     axes = figure.subplots()
     groups: list[tuple[str | None, Tensor]] = [(None, z)]
     if labels is not None and class_names:
-        groups = [(name, z[labels == i]) for i, name in enumerate(class_names)]
+        names = class_labels(class_names, max_width=LEGEND, complex_scripts=False)
+        groups = [(name, z[labels == i]) for i, name in enumerate(names)]
     for i, (name, points) in enumerate(groups):
         axes.scatter(points[:, 0], points[:, 1], s=3, alpha=0.6, label=name, color=f"C{i % 10}")
     axes.set(xlabel="first latent number", ylabel="second", title=f"{len(z):,} held-out images in the latent plane")
     if len(groups) > 1:
-        axes.legend(markerscale=4, loc="center left", bbox_to_anchor=(1, 0.5), title="class")
+        families = figure_families(name for name, _ in groups if name)
+        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        legend = axes.legend(markerscale=4, title="class", prop={"family": families}, **place)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     return to_image(canvas)
 
 

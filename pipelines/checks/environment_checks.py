@@ -1,7 +1,6 @@
 """Environment variables, and Accelerate's own file, that change what a launch does."""
 
 import os
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Literal
 import psutil
 import yaml
 
+from core.launch import is_thread_count
 from pipelines.checks.findings import Finding
+from pipelines.proxies import broken_proxy
 
 __all__ = ["check_accelerate_file", "check_environment", "hugging_face_home"]
 
@@ -46,23 +47,16 @@ RULES = [
         "unset it, or name GPUs (0,1)",
     ),
     Rule(
-        ("OMP_NUM_THREADS", "MKL_NUM_THREADS"),
-        lambda value: not value.isdecimal() or int(value) == 0,
-        "is no number of threads, so it is not used",
-        "unset it; trainings take this machine's cores by themselves",
+        ("OMP_NUM_THREADS",),
+        lambda value: not is_thread_count("OMP_NUM_THREADS", value),
+        "is not a number of threads: `accelerate launch` stops at it, and other commands do not use it",
+        "set a number of threads, or unset it to use all cores",
     ),
     Rule(
         ("OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"),
         lambda value: value.lower() not in ("", "false", "none", "disabled"),
         "ties threads to cores; several processes end up on the same ones",
         "unset it when more than one process works on this machine's CPU",
-    ),
-    Rule(
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS",),
-        lambda value: value != "1",
-        "overrides train.gradient_accumulation_steps in Accelerate alone: weights are updated after the wrong parts",
-        "unset it, and set train.gradient_accumulation_steps",
-        "problem",
     ),
     Rule(
         ("ACCELERATE_USE_CPU",),
@@ -72,16 +66,23 @@ RULES = [
     ),
     Rule(("ACCELERATE_TORCH_DEVICE",), _is_set, "sends every training to that device", "unset it; launchers choose"),
     Rule(
-        ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"),
+        ("ACCELERATE_USE_FSDP",),
         _is_true,
         "asks every training for this, also those that are not launched",
         "unset it; give accelerate launch a --config_file",
     ),
     Rule(
-        ("ACCELERATE_MIXED_PRECISION",),
+        ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"),
+        _is_true,
+        "asks every training for what none of them supports, so it stops",
+        "unset it; for models that do not fit one GPU see configs/accelerate/fsdp_8.yaml",
+        "problem",
+    ),
+    Rule(
+        ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
         _is_set,
-        "is not used: train.mixed_precision of the config decides",
-        "unset it, and set that",
+        "is not used: train.mixed_precision and train.gradient_accumulation_steps of the configuration decide",
+        "set those, and unset it",
     ),
     Rule(
         ("ACCELERATE_DYNAMO_BACKEND",),
@@ -173,16 +174,9 @@ def _known_variables() -> Iterator[Finding]:
 
 
 def _proxies() -> Iterator[Finding]:
-    proxies = urllib.request.getproxies_environment()
-    used = [proxies[name] for name in ("http", "all") if name in proxies]
-    if used and not urllib.request.proxy_bypass_environment("127.0.0.1"):  # type: ignore[attr-defined]
-        yield Finding(
-            "environment",
-            "warning",
-            "a proxy is set (http_proxy or all_proxy) and 127.0.0.1 is not left out of it: `twostage app` cannot reach "
-            "its own page",
-            "export no_proxy=localhost,127.0.0.1",
-        )
+    if trouble := broken_proxy():
+        message = f"{trouble}; datasets and models `owner/name` cannot be downloaded"
+        yield Finding("environment", "warning", message, "fix or unset the variable; local data and models need none")
 
 
 def hugging_face_home() -> Path:

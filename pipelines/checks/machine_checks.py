@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 
 from pipelines.checks.findings import Finding
 
-__all__ = ["available_cores", "check_cpu", "check_gpus", "check_packages"]
+__all__ = ["check_cpu", "check_gpus", "check_packages"]
 
 EXTRAS = {"app": "twostage app", "export": "twostage export"}
 """The extras of the package, and the verbs that need them."""
@@ -78,36 +78,37 @@ def _wanted(requirement: Requirement, extra: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
-def available_cores() -> int:
-    """The cores that this process may use: by its affinity, as trainings take them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def check_cpu() -> Iterator[Finding]:
-    """Cores, what limits them, memory, and whether bf16 is worth it."""
+    """Cores, threads, what limits them, memory, and what `mixed_precision: auto` means."""
     import psutil
     import torch
 
-    from core.precision import fastest_precision
+    from core.precision import reason_for_precision
+    from core.processes import available_cores, thread_variable, threads_of
 
     cores, all_cores, quota = available_cores(), os.cpu_count() or 1, _cgroup_cores()
-    memory = psutil.virtual_memory()
+    memory, variable = psutil.virtual_memory(), thread_variable()
     message = (
-        f"{cores} cores{f' of {all_cores}, by the affinity' if cores < all_cores else ''}: a training takes {cores} "
-        f"threads, two processes {max(1, cores // 2)} each; "
+        f"{cores} cores{f' of {all_cores}, by the affinity' if cores < all_cores else ''}: a training uses "
+        f"{_threads(threads_of(1))}, two processes {threads_of(2)} each"
+        f"{f' ({variable}={os.environ[variable]})' if variable else ''}; "
         f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of memory free"
     )
-    if quota is not None and quota < cores:
+    if quota is not None and quota < threads_of(1):
         yield Finding(
             "CPU",
             "warning",
             f"{message}; but the container may use the time of {quota:g} cores only, so threads wait for each other",
-            f"taskset -c 0-{max(0, round(quota) - 1)} COMMAND, or start the container with --cpuset-cpus",
+            f"export OMP_NUM_THREADS={max(1, round(quota))}, or start the container with --cpuset-cpus",
         )
     else:
         yield Finding("CPU", "ok", message)
-    worth = "is worth it" if fastest_precision(torch.device("cpu")) == "bf16" else "is not worth it"
-    yield Finding("CPU", "ok", f"bf16 {worth} (measured; train.mixed_precision=auto measures it too)")
+    precision, reason = reason_for_precision(torch.device("cpu"))
+    yield Finding("CPU", "ok", f"train.mixed_precision=auto means {precision} here: {reason}")
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'s' * (number != 1)}"
 
 
 def _cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> float | None:

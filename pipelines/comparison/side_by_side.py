@@ -16,6 +16,7 @@ from torch import Tensor
 from core.config import parse_config
 from core.data import DataConfig, ImageData, ImageSplit, load_images
 from core.errors import InputError
+from core.fonts import class_labels
 from core.pictures import contact_sheet
 from core.processes import join_processes
 from core.spread import spread, spread_over_classes
@@ -35,6 +36,7 @@ __all__ = [
     "COLUMNS",
     "Comparison",
     "Model",
+    "column_labels",
     "compare_models",
     "comparison_document",
     "comparison_sheet",
@@ -380,6 +382,14 @@ def sheet(
     return contact_sheet(torch.cat(list(strips.values())), columns, captions, list(strips))
 
 
+def column_labels(comparison: Comparison) -> list[str] | None:
+    """What stands for the classes of the columns."""
+    if comparison.classes is None:
+        return None
+    known = next(m.pipeline.class_names for m in comparison.models if m.pipeline and m.pipeline.class_names)
+    return class_labels(comparison.classes, [known.index(name) for name in comparison.classes])
+
+
 def comparison_sheet(comparison: Comparison, between: Mapping[str, Tensor] | None = None) -> Image.Image:
     """Every model's reconstructions, further rows where there are some, then every model's samples."""
     strips = {"original": comparison.originals}
@@ -388,7 +398,7 @@ def comparison_sheet(comparison: Comparison, between: Mapping[str, Tensor] | Non
     strips |= between or {}
     strips |= {title: model.samples for title, model in samples.items() if model.samples is not None}
     named = [title for title, model in samples.items() if model.pipeline and model.pipeline.class_names]
-    return sheet(strips, comparison.classes, named)
+    return sheet(strips, column_labels(comparison), named)
 
 
 def comparison_document(comparison: Comparison) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from pipelines.comparison.side_by_side import (
     NUM_SAMPLES,
     Comparison,
     Model,
+    column_labels,
     compare_models,
     comparison_document,
     comparison_sheet,
@@ -294,7 +295,7 @@ def write_story(plan: Plan, comparison: Comparison) -> None:
             report.text(f"All three priors learn the codes of the {FAMILIES[str(plan.codes_of)].title}: {why(models)}")
         strips = strips_of(models[name], comparison, latents)
         named = [title for title in strips if title == "new images" and shows_classes(models[name])]
-        report.picture(sheet(strips, comparison.classes, named), caption(name, family, models[name]))
+        report.picture(sheet(strips, column_labels(comparison), named), caption(name, family, models[name]))
         (row,) = figure_rows([models[name]])
         report.table({key: title for key, title in COLUMNS.items() if key in row}, [row])
         report.text(f"{plan.steps[name]:,} steps in {plan.minutes:g} minutes. Implemented in {family.file}.")

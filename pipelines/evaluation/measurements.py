@@ -14,10 +14,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
-from tqdm import tqdm
 
 from core.data import ImageSplit
 from core.images import to_float, to_uint8
+from core.progress import ProgressBar
 from core.random import BatchRandom, seed_for
 from pipelines.evaluation.frechet import ReconstructionJudge
 from stage1_tokenizer.autoencoder import Autoencoder
@@ -110,7 +110,7 @@ def measure(
     counts = torch.zeros(quantizer.depth if quantizer else 0, model.codebook_size or 0, dtype=torch.long)
     moments: Tensor | None = None  # of the posterior's mean: its sum and the sum of its squares, (2, units)
     parts = torch.arange(len(rows)).split(batch_size)[state.process_index :: state.num_processes]
-    for places in tqdm(parts, desc="evaluate", unit="batch", disable=not state.is_main_process, leave=False):
+    for places in ProgressBar(parts, desc="evaluate", unit="batch", disable=not state.is_main_process, leave=False):
         originals, labels = split.read(rows[places]), split.read_labels(rows[places])
         digests[places] = row_digests(originals)
         originals = originals.to(state.device)

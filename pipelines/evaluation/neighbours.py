@@ -11,6 +11,7 @@ from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
+from core.fonts import class_labels
 from core.pictures import contact_sheet
 from pipelines.evaluation.measurements import total_over_processes
 
@@ -89,12 +90,12 @@ def neighbours_sheet(neighbours: Neighbours, names: list[str] | None) -> Image.I
     Args:
         names: sample i is of the class ``names[i % len(names)]``.
     """
-    tiles, captions = [], []
+    tiles, captions, labels = [], [], class_labels(names or [])
     blank = torch.full_like(neighbours.samples[:1], 255)
     for i, (sample, near, distances) in enumerate(
         zip(neighbours.samples, neighbours.nearest, neighbours.distances.tolist(), strict=True)
     ):
         tiles += [sample[None], near, *([blank] if i % 2 == 0 else [])]
-        captions += [f"sample: {names[i % len(names)]}" if names else f"sample {i}"]
+        captions += [f"sample: {labels[i % len(labels)]}" if labels else f"sample {i}"]
         captions += [f"{distance:.2f}" for distance in distances] + [""] * (i % 2 == 0)
     return contact_sheet(torch.cat(tiles), 2 * neighbours.nearest.shape[1] + 3, captions)

@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from tqdm import tqdm
 
 from core.data import ImageSplit
 from core.images import to_float
+from core.progress import ProgressBar
 from core.random import BatchRandom, seed_for
 from core.spread import spread
 from pipelines.evaluation.frechet import (
@@ -127,10 +127,10 @@ class SampleFigures:
     """A sentence: there are too many copies among the samples to measure anything of them."""
 
 
-def shared_batches(count: int, batch_size: int, state: PartialState, what: str) -> tqdm:
+def shared_batches(count: int, batch_size: int, state: PartialState, what: str) -> ProgressBar:
     """This process's batches of the places 0 ... count - 1."""
     parts = torch.arange(count).split(batch_size)[state.process_index :: state.num_processes]
-    return tqdm(parts, desc=what, unit="batch", disable=not state.is_main_process, leave=False)
+    return ProgressBar(parts, desc=what, unit="batch", disable=not state.is_main_process, leave=False)
 
 
 def num_draws(prior: Prior) -> int:

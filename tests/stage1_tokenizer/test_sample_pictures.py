@@ -28,7 +28,8 @@ def sorted_data(each: int) -> ImageData:
     labels = np.arange(CLASSES).repeat(each)
     pixels = np.empty((len(labels), 1, 8, 8), dtype=np.uint8)
     pixels[:] = (20 * labels)[:, None, None, None]
-    splits: dict[str, ImageSplit] = {"test": Watched(labels, pixels, None, DataConfig(image_size=8, channels=1))}
+    config = DataConfig(image_size=8, channels=1)
+    splits = {"train": ImageSplit(labels, pixels, None, config), "test": Watched(labels, pixels, None, config)}
     return ImageData("sorted", splits, [f"class {i}" for i in range(CLASSES)])
 
 
