@@ -22,6 +22,7 @@ from PIL import Image
 from core.errors import InputError
 from core.images import open_picture, printable, quiet_decoders
 from core.picture_folder import SPLIT_NAMES, read_folder
+from core.progress import on_terminal
 
 __all__ = ["Records", "Source", "find_source", "first_form", "shortened"]
 
@@ -193,6 +194,8 @@ def _read_table(file: Path) -> pa.Table:
 def _read_hub(name: str, looked: list[Path]) -> Source:
     import datasets
 
+    if not on_terminal():
+        datasets.disable_progress_bars()  # in a file each of them is one long line
     try:
         loaded = datasets.load_dataset(name)
     except Exception as error:  # the libraries below raise their own families of errors when offline
