@@ -11,7 +11,9 @@ from pathlib import PurePath
 
 import psutil
 
-__all__ = ["THREAD_VARIABLES", "Launch", "find_launch", "is_thread_count", "overruled"]
+from core.errors import InputError
+
+__all__ = ["THREAD_VARIABLES", "Launch", "check_flags", "find_launch", "is_thread_count", "overruled"]
 
 MODULES = {
     "accelerate.commands.accelerate_cli": "accelerate",
@@ -28,6 +30,13 @@ THREAD_VARIABLES = {
     "OMP_NUM_THREADS": r"\s*\+?0*[1-9]\d*\s*(,.*\d\s*)?",  # libgomp says that it is invalid, otherwise
 }
 """The variables by which torch sets the number of its threads, the stronger ones first, and the values that work."""
+
+
+FLAGS = tuple(
+    f"ACCELERATE_{name}"
+    for name in ("USE_CPU", "USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG", "DEBUG_MODE")
+)
+WORDS = ("y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0")
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,18 @@ def _options(arguments: list[str]) -> Namespace:
     return launch_command_parser().parse_args(arguments)
 
 
+def check_flags() -> None:
+    """Refuses a value of Accelerate's variables at which it would stop.
+
+    Raises:
+        InputError: a variable that is neither true nor false.
+    """
+    for name in FLAGS:
+        value = os.environ.get(name)
+        if value is not None and value.lower() not in WORDS:
+            raise InputError(f"environment variable {name}={value!r}: expected true or false; set one, or unset it")
+
+
 def is_thread_count(name: str, value: str) -> bool:
     """Whether torch takes ``value`` of one of the `THREAD_VARIABLES` for a number of threads."""
     return re.fullmatch(THREAD_VARIABLES[name], value, re.DOTALL) is not None
@@ -83,16 +104,22 @@ def overruled(mixed_precision: str, gradient_accumulation_steps: int) -> list[st
         mixed_precision: of the training.
         gradient_accumulation_steps: likewise.
     """
-    used = {"mixed_precision": mixed_precision, "gradient_accumulation_steps": str(gradient_accumulation_steps)}
+    used = {
+        "mixed_precision": (mixed_precision, f"train.mixed_precision is {mixed_precision}"),
+        "gradient_accumulation_steps": (
+            str(gradient_accumulation_steps),
+            f"train.gradient_accumulation_steps is {gradient_accumulation_steps}",
+        ),
+        "dynamo_backend": ("no", "nothing is compiled"),
+    }
     launch, sentences = find_launch(), []
-    for name, value in used.items():
+    for name, (value, reason) in used.items():
         asked = getattr(launch.options, name, None) if launch else None
-        variable = os.environ.get(f"ACCELERATE_{name.upper()}", "")
+        variable = os.environ.get(f"ACCELERATE_{name.upper()}", "").lower()
         if asked is None and variable != "no":  # which is what a launcher sets by itself
             asked = variable
         if asked and str(asked) != value:
             sentences.append(
-                f"the launch asks for {name} {asked}, which is not used: train.{name} is {value}, and the "
-                "configuration decides"
+                f"the launch asks for {name} {asked}, which is not used: {reason} (the configuration decides)"
             )
     return sentences

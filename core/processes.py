@@ -6,7 +6,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, patch_environment
 
-from core.launch import THREAD_VARIABLES, find_launch, is_thread_count
+from core.launch import THREAD_VARIABLES, check_flags, find_launch, is_thread_count
 
 __all__ = ["available_cores", "join_processes", "share_cores", "thread_variable", "threads_of"]
 
@@ -48,7 +48,11 @@ def join_processes() -> PartialState:
     """This process's place among those that the launcher started.
 
     Without a GPU, Accelerate takes each of several processes for the only one, unless told that they are on the CPU.
+
+    Raises:
+        InputError: a variable of Accelerate's that is neither true nor false.
     """
+    check_flags()
     share_cores()
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     # Where the variable is not set, or is no number, Accelerate sets the threads by itself, or fails.

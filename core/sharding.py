@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from core.errors import InputError
+from core.launch import check_flags
 from core.precision import MixedPrecision
 
 __all__ = ["shard", "share_like", "units_to_shard", "whole"]
@@ -35,6 +36,7 @@ def units_to_shard(shardable: bool) -> list[str]:
         InputError: DeepSpeed and its like; FSDP for a training that is not shardable, or with settings that are not
             supported.
     """
+    check_flags()
     for kind in UNSUPPORTED:
         if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
             raise InputError(

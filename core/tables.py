@@ -17,6 +17,7 @@ from core.errors import InputError
 from core.images import open_picture, printable
 from core.labels import hub_features, label_candidates, label_column, read_labels
 from core.picture_folder import FolderContent
+from core.progress import on_terminal
 from core.records import Records, Source, shortened
 from core.splits import exact_split, spelled_splits
 
@@ -151,6 +152,8 @@ def read_hub(name: str, looked: list[Path], wanted_label: str | None) -> Source:
     """
     import datasets
 
+    if not on_terminal():
+        datasets.disable_progress_bars()  # in a file each of them is one long line
     try:
         loaded = datasets.load_dataset(name)
     except Exception as error:  # the libraries below raise their own families of errors when offline

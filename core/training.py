@@ -135,6 +135,7 @@ class TrainingRun(Generic[ConfigT]):
             self.accelerator = Accelerator(
                 mixed_precision=train.mixed_precision,
                 gradient_accumulation_steps=parts,
+                dynamo_backend="no",
                 log_with=list(self.config.run.trackers) or None,  # it warns about an empty list
                 project_dir=self.folder.path,
                 # Broadcasting buffers would overwrite every rank's codebook with rank 0's.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from core.config import Number, PathName, Section
 from core.errors import InputError
 from core.model_folder import load_saved_tensors
+from core.progress import on_terminal
 from stage1_tokenizer.feature_network import FeatureNetwork
 
 __all__ = [
@@ -230,7 +231,7 @@ def _fetch_trunk(weights_dir: Path | None, heads: Path) -> Path:
     cached = folders[-1] / TRUNK
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(TRUNK_URL, str(cached), hash_prefix="397923af")
+        torch.hub.download_url_to_file(TRUNK_URL, str(cached), hash_prefix="397923af", progress=on_terminal())
     except (OSError, RuntimeError, ValueError, HTTPException) as error:  # no network, a proxy, another hash
         places = " nor at ".join(str(folder / TRUNK) for folder in folders)
         raise InputError(

@@ -217,6 +217,9 @@ def test_the_configuration_decides_over_variables_of_accelerate(twostage, config
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2", 0),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", 1),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "many", 1),
+        ("ACCELERATE_DYNAMO_BACKEND", "NO", 0),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", 1),
+        ("ACCELERATE_DYNAMO_BACKEND", "nonsense", 1),
     ],
 )
 def test_what_is_said_of_a_launch(monkeypatch, name, value, said):
@@ -232,6 +235,15 @@ def test_other_ways_of_sharing_the_work_are_refused(twostage, configs, tmp_path,
     assert ended.code == 2
     assert f"asks for {kind}" in ended.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "ACCELERATE_DEBUG_MODE"])
+@pytest.mark.parametrize("value", ["maybe", ""])
+def test_a_flag_that_is_neither_true_nor_false(twostage, configs, tmp_path, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    ended = twostage("train-tokenizer", configs / "tokenizer.yaml", f"run.dir={tmp_path / 'run'}")
+    assert ended.code == 2
+    assert f"{name}={value!r}: expected true or false" in ended.err
 
 
 def test_a_tracker_that_is_not_installed_is_refused(twostage, configs, tmp_path):

@@ -87,7 +87,7 @@ RULES = [
     Rule(
         ("ACCELERATE_DYNAMO_BACKEND",),
         lambda value: value.lower() not in ("", "no"),
-        "compiles every model that is trained, which takes minutes at the start",
+        "is not used: nothing is compiled",
         "unset it",
     ),
     Rule(
