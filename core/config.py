@@ -2,15 +2,18 @@
 
 import difflib
 import os
+from collections.abc import Callable
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from core.errors import InputError
+from core.overrides import apply_overrides
+from core.schema import alternatives, groups, tag
+from core.yaml_text import read_yaml, with_texts
 
 __all__ = [
     "Count",
@@ -61,6 +64,8 @@ class Section(BaseModel):
     """A group of a configuration: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    exclusive_keys: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Keys of which only one can be given; of several overrides the last one stays."""
 
 
 class RunConfig(Section):
@@ -77,8 +82,19 @@ class RunConfig(Section):
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
-def load_config(schema: type[ConfigT], path: str | Path, overrides: list[str] | None = None) -> ConfigT:
-    """Reads a YAML file, merges ``group.key=value`` overrides (values in YAML syntax), then validates.
+def load_config(
+    schema: type[ConfigT],
+    path: str | Path,
+    overrides: list[str] | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> ConfigT:
+    """Reads a YAML file, merges ``group.key=value`` overrides, then validates.
+
+    Where the schema wants text, the whole text after the first `=` is the value, as it stands (`null` is None where
+    that is allowed); all other values are YAML.
+
+    Args:
+        say: called with a sentence about everything that an override replaced or dropped besides its own key.
 
     Raises:
         InputError: the file is missing or not YAML, an override is malformed, or any key or value is wrong. All wrong
@@ -90,29 +106,14 @@ def load_config(schema: type[ConfigT], path: str | Path, overrides: list[str] | 
         hint = f"; in {path.parent} there is {', '.join(near)}" if near else ""
         raise InputError(f"config {path}: no such file{hint}")
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: other bytes than UTF-8, an odd date
+        document, texts = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also for other bytes than UTF-8
         raise InputError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if document is None:
-        document = {}
+    document = {} if document is None else with_texts(schema, document, texts)
     if not isinstance(document, dict):
         raise InputError(f"config {path}: expected groups such as `data:` and `train:`, got {document!r}")
-    for override in overrides or []:
-        _apply_override(document, override)
+    document = apply_overrides(schema, document, overrides or [], say)
     return parse_config(schema, document, f"config {path}")
-
-
-class _OnceEach(yaml.SafeLoader):
-    """YAML in which a key that is given twice is a mistake, and not the last one's."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = []
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=True)
-            if key.tag != "tag:yaml.org,2002:merge" and name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", key.start_mark)
-            seen.append(name)
-        return super().construct_mapping(node, deep)
 
 
 def parse_config(schema: type[ConfigT], document: dict[str, Any], name: str) -> ConfigT:
@@ -142,30 +143,14 @@ def describe_differences(old: dict[str, Any], new: dict[str, Any], prefix: str =
     return lines
 
 
-def _apply_override(document: dict[str, Any], override: str) -> None:
-    path, separator, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not separator or not all(keys):
-        raise InputError(f"override {override!r}: expected key=value, such as train.lr=1e-4")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"override {override!r}: the value is not valid YAML; quote it") from None
-    group = document
-    for key in keys[:-1]:
-        if not isinstance(group.get(key), dict):
-            group[key] = {}
-        group = group[key]
-    group[keys[-1]] = value
-
-
 def _describe(schema: type[Section], details: ErrorDetails) -> str:
     path, group, annotation = _locate(schema, details["loc"])
+    tags = [name for one in alternatives(annotation) if (name := tag(one))]
     kind, got = details["type"], details["input"]
     if kind == "extra_forbidden":
         known = list(group.model_fields) if group else []
         near = difflib.get_close_matches(path.rpartition(".")[2], known, n=1, cutoff=0.5)
-        here = f"of type {_tag(group)!r} are" if _tag(group) else "here:"
+        here = f"of type {tag(group)!r} are" if tag(group) else "here:"
         hint = f"did you mean {near[0]!r}?" if near else f"known {here} {', '.join(known)}"
         return f"{path}: unknown key; {hint}"
     if kind == "missing":
@@ -173,14 +158,18 @@ def _describe(schema: type[Section], details: ErrorDetails) -> str:
     if kind == "union_tag_not_found":
         meant = difflib.get_close_matches("type", [key for key in got if isinstance(key, str)], n=1)
         hint = f" (there is {meant[0]!r})" if meant else ""
-        return f"{path}.type: required, but not given{hint}; expected one of {_quoted(_tags(annotation))}"
+        return f"{path}.type: required, but not given{hint}; expected one of {_quoted(tags)}"
     if kind == "union_tag_invalid":
-        tag = got["type"]
-        near = difflib.get_close_matches(str(tag), _tags(annotation), n=1)
+        got_tag = got["type"]
+        near = difflib.get_close_matches(str(got_tag), tags, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{path}.type: got {shortened(tag)!r}, expected one of {_quoted(_tags(annotation))}{hint}"
+        return f"{path}.type: got {shortened(got_tag)!r}, expected one of {_quoted(tags)}{hint}"
     if kind in ("model_type", "model_attributes_type"):
         return f"{path}: expected a group of keys, got {shortened(got)!r}"
+    if kind == "string_too_short":
+        return f"{path}: expected text, got none"
+    if kind == "string_type":
+        return f"{path}: expected text, got {shortened(got)!r}; quote it if that is its name"
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if kind in ("value_error", "assertion_error"):
         return f"{path}: {message}" if path else message
@@ -198,28 +187,13 @@ def _locate(schema: type[Section], location: tuple[int | str, ...]) -> tuple[str
     group: Any = schema
     holder: type[BaseModel] | None = schema
     for part in location:
-        members = _members(group)
-        tagged = [m for m in members if len(members) > 1 and _tag(m) == part]
+        members = groups(group)
+        tagged = [m for m in members if len(members) > 1 and tag(m) == part]
         if tagged:
             group = tagged[0]
             continue
         shown.append(str(part))
-        owners = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
-        holder = owners[0] if owners else None
+        holder = members[0] if members else None
         field = holder.model_fields.get(str(part)) if holder else None
         group = field.annotation if field else None
     return ".".join(shown), holder, group
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-
-
-def _tags(annotation: Any) -> list[str]:
-    return [tag for member in _members(annotation) if (tag := _tag(member))]
-
-
-def _tag(member: Any) -> str | None:
-    if isinstance(member, type) and issubclass(member, BaseModel) and "type" in member.model_fields:
-        return get_args(member.model_fields["type"].annotation)[0]
-    return None

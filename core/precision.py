@@ -1,17 +1,13 @@
 """`mixed_precision: auto`: decided by measuring this machine, because processor names do not tell."""
 
 import time
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import BeforeValidator
 
 __all__ = ["MixedPrecision", "fastest_precision"]
 
-# YAML reads a bare `no` as false.
-MixedPrecision = Annotated[
-    Literal["auto", "no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
-]
+MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 
 
 def fastest_precision(device: torch.device) -> Literal["no", "bf16"]:

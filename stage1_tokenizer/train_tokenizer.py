@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from core.batches import Batches
-from core.command import run_command
+from core.command import print_once, run_command
 from core.config import PathName, RunConfig, Section, describe_differences, load_config
 from core.data import DataConfig, ImageSplit, load_images
 from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
@@ -357,7 +357,7 @@ def command(
     """Train a tokenizer (or AE, VAE ...) from a config. The same command resumes."""
     check_json(dry_run, json_file)
     with going_on_later():
-        run = train(load_config(TokenizerConfig, config, overrides), weights_dir, dry_run, time_limit)
+        run = train(load_config(TokenizerConfig, config, overrides, print_once), weights_dir, dry_run, time_limit)
     finish_dry_run(run, json_file)
 
 

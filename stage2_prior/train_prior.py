@@ -15,7 +15,7 @@ from torch.export import register_dataclass
 from torch.optim import Optimizer
 
 from core.batches import Batches
-from core.command import run_command
+from core.command import print_once, run_command
 from core.config import Count, PathName, RunConfig, Section, describe_differences, load_config
 from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
 from core.ema import averaged_copy
@@ -269,7 +269,7 @@ def command(
     """Train a prior over a tokenizer's codes. The same command resumes."""
     check_json(dry_run, json_file)
     with going_on_later():
-        run = train(load_config(PriorTrainingConfig, config, overrides), dry_run, time_limit)
+        run = train(load_config(PriorTrainingConfig, config, overrides, print_once), dry_run, time_limit)
     finish_dry_run(run, json_file)
 
 
