@@ -4,13 +4,14 @@ import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from core.errors import InputError
+from core.files import expand_home
 from core.overrides import apply_overrides
 from core.schema import alternatives, groups, tag
 from core.yaml_text import read_yaml, with_texts
@@ -31,6 +32,7 @@ __all__ = [
     "dump_config",
     "load_config",
     "parse_config",
+    "path_values",
 ]
 
 # Integers and booleans are taken as written (`true` is no 1); floats stay lax, because YAML reads `1e-4` as text.
@@ -54,10 +56,12 @@ def shortened(value: Any, most: int = 120) -> Any:
 def _can_be_a_path(value: str) -> str:
     if "\0" in value or any(len(os.fsencode(part)) > 255 for part in Path(value).parts):
         raise ValueError(f"no file or folder can have the name {shortened(value)!r}; give a shorter one")
-    return value
+    return expand_home(value)
 
 
-PathName = Annotated[str, Field(min_length=1), AfterValidator(_can_be_a_path)]
+_IS_PATH = AfterValidator(_can_be_a_path)
+PathName = Annotated[str, Field(min_length=1), _IS_PATH]
+"""A file, a folder, or another name of data; `~` is the home of who runs it."""
 
 
 class Section(BaseModel):
@@ -129,6 +133,18 @@ def parse_config(schema: type[ConfigT], document: dict[str, Any], name: str) -> 
 def dump_config(config: Section) -> str:
     """The whole configuration, defaults included, as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def path_values(config: Section, prefix: str = "") -> dict[str, str | None]:
+    """The values of all keys that are a :data:`PathName`, by their whole names such as `data.source`."""
+    found: dict[str, str | None] = {}
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, Section):
+            found |= path_values(value, f"{prefix}{name}.")
+        elif _IS_PATH in field.metadata or any(_IS_PATH in get_args(one)[1:] for one in get_args(field.annotation)):
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def describe_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -26,6 +26,7 @@ from core.fits_memory import check_model
 from core.images import to_float
 from core.model_folder import fill, load_model_folder
 from core.pictures import save_picture
+from core.places import Contents, weights_at
 from core.random import seed_for
 from core.stopping import TimeLimitOption, going_on_later
 from core.train_config import TrainConfig
@@ -37,6 +38,7 @@ from stage1_tokenizer.diagnosis import Diagnosis
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, discriminator_loss, r1_penalty
 from stage1_tokenizer.image_losses import ImageLosses
 from stage1_tokenizer.losses import LossConfig
+from stage1_tokenizer.perceptual import FeaturePerceptualConfig
 from stage1_tokenizer.residual_quantizer import ResidualQuantizer
 from stage1_tokenizer.sample_pictures import draw_pictures
 from stage1_tokenizer.validation import validate
@@ -169,10 +171,7 @@ def train(
         if averaged:
             averaged.module.load_state_dict(autoencoder.state_dict())
 
-    run.restore(
-        batches, modules, optimizers, begin, check=lambda: data.check_same(run.facts.get("data"), run.folder.path)
-    )
-    run.facts.setdefault("data", data.identity())
+    run.restore(batches, modules, optimizers, begin, {"data.source": data.contents(), **other_sources(config)})
     diagnosis = Diagnosis(REMEDIES.get(config.model.bottleneck.type, ""), run.facts, run.say)
     nets = [model, opponent.prepared] if opponent else [model]
 
@@ -249,6 +248,16 @@ def train(
         return run
     run.say(f"model: {run.folder.model}; pictures: {run.folder.samples}; curves: {run.folder.path / 'losses.png'}")
     return run
+
+
+def other_sources(config: TokenizerConfig) -> dict[str, Contents]:
+    """What the paths of a configuration besides `data.source` lead to."""
+    sources = {}
+    if config.init_from and Path(config.init_from).exists():  # a run that has begun no longer needs it
+        sources["init_from"] = weights_at(config.init_from, only_to_begin=True)
+    if isinstance(config.loss.perceptual, FeaturePerceptualConfig):
+        sources["loss.perceptual.path"] = weights_at(config.loss.perceptual.path)
+    return sources
 
 
 def open_source(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
