@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
@@ -33,7 +34,11 @@ __all__ = [
     "load_config",
     "parse_config",
     "path_values",
+    "summarize_differences",
 ]
+
+MAX_SHOWN = 4
+"""Differences in a message of one line."""
 
 # Integers and booleans are taken as written (`true` is no 1); floats stay lax, because YAML reads `1e-4` as text.
 # Upper bounds are where a mistake is certain: what memory allows is looked at once the whole model is known.
@@ -157,6 +162,13 @@ def describe_differences(old: dict[str, Any], new: dict[str, Any], prefix: str =
         elif before != after:
             lines.append(f"{prefix}{key}: {before!r} there, {after!r} now")
     return lines
+
+
+def summarize_differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The first of :func:`describe_differences` on one line, with hashes cut short; empty where there are none."""
+    lines = describe_differences(old, new)
+    more = f"; and {len(lines) - MAX_SHOWN} more" if len(lines) > MAX_SHOWN else ""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", "; ".join(lines[:MAX_SHOWN])) + more
 
 
 def _describe(schema: type[Section], details: ErrorDetails) -> str:

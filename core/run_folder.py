@@ -4,7 +4,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from core.config import Section, describe_differences, dump_config, parse_config, path_values
+from core.config import Section, describe_differences, dump_config, parse_config, path_values, summarize_differences
 from core.errors import InputError
 from core.files import read_json, replacing
 from core.model_folder import check_format, write_json
@@ -23,8 +22,6 @@ __all__ = ["STOPPED", "RunFolder", "read_metrics"]
 
 FORMAT_VERSION = 1
 """Of sources.json, which the first runs did not have."""
-MAX_SHOWN = 4
-"""Differences of content in a message."""
 
 STOPPED = "stopped.txt"
 """There while the run waits for the same command: for a script that does not see the command's own exit status."""
@@ -100,26 +97,27 @@ class RunFolder:
         stored = self._stored(config)
         if stored is None:
             return
-        known = {key: entry["facts"] for key, entry in self.stored_sources().items()} or dict(remembered or {})
+        known, former = self.stored_sources(), remembered or {}
         there, here = path_values(stored), path_values(config)
         for key, value in here.items():
-            before = there.get(key)
+            before, now = there.get(key), sources.get(key)
             if key == "run.dir" or value is None or before is None:
                 continue
-            same, now, facts = same_place(before, value), sources.get(key), known.get(key)
+            same = same_place(before, value)
             if now and begun and now.only_to_begin and same:
                 continue
-            if now is None or facts is None or not facts.keys() <= now.facts.keys():
-                if not (same if begun else before == value):
-                    raise self._refusal([f"{key}: {before!r} there, {value!r} now"])
-                if now is None or facts is None:
-                    continue
-            common = {name: now.facts[name] for name in facts if name in now.facts}
-            if differences := describe_differences({name: facts[name] for name in common}, common):
-                more = f"; and {len(differences) - MAX_SHOWN} more" if len(differences) > MAX_SHOWN else ""
-                shown = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", "; ".join(differences[:MAX_SHOWN]))
+            if now and key in known:
+                expected, found = known[key]["facts"], now.facts
+            elif now and key in former and (same or former[key].keys() <= now.facts.keys()):
+                found = {name: now.facts[name] for name in former[key] if name in now.facts}
+                expected = {name: former[key][name] for name in found}
+            elif same if begun else before == value:
+                continue
+            else:
+                raise self._refusal([f"{key}: {before!r} there, {value!r} now"])
+            if differences := summarize_differences(expected, found):
                 raise InputError(
-                    f"{key} {value}: holds other {now.what} than when the run in {self.path} began ({shown}{more}). "
+                    f"{key} {value}: holds other {now.what} than when the run in {self.path} began ({differences}). "
                     "Nothing was changed. Bring the same ones back to resume, or choose another run.dir="
                 )
 

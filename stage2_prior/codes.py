@@ -72,6 +72,9 @@ class Manifest(Section):
     format_version: Count = FORMAT_VERSION
     tokenizer: TokenizerReference
     source: str
+    """The `data.source` of the images: absolute, or relative to one of the folders above this one."""
+    images: dict[str, Any] | None = None
+    """What the images were, wherever they are; None: not known, of codes made by earlier versions."""
     image_size: tuple[Count, Count]
     channels: Count
     grid: tuple[Count, Count]
