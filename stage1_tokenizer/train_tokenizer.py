@@ -355,7 +355,9 @@ def initialize_codebook(
 
 def command(
     config: Annotated[Path, typer.Argument(help="A file of configs/tokenizer/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as train.lr=1e-4.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, such as train.lr=1e-4; paths and words as they stand.")
+    ] = None,
     weights_dir: Annotated[
         Path | None, typer.Option(help="Where LPIPS's vgg16-397923af.pth lies; torch's cache by default.")
     ] = None,

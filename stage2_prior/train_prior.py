@@ -231,7 +231,9 @@ def say_result(run: TrainingRun[PriorTrainingConfig], prior: Prior, baseline: fl
 
 def command(
     config: Annotated[Path, typer.Argument(help="A file of configs/prior/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="codes=DIR and further key=value.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="codes=DIR and further key=value; paths and words as they stand.")
+    ] = None,
     dry_run: DryRunOption = False,
     time_limit: TimeLimitOption = None,
     json_file: JsonOption = None,

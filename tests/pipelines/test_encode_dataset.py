@@ -357,7 +357,7 @@ def test_what_was_begun_otherwise_is_discarded(runs, twostage, killed_before, ch
     begun = {
         "tokenizer: '": [changed_tokenizer("encoder")],
         "rows.train: 5 there, 320 now; ": [runs.tokenizer, "--data", pictures],
-        "augmentation.crops: 1 there, 0 now": [runs.tokenizer, "--crops", "1"],
+        "rows.train: 640 there, 320 now; augmentation.crops: 1 there, 0 now)": [runs.tokenizer, "--crops", "1"],
     }
     for number, (said, words) in enumerate(begun.items()):
         out = tmp_path / str(number) / "codes"
