@@ -10,9 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.config import Section
 from core.model_folder import file_sha256, find_model_folder
 
-__all__ = ["Contents", "Places", "find_places", "portable", "same_place", "weights_at"]
+__all__ = ["Contents", "Places", "Record", "find_places", "portable", "same_place", "weights_at"]
+
+
+class Record(Section):
+    """What a folder remembers of a path: where it led, and what was there."""
+
+    place: str | None
+    """Absolute; None: it was nothing on this disk, such as a Hugging Face dataset."""
+    facts: dict[str, Any]
 
 
 @dataclass
@@ -27,6 +36,11 @@ class Contents:
     """What it is, wherever it is: plain JSON, by which the same content is known again."""
     only_to_begin: bool = False
     """Whether a run that has a checkpoint no longer reads it."""
+
+    @property
+    def record(self) -> Record:
+        """To be stored."""
+        return Record(place=None if self.place is None else str(self.place), facts=self.facts)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from core.config import Section, describe_differences, dump_config, parse_config
 from core.errors import InputError
 from core.files import read_json, replacing
 from core.model_folder import check_format, write_json
-from core.places import Contents, same_place
+from core.places import Contents, Record, same_place
 
 __all__ = ["STOPPED", "RunFolder", "read_metrics"]
 
@@ -25,6 +25,13 @@ FORMAT_VERSION = 1
 
 STOPPED = "stopped.txt"
 """There while the run waits for the same command: for a script that does not see the command's own exit status."""
+
+
+class _Sources(Section):
+    """`sources.json`."""
+
+    format_version: int = FORMAT_VERSION
+    sources: dict[str, Record]
 
 
 class RunFolder:
@@ -107,7 +114,7 @@ class RunFolder:
             if now and begun and now.only_to_begin and same:
                 continue
             if now and key in known:
-                expected, found = known[key]["facts"], now.facts
+                expected, found = known[key].facts, now.facts
             elif now and key in former and (same or former[key].keys() <= now.facts.keys()):
                 found = {name: now.facts[name] for name in former[key] if name in now.facts}
                 expected = {name: former[key][name] for name in found}
@@ -121,14 +128,14 @@ class RunFolder:
                     "Nothing was changed. Bring the same ones back to resume, or choose another run.dir="
                 )
 
-    def stored_sources(self) -> dict[str, dict[str, Any]]:
-        """By key such as `data.source`: the `place` that it led to (absolute, or None) and the `facts` of what was
-        there; {} for a new folder and for those of earlier versions."""
+    def stored_sources(self) -> dict[str, Record]:
+        """What the paths of the configuration led to when the run began, by keys such as `data.source`; {} for a new
+        folder and for those of earlier versions."""
         if not self.sources_file.is_file():
             return {}
         document = read_json(self.sources_file, "put back a copy of it, or remove it")
-        check_format(document.pop("format_version", None), FORMAT_VERSION, self.sources_file)
-        return document
+        check_format(document.get("format_version"), FORMAT_VERSION, self.sources_file)
+        return parse_config(_Sources, document, f"{self.sources_file}").sources
 
     def _stored(self, config: Section) -> Section | None:
         """The stored configuration; settings that the run's version did not have yet are at their defaults."""
@@ -173,12 +180,9 @@ class RunFolder:
             with replacing(self.config_file, durable=True) as partial:
                 partial.write_text(dump_config(config), encoding="utf-8")
         before = self.stored_sources()
-        now = {key: {"place": one.place and str(one.place), "facts": one.facts} for key, one in sources.items()}
-        for key in before.keys() & now.keys():
-            if sources[key].only_to_begin:  # what it began from
-                now[key]["facts"] = before[key]["facts"]
+        now = {key: one.record for key, one in sources.items() if not (one.only_to_begin and key in before)}
         if before | now != before:
-            write_json(self.sources_file, {"format_version": FORMAT_VERSION, **before, **now})
+            write_json(self.sources_file, _Sources(sources=before | now).model_dump(mode="json"))
 
     def write_note(self, name: str, lines: list[str]) -> None:
         """A text file for the person who runs it."""

@@ -27,7 +27,7 @@ from core.sources import find_local
 from core.stopping import going_on_later
 from pipelines.encoding.image_variants import ImageVariants, image_variants
 from pipelines.encoding.partial_codes import CHUNK, PartialCodes, discard_leftover
-from pipelines.remembered import find_images
+from pipelines.remembered import find_images, run_of
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.codes import (
     Augmentation,
@@ -54,10 +54,7 @@ def training_data(tokenizer: str | Path, source: str | None) -> DataConfig:
     config = parse_config(DataConfig, document | ({"source": source} if source else {}), "data")
     if source:
         return config
-    known = RunFolder(run).stored_sources().get("data.source")
-    if known is None:
-        return find_images(config, run, None, None)
-    return find_images(config, run, known["facts"], known["place"], was_local=known["place"] is not None)
+    return find_images(config, run, RunFolder(run).stored_sources().get("data.source"))
 
 
 def encode_dataset(
@@ -90,9 +87,7 @@ def encode_dataset(
             "`vector`, `finite_scalar`, `lookup_free` or `residual`"
         )
     data_config = training_data(tokenizer, source)
-    folder = find_model_folder(tokenizer)
-    name = folder.parent.name if folder.name == "model" else folder.name
-    final = Path(out) if out else Path("codes") / name
+    final = Path(out) if out else Path("codes") / _name_of(run_of(tokenizer))
     reference = TokenizerReference(hash=model.content_hash(), path=portable(tokenizer, final))
     if _already_there(final, reference, data_config, augmentation):
         _say(state, f"{final}: already holds the codes of this tokenizer; nothing to do")
@@ -121,6 +116,11 @@ def encode_dataset(
         print(f"{final}: {_describe(manifest)}")
     state.wait_for_everyone()
     return final
+
+
+def _name_of(folder: Path) -> str:
+    """The last part of a path, also of `.` and `..`."""
+    return folder.resolve().name if folder.name in ("", "..") else folder.name
 
 
 def _already_there(final: Path, reference: TokenizerReference, data: DataConfig, augmentation: Augmentation) -> bool:
@@ -156,7 +156,7 @@ def _same_images(final: Path, manifest: Manifest, data: DataConfig) -> bool:
         return any(same_place(str(here), str(place)) for place in find_places(manifest.source, final).direct)
     if manifest.source == data.source == portable(data.source, final):
         return True
-    return load_images(data).identity() == manifest.images
+    return load_images(data).identity() == manifest.images.facts
 
 
 def _is_free(final: Path) -> bool:
@@ -199,7 +199,7 @@ def _manifest(
     return Manifest(
         tokenizer=reference,
         source=_remembered_source(data_config.source, partial.final),
-        images=data.identity(),
+        images=data.contents().record,
         image_size=model.config.image_size,
         channels=model.config.channels,
         grid=model.code_grid,

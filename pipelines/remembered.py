@@ -7,7 +7,7 @@ from typing import Any
 from core.data import DataConfig, load_images
 from core.errors import InputError
 from core.model_folder import find_model_folder
-from core.places import find_places, same_place
+from core.places import Record, find_places, same_place
 from core.run_folder import RunFolder
 from core.sources import find_local
 from stage1_tokenizer.autoencoder import Autoencoder
@@ -36,13 +36,13 @@ def find_tokenizer(prior: Prior, path: str | Path) -> tuple[Path, Autoencoder]:
         InputError: there is none of that name.
     """
     reference, run = prior.config.tokenizer, run_of(path)
-    codes = RunFolder(run).stored_sources().get("codes", {}).get("place")
-    places = list(find_places(reference.path, run, Path(codes) if codes else None))
+    codes = RunFolder(run).stored_sources().get("codes")
+    places = list(find_places(reference.path, run, Path(codes.place) if codes and codes.place else None))
     others = []
     for place in places:
         try:
             tokenizer = Autoencoder.from_pretrained(place)
-        except InputError:
+        except (InputError, OSError):
             continue
         if tokenizer.content_hash() == reference.hash:
             return place, tokenizer
@@ -67,49 +67,45 @@ def find_codes(prior: str | Path, config: PriorConfig) -> Path:
     if not (run / "config.yaml").is_file():
         raise InputError(f"{prior}: no config.yaml says which codes it was trained on; give --codes DIR")
     folder = RunFolder(run)
-    stored, known = str((folder.stored_config() or {})["codes"]), folder.stored_sources().get("codes", {})
-    places = find_places(stored, run, recorded=known.get("place"))
+    stored, known = str((folder.stored_config() or {})["codes"]), folder.stored_sources().get("codes")
+    places = find_places(stored, run, recorded=known and known.place)
     for place in places:
         try:
             cache = CodeCache(place)
-        except InputError:
+        except (InputError, OSError):
             continue
-        facts = known.get("facts")
-        if cache.contents().facts == facts if facts else cache.manifest.tokenizer.hash == config.tokenizer.hash:
+        if cache.contents().facts == known.facts if known else cache.manifest.tokenizer.hash == config.tokenizer.hash:
             return place
     return next(iter(places.direct), Path(stored))
 
 
-def find_images(
-    config: DataConfig, remembered_by: Path, facts: dict[str, Any] | None, place: str | None, was_local: bool = True
-) -> DataConfig:
+def find_images(config: DataConfig, remembered_by: Path, known: Record | None) -> DataConfig:
     """A stored `data` group whose source leads to its images from here.
+
+    Images that lie where they lay are taken as they are now; of any other place they have to be the same.
 
     Args:
         remembered_by: the folder that it is stored in.
-        facts: what the images were (:meth:`ImageData.identity`), as far as that is known.
-        place: where they were, absolute, as far as that is known.
-        was_local: False: they were a Hugging Face dataset.
+        known: where they were and what, as far as that is known.
 
     Raises:
-        InputError: there are several such places, or one of that name elsewhere, and none holds those images.
+        InputError: there are such places, and none holds those images.
     """
     if config.source == "shapes":
         return config
-    places = find_places(config.source, remembered_by, recorded=place)
-    here = find_local(config.source)
-    if (was_local and len(places.direct) == 1) or not facts:
+    places = find_places(config.source, remembered_by, recorded=known and known.place)
+    if known is None:
         chosen = next(iter(places.direct), None)
-    elif not list(places):
-        chosen = None
+    elif len(places.direct) == 1 and known.place and same_place(known.place, str(places.direct[0])):
+        chosen = places.direct[0]
     else:
-        chosen = next((one for one in places if _holds(config, one, facts)), None)
-        if chosen is None:
-            shown = ", ".join(map(str, places))
+        chosen = next((place for place in places if _holds(config, place, known.facts)), None)
+        if chosen is None and list(places):
             raise InputError(
-                f"data.source {config.source}: {remembered_by} remembers other images than there are at {shown}; say "
-                "with --data SOURCE which to take"
+                f"data.source {config.source}: {remembered_by} remembers other images than there are at "
+                f"{', '.join(map(str, places))}; say with --data SOURCE which to take"
             )
+    here = find_local(config.source)
     if chosen is None or (here and same_place(str(here), str(chosen))):
         return config
     return config.model_copy(update={"source": str(chosen)})
@@ -118,5 +114,5 @@ def find_images(
 def _holds(config: DataConfig, place: Path, facts: dict[str, Any]) -> bool:
     try:
         return load_images(config.model_copy(update={"source": str(place)})).identity() == facts
-    except InputError:
+    except (InputError, OSError):
         return False

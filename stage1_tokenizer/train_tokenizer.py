@@ -22,6 +22,7 @@ from core.data import DataConfig, ImageSplit, load_images
 from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
 from core.ema import averaged_copy
 from core.errors import InputError
+from core.files import expand_home
 from core.fits_memory import check_model
 from core.images import to_float
 from core.model_folder import fill, load_model_folder
@@ -83,7 +84,7 @@ class TokenizerConfig(Section):
     @classmethod
     def _model_of_init_from(cls, document: Any) -> Any:
         if isinstance(document, dict) and isinstance(document.get("init_from"), str) and "model" not in document:
-            return document | {"model": open_source(document["init_from"])[0]["model"]}
+            return document | {"model": open_source(expand_home(document["init_from"]))[0]["model"]}
         return document
 
     @model_validator(mode="after")

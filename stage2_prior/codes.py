@@ -17,7 +17,7 @@ from core.config import Count, Flag, Section, Size, parse_config
 from core.errors import InputError
 from core.files import read_json
 from core.model_folder import check_format
-from core.places import Contents
+from core.places import Contents, Record
 
 __all__ = [
     "Augmentation",
@@ -73,8 +73,8 @@ class Manifest(Section):
     tokenizer: TokenizerReference
     source: str
     """The `data.source` of the images: absolute, or relative to one of the folders above this one."""
-    images: dict[str, Any] | None = None
-    """What the images were, wherever they are; None: not known, of codes made by earlier versions."""
+    images: Record | None = None
+    """Where the images were, and what; None: not known, of codes made by earlier versions."""
     image_size: tuple[Count, Count]
     channels: Count
     grid: tuple[Count, Count]

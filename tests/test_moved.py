@@ -2,7 +2,6 @@
 goes on to the same end bit for bit, and trained models find what they were trained with. Other content is refused."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -362,10 +361,29 @@ def test_a_wrong_tokenizer_of_the_right_name_is_never_used(elsewhere, project, r
     )
 
 
-def test_images_that_are_gone_are_not_replaced_by_others_of_the_name(elsewhere, project, refused):
+@pytest.mark.parametrize("others", [1, 2])
+def test_images_that_are_gone_are_not_replaced_by_others_of_the_name(elsewhere, project, refused, others):
     shutil.rmtree(project / "zh")
-    write_pictures(project / "runs/zh", 8)
+    if others == 2:
+        write_pictures(project / "runs/zh", 8)
     error = refused("reconstruct", project / "runs/tok", "--out", "r.png")
     assert "remembers other images than there are at" in error
     assert "--data SOURCE" in error
-    assert not os.path.lexists("r.png")
+    assert not Path("r.png").exists()
+
+
+def test_images_that_were_added_since_are_encoded_too(project, works):
+    works("train-tokenizer", "tokenizer.yaml")  # the project was moved
+    Image.new("RGB", (8, 8)).save("zh/a/new.png")
+    works("encode", "runs/tok", "--out", "codes/new")
+    assert json.loads(Path("codes/new/manifest.json").read_text())["splits"]["train"]["rows"] == 23
+
+
+def test_codes_are_named_after_their_run_however_it_is_spelled(project, works, monkeypatch):
+    shutil.rmtree("codes")
+    monkeypatch.chdir("runs/tok")
+    works("encode", ".")
+    monkeypatch.chdir("samples")
+    works("encode", "..")
+    for codes in (project / "runs/tok/codes/tok", project / "runs/tok/samples/codes/tok"):
+        assert (codes / "manifest.json").is_file()

@@ -52,7 +52,7 @@ def test_a_training_reads_and_writes_the_folders_that_were_named(name, works, co
     works(*words, f"data.source={name}")
     run = Path(f"try {name}")
     assert [path for path in Path().iterdir() if path.name.startswith("try")] == [run]
-    sources = json.loads((run / "sources.json").read_text())
+    sources = json.loads((run / "sources.json").read_text())["sources"]
     assert sources["data.source"] == {"place": str(Path(name).absolute()), "facts": facts_of(name)}
     stored = yaml.safe_load((run / "config.yaml").read_text())
     assert (stored["run"]["dir"], stored["data"]["source"]) == (f"try {name}", name)
@@ -66,7 +66,7 @@ def test_commands_that_take_a_source_as_an_option(works, runs):
     assert json.loads(Path("found.json").read_text())["used"]["train"][0].startswith("my pics #2/")
     works("encode", runs.tokenizer, "--data", "my pics #2", "--out", "codes #2")
     manifest = json.loads(Path("codes #2/manifest.json").read_text())
-    assert (manifest["source"], manifest["images"]) == ("my pics #2", facts_of("my pics #2"))
+    assert (manifest["source"], manifest["images"]["facts"]) == ("my pics #2", facts_of("my pics #2"))
     works("train-features", "my pics #2", "--epochs", 1, "--width", 2, "--batch-size", 4, "--out", "net #2")
     assert yaml.safe_load(Path("net #2/config.yaml").read_text())["data"]["source"] == "my pics #2"
 

@@ -254,7 +254,7 @@ def open_images(pipeline: TwoStagePipeline, source: str | None, cache: CodeCache
     config, manifest = pipeline.prior.config, cache.manifest
     data_config = training_data(pipeline.tokenizer_path, source or manifest.source)
     if source is None:
-        data_config = find_images(data_config, cache.path, manifest.images, None)
+        data_config = find_images(data_config, cache.path, manifest.images)
     data = load_images(data_config)
     if config.class_names and data.class_names != config.class_names:
         raise InputError(

@@ -107,7 +107,7 @@ def _train(folder: Path, in_memory_gb: float) -> list[str]:
         "print(json.dumps([data.identity(), names]))"
     )
     identity, names = json.loads(_run(["-c", script], run).stdout)
-    assert identity == sources["data.source"]["facts"], "the training has read other pictures"
+    assert identity == sources["sources"]["data.source"]["facts"], "the training has read other pictures"
     return sorted(name.removeprefix("../") for name in names)
 
 
