@@ -296,6 +296,30 @@ def test_a_run_without_a_memory_of_its_sources_goes_by_its_checkpoints_and_spell
     works("train-tokenizer", "tokenizer.yaml")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("{", "sources.json: damaged: not valid JSON"),
+        ("5", "sources.json: damaged: expected a JSON object, got int"),
+        ({"format_version": 99}, "sources.json: written in format 99"),
+        ({"sources": 5}, "sources.json has 1 mistake:\n  sources: "),
+        (
+            {"sources": {"data.source": 5}},
+            "sources.json has 1 mistake:\n  sources.data.source: expected a group of keys",
+        ),
+        ({"sources": {"data.source": {"place": 3, "facts": {}}}}, "place: expected text, got 3"),
+        ({"sources": {"data.source": {"place": None, "facts": {"train": 3}}}}, "holds other images than when"),
+        ({"sources": {"data.source": {"place": "\0", "facts": {}}}}, "holds other images than when"),
+    ],
+)
+def test_a_damaged_memory_is_one_sentence(project, refused, change, said):
+    file = Path("runs/tok/sources.json")
+    file.write_text(change if isinstance(change, str) else json.dumps(json.loads(file.read_text()) | change))
+    for words in (["train-tokenizer", "tokenizer.yaml"], ["reconstruct", "runs/tok", "--out", "r.png"]):
+        error = refused(*words)
+        assert said in error or "remembers other images than there are" in error
+
+
 # --- trained models, from elsewhere ---------------------------------------------------------------------------------
 
 
