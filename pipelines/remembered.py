@@ -89,12 +89,17 @@ def find_images(config: DataConfig, remembered_by: Path, known: Record | None) -
         known: where they were and what, as far as that is known.
 
     Raises:
-        InputError: there are such places, and none holds those images.
+        InputError: there are such places, and none holds those images, or which of several is not known.
     """
     if config.source == "shapes":
         return config
     places = find_places(config.source, remembered_by, recorded=known and known.place)
     if known is None:
+        if len(places.direct) > 1:
+            raise InputError(
+                f"data.source {config.source}: {remembered_by} may mean {' or '.join(map(str, places.direct))}; say "
+                "with --data SOURCE which to take"
+            )
         chosen = next(iter(places.direct), None)
     elif len(places.direct) == 1 and known.place and same_place(known.place, str(places.direct[0])):
         chosen = places.direct[0]

@@ -396,6 +396,14 @@ def test_images_that_are_gone_are_not_replaced_by_others_of_the_name(elsewhere, 
     assert not Path("r.png").exists()
 
 
+def test_a_run_of_an_earlier_version_does_not_say_which_of_two_it_means(elsewhere, project, refused, works):
+    (project / "runs/tok/sources.json").unlink()
+    error = refused("reconstruct", project / "runs/tok", "--out", "r.png")
+    assert f"data.source zh: {project}/runs/tok may mean zh or {project}/zh; say with --data SOURCE" in error
+    shutil.rmtree("zh")
+    works("reconstruct", project / "runs/tok", "--out", "r.png")
+
+
 def test_images_that_were_added_since_are_encoded_too(project, works):
     works("train-tokenizer", "tokenizer.yaml")  # the project was moved
     Image.new("RGB", (8, 8)).save("zh/a/new.png")
