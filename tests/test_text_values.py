@@ -11,7 +11,7 @@ from PIL import Image
 from core.command import print_once
 from core.data import DataConfig, load_images
 
-NAMES = ["my pics #2", "2024", "12:30", "on", "[wip]", "photos: summer", "null", " spaced ", "a=b", "'quoted'", "#"]
+NAMES = ["my pics #2", "2024", "12:30", "on", "[wip]", "photos: summer", "null", " spaced "]
 SHORT = ["run.trackers=[]", "train.max_steps=1", "train.batch_size=4", "model.bottleneck.codebook_size=8"]
 
 
