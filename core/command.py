@@ -11,7 +11,7 @@ import typer
 
 from core.errors import INTERRUPTED, InputError, StopAsked
 
-__all__ = ["as_command", "new_app", "prepare_process", "run_command"]
+__all__ = ["as_command", "new_app", "prepare_process", "print_once", "run_command"]
 
 OF_THE_DISK = {
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
@@ -77,6 +77,12 @@ def run_command(function: Callable[..., object]) -> None:
     app = new_app()
     app.command()(as_command(function))
     app()
+
+
+def print_once(message: str) -> None:
+    """Prints from the first of the processes that a launcher started, also before they have met."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
 
 
 def _end(message: str, status: int) -> None:

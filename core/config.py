@@ -2,15 +2,20 @@
 
 import difflib
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from core.errors import InputError
+from core.files import expand_home
+from core.overrides import apply_overrides
+from core.schema import alternatives, groups, tag
+from core.yaml_text import read_yaml, with_texts
 
 __all__ = [
     "Count",
@@ -28,7 +33,12 @@ __all__ = [
     "dump_config",
     "load_config",
     "parse_config",
+    "path_values",
+    "summarize_differences",
 ]
+
+MAX_SHOWN = 4
+"""Differences in a message of one line."""
 
 # Integers and booleans are taken as written (`true` is no 1); floats stay lax, because YAML reads `1e-4` as text.
 # Upper bounds are where a mistake is certain: what memory allows is looked at once the whole model is known.
@@ -51,16 +61,20 @@ def shortened(value: Any, most: int = 120) -> Any:
 def _can_be_a_path(value: str) -> str:
     if "\0" in value or any(len(os.fsencode(part)) > 255 for part in Path(value).parts):
         raise ValueError(f"no file or folder can have the name {shortened(value)!r}; give a shorter one")
-    return value
+    return expand_home(value)
 
 
-PathName = Annotated[str, Field(min_length=1), AfterValidator(_can_be_a_path)]
+_IS_PATH = AfterValidator(_can_be_a_path)
+PathName = Annotated[str, Field(min_length=1), _IS_PATH]
+"""A file, a folder, or another name of data; `~` is the home of who runs it."""
 
 
 class Section(BaseModel):
     """A group of a configuration: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    exclusive_keys: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Keys of which only one can be given; of several overrides the last one stays."""
 
 
 class RunConfig(Section):
@@ -77,8 +91,19 @@ class RunConfig(Section):
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
-def load_config(schema: type[ConfigT], path: str | Path, overrides: list[str] | None = None) -> ConfigT:
-    """Reads a YAML file, merges ``group.key=value`` overrides (values in YAML syntax), then validates.
+def load_config(
+    schema: type[ConfigT],
+    path: str | Path,
+    overrides: list[str] | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> ConfigT:
+    """Reads a YAML file, merges ``group.key=value`` overrides, then validates.
+
+    Where the schema wants text, the whole text after the first `=` is the value, as it stands (`null` is None where
+    that is allowed); all other values are YAML.
+
+    Args:
+        say: called with a sentence about everything that an override replaced or dropped besides its own key.
 
     Raises:
         InputError: the file is missing or not YAML, an override is malformed, or any key or value is wrong. All wrong
@@ -90,29 +115,14 @@ def load_config(schema: type[ConfigT], path: str | Path, overrides: list[str] | 
         hint = f"; in {path.parent} there is {', '.join(near)}" if near else ""
         raise InputError(f"config {path}: no such file{hint}")
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: other bytes than UTF-8, an odd date
+        document, texts = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also for other bytes than UTF-8
         raise InputError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if document is None:
-        document = {}
+    document = {} if document is None else with_texts(schema, document, texts)
     if not isinstance(document, dict):
         raise InputError(f"config {path}: expected groups such as `data:` and `train:`, got {document!r}")
-    for override in overrides or []:
-        _apply_override(document, override)
+    document = apply_overrides(schema, document, overrides or [], say)
     return parse_config(schema, document, f"config {path}")
-
-
-class _OnceEach(yaml.SafeLoader):
-    """YAML in which a key that is given twice is a mistake, and not the last one's."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = []
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=True)
-            if key.tag != "tag:yaml.org,2002:merge" and name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", key.start_mark)
-            seen.append(name)
-        return super().construct_mapping(node, deep)
 
 
 def parse_config(schema: type[ConfigT], document: dict[str, Any], name: str) -> ConfigT:
@@ -130,6 +140,18 @@ def dump_config(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def path_values(config: Section, prefix: str = "") -> dict[str, str | None]:
+    """The values of all keys that are a :data:`PathName`, by their whole names such as `data.source`."""
+    found: dict[str, str | None] = {}
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, Section):
+            found |= path_values(value, f"{prefix}{name}.")
+        elif _IS_PATH in field.metadata or any(_IS_PATH in get_args(one)[1:] for one in get_args(field.annotation)):
+            found[f"{prefix}{name}"] = value
+    return found
+
+
 def describe_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """One line a key whose value differs: ``train.lr: 0.001 there, 0.002 now``."""
     lines = []
@@ -142,30 +164,21 @@ def describe_differences(old: dict[str, Any], new: dict[str, Any], prefix: str =
     return lines
 
 
-def _apply_override(document: dict[str, Any], override: str) -> None:
-    path, separator, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not separator or not all(keys):
-        raise InputError(f"override {override!r}: expected key=value, such as train.lr=1e-4")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"override {override!r}: the value is not valid YAML; quote it") from None
-    group = document
-    for key in keys[:-1]:
-        if not isinstance(group.get(key), dict):
-            group[key] = {}
-        group = group[key]
-    group[keys[-1]] = value
+def summarize_differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The first of :func:`describe_differences` on one line, with hashes cut short; empty where there are none."""
+    lines = describe_differences(old, new)
+    more = f"; and {len(lines) - MAX_SHOWN} more" if len(lines) > MAX_SHOWN else ""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", "; ".join(lines[:MAX_SHOWN])) + more
 
 
 def _describe(schema: type[Section], details: ErrorDetails) -> str:
     path, group, annotation = _locate(schema, details["loc"])
+    tags = [name for one in alternatives(annotation) if (name := tag(one))]
     kind, got = details["type"], details["input"]
     if kind == "extra_forbidden":
         known = list(group.model_fields) if group else []
         near = difflib.get_close_matches(path.rpartition(".")[2], known, n=1, cutoff=0.5)
-        here = f"of type {_tag(group)!r} are" if _tag(group) else "here:"
+        here = f"of type {tag(group)!r} are" if tag(group) else "here:"
         hint = f"did you mean {near[0]!r}?" if near else f"known {here} {', '.join(known)}"
         return f"{path}: unknown key; {hint}"
     if kind == "missing":
@@ -173,14 +186,18 @@ def _describe(schema: type[Section], details: ErrorDetails) -> str:
     if kind == "union_tag_not_found":
         meant = difflib.get_close_matches("type", [key for key in got if isinstance(key, str)], n=1)
         hint = f" (there is {meant[0]!r})" if meant else ""
-        return f"{path}.type: required, but not given{hint}; expected one of {_quoted(_tags(annotation))}"
+        return f"{path}.type: required, but not given{hint}; expected one of {_quoted(tags)}"
     if kind == "union_tag_invalid":
-        tag = got["type"]
-        near = difflib.get_close_matches(str(tag), _tags(annotation), n=1)
+        got_tag = got["type"]
+        near = difflib.get_close_matches(str(got_tag), tags, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{path}.type: got {shortened(tag)!r}, expected one of {_quoted(_tags(annotation))}{hint}"
+        return f"{path}.type: got {shortened(got_tag)!r}, expected one of {_quoted(tags)}{hint}"
     if kind in ("model_type", "model_attributes_type"):
         return f"{path}: expected a group of keys, got {shortened(got)!r}"
+    if kind == "string_too_short":
+        return f"{path}: expected text, got none"
+    if kind == "string_type":
+        return f"{path}: expected text, got {shortened(got)!r}; quote it if that is its name"
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if kind in ("value_error", "assertion_error"):
         return f"{path}: {message}" if path else message
@@ -198,28 +215,13 @@ def _locate(schema: type[Section], location: tuple[int | str, ...]) -> tuple[str
     group: Any = schema
     holder: type[BaseModel] | None = schema
     for part in location:
-        members = _members(group)
-        tagged = [m for m in members if len(members) > 1 and _tag(m) == part]
+        members = groups(group)
+        tagged = [m for m in members if len(members) > 1 and tag(m) == part]
         if tagged:
             group = tagged[0]
             continue
         shown.append(str(part))
-        owners = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
-        holder = owners[0] if owners else None
+        holder = members[0] if members else None
         field = holder.model_fields.get(str(part)) if holder else None
         group = field.annotation if field else None
     return ".".join(shown), holder, group
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-
-
-def _tags(annotation: Any) -> list[str]:
-    return [tag for member in _members(annotation) if (tag := _tag(member))]
-
-
-def _tag(member: Any) -> str | None:
-    if isinstance(member, type) and issubclass(member, BaseModel) and "type" in member.model_fields:
-        return get_args(member.model_fields["type"].annotation)[0]
-    return None

@@ -7,7 +7,6 @@ they are needed, by threads.
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -16,16 +15,17 @@ import typer
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from core.config import Count, Flag, Number, PathName, Section, describe_differences
+from core.config import Count, Flag, Number, PathName, Section
 from core.decoding import Findings, check, decode
 from core.errors import InputError
 from core.fits_memory import check_bytes
 from core.images import quiet_decoders
 from core.labels import AUTO
 from core.pixel_values import UsedValues, is_grey
+from core.places import Contents
 from core.records import Records, Source, shortened
 from core.shapes import CLASS_NAMES, draw_shapes
-from core.sources import find_source
+from core.sources import find_local, find_source
 
 __all__ = ["DataConfig", "ImageData", "ImageSplit", "LabelColumnOption", "ValueRangeOption", "load_images"]
 
@@ -141,6 +141,12 @@ class ImageSplit:
             digest.update(self.records.sizes().tobytes())
         return digest.hexdigest()
 
+    def sample_hash(self) -> str:
+        """The sha256 of the pixels of up to 256 of these pictures, spread evenly: of those whose fingerprint knows
+        only the sizes of their files."""
+        count = min(len(self), 256)
+        return hashlib.sha256(self.read(torch.arange(count) * len(self) // count).numpy().tobytes()).hexdigest()
+
     def names(self, rows: Tensor) -> list[str]:
         """What each picture is called in messages: its file, or its row."""
         if self.records is None:
@@ -181,27 +187,20 @@ class ImageData:
 
     def identity(self) -> dict[str, Any]:
         """What a run remembers of its pictures, as plain JSON."""
-        return {
+        identity: dict[str, Any] = {
             "classes": {str(label): name for label, name in enumerate(self.class_names or [])},
             **{
                 name: {"pictures": len(split), "fingerprint": split.fingerprint()}
                 for name, split in self.splits.items()
             },
         }
+        on_disk = {name: split.sample_hash() for name, split in self.splits.items() if not split.in_memory}
+        return identity | ({"sample": on_disk} if on_disk else {})
 
-    def check_same(self, before: dict[str, Any] | None, run_dir: str | Path) -> None:
-        """Refuses to go on with other pictures than those whose :meth:`identity` was ``before``.
-
-        Raises:
-            InputError: pictures were added, removed, renamed or changed, or are of other classes.
-        """
-        differences = describe_differences(before, self.identity()) if before else []
-        if differences:
-            raise InputError(
-                f"data.source {self.validation.config.source}: holds other pictures than when the run in {run_dir} "
-                f"began ({'; '.join(differences[:3])}). Nothing was changed. Bring the same ones back to go on, or "
-                "choose another run.dir="
-            )
+    def contents(self) -> Contents:
+        """What `data.source` leads to."""
+        place = find_local(self.validation.config.source)
+        return Contents("images", None if place is None else place.absolute(), self.identity())
 
     @property
     def validation_name(self) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from core.files import expand_home
 from core.images import image_to_uint8, printable
 from core.pixel_values import UsedValues, ValueRange
 from core.records import Records
@@ -116,5 +117,5 @@ def _scan_cache(records: Records) -> Path:
         stat = file.stat() if file.exists() else None  # a table can name a file that is not there
         about = f"|{stat.st_size}|{stat.st_mtime_ns}\n" if stat else "|missing\n"
         digest.update(os.fsencode(file.absolute()) + about.encode())
-    root = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+    root = Path(expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
     return root / "twostage" / "scans" / f"{digest.hexdigest()[:32]}.json"

@@ -19,6 +19,7 @@ from core.batches import Batches
 from core.errors import InputError
 from core.memory import MEASURED_BY, peak_memory
 from core.model_folder import write_json
+from core.places import Contents
 from core.random import BatchRandom
 from core.training import ConfigT, DataT, TrainingRun
 
@@ -85,7 +86,7 @@ class DryRun(TrainingRun[ConfigT]):
         modules: Mapping[str, nn.Module],
         optimizers: dict[str, tuple[nn.Module, Optimizer]],
         begin: Callable[[], None] | None = None,
-        check: Callable[[], None] | None = None,
+        sources: Mapping[str, Contents] | None = None,
         by_process: str = "",
     ) -> bool:
         """Always a new run."""

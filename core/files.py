@@ -11,7 +11,12 @@ from safetensors import SafetensorError
 
 from core.errors import InputError
 
-__all__ = ["flush", "read_json", "replacing", "write_error"]
+__all__ = ["expand_home", "flush", "read_json", "replacing", "write_error"]
+
+
+def expand_home(path: str) -> str:
+    """``path`` with `~` replaced by a home; a name that only begins with `~` stays."""
+    return os.path.expanduser(path)  # noqa: PTH111 (Path's own raises for such a name)
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:

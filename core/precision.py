@@ -1,16 +1,12 @@
 """`mixed_precision: auto`: decided from what the processor and torch can do, so that it is the same at every start."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import BeforeValidator
 
 __all__ = ["MixedPrecision", "fastest_precision", "reason_for_precision"]
 
-# YAML reads a bare `no` as false.
-MixedPrecision = Annotated[
-    Literal["auto", "no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
-]
+MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 
 
 def fastest_precision(device: torch.device) -> Literal["no", "bf16"]:

@@ -1,23 +1,37 @@
-"""A run's folder: config.yaml, metrics.jsonl, samples/, checkpoints/, model/."""
+"""A run's folder: config.yaml, sources.json, metrics.jsonl, samples/, checkpoints/, model/."""
 
 import errno
 import fcntl
 import json
 import os
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
-from core.config import Section, describe_differences, dump_config, parse_config
+from core.config import Section, describe_differences, dump_config, parse_config, path_values, summarize_differences
 from core.errors import InputError
-from core.files import replacing
+from core.files import read_json, replacing
+from core.model_folder import check_format, write_json
+from core.places import Contents, Record, same_place
 
 __all__ = ["STOPPED", "RunFolder", "read_metrics"]
 
+FORMAT_VERSION = 1
+"""Of sources.json, which the first runs did not have."""
+
 STOPPED = "stopped.txt"
 """There while the run waits for the same command: for a script that does not see the command's own exit status."""
+
+
+class _Sources(Section):
+    """`sources.json`."""
+
+    format_version: int = FORMAT_VERSION
+    sources: dict[str, Record]
 
 
 class RunFolder:
@@ -31,6 +45,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
+        self.sources_file = self.path / "sources.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
@@ -55,19 +70,84 @@ class RunFolder:
         return document
 
     def check(self, config: Section) -> None:
-        """Refuses a configuration that is not the stored one."""
-        stored = self.stored_config()
+        """Refuses other settings than the stored ones. Where the run lies, and how paths are spelled, does not matter:
+        :meth:`check_sources` looks at what lies there."""
+        stored = self._stored(config)
         if stored is None:
             return
-        # Settings that the run's version did not have yet are at their defaults.
-        there = parse_config(type(config), stored, f"{self.config_file}").model_dump(mode="json")
-        differences = describe_differences(there, config.model_dump(mode="json"))
-        if differences:
-            raise InputError(
-                f"run.dir {self.path}: holds a run with another configuration:\n  "
-                + "\n  ".join(differences)
-                + "\nNothing was changed. Choose another run.dir=, give the same values to go on, or remove the folder"
-            )
+        there, here = stored.model_dump(mode="json"), config.model_dump(mode="json")
+        before, now = path_values(stored), path_values(config)
+        for name in before.keys() & now.keys():
+            if before[name] is not None and now[name] is not None:
+                _drop(there, name)
+                _drop(here, name)
+        if differences := describe_differences(there, here):
+            raise self._refusal(differences)
+
+    def check_sources(
+        self,
+        config: Section,
+        sources: Mapping[str, Contents],
+        remembered: Mapping[str, dict[str, Any]] | None = None,
+        begun: bool = True,
+    ) -> None:
+        """Refuses to go on with other content than the run began with.
+
+        Args:
+            sources: what the paths of ``config`` lead to now, by their keys.
+            remembered: the facts in the checkpoints of runs that have no sources.json; they may be fewer.
+            begun: whether there is a checkpoint.
+
+        Raises:
+            InputError: other content; or a path that is spelled in another way, of whose content nothing is known.
+        """
+        stored = self._stored(config)
+        if stored is None:
+            return
+        known, former = self.stored_sources(), remembered or {}
+        there, here = path_values(stored), path_values(config)
+        for key, value in here.items():
+            before, now = there.get(key), sources.get(key)
+            if key == "run.dir" or value is None or before is None:
+                continue
+            same = same_place(before, value)
+            if now and begun and now.only_to_begin and same:
+                continue
+            if now and key in known:
+                expected, found = known[key].facts, now.facts
+            elif now and key in former and (same or former[key].keys() <= now.facts.keys()):
+                found = {name: now.facts[name] for name in former[key] if name in now.facts}
+                expected = {name: former[key][name] for name in found}
+            elif same if begun else before == value:
+                continue
+            else:
+                raise self._refusal([f"{key}: {before!r} there, {value!r} now"])
+            if differences := summarize_differences(expected, found):
+                raise InputError(
+                    f"{key} {value}: holds other {now.what} than when the run in {self.path} began ({differences}). "
+                    "Nothing was changed. Bring the same ones back to resume, or choose another run.dir="
+                )
+
+    def stored_sources(self) -> dict[str, Record]:
+        """What the paths of the configuration led to when the run began, by keys such as `data.source`; {} for a new
+        folder and for those of earlier versions."""
+        if not self.sources_file.is_file():
+            return {}
+        document = read_json(self.sources_file, "put back a copy of it, or remove it")
+        check_format(document.get("format_version"), FORMAT_VERSION, self.sources_file)
+        return parse_config(_Sources, document, f"{self.sources_file}").sources
+
+    def _stored(self, config: Section) -> Section | None:
+        """The stored configuration; settings that the run's version did not have yet are at their defaults."""
+        stored = self.stored_config()
+        return None if stored is None else parse_config(type(config), stored, f"{self.config_file}")
+
+    def _refusal(self, differences: list[str]) -> InputError:
+        return InputError(
+            f"run.dir {self.path}: holds a run with another configuration:\n  "
+            + "\n  ".join(differences)
+            + "\nNothing was changed. Choose another run.dir=, give the same values to resume, or remove the folder"
+        )
 
     def lock(self) -> None:
         """Keeps other processes from training into this folder until this one ends, however it ends.
@@ -89,14 +169,20 @@ class RunFolder:
                 "choose another run.dir="
             ) from None
 
-    def create(self, config: Section) -> None:
-        """Makes the folder, its lock, and writes the resolved configuration."""
+    def create(self, config: Section, sources: Mapping[str, Contents] = MappingProxyType({})) -> None:
+        """Makes the folder, its lock, and writes the resolved configuration and what its paths lead to; in a folder
+        that is there, where things are now."""
         self.lock()
         self.samples.mkdir(parents=True, exist_ok=True)
         (self.path / STOPPED).unlink(missing_ok=True)
-        if not self.config_file.exists():
+        stored = self._stored(config) if self.config_file.exists() else None
+        if stored is None or path_values(stored) != path_values(config):
             with replacing(self.config_file, durable=True) as partial:
                 partial.write_text(dump_config(config), encoding="utf-8")
+        before = self.stored_sources()
+        now = {key: one.record for key, one in sources.items() if not (one.only_to_begin and key in before)}
+        if before | now != before:
+            write_json(self.sources_file, _Sources(sources=before | now).model_dump(mode="json"))
 
     def write_note(self, name: str, lines: list[str]) -> None:
         """A text file for the person who runs it."""
@@ -131,3 +217,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def _drop(document: dict[str, Any], name: str) -> None:
+    """Removes the value at a dotted path."""
+    *groups, key = name.split(".")
+    for group in groups:
+        document = document[group]
+    del document[key]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import InputError
+from core.files import expand_home
 from core.images import open_picture, printable, quiet_decoders
 from core.labels import AUTO
 from core.picture_folder import FolderContent, list_folder, understand_folder
@@ -17,7 +18,7 @@ from core.pixel_values import is_grey
 from core.records import Records, Source, shortened
 from core.tables import TABLE_SUFFIXES, find_tables, read_hub, read_tables
 
-__all__ = ["find_source", "first_form"]
+__all__ = ["find_local", "find_source", "first_form"]
 
 KNOWN_NAMES = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist", "cifar10": "uoft-cs/cifar10"}
 
@@ -31,24 +32,35 @@ def find_source(name: str, label_column: str | None = AUTO) -> Source:
     Raises:
         InputError: nothing was found, it is empty, or its layout is ambiguous; says where it was looked for.
     """
-    path = Path(os.path.expanduser(name))
-    root = os.environ.get("TWOSTAGE_DATA")
-    looks_local = name.startswith((".", "/", "~")) or path.suffix in TABLE_SUFFIXES or name.count("/") > 1
-    candidates = [path]
-    if root and not looks_local:
-        candidates += dict.fromkeys([Path(root) / name, Path(root) / Path(name).name])
-    for candidate in candidates:
-        if candidate.exists():
-            return _read_local(candidate, label_column)
+    candidates, looks_local = _candidates(name)
+    if found := find_local(name):
+        return _read_local(found, label_column)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not looks_local:
         return read_hub(name, candidates, label_column)
     hint = ""
-    if not root and not looks_local:
+    if not os.environ.get("TWOSTAGE_DATA") and not looks_local:
         hint = "; the variable TWOSTAGE_DATA (a folder that holds datasets by name) is not set"
     if name in KNOWN_NAMES:
         hint += f"; data.source={KNOWN_NAMES[name]} downloads it"
     looked = ", ".join(str(candidate) for candidate in candidates)
     raise InputError(f"data.source {name!r}: nothing there (looked for {looked}){hint}")
+
+
+def find_local(name: str) -> Path | None:
+    """The file or folder that ``name`` means; None for `shapes`, and where there is none on this disk."""
+    if name == "shapes":
+        return None
+    return next((candidate for candidate in _candidates(name)[0] if candidate.exists()), None)
+
+
+def _candidates(name: str) -> tuple[list[Path], bool]:
+    """Where ``name`` is looked for on this disk, and whether it cannot be but a path."""
+    path = Path(expand_home(name))
+    root = os.environ.get("TWOSTAGE_DATA")
+    looks_local = name.startswith((".", "/", "~")) or path.suffix in TABLE_SUFFIXES or name.count("/") > 1
+    if not root or looks_local:
+        return [path], looks_local
+    return [path, *dict.fromkeys([Path(root) / name, Path(root) / Path(name).name])], looks_local
 
 
 def first_form(source: str) -> tuple[tuple[int, int], int]:

@@ -1,6 +1,6 @@
 """The `train` group that both trainings have."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,8 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 class TrainConfig(Section):
     """How long, how fast, and what is written when. Steps are updates of the weights."""
+
+    exclusive_keys: ClassVar[tuple[tuple[str, ...], ...]] = (("max_steps", "epochs"),)
 
     batch_size: Count = 128
     """Samples an update, over all processes and accumulation steps together."""

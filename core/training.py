@@ -30,6 +30,7 @@ from core.errors import InputError, StopAsked
 from core.launch import overruled
 from core.model_folder import fill
 from core.pictures import draw_curves
+from core.places import Contents
 from core.precision import fastest_precision
 from core.processes import join_processes
 from core.progress import on_terminal
@@ -48,6 +49,10 @@ FUSED = ("cpu", "cuda")
 """Devices whose optimizer updates all weights at once, and can be told on the device to leave an update out."""
 WHOLES = {"loss", "nats_per_image", "bits_per_dim", "grad_norm", "discriminator_grad_norm"}
 """Metrics that are not finite because a part of them is not."""
+
+
+FORMER_FACTS = {"data.source": "data", "codes": "codes"}
+"""By key: where checkpoints had what sources.json has now."""
 
 
 class _TrainingSections(Protocol):
@@ -194,7 +199,7 @@ class TrainingRun(Generic[ConfigT]):
         modules: Mapping[str, nn.Module],
         optimizers: dict[str, tuple[nn.Module, Optimizer]],
         begin: Callable[[], None] | None = None,
-        check: Callable[[], None] | None = None,
+        sources: Mapping[str, Contents] | None = None,
         by_process: str = "",
     ) -> bool:
         """Names what checkpoints hold and loads the newest one; True where the run goes on from one.
@@ -205,12 +210,14 @@ class TrainingRun(Generic[ConfigT]):
             modules: unwrapped, by name.
             optimizers: by name, each with the module whose parameters it has.
             begin: gives a new run's modules their first weights, before the folder is made.
-            check: looks at the :attr:`facts` of a run that goes on, before its weights are loaded.
+            sources: what the paths of the configuration lead to, by their keys.
             by_process: the setting, if any, by which each process works in its own way, so that their number counts.
 
         Raises:
-            InputError: only damaged checkpoints, or such a setting and another number of processes than before.
+            InputError: only damaged checkpoints; sources that hold other things than when the run began; or such a
+                setting and another number of processes than before.
         """
+        sources = sources or {}
         self.batches, self._modules, self._optimizers = batches, modules, optimizers
         if self.accelerator.is_main_process and self.folder.config_file.exists():
             self.folder.lock()
@@ -221,22 +228,24 @@ class TrainingRun(Generic[ConfigT]):
         for line in damaged:
             self.say(line)
         if checkpoint is None:
+            self.folder.check_sources(self.config, sources, begun=False)  # type: ignore[arg-type]
             if begin:
                 begin()
         else:
-            self._load(checkpoint, check, by_process)
+            self._load(checkpoint, sources, by_process)
+        self.accelerator.wait_for_everyone()  # nobody writes before all have looked
         if self.accelerator.is_main_process:
             self._is_new = not self.folder.config_file.exists()
-            self.folder.create(self.config)  # type: ignore[arg-type]
+            self.folder.create(self.config, sources)  # type: ignore[arg-type]
             self.folder.cut_metrics(self.step)
         self.accelerator.wait_for_everyone()
         return checkpoint is not None
 
-    def _load(self, checkpoint: Path, check: Callable[[], None] | None, by_process: str) -> None:
+    def _load(self, checkpoint: Path, sources: Mapping[str, Contents], by_process: str) -> None:
         tensors, state = self._checkpoints.load(checkpoint)
         self.step, self.facts, self.finished = state["step"], state["facts"], state["finished"]
-        if check:
-            check()
+        remembered = {key: self.facts[name] for key, name in FORMER_FACTS.items() if name in self.facts}
+        self.folder.check_sources(self.config, sources, remembered)  # type: ignore[arg-type]
         processes = self.accelerator.num_processes
         before = int(state.get("processes") or processes)
         if before != processes and by_process and not self.finished:

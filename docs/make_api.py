@@ -131,6 +131,8 @@ def _signature(node: Function, owner: str) -> str:
 def _fields(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
     """Of a module or a class: what is assigned, by name, with its docstring as Markdown."""
     for node, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and "ClassVar" in ast.unparse(node.annotation):  # no key of a configuration
+            continue
         if isinstance(node, ast.AnnAssign | ast.Assign):
             target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
             yield ast.unparse(target), f"- `{ast.unparse(node)}`\n" + _markdown(_docstring(after), "  ")

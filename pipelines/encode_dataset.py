@@ -19,12 +19,15 @@ from core.data import DataConfig, ImageData, load_images
 from core.errors import InputError
 from core.images import to_float
 from core.model_folder import find_model_folder
+from core.places import find_places, portable, same_place
 from core.processes import join_processes
 from core.progress import ProgressBar
 from core.run_folder import RunFolder
+from core.sources import find_local
 from core.stopping import going_on_later
 from pipelines.encoding.image_variants import ImageVariants, image_variants
 from pipelines.encoding.partial_codes import CHUNK, PartialCodes, discard_leftover
+from pipelines.remembered import find_images, run_of
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.codes import (
     Augmentation,
@@ -48,7 +51,10 @@ def training_data(tokenizer: str | Path, source: str | None) -> DataConfig:
     document = stored["data"] if stored else {}
     model = Autoencoder.from_pretrained(tokenizer).config
     document |= {"image_size": list(model.image_size), "channels": model.channels}
-    return parse_config(DataConfig, document | ({"source": source} if source else {}), "data")
+    config = parse_config(DataConfig, document | ({"source": source} if source else {}), "data")
+    if source:
+        return config
+    return find_images(config, run, RunFolder(run).stored_sources().get("data.source"))
 
 
 def encode_dataset(
@@ -81,10 +87,8 @@ def encode_dataset(
             "`vector`, `finite_scalar`, `lookup_free` or `residual`"
         )
     data_config = training_data(tokenizer, source)
-    folder = find_model_folder(tokenizer)
-    name = folder.parent.name if folder.name == "model" else folder.name
-    final = Path(out) if out else Path("codes") / name
-    reference = TokenizerReference(hash=model.content_hash(), path=str(tokenizer))
+    final = Path(out) if out else Path("codes") / _name_of(run_of(tokenizer))
+    reference = TokenizerReference(hash=model.content_hash(), path=portable(tokenizer, final))
     if _already_there(final, reference, data_config, augmentation):
         _say(state, f"{final}: already holds the codes of this tokenizer; nothing to do")
         if state.is_main_process:
@@ -95,12 +99,10 @@ def encode_dataset(
     for line in [data.description, *data.notices]:
         _say(state, line)
     splits = image_variants(data, data_config, augmentation)
-    identity = {
-        "tokenizer": reference.hash,
-        "data": data_config.model_dump(mode="json"),
-        "augmentation": augmentation.model_dump(mode="json"),
-    }
-    partial = PartialCodes(final, identity, splits)
+    common = {"tokenizer": reference.hash, "augmentation": augmentation.model_dump(mode="json")}
+    group = data_config.model_dump(mode="json")
+    identity = common | {"data": {**group, "source": None}, "images": data.identity()}
+    partial = PartialCodes(final, identity, splits, former=common | {"data": group})
     if state.is_main_process and (found := partial.begin(model.code_grid, code_dtype(model.codebook_size))):
         print(found)
     state.wait_for_everyone()
@@ -116,6 +118,11 @@ def encode_dataset(
     return final
 
 
+def _name_of(folder: Path) -> str:
+    """The last part of a path, also of `.` and `..`."""
+    return folder.resolve().name if folder.name in ("", "..") else folder.name
+
+
 def _already_there(final: Path, reference: TokenizerReference, data: DataConfig, augmentation: Augmentation) -> bool:
     if _is_free(final):
         return False
@@ -127,9 +134,10 @@ def _already_there(final: Path, reference: TokenizerReference, data: DataConfig,
             f"--out {final}: holds the codes of the tokenizer {manifest.tokenizer.hash[:12]}, this one is "
             f"{reference.hash[:12]}; nothing was changed. Give another --out, or remove the folder"
         )
-    if manifest.source != data.source:
+    if not _same_images(final, manifest, data):
         raise InputError(
-            f"--out {final}: holds the codes of {manifest.source!r}, this is {data.source!r}; give another --out"
+            f"--out {final}: holds the codes of {manifest.source!r}, this is {data.source!r}, with other images; give "
+            "another --out"
         )
     if manifest.augmentation != augmentation:
         raise InputError(
@@ -137,6 +145,18 @@ def _already_there(final: Path, reference: TokenizerReference, data: DataConfig,
             "changed. Give another --out, or remove the folder"
         )
     return True
+
+
+def _same_images(final: Path, manifest: Manifest, data: DataConfig) -> bool:
+    """Whether ``data`` are the images of the codes in ``final``: by where they are, or else by what they are."""
+    here = find_local(data.source)
+    if here is None:
+        return manifest.source == data.source
+    if manifest.images is None:  # of an earlier version
+        return any(same_place(str(here), str(place)) for place in find_places(manifest.source, final).direct)
+    if manifest.source == data.source == portable(data.source, final):
+        return True
+    return load_images(data).identity() == manifest.images.facts
 
 
 def _is_free(final: Path) -> bool:
@@ -178,7 +198,8 @@ def _manifest(
     statistics = code_statistics({split: partial.open(split)[0] for split in partial.splits}, model.codebook_size)
     return Manifest(
         tokenizer=reference,
-        source=data_config.source,
+        source=_remembered_source(data_config.source, partial.final),
+        images=data.contents().record,
         image_size=model.config.image_size,
         channels=model.config.channels,
         grid=model.code_grid,
@@ -196,6 +217,11 @@ def _manifest(
         },
         **statistics,
     )
+
+
+def _remembered_source(source: str, final: Path) -> str:
+    """A path as the codes can find it again; a name as it is."""
+    return portable(source, final) if source != "shapes" and Path(source).exists() else source
 
 
 def _describe(manifest: Manifest) -> str:

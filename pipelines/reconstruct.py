@@ -19,6 +19,7 @@ from pipelines.encode_dataset import training_data
 from pipelines.evaluation.evaluation_document import model_kind
 from pipelines.given_images import find_images, read_image
 from pipelines.pipeline_folder import find_pipeline_folder, is_pipeline_or_hub_id
+from pipelines.remembered import find_tokenizer
 from pipelines.two_stage import load_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import psnr
@@ -82,7 +83,7 @@ def held_out_images(model: str | Path, source: str | None) -> ImageSplit:
     if is_pipeline_or_hub_id(model):
         run = find_pipeline_folder(model) / "tokenizer"
     else:
-        run = Prior.from_pretrained(model).config.tokenizer.path if model_kind(model) == "prior" else model
+        run = find_tokenizer(Prior.from_pretrained(model), model)[0] if model_kind(model) == "prior" else model
     if source is None and not (find_model_folder(run).parent / "config.yaml").is_file():
         raise InputError(
             f"{model}: does not say which images it was trained on; give pictures by --image FILE, or a data set by "

@@ -33,6 +33,7 @@ from pipelines.pipeline_folder import (
     read_pipeline_folder,
     write_pipeline_folder,
 )
+from pipelines.remembered import find_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig, image_seeds
@@ -76,6 +77,8 @@ class TwoStagePipeline:
                 "things. Give the tokenizer that the codes were made with, or encode again and train a prior on that"
             )
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval() if prior else None
+        self.tokenizer_path: Path | None = None
+        """Where the tokenizer's run is; None: it is not known."""
 
     @property
     def _conditional(self) -> Prior | Autoencoder | None:
@@ -132,7 +135,9 @@ class TwoStagePipeline:
         if model_kind(run) == "tokenizer":
             if tokenizer is not None:
                 raise InputError(f"--tokenizer {tokenizer}: {run} is a tokenizer itself; leave it out")
-            return cls(Autoencoder.from_pretrained(run))
+            pipeline = cls(Autoencoder.from_pretrained(run))
+            pipeline.tokenizer_path = Path(run)
+            return pipeline
         return cls.from_prior(Prior.from_pretrained(run), run, tokenizer)
 
     @classmethod
@@ -140,15 +145,15 @@ class TwoStagePipeline:
         """The same of a prior that was read from ``path`` already.
 
         Raises:
-            InputError: the tokenizer is gone, or another one is there.
+            InputError: the tokenizer is not found, or only another one is there.
         """
-        where = tokenizer or prior.config.tokenizer.path
-        if tokenizer is None and not Path(where).exists():
-            raise InputError(
-                f"{path}: its tokenizer was at {where}, which is gone; give --tokenizer runs/TOKENIZER "
-                "(of a verb without that option: twostage export with it, and give what it writes)"
-            )
-        return cls(Autoencoder.from_pretrained(where), prior)
+        if tokenizer is None:
+            where, model = find_tokenizer(prior, path)
+        else:
+            where, model = Path(tokenizer), Autoencoder.from_pretrained(tokenizer)
+        pipeline = cls(model, prior)
+        pipeline.tokenizer_path = where
+        return pipeline
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a pipeline folder: all that generation needs, without the runs."""

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import typer
 from accelerate import Accelerator
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from core.batches import Batches
 from core.command import run_command
@@ -77,13 +78,8 @@ def train(
     model, prepared_optimizer = accelerator.prepare(network, optimizer)
     parameters = sum(p.numel() for p in network.parameters())
     run.say(f"{parameters:,} parameters, {batches.steps_per_epoch} steps an epoch, {batches.max_steps} in all")
-    run.restore(
-        batches,
-        {"model": network},
-        {"optimizer": (network, optimizer)},
-        check=lambda: data.check_same(run.facts.get("data"), run.folder.path),
-    )
-    run.facts.setdefault("data", data.identity())
+    optimizers: dict[str, tuple[nn.Module, Optimizer]] = {"optimizer": (network, optimizer)}
+    run.restore(batches, {"model": network}, optimizers, sources={"data.source": data.contents()})
 
     def read(rows: Tensor) -> tuple[Tensor, Tensor]:
         return split.read(rows), read_labels(split, rows)

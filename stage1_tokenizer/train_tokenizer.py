@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from core.batches import Batches
-from core.command import run_command
+from core.command import print_once, run_command
 from core.config import PathName, RunConfig, Section, describe_differences, load_config, parse_config
 from core.data import DataConfig, ImageData, ImageSplit, load_images
 from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
 from core.ema import averaged_copy
 from core.errors import InputError
+from core.files import expand_home
 from core.fits_memory import check_model
 from core.images import to_float
 from core.model_folder import fill, load_model_folder
 from core.pictures import save_picture
+from core.places import Contents, weights_at
 from core.random import seed_for
 from core.stopping import TimeLimitOption, going_on_later
 from core.train_config import TrainConfig
@@ -37,7 +39,7 @@ from stage1_tokenizer.diagnosis import Diagnosis
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, discriminator_loss, r1_penalty
 from stage1_tokenizer.image_losses import ImageLosses
 from stage1_tokenizer.losses import LossConfig
-from stage1_tokenizer.perceptual import PerceptualNetwork
+from stage1_tokenizer.perceptual import FeaturePerceptualConfig, PerceptualNetwork
 from stage1_tokenizer.residual_quantizer import ResidualQuantizer
 from stage1_tokenizer.sample_pictures import draw_pictures
 from stage1_tokenizer.validation import validate
@@ -82,7 +84,7 @@ class TokenizerConfig(Section):
     @classmethod
     def _model_of_init_from(cls, document: Any) -> Any:
         if isinstance(document, dict) and isinstance(document.get("init_from"), str) and "model" not in document:
-            return document | {"model": open_source(document["init_from"])[0]["model"]}
+            return document | {"model": open_source(expand_home(document["init_from"]))[0]["model"]}
         return document
 
     @model_validator(mode="after")
@@ -173,10 +175,7 @@ def train(
         if averaged:
             averaged.module.load_state_dict(autoencoder.state_dict())
 
-    run.restore(
-        batches, modules, optimizers, begin, check=lambda: data.check_same(run.facts.get("data"), run.folder.path)
-    )
-    run.facts.setdefault("data", data.identity())
+    run.restore(batches, modules, optimizers, begin, {"data.source": data.contents(), **other_sources(config)})
     networks = [PerceptualNetwork(**network) for network in run.facts.get("trained_against", [])]
     networks += [network for network in image_losses.networks() if network not in networks]
     final.config = final.config.model_copy(update={"trained_against": networks})
@@ -256,6 +255,16 @@ def train(
         return run
     run.say(f"model: {run.folder.model}; pictures: {run.folder.samples}; curves: {run.folder.path / 'losses.png'}")
     return run
+
+
+def other_sources(config: TokenizerConfig) -> dict[str, Contents]:
+    """What the paths of a configuration besides `data.source` lead to."""
+    sources = {}
+    if config.init_from and Path(config.init_from).exists():  # a run that has begun no longer needs it
+        sources["init_from"] = weights_at(config.init_from, only_to_begin=True)
+    if isinstance(config.loss.perceptual, FeaturePerceptualConfig):
+        sources["loss.perceptual.path"] = weights_at(config.loss.perceptual.path)
+    return sources
 
 
 def open_source(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -355,7 +364,9 @@ def initialize_codebook(
 
 def command(
     config: Annotated[Path, typer.Argument(help="A file of configs/tokenizer/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as train.lr=1e-4.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, such as train.lr=1e-4; paths and words as they stand.")
+    ] = None,
     weights_dir: Annotated[
         Path | None, typer.Option(help="Where LPIPS's vgg16-397923af.pth lies; torch's cache by default.")
     ] = None,
@@ -366,7 +377,7 @@ def command(
     """Train a tokenizer (or AE, VAE ...) from a config. The same command resumes."""
     check_json(dry_run, json_file)
     with going_on_later():
-        run = train(load_config(TokenizerConfig, config, overrides), weights_dir, dry_run, time_limit)
+        run = train(load_config(TokenizerConfig, config, overrides, print_once), weights_dir, dry_run, time_limit)
     finish_dry_run(run, json_file)
 
 

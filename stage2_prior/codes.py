@@ -3,6 +3,7 @@
 `manifest.json` beside memory-mapped arrays, `SPLIT.codes.npy` (n, h, w) uint16 or int32 and `SPLIT.labels.npy` (n,).
 """
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from core.config import Count, Flag, Section, Size, parse_config
 from core.errors import InputError
 from core.files import read_json
 from core.model_folder import check_format
+from core.places import Contents, Record
 
 __all__ = [
     "Augmentation",
@@ -70,6 +72,9 @@ class Manifest(Section):
     format_version: Count = FORMAT_VERSION
     tokenizer: TokenizerReference
     source: str
+    """The `data.source` of the images: absolute, or relative to one of the folders above this one."""
+    images: Record | None = None
+    """Where the images were, and what; None: not known, of codes made by earlier versions."""
     image_size: tuple[Count, Count]
     channels: Count
     grid: tuple[Count, Count]
@@ -171,6 +176,25 @@ class CodeCache:
             return []
         counts = np.bincount(labels, minlength=len(names))
         return [name for name, count in zip(names, counts, strict=True) if not count]
+
+    def contents(self) -> Contents:
+        """What these codes are, wherever they are and however their images were named."""
+        manifest, digest = self.manifest, hashlib.sha256()
+        for split in self.splits.values():
+            for start in range(0, len(split), _ROWS_AT_ONCE):
+                digest.update(np.ascontiguousarray(split.codes[start : start + _ROWS_AT_ONCE]).data)
+            if split.labels is not None:
+                digest.update(split.labels.data)
+        facts = {
+            "tokenizer": manifest.tokenizer.hash,
+            "grid": list(manifest.grid),
+            "codebook_size": manifest.codebook_size,
+            "augmentation": manifest.augmentation.model_dump(mode="json"),
+            "rows": {name: files.rows for name, files in manifest.splits.items()},
+            "classes": {str(label): name for label, name in enumerate(manifest.class_names or [])},
+            "sha256": digest.hexdigest(),
+        }
+        return Contents("codes", self.path.absolute(), facts)
 
     def check_codes(self) -> None:
         """Reads all codes and labels once; labels count only where the manifest names classes.

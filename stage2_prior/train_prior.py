@@ -5,7 +5,7 @@ accelerate launch -m stage2_prior.train_prior configs/prior/gpt_cifar10.yaml cod
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -15,8 +15,8 @@ from torch.export import register_dataclass
 from torch.optim import Optimizer
 
 from core.batches import Batches
-from core.command import run_command
-from core.config import Count, PathName, RunConfig, Section, describe_differences, load_config
+from core.command import print_once, run_command
+from core.config import Count, PathName, RunConfig, Section, load_config
 from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
 from core.ema import averaged_copy
 from core.errors import InputError
@@ -35,7 +35,6 @@ __all__ = ["PriorTrainConfig", "PriorTrainingConfig", "train"]
 
 LEAST_ENTROPY = 0.05  # nats per code; below it the images are all the same to the tokenizer
 OVERFITTING_AFTER = 2  # validations without a better one; a single one may be chance
-SHOWN = 4  # differences of two code caches in a message
 
 
 class PriorTrainConfig(TrainConfig):
@@ -101,11 +100,10 @@ def train(
     modules = {"model": prior} | ({"ema": averaged} if averaged else {})
     parameters = sum(p.numel() for p in prior.parameters())
     run.say(f"{parameters:,} parameters, {batches.steps_per_epoch} steps an epoch, {batches.max_steps} in all")
-    what = codes_facts(cache.manifest)
     optimizers: dict[str, tuple[nn.Module, Optimizer]] = {"optimizer": (prior, optimizer)}
     dropout = f"model.dropout={config.model.dropout:g}" if config.model.dropout else ""
-    if not run.restore(batches, modules, optimizers, check=lambda: check_same_codes(run, what), by_process=dropout):
-        run.facts = {"best_loss": math.inf, "best_step": 0, "validations_since_best": 0, "codes": what}
+    if not run.restore(batches, modules, optimizers, sources={"codes": cache.contents()}, by_process=dropout):
+        run.facts = {"best_loss": math.inf, "best_step": 0, "validations_since_best": 0}
 
     # 3. The training.
     for batch in run.steps(split.read, read_ahead=False):
@@ -141,34 +139,6 @@ def train(
     else:
         say_result(run, final, baseline)
     return run
-
-
-def codes_facts(manifest: Manifest) -> dict[str, Any]:
-    """What a run remembers of its codes."""
-    return {
-        "tokenizer": manifest.tokenizer.hash,
-        "grid": list(manifest.grid),
-        "codebook_size": manifest.codebook_size,
-        "source": manifest.source,
-        "augmentation": manifest.augmentation.model_dump(mode="json"),
-        "rows": {name: files.rows for name, files in manifest.splits.items()},
-        "classes": {str(label): name for label, name in enumerate(manifest.class_names or [])},
-    }
-
-
-def check_same_codes(run: TrainingRun[PriorTrainingConfig], what: dict[str, Any]) -> None:
-    """Refuses to go on with other codes than the run began with."""
-    there = run.facts["codes"]
-    differences = describe_differences(there, what)
-    if differences:
-        more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
-        shown = "; ".join(differences[:SHOWN]) + more
-        for digest in (there["tokenizer"], what["tokenizer"]):
-            shown = shown.replace(digest, digest[:12])
-        raise InputError(
-            f"codes {run.config.codes}: the prior in {run.folder.path} is trained on others ({shown}); give those "
-            "codes, or another run.dir="
-        )
 
 
 def check_entropy(manifest: Manifest, codes: str) -> None:
@@ -266,7 +236,9 @@ def say_result(run: TrainingRun[PriorTrainingConfig], prior: Prior, baseline: fl
 
 def command(
     config: Annotated[Path, typer.Argument(help="A file of configs/prior/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="codes=DIR and further key=value.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="codes=DIR and further key=value; paths and words as they stand.")
+    ] = None,
     dry_run: DryRunOption = False,
     time_limit: TimeLimitOption = None,
     json_file: JsonOption = None,
@@ -274,7 +246,7 @@ def command(
     """Train a prior over a tokenizer's codes. The same command resumes."""
     check_json(dry_run, json_file)
     with going_on_later():
-        run = train(load_config(PriorTrainingConfig, config, overrides), dry_run, time_limit)
+        run = train(load_config(PriorTrainingConfig, config, overrides, print_once), dry_run, time_limit)
     finish_dry_run(run, json_file)
 
 

@@ -97,7 +97,7 @@ def pictures(folder: Path, count: int = 20, mode: str = "RGB") -> Path:
         (["train.batch_size=4.5"], ["train.batch_size: ", "got 4.5"]),
         (["model.bottleneck={type: vectr}"], ["model.bottleneck.type: got 'vectr'", "did you mean 'vector'?"]),
         (["train.lr=-1", "data.channels=2"], ["2 mistakes", "train.lr: ", "data.channels: "]),
-        (["train.epochs=2"], ["give either max_steps or epochs"]),
+        (["train.max_steps=null"], ["give either max_steps or epochs"]),
         (["train.lr"], ["override 'train.lr': expected key=value"]),
         (["data.source=./nowhere"], ["data.source './nowhere': nothing there"]),
         (["data.source=no_such_set"], ["data.source 'no_such_set': nothing there", "TWOSTAGE_DATA"]),

@@ -53,6 +53,20 @@ def test_an_interrupted_run_goes_on(written, works):
         torch.testing.assert_close(here[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+def test_a_run_that_was_moved_and_is_spelled_otherwise_goes_on(written, works, twostage):
+    Path("interrupted").rename("moved")
+    assert "going on from step 2 " in works("train-tokenizer", "tokenizer.yaml", "run.dir=./moved/")
+    Path("prior").rename("moved prior")
+    words = ["train-prior", "prior.yaml", f"run.dir={written}/moved prior"]
+    assert "nothing left to do" in works(*words, f"codes={written}/codes/")
+    shutil.copytree("codes", "others")
+    codes = np.load("others/train.codes.npy")
+    np.save("others/train.codes.npy", codes[::-1])
+    ended = twostage(*words, "codes=others")
+    assert ended.code == 2
+    assert "codes others: holds other codes" in ended.err or "codes: " in ended.err
+
+
 def test_codes_mean_what_they_meant(written):
     """The stored codes are those that the stored tokenizer gives to the pictures that it was trained on."""
     tokenizer = Autoencoder.from_pretrained("tokenizer")

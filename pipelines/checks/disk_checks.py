@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from core.files import expand_home
 from pipelines.checks.environment_checks import hugging_face_home
 from pipelines.checks.findings import Finding
 
@@ -132,7 +133,7 @@ def check_data() -> Iterator[Finding]:
     else:
         sets = sorted(path.name for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith("."))
         yield Finding("data", "ok", f"$TWOSTAGE_DATA {root}: {', '.join(sets) or 'empty'}")
-    cache = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or hugging_face_home() / "hub"))
+    cache = Path(expand_home(os.environ.get("HF_HUB_CACHE") or str(hugging_face_home() / "hub")))
     kept = sorted(path.name for path in cache.glob("*--*--*"))
     shown = ", ".join(name.replace("--", " ", 1).replace("--", "/") for name in kept[:5])
     more = f" and {len(kept) - 5} more" if len(kept) > 5 else ""

@@ -9,6 +9,7 @@ from typing import Literal
 import psutil
 import yaml
 
+from core.files import expand_home
 from core.launch import is_thread_count
 from pipelines.checks.findings import Finding
 from pipelines.proxies import broken_proxy
@@ -182,7 +183,7 @@ def _proxies() -> Iterator[Finding]:
 def hugging_face_home() -> Path:
     """Where Hugging Face's libraries, Accelerate among them, keep their files."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("HF_HOME") or Path(cache) / "huggingface").expanduser()
+    return Path(expand_home(os.environ.get("HF_HOME") or f"{cache}/huggingface"))
 
 
 def check_accelerate_file() -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from core.data import DataConfig, ImageData, ImageSplit, load_images
 from core.errors import InputError
 from core.fonts import class_labels
 from core.pictures import contact_sheet
+from core.places import same_place
 from core.processes import join_processes
 from core.spread import spread, spread_over_classes
 from pipelines.edits import reconstruct
@@ -135,7 +136,7 @@ def open_models(runs: Sequence[str | Path]) -> list[Model]:
             models.append(Model(name, str(run), tokenizer, str(run), True, pipeline))
         else:
             pipeline = load_pipeline(run)
-            where = pipeline.prior.config.tokenizer.path if pipeline.prior else None
+            where = str(pipeline.tokenizer_path) if pipeline.tokenizer_path else None
             models.append(Model(name, str(run), pipeline.tokenizer, where, pipeline.prior is None, pipeline))
     for model in [model for model in models if not model.reconstructs]:
         if not any(other.reconstructs and same_weights(other.tokenizer, model.tokenizer) for other in models):
@@ -257,7 +258,7 @@ def data_of(models: list[Model], source: str | None) -> DataConfig:
         return parse_config(DataConfig, document, "data")
     (first, config), *others = configs.items()
     for path, other in others:
-        if other.source != config.source:
+        if not same_place(other.source, config.source):
             raise InputError(
                 f"{first} was trained on {config.source}, {path} on {other.source}; say with --data SOURCE which "
                 "images are to go through both"

@@ -20,6 +20,7 @@ from core.errors import InputError
 from core.images import to_float, to_uint8
 from core.model_folder import write_json
 from core.pictures import save_picture
+from core.places import same_place
 from core.processes import join_processes
 from core.run_folder import RunFolder, read_metrics
 from core.sources import first_form
@@ -180,11 +181,14 @@ def open_plan(out: Path, data: dict[str, Any], minutes: float, seed: int, most_s
             plan.steps, plan.codes_of = stored["steps"], stored["codes_of"]
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{file}: damaged; give another --out, or remove it to plan the tour anew") from None
+        there = stored.get("data")
+        if isinstance(there, dict) and same_place(str(there.get("source")), data["source"]):
+            stored["data"] = there | {"source": data["source"]}
         for key in ("data", "minutes", "seed") if stored["steps"] else ():  # before the first one nothing is decided
             if stored.get(key) != getattr(plan, key):
                 raise InputError(
                     f"--out {out}: holds a tour with {key} {stored.get(key)}, not {getattr(plan, key)}; "
-                    "give the same values to go on, or another --out"
+                    "give the same values to resume, or another --out"
                 )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: exists and holds no tour; give another --out")

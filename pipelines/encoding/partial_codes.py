@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from accelerate.utils import gather_object
 
-from core.config import describe_differences
+from core.config import summarize_differences
+from core.data import DataConfig
 from core.errors import InputError
 from core.files import read_json
 from core.model_folder import write_json
@@ -40,11 +41,19 @@ class PartialCodes:
         final: the folder NAME.
         identity: what the codes follow from, as JSON has it; only what was begun with the same is gone on from.
         splits: what is encoded.
+        former: the identity as earlier versions wrote it, which counts too.
     """
 
-    def __init__(self, final: Path, identity: dict[str, Any], splits: dict[str, ImageVariants]) -> None:
+    def __init__(
+        self,
+        final: Path,
+        identity: dict[str, Any],
+        splits: dict[str, ImageVariants],
+        former: dict[str, Any] | None = None,
+    ) -> None:
         self.final, self.splits = final, splits
-        self.identity = {**identity, "rows": {name: split.rows for name, split in splits.items()}}
+        rows = {"rows": {name: split.rows for name, split in splits.items()}}
+        self.identity, self.former = rows | identity, former and rows | former
         self.folder = _partial_folder(final)
         self.codes = self.folder / "codes"
         self.identity_file = self.folder / _IDENTITY
@@ -59,12 +68,15 @@ class PartialCodes:
         # `codes` has gone where a kill came after the last step but one.
         whole = self.identity_file.is_file() and self.codes.is_dir()
         stored = read_json(self.identity_file, f"remove {self.folder} and give the same command") if whole else None
-        if stored == self.identity:
+        if stored is not None and isinstance(stored.get("data"), dict):
+            # Settings that the version before did not have yet are at their defaults.
+            stored["data"] = DataConfig().model_dump(mode="json") | stored["data"]
+        if stored is not None and stored in (self.identity, self.former):
             total = sum(split.rows for split in self.splits.values())
             return f"{self.folder}: goes on, {sum(map(self._rows_done, self.splits)):,} of {total:,} rows are there"
         said = None
         if self.folder.exists():
-            differences = "; ".join(describe_differences(stored, self.identity)) if stored else "of nothing known"
+            differences = summarize_differences(stored, self.identity) if stored else "of nothing known"
             said = f"{self.folder}: left by an interrupted call and discarded ({differences})"
             discard_leftover(self.final)
         try:

@@ -12,9 +12,7 @@ import torch
 
 from core.data import DataConfig, ImageData, load_images
 from core.errors import InputError
-from core.model_folder import find_model_folder
 from core.processes import join_processes
-from core.run_folder import RunFolder
 from core.spread import spread
 from pipelines.encode_dataset import training_data
 from pipelines.evaluation.evaluation_document import (
@@ -42,6 +40,7 @@ from pipelines.evaluation.prior_measurements import (
 )
 from pipelines.evaluation.prior_protocol import about_chain_rule, about_likelihood, about_samples
 from pipelines.evaluation.prior_table import ROWS, in_units, measured_on, prior_notes
+from pipelines.remembered import find_codes, find_images
 from pipelines.two_stage import TwoStagePipeline
 from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Prior, PriorConfig
@@ -107,11 +106,12 @@ def evaluate_prior(
         lambda: TwoStagePipeline.from_prior(model, prior, tokenizer),
         asked_for=tokenizer is not None or network is not None,
     )
+    where = (pipeline and pipeline.tokenizer_path) or tokenizer or config.tokenizer.path
     images, no_images = None, no_pipeline
     if pipeline:
         pipeline.to(state.device or "cpu")
         images, no_images = _opened(
-            lambda: open_images(tokenizer or config.tokenizer.path, source or cache.manifest.source, config),
+            lambda: open_images(pipeline, source, cache),
             asked_for=source is not None,
         )
 
@@ -132,7 +132,7 @@ def evaluate_prior(
         figures |= {f"{unit}_standard_error": one for unit, one in error.items()}
     protocol: dict[str, Any] = {
         "prior": described_weights(prior, type=config.model.type),
-        "tokenizer": {"path": str(tokenizer or config.tokenizer.path), "hash": config.tokenizer.hash},
+        "tokenizer": {"path": str(where), "hash": config.tokenizer.hash},
         "codes": {
             "path": str(cache.path),
             "split": name,
@@ -144,7 +144,7 @@ def evaluate_prior(
         "likelihood": about_likelihood(model),
     }
     if pipeline and (images or network):  # its decoder has a part in what is measured
-        protocol["tokenizer"] = described_weights(tokenizer or config.tokenizer.path, hash=config.tokenizer.hash)
+        protocol["tokenizer"] = described_weights(where, hash=config.tokenizer.hash)
     missing: dict[str, str] = {}
 
     # 2. The images: the tokenizer's part and the prior's.
@@ -229,11 +229,7 @@ def open_codes(prior: str | Path, codes: str | Path | None, config: PriorConfig)
     Raises:
         InputError: none is known, it is not of this prior's tokenizer, codebook, grid and classes, or it is damaged.
     """
-    if codes is None:
-        run = find_model_folder(prior).parent
-        if not (run / "config.yaml").is_file():
-            raise InputError(f"{prior}: no config.yaml says which codes it was trained on; give --codes DIR")
-        codes = str((RunFolder(run).stored_config() or {})["codes"])
+    codes = codes or find_codes(prior, config)
     cache = CodeCache(codes)
     manifest = cache.manifest
     if manifest.tokenizer.hash != config.tokenizer.hash:
@@ -255,18 +251,23 @@ def open_codes(prior: str | Path, codes: str | Path | None, config: PriorConfig)
     return cache
 
 
-def open_images(tokenizer: str | Path, source: str, config: PriorConfig) -> tuple[DataConfig, ImageData]:
-    """The images of ``source`` in the tokenizer's form.
+def open_images(pipeline: TwoStagePipeline, source: str | None, cache: CodeCache) -> tuple[DataConfig, ImageData]:
+    """The images of ``source``, or those that the codes were made of, in the tokenizer's form.
 
     Raises:
         InputError: there are none, or they have other classes.
     """
-    data_config = training_data(tokenizer, source)
+    assert pipeline.prior
+    assert pipeline.tokenizer_path
+    config, manifest = pipeline.prior.config, cache.manifest
+    data_config = training_data(pipeline.tokenizer_path, source or manifest.source)
+    if source is None:
+        data_config = find_images(data_config, cache.path, manifest.images)
     data = load_images(data_config)
     if config.class_names and data.class_names != config.class_names:
         raise InputError(
-            f"data.source {source}: has the classes {data.class_names}, the prior was trained on {config.class_names}; "
-            "give images of the same classes"
+            f"data.source {data_config.source}: has the classes {data.class_names}, the prior was trained on "
+            f"{config.class_names}; give images of the same classes"
         )
     return data_config, data
 

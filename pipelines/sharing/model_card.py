@@ -17,6 +17,7 @@ from pipelines.evaluation.evaluation_document import Rows, evidence_warnings, mo
 from pipelines.evaluation.prior_table import ROWS as PRIOR_ROWS
 from pipelines.evaluation.prior_table import SAMPLE_ROWS
 from pipelines.pipeline_folder import HUB_ID, find_pipeline_folder, is_pipeline_or_hub_id
+from pipelines.remembered import find_tokenizer
 from pipelines.two_stage import TwoStagePipeline, class_sheet
 from stage2_prior.prior import Prior
 
@@ -69,7 +70,7 @@ def gather_records(path: str | Path, tokenizer: str | Path | None = None) -> dic
     else:
         parts = {"tokenizer": Path(path)}
         if model_kind(path) == "prior":
-            where = tokenizer or Prior.from_pretrained(path).config.tokenizer.path
+            where = tokenizer or find_tokenizer(Prior.from_pretrained(path), path)[0]
             parts = {"tokenizer": Path(where), "prior": Path(path)}
         parts = {name: find_model_folder(part) for name, part in parts.items()}
         runs = {name: part.parent if part.name == "model" else part for name, part in parts.items()}

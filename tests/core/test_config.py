@@ -162,7 +162,6 @@ def test_wrong_union_type_lists_the_types_of_a_tokenizer():
         ("shape.radus=2", "shape.radus: unknown key; did you mean 'radius'?"),
         ("copis=2", "copis: unknown key; did you mean 'copies'?"),
         ("copies=two", "copies: expected a valid integer, got 'two'"),
-        ("shape.type=angular", "shape.radius: unknown key; known of type 'angular' are type, corners"),
     ],
 )
 def test_mistakes_in_overrides_are_told_like_those_in_files(load, override, mistake):
@@ -178,8 +177,8 @@ def test_malformed_override_shows_the_form(load, override):
         load("{}", override)
 
 
-def test_override_with_broken_yaml_says_to_quote_it(load):
-    with pytest.raises(InputError, match="override 'lr=\\[1': the value is not valid YAML; quote it"):
+def test_override_with_broken_yaml_says_why(load):
+    with pytest.raises(InputError, match=r"override 'lr=\[1': the value is not valid YAML: while parsing a flow seq"):
         load("{}", "lr=[1")
 
 

@@ -55,7 +55,7 @@ def test_another_configuration_is_refused_and_nothing_is_changed(folder):
         f"run.dir {folder.path}: holds a run with another configuration:\n"
         "  run.seed: 0 there, 1 now\n"
         "  lr: 0.001 there, 0.01 now\n"
-        "Nothing was changed. Choose another run.dir=, give the same values to go on, or remove the folder"
+        "Nothing was changed. Choose another run.dir=, give the same values to resume, or remove the folder"
     )
     with pytest.raises(InputError, match=f"^{re.escape(sentence)}$"):
         folder.check(config(folder, lr=1e-2, run={"dir": str(folder.path), "seed": 1}))

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from core.errors import InputError
+from core.files import expand_home
 from core.records import Source
 from core.sources import find_source
 from core.tables import named_splits
@@ -161,7 +162,7 @@ def test_unknown_name_says_where_it_was_looked_for(monkeypatch, tmp_path):
     "name", ["./nothing", "../no/thing", "/no/thing", "~/no_such_thing", "~nobody_at_all/x", "no.parquet", "a/b.arrow"]
 )
 def test_missing_path_is_never_a_download(name):
-    looked = re.escape(str(Path(os.path.expanduser(name))))
+    looked = re.escape(str(Path(expand_home(name))))
     with pytest.raises(InputError, match=rf"data.source '{re.escape(name)}': nothing there \(looked for {looked}\)$"):
         find_source(name)
 

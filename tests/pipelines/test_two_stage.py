@@ -42,7 +42,9 @@ def test_a_run_folder_finds_its_tokenizer(runs, pipeline, tmp_path):
     reference = moved.config.tokenizer.model_copy(update={"path": str(tmp_path / "gone")})
     moved.config = moved.config.model_copy(update={"tokenizer": reference})
     moved.save_pretrained(tmp_path / "prior")
-    with pytest.raises(InputError, match=r"its tokenizer was at .*gone, which is gone; give --tokenizer"):
+    with pytest.raises(
+        InputError, match=r"its tokenizer was at .*gone, and is neither there nor beside .*; give --tokenizer"
+    ):
         load_pipeline(tmp_path / "prior")
     assert torch.equal(images(load_pipeline(tmp_path / "prior", runs.tokenizer)), images(pipeline))
 

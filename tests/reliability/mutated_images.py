@@ -92,13 +92,13 @@ def _inspect(folder: Path) -> dict[str, Any]:
 
 
 def _train(folder: Path, in_memory_gb: float) -> list[str]:
-    """The names of the pictures that a training reads, train and held out: those whose identity its checkpoint has."""
+    """The names of the pictures that a training reads, train and held out: those whose identity it remembers."""
     run = folder / f"trained_{in_memory_gb}"
     run.mkdir()
     (run / "config.yaml").write_text(TRAIN, encoding="utf-8")
     words = [f"data.in_memory_gb={in_memory_gb}"]
     _command(["train-tokenizer", "config.yaml", *words], run)
-    state = json.loads((run / "run/checkpoints/step_00000001/state.json").read_text(encoding="utf-8"))
+    sources = json.loads((run / "run/sources.json").read_text(encoding="utf-8"))
     script = (
         "import json, torch; from core.config import load_config; from core.data import load_images\n"
         "from stage1_tokenizer.train_tokenizer import TokenizerConfig\n"
@@ -107,7 +107,7 @@ def _train(folder: Path, in_memory_gb: float) -> list[str]:
         "print(json.dumps([data.identity(), names]))"
     )
     identity, names = json.loads(_run(["-c", script], run).stdout)
-    assert identity == state["facts"]["data"], "the training has read other pictures"
+    assert identity == sources["sources"]["data.source"]["facts"], "the training has read other pictures"
     return sorted(name.removeprefix("../") for name in names)
 
 

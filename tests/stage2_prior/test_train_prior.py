@@ -239,7 +239,7 @@ def test_codes_of_another_tokenizer_are_refused_on_resume(noise, document, start
     before = contents(run)
     other = TokenizerReference(hash="f" * 64, path="runs/other")
     write_codes(noise, {"train": random_grids(8, 0), "val": random_grids(12, 1)}, 4, tokenizer=other)
-    with pytest.raises(InputError, match=r"trained on others \(tokenizer: '0123456789ab' there, 'ffffffffffff' now\)"):
+    with pytest.raises(InputError, match=r"holds other codes .*\(tokenizer: '0123456789ab' there, 'f{12}' now\)"):
         start(document(max_steps=2))
     assert contents(run) == before
 
@@ -259,7 +259,6 @@ def test_codes_of_another_grid_and_vocabulary_are_refused_on_resume(noise, docum
     [
         ({"augmentation": Augmentation(crops=3)}, "augmentation.crops: 0 there, 3 now"),
         ({"augmentation": Augmentation(horizontal_flip=True)}, "augmentation.horizontal_flip: False there, True now"),
-        ({"source": "other"}, "source: 'numbers' there, 'other' now"),
         ({"tokenizer": TokenizerReference(hash="0123456789ab" + "f" * 52, path="runs/tokenizer")},
          "tokenizer: '0123456789ab' there, '0123456789ab' now"),
         ({"class_names": ["up", "left"]}, "classes.1: 'down' there, 'left' now"),
@@ -281,16 +280,25 @@ def test_codes_that_were_made_again_otherwise_are_refused_on_resume(
     with pytest.raises(InputError) as refusal:
         start(document(max_steps=2))
     assert str(refusal.value) == (
-        f"codes {regular}: the prior in {tmp_path / 'run'} is trained on others ({said}); give those codes, or another "
-        "run.dir="
+        f"codes {regular}: holds other codes than when the run in {tmp_path / 'run'} began ({said}). Nothing was "
+        "changed. Bring the same ones back to resume, or choose another run.dir="
     )
     assert contents(run) == before
+
+
+def test_other_codes_of_the_same_form_are_refused_on_resume(noise, document, start, write_codes):
+    run = start(document(max_steps=2))
+    write_codes(noise, {"train": random_grids(8, 2), "val": random_grids(12, 1)}, 4)
+    with pytest.raises(InputError, match=r"holds other codes than when .* \(sha256: '[0-9a-f]{12}' there, "):
+        start(document(max_steps=2))
+    write_codes(noise, {"train": random_grids(8, 0), "val": random_grids(12, 1)}, 4, source="spelled otherwise")
+    assert start(document(max_steps=2)) == run
 
 
 def test_codes_with_other_numbers_of_rows_are_refused_on_resume(noise, document, start, write_codes):
     start(document(max_steps=2))
     write_codes(noise, {"train": random_grids(16, 0), "val": random_grids(10, 1)}, 4)
-    with pytest.raises(InputError, match=r"\(rows\.train: 8 there, 16 now; rows\.val: 12 there, 10 now\)"):
+    with pytest.raises(InputError, match=r"\(rows\.train: 8 there, 16 now; rows\.val: 12 there, 10 now; "):
         start(document(max_steps=2))
 
 

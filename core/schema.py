@@ -1,0 +1,73 @@
+"""What a configuration's schema says about a key: whether it is text, which groups a tagged union has."""
+
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+__all__ = ["Group", "alternatives", "annotations_at", "groups", "is_optional", "is_text", "item_annotation", "tag"]
+
+Group = type[BaseModel]
+
+
+def alternatives(annotation: Any) -> list[Any]:
+    """The members of a union, nested ones too, without what is annotated on them; else the annotation alone."""
+    if get_origin(annotation) is Annotated:
+        return alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [one for member in get_args(annotation) for one in alternatives(member)]
+    return [annotation]
+
+
+def is_optional(annotation: Any) -> bool:
+    """Whether None is allowed."""
+    return type(None) in alternatives(annotation)
+
+
+def is_text(annotation: Any) -> bool:
+    """Whether a value is text, or one of several words, or, where it is optional, None."""
+    kinds = [one for one in alternatives(annotation) if one is not type(None)]
+    return bool(kinds) and all(
+        one is str or (get_origin(one) is Literal and all(isinstance(word, str) for word in get_args(one)))
+        for one in kinds
+    )
+
+
+def item_annotation(annotation: Any, index: int) -> Any:
+    """What the item at ``index`` of a list or a tuple is; None: the annotation has neither."""
+    for one in alternatives(annotation):
+        items = get_args(one)
+        if get_origin(one) is list:
+            return items[0]
+        if get_origin(one) is tuple and index < len(items):
+            return items[index]
+    return None
+
+
+def tag(member: Any) -> str | None:
+    """The `type` that tells this group from the others of its union."""
+    if isinstance(member, type) and issubclass(member, BaseModel) and "type" in member.model_fields:
+        return get_args(member.model_fields["type"].annotation)[0]
+    return None
+
+
+def groups(annotation: Any, document: Any = None) -> list[Group]:
+    """The groups of keys that a value may be; only that of its `type` where ``document`` names a known one."""
+    found = [one for one in alternatives(annotation) if isinstance(one, type) and issubclass(one, BaseModel)]
+    named = document.get("type") if isinstance(document, dict) else None
+    return [one for one in found if len(found) > 1 and tag(one) == named] or found
+
+
+def annotations_at(schema: Group, document: Any, keys: list[str]) -> list[Any]:
+    """What the schema says about the key at a path: by the types that ``document`` names, or, where those have no such
+    key, by every type that has it; [] for an unknown key."""
+    by_type, by_any = [schema], [schema]
+    for depth, key in enumerate(keys):
+        found = [[one.model_fields[key].annotation for one in known if key in one.model_fields]
+                 for known in (by_type, by_any)]  # fmt: skip
+        if depth == len(keys) - 1:
+            return found[0] or found[1]
+        document = document.get(key) if isinstance(document, dict) else None
+        by_type = [group for annotation in found[0] for group in groups(annotation, document)]
+        by_any = [group for annotation in found[1] for group in groups(annotation)]
+    return []
