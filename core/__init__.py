@@ -8,4 +8,4 @@ __all__ = []
 # expense and their own: a step then takes many times as long. OpenMP reads this when torch loads it, which is why it
 # stands here, before any import of torch (docs/scaling.md has what was measured).
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "500")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
