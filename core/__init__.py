@@ -4,8 +4,8 @@ import os
 
 __all__ = []
 
-# Threads of a parallel region that wait for each other may spin. Where other work shares the cores, they spin at its
-# expense and their own: a step then takes many times as long. OpenMP reads this when torch loads it, which is why it
-# stands here, before any import of torch (docs/scaling.md has what was measured).
+# OpenMP's threads spin while they wait for each other. Where other work shares the cores, that takes the time of the
+# threads they wait for, and a step takes many times as long. OpenMP reads the variable when torch loads it, so this
+# must run before any import of torch (measured in docs/scaling.md).
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "500")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")

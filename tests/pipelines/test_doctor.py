@@ -10,7 +10,7 @@ import pytest
 from pipelines.checks.disk_checks import check_data, check_run_folder, check_weights
 from pipelines.checks.environment_checks import OF_A_LAUNCH, RULES, check_accelerate_file, check_environment
 from pipelines.checks.findings import Finding
-from pipelines.checks.machine_checks import _cgroup_cores, check_gpus, check_packages
+from pipelines.checks.machine_checks import _cgroup_cores, check_cpu, check_gpus, check_packages
 from pipelines.checks.two_processes import check_two_processes
 
 PATIENCE = 300  # seconds that two processes get on a busy machine
@@ -129,8 +129,10 @@ def test_a_clean_environment():
     [
         ("CUDA_VISIBLE_DEVICES", "", "0,1", "warning"),
         ("OMP_NUM_THREADS", "many", "4", "warning"),
+        ("OMP_NUM_THREADS", "0", "1", "warning"),
         ("OMP_PROC_BIND", "close", "false", "warning"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "1", "problem"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "", "warning"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "false", "problem"),
         ("ACCELERATE_USE_CPU", "true", "false", "warning"),
         ("ACCELERATE_USE_FSDP", "1", "0", "warning"),
         ("ACCELERATE_DYNAMO_BACKEND", "inductor", "no", "warning"),
@@ -140,7 +142,8 @@ def test_a_clean_environment():
         ("HF_HUB_OFFLINE", "1", "0", "warning"),
         ("MASTER_ADDR", "10.0.0.1", None, "warning"),
         ("LOCAL_RANK", "0", None, "problem"),
-        ("http_proxy", "http://proxy:3128", "", "warning"),
+        ("http_proxy", "foo://proxy", "http://proxy:3128", "warning"),
+        ("all_proxy", "socks4://user:secret@proxy:1", "", "warning"),
     ],
 )
 def test_variables(monkeypatch, name, bad, good, status):
@@ -153,10 +156,19 @@ def test_variables(monkeypatch, name, bad, good, status):
         assert [finding.status for finding in check_environment()] == ["ok"]
 
 
-def test_a_proxy_that_leaves_this_machine_out(monkeypatch):
-    monkeypatch.setenv("http_proxy", "http://proxy:3128")
-    monkeypatch.setenv("no_proxy", "localhost,127.0.0.1")
-    assert [finding.status for finding in check_environment()] == ["ok"]
+def test_the_password_of_a_proxy_is_not_shown(monkeypatch):
+    monkeypatch.setenv("all_proxy", "foo://user:secret@proxy:1")
+    (finding,) = check_environment()
+    assert "secret" not in finding.message + finding.advice
+
+
+def test_threads_are_as_the_person_has_set_them(monkeypatch):
+    (cores, _) = check_cpu()
+    assert "OMP_NUM_THREADS" not in cores.message
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (cores, precision) = check_cpu()
+    assert "(OMP_NUM_THREADS=1)" in cores.message  # the number itself is torch's, read when it was loaded
+    assert precision.message.startswith("train.mixed_precision=auto means ")
 
 
 @pytest.mark.parametrize(
