@@ -200,8 +200,13 @@ def _appeared(folder: Path, pattern: str, there: dict[Path, None]) -> Callable[[
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder``; where it says in which folder it lies, that is left out."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and EVENTS not in path.name)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    above = str(folder.absolute().parent).encode()
+    return {
+        str(path.relative_to(folder)): path.read_bytes().replace(above, b"") if path.suffix == ".json"
+        else path.read_bytes() for path in files
+    }  # fmt: skip
 
 
 def _batches(file: Path) -> dict[int, str]:
