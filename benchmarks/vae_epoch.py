@@ -25,7 +25,8 @@ from core.config import load_config
 from core.data import ImageData, ImageSplit, load_images
 from core.ema import averaged_copy
 from core.images import to_float
-from core.training import TrainingRun, make_optimizer
+from core.optimizer import make_optimizer
+from core.training import TrainingRun
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.train_tokenizer import TokenizerConfig, autoencoder_config
 

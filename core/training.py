@@ -7,7 +7,7 @@ import statistics
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, patch_environment
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -29,6 +28,7 @@ from core.config import RunConfig
 from core.errors import InputError, StopAsked
 from core.launch import overruled
 from core.model_folder import fill
+from core.optimizer import FUSED
 from core.pictures import draw_curves
 from core.places import Contents
 from core.precision import fastest_precision
@@ -40,13 +40,12 @@ from core.running_means import Means, RunningMeans
 from core.schedules import lr_at
 from core.sharding import share_like, units_to_shard, whole
 from core.stopping import StopRequests
+from core.trackers import check_trackers, start_trackers
 from core.train_config import TrainConfig
 
-__all__ = ["ConfigT", "DataT", "TrainingRun", "make_optimizer"]
+__all__ = ["ConfigT", "DataT", "TrainingRun"]
 
 ADVICE = "Try a lower train.lr, train.max_grad_norm=1.0, or train.mixed_precision=no"
-FUSED = ("cpu", "cuda")
-"""Devices whose optimizer updates all weights at once, and can be told on the device to leave an update out."""
 WHOLES = {"loss", "nats_per_image", "bits_per_dim", "grad_norm", "discriminator_grad_norm"}
 """Metrics that are not finite because a part of them is not."""
 
@@ -66,40 +65,6 @@ class _TrainingSections(Protocol):
 
 ConfigT = TypeVar("ConfigT", bound=_TrainingSections)
 DataT = TypeVar("DataT")
-
-
-def make_optimizer(
-    model: nn.Module, train: TrainConfig, *, lr: float | None = None, betas: tuple[float, float] | None = None
-) -> Optimizer:
-    """AdamW over the trainable weights of ``model``; biases, gains and embeddings of one dimension are not decayed.
-
-    Args:
-        lr: of a second network; None: `train.lr`. Both follow the same schedule.
-        betas: likewise.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if train.weight_decay:
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": train.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-    else:
-        groups = [{"params": trained, "weight_decay": 0.0}]
-    for group in groups:
-        group["initial_lr"] = lr or train.lr
-    fused = trained[0].device.type in FUSED
-    return torch.optim.AdamW(groups, lr=lr or train.lr, betas=betas or train.betas, fused=fused)
-
-
-def _check_trackers(names: Sequence[str]) -> None:
-    missing = set(names) - {str(tracker) for tracker in get_available_trackers()}
-    if missing:
-        name = min(missing)
-        others = [other for other in names if other not in missing]
-        raise InputError(
-            f"run.trackers {name}: {name} is not installed; install it (pip install {name}) or set "
-            f"run.trackers=[{', '.join(others)}]"
-        )
 
 
 def _seed_torch(seed: int, device: torch.device) -> None:
@@ -123,7 +88,7 @@ class TrainingRun(Generic[ConfigT]):
     def __init__(self, config: ConfigT, shardable: bool = False, time_limit: float | None = None) -> None:
         self._stop_requests = StopRequests(time_limit)
         self._stop: StopAsked | None = None
-        _check_trackers(config.run.trackers)
+        check_trackers(config.run.trackers)
         self.folder = RunFolder(config.run.dir)
         self.units_to_shard = units_to_shard(shardable)
         state = join_processes()
@@ -287,7 +252,12 @@ class TrainingRun(Generic[ConfigT]):
         """
         if self.finished:
             return
-        self._start_trackers()
+        try:
+            start_trackers(self.accelerator, self.config.run.trackers, self.step)
+        except InputError:
+            if self._is_new:  # the configuration names the tracker, so another one could not go on in this folder
+                shutil.rmtree(self.folder.path, ignore_errors=True)
+            raise
         ahead = self.batches.read_ahead(self.step, read) if read_ahead else None
         size, last = self.batches.batch_size, self.batches.max_steps
         self._bar = tqdm(
@@ -309,19 +279,6 @@ class TrainingRun(Generic[ConfigT]):
             if self.accelerator.is_main_process:
                 self.folder.write_note(STOPPED, [f"step {self.step}: {self._stop.reason}", "the same command goes on"])
             raise self._stop
-
-    def _start_trackers(self) -> None:
-        purge = {"tensorboard": {"purge_step": self.step}} if "tensorboard" in self.config.run.trackers else {}
-        try:
-            self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
-        except Exception as error:  # a tracker can raise anything: no login, no network, a broken installation
-            if self._is_new:  # the configuration names the tracker, so another one could not go on in this folder
-                shutil.rmtree(self.folder.path, ignore_errors=True)
-            raise InputError(
-                f"run.trackers {', '.join(self.config.run.trackers)}: could not be started "
-                f"({' '.join(str(error).split()) or type(error).__name__}). Log in (wandb login), set "
-                "WANDB_MODE=offline, or remove the tracker: run.trackers=[]"
-            ) from error
 
     def begin_step(self) -> None:
         """Sets the learning rate and the seeds of the step that comes."""

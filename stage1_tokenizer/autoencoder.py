@@ -85,6 +85,10 @@ class AutoencoderConfig(Section):
         return [PerceptualNetwork(type=perceptual.type, path=path)]
 
 
+LATER_KEYS = {"untrained_classes", "value_range", "trained_against"}
+"""Of :class:`AutoencoderConfig`: earlier versions do not know them, so they are written only where they say something."""
+
+
 @dataclass
 class AutoencoderOutput:
     """What a training step needs."""
@@ -258,9 +262,8 @@ class Autoencoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors."""
-        config: dict[str, Any] = self.config.model_dump(mode="json")
-        if not config["trained_against"]:  # earlier versions do not know the key
-            del config["trained_against"]
+        written = self.config.model_dump(mode="json").items()
+        config: dict[str, Any] = {key: value for key, value in written if value or key not in LATER_KEYS}
         save_model_folder(Path(folder), "tokenizer", config | {"hash": self.content_hash()}, self.state_dict())
 
     @classmethod

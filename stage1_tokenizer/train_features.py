@@ -22,10 +22,11 @@ from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dr
 from core.errors import InputError
 from core.images import to_float
 from core.labels import AUTO
+from core.optimizer import make_optimizer
 from core.sources import first_form
 from core.stopping import TimeLimitOption, going_on_later
 from core.train_config import TrainConfig
-from core.training import TrainingRun, make_optimizer
+from core.training import TrainingRun
 from stage1_tokenizer.augmentation import flip_half, shift
 from stage1_tokenizer.feature_network import WIDTHS, FeatureNetwork, FeatureNetworkConfig
 

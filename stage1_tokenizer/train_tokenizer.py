@@ -26,12 +26,13 @@ from core.files import expand_home
 from core.fits_memory import check_model
 from core.images import to_float
 from core.model_folder import fill, load_model_folder
+from core.optimizer import make_optimizer
 from core.pictures import save_picture
 from core.places import Contents, weights_at
 from core.random import seed_for
 from core.stopping import TimeLimitOption, going_on_later
 from core.train_config import TrainConfig
-from core.training import TrainingRun, make_optimizer
+from core.training import TrainingRun
 from stage1_tokenizer.augmentation import flip_half
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig
 from stage1_tokenizer.bottlenecks import Gaussian, Identity

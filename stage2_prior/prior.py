@@ -278,7 +278,10 @@ class Prior(nn.Module):
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
         """Writes config.json and model.safetensors; ``state``: the whole weights, where this process has a share."""
         state = self.state_dict() if state is None else state
-        save_model_folder(Path(folder), "prior", self.config.model_dump(mode="json"), state)
+        config = self.config.model_dump(mode="json")
+        if not config["untrained_classes"]:  # earlier versions do not know the key
+            del config["untrained_classes"]
+        save_model_folder(Path(folder), "prior", config, state)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Prior":

@@ -21,11 +21,12 @@ from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dr
 from core.ema import averaged_copy
 from core.errors import InputError
 from core.fits_memory import check_model
+from core.optimizer import make_optimizer
 from core.random import BatchRandom, seed_for
 from core.sharding import shard, whole
 from core.stopping import TimeLimitOption, going_on_later
 from core.train_config import TrainConfig
-from core.training import TrainingRun, make_optimizer
+from core.training import TrainingRun
 from stage2_prior.autoregressive import images_at_once
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import CodeCache, CodeSplit, Manifest

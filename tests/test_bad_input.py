@@ -218,7 +218,7 @@ def test_codes_that_are_missing_or_damaged(refused, runs, configs, tmp_path):
 
 def test_a_continuous_autoencoder_has_no_codes(refused, runs, tmp_path):
     document = json.loads((runs.tokenizer / "model" / "config.json").read_text())
-    document = {key: document[key] for key in AutoencoderConfig.model_fields}
+    document = {key: value for key, value in document.items() if key in AutoencoderConfig.model_fields}
     document["model"]["bottleneck"] = {"type": "gaussian"}
     Autoencoder(parse_config(AutoencoderConfig, document, "config")).save_pretrained(tmp_path / "vae" / "model")
     shutil.copy(runs.tokenizer / "config.yaml", tmp_path / "vae")

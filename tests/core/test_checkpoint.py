@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from core.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
+from core.optimizer import make_optimizer
 from core.train_config import TrainConfig
-from core.training import make_optimizer
 
 
 @pytest.fixture
