@@ -96,7 +96,10 @@ def check(
     if cache.is_file():
         stored = json.loads(cache.read_text(encoding="utf-8"))
         bad = {int(row): reason for row, reason in stored["bad"].items()}
-        values = {kind: UsedValues(**used) for kind, used in stored["values"].items()}
+        values = {
+            kind: UsedValues(**used | {"type_range": tuple(used["type_range"])})
+            for kind, used in stored["values"].items()
+        }
         return Findings(bad, Counter(stored["modes"]), Counter(stored["sizes"]), stored["animated"], values)
     findings = Findings()
     for start in range(0, len(records), 1024):

@@ -77,17 +77,17 @@ def image_to_uint8(
             values.low, values.high = float(finite.min()), float(finite.max())
         pixels = scaled_to_8_bits(wide, value_range or type_range)
         image = Image.fromarray(255 - pixels if inverted else pixels)
-    elif transparent and channels < 4:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert(MODES[channels])
-    if kind == "8-bit":
+    else:
+        image = image.convert("RGBA" if transparent and channels < 4 else MODES[channels])
         extremes: Any = image.getextrema()  # a pair, or one for each channel
-        colours = [extremes] if channels == 1 else extremes[:3]
+        colours = [extremes] if image.mode == "L" else extremes[:3]
         values.low, values.high = float(min(low for low, _ in colours)), float(max(high for _, high in colours))
         if value_range:
             table = scaled_to_8_bits(np.arange(256), value_range).tolist()
-            image = image.point(table * min(channels, 3) + list(range(256)) * (channels == 4))
+            image = image.point(table * len(colours) + list(range(256)) * (image.mode == "RGBA"))
+        if transparent and channels < 4:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert(MODES[channels])
     height, width = size
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)

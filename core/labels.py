@@ -26,7 +26,17 @@ def hub_features(schema: pa.Schema) -> dict[str, Any]:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
         return {}
-    return {name: about for name, about in features.items() if isinstance(about, dict)}
+    found = {}
+    for name, about in features.items():
+        while (
+            isinstance(about, list) and len(about) == 1
+        ):  # lists of one class, as they are written since 4.0, or before
+            about = about[0]
+        while isinstance(about, dict) and isinstance(about.get("feature"), dict):
+            about = about["feature"]
+        if isinstance(about, dict):
+            found[name] = about
+    return found
 
 
 def label_column(wanted: str | None, schemas: list[pa.Schema], taken: str, origin: str) -> tuple[str | None, list[str]]:
@@ -105,7 +115,7 @@ def read_labels(
     if names is None:
         distinct = {value for rows in labelled.values() for value in rows if value is not None}
         numbers = all(type(value) is int for value in distinct)
-        ordered = sorted(distinct) if numbers else sorted(map(str, distinct))  # type: ignore[type-var]
+        ordered = sorted(distinct) if numbers else sorted({str(value) for value in distinct})  # type: ignore[type-var]
         names = [str(value) for value in ordered]
         index: dict[Any, int] = {value: i for i, value in enumerate(ordered)}
     else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from core.errors import InputError
 from core.images import printable
-from core.splits import HELD_OUT, exact_split, spelled_splits
+from core.splits import HELD_OUT, exact_split, reads_as_held_out, spelled_splits
 
 __all__ = ["IMAGE_SUFFIXES", "FolderContent", "PictureFolder", "list_folder", "understand_folder"]
 
@@ -32,8 +32,8 @@ class PictureFolder:
 
     splits: dict[str, list[Path]]
     """The files of each split, class after class."""
-    labels: dict[str, list[int]] | None
-    """The class of each; None for pictures without classes."""
+    labels: dict[str, list[int] | None] | None
+    """The class of each; None for a held-out split without class folders, or where there are no classes at all."""
     class_names: list[str] | None
     """As the folders are called, sorted."""
     layout: str
@@ -118,7 +118,12 @@ def understand_folder(root: Path, content: FolderContent) -> PictureFolder:
     splits = {split: splits[split] for split in sorted(splits)}
     labels = None
     if class_names is not None:
-        labels = {split: [number[class_of[path] or ""] for path in paths] for split, paths in splits.items()}
+        labels = {}
+        for split, paths in splits.items():
+            found = [number[name] for path in paths if (name := class_of[path]) is not None]
+            labels[split] = found or None
+            if not found:
+                notices.append(f"`{split}` has no class folders and is used without classes")
     if empty := [printable(path) for path in content.empty if path.parts]:
         notices.append(f"folders without any picture: {_some(empty)}")
     layout = _describe_splits(splits, depth) + (
@@ -159,14 +164,20 @@ def _split_depth(root: Path, pictures: list[Path]) -> int | None:
     Raises:
         InputError: some folders beside each other are splits, others are not.
     """
+    only_train = None  # the depth of folders that all say `train`
     for depth in range(max(len(path.parts) for path in pictures) - 1):
         folders = _folders_at(pictures, depth)
         meanings = {name: _meaning(name) for name in sorted(folders)}
         splits, exact = set(meanings.values()), {name for name in folders if exact_split(name)}
         both = "train" in splits and bool(splits & HELD_OUT)
         complete = None not in splits and all(len(path.parts) > depth + 1 for path in pictures)
-        if complete and (both or exact == folders):
+        if complete and (both or (only_train is None and exact == folders and splits != {"train"})):
             return depth
+        if only_train is not None:  # below `train` names are those of classes, unless all of them are splits
+            continue
+        if complete and exact == folders:
+            only_train = depth
+            continue
         if both or any(exact_split(name) in HELD_OUT for name in exact) or (exact and depth == 0):
             named = [printable(name) for name in meanings if (name in exact if exact else meanings[name])]
             others = [printable(name) for name in meanings if name not in exact and (exact or not meanings[name])]
@@ -176,7 +187,7 @@ def _split_depth(root: Path, pictures: list[Path]) -> int | None:
                 "expected either only train, val and test or one folder a class. Put the training images into train/ "
                 "(in which a class may be called test), or rename the folders"
             )
-    return None
+    return only_train
 
 
 def _split_by_file_names(pictures: list[Path]) -> bool:
@@ -192,8 +203,8 @@ def _split_by_file_names(pictures: list[Path]) -> bool:
 def _possible_splits(pictures: list[Path]) -> list[str]:
     """Warns of names that read as held out where others do not, so that all are trained on."""
     notices = []
-    parts = {part for path in pictures for part in path.parts[:-1]}
-    folders = sorted(part for part in parts if spelled_splits(part) & HELD_OUT)
+    folders = sorted({part for path in pictures for part in path.parts[:-1]})
+    folders = [part for part in folders if spelled_splits(part) & HELD_OUT or reads_as_held_out(part)]
     if folders:
         notices.append(
             f"the folders {_some([printable(name) for name in folders])} are used for training like the others, though "
@@ -212,26 +223,28 @@ def _possible_splits(pictures: list[Path]) -> list[str]:
 def _check_splits(root: Path, split_of: dict[Path, str], depth: int | None) -> None:
     """Refuses splits without `train`, and two folders that are the same one."""
     if depth is not None:
-        folders = sorted({path.parts[: depth + 1] for path in split_of})
-        names = sorted({parts[depth] for parts in folders})
-        if len({_meaning(name) for name in names}) < len(names):
-            raise InputError(
-                f"data.source {root}: several of its folders {', '.join(map(printable, names))} are the same split; "
-                "name them train, val and test, each once"
-            )
+        beside: dict[tuple[str, ...], list[str]] = {}  # the folders by the one that they lie in
+        for parts in sorted({path.parts[: depth + 1] for path in split_of}):
+            beside.setdefault(parts[:-1], []).append(parts[-1])
+        for names in beside.values():
+            if len({_meaning(name) for name in names}) < len(names):
+                raise InputError(
+                    f"data.source {root}: several of its folders {', '.join(map(printable, names))} are the same "
+                    "split; name them train, val and test, each once"
+                )
     if "train" not in (splits := sorted(set(split_of.values()))):
         raise InputError(f"data.source {root}: has the splits {splits}, expected one named train")
 
 
 def _class_folders(pictures: list[Path], depth: int | None) -> dict[Path, str | None]:
-    """The folder that each picture's class is called by: the first one below its split, else the first one above it
-    that they do not have in common; None for a picture without."""
+    """The folder that each picture's class is called by: the first one below its split, or else above it, that they do
+    not have in common; without such a one the first below; None for a picture without."""
     below = 0 if depth is None else depth + 1
+    deepest = min(len(path.parts) for path in pictures) - 1  # levels that every picture has a folder at
     class_of = {path: path.parts[below] if len(path.parts) > below + 1 else None for path in pictures}
-    if not any(class_of.values()):
-        for level in range(depth or 0):
-            if len(names := {path.parts[level] for path in pictures}) > 1:
-                assert None not in names
+    if deepest > below or not any(class_of.values()):
+        for level in (*range(below, deepest), *range(depth or 0)):
+            if len({path.parts[level] for path in pictures}) > 1:
                 return {path: path.parts[level] for path in pictures}
     return class_of
 
@@ -259,6 +272,8 @@ def _class_names(
         )
     for split, names in sorted(of_split.items()):
         unknown = [printable(name) for name in sorted(names - set(classes))]
+        if split != "train" and classes and not names:  # all without a class
+            continue
         if unknown or is_flat[split] != is_flat["train"]:
             what = f"has the folders {unknown}" if unknown else "holds pictures outside class folders"
             known = f"the classes {classes}; name them alike" if classes else "no classes; give both the same layout"

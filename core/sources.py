@@ -57,7 +57,7 @@ def _candidates(name: str) -> tuple[list[Path], bool]:
     """Where ``name`` is looked for on this disk, and whether it cannot be but a path."""
     path = Path(expand_home(name))
     root = os.environ.get("TWOSTAGE_DATA")
-    looks_local = name.startswith((".", "/", "~")) or path.suffix in TABLE_SUFFIXES or name.count("/") > 1
+    looks_local = name.startswith((".", "/", "~")) or path.suffix.lower() in TABLE_SUFFIXES or name.count("/") > 1
     if not root or looks_local:
         return [path], looks_local
     return [path, *dict.fromkeys([Path(root) / name, Path(root) / Path(name).name])], looks_local
@@ -81,7 +81,7 @@ def first_form(source: str) -> tuple[tuple[int, int], int]:
 
 def _read_local(path: Path, wanted_label: str | None) -> Source:
     if path.is_file():
-        if path.suffix not in TABLE_SUFFIXES:
+        if path.suffix.lower() not in TABLE_SUFFIXES:
             raise InputError(f"data.source {path}: expected a folder, or a .parquet or .arrow file, got a single file")
         return read_tables(path, [], wanted_label, None)
     content = list_folder(path)
@@ -101,7 +101,8 @@ def _read_folder(root: Path, content: FolderContent, wanted_label: str | None) -
         found.labels = found.class_names = None
     splits = {}
     for split, files in found.splits.items():
-        labels = None if found.labels is None else np.array(found.labels[split], dtype=np.int64)
+        numbers = found.labels and found.labels[split]
+        labels = None if numbers is None else np.array(numbers, dtype=np.int64)
         splits[split] = Records(
             [printable(file) for file in files],
             labels,

@@ -2,7 +2,7 @@
 
 import re
 
-__all__ = ["HELD_OUT", "SPLIT_WORDS", "exact_split", "spelled_splits"]
+__all__ = ["HELD_OUT", "SPLIT_WORDS", "exact_split", "reads_as_held_out", "spelled_splits"]
 
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -26,3 +26,14 @@ def spelled_splits(name: str) -> set[str]:
     `my-dev_2.parquet` gives {`val`}, `train_vs_test` two splits, `testimony` none.
     """
     return {_SPLIT_OF[word.casefold()] for word in _WORD.findall(name)}
+
+
+_HELD_OUT_LIKE = re.compile(
+    r"(?<![A-Za-z])(?i:test|tst|testing|val|valid|validation|dev|eval|evaluation|hold[-_]?out|held[-_]?out)(?![a-z])"
+)
+
+
+def reads_as_held_out(name: str) -> bool:
+    """Whether a person may have meant a held-out split by ``name``, though `datasets` knows no such word: `testA`,
+    `split=test`, `holdout`. A reason to ask, not to decide."""
+    return _HELD_OUT_LIKE.search(name) is not None

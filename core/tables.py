@@ -19,7 +19,7 @@ from core.labels import hub_features, label_candidates, label_column, read_label
 from core.picture_folder import FolderContent
 from core.progress import on_terminal
 from core.records import Records, Source, shortened
-from core.splits import exact_split, spelled_splits
+from core.splits import exact_split, reads_as_held_out, spelled_splits
 
 __all__ = ["TABLE_SUFFIXES", "find_tables", "read_hub", "read_tables"]
 
@@ -30,18 +30,14 @@ _SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 
 
 def find_tables(content: FolderContent) -> list[Path]:
-    """The tables of a folder that is a dataset of tables, relative to it: those directly in it, and those below it
-    where none of the former is called by a split; [] where the only tables lie among pictures. `cache-*.arrow` does not
-    count: `datasets` keeps copies there."""
+    """The tables of a folder that is a dataset of tables, relative to it; [] where the only tables lie among pictures.
+    `cache-*.arrow` does not count: `datasets` keeps copies there."""
     found = [
         path
         for path, reason in sorted(content.skipped.items())
-        if path.suffix in TABLE_SUFFIXES and reason != "hidden" and not path.name.startswith("cache-")
+        if path.suffix.lower() in TABLE_SUFFIXES and reason != "hidden" and not path.name.startswith("cache-")
     ]
-    directly = [path for path in found if len(path.parts) == 1]
-    if content.pictures and not directly:
-        return []
-    return directly if any(spelled_splits(_shard_name(path)) for path in directly) else found
+    return [] if content.pictures and not any(len(path.parts) == 1 for path in found) else found
 
 
 def read_tables(root: Path, files: list[Path], wanted_label: str | None, content: FolderContent | None) -> Source:
@@ -70,8 +66,13 @@ def read_tables(root: Path, files: list[Path], wanted_label: str | None, content
     if ignored:
         names = shortened([printable(path) for path in ignored])
         source.notices.append(
-            f"tables that are not used, because their names are none of train, val and test: {names}; to train on one, "
-            "call it train-NAME.parquet"
+            f"tables that are not used, because their names are no split or the split lies higher up: {names}; to "
+            "train on one, put it beside the others and call it train-NAME.parquet"
+        )
+    if list(by_split) == ["train"] and (odd := [path for path in by_split["train"] if reads_as_held_out(str(path))]):
+        source.notices.append(
+            f"tables that are trained on, though their names read as held out: {shortened(list(map(printable, odd)))}; "
+            "if they are, call them test-NAME.parquet and the others train-NAME.parquet"
         )
     if content:
         reasons = content.skipped | dict.fromkeys(ignored, "a table that is no split")
@@ -85,23 +86,25 @@ def read_tables(root: Path, files: list[Path], wanted_label: str | None, content
 
 
 def _table_splits(root: Path, files: list[Path]) -> tuple[dict[str, list[Path]], list[Path]]:
-    """The files of each split, and those that are none: by the folder that they are in, else by their own names; all
-    are `train` where no name says anything."""
-    by_folder = {file: _spelled(root, file, [*reversed(file.parts[:-1])]) for file in files}
-    by_name = {file: _spelled(root, file, [_shard_name(file)]) for file in files if not by_folder[file]}
-    exact = {split for file, split in by_name.items() if exact_split(_shard_name(file))}
+    """The files of each split, and those that are none: by their own names or by the folder that they are in. Where no
+    name says anything, all are `train`, or those directly in ``root``."""
+    splits = {file: _split_of(root, file) for file in files}
+    direct = {split for file, split in splits.items() if split and len(file.parts) == 1}
+    exact = {split for file, split in splits.items() if exact_split(_shard_name(file))}
     by_split: dict[str, list[Path]] = {}
     ignored = []
-    for file in files:
-        split = by_folder[file] or by_name[file]
+    for file, split in splits.items():
+        name = _shard_name(file)
         # `datasets` takes `train_extra-00000-of-00001` beside `train-00000-of-00001` for another split.
-        another = not by_folder[file] and split in exact and _SHARD.fullmatch(file.stem)
-        if split and not (another and not exact_split(_shard_name(file))):
-            by_split.setdefault(split, []).append(file)
-        else:
+        another = _SHARD.fullmatch(file.stem) and split in exact and spelled_splits(name) and not exact_split(name)
+        # Where a split lies in the folder itself, what lies deeper is a copy or another dataset.
+        if split is None or another or (split in direct and len(file.parts) > 1):
             ignored.append(file)
+        else:
+            by_split.setdefault(split, []).append(file)
     if not by_split:
-        return {"train": files}, []
+        used = [file for file in files if len(file.parts) == 1] or files
+        return {"train": used}, [file for file in files if file not in used]
     if ignored and "train" not in by_split:
         raise InputError(
             f"data.source {root}: has the splits {sorted(by_split)} and tables whose names are none "
@@ -110,15 +113,20 @@ def _table_splits(root: Path, files: list[Path]) -> tuple[dict[str, list[Path]],
     return by_split, ignored
 
 
-def _spelled(root: Path, file: Path, names: list[str]) -> str | None:
-    """The split that the first of ``names`` to spell any spells."""
-    spelled = next((splits for name in names if (splits := spelled_splits(name))), set())
-    if len(spelled) > 1:
+def _split_of(root: Path, file: Path) -> str | None:
+    """The split that a table's name, or else the nearest folder above it that spells any, spells.
+
+    Raises:
+        InputError: they spell two.
+    """
+    own = spelled_splits(_shard_name(file))
+    above = next((splits for name in reversed(file.parts[:-1]) if (splits := spelled_splits(name))), set())
+    if len(own | above) > 1:
         raise InputError(
-            f"data.source {root}: the table {printable(file)} could be {' or '.join(sorted(spelled))} by its name; "
-            "give it the name of one split"
+            f"data.source {root}: the table {printable(file)} could be {' or '.join(sorted(own | above))} by its name; "
+            "give it, and its folder, the name of one split"
         )
-    return next(iter(spelled), None)
+    return next(iter(own | above), None)
 
 
 def _shard_name(file: Path) -> str:
@@ -129,7 +137,7 @@ def _shard_name(file: Path) -> str:
 
 def _read_table(file: Path) -> pa.Table:
     try:
-        if file.suffix == ".parquet":
+        if file.suffix.lower() == ".parquet":
             return pq.ParquetFile(file).read()  # pq.read_table would make columns of the folders' names
         source = pa.memory_map(str(file))
         try:
@@ -165,6 +173,10 @@ def read_hub(name: str, looked: list[Path], wanted_label: str | None) -> Source:
         ) from None
     parts = {str(split): part for split, part in loaded.items()}
     by_split, ignored = named_splits(name, parts)
+    if not by_split and len(parts) == 1:  # a lone split of any name is what there is to train on
+        by_split, ignored = {"train": ignored[0]}, []
+    if not by_split:
+        raise InputError(f"data.source {name}: has the splits {list(parts)}, expected one named train")
     tables = {split: parts[part].data.table for split, part in by_split.items()}
     version = " ".join(part._fingerprint for part in parts.values())
     source = _from_tables(f"Hugging Face dataset {name}", tables, name, version, None, wanted_label)

@@ -18,6 +18,7 @@ from core.config import parse_config
 from core.data import DataConfig, ImageData, load_images
 from core.errors import InputError
 from core.images import to_float
+from core.labels import AUTO
 from core.model_folder import find_model_folder
 from core.places import find_places, portable, same_place
 from core.processes import join_processes
@@ -51,7 +52,9 @@ def training_data(tokenizer: str | Path, source: str | None) -> DataConfig:
     document = stored["data"] if stored else {}
     model = Autoencoder.from_pretrained(tokenizer).config
     document |= {"image_size": list(model.image_size), "channels": model.channels}
-    config = parse_config(DataConfig, document | ({"source": source} if source else {}), "data")
+    if source:  # whose tables have columns of their own; shapes have no range
+        document |= {"source": source, "label_column": AUTO} | ({"value_range": None} if source == "shapes" else {})
+    config = parse_config(DataConfig, document, "data")
     if source:
         return config
     return find_images(config, run, RunFolder(run).stored_sources().get("data.source"))

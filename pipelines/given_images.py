@@ -147,7 +147,7 @@ def read_image(
                 f"{path}: {found}, which the range from {low:g} to {high:g} cannot show; save it with 8 bits, or train "
                 "the model with data.value_range"
             )
-        if kind != "8-bit" and values.little(value_range):
+        if (kind != "8-bit" or value_range) and values.little(value_range):
             notes.append(f"{found}, little of the range from {low:g} to {high:g}")
     return torch.from_numpy(pixels), "; ".join(filter(None, notes)) or None
 

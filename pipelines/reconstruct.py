@@ -89,7 +89,10 @@ def held_out_images(model: str | Path, source: str | None) -> ImageSplit:
             f"{model}: does not say which images it was trained on; give pictures by --image FILE, or a data set by "
             "--data SOURCE"
         )
-    return load_images(training_data(run, source)).validation
+    data = load_images(training_data(run, source))
+    for line in data.notices if source else []:
+        print(line)
+    return data.validation
 
 
 def read_images(files: list[Path], tokenizer: Autoencoder) -> Tensor:

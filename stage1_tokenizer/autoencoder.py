@@ -86,7 +86,7 @@ class AutoencoderConfig(Section):
 
 
 LATER_KEYS = {"untrained_classes", "value_range", "trained_against"}
-"""Of :class:`AutoencoderConfig`: earlier versions do not know them, so they are written only where they say something."""
+"""Keys that earlier versions do not know, so they are written only where they say something."""
 
 
 @dataclass

@@ -60,8 +60,8 @@ def table(tmp_path: Path) -> WriteTable:
             features = {"label": {"names": class_names, "_type": "ClassLabel"}}
             content = content.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
         path = tmp_path / "tables" / name
-        path.parent.mkdir(exist_ok=True)
-        if path.suffix == ".parquet":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() == ".parquet":
             pa.parquet.write_table(content, path)
         else:
             with pa.ipc.new_stream(path, content.schema) as writer:  # what Hugging Face datasets writes

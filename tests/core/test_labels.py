@@ -82,6 +82,20 @@ def test_with_class_names_numbers_and_names_are_labels_and_minus_one_is_none():
         read_labels({"train": with_names(table(["bee", "cat"]), ["ant", "bee"])}, "label", "here")
 
 
+@pytest.mark.parametrize("form", ['{"feature": %s, "_type": "Sequence"}', '{"feature": %s, "_type": "List"}', "[%s]"])
+def test_lists_of_one_named_class_keep_the_names(form):
+    feature = form % '{"names": ["ant", "bee"], "_type": "ClassLabel"}'
+    metadata = {"huggingface": f'{{"info": {{"features": {{"label": {feature}}}}}}}'}
+    content = table([[1], [0]]).replace_schema_metadata(metadata)
+    names, labels, _ = read_labels({"train": content}, "label", "here")
+    assert (names, labels["train"].tolist()) == (["ant", "bee"], [1, 0])
+
+
+def test_numbers_in_one_split_and_texts_in_another_are_the_same_classes():
+    names, labels, _ = read_labels({"train": table([10, 9, 10]), "test": table(["9", "10"])}, "label", "here")
+    assert (names, labels["train"].tolist(), labels["test"].tolist()) == (["10", "9"], [0, 1, 0], [1, 0])
+
+
 @pytest.mark.parametrize("missing", [[-1, -1], [None, None], None])
 def test_a_split_without_labels_has_none(missing):
     test = table([0]).drop_columns("label") if missing is None else table(missing)

@@ -131,11 +131,18 @@ def test_few_values_are_said_for_8_bits_too(tmp_path):
     assert load(folder, value_range=[0, 1]).splits["train"].pixels.unique().tolist() == [0, 255]
 
 
+def test_what_is_remembered_of_a_dataset_is_read_as_it_was(tmp_path):
+    folder = save(tmp_path / "images", "x.png", (RAMP * 9).astype("u1"))
+    first, again = (load(folder, value_range=[0, 4095], in_memory_gb=0) for _ in range(2))
+    assert first.notices == again.notices
+    assert "little of the range from 0 to 4095" in str(again.notices)
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_a_range_of_8_bits_leaves_transparency_alone(channels):
     image = Image.new("RGBA", (2, 2), (10, 20, 30, 128))
     found = image_to_uint8(image, (2, 2), channels, (0, 51))[:, 0, 0].tolist()
-    assert found == {1: [255], 3: [255] * 3, 4: [50, 100, 150, 128]}[channels]
+    assert found == {1: [172], 3: [152, 177, 202], 4: [50, 100, 150, 128]}[channels], "the range first, then on white"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -73,6 +74,40 @@ def test_below_train_classes_may_be_called_like_splits(pictures):
     assert labelled(source, "test") == {"3.png": "test"}
 
 
+def test_a_held_out_split_without_class_folders_has_no_labels(pictures):
+    source = find_source(str(pictures("train/cat/0.png", "train/dog/1.png", "test/2.png")))
+    assert labelled(source, "train") == {"0.png": "cat", "1.png": "dog"}
+    assert source.splits["test"].labels is None
+    assert source.notices == ["`test` has no class folders and is used without classes"]
+
+
+@pytest.mark.parametrize("names", [
+    ("train/train/0.png", "train/train/1.png", "train/test/2.png"),
+    ("train/train/cat/0.png", "train/train/dog/1.png", "train/test/cat/2.png"),
+    ("cat/train/0.png", "dog/training/1.png", "dog/test/2.png"),
+])  # fmt: skip
+def test_splits_are_found_below_a_folder_of_the_same_name(pictures, names):
+    source = find_source(str(pictures(*names)))
+    assert {split: reds(source, split) for split in source.splits} == {"train": [0, 10], "test": [20]}
+
+
+@pytest.mark.parametrize(
+    "form", ["animals/{}", "{}/animals", "train/animals/{}", "data/train/animals/{}", "{}/deep/er"]
+)
+def test_folders_that_all_images_share_are_no_classes(pictures, form):
+    source = find_source(str(pictures(f"{form.format('cat')}/0.png", f"{form.format('dog')}/1.png")))
+    assert labelled(source, "train") == {"0.png": "cat", "1.png": "dog"}
+
+
+@pytest.mark.parametrize("name", ["testA", "split=test", "holdout", "tst", "held_out"])
+def test_names_that_read_as_held_out_are_pointed_out(pictures, table, name):
+    source = find_source(str(pictures("trainA/0.png", f"{name}/1.png")))
+    assert any(f"the folders {name} are used for training like the others" in line for line in source.notices)
+    table("part1.parquet", [0])
+    source = find_source(str(table(f"{name}.parquet", [0]).parent))
+    assert any(f"names read as held out: {name}.parquet" in line for line in source.notices)
+
+
 def test_splits_above_flat_folders(pictures):
     source = find_source(str(pictures("train/0.png", "train/1.png", "test/2.png")))
     assert {split: reds(source, split) for split in source.splits} == {"train": [0, 10], "test": [20]}
@@ -107,7 +142,7 @@ def test_other_files_and_hidden_ones_are_named(pictures):
          "{root}: holds pictures and also folders of pictures (cat, dog); expected either pictures only (no classes) "),
         (("train/cat/0.png", "test/cat/1.png", "test/dog/2.png"),
          "{root}/test: has the folders ['dog'], but `train` has the classes ['cat']; name them alike"),
-        (("train/cat/0.png", "test/1.png"),
+        (("train/cat/0.png", "test/1.png", "test/cat/2.png"),
          "{root}/test: holds pictures outside class folders, but `train` has the classes ['cat']; name them alike"),
         (("train/0.png", "test/cat/1.png"), "{root}/test: has the folders ['cat'], but `train` has no classes"),
         (("train/0.png", "bus/1.png", "car/2.png"),
@@ -117,7 +152,7 @@ def test_other_files_and_hidden_ones_are_named(pictures):
         (("cat/0.png", "cat/test/1.png"), "{root}: holds the split test and also pictures that are in none of these; "),
         (("val/cat/0.png", "test/cat/1.png"), "{root}: has the splits ['test', 'val'], expected one named train"),
     ],
-    ids=["mixed", "class only in test", "test is flat", "train is flat", "train among classes",
+    ids=["mixed", "class only in test", "test is half flat", "train is flat", "train among classes",
          "held out among classes", "held out below a class", "no train"],
 )  # fmt: skip
 def test_ambiguous_folder_is_refused(pictures, names, sentence):
@@ -241,13 +276,18 @@ def test_shards_of_a_split_are_joined_in_order(table):
         (["cifar10_train.parquet", "cifar10_test.parquet"], {"train": 1, "test": 1}, []),
         (["a.parquet", "b.parquet"], {"train": 2}, []),
         (["train.parquet", "cache-1f2e.arrow"], {"train": 1}, ["cache-1f2e.arrow"]),
+        (["train.parquet", "test/0.parquet"], {"train": 1, "test": 1}, []),
+        (["TRAIN.PARQUET", "Test.Parquet"], {"train": 1, "test": 1}, []),
+        (["train.parquet", "test.parquet", "old/train.parquet"], {"train": 1, "test": 1}, ["old/train.parquet"]),
+        (["data.parquet", "old/data.parquet"], {"train": 1}, ["old/data.parquet"]),
+        (["a/x.parquet", "b/y.parquet"], {"train": 2}, []),
         (["unsupervised-00000-of-00001.parquet", "training-00000-of-00001.parquet", "Eval.parquet"],
          {"train": 1, "test": 1}, ["unsupervised-00000-of-00001.parquet"]),
     ],
 )  # fmt: skip
 def test_a_table_that_is_no_split_is_named_and_never_trained_on(table, names, splits, ignored):
     for name in names:
-        folder = table(name, [0]).parent
+        folder = table(name, [0]).parents[name.count("/")]
     source = find_source(str(folder))
     assert {split: len(records) for split, records in source.splits.items()} == splits
     assert sorted(line.partition(" (")[0] for line in source.skipped) == [f"{folder}/{name}" for name in ignored]
@@ -258,12 +298,13 @@ def test_a_table_that_is_no_split_is_named_and_never_trained_on(table, names, sp
     [
         (["data.parquet", "test.parquet"],
          "has the splits ['test'] and tables whose names are none (data.parquet); call the one to train on "),
-        (["train_test.parquet"], "the table train_test.parquet could be test or train by its name; give it the "),
+        (["train/train.parquet", "train/test.parquet"], "the table train/test.parquet could be test or train by its "),
+        (["train_test.parquet"], "the table train_test.parquet could be test or train by its name; give it, "),
     ],
 )  # fmt: skip
 def test_tables_whose_split_is_not_clear_are_refused(table, names, sentence):
     for name in names:
-        folder = table(name, [0]).parent
+        folder = table(name, [0]).parents[name.count("/")]
     with pytest.raises(InputError, match=re.escape(f"data.source {folder}: {sentence}")):
         find_source(str(folder))
 
@@ -279,6 +320,19 @@ def test_tables_whose_split_is_not_clear_are_refused(table, names, sentence):
 )
 def test_the_splits_of_a_hub_dataset(parts, chosen, ignored):
     assert named_splits("someone/flowers", parts) == (chosen, ignored)
+
+
+def test_a_lone_hub_split_of_any_name_is_trained_on(monkeypatch, pictures):
+    images = [{"bytes": (pictures("0.png") / "0.png").read_bytes(), "path": None}] * 3
+    parts = {"full": datasets.Dataset.from_dict({"image": images})}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(parts))
+    source = find_source("someone/flowers")
+    assert {split: len(records) for split, records in source.splits.items()} == {"train": 3}
+    parts["more"] = parts["full"]
+    with pytest.raises(
+        InputError, match=r"someone/flowers: has the splits \['full', 'more'\], expected one named train"
+    ):
+        find_source("someone/flowers")
 
 
 def test_two_hub_splits_that_are_the_same_one_are_refused():

@@ -39,6 +39,11 @@ def test_values_of_more_than_8_bits_are_seen_as_the_model_was_trained(picture):
     found, said = read_image(twelve, (8, 8), 1)
     assert found.max() == 16
     assert said.endswith("holds 16-bit values from 0 to 4095, little of the range from 0 to 65535")
+    eight = picture("e.png", np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8))
+    assert (
+        "holds 8-bit values from 0 to 255, little of the range from 0 to 4095"
+        in read_image(eight, (8, 8), 1, (0, 4095))[1]
+    )
     floats = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     assert read_image(picture("c.tif", floats), (8, 8), 1)[0].max() == 255
     with pytest.raises(

@@ -107,6 +107,18 @@ def test_a_class_conditional_autoencoder_does_the_same(trained, twostage, tmp_pa
         assert sheet.width < 3 * 80, "a column for each of the two classes that were trained"
 
 
+def test_other_data_may_have_other_columns(trained, twostage, tmp_path, configs):
+    table = pq.read_table(trained[0] / "data/train.parquet").rename_columns(["image", "species"])
+    pq.write_table(table, tmp_path / "train.parquet")
+    run = tmp_path / "run"
+    words = ("train-tokenizer", configs / "tokenizer.yaml", f"run.dir={run}", f"data.source={tmp_path}/train.parquet")
+    ended = twostage(*words, "data.num_images=null", "data.label_column=species", "data.value_range=[0, 200]")
+    assert ended.code == 0, ended.err
+    for source in ("shapes", trained[0] / "data"):
+        ended = twostage("reconstruct", run, "--data", source, "--out", tmp_path / "sheet.png")
+        assert ended.code == 0, ended.err
+
+
 def test_a_held_out_split_without_labels_measures_no_class(trained, twostage, tmp_path, configs):
     root = tmp_path / "data"
     root.mkdir()
