@@ -36,7 +36,7 @@ $(LOWEST)/.installed: pyproject.toml
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet 'setuptools>=77' -r $(LOWEST)/lowest.txt --editable .
 	touch $@
 
-# Hours: kills, damaged pictures and configurations, memory. Writes docs/reliability.md; PARTS=kills does one of them.
+# Hours: kills, damaged images, layouts of data, configurations, memory. Writes docs/reliability.md; PARTS=kills does one of them.
 soak: $(VENV)/.installed-dev
 	$(BIN)/python tests/reliability $(PARTS)
 
