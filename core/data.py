@@ -354,7 +354,9 @@ def _describe_values(values: dict[str, UsedValues], config: DataConfig) -> list[
     for kind, used in values.items():
         low, high = config.value_range or used.type_range
         found = f"{used.images:,} pictures hold {kind} values from {used.low:g} to {used.high:g}"
-        if used.little(config.value_range):
+        if used.low == used.high and len(values) == 1 and used.images > 1:
+            notices.append(f"{used.images:,} pictures hold nothing but the value {used.low:g}: they all look the same")
+        elif used.little(config.value_range):
             notices.append(
                 f"{found}, little of the range from {low:g} to {high:g}: they will look dark, bright or flat. If they "
                 f"are meant in another range, set data.value_range=[{used.low:g}, {used.high:g}]"

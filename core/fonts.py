@@ -17,6 +17,8 @@ __all__ = ["class_labels", "figure_families", "font_for", "legible", "load_matpl
 SIZE = 13  # pixels
 IGNORED = {*range(0xFE00, 0xFE10), 0x200B, 0x200C, 0x200D, 0x200E, 0x200F, 0x2060, 0xFEFF}
 """Characters that choose or join glyphs and have none themselves."""
+TURNING = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+"""Characters that turn the direction of the text after them, by which a name can be drawn as another one."""
 UNWRITABLE = ("Cc", "Cs", "Co", "Cn")
 """Categories of characters that nobody can read: control characters, halves of pairs, private and unassigned ones."""
 
@@ -67,7 +69,7 @@ def legible(text: str) -> str:
     if font_for(text) is not None:
         return text
     there = _characters(_font_files()[0])
-    known = [ord(c) in there and unicodedata.category(c) not in UNWRITABLE and not _is_complex(c) for c in text]
+    known = [ord(c) in there and not _is_unwritable(c) and not _is_complex(c) for c in text]
     return "".join(
         c if is_known else c.encode("unicode_escape").decode() for c, is_known in zip(text, known, strict=True)
     )
@@ -90,7 +92,7 @@ def font_for(text: str, size: int = SIZE) -> ImageFont.FreeTypeFont | ImageFont.
     """A font that has every character of ``text``; None where this machine has none."""
     if text.isascii() and text.isprintable():
         return ImageFont.load_default(size)
-    if any(unicodedata.category(c) in UNWRITABLE for c in text):
+    if any(map(_is_unwritable, text)):
         return None
     if _is_complex(text) and not features.check("raqm"):
         return None
@@ -148,6 +150,10 @@ def _characters(file: str) -> frozenset[int]:
 def _one_line(text: str) -> str:
     """Composed characters, and a space for each stretch of white space."""
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _is_unwritable(character: str) -> bool:
+    return unicodedata.category(character) in UNWRITABLE or ord(character) in TURNING
 
 
 def _is_complex(text: str) -> bool:

@@ -89,6 +89,7 @@ def test_joined_letters_are_drawn_by_pillow_alone(system_font, name):
         "a\x00b",
         "\ud800",
         "\ue000",
+        "\u202eabc",
         "",
         "  ",
         "\u200b",

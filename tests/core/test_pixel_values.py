@@ -179,6 +179,11 @@ def test_values_that_are_no_numbers_are_black_and_said(tmp_path):
     assert "2 pictures hold values that are NaN or infinite: NaN becomes black" in data.notices
 
 
+def test_a_dataset_of_one_value_is_said(tmp_path):
+    data = load(save(tmp_path / "images", "x.tif", np.zeros((64, 64), "<u2")))
+    assert "2 pictures hold nothing but the value 0: they all look the same" in data.notices
+
+
 def test_white_may_be_zero(tmp_path):
     folder = save(tmp_path / "images", "x.tif", (RAMP * 65535).round().astype("<u2"), white_is_zero=True)
     assert np.abs(np.array(seen(load(folder))) - [255 - value for value in SEEN]).max() <= 1
