@@ -108,6 +108,8 @@ def understand_folder(root: Path, content: FolderContent) -> PictureFolder:
         split_of = {path: spelled_splits(path.stem).pop() for path in pictures}
     else:
         notices = _possible_splits(pictures)
+    if depth is not None and set(split_of.values()) == {"train"}:
+        notices = _possible_splits([Path(*path.parts[depth + 1 :]) for path in pictures])
     _check_splits(root, split_of, depth)
     class_of = _class_folders(pictures, depth)
     class_names = _class_names(root, split_of, class_of, depth)
@@ -159,7 +161,8 @@ def _split_depth(root: Path, pictures: list[Path]) -> int | None:
     where no folder is a split.
 
     Folders at a depth are splits if each picture is below one. One that is not called by a split's very name, such as
-    `train_station`, counts only where both training and held-out pictures are spelled like that.
+    `train_station`, counts only where both training and held-out pictures are spelled like that. Below folders that
+    all are `train`, only training and held-out ones beside each other are splits.
 
     Raises:
         InputError: some folders beside each other are splits, others are not.

@@ -108,6 +108,11 @@ def test_names_that_read_as_held_out_are_pointed_out(pictures, table, name):
     assert any(f"names read as held out: {name}.parquet" in line for line in source.notices)
 
 
+def test_held_out_names_below_train_alone_are_pointed_out(pictures):
+    source = find_source(str(pictures("train/cat/0.png", "train/cat/test/1.png", "train/dog/2.png")))
+    assert any("the folders test are used for training like the others" in line for line in source.notices)
+
+
 def test_splits_above_flat_folders(pictures):
     source = find_source(str(pictures("train/0.png", "train/1.png", "test/2.png")))
     assert {split: reds(source, split) for split in source.splits} == {"train": [0, 10], "test": [20]}
