@@ -26,6 +26,7 @@ from core.places import Contents
 from core.records import Records, Source, shortened
 from core.shapes import CLASS_NAMES, draw_shapes
 from core.sources import find_local, find_source
+from core.spread import spread
 
 __all__ = ["DataConfig", "ImageData", "ImageSplit", "LabelColumnOption", "ValueRangeOption", "load_images"]
 
@@ -144,8 +145,7 @@ class ImageSplit:
     def sample_hash(self) -> str:
         """The sha256 of the pixels of up to 256 of these pictures, spread evenly: of those whose fingerprint knows
         only the sizes of their files."""
-        count = min(len(self), 256)
-        return hashlib.sha256(self.read(torch.arange(count) * len(self) // count).numpy().tobytes()).hexdigest()
+        return hashlib.sha256(self.read(spread(len(self), 256)).numpy().tobytes()).hexdigest()
 
     def names(self, rows: Tensor) -> list[str]:
         """What each picture is called in messages: its file, or its row."""
@@ -342,7 +342,7 @@ def _check_values(values: dict[str, UsedValues], config: DataConfig) -> None:
         remedy = f"set data.value_range=[{used.low:g}, {used.high:g}], or the whole range that they are meant in"
         if config.value_range is None and used.outside(None):
             raise InputError(f"data.source {config.source}: {found}, expected floats from 0 to 1; {remedy}")
-        if used.hidden(config.value_range) and used.high > used.low:
+        if used.hidden(config.value_range):
             raise InputError(
                 f"data.source {config.source}: {found}, which are all one shade in the range from {low:g} to {high:g}; "
                 f"{remedy}"

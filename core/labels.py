@@ -28,9 +28,7 @@ def hub_features(schema: pa.Schema) -> dict[str, Any]:
         return {}
     found = {}
     for name, about in features.items():
-        while (
-            isinstance(about, list) and len(about) == 1
-        ):  # lists of one class, as they are written since 4.0, or before
+        while isinstance(about, list) and len(about) == 1:  # lists of classes, in either of their spellings
             about = about[0]
         while isinstance(about, dict) and isinstance(about.get("feature"), dict):
             about = about["feature"]

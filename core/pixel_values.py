@@ -92,9 +92,9 @@ class UsedValues:
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
 
     def hidden(self, value_range: ValueRange | None) -> bool:
-        """Whether all values of a type other than 8 bits lie so close together that no image shows anything."""
+        """Whether values of a type other than 8 bits differ, but lie so close together that no image shows it."""
         low, high = value_range or self.type_range
-        return self.type_range != (0, 255) and self.high - self.low < (high - low) / 256
+        return self.type_range != (0, 255) and 0 < self.high - self.low < (high - low) / 256
 
     def little(self, value_range: ValueRange | None) -> bool:
         """Whether the images use little of their range, so that all are dark, bright or flat."""

@@ -20,7 +20,7 @@ from core.errors import InputError
 from core.images import to_float
 from core.labels import AUTO
 from core.model_folder import find_model_folder
-from core.places import find_places, portable, same_place
+from core.places import Record, find_places, portable, same_place
 from core.processes import join_processes
 from core.progress import ProgressBar
 from core.run_folder import RunFolder
@@ -103,8 +103,8 @@ def encode_dataset(
         _say(state, line)
     splits = image_variants(data, data_config, augmentation)
     common = {"tokenizer": reference.hash, "augmentation": augmentation.model_dump(mode="json")}
-    group = data_config.model_dump(mode="json")
-    identity = common | {"data": {**group, "source": None}, "images": data.identity()}
+    group, contents = data_config.model_dump(mode="json"), data.contents()
+    identity = common | {"data": {**group, "source": None}, "images": contents.facts}
     partial = PartialCodes(final, identity, splits, former=common | {"data": group})
     if state.is_main_process and (found := partial.begin(model.code_grid, code_dtype(model.codebook_size))):
         print(found)
@@ -114,7 +114,7 @@ def encode_dataset(
         _encode_split(model, images, split, partial, state)
     state.wait_for_everyone()
     if state.is_main_process:
-        manifest = _manifest(model, data, data_config, reference, augmentation, partial)
+        manifest = _manifest(model, data, contents.record, data_config, reference, augmentation, partial)
         partial.finish(manifest)
         print(f"{final}: {_describe(manifest)}")
     state.wait_for_everyone()
@@ -191,6 +191,7 @@ def _encode_split(
 def _manifest(
     model: Autoencoder,
     data: ImageData,
+    images: Record,
     data_config: DataConfig,
     reference: TokenizerReference,
     augmentation: Augmentation,
@@ -202,7 +203,7 @@ def _manifest(
     return Manifest(
         tokenizer=reference,
         source=_remembered_source(data_config.source, partial.final),
-        images=data.contents().record,
+        images=images,
         image_size=model.config.image_size,
         channels=model.config.channels,
         grid=model.code_grid,

@@ -115,6 +115,19 @@ def twostage() -> Callable[..., Ended]:
 
 
 @pytest.fixture(scope="session")
+def works(twostage: Callable[..., Ended]) -> Callable[..., str]:
+    """``works(*words)``: what `twostage WORDS`, which has to succeed, prints on the way."""
+
+    def works(*words: object) -> str:
+        ended = twostage(*words)
+        assert ended.code == 0, ended.err
+        assert "Traceback" not in ended.err
+        return ended.out
+
+    return works
+
+
+@pytest.fixture(scope="session")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `tokenizer.yaml` and `prior.yaml`, both of a few small steps."""
     folder = tmp_path_factory.mktemp("configs")

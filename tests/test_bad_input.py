@@ -45,18 +45,6 @@ def refused(twostage, runs) -> Callable[..., str]:
 
 
 @pytest.fixture
-def works(twostage) -> Callable[..., str]:
-    """``works(*words)``: what `twostage WORDS` says on the way."""
-
-    def works(*words: object) -> str:
-        ended = twostage(*words)
-        assert ended.code == 0, ended.err
-        return ended.out
-
-    return works
-
-
-@pytest.fixture
 def other_tokenizer(runs, tmp_path) -> Path:
     """The run folder of a tokenizer with another encoder."""
     run = tmp_path / "other_tokenizer"

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,16 +27,6 @@ def written(request, tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("TWOSTAGE_DATA", raising=False)
     return tmp_path / "written"
-
-
-@pytest.fixture
-def works(twostage) -> Callable[..., str]:
-    def works(*words: object) -> str:
-        ended = twostage(*words)
-        assert ended.code == 0, ended.err
-        return ended.out
-
-    return works
 
 
 def test_a_finished_run_is_finished(written, works):

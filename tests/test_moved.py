@@ -86,17 +86,6 @@ def ended(trained) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def works(twostage) -> Callable[..., str]:
-    def works(*words: object) -> str:
-        ended = twostage(*words)
-        assert ended.code == 0, ended.err
-        assert "Traceback" not in ended.err
-        return ended.out
-
-    return works
-
-
-@pytest.fixture
 def refused(twostage) -> Callable[..., str]:
     def refused(*words: object) -> str:
         ended = twostage(*words)

@@ -1,7 +1,6 @@
 """Folders whose names look like something else to YAML are the ones that are trained on and written to."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,6 @@ def _own_machine(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("TWOSTAGE_DATA", raising=False)
-
-
-@pytest.fixture
-def works(twostage) -> Callable[..., str]:
-    def works(*words: object) -> str:
-        ended = twostage(*words)
-        assert ended.code == 0, ended.err
-        return ended.out
-
-    return works
 
 
 def write_pictures(folder: Path, colour: str) -> None:

@@ -387,7 +387,7 @@ def column_labels(comparison: Comparison) -> list[str] | None:
     """What stands for the classes of the columns."""
     if comparison.classes is None:
         return None
-    known = next(m.pipeline.class_names for m in comparison.models if m.pipeline and m.pipeline.class_names)
+    known = next(m.pipeline.label_names for m in comparison.models if m.pipeline and m.pipeline.label_names)
     return class_labels(comparison.classes, [known.index(name) for name in comparison.classes])
 
 

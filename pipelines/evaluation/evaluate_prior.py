@@ -205,7 +205,7 @@ def evaluate_prior(
         },
     }
     if out and state.is_main_process:
-        _write(Path(out), document, samples, pipeline.class_names if pipeline else None)
+        _write(Path(out), document, samples, pipeline)
     state.wait_for_everyone()
     return document
 
@@ -275,8 +275,10 @@ def open_images(pipeline: TwoStagePipeline, source: str | None, cache: CodeCache
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def _write(out: Path, document: dict[str, Any], samples: SampleFigures | None, class_names: list[str] | None) -> None:
-    pictures = sample_pictures(samples, class_names) if samples else []
+def _write(
+    out: Path, document: dict[str, Any], samples: SampleFigures | None, pipeline: TwoStagePipeline | None
+) -> None:
+    pictures = sample_pictures(samples, pipeline) if samples and pipeline else []
     refused = [samples.refused] if samples and samples.refused else []
     notes = measured_on(document) + refused + prior_notes(document)
     title = f"Evaluation of {document['protocol']['prior']['path']}"

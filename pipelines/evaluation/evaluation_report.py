@@ -13,7 +13,7 @@ from pipelines.evaluation.evaluation_document import NO_EVIDENCE, Rows
 from pipelines.evaluation.neighbours import neighbours_sheet
 from pipelines.evaluation.prior_measurements import SampleFigures
 from pipelines.report import Report
-from pipelines.two_stage import class_sheet
+from pipelines.two_stage import TwoStagePipeline, class_sheet
 
 __all__ = ["PICTURES", "Picture", "sample_pictures", "write_evaluation"]
 
@@ -45,11 +45,12 @@ def write_evaluation(
     write_json(out / "evaluation.json", document)
 
 
-def sample_pictures(samples: SampleFigures, class_names: list[str] | None) -> list[Picture]:
-    """The samples, and their neighbours where there are any."""
-    pictures = [("samples", class_sheet(samples.pictures, class_names), "The first samples.")]
+def sample_pictures(samples: SampleFigures, pipeline: TwoStagePipeline) -> list[Picture]:
+    """The samples of a pipeline, and their neighbours where there are any."""
+    classes = pipeline.class_names, pipeline.labels_for(None)
+    pictures = [("samples", class_sheet(samples.pictures, *classes), "The first samples.")]
     if samples.neighbours:
-        pictures.append(("neighbours", neighbours_sheet(samples.neighbours, class_names), NEIGHBOURS_CAPTION))
+        pictures.append(("neighbours", neighbours_sheet(samples.neighbours, *classes), NEIGHBOURS_CAPTION))
     return pictures
 
 

@@ -84,13 +84,14 @@ def num_pictured(num_samples: int, num_classes: int) -> int:
     return min(num_samples, of_each * num_classes or MOST_PICTURED)
 
 
-def neighbours_sheet(neighbours: Neighbours, names: list[str] | None) -> Image.Image:
+def neighbours_sheet(neighbours: Neighbours, names: list[str] | None, numbers: list[int] | None = None) -> Image.Image:
     """Two samples a row, each followed by its nearest training images with their distances.
 
     Args:
         names: sample i is of the class ``names[i % len(names)]``.
+        numbers: of the classes, where ``names`` are not all of them.
     """
-    tiles, captions, labels = [], [], class_labels(names or [])
+    tiles, captions, labels = [], [], class_labels(names or [], numbers)
     blank = torch.full_like(neighbours.samples[:1], 255)
     for i, (sample, near, distances) in enumerate(
         zip(neighbours.samples, neighbours.nearest, neighbours.distances.tolist(), strict=True)

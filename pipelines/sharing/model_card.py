@@ -109,7 +109,8 @@ def write_model_card(folder: Path, pipeline: TwoStagePipeline, records: dict[str
     names = pipeline.class_names
     each = min(len(names), SAMPLES) if names else 8
     count = SAMPLES // each * each
-    save_picture(class_sheet(pipeline(count, seed=0, output_type="pt").images, names), folder / "samples.png")
+    sheet = class_sheet(pipeline(count, seed=0, output_type="pt").images, names, pipeline.labels_for(None))
+    save_picture(sheet, folder / "samples.png")
     text = _front_matter(pipeline, records, fields) + "\n\n".join(_sections(pipeline, records, fields)) + "\n"
     mark = f"\n<!-- written by twostage export; sha256 of what is above: {_digest(text)} -->\n"
     (folder / "README.md").write_text(text + mark, encoding="utf-8")
