@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import core  # noqa: F401 - limits how long threads spin; the next line imports torch
+import twostage  # noqa: F401 - limits how long threads spin; the next line imports torch
 from benchmarks.reporting import Row, parser, report
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tokenizer" / "vae_mnist.yaml"
@@ -28,9 +28,9 @@ WARM_UP = 1.0  # seconds
 
 def train_for(seconds: float, config_file: str) -> None:
     """Says `ready` after a warm-up, then trains for ``seconds`` and prints the steps a second."""
-    from core.config import load_config
-    from core.training import TrainingRun
     from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
+    from twostage.core.config.sections import load_config
+    from twostage.core.training.run import TrainingRun
 
     advance, ended = TrainingRun.advance, []
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.reporting import compared, parser, report
-from core.processes import share_cores
 from stage2_prior.codes import CodeCache, CodeSplit, Manifest, SplitFiles, TokenizerReference, code_statistics
+from twostage.core.machine.processes import share_cores
 
 GRID, CODEBOOK_SIZE, BATCH_SIZE = (16, 16), 1024, 256
 STATUS = Path("/proc/self/status")

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.reporting import parser, report
-from core.config import load_config
-from core.run_folder import read_metrics
 from stage1_tokenizer import train_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.residual_quantizer import ResidualQuantizer
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage1_tokenizer.vector_quantizer import VectorQuantizer
+from twostage.core.config.sections import load_config
+from twostage.core.runs.run_folder import read_metrics
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tokenizer" / "vqvae_cifar10.yaml"
 SMALL = ["model.backbone={type: conv, channels: 16, channel_mult: [1, 2, 4], num_res_blocks: [0, 0, 1]}"]

@@ -15,11 +15,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.reporting import Row, described_machine, markdown_table, parser, report, set_title, write_section
-from core.config import load_config
-from core.data import ImageData, load_images
-from core.images import to_float, to_uint8
-from core.pictures import contact_sheet, save_picture
-from core.run_folder import read_metrics
 from pipelines.comparison.step_budget import TIMED_STEPS, seconds_per_step
 from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
@@ -28,6 +23,11 @@ from stage1_tokenizer.train_features import features_config
 from stage1_tokenizer.train_features import train as train_features
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage1_tokenizer.train_tokenizer import train as train_tokenizer
+from twostage.core.config.sections import load_config
+from twostage.core.data.dataset import ImageData, load_images
+from twostage.core.images.conversion import to_float, to_uint8
+from twostage.core.images.sheets import contact_sheet, save_picture
+from twostage.core.runs.run_folder import read_metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "tokenizer"
 FAMILIES = ["ae", "dae", "vae", "beta_vae", "cvae", "vqvae", "fsq", "lfq", "rvq", "vqgan"]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.reporting import alternate, compared, parser, report
-from core.processes import share_cores
-from core.random import BatchRandom
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
+from twostage.core.machine.processes import share_cores
+from twostage.core.training.random import BatchRandom
 
 CODES, GRID, SIZE, DEPTH, HEADS = 512, (16, 16), 512, 8, 8
 CELLS = GRID[0] * GRID[1]

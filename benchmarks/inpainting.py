@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.reporting import Row, parser, report
-from core.images import to_float
-from core.pictures import contact_sheet, save_picture
-from core.processes import share_cores
-from core.spread import spread
-from pipelines.edits import MASK_NAMES, known_codes, mark_masked, named_mask, paste, reconstruct
+from pipelines.drawing.edits import MASK_NAMES, known_codes, mark_masked, named_mask, paste, reconstruct
+from pipelines.drawing.two_stage import TwoStagePipeline, load_pipeline
 from pipelines.reconstruct import held_out_images
-from pipelines.two_stage import TwoStagePipeline, load_pipeline
 from stage1_tokenizer.feature_network import FeatureNetwork
 from stage2_prior.sampling import SamplingConfig
+from twostage.core.data.spread import spread
+from twostage.core.images.conversion import to_float
+from twostage.core.images.sheets import contact_sheet, save_picture
+from twostage.core.machine.processes import share_cores
 
 COLUMNS = 12
 

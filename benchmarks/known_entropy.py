@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.reporting import parser, report
-from core.config import RunConfig
-from core.model_folder import write_json
 from pipelines.evaluation.evaluate_prior import evaluate_prior
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import Manifest, SplitFiles, TokenizerReference, code_statistics
@@ -27,6 +25,8 @@ from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import PriorLossConfig, PriorModelConfig
 from stage2_prior.train_prior import PriorTrainConfig, PriorTrainingConfig, train
+from twostage.core.config.sections import RunConfig
+from twostage.core.runs.model_folder import write_json
 
 GRID, CODES, CLASSES = (6, 5), 8, 4
 ROWS = {"train": 40_000, "test": 4_000}

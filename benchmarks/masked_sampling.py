@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.reporting import alternate, compared, parser, report
-from core.processes import share_cores
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
 from stage2_prior.masked_transformer import MaskedTransformer, MaskedTransformerConfig
 from stage2_prior.sampling import SamplingConfig, Weights
 from stage2_prior.transformer import Block, rotate
+from twostage.core.machine.processes import share_cores
 
 CODES, GRID, SIZE, DEPTH, HEADS, STEPS = 512, (16, 16), 512, 8, 8, 8
 CELLS = GRID[0] * GRID[1]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.reporting import alternate, compared, parser, report
-from core.processes import share_cores
 from stage2_prior.pixelcnn import PixelCNN, PixelCNNConfig
 from stage2_prior.sampling import SamplingConfig, choose, uniform_noise
+from twostage.core.machine.processes import share_cores
 
 CODES, GRID = 512, (16, 16)
 CELLS = GRID[0] * GRID[1]

@@ -16,13 +16,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.reporting import Row, described_machine, markdown_table, parser, report, set_title, write_section
-from core.config import load_config
-from core.pictures import contact_sheet, save_picture
-from core.run_folder import RunFolder
 from pipelines.comparison.step_budget import TIMED_STEPS, seconds_per_step
+from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.encode_dataset import encode_dataset
 from pipelines.evaluation.evaluate_prior import evaluate_prior
-from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.feature_network import WIDTHS
 from stage1_tokenizer.train_features import features_config
 from stage1_tokenizer.train_features import train as train_features
@@ -31,6 +28,9 @@ from stage1_tokenizer.train_tokenizer import train as train_tokenizer
 from stage2_prior.sampling import SamplingConfig
 from stage2_prior.train_prior import PriorTrainingConfig
 from stage2_prior.train_prior import train as train_prior
+from twostage.core.config.sections import load_config
+from twostage.core.images.sheets import contact_sheet, save_picture
+from twostage.core.runs.run_folder import RunFolder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRIORS = ["pixelcnn", "gpt", "maskgit"]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.reporting import alternate, compared, parser, report
-from core.random import BatchRandom
 from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
+from twostage.core.training.random import BatchRandom
 
 BATCH, SIDE, DIM = 32, 16, 64
 SIZES = (1024, 8192, 65536)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from benchmarks.priors import check_length, configured, prepare
 from benchmarks.reporting import markdown_table, parser, report, write_section
-from core.run_folder import read_metrics
 from pipelines.evaluation.evaluate_prior import evaluate_prior
 from stage2_prior.sampling import SamplingConfig
 from stage2_prior.train_prior import train
+from twostage.core.runs.run_folder import read_metrics
 
 COLUMNS = {
     "name": "replace_prob",

@@ -20,15 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.reporting import compared, parser, report
-from core.batches import Batches
-from core.config import load_config
-from core.data import ImageData, ImageSplit, load_images
-from core.ema import averaged_copy
-from core.images import to_float
-from core.optimizer import make_optimizer
-from core.training import TrainingRun
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.train_tokenizer import TokenizerConfig, autoencoder_config
+from twostage.core.config.sections import load_config
+from twostage.core.data.dataset import ImageData, ImageSplit, load_images
+from twostage.core.images.conversion import to_float
+from twostage.core.training.batches import Batches
+from twostage.core.training.ema import averaged_copy
+from twostage.core.training.optimizer import make_optimizer
+from twostage.core.training.run import TrainingRun
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tokenizer" / "vae_mnist.yaml"
 

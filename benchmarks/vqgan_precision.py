@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.reporting import parser, report
-from core.run_folder import read_metrics
+from twostage.core.runs.run_folder import read_metrics
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tokenizer" / "vqgan_cifar10.yaml"
 SHOWN = ("psnr", "codebook_usage", "perplexity", "reconstruction")

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 HEAD = "# API\n\nWritten by `python docs/make_api.py` from the docstrings; do not edit it by hand.\n"
 PARTS: dict[str, dict[str, list[str] | None]] = {
     "Trained models": {
-        "pipelines.two_stage": None,
-        "pipelines.given_images": ["read_image"],
+        "pipelines.drawing.two_stage": None,
+        "pipelines.files.given_images": ["read_image"],
         "stage1_tokenizer.autoencoder": ["Autoencoder"],
         "stage1_tokenizer.bottleneck_output": None,
         "stage1_tokenizer.feature_network": ["FeatureNetwork"],
@@ -25,22 +25,22 @@ PARTS: dict[str, dict[str, list[str] | None]] = {
         "stage2_prior.codes": ["CodeCache", "CodeSplit", "Manifest"],
     },
     "Images and data": {
-        "core.data": ["ImageData", "ImageSplit", "load_images"],
-        "core.images": None,
-        "core.pictures": ["contact_sheet", "save_picture"],
-        "core.shapes": None,
-        "core.errors": None,
+        "twostage.core.data.dataset": ["ImageData", "ImageSplit", "load_images"],
+        "twostage.core.images.conversion": None,
+        "twostage.core.images.sheets": ["contact_sheet", "save_picture"],
+        "twostage.core.data.shapes": None,
+        "twostage.core.errors": None,
     },
     "Training from Python": {
-        "core.config": ["load_config", "parse_config"],
-        "core.random": None,
+        "twostage.core.config.sections": ["load_config", "parse_config"],
+        "twostage.core.training.random": None,
         "stage1_tokenizer.train_tokenizer": ["train"],
         "stage2_prior.train_prior": ["train"],
     },
     "Configuration: what the YAML files hold": {
-        "core.config": ["RunConfig"],
-        "core.data": ["DataConfig"],
-        "core.train_config": ["TrainConfig"],
+        "twostage.core.config.sections": ["RunConfig"],
+        "twostage.core.data.dataset": ["DataConfig"],
+        "twostage.core.training.train_config": ["TrainConfig"],
         "stage1_tokenizer.train_tokenizer": ["TokenizerConfig", "TokenizerTrainConfig"],
         "stage1_tokenizer.autoencoder": ["ModelConfig"],
         "stage1_tokenizer.backbones": ["MLPConfig", "ConvConfig"],

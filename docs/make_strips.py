@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from core.pictures import MARGIN, save_picture
+from twostage.core.images.sheets import MARGIN, save_picture
 
 __all__ = ["strips"]
 

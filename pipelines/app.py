@@ -15,12 +15,12 @@ from typing import Annotated, Any
 
 import typer
 
-from core.command import run_command
-from core.errors import InputError
-from core.processes import join_processes
-from pipelines.given_images import MOST_BYTES
-from pipelines.proxies import broken_proxy
-from pipelines.two_stage import load_pipeline
+from pipelines.drawing.two_stage import load_pipeline
+from pipelines.files.given_images import MAX_BYTES
+from pipelines.saved.proxies import broken_proxy
+from twostage.core.errors import InputError
+from twostage.core.machine.command import run_command
+from twostage.core.machine.processes import join_processes
 
 __all__ = ["serve"]
 
@@ -53,7 +53,7 @@ def serve(model: str, host: str, port: int, tokenizer: str | None = None) -> Non
         _, address, _ = page.launch(
             server_name=host,
             server_port=port,
-            max_file_size=MOST_BYTES,
+            max_file_size=MAX_BYTES,
             app_kwargs={"middleware": [Middleware(_OwnFilesOnly)]},
             theme=THEME,
             css=CSS,

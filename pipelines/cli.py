@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from core.command import as_command, new_app, prepare_process
+from twostage.core.machine.command import as_command, new_app, prepare_process
 
 __all__ = ["main"]
 

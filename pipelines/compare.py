@@ -10,10 +10,6 @@ from typing import Annotated
 
 import typer
 
-from core.command import run_command
-from core.errors import InputError
-from core.model_folder import write_json
-from core.pictures import save_picture
 from pipelines.comparison.side_by_side import (
     COLUMNS,
     Comparison,
@@ -24,9 +20,13 @@ from pipelines.comparison.side_by_side import (
     figure_rows,
 )
 from pipelines.comparison.tour import MINUTES, tour
-from pipelines.report import Report
-from pipelines.sampling_options import with_sampling_options
+from pipelines.drawing.sampling_options import with_sampling_options
+from pipelines.files.report import Report
 from stage2_prior.sampling import SamplingConfig
+from twostage.core.errors import InputError
+from twostage.core.images.sheets import save_picture
+from twostage.core.machine.command import run_command
+from twostage.core.runs.model_folder import write_json
 
 __all__ = ["write_comparison"]
 

@@ -13,13 +13,13 @@ from typing import Annotated
 
 import typer
 
-from core.command import run_command
-from core.errors import InputError
 from pipelines.checks.disk_checks import check_data, check_run_folder, check_weights
 from pipelines.checks.environment_checks import check_accelerate_file, check_environment
 from pipelines.checks.findings import Finding
 from pipelines.checks.machine_checks import check_cpu, check_gpus, check_packages
 from pipelines.checks.two_processes import check_two_processes
+from twostage.core.errors import InputError
+from twostage.core.machine.command import run_command
 
 __all__ = ["diagnose"]
 
@@ -69,7 +69,7 @@ def command(
     counts = {status: sum(f.status == status for f in findings) for status in ("ok", "warning", "problem")}
     print(f"\n{counts['ok']} ok, {_number(counts['warning'], 'warning')}, {_number(counts['problem'], 'problem')}")
     if json_file:
-        from core.model_folder import write_json  # imports torch
+        from twostage.core.runs.model_folder import write_json  # imports torch
 
         write_json(json_file, {"counts": counts, "findings": [asdict(finding) for finding in findings]})
     if counts["problem"]:

@@ -13,22 +13,9 @@ import torch
 import typer
 from accelerate import PartialState
 
-from core.command import run_command
-from core.config import parse_config
-from core.data import DataConfig, ImageData, load_images
-from core.errors import InputError
-from core.images import to_float
-from core.labels import AUTO
-from core.model_folder import find_model_folder
-from core.places import Record, find_places, portable, same_place
-from core.processes import join_processes
-from core.progress import ProgressBar
-from core.run_folder import RunFolder
-from core.sources import find_local
-from core.stopping import going_on_later
 from pipelines.encoding.image_variants import ImageVariants, image_variants
 from pipelines.encoding.partial_codes import CHUNK, PartialCodes, discard_leftover
-from pipelines.remembered import find_images, run_of
+from pipelines.saved.remembered import find_images, run_of
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.codes import (
     Augmentation,
@@ -39,6 +26,19 @@ from stage2_prior.codes import (
     code_dtype,
     code_statistics,
 )
+from twostage.core.config.sections import parse_config
+from twostage.core.data.dataset import DataConfig, ImageData, load_images
+from twostage.core.data.labels import AUTO
+from twostage.core.data.sources import find_local
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_float
+from twostage.core.machine.command import run_command
+from twostage.core.machine.processes import join_processes
+from twostage.core.machine.progress import ProgressBar
+from twostage.core.machine.stopping import going_on_later
+from twostage.core.runs.model_folder import find_model_folder
+from twostage.core.runs.places import Record, find_places, portable, same_place
+from twostage.core.runs.run_folder import RunFolder
 
 __all__ = ["encode_dataset", "training_data"]
 

@@ -9,16 +9,16 @@ from typing import Annotated, Any
 import typer
 from accelerate import PartialState
 
-from core.command import run_command
-from core.errors import InputError
-from core.model_folder import write_json
+from pipelines.drawing.sampling_options import with_sampling_options
 from pipelines.evaluation.evaluate_prior import evaluate_prior
 from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer, tokenizer_table
 from pipelines.evaluation.evaluation_document import evaluation_folder, model_kind
 from pipelines.evaluation.evaluation_report import PICTURES
 from pipelines.evaluation.prior_table import prior_table
-from pipelines.sampling_options import with_sampling_options
 from stage2_prior.sampling import SamplingConfig
+from twostage.core.errors import InputError
+from twostage.core.machine.command import run_command
+from twostage.core.runs.model_folder import write_json
 
 __all__ = ["command"]
 

@@ -11,15 +11,15 @@ from typing import Annotated
 
 import typer
 
-from core.command import run_command
-from core.errors import InputError
-from core.processes import share_cores
+from pipelines.drawing.two_stage import TwoStagePipeline, load_pipeline
 from pipelines.evaluation.evaluation_document import model_kind
-from pipelines.pipeline_folder import DOCUMENT, is_pipeline_folder, is_pipeline_or_hub_id, push_folder
+from pipelines.saved.pipeline_folder import DOCUMENT, is_pipeline_folder, is_pipeline_or_hub_id, push_folder
 from pipelines.sharing.exported_programs import Format, check_libraries, export_programs
 from pipelines.sharing.model_card import CardFields, gather_records, is_as_written, write_model_card
-from pipelines.two_stage import TwoStagePipeline, load_pipeline
 from stage1_tokenizer.autoencoder import Autoencoder
+from twostage.core.errors import InputError
+from twostage.core.machine.command import run_command
+from twostage.core.machine.processes import share_cores
 
 __all__ = ["export_pipeline", "export_tokenizer"]
 

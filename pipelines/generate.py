@@ -12,26 +12,26 @@ import torch
 import typer
 from accelerate.utils import broadcast_object_list
 
-from core.command import run_command
-from core.config import describe_differences
-from core.errors import InputError
-from core.files import read_json
-from core.model_folder import check_format, hash_tensors, write_json
-from core.pictures import save_picture
-from core.processes import join_processes
-from core.progress import ProgressBar
-from core.stopping import going_on_later
-from pipelines.batch_size import fitting_batch_size
-from pipelines.image_files import FileFormat, image_files
-from pipelines.sampling_options import with_sampling_options
-from pipelines.two_stage import TwoStagePipeline, class_sheet, load_pipeline
+from pipelines.drawing.batch_size import fitting_batch_size
+from pipelines.drawing.sampling_options import with_sampling_options
+from pipelines.drawing.two_stage import TwoStagePipeline, class_sheet, load_pipeline
+from pipelines.files.image_files import FileFormat, image_files
 from stage2_prior.sampling import SamplingConfig
+from twostage.core.config.sections import describe_differences
+from twostage.core.errors import InputError
+from twostage.core.files import read_json
+from twostage.core.images.sheets import save_picture
+from twostage.core.machine.command import run_command
+from twostage.core.machine.processes import join_processes
+from twostage.core.machine.progress import ProgressBar
+from twostage.core.machine.stopping import going_on_later
+from twostage.core.runs.model_folder import check_format, hash_tensors, write_json
 
 __all__ = ["generate_folder"]
 
 FORMAT_VERSION = 1
 """Of settings.json; the first ones did not say it."""
-MOST_PICTURED = 80
+MAX_PICTURED = 80
 
 
 def generate_folder(
@@ -91,7 +91,7 @@ def generate_folder(
     state.wait_for_everyone()
     if state.is_main_process:
         seconds = time.perf_counter() - start
-        save_picture(class_sheet(files.read(min(num_images, MOST_PICTURED)), names, cycle), out / "grid.png")
+        save_picture(class_sheet(files.read(min(num_images, MAX_PICTURED)), names, cycle), out / "grid.png")
         kept = f"{num_images - len(missing)} were there already" if len(missing) < num_images else ""
         rate = f"{wanted / seconds:.1f} a second" if wanted else ""
         print(f"{num_images} images: {out / 'images'} ({', '.join(filter(None, [kept, rate]))})")

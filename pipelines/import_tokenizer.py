@@ -10,14 +10,14 @@ from typing import Annotated
 
 import typer
 
-from core.command import run_command
-from core.config import parse_config
-from core.errors import InputError
 from pipelines.sharing.foreign_tokenizers import ForeignTokenizer, read_tokenizer
 from pipelines.sharing.foreign_weights import some_of
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.vector_quantizer import VectorConfig
 from stage1_tokenizer.vqgan_backbone import VQGANConfig
+from twostage.core.config.sections import parse_config
+from twostage.core.errors import InputError
+from twostage.core.machine.command import run_command
 
 __all__ = ["import_tokenizer"]
 

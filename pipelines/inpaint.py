@@ -10,22 +10,22 @@ import torch
 import typer
 from torch import Tensor
 
-from core.command import run_command
-from core.errors import InputError
-from core.images import to_pil
-from core.pictures import contact_sheet, save_picture
-from core.processes import join_processes
-from core.progress import ProgressBar
-from pipelines.edits import mark_masked
-from pipelines.given_images import read_mask
+from pipelines.drawing.edits import mark_masked
+from pipelines.drawing.sampling_options import with_sampling_options
+from pipelines.drawing.two_stage import TwoStagePipeline, load_pipeline
+from pipelines.files.given_images import read_mask
 from pipelines.reconstruct import read_images
-from pipelines.sampling_options import with_sampling_options
-from pipelines.two_stage import TwoStagePipeline, load_pipeline
 from stage2_prior.sampling import SamplingConfig
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_pil
+from twostage.core.images.sheets import contact_sheet, save_picture
+from twostage.core.machine.command import run_command
+from twostage.core.machine.processes import join_processes
+from twostage.core.machine.progress import ProgressBar
 
 __all__ = ["check_out", "inpaint", "new_bar", "write_images"]
 
-MOST_COLUMNS = 10
+MAX_COLUMNS = 10
 
 
 def inpaint(
@@ -63,7 +63,7 @@ def inpaint(
     pictures = torch.cat([mark_masked(images, part) for images, part in shown])
     captions = ["original", "kept", *map(str, range(num_images))]
     write_images(out, output.images)
-    save_picture(contact_sheet(pictures, min(len(pictures), MOST_COLUMNS), captions), out / "grid.png")
+    save_picture(contact_sheet(pictures, min(len(pictures), MAX_COLUMNS), captions), out / "grid.png")
 
 
 def check_out(out: Path) -> None:

@@ -7,20 +7,20 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from core.command import run_command
-from core.config import parse_config
-from core.data import DataConfig, ImageData, LabelColumnOption, ValueRangeOption, load_images
-from core.fonts import class_labels
-from core.labels import AUTO
-from core.model_folder import write_json
-from core.pictures import contact_sheet, save_picture
-from core.sources import first_form
-from core.spread import spread_over_classes
+from twostage.core.config.sections import parse_config
+from twostage.core.data.dataset import DataConfig, ImageData, LabelColumnOption, ValueRangeOption, load_images
+from twostage.core.data.labels import AUTO
+from twostage.core.data.sources import first_form
+from twostage.core.data.spread import spread_over_classes
+from twostage.core.images.fonts import class_labels
+from twostage.core.images.sheets import contact_sheet, save_picture
+from twostage.core.machine.command import run_command
+from twostage.core.runs.model_folder import write_json
 
 __all__ = ["inspect_data"]
 
 NUM_PICTURED = 40
-MOST_NAMED = 20
+MAX_NAMED = 20
 
 
 def inspect_data(config: DataConfig, out: Path) -> ImageData:
@@ -44,10 +44,10 @@ def inspect_data(config: DataConfig, out: Path) -> ImageData:
     for line in data.notices:
         print(f"  {line}")
     for kind, names in {"unreadable": data.bad, "left out": data.skipped}.items():
-        for name in names[:MOST_NAMED]:
+        for name in names[:MAX_NAMED]:
             print(f"  {kind}: {name}")
-        if len(names) > MOST_NAMED:
-            print(f"  {kind}: {len(names) - MOST_NAMED:,} more (all with --json FILE)")
+        if len(names) > MAX_NAMED:
+            print(f"  {kind}: {len(names) - MAX_NAMED:,} more (all with --json FILE)")
     train = data.splits["train"]
     rows = spread_over_classes(train.labels, len(train), NUM_PICTURED)
     labels = train.read_labels(rows)

@@ -7,16 +7,16 @@ import torch
 import typer
 from torch import Tensor
 
-from core.command import run_command
-from core.errors import InputError
-from core.fonts import class_labels
-from core.pictures import contact_sheet, save_picture
-from core.processes import share_cores
-from core.spread import spread_over_classes
-from pipelines import edits
-from pipelines.given_images import find_images
+from pipelines.drawing import edits
+from pipelines.drawing.two_stage import load_tokenizer
+from pipelines.files.given_images import find_images
 from pipelines.reconstruct import check_out, held_out_images, picture_file, read_images
-from pipelines.two_stage import load_tokenizer
+from twostage.core.data.spread import spread_over_classes
+from twostage.core.errors import InputError
+from twostage.core.images.fonts import class_labels
+from twostage.core.images.sheets import contact_sheet, save_picture
+from twostage.core.machine.command import run_command
+from twostage.core.machine.processes import share_cores
 
 __all__ = ["interpolate"]
 

@@ -10,19 +10,19 @@ import torch
 import torch.nn.functional as F
 import typer
 
-from core.command import run_command
-from core.pictures import contact_sheet, save_picture
-from core.processes import join_processes
-from pipelines.edits import mark_masked
+from pipelines.drawing.edits import mark_masked
+from pipelines.drawing.sampling_options import with_sampling_options
+from pipelines.drawing.two_stage import TwoStagePipeline, load_pipeline
 from pipelines.inpaint import check_out, new_bar, write_images
 from pipelines.reconstruct import read_images
-from pipelines.sampling_options import with_sampling_options
-from pipelines.two_stage import TwoStagePipeline, load_pipeline
 from stage2_prior.sampling import SamplingConfig
+from twostage.core.images.sheets import contact_sheet, save_picture
+from twostage.core.machine.command import run_command
+from twostage.core.machine.processes import join_processes
 
 __all__ = ["outpaint"]
 
-MOST_COLUMNS = 5
+MAX_COLUMNS = 5
 LONGEST_SIDE = 200
 """Of a picture in the sheet, in pixels, about."""
 
@@ -65,7 +65,7 @@ def outpaint(
     pictures = pictures.repeat_interleave(enlarged, -2).repeat_interleave(enlarged, -1)
     captions = ["given", *map(str, range(num_images))]
     write_images(out, output.images)
-    save_picture(contact_sheet(pictures, min(len(pictures), MOST_COLUMNS), captions), out / "grid.png")
+    save_picture(contact_sheet(pictures, min(len(pictures), MAX_COLUMNS), captions), out / "grid.png")
 
 
 def _side(name: str) -> typer.models.OptionInfo:

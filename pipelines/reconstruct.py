@@ -7,23 +7,23 @@ import torch
 import typer
 from torch import Tensor
 
-from core.command import run_command
-from core.data import ImageSplit, load_images
-from core.errors import InputError
-from core.model_folder import find_model_folder
-from core.pictures import contact_sheet, save_picture
-from core.processes import share_cores
-from core.spread import spread_over_classes
-from pipelines import edits
+from pipelines.drawing import edits
+from pipelines.drawing.two_stage import load_tokenizer
 from pipelines.encode_dataset import training_data
 from pipelines.evaluation.evaluation_document import model_kind
-from pipelines.given_images import find_images, read_image
-from pipelines.pipeline_folder import find_pipeline_folder, is_pipeline_or_hub_id
-from pipelines.remembered import find_tokenizer
-from pipelines.two_stage import load_tokenizer
+from pipelines.files.given_images import find_images, read_image
+from pipelines.saved.pipeline_folder import find_pipeline_folder, is_pipeline_or_hub_id
+from pipelines.saved.remembered import find_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import psnr
 from stage2_prior.prior import Prior
+from twostage.core.data.dataset import ImageSplit, load_images
+from twostage.core.data.spread import spread_over_classes
+from twostage.core.errors import InputError
+from twostage.core.images.sheets import contact_sheet, save_picture
+from twostage.core.machine.command import run_command
+from twostage.core.machine.processes import share_cores
+from twostage.core.runs.model_folder import find_model_folder
 
 __all__ = ["check_out", "held_out_images", "picture_file", "read_images", "reconstruct"]
 

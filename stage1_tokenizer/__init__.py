@@ -1,5 +1,5 @@
 """Stage one: images -> a small grid of codes -> images. One `Autoencoder`: backbone + bottleneck + losses."""
 
-import core  # noqa: F401 - before torch is imported: it limits how long waiting threads spin
+import twostage  # noqa: F401 - before torch is imported: it limits how long waiting threads spin
 
 __all__ = []

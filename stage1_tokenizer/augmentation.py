@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from core.random import BatchRandom
+from twostage.core.training.random import BatchRandom
 
 __all__ = ["flip_half", "shift"]
 

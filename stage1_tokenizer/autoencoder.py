@@ -14,10 +14,6 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from core.config import Count, Section, Width, parse_config
-from core.errors import InputError
-from core.model_folder import filled, hash_tensors, load_model_folder, save_model_folder
-from core.random import BatchRandom
 from stage1_tokenizer.backbones import BackboneConfig, ConvConfig, build_backbone, factor_of, grid_of
 from stage1_tokenizer.bottleneck_output import BottleneckOutput
 from stage1_tokenizer.bottlenecks import BottleneckConfig, Gaussian, Identity, build_bottleneck
@@ -26,6 +22,10 @@ from stage1_tokenizer.lookup_free import LookupFreeConfig
 from stage1_tokenizer.losses import LossConfig, corrupt, negative_log_likelihood, reconstruction_loss
 from stage1_tokenizer.perceptual import FeaturePerceptualConfig, PerceptualNetwork
 from stage1_tokenizer.vector_quantizer import VectorConfig
+from twostage.core.config.sections import Count, Section, Width, parse_config
+from twostage.core.errors import InputError
+from twostage.core.runs.model_folder import filled, hash_tensors, load_model_folder, save_model_folder
+from twostage.core.training.random import BatchRandom
 
 __all__ = ["Autoencoder", "AutoencoderConfig", "AutoencoderOutput", "ModelConfig"]
 

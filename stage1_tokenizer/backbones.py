@@ -13,8 +13,8 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from core.config import Count, Section, Size, Width
 from stage1_tokenizer.vqgan_backbone import VQGANConfig, VQGANDecoder, VQGANEncoder
+from twostage.core.config.sections import Count, Section, Size, Width
 
 __all__ = ["BackboneConfig", "ConvConfig", "MLPConfig", "build_backbone", "factor_of", "grid_of", "group_norm"]
 

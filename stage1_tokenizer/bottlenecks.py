@@ -10,14 +10,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from core.config import Section
-from core.errors import InputError
-from core.random import BatchRandom
 from stage1_tokenizer.bottleneck_output import BottleneckOutput
 from stage1_tokenizer.finite_scalar import FiniteScalar, FiniteScalarConfig
 from stage1_tokenizer.lookup_free import LookupFree, LookupFreeConfig
 from stage1_tokenizer.residual_quantizer import ResidualConfig, ResidualQuantizer
 from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
+from twostage.core.config.sections import Section
+from twostage.core.errors import InputError
+from twostage.core.training.random import BatchRandom
 
 __all__ = [
     "Bottleneck",

@@ -12,9 +12,9 @@ from pathlib import Path
 from pydantic import Field
 from torch import Tensor, nn
 
-from core.config import Count, Section, parse_config
-from core.errors import InputError
-from core.model_folder import filled, hash_tensors, load_model_folder, save_model_folder
+from twostage.core.config.sections import Count, Section, parse_config
+from twostage.core.errors import InputError
+from twostage.core.runs.model_folder import filled, hash_tensors, load_model_folder, save_model_folder
 
 __all__ = ["WIDTHS", "FeatureNetwork", "FeatureNetworkConfig"]
 

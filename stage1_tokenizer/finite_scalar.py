@@ -11,10 +11,10 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from core.config import Section
-from core.random import BatchRandom
 from stage1_tokenizer.bottleneck_output import BottleneckOutput
 from stage1_tokenizer.quantizer import Quantizer
+from twostage.core.config.sections import Section
+from twostage.core.training.random import BatchRandom
 
 __all__ = ["FiniteScalar", "FiniteScalarConfig"]
 

@@ -12,10 +12,10 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor
 
-from core.config import Number, Section
-from core.random import BatchRandom
 from stage1_tokenizer.bottleneck_output import BottleneckOutput
 from stage1_tokenizer.quantizer import Quantizer
+from twostage.core.config.sections import Number, Section
+from twostage.core.training.random import BatchRandom
 
 __all__ = ["LookupFree", "LookupFreeConfig"]
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from core.config import Number, Section, Share
-from core.random import BatchRandom
 from stage1_tokenizer.discriminator import AdversarialConfig
 from stage1_tokenizer.perceptual import PerceptualConfig
+from twostage.core.config.sections import Number, Section, Share
+from twostage.core.training.random import BatchRandom
 
 __all__ = ["CorruptionConfig", "LossConfig", "corrupt", "negative_log_likelihood", "reconstruction_loss"]
 

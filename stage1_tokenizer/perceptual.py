@@ -16,11 +16,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from core.config import Number, PathName, Section
-from core.errors import InputError
-from core.model_folder import load_saved_tensors
-from core.progress import on_terminal
 from stage1_tokenizer.feature_network import FeatureNetwork
+from twostage.core.config.sections import Number, PathName, Section
+from twostage.core.errors import InputError
+from twostage.core.machine.progress import on_terminal
+from twostage.core.runs.model_folder import load_saved_tensors
 
 __all__ = [
     "LPIPS",

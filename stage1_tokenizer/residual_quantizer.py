@@ -10,11 +10,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from core.config import Depth
-from core.random import BatchRandom
 from stage1_tokenizer.bottleneck_output import BottleneckOutput
 from stage1_tokenizer.quantizer import pass_gradient
 from stage1_tokenizer.vector_quantizer import CodebookConfig, VectorQuantizer
+from twostage.core.config.sections import Depth
+from twostage.core.training.random import BatchRandom
 
 __all__ = ["ResidualConfig", "ResidualQuantizer"]
 

@@ -14,21 +14,28 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from core.batches import Batches
-from core.command import run_command
-from core.config import Count, RunConfig, Section, Size, parse_config
-from core.data import DataConfig, ImageData, ImageSplit, LabelColumnOption, ValueRangeOption, load_images
-from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
-from core.errors import InputError
-from core.images import to_float
-from core.labels import AUTO
-from core.optimizer import make_optimizer
-from core.sources import first_form
-from core.stopping import TimeLimitOption, going_on_later
-from core.train_config import TrainConfig
-from core.training import TrainingRun
 from stage1_tokenizer.augmentation import flip_half, shift
 from stage1_tokenizer.feature_network import WIDTHS, FeatureNetwork, FeatureNetworkConfig
+from twostage.core.config.sections import Count, RunConfig, Section, Size, parse_config
+from twostage.core.data.dataset import (
+    DataConfig,
+    ImageData,
+    ImageSplit,
+    LabelColumnOption,
+    ValueRangeOption,
+    load_images,
+)
+from twostage.core.data.labels import AUTO
+from twostage.core.data.sources import first_form
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_float
+from twostage.core.machine.command import run_command
+from twostage.core.machine.stopping import TimeLimitOption, going_on_later
+from twostage.core.training.batches import Batches
+from twostage.core.training.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
+from twostage.core.training.optimizer import make_optimizer
+from twostage.core.training.run import TrainingRun
+from twostage.core.training.train_config import TrainConfig
 
 __all__ = ["FeaturesTrainingConfig", "features_config", "train"]
 

@@ -15,24 +15,6 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from core.batches import Batches
-from core.command import print_once, run_command
-from core.config import PathName, RunConfig, Section, describe_differences, load_config, parse_config
-from core.data import DataConfig, ImageData, ImageSplit, load_images
-from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
-from core.ema import averaged_copy
-from core.errors import InputError
-from core.files import expand_home
-from core.fits_memory import check_model
-from core.images import to_float
-from core.model_folder import fill, load_model_folder
-from core.optimizer import make_optimizer
-from core.pictures import save_picture
-from core.places import Contents, weights_at
-from core.random import seed_for
-from core.stopping import TimeLimitOption, going_on_later
-from core.train_config import TrainConfig
-from core.training import TrainingRun
 from stage1_tokenizer.augmentation import flip_half
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig
 from stage1_tokenizer.bottlenecks import Gaussian, Identity
@@ -42,9 +24,27 @@ from stage1_tokenizer.image_losses import ImageLosses
 from stage1_tokenizer.losses import LossConfig
 from stage1_tokenizer.perceptual import FeaturePerceptualConfig, PerceptualNetwork
 from stage1_tokenizer.residual_quantizer import ResidualQuantizer
-from stage1_tokenizer.sample_pictures import draw_pictures
+from stage1_tokenizer.sample_sheets import draw_pictures
 from stage1_tokenizer.validation import validate
 from stage1_tokenizer.vector_quantizer import VectorQuantizer
+from twostage.core.config.sections import PathName, RunConfig, Section, describe_differences, load_config, parse_config
+from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_images
+from twostage.core.errors import InputError
+from twostage.core.files import expand_home
+from twostage.core.images.conversion import to_float
+from twostage.core.images.sheets import save_picture
+from twostage.core.machine.command import print_once, run_command
+from twostage.core.machine.fits_memory import check_model
+from twostage.core.machine.stopping import TimeLimitOption, going_on_later
+from twostage.core.runs.model_folder import fill, load_model_folder
+from twostage.core.runs.places import Contents, weights_at
+from twostage.core.training.batches import Batches
+from twostage.core.training.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
+from twostage.core.training.ema import averaged_copy
+from twostage.core.training.optimizer import make_optimizer
+from twostage.core.training.random import seed_for
+from twostage.core.training.run import TrainingRun
+from twostage.core.training.train_config import TrainConfig
 
 __all__ = ["TokenizerConfig", "TokenizerTrainConfig", "autoencoder_config", "train"]
 

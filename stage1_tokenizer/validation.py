@@ -4,11 +4,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from core.data import ImageSplit
-from core.images import to_float, to_uint8
-from core.random import BatchRandom, seed_for
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import ACTIVE_VARIANCE, psnr
+from twostage.core.data.dataset import ImageSplit
+from twostage.core.images.conversion import to_float, to_uint8
+from twostage.core.training.random import BatchRandom, seed_for
 
 __all__ = ["validate"]
 

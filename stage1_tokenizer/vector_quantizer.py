@@ -13,11 +13,11 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from core.config import Flag, Number, Section, Share
-from core.random import BatchRandom
 from stage1_tokenizer.bottleneck_output import BottleneckOutput
 from stage1_tokenizer.nearest_codes import k_means, nearest_codes
 from stage1_tokenizer.quantizer import GradientRule, Quantizer, pass_gradient
+from twostage.core.config.sections import Flag, Number, Section, Share
+from twostage.core.training.random import BatchRandom
 
 __all__ = ["CodebookConfig", "VectorConfig", "VectorQuantizer"]
 

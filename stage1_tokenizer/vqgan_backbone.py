@@ -13,7 +13,7 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from core.config import Count, Depth, Flag, Section, Width
+from twostage.core.config.sections import Count, Depth, Flag, Section, Width
 
 __all__ = ["VQGANConfig", "VQGANDecoder", "VQGANEncoder"]
 

@@ -1,5 +1,5 @@
 """Stage two: a prior over the code grids. It sees codes and their manifest, never a tokenizer."""
 
-import core  # noqa: F401 - before torch is imported: it limits how long waiting threads spin
+import twostage  # noqa: F401 - before torch is imported: it limits how long waiting threads spin
 
 __all__ = []

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.errors import InputError
 from stage2_prior.sampling import (
     Progress,
     SamplingConfig,
@@ -19,6 +18,7 @@ from stage2_prior.sampling import (
     guide,
     uniform_noise,
 )
+from twostage.core.errors import InputError
 
 __all__ = ["Step", "check_prefix", "code_nats", "draw_in_order", "images_at_once", "sample_in_order", "sum_nats"]
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.random import BatchRandom
 from stage2_prior.autoregressive import check_prefix, code_nats, sample_in_order, sum_nats
 from stage2_prior.fast_linear import fast_linear
 from stage2_prior.orders import Order, cell_order
@@ -23,6 +22,7 @@ from stage2_prior.transformer import (
     normalized,
     turn,
 )
+from twostage.core.training.random import BatchRandom
 
 __all__ = ["CausalTransformer", "CausalTransformerConfig", "CausalTransformerDecoder"]
 

@@ -13,11 +13,11 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from core.config import Count, Flag, Section, Size, parse_config
-from core.errors import InputError
-from core.files import read_json
-from core.model_folder import check_format
-from core.places import Contents, Record
+from twostage.core.config.sections import Count, Flag, Section, Size, parse_config
+from twostage.core.errors import InputError
+from twostage.core.files import read_json
+from twostage.core.runs.model_folder import check_format
+from twostage.core.runs.places import Contents, Record
 
 __all__ = [
     "Augmentation",

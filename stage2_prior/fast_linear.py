@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from core.errors import InputError
 from stage2_prior.sampling import Weights
+from twostage.core.errors import InputError
 
 __all__ = ["Linear", "TrainedLinear", "check_weights", "fast_linear", "linear"]
 

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.config import Flag
-from core.random import BatchRandom
 from stage2_prior.fast_linear import fast_linear
 from stage2_prior.parallel_sampling import draw_in_parallel
 from stage2_prior.sampling import Progress, SamplingConfig, Weights, uniform_noise
@@ -26,6 +24,8 @@ from stage2_prior.transformer import (
     normalized,
     turn,
 )
+from twostage.core.config.sections import Flag
+from twostage.core.training.random import BatchRandom
 
 __all__ = ["MaskedPredictor", "MaskedTransformer", "MaskedTransformerConfig"]
 

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from core.config import Depth, Section, Share, Width
-from core.random import BatchRandom
 from stage2_prior.autoregressive import check_prefix, code_nats, sample_in_order, sum_nats
 from stage2_prior.sampling import Progress, SamplingConfig
+from twostage.core.config.sections import Depth, Section, Share, Width
+from twostage.core.training.random import BatchRandom
 
 __all__ = ["PixelCNN", "PixelCNNConfig", "PixelCNNDecoder"]
 

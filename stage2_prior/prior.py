@@ -12,10 +12,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from core.config import Count, Number, Section, Share, parse_config
-from core.errors import InputError
-from core.model_folder import filled, load_model_folder, save_model_folder
-from core.random import BatchRandom
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
 from stage2_prior.codes import CodeCache, TokenizerReference
 from stage2_prior.fast_linear import check_weights
@@ -23,6 +19,10 @@ from stage2_prior.masked_transformer import MaskedTransformer, MaskedTransformer
 from stage2_prior.pixelcnn import PixelCNN, PixelCNNConfig
 from stage2_prior.sampling import Progress, SamplingConfig
 from stage2_prior.shares import ReplaceSchedule, replace_prob_at
+from twostage.core.config.sections import Count, Number, Section, Share, parse_config
+from twostage.core.errors import InputError
+from twostage.core.runs.model_folder import filled, load_model_folder, save_model_folder
+from twostage.core.training.random import BatchRandom
 
 __all__ = ["Prior", "PriorConfig", "PriorLossConfig", "PriorModelConfig", "PriorOutput", "prior_config"]
 

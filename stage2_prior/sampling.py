@@ -12,9 +12,9 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from core.config import Number, Section
-from core.random import seed_for
 from stage2_prior.shares import MaskSchedule
+from twostage.core.config.sections import Number, Section
+from twostage.core.training.random import seed_for
 
 __all__ = [
     "Progress",

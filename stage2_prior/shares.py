@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from core.config import Section, Share
+from twostage.core.config.sections import Section, Share
 
 __all__ = ["MEAN_MASKED_SHARE", "MaskSchedule", "ReplaceSchedule", "masked_share", "replace_prob_at"]
 

@@ -14,27 +14,27 @@ from torch import Tensor, nn
 from torch.export import register_dataclass
 from torch.optim import Optimizer
 
-from core.batches import Batches
-from core.command import print_once, run_command
-from core.config import Count, PathName, RunConfig, Section, load_config
-from core.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
-from core.ema import averaged_copy
-from core.errors import InputError
-from core.fits_memory import check_model
-from core.optimizer import make_optimizer
-from core.random import BatchRandom, seed_for
-from core.sharding import shard, whole
-from core.stopping import TimeLimitOption, going_on_later
-from core.train_config import TrainConfig
-from core.training import TrainingRun
 from stage2_prior.autoregressive import images_at_once
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import CodeCache, CodeSplit, Manifest
 from stage2_prior.prior import Prior, PriorLossConfig, PriorModelConfig, PriorOutput, prior_config
+from twostage.core.config.sections import Count, PathName, RunConfig, Section, load_config
+from twostage.core.errors import InputError
+from twostage.core.machine.command import print_once, run_command
+from twostage.core.machine.fits_memory import check_model
+from twostage.core.machine.sharding import shard, whole
+from twostage.core.machine.stopping import TimeLimitOption, going_on_later
+from twostage.core.training.batches import Batches
+from twostage.core.training.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
+from twostage.core.training.ema import averaged_copy
+from twostage.core.training.optimizer import make_optimizer
+from twostage.core.training.random import BatchRandom, seed_for
+from twostage.core.training.run import TrainingRun
+from twostage.core.training.train_config import TrainConfig
 
 __all__ = ["PriorTrainConfig", "PriorTrainingConfig", "train"]
 
-LEAST_ENTROPY = 0.05  # nats per code; below it the images are all the same to the tokenizer
+MIN_ENTROPY = 0.05  # nats per code; below it the images are all the same to the tokenizer
 OVERFITTING_AFTER = 2  # validations without a better one; a single one may be chance
 
 
@@ -144,7 +144,7 @@ def train(
 
 def check_entropy(manifest: Manifest, codes: str) -> None:
     """Refuses codes that are nearly all the same: there is nothing to learn from them."""
-    if manifest.entropy_nats_per_code < LEAST_ENTROPY:
+    if manifest.entropy_nats_per_code < MIN_ENTROPY:
         raise InputError(
             f"codes {codes}: their entropy is {manifest.entropy_nats_per_code:.3f} nats per code "
             f"({manifest.codes_used} of {manifest.codebook_size} codes are used): the tokenizer's codebook has "

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from core.config import Depth, Flag, Section, Share, Width
-from core.random import BatchRandom
 from stage2_prior.fast_linear import TrainedLinear, fast_linear, linear
 from stage2_prior.sampling import Weights
+from twostage.core.config.sections import Depth, Flag, Section, Share, Width
+from twostage.core.training.random import BatchRandom
 
 __all__ = [
     "Block",

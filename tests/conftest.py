@@ -14,8 +14,8 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 
-from core.config import parse_config
 from pipelines.cli import main
+from twostage.core.config.sections import parse_config
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -11,7 +11,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from core.sharding import units_to_shard
+from twostage.core.machine.sharding import units_to_shard
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
@@ -22,7 +22,7 @@ ADD = """
 import sys
 import torch
 from accelerate.utils import reduce
-from core.processes import join_processes
+from twostage.core.machine.processes import join_processes
 state = join_processes()
 total = reduce(torch.tensor(state.process_index + 1.0, device=state.device), "sum").item()
 print(f"{state.process_index} of {state.num_processes}: {total}\\n", end="", flush=True)  # one write: two print at once

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from core.config import parse_config
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import Prior
+from twostage.core.config.sections import parse_config
 
 FEW = ["train.max_steps=2", "train.validate_every=2", "train.checkpoint_every=2"]
 

@@ -11,11 +11,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from core import launch, precision, processes, progress
-from core.launch import Launch, _command, is_thread_count
-from core.precision import reason_for_precision
-from core.progress import ProgressBar
-from pipelines.proxies import broken_proxy
+from pipelines.saved.proxies import broken_proxy
+from twostage.core.machine import launch, precision, processes, progress
+from twostage.core.machine.launch import Launch, _command, is_thread_count
+from twostage.core.machine.precision import reason_for_precision
+from twostage.core.machine.progress import ProgressBar
 
 ROOT = Path(__file__).parents[1]
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DOMAIN_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT",
@@ -49,7 +49,7 @@ def says(code: str, **variables: str) -> str:
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("package", ["core", "stage1_tokenizer", "stage2_prior", "pipelines"])
+@pytest.mark.parametrize("package", ["twostage", "stage1_tokenizer", "stage2_prior", "pipelines"])
 def test_every_package_limits_spinning_before_torch_is_there(package):
     code = f"import os, sys, {package}; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
     count, torch_is_there = says(code).split()
@@ -67,7 +67,7 @@ def test_every_package_limits_spinning_before_torch_is_there(package):
     ],
 )
 def test_spinning_that_the_person_has_set_stays(variables, expected):
-    assert says("import os, core; print(os.environ.get('GOMP_SPINCOUNT'))", **variables) == expected
+    assert says("import os, twostage; print(os.environ.get('GOMP_SPINCOUNT'))", **variables) == expected
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,8 @@ def test_the_command_lines_of_launchers(line, expected):
 
 
 THREADS = (
-    "import torch; from core.processes import share_cores; share_cores(); print('threads', torch.get_num_threads())"
+    "import torch; from twostage.core.machine.processes import share_cores; share_cores(); "
+    "print('threads', torch.get_num_threads())"
 )
 
 
@@ -319,7 +320,7 @@ def test_a_launch_in_a_strange_environment(tmp_path, configs):
 )
 def test_a_terminal_of_few_characters(tmp_path, variables):
     code = (
-        "from core.command import run_command\nfrom core.errors import InputError\n"
+        "from twostage.core.machine.command import run_command\nfrom twostage.core.errors import InputError\n"
         "def command() -> None:\n    '''猫 …'''\n    print('猫 \\ud800'); raise InputError('нет')\n"
         "run_command(command)"
     )
@@ -344,7 +345,7 @@ def test_a_terminal_of_few_characters(tmp_path, variables):
 def test_any_backend_of_matplotlib(backend, kept):
     code = """
 import os
-from core.fonts import load_matplotlib
+from twostage.core.images.fonts import load_matplotlib
 matplotlib = load_matplotlib()
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure

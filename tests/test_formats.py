@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from core.images import to_float
-from core.shapes import draw_shapes
-from pipelines.two_stage import TwoStagePipeline
+from pipelines.drawing.two_stage import TwoStagePipeline
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork
+from twostage.core.data.shapes import draw_shapes
+from twostage.core.images.conversion import to_float
 
 FORMATS = Path(__file__).parent / "formats"
 VERSIONS = sorted(path.name for path in FORMATS.iterdir() if path.is_dir() and path.name.isdigit())

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from core.errors import InputError
-from core.sharding import units_to_shard
 from stage2_prior import autoregressive
 from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig, image_seeds
+from twostage.core.errors import InputError
+from twostage.core.machine.sharding import units_to_shard
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from pipelines.two_stage import TwoStagePipeline
+from pipelines.drawing.two_stage import TwoStagePipeline
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 
 
@@ -81,7 +81,7 @@ def test_weights_that_are_a_pickle(refused, runs, bomb, wrapping, tmp_path):
     (tmp_path / "pipeline/prior/model.safetensors").write_bytes(bomb[wrapping])
     assert "prior/model.safetensors has the hash" in refused("generate", "./pipeline", "--out", "out")
     document = json.loads((tmp_path / "pipeline/pipeline.json").read_text())  # even where it lists that hash
-    from core.model_folder import file_sha256
+    from twostage.core.runs.model_folder import file_sha256
 
     document["sha256"]["prior/model.safetensors"] = file_sha256(tmp_path / "pipeline/prior/model.safetensors")
     (tmp_path / "pipeline/pipeline.json").write_text(json.dumps(document))
@@ -148,7 +148,7 @@ def test_a_checkpoint_that_is_a_pickle(refused, configs, twostage, bomb, tmp_pat
     folder = tmp_path / "run/checkpoints/step_00000001"
     (folder / "model.safetensors").write_bytes(bomb["saved"])
     assert "model.safetensors is not what was written" in refused(*words)
-    from core.checkpoint import _fingerprint
+    from twostage.core.runs.checkpoint import _fingerprint
 
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["model.safetensors"] = _fingerprint(folder / "model.safetensors")

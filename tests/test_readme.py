@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from core.shapes import draw_shapes
+from twostage.core.data.shapes import draw_shapes
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = "train.max_steps=4 train.batch_size=8 train.warmup_steps=0 train.validate_every=2 train.checkpoint_every=2"

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from core.command import print_once
-from core.data import DataConfig, load_images
+from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.machine.command import print_once
 
 NAMES = ["my pics #2", "2024", "12:30", "on", "[wip]", "photos: summer", "null", " spaced "]
 SHORT = ["run.trackers=[]", "train.max_steps=1", "train.batch_size=4", "model.bottleneck.codebook_size=8"]

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from core.shapes import CLASS_NAMES
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
+from twostage.core.data.shapes import CLASS_NAMES
 
 ROOT = Path(__file__).parents[1]
 # `--cpu` starts one process whatever their number is; `--multi_gpu` starts them, ACCELERATE_USE_CPU keeps them there.
@@ -46,7 +46,7 @@ WATCH = """
 import hashlib, json, os, sys
 from pathlib import Path
 from accelerate import PartialState
-from core.config import load_config
+from twostage.core.config.sections import load_config
 from stage1_tokenizer import train_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipelines.two_stage import TwoStagePipeline
+from twostage import TwoStagePipeline
 
 REPOSITORY = Path(__file__).parents[1]
-SOURCES = ("core", "stage1_tokenizer", "stage2_prior", "pipelines", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("twostage", "stage1_tokenizer", "stage2_prior", "pipelines", "pyproject.toml", "README.md", "LICENSE")
 HELP_SECONDS = 1.5
 HELP = """
 import sys
@@ -22,11 +22,11 @@ sys.argv = ["twostage", "--help"]
 try:
     main()
 finally:
-    import core
-    print(core.__file__, "torch" in sys.modules)
+    import twostage
+    print(twostage.__file__, "torch" in sys.modules)
 """
 FOUR_LINES = """
-from pipelines.two_stage import TwoStagePipeline
+from twostage import TwoStagePipeline
 pipeline = TwoStagePipeline.from_pretrained("shared")
 output = pipeline(num_images=2, class_names=["star"], seed=0)
 output.images[0].save("star.png")
@@ -66,7 +66,7 @@ def cpu_seconds() -> float:
 
 
 def test_every_module_is_in_the_wheel(installed):
-    for package in ("core", "stage1_tokenizer", "stage2_prior", "pipelines"):
+    for package in ("twostage", "stage1_tokenizer", "stage2_prior", "pipelines"):
         modules = {path.name for path in (installed / package).glob("*.py")}
         assert modules == {path.name for path in (REPOSITORY / package).glob("*.py")}
 
@@ -87,7 +87,7 @@ def test_help_is_instant(installed, tmp_path):
 
 def test_four_lines_make_images(installed, pipeline_folder, tmp_path):
     shutil.copytree(pipeline_folder, tmp_path / "shared")
-    shown = run(installed, tmp_path, f"{FOUR_LINES}\nimport core\nprint(core.__file__)")
+    shown = run(installed, tmp_path, f"{FOUR_LINES}\nimport twostage\nprint(twostage.__file__)")
     assert Path(shown.strip()).is_relative_to(installed)
     expected = TwoStagePipeline.from_pretrained(pipeline_folder)(2, ["star"], seed=0).images[0]
     with Image.open(tmp_path / "star.png") as image:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 
-from core.files import expand_home
 from pipelines.checks.environment_checks import hugging_face_home
 from pipelines.checks.findings import Finding
+from twostage.core.files import expand_home
 
 __all__ = ["check_data", "check_run_folder", "check_weights"]
 

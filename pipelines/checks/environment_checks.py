@@ -9,10 +9,10 @@ from typing import Literal
 import psutil
 import yaml
 
-from core.files import expand_home
-from core.launch import is_thread_count
 from pipelines.checks.findings import Finding
-from pipelines.proxies import broken_proxy
+from pipelines.saved.proxies import broken_proxy
+from twostage.core.files import expand_home
+from twostage.core.machine.launch import is_thread_count
 
 __all__ = ["check_accelerate_file", "check_environment", "hugging_face_home"]
 

@@ -83,8 +83,8 @@ def check_cpu() -> Iterator[Finding]:
     import psutil
     import torch
 
-    from core.precision import reason_for_precision
-    from core.processes import available_cores, thread_variable, threads_of
+    from twostage.core.machine.precision import reason_for_precision
+    from twostage.core.machine.processes import available_cores, thread_variable, threads_of
 
     cores, all_cores, quota = available_cores(), os.cpu_count() or 1, _cgroup_cores()
     memory, variable = psutil.virtual_memory(), thread_variable()

@@ -95,7 +95,7 @@ def _work() -> None:
     import torch
     import torch.distributed
 
-    from core.processes import join_processes
+    from twostage.core.machine.processes import join_processes
 
     state = join_processes()
     numbers = torch.full((NUMBERS,), state.process_index + 1.0, device=state.device)

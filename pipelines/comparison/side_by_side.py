@@ -13,25 +13,25 @@ from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
-from core.config import parse_config
-from core.data import DataConfig, ImageData, ImageSplit, load_images
-from core.errors import InputError
-from core.fonts import class_labels
-from core.pictures import contact_sheet
-from core.places import same_place
-from core.processes import join_processes
-from core.spread import spread, spread_over_classes
-from pipelines.edits import reconstruct
+from pipelines.drawing.edits import reconstruct
+from pipelines.drawing.two_stage import TwoStagePipeline, load_pipeline
 from pipelines.encode_dataset import training_data
 from pipelines.evaluation.evaluation_document import NO_EVIDENCE, choose_split, model_kind, versions
 from pipelines.evaluation.frechet import InceptionFeatures, OwnFeatures, ReconstructionJudge, open_features
 from pipelines.evaluation.independence import not_evidence
 from pipelines.evaluation.measurements import measure
 from pipelines.evaluation.prior_measurements import measure_images, measure_samples
-from pipelines.pipeline_folder import is_pipeline_or_hub_id
-from pipelines.two_stage import TwoStagePipeline, load_pipeline
+from pipelines.saved.pipeline_folder import is_pipeline_or_hub_id
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.sampling import SamplingConfig
+from twostage.core.config.sections import parse_config
+from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_images
+from twostage.core.data.spread import spread, spread_over_classes
+from twostage.core.errors import InputError
+from twostage.core.images.fonts import class_labels
+from twostage.core.images.sheets import contact_sheet
+from twostage.core.machine.processes import join_processes
+from twostage.core.runs.places import same_place
 
 __all__ = [
     "COLUMNS",

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from core.training import TrainingRun
+from twostage.core.training.run import TrainingRun
 
 __all__ = ["TIMED_STEPS", "seconds_per_step"]
 

@@ -14,19 +14,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from core.config import parse_config
-from core.data import DataConfig, ImageSplit, load_images
-from core.errors import InputError
-from core.images import to_float, to_uint8
-from core.model_folder import write_json
-from core.pictures import save_picture
-from core.places import same_place
-from core.processes import join_processes
-from core.run_folder import RunFolder, read_metrics
-from core.sources import first_form
-from core.spread import spread
-from core.training import TrainingRun
-from pipelines import edits
 from pipelines.comparison.side_by_side import (
     BATCH_SIZE,
     COLUMNS,
@@ -43,10 +30,11 @@ from pipelines.comparison.side_by_side import (
 )
 from pipelines.comparison.step_budget import TIMED_STEPS, seconds_per_step
 from pipelines.comparison.tour_families import FAMILIES, Family, document_of, merged
+from pipelines.drawing import edits
 from pipelines.encode_dataset import encode_dataset
 from pipelines.evaluation.frechet import OwnFeatures, ReconstructionJudge
 from pipelines.evaluation.measurements import RowRandom, measure
-from pipelines.report import Report
+from pipelines.files.report import Report
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import WIDTHS
 from stage1_tokenizer.losses import corrupt
@@ -57,6 +45,18 @@ from stage1_tokenizer.train_tokenizer import train as train_tokenizer
 from stage2_prior.sampling import SamplingConfig
 from stage2_prior.train_prior import PriorTrainingConfig
 from stage2_prior.train_prior import train as train_prior
+from twostage.core.config.sections import parse_config
+from twostage.core.data.dataset import DataConfig, ImageSplit, load_images
+from twostage.core.data.sources import first_form
+from twostage.core.data.spread import spread
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_float, to_uint8
+from twostage.core.images.sheets import save_picture
+from twostage.core.machine.processes import join_processes
+from twostage.core.runs.model_folder import write_json
+from twostage.core.runs.places import same_place
+from twostage.core.runs.run_folder import RunFolder, read_metrics
+from twostage.core.training.run import TrainingRun
 
 __all__ = ["MINUTES", "tour"]
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.data import DataConfig, ImageData, ImageSplit, load_images
-from core.random import seed_for
 from stage2_prior.codes import Augmentation
+from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_images
+from twostage.core.training.random import seed_for
 
 __all__ = ["ImageVariants", "image_variants"]
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from accelerate.utils import gather_object
 
-from core.config import summarize_differences
-from core.data import DataConfig
-from core.errors import InputError
-from core.files import read_json
-from core.model_folder import write_json
 from pipelines.encoding.image_variants import ImageVariants
 from stage2_prior.codes import Manifest
+from twostage.core.config.sections import summarize_differences
+from twostage.core.data.dataset import DataConfig
+from twostage.core.errors import InputError
+from twostage.core.files import read_json
+from twostage.core.runs.model_folder import write_json
 
 __all__ = ["CHUNK", "PartialCodes", "discard_leftover"]
 

@@ -10,10 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from core.data import DataConfig, ImageData, load_images
-from core.errors import InputError
-from core.processes import join_processes
-from core.spread import spread
+from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.encode_dataset import training_data
 from pipelines.evaluation.evaluation_document import (
     DIGESTS_OF_IMAGES,
@@ -40,11 +37,14 @@ from pipelines.evaluation.prior_measurements import (
 )
 from pipelines.evaluation.prior_protocol import about_chain_rule, about_likelihood, about_samples
 from pipelines.evaluation.prior_table import ROWS, in_units, measured_on, prior_notes
-from pipelines.remembered import find_codes, find_images
-from pipelines.two_stage import TwoStagePipeline
+from pipelines.saved.remembered import find_codes, find_images
 from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Prior, PriorConfig
 from stage2_prior.sampling import SamplingConfig
+from twostage.core.data.dataset import DataConfig, ImageData, load_images
+from twostage.core.data.spread import spread
+from twostage.core.errors import InputError
+from twostage.core.machine.processes import join_processes
 
 __all__ = ["evaluate_prior"]
 

@@ -8,13 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.data import ImageSplit, load_images
-from core.errors import InputError
-from core.images import to_float, to_uint8
-from core.model_folder import file_sha256
-from core.pictures import contact_sheet
-from core.processes import join_processes
-from core.spread import spread, spread_over_classes
 from pipelines.encode_dataset import training_data
 from pipelines.evaluation.evaluation_document import (
     DIGESTS_OF_IMAGES,
@@ -36,6 +29,13 @@ from pipelines.evaluation.verdict import verdict
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import ACTIVE_VARIANCE
 from stage1_tokenizer.perceptual import SMALLEST_SIDE, TRUNK, LPIPSConfig, Perceptual, build_perceptual, find_trunk
+from twostage.core.data.dataset import ImageSplit, load_images
+from twostage.core.data.spread import spread, spread_over_classes
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_float, to_uint8
+from twostage.core.images.sheets import contact_sheet
+from twostage.core.machine.processes import join_processes
+from twostage.core.runs.model_folder import file_sha256
 
 __all__ = ["evaluate_tokenizer", "tokenizer_table", "typical"]
 

@@ -6,10 +6,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from core.data import DataConfig, ImageData, ImageSplit
-from core.errors import InputError
-from core.files import read_json
-from core.model_folder import file_sha256, find_model_folder
+from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit
+from twostage.core.errors import InputError
+from twostage.core.files import read_json
+from twostage.core.runs.model_folder import file_sha256, find_model_folder
 
 __all__ = [
     "DIGESTS_OF_IMAGES",
@@ -70,7 +70,7 @@ def choose_split(data: ImageData, split: str | None, config: DataConfig) -> tupl
 
 
 def described_rows(count: int, total: int) -> str:
-    """How :func:`core.spread.spread` chose."""
+    """How :func:`twostage.core.data.spread.spread` chose."""
     return "all" if count == total else f"spread evenly over {total}"
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from PIL import Image
 
-from core.model_folder import write_json
-from core.pictures import save_picture
+from pipelines.drawing.two_stage import TwoStagePipeline, class_sheet
 from pipelines.evaluation.evaluation_document import NO_EVIDENCE, Rows
 from pipelines.evaluation.neighbours import neighbours_sheet
 from pipelines.evaluation.prior_measurements import SampleFigures
-from pipelines.report import Report
-from pipelines.two_stage import TwoStagePipeline, class_sheet
+from pipelines.files.report import Report
+from twostage.core.images.sheets import save_picture
+from twostage.core.runs.model_folder import write_json
 
 __all__ = ["PICTURES", "Picture", "sample_pictures", "write_evaluation"]
 

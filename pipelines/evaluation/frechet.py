@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.errors import InputError
-from core.images import to_float
-from core.model_folder import file_sha256, load_saved_tensors
-from core.random import seed_for
 from stage1_tokenizer.feature_network import FeatureNetwork
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_float
+from twostage.core.runs.model_folder import file_sha256, load_saved_tensors
+from twostage.core.training.random import seed_for
 
 __all__ = [
     "FeatureDistance",

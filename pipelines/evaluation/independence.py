@@ -8,12 +8,12 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from core.errors import InputError
-from core.model_folder import find_model_folder
 from pipelines.evaluation.frechet import InceptionFeatures, OwnFeatures
 from stage1_tokenizer.autoencoder import AutoencoderConfig
 from stage1_tokenizer.feature_network import FeatureNetwork
 from stage1_tokenizer.perceptual import PerceptualNetwork
+from twostage.core.errors import InputError
+from twostage.core.runs.model_folder import find_model_folder
 
 __all__ = ["LPIPS_REASON", "not_evidence"]
 

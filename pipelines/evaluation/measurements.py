@@ -15,15 +15,15 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
 
-from core.data import ImageSplit
-from core.images import to_float, to_uint8
-from core.progress import ProgressBar
-from core.random import BatchRandom, seed_for
 from pipelines.evaluation.frechet import ReconstructionJudge
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import ACTIVE_VARIANCE, psnr
 from stage1_tokenizer.quantizer import Quantizer
 from stage1_tokenizer.residual_quantizer import ResidualQuantizer
+from twostage.core.data.dataset import ImageSplit
+from twostage.core.images.conversion import to_float, to_uint8
+from twostage.core.machine.progress import ProgressBar
+from twostage.core.training.random import BatchRandom, seed_for
 
 __all__ = [
     "Measurements",

@@ -11,15 +11,15 @@ from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
-from core.fonts import class_labels
-from core.pictures import contact_sheet
 from pipelines.evaluation.measurements import total_over_processes
+from twostage.core.images.fonts import class_labels
+from twostage.core.images.sheets import contact_sheet
 
 __all__ = ["Neighbours", "in_any_ball", "nearest", "neighbours_sheet", "num_pictured"]
 
 POINTS, OTHERS = 256, 4096
 """A block of distances: a whole (n, m) table is never kept."""
-MOST_PICTURED = 16
+MAX_PICTURED = 16
 
 
 @dataclass
@@ -80,8 +80,8 @@ def _distance_blocks(
 
 def num_pictured(num_samples: int, num_classes: int) -> int:
     """How many of the first samples, whose classes take turns, are shown: as many of each class, where that fits."""
-    of_each = MOST_PICTURED // num_classes if num_classes else 0
-    return min(num_samples, of_each * num_classes or MOST_PICTURED)
+    of_each = MAX_PICTURED // num_classes if num_classes else 0
+    return min(num_samples, of_each * num_classes or MAX_PICTURED)
 
 
 def neighbours_sheet(neighbours: Neighbours, names: list[str] | None, numbers: list[int] | None = None) -> Image.Image:

@@ -13,11 +13,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from core.data import ImageSplit
-from core.images import to_float
-from core.progress import ProgressBar
-from core.random import BatchRandom, seed_for
-from core.spread import spread
+from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.evaluation.frechet import (
     InceptionFeatures,
     OwnFeatures,
@@ -37,12 +33,16 @@ from pipelines.evaluation.sample_quality import (
     precision_recall,
     subset_size,
 )
-from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.losses import LossConfig, negative_log_likelihood, reconstruction_loss
 from stage2_prior.codes import CodeSplit
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig
+from twostage.core.data.dataset import ImageSplit
+from twostage.core.data.spread import spread
+from twostage.core.images.conversion import to_float
+from twostage.core.machine.progress import ProgressBar
+from twostage.core.training.random import BatchRandom, seed_for
 
 __all__ = [
     "BOUND_DRAWS",
@@ -64,11 +64,11 @@ __all__ = [
 BOUND_DRAWS = 2
 """Draws for each image of what a bound is the mean over; two at least say how far they are apart."""
 BOUND_SEED = 0
-LEAST_SCALE = 2 / 255 / math.sqrt(12)
+MIN_SCALE = 2 / 255 / math.sqrt(12)
 """Of a pixel's likelihood, in units of [-1, 1]: the standard deviation of rounding to 8 bits. A narrower density says
 nothing about grey levels."""
-MOST_REFERENCES = 50_000  # training images that samples are compared with
-MOST_PICTURED = 80
+MAX_REFERENCES = 50_000  # training images that samples are compared with
+MAX_PICTURED = 80
 MANY_COPIES = 0.01
 """Of the samples: with more, figures of them are refused."""
 WITH_REAL = (
@@ -190,7 +190,7 @@ def fit_likelihood(
         errors[places] = torch.stack([reconstruction_loss(*pair, loss.reconstruction) for pair in pairs]).cpu().double()
     error = total_over_processes(state, errors).mean().item()
     scale = error if loss.reconstruction == "l1" else math.sqrt(error)
-    return loss.model_copy(update={"likelihood_scale": max(scale, LEAST_SCALE)})
+    return loss.model_copy(update={"likelihood_scale": max(scale, MIN_SCALE)})
 
 
 @torch.no_grad()
@@ -251,7 +251,7 @@ def measure_samples(
     # 1. The samples.
     samples = ImageFeatures(network, num_samples, state)
     size = (pipeline.channels, *pipeline.image_size)
-    pictures = torch.zeros(min(num_samples, MOST_PICTURED), *size, dtype=torch.uint8)
+    pictures = torch.zeros(min(num_samples, MAX_PICTURED), *size, dtype=torch.uint8)
     seconds = torch.zeros(state.num_processes, dtype=torch.float64)
     for places in shared_batches(num_samples, batch_size, state, "samples"):
         numbers = range(int(places[0]), int(places[-1]) + 1)
@@ -283,7 +283,7 @@ def measure_samples(
         return found
 
     # 3. Real images: those for training, which both are compared with, and as many held-out ones as there are samples.
-    references, rows = spread(len(train), MOST_REFERENCES), spread(len(held_out), num_samples)
+    references, rows = spread(len(train), MAX_REFERENCES), spread(len(held_out), num_samples)
     training, real = (ImageFeatures(network, len(chosen), state) for chosen in (references, rows))
     for images, split, chosen, what in (
         (training, train, references, "training images"),

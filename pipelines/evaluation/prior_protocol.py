@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.evaluation.frechet import InceptionFeatures, OwnFeatures
 from pipelines.evaluation.prior_measurements import BOUND_DRAWS, BOUND_SEED, MANY_COPIES, SampleFigures
 from pipelines.evaluation.sample_quality import NEIGHBOURS, SUBSETS
-from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.losses import LossConfig
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig

@@ -7,10 +7,10 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from core.random import seed_for
 from pipelines.evaluation.frechet import InceptionFeatures, OwnFeatures
 from pipelines.evaluation.measurements import count_distinct, row_digests, total_over_processes
 from pipelines.evaluation.neighbours import in_any_ball, nearest
+from twostage.core.training.random import seed_for
 
 __all__ = [
     "NEIGHBOURS",

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from core.errors import InputError
-from core.images import to_float, to_pil
-from pipelines.edits import named_mask
-from pipelines.given_images import read_image
-from pipelines.two_stage import TwoStagePipeline
+from pipelines.drawing.edits import named_mask
+from pipelines.drawing.two_stage import TwoStagePipeline
+from pipelines.files.given_images import read_image
 from stage1_tokenizer.metrics import psnr
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_float, to_pil
 
 __all__ = [
     "ALL_CLASSES",

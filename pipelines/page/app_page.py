@@ -13,15 +13,15 @@ import gradio as gr
 import gradio.themes
 from gradio.components import Component
 
-from core.errors import InputError
-from core.images import to_pil
-from pipelines.edits import MASK_NAMES
+from pipelines.drawing.edits import MASK_NAMES
+from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.page.app_handlers import ALL_CLASSES, BRUSHED, NO_CLASS, Handlers, Picture, draw_codes, enlarge
-from pipelines.two_stage import TwoStagePipeline
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_pil
 
 __all__ = ["CSS", "THEME", "build_page"]
 
-MOST_IMAGES = 100
+MAX_IMAGES = 100
 PICTURE_FILES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"]
 THEME = gradio.themes.Default(
     primary_hue="indigo",
@@ -100,7 +100,7 @@ def _generate_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -
             class_name = gr.Dropdown(
                 [ALL_CLASSES, *(names or [])], label="Class", allow_custom_value=True, visible=bool(names)
             )
-            num_images = gr.Slider(1, MOST_IMAGES, 2 * columns, step=1, label="Number of images")
+            num_images = gr.Slider(1, MAX_IMAGES, 2 * columns, step=1, label="Number of images")
             seed, controls = _seed_box(), _sampling_controls(handlers.pipeline)
             button = gr.Button("Generate", variant="primary")
         with gr.Column(scale=2):
@@ -151,7 +151,7 @@ def _inpaint_tab(handlers: Handlers, generated: gr.State, selected: gr.State) ->
             # One that writes code after code cannot redraw any part: it begins with what it can.
             part = gr.Dropdown([BRUSHED, *MASK_NAMES], value=BRUSHED if masked else "bottom", label="Draw again")
             class_name = gr.Dropdown(choices, label="Class", allow_custom_value=True, visible=bool(names))
-            num_images = gr.Slider(1, MOST_IMAGES, 8, step=1, label="Number of completions")
+            num_images = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Number of completions")
             feather = gr.Slider(0, 8, 0, step=1, label="Feather in pixels", info="How far what is kept blends in.")
             seed, controls = _seed_box(), _sampling_controls(pipeline)
             button = gr.Button("Inpaint", variant="primary")

@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from core.errors import InputError
-from core.images import to_float
-from core.shapes import draw_shapes
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.bottlenecks import Gaussian, Identity
+from twostage.core.data.shapes import draw_shapes
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_float
 
 __all__ = ["Decoder", "Encoder", "Format", "check_libraries", "export_programs"]
 

@@ -10,8 +10,6 @@ from typing import Annotated, Any
 import torch
 from pydantic import AfterValidator, ConfigDict, Field
 
-from core.config import Count, Flag, Section, load_config, parse_config
-from core.errors import InputError
 from pipelines.sharing.foreign_weights import (
     State,
     Weights,
@@ -20,6 +18,8 @@ from pipelines.sharing.foreign_weights import (
     read_weights,
     some_of,
 )
+from twostage.core.config.sections import Count, Flag, Section, load_config, parse_config
+from twostage.core.errors import InputError
 
 __all__ = ["KINDS", "ForeignTokenizer", "read_tokenizer"]
 

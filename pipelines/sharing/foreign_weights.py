@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from core.errors import InputError
-from core.files import read_json
+from twostage.core.errors import InputError
+from twostage.core.files import read_json
 
 __all__ = ["State", "Weights", "find_vq_model", "read_diffusers_weights", "read_weights", "some_of"]
 

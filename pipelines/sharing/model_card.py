@@ -9,17 +9,17 @@ from typing import Any
 
 import yaml
 
-from core.errors import InputError
-from core.model_folder import file_sha256, find_model_folder
-from core.pictures import save_picture
+from pipelines.drawing.two_stage import TwoStagePipeline, class_sheet
 from pipelines.evaluation.evaluate_tokenizer import ROWS as TOKENIZER_ROWS
 from pipelines.evaluation.evaluation_document import Rows, evidence_warnings, model_kind
 from pipelines.evaluation.prior_table import ROWS as PRIOR_ROWS
 from pipelines.evaluation.prior_table import SAMPLE_ROWS
-from pipelines.pipeline_folder import HUB_ID, find_pipeline_folder, is_pipeline_or_hub_id
-from pipelines.remembered import find_tokenizer
-from pipelines.two_stage import TwoStagePipeline, class_sheet
+from pipelines.saved.pipeline_folder import HUB_ID, find_pipeline_folder, is_pipeline_or_hub_id
+from pipelines.saved.remembered import find_tokenizer
 from stage2_prior.prior import Prior
+from twostage.core.errors import InputError
+from twostage.core.images.sheets import save_picture
+from twostage.core.runs.model_folder import file_sha256, find_model_folder
 
 __all__ = ["CardFields", "gather_records", "is_as_written", "write_model_card"]
 
@@ -179,7 +179,7 @@ def _sections(pipeline: TwoStagePipeline, records: dict[str, bytes], fields: Car
 def _example(where: str, names: list[str] | None) -> str:
     asked = f', class_names=["{names[0]}"]' if names else ""
     return (
-        "```python\nfrom pipelines.two_stage import TwoStagePipeline\n\n"
+        "```python\nfrom pipelines.drawing.two_stage import TwoStagePipeline\n\n"
         f'pipeline = TwoStagePipeline.from_pretrained("{where}")\n'
         f"output = pipeline(num_images=8{asked}, seed=0)\n"
         'output.images[0].save("image.png")\n```'

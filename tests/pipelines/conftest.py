@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.config import parse_config
-from core.shapes import CLASS_NAMES
-from pipelines.two_stage import TwoStagePipeline
+from pipelines.drawing.two_stage import TwoStagePipeline
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from twostage.core.config.sections import parse_config
+from twostage.core.data.shapes import CLASS_NAMES
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pipelines.two_stage import TwoStagePipeline
+from pipelines.drawing.two_stage import TwoStagePipeline
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.pixelcnn import PixelCNNConfig

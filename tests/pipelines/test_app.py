@@ -11,8 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from core.errors import InputError
-from core.images import to_pil
+from pipelines.drawing.two_stage import TwoStagePipeline, load_pipeline
 from pipelines.page.app_handlers import (
     ALL_CLASSES,
     BRUSHED,
@@ -23,9 +22,10 @@ from pipelines.page.app_handlers import (
     draw_codes,
     enlarge,
 )
-from pipelines.two_stage import TwoStagePipeline, load_pipeline
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.prior import Prior
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_pil
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_a_model_that_makes_no_images(twostage, runs):
 LABELS = """
 import json, sys
 from pipelines.page.app_page import build_page
-from pipelines.two_stage import load_pipeline
+from pipelines.drawing.two_stage import load_pipeline
 for model in sys.argv[1:]:
     blocks = build_page(load_pipeline(model), "a model").blocks.values()
     print(json.dumps([[type(b).__name__, getattr(b, "label", None), getattr(b, "visible", True)] for b in blocks]))

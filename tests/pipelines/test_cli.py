@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli import VERBS
-from pipelines.sampling_options import OPTIONS
+from pipelines.drawing.sampling_options import OPTIONS
 from stage2_prior.sampling import SamplingConfig
 
 WITHOUT = """

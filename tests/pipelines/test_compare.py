@@ -6,17 +6,17 @@ import pytest
 import torch
 from PIL import Image
 
-from core.data import load_images
-from core.errors import InputError
-from core.images import to_float, to_uint8
-from core.spread import spread_over_classes
 from pipelines.comparison.side_by_side import compare_models, figure_rows, open_models
+from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.encode_dataset import training_data
-from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import psnr
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig
+from twostage.core.data.dataset import load_images
+from twostage.core.data.spread import spread_over_classes
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_float, to_uint8
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,14 @@ import torch
 import yaml
 from PIL import Image
 
-from core.config import parse_config
-from core.data import DataConfig, ImageSplit, load_images
-from core.images import to_float
-from core.random import seed_for
 from pipelines import encode_dataset
 from pipelines.encoding import partial_codes
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.codes import Augmentation, CodeCache
+from twostage.core.config.sections import parse_config
+from twostage.core.data.dataset import DataConfig, ImageSplit, load_images
+from twostage.core.images.conversion import to_float
+from twostage.core.training.random import seed_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -220,7 +220,7 @@ def test_crops_are_counted(runs, twostage, tmp_path):
 # Encodes as the command does, and sends itself SIGKILL when it reads pictures for the n-th time.
 KILLED = """
 import os, signal, sys
-from core.data import ImageSplit
+from twostage.core.data.dataset import ImageSplit
 from pipelines.cli import main
 
 left, read = int(os.environ["READS"]), ImageSplit.read

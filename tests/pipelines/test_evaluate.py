@@ -16,14 +16,14 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from torch.nn import functional as F
 
-from core.data import DataConfig, load_images
-from core.images import to_float, to_uint8
-from core.random import seed_for
-from core.shapes import CLASS_NAMES
 from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
 from pipelines.evaluation.measurements import ssim
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
+from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.shapes import CLASS_NAMES
+from twostage.core.images.conversion import to_float, to_uint8
+from twostage.core.training.random import seed_for
 
 ROOT = Path(__file__).parents[2]
 NUM_FEATURES = 12

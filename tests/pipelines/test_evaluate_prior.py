@@ -12,14 +12,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from core.data import DataConfig, load_images
-from core.errors import InputError
-from core.images import to_float
-from core.processes import join_processes
+from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.evaluation.evaluate_prior import SCALE_IMAGES, evaluate_prior
 from pipelines.evaluation.frechet import OwnFeatures
 from pipelines.evaluation.prior_measurements import (
-    LEAST_SCALE,
+    MIN_SCALE,
     OF_SAMPLES,
     SampleFigures,
     Watch,
@@ -28,7 +25,6 @@ from pipelines.evaluation.prior_measurements import (
     standard_error,
 )
 from pipelines.evaluation.prior_table import prior_table
-from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage1_tokenizer.losses import LossConfig
@@ -36,6 +32,10 @@ from stage2_prior.codes import CodeCache
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig
+from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_float
+from twostage.core.machine.processes import join_processes
 
 CELLS, PIXELS = 16, 3 * 16 * 16
 NUM_SAMPLES = 37  # not a whole number of batches
@@ -226,7 +226,7 @@ def test_the_scale_of_other_likelihoods(runs, data, kind, expected):
     with torch.no_grad():
         error = (model.decoded(model.encode(images).z) - images).abs().mean().item()
     assert fitted.likelihood_scale == pytest.approx(error, rel=1e-5)
-    assert error > LEAST_SCALE
+    assert error > MIN_SCALE
 
 
 def test_without_the_tokenizer_codes_are_measured_and_the_reason_is_said(runs, tmp_path):

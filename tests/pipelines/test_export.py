@@ -9,12 +9,12 @@ import onnxruntime
 import pytest
 import torch
 
-from core.config import parse_config
-from core.errors import InputError
+from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.sharing import exported_programs
 from pipelines.sharing.exported_programs import Encoder, export_programs
-from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from twostage.core.config.sections import parse_config
+from twostage.core.errors import InputError
 
 BACKBONES = {
     "mlp": {"type": "mlp", "hidden_sizes": [16]},

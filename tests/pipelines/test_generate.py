@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from core.data import DataConfig, load_images
 from stage2_prior.sampling import SamplingConfig
+from twostage.core.data.dataset import DataConfig, load_images
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_it_says_how_many_were_kept(runs, twostage, tmp_path):
 
 
 def test_parquet_holds_the_same_images_as_a_data_source(folder, generate, pipeline, monkeypatch):
-    monkeypatch.setattr("pipelines.image_files.SHARD", 8)
+    monkeypatch.setattr("pipelines.files.image_files.SHARD", 8)
     out = generate("--num-images", 20, "--seed", 3, "--format", "parquet")
     assert sorted(pictures(out)) == [f"shard_0000{i}.parquet" for i in range(3)]
     assert (out / "grid.png").read_bytes() == (folder / "grid.png").read_bytes()
@@ -153,7 +153,7 @@ def test_parquet_holds_the_same_images_as_a_data_source(folder, generate, pipeli
 
 
 def test_parquet_shards_that_are_whole_are_kept(generate, monkeypatch):
-    monkeypatch.setattr("pipelines.image_files.SHARD", 4)
+    monkeypatch.setattr("pipelines.files.image_files.SHARD", 4)
     out = generate("--num-images", 10, "--format", "parquet")
     complete, before = pictures(out), modified(out)
     shards = sorted(before)

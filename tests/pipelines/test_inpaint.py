@@ -6,14 +6,14 @@ import torch
 from other_priors import MASKED, PIXELCNN, causal, with_prior
 from PIL import Image
 
-from core.errors import InputError
-from core.images import to_pil
-from core.pictures import save_picture
-from core.shapes import CLASS_NAMES, draw_shapes
-from pipelines.edits import MASK_NAMES, cells_to_redraw, named_mask
-from pipelines.given_images import read_image
-from pipelines.two_stage import TwoStagePipeline, load_pipeline
+from pipelines.drawing.edits import MASK_NAMES, cells_to_redraw, named_mask
+from pipelines.drawing.two_stage import TwoStagePipeline, load_pipeline
+from pipelines.files.given_images import read_image
 from stage2_prior.prior import PriorLossConfig
+from twostage.core.data.shapes import CLASS_NAMES, draw_shapes
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_pil
+from twostage.core.images.sheets import save_picture
 
 SIZE = (16, 16)
 

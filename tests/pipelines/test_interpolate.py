@@ -5,12 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from core.errors import InputError
-from core.images import to_pil
-from core.pictures import save_picture
-from core.shapes import draw_shapes
+from pipelines.drawing.two_stage import load_pipeline
 from pipelines.interpolate import interpolate, pairs_of_rows
-from pipelines.two_stage import load_pipeline
+from twostage.core.data.shapes import draw_shapes
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_pil
+from twostage.core.images.sheets import save_picture
 
 
 def test_pairs_are_of_two_classes_while_there_are_such():

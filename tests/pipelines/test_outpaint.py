@@ -6,13 +6,13 @@ import torch
 from other_priors import MASKED, PIXELCNN, causal, with_prior
 from PIL import Image
 
-from core.errors import InputError
-from core.images import to_pil
-from core.pictures import save_picture
-from core.random import seed_for
-from core.shapes import draw_shapes
-from pipelines.edits import named_mask
-from pipelines.two_stage import TwoStagePipeline, load_pipeline
+from pipelines.drawing.edits import named_mask
+from pipelines.drawing.two_stage import TwoStagePipeline, load_pipeline
+from twostage.core.data.shapes import draw_shapes
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_pil
+from twostage.core.images.sheets import save_picture
+from twostage.core.training.random import seed_for
 
 
 @pytest.fixture(scope="module")

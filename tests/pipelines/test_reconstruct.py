@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from core.data import DataConfig, load_images
-from core.images import to_float
-from core.spread import spread_over_classes
 from pipelines.reconstruct import reconstruct
 from stage1_tokenizer.autoencoder import Autoencoder
+from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.spread import spread_over_classes
+from twostage.core.images.conversion import to_float
 
 
 def test_psnr_is_that_of_the_pictures(runs, tmp_path):

@@ -6,9 +6,9 @@ import sys
 
 import torch
 
-from core.command import run_command
-from core.training import TrainingRun
 from stage1_tokenizer.train_tokenizer import command
+from twostage.core.machine.command import run_command
+from twostage.core.training.run import TrainingRun
 
 begin = TrainingRun.begin_step
 

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from core.data import DataConfig, ImageData, load_images
-from core.splits import SPLIT_WORDS
+from twostage.core.data.dataset import DataConfig, ImageData, load_images
+from twostage.core.data.splits import SPLIT_WORDS
 
 CLASSES = ["ant", "bee", "cow"]
 SPLITS = ["train", "val", "test"]

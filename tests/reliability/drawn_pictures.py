@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from core.shapes import draw_shapes
+from twostage.core.data.shapes import draw_shapes
 
 __all__ = ["draw_pictures"]
 

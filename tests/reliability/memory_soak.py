@@ -13,15 +13,15 @@ from typing import Any
 import psutil
 from drawn_pictures import draw_pictures
 
-from core.config import parse_config
+from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.encode_dataset import encode_dataset
 from pipelines.generate import generate_folder
-from pipelines.two_stage import TwoStagePipeline
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage1_tokenizer.train_tokenizer import train as train_tokenizer
 from stage2_prior.sampling import SamplingConfig
 from stage2_prior.train_prior import PriorTrainingConfig
 from stage2_prior.train_prior import train as train_prior
+from twostage.core.config.sections import parse_config
 
 __all__ = ["soak"]
 

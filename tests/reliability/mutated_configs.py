@@ -24,11 +24,11 @@ from accelerate.state import AcceleratorState
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from core.shapes import CLASS_NAMES
 from pipelines.cli import main
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage2_prior.train_prior import PriorTrainingConfig
+from twostage.core.data.shapes import CLASS_NAMES
 
 __all__ = ["fuzz_configs"]
 

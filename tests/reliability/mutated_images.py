@@ -100,7 +100,7 @@ def _train(folder: Path, in_memory_gb: float) -> list[str]:
     _command(["train-tokenizer", "config.yaml", *words], run)
     sources = json.loads((run / "run/sources.json").read_text(encoding="utf-8"))
     script = (
-        "import json, torch; from core.config import load_config; from core.data import load_images\n"
+        "import json, torch; from twostage import load_config, load_images\n"
         "from stage1_tokenizer.train_tokenizer import TokenizerConfig\n"
         f"data = load_images(load_config(TokenizerConfig, 'config.yaml', {words}).data)\n"
         "names = [name for split in data.splits.values() for name in split.names(torch.arange(len(split)))]\n"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from core.random import BatchRandom
-from core.training import TrainingRun
 from stage1_tokenizer import train_tokenizer
 from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
+from twostage.core.training.random import BatchRandom
+from twostage.core.training.run import TrainingRun
 
 BROKEN = 5  # the step, counted from 0
 WORDS = ["run.dir=run", "train.max_steps=12", "train.checkpoint_every=1", "train.keep_checkpoints=20",

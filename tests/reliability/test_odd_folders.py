@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from processes import Command, run
 
-from core.config import parse_config
-from core.data import DataConfig, load_images
-from core.errors import InputError
+from twostage.core.config.sections import parse_config
+from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.errors import InputError
 
 
 @pytest.fixture(autouse=True)

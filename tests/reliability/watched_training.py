@@ -6,7 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from core.batches import Batches
+from twostage.core.training.batches import Batches
 
 read_batch = Batches.at
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.random import BatchRandom
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig
 from stage1_tokenizer.losses import LossConfig
+from twostage.core.training.random import BatchRandom
 
 BACKBONES = {
     "conv": {"type": "conv", "channels": 8, "channel_mult": [1, 1], "num_res_blocks": [0, 1]},

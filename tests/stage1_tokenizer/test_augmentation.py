@@ -1,7 +1,7 @@
 import torch
 
-from core.random import BatchRandom
 from stage1_tokenizer.augmentation import flip_half, shift
+from twostage.core.training.random import BatchRandom
 
 
 def test_half_of_the_images_are_mirrored(whole_batch, random_images):

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from core.errors import InputError
-from core.model_folder import save_model_folder
 from stage1_tokenizer.autoencoder import Autoencoder
+from twostage.core.errors import InputError
+from twostage.core.runs.model_folder import save_model_folder
 
 FAMILIES = [
     "identity",

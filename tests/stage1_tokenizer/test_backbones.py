@@ -2,8 +2,6 @@ import pytest
 import torch
 from torch import nn
 
-from core.config import parse_config
-from core.errors import InputError
 from stage1_tokenizer.backbones import (
     AttentionBlock,
     ConvConfig,
@@ -15,6 +13,8 @@ from stage1_tokenizer.backbones import (
     grid_of,
     group_norm,
 )
+from twostage.core.config.sections import parse_config
+from twostage.core.errors import InputError
 
 CONV = ConvConfig(channels=8, channel_mult=[1, 2, 1], num_res_blocks=[0, 1, 1])
 MLP = MLPConfig(hidden_sizes=[16, 12])

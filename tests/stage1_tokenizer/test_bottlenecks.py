@@ -2,8 +2,6 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from core.errors import InputError
-from core.random import BatchRandom
 from stage1_tokenizer.bottlenecks import (
     ClassGaussianConfig,
     Gaussian,
@@ -15,6 +13,8 @@ from stage1_tokenizer.finite_scalar import FiniteScalarConfig
 from stage1_tokenizer.lookup_free import LookupFreeConfig
 from stage1_tokenizer.residual_quantizer import ResidualConfig
 from stage1_tokenizer.vector_quantizer import VectorConfig
+from twostage.core.errors import InputError
+from twostage.core.training.random import BatchRandom
 
 
 @pytest.fixture

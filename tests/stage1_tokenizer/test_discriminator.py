@@ -3,8 +3,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.config import parse_config
-from core.errors import InputError
 from stage1_tokenizer.discriminator import (
     AdversarialConfig,
     Discriminator,
@@ -13,6 +11,8 @@ from stage1_tokenizer.discriminator import (
     generator_loss,
     r1_penalty,
 )
+from twostage.core.config.sections import parse_config
+from twostage.core.errors import InputError
 
 LOSSES = ["hinge", "non_saturating", "vanilla"]
 

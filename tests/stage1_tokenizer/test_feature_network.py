@@ -5,8 +5,8 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from core.errors import InputError
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
+from twostage.core.errors import InputError
 
 
 def tiny_network(size: tuple[int, int] = (8, 8), channels: int = 3, widths: tuple[int, ...] = (4, 6, 8), seed: int = 0):

@@ -4,12 +4,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from core.config import parse_config
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.discriminator import Discriminator, generator_loss
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage1_tokenizer.image_losses import ImageLosses
 from stage1_tokenizer.losses import LossConfig
+from twostage.core.config.sections import parse_config
 
 
 @pytest.fixture

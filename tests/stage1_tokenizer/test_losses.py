@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Laplace, Normal
 
-from core.config import parse_config
-from core.errors import InputError
-from core.random import BatchRandom
 from stage1_tokenizer.losses import CorruptionConfig, LossConfig, corrupt, negative_log_likelihood, reconstruction_loss
+from twostage.core.config.sections import parse_config
+from twostage.core.errors import InputError
+from twostage.core.training.random import BatchRandom
 
 KINDS = ["bce", "l1", "l2"]
 

@@ -8,7 +8,6 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from core.errors import InputError
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage1_tokenizer.perceptual import (
     TRUNK,
@@ -17,6 +16,7 @@ from stage1_tokenizer.perceptual import (
     PerceptualConfig,
     build_perceptual,
 )
+from twostage.core.errors import InputError
 
 SIZE = (16, 20)
 

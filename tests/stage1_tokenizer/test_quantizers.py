@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from core.config import parse_config
-from core.errors import InputError
-from core.random import BatchRandom
 from stage1_tokenizer.autoencoder import ModelConfig
 from stage1_tokenizer.finite_scalar import FiniteScalar, FiniteScalarConfig
 from stage1_tokenizer.lookup_free import LookupFree, LookupFreeConfig, mean_choice
 from stage1_tokenizer.quantizer import Quantizer, pass_gradient
 from stage1_tokenizer.residual_quantizer import ResidualConfig, ResidualQuantizer
 from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
+from twostage.core.config.sections import parse_config
+from twostage.core.errors import InputError
+from twostage.core.training.random import BatchRandom
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -8,13 +8,13 @@ import torch
 import yaml
 from PIL import Image
 
-from core.config import parse_config
-from core.data import load_images
-from core.errors import InputError
-from core.images import to_float
-from core.sources import first_form
 from stage1_tokenizer.feature_network import FeatureNetwork
 from stage1_tokenizer.train_features import FeaturesTrainingConfig, command, train
+from twostage.core.config.sections import parse_config
+from twostage.core.data.dataset import load_images
+from twostage.core.data.sources import first_form
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_float
 
 TRAINING = (train, FeaturesTrainingConfig)  # what `start` starts
 

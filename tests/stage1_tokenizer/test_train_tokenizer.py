@@ -9,12 +9,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from core.config import parse_config
-from core.data import load_images
-from core.errors import InputError
-from core.images import to_float, to_uint8
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.train_tokenizer import TokenizerConfig, command, train
+from twostage.core.config.sections import parse_config
+from twostage.core.data.dataset import load_images
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_float, to_uint8
 
 VAE = {"backbone": {"type": "mlp", "hidden_sizes": [16]}, "bottleneck": {"type": "gaussian"}}
 

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from core.config import parse_config
-from core.errors import InputError
 from stage1_tokenizer import train_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
+from twostage.core.config.sections import parse_config
+from twostage.core.errors import InputError
 
 TRAINING = (train, TokenizerConfig)  # what `start` starts
 

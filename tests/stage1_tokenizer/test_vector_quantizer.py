@@ -5,10 +5,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from core.random import BatchRandom
 from stage1_tokenizer import nearest_codes as nearest
 from stage1_tokenizer.nearest_codes import k_means, nearest_codes
 from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
+from twostage.core.training.random import BatchRandom
 
 GRID = (2, 3)
 

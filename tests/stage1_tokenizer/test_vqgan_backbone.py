@@ -6,8 +6,6 @@ import torch.nn.functional as F
 from diffusers import VQModel
 from torch import nn
 
-from core.config import parse_config
-from core.errors import InputError
 from stage1_tokenizer.backbones import build_backbone
 from stage1_tokenizer.vqgan_backbone import (
     Attention,
@@ -19,6 +17,8 @@ from stage1_tokenizer.vqgan_backbone import (
     VQGANDecoder,
     VQGANEncoder,
 )
+from twostage.core.config.sections import parse_config
+from twostage.core.errors import InputError
 
 TINY = {"channels": 8, "channel_mult": [1, 2, 1], "num_res_blocks": 1, "inner_channels": 6, "norm_groups": 4}
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.random import BatchRandom
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import Manifest, SplitFiles, TokenizerReference
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig, PriorModelConfig
+from twostage.core.training.random import BatchRandom
 
 HASH = "0123456789abcdef" * 4
 TINY: dict[str, PriorModelConfig] = {

@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.errors import InputError
-from core.random import BatchRandom
 from stage2_prior import fast_linear
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig, CausalTransformerDecoder
 from stage2_prior.orders import ORDERS
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig, guidance_at, image_seeds, uniform_noise
+from twostage.core.errors import InputError
+from twostage.core.training.random import BatchRandom
 
 CODES, GRID, CLASSES = 5, (2, 3), 3
 CELLS = GRID[0] * GRID[1]

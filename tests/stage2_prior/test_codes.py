@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from core.errors import InputError
 from stage2_prior.codes import Augmentation, CodeCache, code_dtype, code_statistics
+from twostage.core.errors import InputError
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.errors import InputError
 from stage2_prior import fast_linear as module
 from stage2_prior.fast_linear import TrainedLinear, fast_linear, linear
+from twostage.core.errors import InputError
 
 needs_onednn = pytest.mark.skipif(not module._has_pointwise(), reason="this torch has no oneDNN")
 

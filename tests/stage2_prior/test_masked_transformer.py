@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.errors import InputError
-from core.random import BatchRandom
 from stage2_prior.masked_transformer import MaskedPredictor, MaskedTransformer, MaskedTransformerConfig
 from stage2_prior.parallel_sampling import draw_in_parallel, gumbel, left_masked
 from stage2_prior.sampling import SamplingConfig, guidance_at, image_seeds, uniform_noise
 from stage2_prior.shares import masked_share
+from twostage.core.errors import InputError
+from twostage.core.training.random import BatchRandom
 
 CODES, GRID, CLASSES = 5, (3, 4), 3
 CELLS = GRID[0] * GRID[1]

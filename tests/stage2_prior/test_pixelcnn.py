@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.config import parse_config
-from core.errors import InputError
-from core.random import BatchRandom
 from stage2_prior.pixelcnn import PixelCNN, PixelCNNConfig, PixelCNNDecoder
 from stage2_prior.sampling import SamplingConfig, guidance_at, image_seeds, uniform_noise
+from twostage.core.config.sections import parse_config
+from twostage.core.errors import InputError
+from twostage.core.training.random import BatchRandom
 
 CODES, GRID, CLASSES = 7, (3, 5), 3
 CELLS = GRID[0] * GRID[1]

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from core.errors import InputError
-from core.model_folder import save_model_folder
-from core.random import BatchRandom
 from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Prior, prior_config, replace_codes
 from stage2_prior.sampling import SamplingConfig, image_seeds
+from twostage.core.errors import InputError
+from twostage.core.runs.model_folder import save_model_folder
+from twostage.core.training.random import BatchRandom
 
 PETS = ["cat", "dog"]
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from core.config import parse_config
-from core.errors import InputError
 from stage2_prior.sampling import SamplingConfig, choose, filter_logits, guidance_at, guide, image_seeds, uniform_noise
+from twostage.core.config.sections import parse_config
+from twostage.core.errors import InputError
 
 ALMOST_1 = 1 - 2**-53  # the largest number that is ever drawn
 

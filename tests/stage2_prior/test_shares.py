@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from core.config import parse_config
-from core.errors import InputError
 from stage2_prior.shares import MEAN_MASKED_SHARE, MaskSchedule, ReplaceSchedule, masked_share, replace_prob_at
+from twostage.core.config.sections import parse_config
+from twostage.core.errors import InputError
 
 MASK_SCHEDULES: list[MaskSchedule] = ["cosine", "arccos"]
 

@@ -10,12 +10,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from core.config import parse_config
-from core.errors import InputError
-from core.training import TrainingRun
 from stage2_prior.codes import Augmentation, CodeCache, TokenizerReference
 from stage2_prior.prior import Prior
 from stage2_prior.train_prior import PriorTrainingConfig, command, keep_best, train
+from twostage.core.config.sections import parse_config
+from twostage.core.errors import InputError
+from twostage.core.training.run import TrainingRun
 
 TRANSFORMER = {"hidden_size": 16, "depth": 1, "num_heads": 2}
 SIZES = {
@@ -140,7 +140,7 @@ def test_a_run_stops_when_it_overfits_and_keeps_its_best_model(ema_decay, noise,
 
 def test_the_bound_of_a_masked_transformer_is_called_one(noise, document, start, capsys, monkeypatch):
     titles = []
-    monkeypatch.setattr("core.training.draw_curves", lambda lines, path, title, *_: titles.append(title))
+    monkeypatch.setattr("twostage.core.training.run.draw_curves", lambda lines, path, title, *_: titles.append(title))
     run = start(document(model="masked_transformer", max_steps=60, lr=3e-2, patience=3, checkpoint_every=60))
     losses = held_out(run)
     best = min(losses, key=losses.__getitem__)

@@ -3,9 +3,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.config import parse_config
-from core.errors import InputError
-from core.random import BatchRandom
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.transformer import (
     Block,
@@ -17,6 +14,9 @@ from stage2_prior.transformer import (
     rotations,
     turn,
 )
+from twostage.core.config.sections import parse_config
+from twostage.core.errors import InputError
+from twostage.core.training.random import BatchRandom
 
 CODES, GRID = 5, (2, 3)
 

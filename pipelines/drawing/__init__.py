@@ -1,0 +1,1 @@
+"""Drawing images from trained models: the pipeline object, sampling in batches, edits."""

@@ -1,0 +1,1 @@
+"""Files that people give or get: images, masks, generated images, HTML reports."""

@@ -1,0 +1,1 @@
+"""Trained models on disk: pipeline folders, and what a model remembers of its data and its tokenizer."""

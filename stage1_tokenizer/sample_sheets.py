@@ -1,0 +1,112 @@
+"""The pictures of a training: the same held-out images every time, of all classes in turn, and what the latent space
+looks like."""
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.losses import corrupt
+from twostage.core.data.dataset import ImageData, ImageSplit
+from twostage.core.data.spread import spread_over_classes
+from twostage.core.images.conversion import to_float, to_uint8
+from twostage.core.images.fonts import class_labels, figure_families
+from twostage.core.images.sheets import contact_sheet, figure_canvas, to_image
+from twostage.core.training.random import BatchRandom, seed_for
+
+__all__ = ["draw_pictures"]
+
+COLUMNS = 12
+INTERPOLATIONS = 2
+MANIFOLD_SIDE = 20
+LEGEND = 160  # pixels of a class name in the legend
+SCATTERED = 5000
+
+
+@torch.no_grad()
+def draw_pictures(model: Autoencoder, data: ImageData, seed: int) -> dict[str, Image.Image]:
+    """The pictures of a model by name.
+
+    "": originals (and corrupted ones) over reconstructions; samples from its own prior, where it has one;
+    interpolations, where the latent is continuous. "classes": samples, a class a column. "manifold" and "scatter":
+    of a latent of two numbers.
+    """
+    model.eval()
+    pictures = {"": _overview(model, data, seed)}
+    if model.class_conditional and data.class_names:
+        pictures["classes"] = _classes(model, data, seed)
+    if model.codebook_size is None and model.config.model.latent_channels == 2 and model.grid == (1, 1):
+        pictures["manifold"] = _manifold(model)
+        pictures["scatter"] = _scatter(model, data.validation, data.class_names)
+    return pictures
+
+
+def _overview(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
+    rows = spread_over_classes(data.validation.labels, len(data.validation), COLUMNS)
+    device = model.last_layer.device
+    originals = data.validation.read(rows)
+    images = to_float(originals.to(device))
+    strips, titles = [originals], ["original"]
+    inputs = images
+    if model.config.loss.corruption:
+        random = BatchRandom(seed_for(seed, "pictures"), slice(0, len(rows)), len(rows))
+        inputs = corrupt(images, model.config.loss.corruption, random)
+        strips.append(to_uint8(inputs))
+        titles.append("corrupted")
+    strips.append(to_uint8(model.reconstruct(inputs)))
+    titles.append("reconstruction")
+    if model.variational:
+        strips.append(to_uint8(model.sample(len(rows), generator=_generator(seed, device))))
+        titles.append("sample")
+    if model.codebook_size is None and len(rows) >= 2 * INTERPOLATIONS:
+        z = model.encode(inputs[: 2 * INTERPOLATIONS]).z
+        shares = torch.linspace(0, 1, len(rows), device=device).view(-1, 1, 1, 1)
+        for first, second in zip(z[::2], z[1::2], strict=True):
+            strips.append(to_uint8(model.decode(torch.lerp(first, second, shares))))
+            titles.append("interpolation")
+    return contact_sheet(torch.cat([strip.cpu() for strip in strips]), columns=len(rows), row_titles=titles)
+
+
+def _classes(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
+    device, names = model.last_layer.device, data.class_names or []
+    trained = [label for label, name in enumerate(names) if name not in data.untrained_classes][:COLUMNS]
+    labels, captions = torch.tensor(trained).repeat(4), class_labels(names)
+    samples = to_uint8(model.sample(len(labels), labels, _generator(seed, device))).cpu()
+    return contact_sheet(samples, columns=len(trained), captions=[captions[i] for i in labels.tolist()])
+
+
+def _manifold(model: Autoencoder) -> Image.Image:
+    """Decoded from a lattice of the plane: even steps in probability under N(0, 1), as in Kingma and Welling 2014."""
+    shares = torch.linspace(0.02, 0.98, MANIFOLD_SIDE)
+    steps = torch.special.ndtri(shares)
+    lattice = torch.cartesian_prod(-steps, steps).flip(1)[..., None, None]  # the second number grows upwards
+    return contact_sheet(to_uint8(model.decode(lattice.to(model.last_layer.device))).cpu(), columns=MANIFOLD_SIDE)
+
+
+def _scatter(model: Autoencoder, split: ImageSplit, class_names: list[str] | None) -> Image.Image:
+    rows = spread_over_classes(split.labels, len(split), SCATTERED)
+    device = model.last_layer.device
+    z = torch.cat([model.encode(to_float(split.read(part).to(device))).z.flatten(1).cpu() for part in rows.split(500)])
+    labels = split.read_labels(rows)
+    canvas, figure = figure_canvas((6.4, 6.0))
+    axes = figure.subplots()
+    groups: list[tuple[str | None, Tensor]] = [(None, z)]
+    if labels is not None and class_names:
+        names = class_labels(class_names, max_width=LEGEND, complex_scripts=False)
+        groups = [(name, z[labels == i]) for i, name in enumerate(names)]
+    for i, (name, points) in enumerate(groups):
+        axes.scatter(points[:, 0], points[:, 1], s=3, alpha=0.6, label=name, color=f"C{i % 10}")
+    axes.set(xlabel="first latent number", ylabel="second", title=f"{len(z):,} held-out images in the latent plane")
+    if len(groups) > 1:
+        families = figure_families(name for name, _ in groups if name)
+        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        legend = axes.legend(markerscale=4, title="class", prop={"family": families}, **place)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    return to_image(canvas)
+
+
+def _generator(seed: int, device: Any) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed_for(seed, "samples"))

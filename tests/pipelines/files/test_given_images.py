@@ -1,0 +1,210 @@
+"""Pictures and masks that people give: brought to the model's form, or refused with a sentence."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.drawing.edits import MASK_NAMES, named_mask
+from pipelines.files.given_images import MAX_PIXELS, find_images, open_image, read_image, read_mask
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import image_to_uint8
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """``picture("a.png", array)``: the file with these pixels."""
+
+    def save(name: str, pixels: np.ndarray):
+        Image.fromarray(pixels).save(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+def test_a_picture_is_converted_and_it_is_said_how(picture):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    found, said = read_image(picture("a.png", pixels), (12, 20), 3)
+    assert np.array_equal(found.permute(1, 2, 0), pixels)
+    assert said is None
+    found, said = read_image(picture("a.png", pixels), (8, 8), 1)
+    assert np.array_equal(found, image_to_uint8(Image.fromarray(pixels), (8, 8), 1))
+    assert said == "20x12 cropped at its centre and resized to 8x8 pixels; mode RGB converted to L"
+
+
+def test_values_of_more_than_8_bits_are_seen_as_the_model_was_trained(picture):
+    twelve = picture("a.png", np.full((8, 8), 2048, dtype=np.uint16))
+    assert read_image(twelve, (8, 8), 1, (0, 4095))[0].unique().tolist() == [128]
+    twelve = picture("b.png", np.linspace(0, 4095, 64).astype(np.uint16).reshape(8, 8))
+    found, said = read_image(twelve, (8, 8), 1)
+    assert found.max() == 16
+    assert said.endswith("holds 16-bit values from 0 to 4095, little of the range from 0 to 65535")
+    eight = picture("e.png", np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8))
+    assert (
+        "holds 8-bit values from 0 to 255, little of the range from 0 to 4095"
+        in read_image(eight, (8, 8), 1, (0, 4095))[1]
+    )
+    floats = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    assert read_image(picture("c.tif", floats), (8, 8), 1)[0].max() == 255
+    with pytest.raises(
+        InputError, match=r"d.tif: holds float values from 0 to 255, which the range from 0 to 1 cannot"
+    ):
+        read_image(picture("d.tif", floats * 255), (8, 8), 1)
+    assert read_image(picture("d.tif", floats * 255), (8, 8), 1, (0, 255))[0].max() == 255
+
+
+def test_what_is_no_picture_is_refused(tmp_path, picture):
+    with pytest.raises(InputError, match=r"gone.png: no such file; expected a picture"):
+        read_image(tmp_path / "gone.png", (8, 8), 1)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(InputError, match=r"text.png: not a readable picture; expected PNG"):
+        read_image(tmp_path / "text.png", (8, 8), 1)
+    whole = picture("whole.png", np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"half.png: cannot be decoded"):
+        read_image(tmp_path / "half.png", (8, 8), 1)
+    Image.new("1", (MAX_PIXELS // 1000 + 1, 1000)).save(tmp_path / "huge.png")
+    with pytest.raises(InputError, match=r"huge.png: has 25001 x 1000 pixels, at most 25 million are taken"):
+        read_image(tmp_path / "huge.png", (8, 8), 1)
+
+
+def test_a_mask_is_what_is_white(picture):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20), dtype=np.uint8)
+    image = picture("image.png", pixels)
+    assert np.array_equal(read_mask(picture("mask.png", pixels), image, (12, 20)), pixels >= 128)
+    assert np.array_equal(read_mask(picture("bits.png", pixels >= 128), image, (12, 20)), pixels >= 128)
+    layers = np.full((12, 20, 4), 255, dtype=np.uint8)
+    layers[..., 3] = pixels
+    assert np.array_equal(read_mask(picture("layer.png", layers), image, (12, 20)), pixels >= 128), (
+        "transparent is black"
+    )
+    layers[..., :3] = [255, 100, 0]
+    with pytest.raises(InputError, match=r"layer.png: masks nothing; paint white what is to be drawn again"):
+        read_mask(picture("layer.png", layers), image, (12, 20))
+
+
+@pytest.mark.parametrize("name", MASK_NAMES)
+def test_a_mask_may_be_a_word(name, tmp_path):
+    assert torch.equal(read_mask(name, tmp_path / "not looked at", (6, 9)), named_mask(name, (6, 9)))
+
+
+def test_no_thin_mask_vanishes(picture):
+    pixels = np.zeros((300, 500), dtype=np.uint8)
+    pixels[151, :] = pixels[:, 297] = 255
+    found = read_mask(picture("mask.png", pixels), picture("image.png", pixels), (8, 8))
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[151 * 8 // 300, :] = expected[:, (297 - 100) * 8 // 300] = True
+    assert torch.equal(found, expected)
+
+
+def test_a_mask_that_fits_no_picture_is_refused(picture):
+    white = np.full((30, 50), 255, dtype=np.uint8)
+    image = picture("image.png", white)
+    with pytest.raises(
+        InputError, match=r"mask.png: has 50x20 pixels, expected 50x30 as .*image.png has; draw the mask"
+    ):
+        read_mask(picture("mask.png", white[:20]), image, (8, 8))
+    edge = white.copy()
+    edge[:, 5:] = 0
+    with pytest.raises(InputError, match=r"mask.png: masks nothing within what the model sees .*\(its centre\)"):
+        read_mask(picture("mask.png", edge), image, (8, 8))
+
+
+def test_a_mask_is_turned_as_its_picture_is(tmp_path):
+    """A photo is stored on its side and turned by its EXIF tag; an editor saves the mask upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn to the right
+    Image.new("L", (20, 12)).save(tmp_path / "photo.jpg", exif=exif)
+    upright = np.zeros((20, 12), dtype=np.uint8)
+    upright[:5] = 255
+    Image.fromarray(upright).save(tmp_path / "mask.png")
+    assert np.array_equal(read_mask(tmp_path / "mask.png", tmp_path / "photo.jpg", (20, 12)), upright > 0)
+
+
+def test_other_decoders_than_those_named_are_never_tried(tmp_path):
+    """EPS, for one, starts a program."""
+    file = tmp_path / "picture.png"
+    Image.new("RGB", (4, 4)).save(tmp_path / "picture.eps")
+    (tmp_path / "picture.eps").rename(file)
+    with pytest.raises(InputError, match="not a readable picture"):
+        open_image(file)
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve images, and what else lies in a folder of images."""
+    for number in range(1, 13):
+        Image.new("RGB", (20, 20), (20 * number, 0, 0)).save(tmp_path / f"img {number}.png")
+    (tmp_path / "img 3.png").write_bytes(b"no image")
+    (tmp_path / "img 4.png").write_bytes((tmp_path / "img 5.png").read_bytes()[:40])
+    Image.new("L", (8, 8)).save(tmp_path / "z.JPEG")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    (tmp_path / "cats").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "cats" / "0.png")
+    (tmp_path / "folder.png").mkdir()
+    return tmp_path
+
+
+def test_the_images_of_a_folder_in_order_with_what_is_not_used(folder, capsys):
+    used = find_images([folder], 4, "--num-images")
+    assert [file.name for file in used] == ["img 1.png", "img 2.png", "img 5.png", "img 6.png"]
+    said = capsys.readouterr().out
+    assert f"skipped: {folder / 'gone.png'}: no such file" in said
+    assert f"skipped: {folder / 'img 3.png'}: not a readable picture" in said
+    assert f"skipped: {folder / 'img 4.png'}: " in said
+    assert f"{folder}: not images: notes.txt\n" in said
+    assert f"{folder}: folders in it are not searched: cats, folder.png\n" in said
+    assert f"{folder}: the first 4 of 14 images; --num-images shows more\n" in said
+    used = find_images([folder], 100, "--num-images")
+    assert [file.name for file in used] == [f"img {n}.png" for n in (1, 2, *range(5, 13))] + ["z.JPEG"]
+    assert "shows more" not in capsys.readouterr().out
+
+
+def test_many_damaged_images_do_not_fill_the_screen(tmp_path, capsys):
+    for number in range(30):
+        (tmp_path / f"{number}.png").write_bytes(b"damaged")
+    Image.new("L", (8, 8)).save(tmp_path / "good.png")
+    assert [file.name for file in find_images([tmp_path], 3, "--num-images")] == ["good.png"]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 21
+    assert said[-1] == f"{tmp_path}: 10 more unreadable images are skipped"
+
+
+def test_files_and_folders_together(folder):
+    used = find_images([folder / "z.JPEG", folder / "cats", folder / "img 1.png"], 1, "--num-images")
+    assert [file.name for file in used] == ["z.JPEG", "0.png", "img 1.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("empty", "no readable image in this folder; expected PNG, JPEG"),
+        ("classes", "no readable image in this folder, only the folders cats, dogs: give one of them, or --data"),
+        ("damaged", "no readable image in this folder; expected PNG"),
+        ("texts", "no readable image in this folder; expected PNG"),
+    ],
+)
+def test_a_folder_without_images(tmp_path, name, said):
+    folder = tmp_path / name
+    folder.mkdir()
+    if name == "classes":
+        for part in ("cats", "dogs"):
+            (folder / part).mkdir()
+            Image.new("L", (8, 8)).save(folder / part / "0.png")
+    if name == "damaged":
+        (folder / "a.png").write_bytes(b"x")
+    if name == "texts":
+        (folder / "a.txt").write_bytes(b"x")
+    with pytest.raises(InputError) as refused:
+        find_images([folder], 3, "--num-images")
+    assert f"{folder}: {said}" in str(refused.value)
+
+
+def test_where_one_image_is_wanted_a_folder_is_refused(folder):
+    with pytest.raises(InputError, match=r"cats: is a folder; expected one image, such as .*image.png"):
+        read_image(folder / "cats", (8, 8), 1)

@@ -1,0 +1,83 @@
+"""A stored path is found as it stands, where it was, or relative to what remembers it; likeliest first, each once."""
+
+from pathlib import Path
+
+import pytest
+
+from twostage.core.config.sections import PathName, RunConfig, Section, path_values
+from twostage.core.runs.places import find_places, portable, same_place
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """`project/` with a run, a model, codes and images, beside `elsewhere/`, the current folder."""
+    for folder in ("project/runs/gpt", "project/runs/tok", "project/codes/tok", "project/zh", "elsewhere/zh"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("stored", "recorded", "direct", "moved"),
+    [
+        ("runs/tok", None, ["project/runs/tok"], []),
+        ("./runs/tok/", None, ["project/runs/tok"], []),
+        ("zh", None, ["elsewhere/zh", "project/zh"], []),
+        ("zh", "project/zh", ["elsewhere/zh", "project/zh"], []),
+        ("../project/zh/", None, ["project/zh"], []),
+        ("/old/project/runs/tok", None, [], ["project/runs/tok"]),
+        ("/old/place/codes/tok", None, [], ["project/codes/tok", "project/runs/tok"]),
+        ("tok", None, ["project/runs/tok"], []),
+        ("nothing", None, [], []),
+        ("owner/name", None, [], []),
+        ("\0", None, [], []),
+    ],
+)
+def test_where_a_stored_path_leads(here, stored, recorded, direct, moved):
+    places = find_places(stored, here / "project/runs/gpt", recorded=recorded and str(here / recorded))
+    found = [[str(place.resolve().relative_to(here)) for place in some] for some in (places.direct, places.moved)]
+    assert found == [direct, moved]
+
+
+def test_a_link_to_a_run_is_looked_beside_on_both_sides(here):
+    (here / "links").mkdir()
+    (here / "links/gpt").symlink_to(here / "project/runs/gpt")
+    (here / "links/tok").mkdir()
+    assert find_places("runs/tok", here / "links/gpt").direct == [here / "project/runs/tok"]
+    assert find_places("tok", here / "links/gpt").direct == [here / "links/tok", here / "project/runs/tok"]
+
+
+def test_a_path_is_remembered_as_spelled_where_it_can_be_found_again(here, monkeypatch):
+    assert portable("zh", here / "elsewhere/codes/zh") == "zh"
+    assert portable("./zh/", Path("codes/zh")) == "./zh/"
+    assert portable("zh", here / "project/codes/zh") == str(here / "elsewhere/zh")
+    assert portable(here / "project/zh", Path("codes/zh")) == str(here / "project/zh")
+    monkeypatch.chdir(here / "project/runs/tok")
+    assert portable(".", Path("../../codes/new")) == str(here / "project/runs/tok")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [("zh", "zh", True), ("gone", "gone", True), ("zh", "./zh/", True), ("zh", "../elsewhere/zh", True),
+     ("zh", "../project/zh", False), ("gone", "./gone", False), ("owner/name", "owner//name", False)],
+)  # fmt: skip
+def test_spellings_of_one_place(here, first, second, same):
+    assert same_place(first, second) is same
+
+
+class Inner(Section):
+    path: PathName = "x"
+    words: str = "no path"
+
+
+class Outer(Section):
+    run: RunConfig
+    start: PathName | None = None
+    inner: Inner | None = None
+
+
+def test_the_paths_of_a_configuration_and_homes(here):
+    outer = Outer(run=RunConfig(dir="~/runs/a"), start="~nobody known/a", inner=Inner(path="a~"))
+    assert path_values(outer) == {"run.dir": f"{here}/runs/a", "start": "~nobody known/a", "inner.path": "a~"}
+    assert path_values(Outer(run=RunConfig(dir="a"))) == {"run.dir": "a", "start": None}

@@ -1,0 +1,1 @@
+"""What both stages and the pipelines share: configuration, images, datasets, run folders, checkpoints, training."""

@@ -1,0 +1,1 @@
+"""Datasets: sources, folders, tables, splits, labels, decoding."""

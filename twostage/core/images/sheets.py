@@ -1,0 +1,125 @@
+"""Pictures that people look at: contact sheets with captions, and loss curves."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from twostage.core.files import replacing
+from twostage.core.images.conversion import to_pil
+from twostage.core.images.fonts import figure_families, font_for, legible, load_matplotlib, shortened
+
+__all__ = ["contact_sheet", "draw_curves", "figure_canvas", "save_picture", "to_image"]
+
+MARGIN = 4
+MAX_TITLE = 300
+
+
+class _Text:
+    """A text with the font that has its characters, shortened to ``max_width`` pixels."""
+
+    def __init__(self, text: str, max_width: int) -> None:
+        text = legible(text)
+        self._font = font_for(text)
+        assert self._font is not None  # legible
+        self._text = shortened(text, self._font, max_width)
+        self.width = math.ceil(self._font.getlength(self._text))
+
+    def draw(self, draw: ImageDraw.ImageDraw, place: tuple[float, float], anchor: str) -> None:
+        draw.text(place, self._text, fill="black", font=self._font, anchor=anchor)
+
+
+def contact_sheet(
+    pixels: Tensor, columns: int, captions: Sequence[str] | None = None, row_titles: Sequence[str] | None = None
+) -> Image.Image:
+    """Pictures side by side, small ones enlarged with square pixels.
+
+    Args:
+        pixels: (n, C, H, W) uint8, row by row.
+        captions: one below each picture, shortened to its width.
+        row_titles: one to the left of each row.
+
+    Characters that no font has are drawn as escapes (class names: :func:`twostage.core.images.fonts.class_labels`).
+    """
+    height, width = pixels.shape[-2:]
+    scale = max(1, round(88 / max(height, width)))
+    below = 18 if captions else 0
+    titles = [_Text(title, MAX_TITLE) for title in row_titles or ()]
+    left = 8 + max((title.width for title in titles), default=0) if titles else 0
+    rows = -(-len(pixels) // columns)
+    cell_width, cell_height = width * scale + MARGIN, height * scale + MARGIN + below
+    sheet = Image.new("RGB", (left + columns * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, image in enumerate(pixels):
+        x, y = left + MARGIN + (i % columns) * cell_width, MARGIN + (i // columns) * cell_height
+        tile = to_pil(image).convert("RGBA" if len(image) == 4 else "RGB")
+        tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        sheet.paste(tile, (x, y), tile if tile.mode == "RGBA" else None)
+        if captions:
+            centre = x + width * scale // 2
+            _Text(captions[i], cell_width - 2).draw(draw, (centre, y + height * scale + 2), "ma")
+        if titles and i % columns == 0:
+            titles[i // columns].draw(draw, (4, y + height * scale // 2), "lm")
+    return sheet
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG so that a reader never finds half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        picture.save(partial, format="PNG")
+
+
+def draw_curves(
+    lines: list[dict[str, Any]],
+    path: Path,
+    title: str,
+    baselines: dict[str, float] | None = None,
+    metric: str = "loss",
+) -> None:
+    """A metric, such as the loss, over the steps for both splits; ``baselines`` are drawn as level lines."""
+    canvas, figure = figure_canvas((6.4, 4.0))
+    axes = figure.subplots()
+    shown: list[float] = []
+    for split, style in {"train": {"alpha": 0.7}, "val": {"marker": "o", "markersize": 3}}.items():
+        found = [(x["step"], x.get(metric, math.nan)) for x in lines if x["split"] == split]
+        points = [(step, value) for step, value in found if math.isfinite(value)]
+        if points:
+            style |= {"marker": "o"} if len(points) == 1 else {}  # a line of one point cannot be seen
+            axes.plot(*zip(*points, strict=True), label="held out" if split == "val" else "training", **style)
+            # The first steps would press everything after them flat.
+            losses = torch.tensor([loss for step, loss in points if step >= points[-1][0] * 0.05])
+            shown += [*torch.quantile(losses, torch.tensor([0.0, 0.98])).tolist()]
+    for name, value in (baselines or {}).items():
+        axes.axhline(value, linestyle="--", color="grey", linewidth=1, label=name)
+        shown.append(value)
+    if shown:
+        margin = 0.06 * (max(shown) - min(shown)) or 1.0
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
+    axes.set(xlabel="step", ylabel=metric)
+    title = legible(title)
+    axes.set_title(title, family=figure_families([title]), parse_math=False)
+    if shown:
+        axes.legend()
+    axes.grid(alpha=0.3)
+    save_picture(to_image(canvas), path)
+
+
+def figure_canvas(size: tuple[float, float]) -> tuple[Any, Any]:
+    """A matplotlib canvas and its figure, ``size`` in inches, without the state that pyplot keeps."""
+    load_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return FigureCanvasAgg(figure), figure
+
+
+def to_image(canvas: Any) -> Image.Image:
+    """What was drawn on a matplotlib canvas."""
+    canvas.draw()
+    return Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")

@@ -1,0 +1,1 @@
+"""The process and its machine: commands, launchers, devices, memory, signals, progress."""

@@ -1,0 +1,104 @@
+"""How a command is asked to stop before its end: by a scheduler's signal, by Ctrl-C, or by its time limit."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from torch import Tensor
+
+from twostage.core.errors import INTERRUPTED, StopAsked
+
+__all__ = ["StopRequests", "TimeLimitOption", "going_on_later"]
+
+TimeLimitOption = Annotated[
+    float | None,
+    typer.Option(
+        "--time-limit",
+        min=0,
+        metavar="MINUTES",
+        help="Save and end with status 75 after so many minutes; the same command goes on.",
+    ),
+]
+
+
+@contextmanager
+def going_on_later() -> Iterator[None]:
+    """For what is on disk at every instant and goes on when it is started again: SIGTERM and SIGUSR1 (a scheduler's
+    notice) raise :class:`StopAsked` within the block."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise StopAsked(signal.Signals(number).name)
+
+    with _handled({signal.SIGTERM: stop, signal.SIGUSR1: stop}):
+        yield
+
+
+class StopRequests:
+    """What a run's processes are asked, and when they agree to stop.
+
+    A request may reach one process or all of them, each at another step. So each process sums what it was asked with
+    the others in the background of a step, on the CPU, and looks at the sum a step later: all stop after the same step,
+    and no step waits.
+
+    Args:
+        minutes: from now on until the time limit; None: no limit.
+    """
+
+    def __init__(self, minutes: float | None = None) -> None:
+        self._minutes = minutes
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+        self._asked: StopAsked | None = None
+        self._group: Any = None
+        self._pending: tuple[Tensor, Any] | None = None  # the last sum that was begun
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the block requests are noted, for :meth:`agreed` to tell; a second Ctrl-C raises at once."""
+        if dist.is_initialized():
+            self._group = dist.new_group(backend="gloo")
+        with _handled(dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), self._note)):
+            yield
+            if self._pending:
+                self._pending[1].wait()  # no process leaves while another still adds
+
+    def agreed(self) -> StopAsked | None:
+        """Why all processes stop now, or None; called by every process after every step."""
+        if self._end is not None and self._asked is None and time.monotonic() >= self._end:
+            self._asked = StopAsked(f"the time limit of {self._minutes:g} minutes")
+        if self._group is None:
+            return self._asked
+        before, asked = self._pending, torch.tensor([self._asked.status if self._asked else 0])
+        self._pending = asked, dist.all_reduce(asked, dist.ReduceOp.MAX, self._group, async_op=True)
+        if before is None:
+            return None
+        before[1].wait()
+        status = int(before[0])
+        return (self._asked or StopAsked("a request to another process", status)) if status else None
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if number != signal.SIGINT:
+            self._asked = self._asked or StopAsked(signal.Signals(number).name)
+        elif self._asked is None:
+            self._asked = StopAsked("Ctrl-C", INTERRUPTED)
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, b"\nsaving after this step; Ctrl-C again stops at once\n")
+        else:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _handled(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
+    """Replaces the handlers of signals within the block."""
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""The bookkeeping of a training run: batches, randomness, schedules, EMA, metrics, dry runs."""
