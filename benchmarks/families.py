@@ -26,7 +26,7 @@ from stage1_tokenizer.train_tokenizer import train as train_tokenizer
 from twostage.core.config.sections import load_config
 from twostage.core.data.dataset import ImageData, load_images
 from twostage.core.images.conversion import to_float, to_uint8
-from twostage.core.images.sheets import contact_sheet, save_picture
+from twostage.core.images.sheets import contact_sheet, save_image
 from twostage.core.runs.run_folder import read_metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "tokenizer"
@@ -119,7 +119,7 @@ def picture(name: str, folder: Path, data: ImageData, out: Path) -> None:
         if model.variational:
             strips.append(to_uint8(model.sample(len(rows), generator=torch.Generator().manual_seed(0))))
             titles.append(f"{family} samples")
-    save_picture(contact_sheet(torch.cat(strips), len(rows), row_titles=titles), out / f"families_{name}.png")
+    save_image(contact_sheet(torch.cat(strips), len(rows), row_titles=titles), out / f"families_{name}.png")
 
 
 HEAD = """## Every family of stage one

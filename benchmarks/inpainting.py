@@ -28,7 +28,7 @@ from stage1_tokenizer.feature_network import FeatureNetwork
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.data.spread import spread
 from twostage.core.images.conversion import to_float
-from twostage.core.images.sheets import contact_sheet, save_picture
+from twostage.core.images.sheets import contact_sheet, save_image
 from twostage.core.machine.processes import share_cores
 
 COLUMNS = 12
@@ -103,7 +103,7 @@ def main() -> None:
             mark_masked(pictures[:COLUMNS], mask if name == "kept part" else nothing)
             for name, pictures in shown.items()
         ]
-        save_picture(contact_sheet(torch.cat(strips), COLUMNS, row_titles=list(shown)), options.picture)
+        save_image(contact_sheet(torch.cat(strips), COLUMNS, row_titles=list(shown)), options.picture)
 
 
 if __name__ == "__main__":

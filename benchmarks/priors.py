@@ -29,7 +29,7 @@ from stage2_prior.sampling import SamplingConfig
 from stage2_prior.train_prior import PriorTrainingConfig
 from stage2_prior.train_prior import train as train_prior
 from twostage.core.config.sections import load_config
-from twostage.core.images.sheets import contact_sheet, save_picture
+from twostage.core.images.sheets import contact_sheet, save_image
 from twostage.core.runs.run_folder import RunFolder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -138,7 +138,7 @@ def picture(name: str, folder: Path, guidance_scale: float, out: Path) -> None:
         names = pipeline.class_names or []
         strips.append(pipeline(30, seed=0, output_type="pt", guidance_scale=guidance_scale).images)
         titles += [prior, "", ""]
-    save_picture(contact_sheet(torch.cat(strips), 10, names * 9, row_titles=titles), out / f"priors_{name}.png")
+    save_image(contact_sheet(torch.cat(strips), 10, names * 9, row_titles=titles), out / f"priors_{name}.png")
 
 
 HEAD = """## The three priors of stage two

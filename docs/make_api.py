@@ -27,7 +27,7 @@ PARTS: dict[str, dict[str, list[str] | None]] = {
     "Images and data": {
         "twostage.core.data.dataset": ["ImageData", "ImageSplit", "load_images"],
         "twostage.core.images.conversion": None,
-        "twostage.core.images.sheets": ["contact_sheet", "save_picture"],
+        "twostage.core.images.sheets": ["contact_sheet", "save_image"],
         "twostage.core.data.shapes": None,
         "twostage.core.errors": None,
     },

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from twostage.core.images.sheets import MARGIN, save_picture
+from twostage.core.images.sheets import MARGIN, save_image
 
 __all__ = ["strips"]
 
@@ -48,4 +48,4 @@ def strips() -> Iterator[tuple[Path, Image.Image]]:
 
 if __name__ == "__main__":
     for file, strip in strips():
-        save_picture(strip, file)
+        save_image(strip, file)

@@ -24,7 +24,7 @@ from pipelines.drawing.sampling_options import with_sampling_options
 from pipelines.files.report import Report
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.errors import InputError
-from twostage.core.images.sheets import save_picture
+from twostage.core.images.sheets import save_image
 from twostage.core.machine.command import run_command
 from twostage.core.runs.model_folder import write_json
 
@@ -44,7 +44,7 @@ def write_comparison(comparison: Comparison, out: Path) -> None:
     report.picture(picture, "held-out images through every tokenizer, and new images")
     report.details("How this was measured", json.dumps(comparison.protocol, indent=2))
     report.save(out / "compare.html")
-    save_picture(picture, out / "compare.png")
+    save_image(picture, out / "compare.png")
     write_json(out / "compare.json", document)
 
 

@@ -20,7 +20,7 @@ from stage2_prior.sampling import SamplingConfig
 from twostage.core.config.sections import describe_differences
 from twostage.core.errors import InputError
 from twostage.core.files import read_json
-from twostage.core.images.sheets import save_picture
+from twostage.core.images.sheets import save_image
 from twostage.core.machine.command import run_command
 from twostage.core.machine.processes import join_processes
 from twostage.core.machine.progress import ProgressBar
@@ -31,7 +31,7 @@ __all__ = ["generate_folder"]
 
 FORMAT_VERSION = 1
 """Of settings.json; the first ones did not say it."""
-MAX_PICTURED = 80
+MAX_SHOWN = 80
 
 
 def generate_folder(
@@ -91,7 +91,7 @@ def generate_folder(
     state.wait_for_everyone()
     if state.is_main_process:
         seconds = time.perf_counter() - start
-        save_picture(class_sheet(files.read(min(num_images, MAX_PICTURED)), names, cycle), out / "grid.png")
+        save_image(class_sheet(files.read(min(num_images, MAX_SHOWN)), names, cycle), out / "grid.png")
         kept = f"{num_images - len(missing)} were there already" if len(missing) < num_images else ""
         rate = f"{wanted / seconds:.1f} a second" if wanted else ""
         print(f"{num_images} images: {out / 'images'} ({', '.join(filter(None, [kept, rate]))})")

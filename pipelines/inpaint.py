@@ -18,7 +18,7 @@ from pipelines.reconstruct import read_images
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
-from twostage.core.images.sheets import contact_sheet, save_picture
+from twostage.core.images.sheets import contact_sheet, save_image
 from twostage.core.machine.command import run_command
 from twostage.core.machine.processes import join_processes
 from twostage.core.machine.progress import ProgressBar
@@ -63,7 +63,7 @@ def inpaint(
     pictures = torch.cat([mark_masked(images, part) for images, part in shown])
     captions = ["original", "kept", *map(str, range(num_images))]
     write_images(out, output.images)
-    save_picture(contact_sheet(pictures, min(len(pictures), MAX_COLUMNS), captions), out / "grid.png")
+    save_image(contact_sheet(pictures, min(len(pictures), MAX_COLUMNS), captions), out / "grid.png")
 
 
 def check_out(out: Path) -> None:
@@ -80,7 +80,7 @@ def new_bar() -> ProgressBar:
 def write_images(out: Path, images: Tensor) -> None:
     """Images (n, C, H, W) uint8 as ``out``/000000.png ..."""
     for number, image in enumerate(images):
-        save_picture(to_pil(image), out / f"{number:06d}.png")
+        save_image(to_pil(image), out / f"{number:06d}.png")
 
 
 @with_sampling_options

@@ -13,13 +13,13 @@ from twostage.core.data.labels import AUTO
 from twostage.core.data.sources import first_form
 from twostage.core.data.spread import spread_over_classes
 from twostage.core.images.fonts import class_labels
-from twostage.core.images.sheets import contact_sheet, save_picture
+from twostage.core.images.sheets import contact_sheet, save_image
 from twostage.core.machine.command import run_command
 from twostage.core.runs.model_folder import write_json
 
 __all__ = ["inspect_data"]
 
-NUM_PICTURED = 40
+NUM_SHOWN = 40
 MAX_NAMED = 20
 
 
@@ -49,11 +49,11 @@ def inspect_data(config: DataConfig, out: Path) -> ImageData:
         if len(names) > MAX_NAMED:
             print(f"  {kind}: {len(names) - MAX_NAMED:,} more (all with --json FILE)")
     train = data.splits["train"]
-    rows = spread_over_classes(train.labels, len(train), NUM_PICTURED)
+    rows = spread_over_classes(train.labels, len(train), NUM_SHOWN)
     labels = train.read_labels(rows)
     drawn = class_labels(data.class_names or [])
     captions = None if labels is None or not drawn else [drawn[i] for i in labels.tolist()]
-    save_picture(contact_sheet(train.read(rows), min(8, len(rows)), captions), out)
+    save_image(contact_sheet(train.read(rows), min(8, len(rows)), captions), out)
     height, width = config.size
     print(f"{out}: as a model with data.image_size=[{height}, {width}] data.channels={config.channels} sees them")
     return data

@@ -10,11 +10,11 @@ from torch import Tensor
 from pipelines.drawing import edits
 from pipelines.drawing.two_stage import load_tokenizer
 from pipelines.files.given_images import find_images
-from pipelines.reconstruct import check_out, held_out_images, picture_file, read_images
+from pipelines.reconstruct import check_out, held_out_images, image_file, read_images
 from twostage.core.data.spread import spread_over_classes
 from twostage.core.errors import InputError
 from twostage.core.images.fonts import class_labels
-from twostage.core.images.sheets import contact_sheet, save_picture
+from twostage.core.images.sheets import contact_sheet, save_image
 from twostage.core.machine.command import run_command
 from twostage.core.machine.processes import share_cores
 
@@ -55,7 +55,7 @@ def interpolate(
     pairs = zip(ends[::2], ends[1::2], strict=True)
     strips = [edits.interpolate(tokenizer, first, second, num_images) for first, second in pairs]
     row_titles = [f"{a} to {b}" for a, b in zip(titles[::2], titles[1::2], strict=True)] if titles else None
-    save_picture(contact_sheet(torch.cat(strips), num_images, row_titles=row_titles), out)
+    save_image(contact_sheet(torch.cat(strips), num_images, row_titles=row_titles), out)
     return len(strips)
 
 
@@ -94,7 +94,7 @@ def command(
 ) -> None:
     """Show what lies between two images: held-out ones, or your own."""
     share_cores()
-    out = out or picture_file(model, "interpolations.png")
+    out = out or image_file(model, "interpolations.png")
     strips = interpolate(model, out, image, data, num_images, num_pairs)
     print(f"{out}: {strips} strip{'s' * (strips > 1)} of {num_images} pictures; both ends are reconstructions")
 

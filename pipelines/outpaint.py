@@ -16,7 +16,7 @@ from pipelines.drawing.two_stage import TwoStagePipeline, load_pipeline
 from pipelines.inpaint import check_out, new_bar, write_images
 from pipelines.reconstruct import read_images
 from stage2_prior.sampling import SamplingConfig
-from twostage.core.images.sheets import contact_sheet, save_picture
+from twostage.core.images.sheets import contact_sheet, save_image
 from twostage.core.machine.command import run_command
 from twostage.core.machine.processes import join_processes
 
@@ -65,7 +65,7 @@ def outpaint(
     pictures = pictures.repeat_interleave(enlarged, -2).repeat_interleave(enlarged, -1)
     captions = ["given", *map(str, range(num_images))]
     write_images(out, output.images)
-    save_picture(contact_sheet(pictures, min(len(pictures), MAX_COLUMNS), captions), out / "grid.png")
+    save_image(contact_sheet(pictures, min(len(pictures), MAX_COLUMNS), captions), out / "grid.png")
 
 
 def _side(name: str) -> typer.models.OptionInfo:

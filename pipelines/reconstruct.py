@@ -20,12 +20,12 @@ from stage2_prior.prior import Prior
 from twostage.core.data.dataset import ImageSplit, load_images
 from twostage.core.data.spread import spread_over_classes
 from twostage.core.errors import InputError
-from twostage.core.images.sheets import contact_sheet, save_picture
+from twostage.core.images.sheets import contact_sheet, save_image
 from twostage.core.machine.command import run_command
 from twostage.core.machine.processes import share_cores
 from twostage.core.runs.model_folder import find_model_folder
 
-__all__ = ["check_out", "held_out_images", "picture_file", "read_images", "reconstruct"]
+__all__ = ["check_out", "held_out_images", "image_file", "read_images", "reconstruct"]
 
 COLUMNS = 12
 
@@ -58,7 +58,7 @@ def reconstruct(
     for part in torch.arange(len(originals)).split(columns):
         strips += [_padded(originals[part], columns), _padded(pictures[part], columns)]
     titles = ["original", "reconstruction"] * (len(strips) // 2)
-    save_picture(contact_sheet(torch.cat(strips), columns, row_titles=titles), out)
+    save_image(contact_sheet(torch.cat(strips), columns, row_titles=titles), out)
     return psnr(pictures, originals).mean().item()
 
 
@@ -107,7 +107,7 @@ def read_images(files: list[Path], tokenizer: Autoencoder) -> Tensor:
     return torch.stack(images)
 
 
-def picture_file(model: str | Path, name: str) -> Path:
+def image_file(model: str | Path, name: str) -> Path:
     """Where a picture of that name goes by default: into the run folder; beside a pipeline that is shared, here."""
     if is_pipeline_or_hub_id(model):
         return Path(name)
@@ -135,7 +135,7 @@ def command(
 ) -> None:
     """Show images over their reconstructions: held-out ones, or your own."""
     share_cores()
-    out = out or picture_file(model, "reconstructions.png")
+    out = out or image_file(model, "reconstructions.png")
     ratio = reconstruct(model, out, data, num_images, image)
     print(f"{out}: PSNR {ratio:.2f} dB, the mean of the pictures shown")
 

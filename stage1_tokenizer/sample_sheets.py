@@ -16,7 +16,7 @@ from twostage.core.images.fonts import class_labels, figure_families
 from twostage.core.images.sheets import contact_sheet, figure_canvas, to_image
 from twostage.core.training.random import BatchRandom, seed_for
 
-__all__ = ["draw_pictures"]
+__all__ = ["draw_images"]
 
 COLUMNS = 12
 INTERPOLATIONS = 2
@@ -26,7 +26,7 @@ SCATTERED = 5000
 
 
 @torch.no_grad()
-def draw_pictures(model: Autoencoder, data: ImageData, seed: int) -> dict[str, Image.Image]:
+def draw_images(model: Autoencoder, data: ImageData, seed: int) -> dict[str, Image.Image]:
     """The pictures of a model by name.
 
     "": originals (and corrupted ones) over reconstructions; samples from its own prior, where it has one;

@@ -24,7 +24,7 @@ from stage1_tokenizer.image_losses import ImageLosses
 from stage1_tokenizer.losses import LossConfig
 from stage1_tokenizer.perceptual import FeaturePerceptualConfig, PerceptualNetwork
 from stage1_tokenizer.residual_quantizer import ResidualQuantizer
-from stage1_tokenizer.sample_sheets import draw_pictures
+from stage1_tokenizer.sample_sheets import draw_images
 from stage1_tokenizer.validation import validate
 from stage1_tokenizer.vector_quantizer import VectorQuantizer
 from twostage.core.config.sections import PathName, RunConfig, Section, describe_differences, load_config, parse_config
@@ -32,7 +32,7 @@ from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_i
 from twostage.core.errors import InputError
 from twostage.core.files import expand_home
 from twostage.core.images.conversion import to_float
-from twostage.core.images.sheets import save_picture
+from twostage.core.images.sheets import save_image
 from twostage.core.machine.command import print_once, run_command
 from twostage.core.machine.fits_memory import check_model
 from twostage.core.machine.stopping import TimeLimitOption, going_on_later
@@ -243,9 +243,9 @@ def train(
             if "active_share" in metrics:
                 diagnosis.observe(run.step, {"active_share": metrics["active_share"]})
             if accelerator.is_main_process:
-                for name, picture in draw_pictures(final, data, run.seed).items():
+                for name, picture in draw_images(final, data, run.seed).items():
                     file = f"step_{run.step:08d}_{name}.png" if name else f"step_{run.step:08d}.png"
-                    save_picture(picture, run.folder.samples / file)
+                    save_image(picture, run.folder.samples / file)
         if run.due("checkpoint"):
             # The held-out loss has no perceptual and no adversarial term; what both splits have is drawn.
             curve = "reconstruction" if config.loss.perceptual or opponent else "loss"

@@ -32,7 +32,7 @@ train: {batch_size: 8, max_steps: 4, lr: 1.0e-2, log_every: 1, checkpoint_every:
 """
 
 
-def write_pictures(folder: Path, seed: int, plain: bool = False) -> Path:
+def write_sheets(folder: Path, seed: int, plain: bool = False) -> Path:
     """24 pictures of 8 x 8 in two classes; plain ones have files of one size."""
     for i in range(24):
         file = folder / "ab"[i % 2] / f"{i:02d}.{'bmp' if plain else 'png'}"
@@ -50,7 +50,7 @@ def weights(run: Path) -> bytes:
 def trained(twostage, tmp_path_factory) -> Path:
     """A project whose runs ended without an interruption."""
     root = tmp_path_factory.mktemp("trained") / "project"
-    write_pictures(root / "zh", 0)
+    write_sheets(root / "zh", 0)
     (root / "tokenizer.yaml").write_text(TOKENIZER)
     (root / "prior.yaml").write_text(PRIOR)
     with pytest.MonkeyPatch.context() as patch:
@@ -198,8 +198,8 @@ def test_other_images_are_refused(project, refused, tmp_path, monkeypatch, sourc
     before = snapshot(project / "runs/tok")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # where `zh` is another folder
-    write_pictures(Path("other"), 1)
-    write_pictures(Path("zh"), 1)
+    write_sheets(Path("other"), 1)
+    write_sheets(Path("zh"), 1)
     words = ["train-tokenizer", project / "tokenizer.yaml", f"run.dir={project}/runs/tok", f"data.source={source}"]
     error = refused(*words)
     assert f"data.source {source}: holds other images than when the run in {project}/runs/tok began (" in error
@@ -208,8 +208,8 @@ def test_other_images_are_refused(project, refused, tmp_path, monkeypatch, sourc
 
 
 def test_images_of_the_same_names_and_sizes_on_disk_are_told_apart(project, works, refused):
-    write_pictures(project / "red", 1, plain=True)
-    write_pictures(project / "blue", 2, plain=True)
+    write_sheets(project / "red", 1, plain=True)
+    write_sheets(project / "blue", 2, plain=True)
     words = ["train-tokenizer", "tokenizer.yaml", "run.dir=run", "data.in_memory_gb=0"]
     works(*words, "data.source=red")
     assert "(sample.train: " in refused(*words, "data.source=blue")
@@ -219,14 +219,14 @@ def test_images_of_the_same_names_and_sizes_on_disk_are_told_apart(project, work
 
 def test_a_name_and_a_folder_of_that_name_are_not_confused(project, works, refused, tmp_path, monkeypatch):
     monkeypatch.setenv("TWOSTAGE_DATA", str(tmp_path / "sets"))
-    write_pictures(tmp_path / "sets/flowers", 1)
+    write_sheets(tmp_path / "sets/flowers", 1)
     words = ["train-tokenizer", "tokenizer.yaml", "run.dir=named"]
     works(*words, "data.source=flowers")
     shutil.rmtree("named/checkpoints")
-    write_pictures(project / "flowers", 2)
+    write_sheets(project / "flowers", 2)
     assert "data.source flowers: holds other images" in refused(*words, "data.source=flowers")
     works(*words, f"data.source={tmp_path}/sets/flowers")
-    write_pictures(project / "shapes", 3)
+    write_sheets(project / "shapes", 3)
     works("train-tokenizer", "tokenizer.yaml", "run.dir=drawn", "data.source=shapes", "data.num_images=16")
     words = ["train-tokenizer", "tokenizer.yaml", "run.dir=drawn", "data.num_images=16"]
     assert "holds other images" in refused(*words, "data.source=./shapes")
@@ -234,7 +234,7 @@ def test_a_name_and_a_folder_of_that_name_are_not_confused(project, works, refus
 
 
 def test_other_codes_of_the_same_tokenizer_are_refused(project, works, refused):
-    write_pictures(project / "other", 1)
+    write_sheets(project / "other", 1)
     works("encode", "runs/tok", "--data", "other", "--out", "codes/other")
     assert "codes codes/other: holds other codes than when the run in runs/gpt began (" in refused(
         "train-prior", "prior.yaml", "codes=codes/other"
@@ -280,7 +280,7 @@ def test_a_run_without_a_memory_of_its_sources_goes_by_its_checkpoints_and_spell
     """Of a run whose sources.json is gone nothing is known but its configuration."""
     Path("runs/tok/sources.json").unlink()
     shutil.rmtree("runs/tok/checkpoints")
-    write_pictures(project / "other", 1)
+    write_sheets(project / "other", 1)
     assert "data.source: 'zh' there, 'other' now" in refused("train-tokenizer", "tokenizer.yaml", "data.source=other")
     works("train-tokenizer", "tokenizer.yaml")
 
@@ -317,7 +317,7 @@ def elsewhere(tmp_path, monkeypatch, project) -> Path:
     """Another folder, now the current one, in which `zh`, `runs/tok` and `codes/tok` are others of the same names."""
     folder = tmp_path / "elsewhere"
     (folder / "runs").mkdir(parents=True)
-    write_pictures(folder / "zh", 7)
+    write_sheets(folder / "zh", 7)
     shutil.copytree(project / "runs/tok", folder / "runs/tok")
     model = Autoencoder.from_pretrained(folder / "runs/tok")
     for parameter in model.parameters():
@@ -378,7 +378,7 @@ def test_a_wrong_tokenizer_of_the_right_name_is_never_used(elsewhere, project, r
 def test_images_that_are_gone_are_not_replaced_by_others_of_the_name(elsewhere, project, refused, others):
     shutil.rmtree(project / "zh")
     if others == 2:
-        write_pictures(project / "runs/zh", 8)
+        write_sheets(project / "runs/zh", 8)
     error = refused("reconstruct", project / "runs/tok", "--out", "r.png")
     assert "remembers other images than there are at" in error
     assert "--data SOURCE" in error

@@ -21,7 +21,7 @@ def _own_machine(monkeypatch, tmp_path):
     monkeypatch.delenv("TWOSTAGE_DATA", raising=False)
 
 
-def write_pictures(folder: Path, colour: str) -> None:
+def write_sheets(folder: Path, colour: str) -> None:
     for i in range(12):
         file = folder / "ab"[i % 2] / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -35,8 +35,8 @@ def facts_of(source: str) -> dict:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_training_reads_and_writes_the_folders_that_were_named(name, works, configs):
     for other in {name.partition("#")[0].strip(), name.strip()} - {name, ""}:  # what YAML would make of it
-        write_pictures(Path(other), "red")
-    write_pictures(Path(name), "blue")
+        write_sheets(Path(other), "red")
+    write_sheets(Path(name), "blue")
     words = ["train-tokenizer", configs / "tokenizer.yaml", *SHORT, f"run.dir=try {name}", "data.num_images=null"]
     works(*words, f"data.source={name}")
     run = Path(f"try {name}")
@@ -49,8 +49,8 @@ def test_a_training_reads_and_writes_the_folders_that_were_named(name, works, co
 
 
 def test_commands_that_take_a_source_as_an_option(works, runs):
-    write_pictures(Path("my pics"), "red")
-    write_pictures(Path("my pics #2"), "blue")
+    write_sheets(Path("my pics"), "red")
+    write_sheets(Path("my pics #2"), "blue")
     works("inspect", "my pics #2", "--json", "found.json")
     assert json.loads(Path("found.json").read_text())["used"]["train"][0].startswith("my pics #2/")
     works("encode", runs.tokenizer, "--data", "my pics #2", "--out", "codes #2")

@@ -51,7 +51,7 @@ from twostage.core.data.sources import first_form
 from twostage.core.data.spread import spread
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float, to_uint8
-from twostage.core.images.sheets import save_picture
+from twostage.core.images.sheets import save_image
 from twostage.core.machine.processes import join_processes
 from twostage.core.runs.model_folder import write_json
 from twostage.core.runs.places import same_place
@@ -312,7 +312,7 @@ def write_story(plan: Plan, comparison: Comparison) -> None:
     report.picture(whole, "the same held-out images through every tokenizer, and what each model makes by itself")
     report.details("How this was measured", json.dumps(comparison.protocol, indent=2))
     report.save(out / "compare.html")
-    save_picture(whole, out / "compare.png")
+    save_image(whole, out / "compare.png")
     decided = {"minutes": plan.minutes, "steps": plan.steps, "codes_of": plan.codes_of}
     write_json(out / "compare.json", comparison_document(comparison) | {"tour": decided})
 

@@ -21,7 +21,7 @@ from pipelines.evaluation.evaluation_document import (
     sorted_figures,
     versions,
 )
-from pipelines.evaluation.evaluation_report import sample_pictures, write_evaluation
+from pipelines.evaluation.evaluation_report import sample_sheets, write_evaluation
 from pipelines.evaluation.frechet import open_features
 from pipelines.evaluation.independence import not_evidence
 from pipelines.evaluation.prior_measurements import (
@@ -278,7 +278,7 @@ def open_images(pipeline: TwoStagePipeline, source: str | None, cache: CodeCache
 def _write(
     out: Path, document: dict[str, Any], samples: SampleFigures | None, pipeline: TwoStagePipeline | None
 ) -> None:
-    pictures = sample_pictures(samples, pipeline) if samples and pipeline else []
+    pictures = sample_sheets(samples, pipeline) if samples and pipeline else []
     refused = [samples.refused] if samples and samples.refused else []
     notes = measured_on(document) + refused + prior_notes(document)
     title = f"Evaluation of {document['protocol']['prior']['path']}"

@@ -39,7 +39,7 @@ from twostage.core.runs.model_folder import file_sha256
 
 __all__ = ["evaluate_tokenizer", "tokenizer_table", "typical"]
 
-NUM_PICTURED = 12
+NUM_SHOWN = 12
 CAPTIONS = {
     "worst": "The images with the worst reconstructions, by PSNR.",
     "typical": "Typical images: those whose PSNR is nearest to the median{}.",
@@ -235,17 +235,17 @@ def typical(ratios: Tensor, labels: Tensor | None, count: int) -> Tensor:
 
 def _pictures(model: Autoencoder, images: ImageSplit, rows: Tensor, ratios: Tensor) -> list[Picture]:
     pictures = []
-    worst, labels = torch.sort(ratios, stable=True).indices[:NUM_PICTURED], images.read_labels(rows)
-    shown = {"worst": worst, "typical": typical(ratios, labels, NUM_PICTURED)}
+    worst, labels = torch.sort(ratios, stable=True).indices[:NUM_SHOWN], images.read_labels(rows)
+    shown = {"worst": worst, "typical": typical(ratios, labels, NUM_SHOWN)}
     of_class = "" if labels is None else " of their class, the classes in turn"
     for name, places in shown.items():
         originals = images.read(rows[places])
         device = next(model.parameters()).device
-        pictures_back = to_uint8(model.reconstruct(to_float(originals.to(device)))).cpu()
+        images_back = to_uint8(model.reconstruct(to_float(originals.to(device)))).cpu()
         captions = [f"row {row}" for row in rows[places].tolist()]
         captions += [f"{ratio:.1f} dB" for ratio in ratios[places].tolist()]
         titles = ["original", "reconstruction"]
-        sheet = contact_sheet(torch.cat([originals, pictures_back]), len(places), captions, titles)
+        sheet = contact_sheet(torch.cat([originals, images_back]), len(places), captions, titles)
         pictures.append((name, sheet, CAPTIONS[name].format(of_class)))
     return pictures
 

@@ -12,10 +12,10 @@ from pipelines.evaluation.evaluation_document import NO_EVIDENCE, Rows
 from pipelines.evaluation.neighbours import neighbours_sheet
 from pipelines.evaluation.prior_measurements import SampleFigures
 from pipelines.files.report import Report
-from twostage.core.images.sheets import save_picture
+from twostage.core.images.sheets import save_image
 from twostage.core.runs.model_folder import write_json
 
-__all__ = ["PICTURES", "Picture", "sample_pictures", "write_evaluation"]
+__all__ = ["PICTURES", "Picture", "sample_sheets", "write_evaluation"]
 
 Picture = tuple[str, Image.Image, str]
 """What it is called, the picture, its caption."""
@@ -40,12 +40,12 @@ def write_evaluation(
     for name in PICTURES:
         (out / f"{name}.png").unlink(missing_ok=True)
     for name, picture, _ in pictures:
-        save_picture(picture, out / f"{name}.png")
+        save_image(picture, out / f"{name}.png")
     _write_report(out / "evaluation.html", title, document, rows, notes, pictures)
     write_json(out / "evaluation.json", document)
 
 
-def sample_pictures(samples: SampleFigures, pipeline: TwoStagePipeline) -> list[Picture]:
+def sample_sheets(samples: SampleFigures, pipeline: TwoStagePipeline) -> list[Picture]:
     """The samples of a pipeline, and their neighbours where there are any."""
     classes = pipeline.class_names, pipeline.labels_for(None)
     pictures = [("samples", class_sheet(samples.pictures, *classes), "The first samples.")]

@@ -15,11 +15,11 @@ from pipelines.evaluation.measurements import total_over_processes
 from twostage.core.images.fonts import class_labels
 from twostage.core.images.sheets import contact_sheet
 
-__all__ = ["Neighbours", "in_any_ball", "nearest", "neighbours_sheet", "num_pictured"]
+__all__ = ["Neighbours", "in_any_ball", "nearest", "neighbours_sheet", "num_shown"]
 
 POINTS, OTHERS = 256, 4096
 """A block of distances: a whole (n, m) table is never kept."""
-MAX_PICTURED = 16
+MAX_SHOWN = 16
 
 
 @dataclass
@@ -78,10 +78,10 @@ def _distance_blocks(
         yield places, ((s, torch.cdist(some, others[s : s + OTHERS].to(device, torch.float64))) for s in starts)
 
 
-def num_pictured(num_samples: int, num_classes: int) -> int:
+def num_shown(num_samples: int, num_classes: int) -> int:
     """How many of the first samples, whose classes take turns, are shown: as many of each class, where that fits."""
-    of_each = MAX_PICTURED // num_classes if num_classes else 0
-    return min(num_samples, of_each * num_classes or MAX_PICTURED)
+    of_each = MAX_SHOWN // num_classes if num_classes else 0
+    return min(num_samples, of_each * num_classes or MAX_SHOWN)
 
 
 def neighbours_sheet(neighbours: Neighbours, names: list[str] | None, numbers: list[int] | None = None) -> Image.Image:

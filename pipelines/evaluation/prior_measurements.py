@@ -23,7 +23,7 @@ from pipelines.evaluation.frechet import (
     too_few,
 )
 from pipelines.evaluation.measurements import count_distinct, hash_of, row_digests, total_over_processes
-from pipelines.evaluation.neighbours import Neighbours, nearest, num_pictured
+from pipelines.evaluation.neighbours import Neighbours, nearest, num_shown
 from pipelines.evaluation.sample_quality import (
     NEIGHBOURS,
     ImageFeatures,
@@ -68,7 +68,7 @@ MIN_SCALE = 2 / 255 / math.sqrt(12)
 """Of a pixel's likelihood, in units of [-1, 1]: the standard deviation of rounding to 8 bits. A narrower density says
 nothing about grey levels."""
 MAX_REFERENCES = 50_000  # training images that samples are compared with
-MAX_PICTURED = 80
+MAX_SHOWN = 80
 MANY_COPIES = 0.01
 """Of the samples: with more, figures of them are refused."""
 WITH_REAL = (
@@ -251,7 +251,7 @@ def measure_samples(
     # 1. The samples.
     samples = ImageFeatures(network, num_samples, state)
     size = (pipeline.channels, *pipeline.image_size)
-    pictures = torch.zeros(min(num_samples, MAX_PICTURED), *size, dtype=torch.uint8)
+    pictures = torch.zeros(min(num_samples, MAX_SHOWN), *size, dtype=torch.uint8)
     seconds = torch.zeros(state.num_processes, dtype=torch.float64)
     for places in shared_batches(num_samples, batch_size, state, "samples"):
         numbers = range(int(places[0]), int(places[-1]) + 1)
@@ -318,7 +318,7 @@ def measure_samples(
     found.figures["neighbour_distance_ratio"] = (distances[:, 0].median() / usual).item()
     known = {bytes(digest) for digest in training.digests.numpy()}
     found.figures["training_copies"] = sum(bytes(digest) in known for digest in samples.digests.numpy())
-    shown = num_pictured(num_samples, len(pipeline.class_names or []))
+    shown = num_shown(num_samples, len(pipeline.class_names or []))
     pixels = train.read(references[near[:shown].flatten()]).unflatten(0, (shown, -1))
     found.neighbours = Neighbours(pictures[:shown], pixels, distances[:shown] / usual)
     return found

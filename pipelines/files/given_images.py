@@ -12,10 +12,18 @@ from torch import Tensor
 from pipelines.drawing.edits import MASK_NAMES, named_mask
 from twostage.core.data.image_folder import IMAGE_SUFFIXES
 from twostage.core.errors import InputError
-from twostage.core.images.conversion import image_to_uint8, open_picture
+from twostage.core.images.conversion import image_to_uint8, open_image
 from twostage.core.images.pixel_values import UsedValues, ValueRange
 
-__all__ = ["MAX_BYTES", "MAX_PIXELS", "describe_conversion", "find_images", "open_image", "read_image", "read_mask"]
+__all__ = [
+    "MAX_BYTES",
+    "MAX_PIXELS",
+    "describe_conversion",
+    "find_images",
+    "open_given_image",
+    "read_image",
+    "read_mask",
+]
 
 MAX_BYTES = 20_000_000
 MAX_PIXELS = 25_000_000
@@ -25,7 +33,7 @@ MAX_NAMED = 20
 """Unreadable images of a folder."""
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_given_image(path: str | Path) -> Image.Image:
     """Opens and decodes a picture.
 
     Raises:
@@ -41,7 +49,7 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is below its limit
-            image = open_picture(path)
+            image = open_image(path)
         with image:  # closes the file; the pixels stay
             if image.width * image.height > MAX_PIXELS:
                 raise InputError(
@@ -84,7 +92,7 @@ def _images_of(folder: Path, most: int, option: str) -> list[Path]:
         if len(used) == most:
             break
         try:
-            open_image(file)
+            open_given_image(file)
             used.append(file)
         except InputError as error:
             unreadable.append(str(error))
@@ -133,9 +141,9 @@ def read_image(
         value_range: the values that are black and white to the model; None: the range of the file's type.
 
     Raises:
-        InputError: those of :func:`open_image`.
+        InputError: those of :func:`open_given_image`.
     """
-    image = open_image(path)
+    image = open_given_image(path)
     used: dict[str, UsedValues] = {}
     pixels = np.array(image_to_uint8(image, size, channels, value_range, used))
     notes = [describe_conversion(ImageOps.exif_transpose(image), size, channels)]
@@ -161,11 +169,11 @@ def read_mask(mask: str | Path, image: str | Path, size: tuple[int, int]) -> Ten
             made of any masked ones is masked. Or one of the words `edits.MASK_NAMES`.
 
     Raises:
-        InputError: those of :func:`open_image`, a picture of another size, one that leaves nothing to draw again.
+        InputError: those of :func:`open_given_image`, a picture of another size, one that leaves nothing to draw again.
     """
     if mask in MASK_NAMES:
         return named_mask(str(mask), size)
-    picture, of = ImageOps.exif_transpose(open_image(mask)), ImageOps.exif_transpose(open_image(image))
+    picture, of = ImageOps.exif_transpose(open_given_image(mask)), ImageOps.exif_transpose(open_given_image(image))
     if picture.size != of.size:
         raise InputError(
             f"{mask}: has {picture.width}x{picture.height} pixels, expected {of.width}x{of.height} as {image} has; "

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from twostage.core.files import replacing
 from twostage.core.images.conversion import image_to_uint8, to_pil
-from twostage.core.images.sheets import save_picture
+from twostage.core.images.sheets import save_image
 
 __all__ = ["FileFormat", "ImageFiles", "ParquetShards", "PngFiles", "image_files"]
 
@@ -77,7 +77,7 @@ class PngFiles:
         """A file each; labels are in settings.json."""
         for number, image in zip(part, pixels, strict=True):
             if not _is_whole(self._file(number), self.image_size):
-                save_picture(to_pil(image), self._file(number))
+                save_image(to_pil(image), self._file(number))
 
     def read(self, count: int) -> Tensor:
         """Decodes the first files."""

@@ -18,7 +18,7 @@ from pipelines.saved.pipeline_folder import HUB_ID, find_pipeline_folder, is_pip
 from pipelines.saved.remembered import find_tokenizer
 from stage2_prior.prior import Prior
 from twostage.core.errors import InputError
-from twostage.core.images.sheets import save_picture
+from twostage.core.images.sheets import save_image
 from twostage.core.runs.model_folder import file_sha256, find_model_folder
 
 __all__ = ["CardFields", "gather_records", "is_as_written", "write_model_card"]
@@ -110,7 +110,7 @@ def write_model_card(folder: Path, pipeline: TwoStagePipeline, records: dict[str
     each = min(len(names), SAMPLES) if names else 8
     count = SAMPLES // each * each
     sheet = class_sheet(pipeline(count, seed=0, output_type="pt").images, names, pipeline.labels_for(None))
-    save_picture(sheet, folder / "samples.png")
+    save_image(sheet, folder / "samples.png")
     text = _front_matter(pipeline, records, fields) + "\n\n".join(_sections(pipeline, records, fields)) + "\n"
     mark = f"\n<!-- written by twostage export; sha256 of what is above: {_digest(text)} -->\n"
     (folder / "README.md").write_text(text + mark, encoding="utf-8")

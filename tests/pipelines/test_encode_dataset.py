@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def write_pictures(folder: Path, count: int) -> Path:
+def write_sheets(folder: Path, count: int) -> Path:
     folder.mkdir()
     for i in range(count):
         Image.new("RGB", (20, 20), (40 * i, 250 - 40 * i, 90)).save(folder / f"{i}.png")
@@ -104,7 +104,7 @@ def test_codes_are_named_after_their_run(runs, twostage, tmp_path, monkeypatch):
 
 
 def test_another_source_without_classes(runs, twostage, tmp_path):
-    pictures = write_pictures(tmp_path / "pictures", 6)
+    pictures = write_sheets(tmp_path / "pictures", 6)
     ended = twostage("encode", runs.tokenizer, "--data", pictures, "--out", tmp_path / "codes")
     assert ended.code == 0, ended.err
     cache = CodeCache(tmp_path / "codes")
@@ -353,7 +353,7 @@ def test_what_another_process_had_done_is_kept(runs, twostage, killed_before, tm
 
 
 def test_what_was_begun_otherwise_is_discarded(runs, twostage, killed_before, changed_tokenizer, tmp_path):
-    pictures = write_pictures(tmp_path / "pictures", 6)
+    pictures = write_sheets(tmp_path / "pictures", 6)
     begun = {
         "tokenizer: '": [changed_tokenizer("encoder")],
         "rows.train: 5 there, 320 now; ": [runs.tokenizer, "--data", pictures],
@@ -370,7 +370,7 @@ def test_what_was_begun_otherwise_is_discarded(runs, twostage, killed_before, ch
 
 def test_what_was_begun_on_fewer_pictures_is_discarded(runs, twostage, killed_before, tmp_path):
     words = ["encode", runs.tokenizer, "--out", tmp_path / "codes"]
-    words += ["--data", write_pictures(tmp_path / "pictures", 6)]
+    words += ["--data", write_sheets(tmp_path / "pictures", 6)]
     assert killed_before(1, ["read"], *words)
     Image.new("RGB", (20, 20)).save(tmp_path / "pictures" / "7.png")
     assert "discarded (rows.train: 5 there, 6 now; " in twostage(*words).out

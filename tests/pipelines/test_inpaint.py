@@ -13,7 +13,7 @@ from stage2_prior.prior import PriorLossConfig
 from twostage.core.data.shapes import CLASS_NAMES, draw_shapes
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
-from twostage.core.images.sheets import save_picture
+from twostage.core.images.sheets import save_image
 
 SIZE = (16, 16)
 
@@ -186,7 +186,7 @@ def folder(masked, tmp_path_factory):
     root = tmp_path_factory.mktemp("inpaint")
     masked.save_pretrained(root / "pipeline")
     picture = to_pil(torch.from_numpy(draw_shapes(4, 1, SIZE, 3)[0]))
-    save_picture(picture, root / "image.png")
+    save_image(picture, root / "image.png")
     picture.resize((96, 48)).save(root / "large.png")
     return root
 

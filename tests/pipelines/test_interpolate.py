@@ -10,7 +10,7 @@ from pipelines.interpolate import interpolate, pairs_of_rows
 from twostage.core.data.shapes import draw_shapes
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
-from twostage.core.images.sheets import save_picture
+from twostage.core.images.sheets import save_image
 
 
 def test_pairs_are_of_two_classes_while_there_are_such():
@@ -40,7 +40,7 @@ def test_given_pictures_are_the_ends(runs, pipeline, tmp_path, capsys):
     ends = torch.from_numpy(draw_shapes(0, 2, (16, 16), 3))
     files = [tmp_path / "first.png", tmp_path / "second.png"]
     for image, file in zip(ends, files, strict=True):
-        save_picture(to_pil(image), file)
+        save_image(to_pil(image), file)
     pipeline.save_pretrained(tmp_path / "pipeline")
     assert interpolate(tmp_path / "pipeline", tmp_path / "strip.png", files, num_images=4) == 1
     expected = pipeline.interpolate(ends[0], ends[1], 4)
@@ -71,7 +71,7 @@ def test_the_images_of_a_folder_are_paired_in_order(runs, twostage, tmp_path):
     folder, out = tmp_path / "mine", tmp_path / "strips.png"
     folder.mkdir()
     for number, image in enumerate(torch.from_numpy(draw_shapes(0, 7, (16, 16), 3))):
-        save_picture(to_pil(image), folder / f"{number}.png")
+        save_image(to_pil(image), folder / f"{number}.png")
     ended = twostage("interpolate", runs.tokenizer, "--image", folder, "--num-pairs", 2, "--out", out)
     assert ended.code == 0, ended.err
     assert f"{folder}: the first 4 of 7 images; --num-pairs shows more\n{out}: 2 strips of 9" in ended.out

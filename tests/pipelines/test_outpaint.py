@@ -11,7 +11,7 @@ from pipelines.drawing.two_stage import TwoStagePipeline, load_pipeline
 from twostage.core.data.shapes import draw_shapes
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
-from twostage.core.images.sheets import save_picture
+from twostage.core.images.sheets import save_image
 from twostage.core.training.random import seed_for
 
 
@@ -96,7 +96,7 @@ def test_what_cannot_be_extended_is_refused(masked, variational, image):
 
 def test_the_command_writes_pictures_and_a_sheet(twostage, masked, image, tmp_path):
     masked.save_pretrained(tmp_path / "pipeline")
-    save_picture(to_pil(image), tmp_path / "image.png")
+    save_image(to_pil(image), tmp_path / "image.png")
     words = ("outpaint", tmp_path / "pipeline", tmp_path / "image.png", "--num-images", 2, "--out", tmp_path / "out")
     ended = twostage(*words)
     assert (ended.code, (tmp_path / "out").exists()) == (2, False)

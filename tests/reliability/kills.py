@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drawn_pictures import draw_pictures
+from drawn_images import draw_images
 from processes import Command, run
 
 __all__ = ["SCENARIOS", "KillHarness", "kill_everywhere"]
@@ -86,7 +86,7 @@ class KillHarness:
         self.single_deaths: list[float] = []
         """Seconds until all processes of a command had ended after one of two was killed."""
         folder.mkdir(parents=True, exist_ok=True)
-        draw_pictures(folder / "pictures", 1200, 16)
+        draw_images(folder / "pictures", 1200, 16)
         (folder / "tokenizer.yaml").write_text(TOKENIZER, encoding="utf-8")
         (folder / "prior.yaml").write_text(PRIOR, encoding="utf-8")
         for name, words in {

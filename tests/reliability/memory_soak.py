@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from drawn_pictures import draw_pictures
+from drawn_images import draw_images
 
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.encode_dataset import encode_dataset
@@ -39,7 +39,7 @@ def soak(minutes: float, folder: Path, say: Callable[[str], None] = print) -> di
         quarter and how much the one is above the other, in percent. The first round, in which everything is loaded and
         allocated for the first time, is not counted.
     """
-    pictures = draw_pictures(folder / "pictures", 600)
+    pictures = draw_images(folder / "pictures", 600)
     process, samples, ended = psutil.Process(), [], threading.Event()
 
     def watch() -> None:

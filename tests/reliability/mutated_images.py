@@ -54,7 +54,7 @@ def fuzz_images(count: int, seed: int, folder: Path) -> dict[str, Any]:
             nor skipped, or others used in training than `inspect` says.
     """
     chance = random.Random(seed)
-    total = _write_pictures(folder / "pictures", count, chance)
+    total = _write_sheets(folder / "pictures", count, chance)
     document = _inspect(folder)
     used = sorted(name for names in document["used"].values() for name in names)
     assert document["files"] == len(used) + len(document["skipped"]) == total, (document["files"], total)
@@ -64,7 +64,7 @@ def fuzz_images(count: int, seed: int, folder: Path) -> dict[str, Any]:
     return {"mutated": count, "files": total, "used": len(used), "skipped": len(document["skipped"]), "crashes": 0}
 
 
-def _write_pictures(folder: Path, count: int, chance: random.Random) -> int:
+def _write_sheets(folder: Path, count: int, chance: random.Random) -> int:
     """How many files were written."""
     parents = [(suffix, write()) for suffix, write in _parents().items()]
     number = 0

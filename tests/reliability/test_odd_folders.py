@@ -26,7 +26,7 @@ def picture(path: Path, value: int = 0) -> None:
     Image.new("RGB", (8, 8), (value, 90, 200)).save(path, format="PNG")
 
 
-def whole_pictures(tmp_path: Path) -> None:
+def whole_images(tmp_path: Path) -> None:
     """Two to train on and one held out."""
     for name in ("train/a.png", "train/b.png", "val/c.png"):
         picture(tmp_path / "pictures" / name)
@@ -170,7 +170,7 @@ def test_the_orientation_is_applied():
 
 
 def test_a_bomb_is_named_before_it_is_decoded(tmp_path):
-    whole_pictures(tmp_path)
+    whole_images(tmp_path)
     for name, side in {"bomb": 10_000, "monster": 20_000}.items():
         Image.new("1", (side, side)).save(tmp_path / f"pictures/train/{name}.png")
     assert load().bad == [
@@ -181,7 +181,7 @@ def test_a_bomb_is_named_before_it_is_decoded(tmp_path):
 
 @pytest.mark.parametrize("compression", ["group4", "jpeg"])
 def test_compressions_that_hide_damage_are_refused(tmp_path, compression):
-    whole_pictures(tmp_path)
+    whole_images(tmp_path)
     mode = "1" if compression == "group4" else "RGB"
     Image.new(mode, (8, 8)).save(tmp_path / "pictures/train/c.tif", compression=compression)
     (said,) = load().bad
@@ -191,7 +191,7 @@ def test_compressions_that_hide_damage_are_refused(tmp_path, compression):
 
 
 def test_what_may_start_a_program_is_no_picture(tmp_path):
-    whole_pictures(tmp_path)
+    whole_images(tmp_path)
     (tmp_path / "pictures/train/c.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
     assert load().bad == ["pictures/train/c.png (not a readable picture)"]
 

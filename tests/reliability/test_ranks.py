@@ -34,10 +34,10 @@ def test_fewer_images_than_processes_could_share(runs, tmp_path, count):
 
 def test_held_out_images_that_cannot_be_shared_equally(configs, runs, tmp_path):
     """65 pictures in batches of 16 by two processes: three batches for one, two for the other, the last one of one."""
-    from drawn_pictures import draw_pictures
+    from drawn_images import draw_images
 
-    draw_pictures(tmp_path / "pictures/train", 64, 16)
-    draw_pictures(tmp_path / "pictures/val", 65, 16)
+    draw_images(tmp_path / "pictures/train", 64, 16)
+    draw_images(tmp_path / "pictures/val", 65, 16)
     few = ["train.max_steps=2", "train.validate_every=1", "train.checkpoint_every=2"]
     source = f"data.source={tmp_path / 'pictures'}"
     found = []

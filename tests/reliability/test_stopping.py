@@ -213,9 +213,9 @@ def test_one_process_dying_ends_the_others(configs, tmp_path):
 
 def test_an_error_of_one_process_is_said_once(configs, tmp_path):
     """The pictures that only the second process reads go away."""
-    from drawn_pictures import draw_pictures
+    from drawn_images import draw_images
 
-    pictures = draw_pictures(tmp_path / "pictures", 64, 16)
+    pictures = draw_images(tmp_path / "pictures", 64, 16)
     more = [f"data.source={pictures}", "data.in_memory_gb=0", "train.max_steps=100000", "data.num_images=null"]
     command = Command(tokenizer_words(configs, *more), tmp_path, processes=2)
     assert command.wait_until(lambda: last_step(tmp_path) > 5)

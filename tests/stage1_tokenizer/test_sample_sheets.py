@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
-from stage1_tokenizer.sample_sheets import SCATTERED, draw_pictures
+from stage1_tokenizer.sample_sheets import SCATTERED, draw_images
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit
 
@@ -42,17 +42,17 @@ def autoencoder(bottleneck: str) -> Autoencoder:
 
 def test_twelve_held_out_images_are_of_all_classes_and_always_the_same():
     model, data = autoencoder("vector"), sorted_data(100)
-    shown = np.asarray(draw_pictures(model, data, seed=0)[""])
+    shown = np.asarray(draw_images(model, data, seed=0)[""])
     left = shown.shape[1] - 12 * (88 + 4) - 4
     brightness = [int(shown[10, left + 4 + column * 92 + 44, 0]) for column in range(12)]
     assert brightness == [20 * (column % CLASSES) for column in range(12)]
-    assert np.array_equal(np.asarray(draw_pictures(model, data, seed=0)[""]), shown)
+    assert np.array_equal(np.asarray(draw_images(model, data, seed=0)[""]), shown)
 
 
 def test_the_latent_plane_shows_every_class_of_a_large_split():
     """The first `SCATTERED` rows would be of two of the classes."""
     model, data = autoencoder("identity"), sorted_data(SCATTERED // 2)
-    assert "scatter" in draw_pictures(model, data, seed=0)
+    assert "scatter" in draw_images(model, data, seed=0)
     split = data.validation
     assert isinstance(split, Watched)
     assert split.labels is not None

@@ -13,7 +13,7 @@ from pipelines.evaluation.neighbours import (
     in_any_ball,
     nearest,
     neighbours_sheet,
-    num_pictured,
+    num_shown,
 )
 from pipelines.evaluation.prior_measurements import SampleFigures, measure_samples
 from pipelines.evaluation.prior_table import memorising
@@ -51,7 +51,7 @@ def test_blocks_give_what_the_whole_table_gives():
     ("samples", "classes", "expected"), [(99, 0, 16), (99, 8, 16), (99, 10, 10), (99, 1000, 16), (5, 2, 5)]
 )
 def test_each_class_is_pictured_as_often(samples, classes, expected):
-    assert num_pictured(samples, classes) == expected
+    assert num_shown(samples, classes) == expected
 
 
 def test_a_row_of_the_sheet_is_two_samples_and_their_neighbours():

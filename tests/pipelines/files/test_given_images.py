@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from pipelines.drawing.edits import MASK_NAMES, named_mask
-from pipelines.files.given_images import MAX_PIXELS, find_images, open_image, read_image, read_mask
+from pipelines.files.given_images import MAX_PIXELS, find_images, open_given_image, read_image, read_mask
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import image_to_uint8
 
@@ -127,7 +127,7 @@ def test_other_decoders_than_those_named_are_never_tried(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "picture.eps")
     (tmp_path / "picture.eps").rename(file)
     with pytest.raises(InputError, match="not a readable picture"):
-        open_image(file)
+        open_given_image(file)
 
 
 # --- folders --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-WritePictures = Callable[..., Path]
+WriteSheets = Callable[..., Path]
 WriteTable = Callable[..., Path]
 
 
@@ -31,7 +31,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> WritePictures:
+def pictures(tmp_path: Path) -> WriteSheets:
     """``pictures("cat/0.png", …)`` writes 8 x 8 RGB pictures; the red of the i-th is 10 i. Returns their root."""
     root = tmp_path / "pictures"
 

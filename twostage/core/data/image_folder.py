@@ -8,7 +8,7 @@ from twostage.core.data.splits import HELD_OUT, exact_split, reads_as_held_out, 
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import printable
 
-__all__ = ["IMAGE_SUFFIXES", "FolderContent", "PictureFolder", "list_folder", "understand_folder"]
+__all__ = ["IMAGE_SUFFIXES", "FolderContent", "ImageFolder", "list_folder", "understand_folder"]
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_NAMED = 5
@@ -27,7 +27,7 @@ class FolderContent:
 
 
 @dataclass
-class PictureFolder:
+class ImageFolder:
     """How the pictures of a folder are laid out."""
 
     splits: dict[str, list[Path]]
@@ -90,7 +90,7 @@ def _walk(root: Path, folder: Path, above: tuple[tuple[int, int], ...], content:
 # --- splits and classes ---------------------------------------------------------------------------------------------
 
 
-def understand_folder(root: Path, content: FolderContent) -> PictureFolder:
+def understand_folder(root: Path, content: FolderContent) -> ImageFolder:
     """Finds the splits and the classes of pictures by the names of their folders.
 
     Raises:
@@ -131,7 +131,7 @@ def understand_folder(root: Path, content: FolderContent) -> PictureFolder:
     layout = _describe_splits(splits, depth) + (
         "pictures without classes" if class_names is None else f"one folder a class ({len(class_names)} classes)"
     )
-    return PictureFolder(
+    return ImageFolder(
         {split: [root / path for path in paths] for split, paths in splits.items()},
         labels,
         class_names,

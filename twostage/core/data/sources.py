@@ -15,7 +15,7 @@ from twostage.core.data.records import Records, Source, shortened
 from twostage.core.data.tables import TABLE_SUFFIXES, find_tables, read_hub, read_tables
 from twostage.core.errors import InputError
 from twostage.core.files import expand_home
-from twostage.core.images.conversion import open_picture, printable, quiet_decoders
+from twostage.core.images.conversion import open_image, printable, quiet_decoders
 from twostage.core.images.pixel_values import is_grey
 
 __all__ = ["find_local", "find_source", "first_form"]
@@ -106,7 +106,7 @@ def _read_folder(root: Path, content: FolderContent, wanted_label: str | None) -
         splits[split] = Records(
             [printable(file) for file in files],
             labels,
-            lambda i, files=files: open_picture(files[i]),
+            lambda i, files=files: open_image(files[i]),
             lambda files=files: np.array([file.stat().st_size if file.exists() else 0 for file in files], np.int64),
             printable(root),
             files,

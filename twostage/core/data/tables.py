@@ -18,7 +18,7 @@ from twostage.core.data.labels import hub_features, label_candidates, label_colu
 from twostage.core.data.records import Records, Source, shortened
 from twostage.core.data.splits import exact_split, reads_as_held_out, spelled_splits
 from twostage.core.errors import InputError
-from twostage.core.images.conversion import open_picture, printable
+from twostage.core.images.conversion import open_image, printable
 from twostage.core.machine.progress import on_terminal
 
 __all__ = ["TABLE_SUFFIXES", "find_tables", "read_hub", "read_tables"]
@@ -261,9 +261,9 @@ def _open_cell(cell: Any, folder: Path | None) -> Image.Image:
     """The picture of a row: its bytes, or a file within ``folder``; anywhere, for what the hub's library has made."""
     content = cell.get("bytes") if isinstance(cell, dict) else cell
     if isinstance(content, bytes):
-        return open_picture(io.BytesIO(content))
+        return open_image(io.BytesIO(content))
     if folder is None and isinstance(cell, dict) and cell.get("path"):
-        return open_picture(Path(cell["path"]))
+        return open_image(Path(cell["path"]))
     file = _cell_file(cell, folder)
     if file is None:
         what = "holds no picture" if not isinstance(content, list) else "holds numbers, expected an encoded picture"
@@ -274,7 +274,7 @@ def _open_cell(cell: Any, folder: Path | None) -> Image.Image:
         raise ValueError(f"its path {printable(path)} leads out of the table's folder")
     if not file.is_file():
         raise ValueError(f"no such file: {printable(path)}")
-    return open_picture(file)
+    return open_image(file)
 
 
 def _cell_file(cell: Any, folder: Path | None) -> Path | None:

@@ -20,7 +20,7 @@ from twostage.core.images.pixel_values import (
     white_is_zero,
 )
 
-__all__ = ["image_to_uint8", "open_picture", "printable", "quiet_decoders", "to_float", "to_pil", "to_uint8"]
+__all__ = ["image_to_uint8", "open_image", "printable", "quiet_decoders", "to_float", "to_pil", "to_uint8"]
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
@@ -30,7 +30,7 @@ UNSOUND = {"group3", "group4", "tiff_ccitt", "jpeg", "tiff_jpeg"}
 place of the pixels that it has not: others each time."""
 
 
-def open_picture(file: Path | IO[bytes]) -> Image.Image:
+def open_image(file: Path | IO[bytes]) -> Image.Image:
     """Opens a picture; it is decoded when its pixels are asked for.
 
     Raises:

@@ -13,7 +13,7 @@ from twostage.core.files import replacing
 from twostage.core.images.conversion import to_pil
 from twostage.core.images.fonts import figure_families, font_for, legible, load_matplotlib, shortened
 
-__all__ = ["contact_sheet", "draw_curves", "figure_canvas", "save_picture", "to_image"]
+__all__ = ["contact_sheet", "draw_curves", "figure_canvas", "save_image", "to_image"]
 
 MARGIN = 4
 MAX_TITLE = 300
@@ -67,7 +67,7 @@ def contact_sheet(
     return sheet
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
+def save_image(picture: Image.Image, path: Path) -> None:
     """Writes a PNG so that a reader never finds half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
@@ -106,7 +106,7 @@ def draw_curves(
     if shown:
         axes.legend()
     axes.grid(alpha=0.3)
-    save_picture(to_image(canvas), path)
+    save_image(to_image(canvas), path)
 
 
 def figure_canvas(size: tuple[float, float]) -> tuple[Any, Any]:

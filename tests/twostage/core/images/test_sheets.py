@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from twostage.core.images.sheets import contact_sheet, draw_curves, save_picture
+from twostage.core.images.sheets import contact_sheet, draw_curves, save_image
 
 COLOURS = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255]], dtype=torch.uint8)
 
@@ -58,7 +58,7 @@ def test_small_pictures_keep_square_pixels():
 
 def test_a_picture_is_saved_whole(tmp_path):
     path = tmp_path / "samples" / "step_1.png"
-    save_picture(Image.new("RGB", (3, 2), "red"), path)
+    save_image(Image.new("RGB", (3, 2), "red"), path)
     with Image.open(path) as image:
         assert (image.format, image.size) == ("PNG", (3, 2))
     assert [p.name for p in path.parent.iterdir()] == ["step_1.png"]

@@ -6,10 +6,10 @@ from PIL import Image
 
 from twostage.core.data.shapes import draw_shapes
 
-__all__ = ["draw_pictures"]
+__all__ = ["draw_images"]
 
 
-def draw_pictures(folder: Path, count: int, side: int = 32) -> Path:
+def draw_images(folder: Path, count: int, side: int = 32) -> Path:
     """RGB PNGs of shapes, a folder a class."""
     for i, pixels in enumerate(draw_shapes(0, count, (side, side), 3, 0)):
         file = folder / f"class_{i % 8}" / f"{i:05d}.png"
