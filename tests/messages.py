@@ -1,0 +1,23 @@
+"""How tests look at a message: it names the field, the value that it got, and what to do. The words between are free."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from twostage import InputError
+
+
+def assert_names(message: str, *parts: object) -> None:
+    """Fails unless ``message`` contains each of ``parts``: the field, the value, the remedy."""
+    missing = [str(part) for part in parts if str(part) not in message]
+    assert not missing, f"the message lacks {missing}:\n{message}"
+    assert "Traceback" not in message
+
+
+@contextmanager
+def refuses(*parts: object) -> Iterator[None]:
+    """``with refuses("train.lr", "'fast'", "expected"): ...`` fails unless an `InputError` naming all of these is raised."""
+    with pytest.raises(InputError) as refused:
+        yield
+    assert_names(str(refused.value), *parts)
