@@ -1,4 +1,4 @@
-"""How tests look at a message: it names the field, the value that it got, and what to do. The words between are free."""
+"""How tests check a message: it names the field, the value that it got, and the remedy. The words between are free."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ def assert_names(message: str, *parts: object) -> None:
 
 @contextmanager
 def refuses(*parts: object) -> Iterator[None]:
-    """``with refuses("train.lr", "'fast'", "expected"): ...`` fails unless an `InputError` naming all of these is raised."""
+    """``with refuses("train.lr", "'fast'", "expected"): ...`` fails unless an `InputError` names all of these."""
     with pytest.raises(InputError) as refused:
         yield
     assert_names(str(refused.value), *parts)
