@@ -18,9 +18,8 @@ from stage2_prior.sampling import (
     guide,
     uniform_noise,
 )
-from twostage.core.errors import InputError
 
-__all__ = ["Step", "check_prefix", "code_nats", "draw_in_order", "images_at_once", "sample_in_order", "sum_nats"]
+__all__ = ["Step", "code_nats", "come_first", "draw_in_order", "images_at_once", "sample_in_order", "sum_nats"]
 
 LOGITS_AT_ONCE = 2**26
 
@@ -48,22 +47,10 @@ def sum_nats(
     return torch.cat([nats(part, classes, part).sum(1) for part, classes in parts])
 
 
-def check_prefix(known: Tensor, order: Tensor, name: str) -> None:
-    """Refuses known codes (B, N), -1 where unknown, that do not come before all unknown ones in ``order`` (N,).
-
-    Raises:
-        InputError: it names the image and the two places in the order.
-    """
-    given = known[:, order] >= 0
-    late = given & (given.long().cumsum(1) < torch.arange(1, given.shape[1] + 1, device=given.device))
-    if late.any():
-        image, place = late.nonzero()[0].tolist()
-        first = int((~given[image]).nonzero()[0])
-        raise InputError(
-            f"known codes: image {image} has a code at place {place} of the order {name!r} but none at place {first}; "
-            "this prior writes one code after another and can keep only codes that come before all it has to draw. "
-            "Give such codes, or use a masked transformer, which keeps any"
-        )
+def come_first(known: Tensor, order: Tensor) -> bool:
+    """Whether the cells that are True in ``known`` (B, N) come before all others in ``order`` (N,), in every image."""
+    ordered = known[:, order.to(known.device)]
+    return bool((ordered[:, :-1] >= ordered[:, 1:]).all())
 
 
 def draw_in_order(

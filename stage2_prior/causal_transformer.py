@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage2_prior.autoregressive import check_prefix, code_nats, sample_in_order, sum_nats
+from stage2_prior.autoregressive import code_nats, come_first, sample_in_order, sum_nats
 from stage2_prior.fast_linear import fast_linear
 from stage2_prior.orders import Order, cell_order
 from stage2_prior.sampling import Progress, SamplingConfig, Weights
@@ -79,9 +79,12 @@ class CausalTransformer(Transformer):
         steps = [decoder.step(ordered[:, cell - 1] if cell else None) for cell in range(self.cells)]
         return code_nats(torch.stack(steps, 1), ordered).sum(1)
 
-    def check_known(self, known: Tensor) -> None:
-        """Refuses known codes (B, N) that do not come first in its order."""
-        check_prefix(known, self.order.to(known.device), self.config.order)
+    @property
+    def keeps(self) -> str:
+        return f"codes that come before all others in the order {self.config.order!r}"
+
+    def can_keep(self, known: Tensor) -> bool:
+        return come_first(known, self.order)
 
     def sample(
         self,

@@ -51,6 +51,7 @@ class MaskedTransformer(Transformer):
     """
 
     exact_likelihood = False
+    keeps = "any codes"
 
     def __init__(
         self, config: MaskedTransformerConfig, codebook_size: int, grid: tuple[int, int], num_classes: int
@@ -105,8 +106,8 @@ class MaskedTransformer(Transformer):
         output = self.run(self.embed(inputs, hidden), labels)[wanted]
         return F.cross_entropy(self.predict(output).float(), codes[wanted], reduction="none")
 
-    def check_known(self, known: Tensor) -> None:
-        """Any known codes (B, N) can be kept."""
+    def can_keep(self, known: Tensor) -> bool:
+        return True
 
     @torch.no_grad()
     def sample(

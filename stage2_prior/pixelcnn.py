@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from stage2_prior.autoregressive import check_prefix, code_nats, sample_in_order, sum_nats
+from stage2_prior.autoregressive import code_nats, come_first, sample_in_order, sum_nats
 from stage2_prior.sampling import Progress, SamplingConfig
 from twostage.core.config.sections import Depth, Section, Share, Width
 from twostage.core.training.random import BatchRandom
@@ -111,6 +111,7 @@ class PixelCNN(nn.Module):
     """
 
     exact_likelihood = True
+    keeps = "codes that come before all others, row by row"
     order: Tensor
 
     def __init__(self, config: PixelCNNConfig, codebook_size: int, grid: tuple[int, int], num_classes: int) -> None:
@@ -149,9 +150,8 @@ class PixelCNN(nn.Module):
         """-log p(codes | label), (B,); nothing is drawn."""
         return sum_nats(self.nats, codes, labels, self.head_out.out_features)
 
-    def check_known(self, known: Tensor) -> None:
-        """Refuses known codes (B, N) that do not come first, row by row."""
-        check_prefix(known, self.order.to(known.device), "raster")
+    def can_keep(self, known: Tensor) -> bool:
+        return come_first(known, self.order)
 
     def sample(
         self,

@@ -101,8 +101,13 @@ class PriorNetwork(Protocol):
         """-log p(codes | label), or an upper bound on it: (B,)."""
         ...
 
-    def check_known(self, known: Tensor) -> None:
-        """Refuses known codes (B, N), -1 where there is none, that it cannot keep."""
+    @property
+    def keeps(self) -> str:
+        """Which known codes sampling can keep, in words such as "any codes"."""
+        ...
+
+    def can_keep(self, known: Tensor) -> bool:
+        """Whether sampling can keep the codes of the cells that are True in ``known`` (B, N)."""
         ...
 
     def sample(
@@ -218,6 +223,12 @@ class Prior(nn.Module):
                 )
             check_weights(sampling.weights)
 
+    def can_keep(self, known: Tensor) -> bool:
+        """Whether sampling can keep the codes of the cells that are True in ``known`` (B, h, w), and draw the others.
+        A masked transformer can keep any codes; a prior that writes one code after another only those that come
+        first in its order."""
+        return self.network.can_keep(known.flatten(1))
+
     @torch.no_grad()
     def sample(
         self,
@@ -273,7 +284,13 @@ class Prior(nn.Module):
                 f"known codes: expected whole numbers from 0 to {self.config.codebook_size - 1}, or -1 where a code is "
                 f"to be drawn, got {known.dtype} from {known.min().item()} to {known.max().item()}"
             )
-        self.network.check_known(known.flatten(1))
+        given = known >= 0
+        if not self.can_keep(given):
+            image = next(i for i, cells in enumerate(given) if not self.can_keep(cells[None]))
+            raise InputError(
+                f"known codes: image {image} has codes that this prior cannot keep. It is a {self.config.model.type}, "
+                f"which keeps {self.network.keeps}. Give such codes, or use a masked transformer, which keeps any codes"
+            )
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
         """Writes config.json and model.safetensors; ``state``: the whole weights, where this process has a share."""

@@ -150,8 +150,4 @@ def _can_redraw(pipeline: "TwoStagePipeline", masks: list[Tensor]) -> bool:
     """Whether the prior can keep all that these masks (H, W) keep."""
     assert pipeline.prior
     cells = torch.stack([cells_to_redraw(pipeline.tokenizer, mask) for mask in masks])
-    try:
-        pipeline.prior.network.check_known(-cells.flatten(1).long())
-    except InputError:
-        return False
-    return True
+    return pipeline.prior.can_keep(~cells)
