@@ -38,7 +38,7 @@ $(LOWEST)/.installed: pyproject.toml
 
 # Hours: kills, damaged images, layouts of data, configurations, memory. Writes docs/reliability.md; PARTS=kills does one of them.
 soak: $(VENV)/.installed-dev
-	$(BIN)/python tests/reliability $(PARTS)
+	$(BIN)/python -m benchmarks.reliability $(PARTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Writes `api.md`: the signatures and docstrings of what one imports, and the keys of a configuration.
+"""Writes `api.md`: signatures and docstrings of the public names, and every key of a configuration.
 
 python docs/make_api.py
 """
@@ -8,87 +8,63 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
+
+import twostage
+from stage1_tokenizer.train_tokenizer import TokenizerConfig
+from stage2_prior.train_prior import PriorTrainingConfig
+from twostage.core.config.sections import Section
 
 __all__ = ["api"]
 
 ROOT = Path(__file__).parents[1]
-HEAD = "# API\n\nWritten by `python docs/make_api.py` from the docstrings; do not edit it by hand.\n"
-PARTS: dict[str, dict[str, list[str] | None]] = {
-    "Trained models": {
-        "pipelines.drawing.two_stage": None,
-        "pipelines.files.given_images": ["read_image"],
-        "stage1_tokenizer.autoencoder": ["Autoencoder"],
-        "stage1_tokenizer.bottleneck_output": None,
-        "stage1_tokenizer.feature_network": ["FeatureNetwork"],
-        "stage2_prior.prior": ["Prior"],
-        "stage2_prior.sampling": ["SamplingConfig", "image_seeds", "guide", "filter_logits", "choose"],
+HEAD = "# API\n\n`python docs/make_api.py` writes this page from the docstrings. Do not edit it by hand.\n"
+MORE: dict[str, dict[str, list[str]]] = {
+    "Codes and sampling": {
         "stage2_prior.codes": ["CodeCache", "CodeSplit", "Manifest"],
-    },
-    "Images and data": {
-        "twostage.core.data.dataset": ["ImageData", "ImageSplit", "load_images"],
-        "twostage.core.images.conversion": None,
-        "twostage.core.images.sheets": ["contact_sheet", "save_image"],
-        "twostage.core.data.shapes": None,
-        "twostage.core.errors": None,
+        "stage2_prior.sampling": ["image_seeds", "guide", "filter_logits", "choose"],
     },
     "Training from Python": {
-        "twostage.core.config.sections": ["load_config", "parse_config"],
-        "twostage.core.training.random": None,
         "stage1_tokenizer.train_tokenizer": ["train"],
         "stage2_prior.train_prior": ["train"],
     },
-    "Configuration: what the YAML files hold": {
-        "twostage.core.config.sections": ["RunConfig"],
-        "twostage.core.data.dataset": ["DataConfig"],
-        "twostage.core.training.train_config": ["TrainConfig"],
-        "stage1_tokenizer.train_tokenizer": ["TokenizerConfig", "TokenizerTrainConfig"],
-        "stage1_tokenizer.autoencoder": ["ModelConfig"],
-        "stage1_tokenizer.backbones": ["MLPConfig", "ConvConfig"],
-        "stage1_tokenizer.vqgan_backbone": ["VQGANConfig"],
-        "stage1_tokenizer.bottlenecks": ["IdentityConfig", "GaussianConfig", "ClassGaussianConfig"],
-        "stage1_tokenizer.vector_quantizer": ["CodebookConfig", "VectorConfig"],
-        "stage1_tokenizer.finite_scalar": ["FiniteScalarConfig"],
-        "stage1_tokenizer.lookup_free": ["LookupFreeConfig"],
-        "stage1_tokenizer.residual_quantizer": ["ResidualConfig"],
-        "stage1_tokenizer.losses": ["LossConfig", "CorruptionConfig"],
-        "stage1_tokenizer.perceptual": ["LPIPSConfig", "FeaturePerceptualConfig"],
-        "stage1_tokenizer.discriminator": ["AdversarialConfig"],
-        "stage2_prior.train_prior": ["PriorTrainingConfig", "PriorTrainConfig"],
-        "stage2_prior.prior": ["PriorLossConfig"],
-        "stage2_prior.pixelcnn": ["PixelCNNConfig"],
-        "stage2_prior.transformer": ["TransformerConfig"],
-        "stage2_prior.causal_transformer": ["CausalTransformerConfig"],
-        "stage2_prior.masked_transformer": ["MaskedTransformerConfig"],
-        "stage2_prior.shares": ["ReplaceSchedule"],
-    },
 }
-"""By heading: modules, and the names that are shown of each; None: all of its `__all__`."""
-LONGEST = 100  # characters of a signature on one line
+"""Names that the face `twostage` does not export: by heading and module."""
+MAX_SIGNATURE = 100  # characters on one line
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def api() -> str:
-    """What `api.md` should hold."""
+    """The text of `api.md`."""
+    face: dict[str, list[str]] = {}
+    for name, module in twostage.MODULES.items():
+        face.setdefault(module, []).append(name)
+    configs: dict[str, list[str]] = {}
+    for model in [*_models(TokenizerConfig), *_models(PriorTrainingConfig)]:
+        if model.__name__ not in (*face.get(model.__module__, []), *configs.get(model.__module__, [])):
+            configs.setdefault(model.__module__, []).append(model.__name__)
+    parts = {"from twostage import ...": face, **MORE, "Configuration: the keys of the YAML files": configs}
     lines = [HEAD]
-    for heading, modules in PARTS.items():
+    for heading, modules in parts.items():
         lines.append(f"## {heading}\n")
         for module, names in modules.items():
             file = f"{module.replace('.', '/')}.py"
             tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
             found = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef | Function)}
-            fields = dict(_fields(tree.body))
             lines.append(f"### [{module}](../{file})\n")
-            for name in names or _public(tree):
-                lines += _describe(found[name]) if name in found else [fields[name]]
+            for name in names:
+                lines += _describe(found[name])
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 
 
-def _public(tree: ast.Module) -> list[str]:
-    """The names of `__all__`."""
-    (names,) = (
-        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
-    )
-    return ast.literal_eval(names)
+def _models(annotation: object) -> Iterator[type[Section]]:
+    """Every configuration class below a type annotation, the outermost first."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield from (base for base in annotation.__mro__ if issubclass(base, Section) and base is not Section)
+        for field in annotation.model_fields.values():
+            yield from _models(field.annotation)
+    for part in get_args(annotation):
+        yield from _models(part)
 
 
 def _describe(node: ast.ClassDef | Function, owner: str = "") -> Iterator[str]:
@@ -112,7 +88,7 @@ def _describe(node: ast.ClassDef | Function, owner: str = "") -> Iterator[str]:
 
 
 def _signature(node: Function, owner: str) -> str:
-    """As it is called, without `self`; a long one has a line for each argument. A property's is its type."""
+    """How it is called, without `self`: on one line, or one line per argument. Of a property: its type."""
     returns = ast.unparse(node.returns).strip("'") if node.returns else "None"
     decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
     if "property" in decorators:
@@ -121,7 +97,7 @@ def _signature(node: Function, owner: str) -> str:
     if owner and "staticmethod" not in decorators:
         del arguments.args[0]
     line = f"{owner}{node.name}({ast.unparse(arguments)}) -> {returns}"
-    if len(line) <= LONGEST:
+    if len(line) <= MAX_SIGNATURE:
         return line
     return re.sub(
         r", (?=\*{0,2}\w+: )", ",\n    ", f"{owner}{node.name}(\n    {ast.unparse(arguments)},\n) -> {returns}"
@@ -129,9 +105,9 @@ def _signature(node: Function, owner: str) -> str:
 
 
 def _fields(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
-    """Of a module or a class: what is assigned, by name, with its docstring as Markdown."""
+    """The names that a class assigns, each with its docstring as Markdown."""
     for node, after in zip(body, [*body[1:], None], strict=True):
-        if isinstance(node, ast.AnnAssign) and "ClassVar" in ast.unparse(node.annotation):  # no key of a configuration
+        if isinstance(node, ast.AnnAssign) and "ClassVar" in ast.unparse(node.annotation):  # not a configuration key
             continue
         if isinstance(node, ast.AnnAssign | ast.Assign):
             target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
@@ -139,13 +115,13 @@ def _fields(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
 
 
 def _docstring(node: ast.stmt | None) -> str:
-    """What stands below an assignment in quotes."""
+    """The string below an assignment."""
     text = node.value.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) else ""
     return inspect.cleandoc(text) if isinstance(text, str) else ""
 
 
 def _markdown(docstring: str, indent: str = "") -> str:
-    """A docstring with its roles as code and its sections as lists."""
+    """A docstring: roles become code, sections become lists."""
     text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", docstring).replace("``", "`")
     lines, in_section = [], False
     for line in text.splitlines():

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from processes import Command, run
+
+from benchmarks.reliability.processes import Command, run
 
 TRAIN = ["train.max_steps=60", "train.checkpoint_every=10", "train.validate_every=20", "train.log_every=5"]
 WIDE = ["model.backbone={type: conv, channels: 48, channel_mult: [1, 1, 1], num_res_blocks: [0, 0, 1]}"]

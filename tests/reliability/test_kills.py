@@ -1,7 +1,8 @@
 """The short form; the whole one is `make soak`'s."""
 
 import pytest
-from kills import KillHarness
+
+from benchmarks.reliability.kills import KillHarness
 
 
 @pytest.fixture(scope="module")

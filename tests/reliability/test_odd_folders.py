@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from processes import Command, run
 
+from benchmarks.reliability.processes import Command, run
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import DataConfig, load_images
 from twostage.core.errors import InputError

@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import Command, run
+
+from benchmarks.reliability.processes import Command, run
 
 CHANGE = Path(__file__).with_name("change_one_codebook.py")
 
@@ -34,7 +35,7 @@ def test_fewer_images_than_processes_could_share(runs, tmp_path, count):
 
 def test_held_out_images_that_cannot_be_shared_equally(configs, runs, tmp_path):
     """65 pictures in batches of 16 by two processes: three batches for one, two for the other, the last one of one."""
-    from drawn_images import draw_images
+    from benchmarks.reliability.drawn_images import draw_images
 
     draw_images(tmp_path / "pictures/train", 64, 16)
     draw_images(tmp_path / "pictures/val", 65, 16)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Command, run
 from safetensors.torch import load_file
+
+from benchmarks.reliability.processes import Command, run
 
 TRAIN = ["train.max_steps=300", "train.log_every=7", "train.checkpoint_every=100", "train.validate_every=50"]
 EMA = ["train.ema_decay=0.9", "train.max_grad_norm=0.5", "data.horizontal_flip=true"]
@@ -213,7 +214,7 @@ def test_one_process_dying_ends_the_others(configs, tmp_path):
 
 def test_an_error_of_one_process_is_said_once(configs, tmp_path):
     """The pictures that only the second process reads go away."""
-    from drawn_images import draw_images
+    from benchmarks.reliability.drawn_images import draw_images
 
     pictures = draw_images(tmp_path / "pictures", 64, 16)
     more = [f"data.source={pictures}", "data.in_memory_gb=0", "train.max_steps=100000", "data.num_images=null"]

@@ -1,4 +1,4 @@
-"""python tests/reliability [PART ...]: the whole harness; docs/reliability.md is written from what it finds.
+"""python -m benchmarks.reliability [PART ...]: the whole harness; docs/reliability.md is written from what it finds.
 
 Parts: kills images layouts configs soak; all of them by default. What others have found before stays.
 """
@@ -15,18 +15,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dataset_layouts import fuzz_layouts
-from kills import kill_everywhere
-from memory_soak import soak
-from mutated_configs import fuzz_configs
-from mutated_images import fuzz_images
+from benchmarks.reliability.dataset_layouts import fuzz_layouts
+from benchmarks.reliability.kills import kill_everywhere
+from benchmarks.reliability.memory_soak import soak
+from benchmarks.reliability.mutated_configs import fuzz_configs
+from benchmarks.reliability.mutated_images import fuzz_images
 
 DOCS = Path(__file__).parents[2] / "docs"
 FIGURES = DOCS / "reliability.json"
 HEAD = """# Reliability
 
-Made by `make soak` (`python tests/reliability`), which does for hours what the tests do for minutes. A part that finds
-a fault ends there, and its row stays as it was.
+`make soak` (`python -m benchmarks.reliability`) writes this page. It runs for hours what the tests run for minutes.
+If a part finds a fault, it stops there and its row stays as it was.
 
 """
 

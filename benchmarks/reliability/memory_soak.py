@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from drawn_images import draw_images
 
+from benchmarks.reliability.drawn_images import draw_images
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.encode_dataset import encode_dataset
 from pipelines.generate import generate_folder

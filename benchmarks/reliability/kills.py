@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drawn_images import draw_images
-from processes import Command, run
+from benchmarks.reliability.drawn_images import draw_images
+from benchmarks.reliability.processes import Command, run
 
 __all__ = ["SCENARIOS", "KillHarness", "kill_everywhere"]
 
