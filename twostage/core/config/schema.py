@@ -5,17 +5,22 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from twostage.core.config.registry import is_open
+
 __all__ = ["Group", "alternatives", "annotations_at", "groups", "is_optional", "is_text", "item_annotation", "tag"]
 
 Group = type[BaseModel]
 
 
 def alternatives(annotation: Any) -> list[Any]:
-    """The members of a union, nested ones too, without what is annotated on them; else the annotation alone."""
+    """The members of a union, nested and registered ones too, without what is annotated on them; else the annotation
+    alone."""
     if get_origin(annotation) is Annotated:
         return alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
         return [one for member in get_args(annotation) for one in alternatives(member)]
+    if is_open(annotation):
+        return list(annotation.members())
     return [annotation]
 
 

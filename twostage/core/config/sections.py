@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import ErrorDetails
 
 from twostage.core.config.overrides import apply_overrides
+from twostage.core.config.registry import OpenUnion
 from twostage.core.config.schema import alternatives, groups, tag
 from twostage.core.config.yaml_text import read_yaml, with_texts
 from twostage.core.errors import InputError
@@ -190,7 +191,9 @@ def _describe(schema: type[Section], details: ErrorDetails) -> str:
     if kind == "union_tag_invalid":
         got_tag = got["type"]
         near = difflib.get_close_matches(str(got_tag), tags, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        is_open = any(isinstance(one, type) and issubclass(one, OpenUnion) for one in alternatives(annotation))
+        plugin = "; if a plugin defines it, install that plugin" if is_open else ""
+        hint = f"; did you mean {near[0]!r}?" if near else plugin
         return f"{path}.type: got {shortened(got_tag)!r}, expected one of {_quoted(tags)}{hint}"
     if kind in ("model_type", "model_attributes_type"):
         return f"{path}: expected a group of keys, got {shortened(got)!r}"
