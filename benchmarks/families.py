@@ -124,20 +124,20 @@ def picture(name: str, folder: Path, data: ImageData, out: Path) -> None:
 
 HEAD = """## Every family of stage one
 
-Made by `python -m benchmarks.families`. Every family gets the same processor time for training on the same machine
-({machine}); the number of steps follows from what a step of it cost there. {device}
+Written by `python -m benchmarks.families`. Every family gets the same processor time for training on the same machine
+({machine}), so the number of steps depends on the cost of its step. {device}
 
-Measured on the 10,000 test images by `twostage evaluate`: 8-bit pixels, PSNR and SSIM as means over images. The
-Frechet distance is between test images and their reconstructions, in the features of a network trained here on the same
-data set with `twostage train-features` (seed 1): it is no FID and compares only within one table. The VQ-GAN's
-perceptual term uses another such network (seed 0). A denoising autoencoder is measured on clean inputs. CIFAR-10's
+`twostage evaluate` measured all figures on the 10,000 test images: 8-bit pixels, PSNR and SSIM as means over images.
+The Frechet distance is between test images and their reconstructions, in the features of a network trained here on the
+same dataset with `twostage train-features` (seed 1). It is not FID and only compares within one table. The VQ-GAN's
+perceptual term uses another such network (seed 0). The denoising autoencoder is measured on clean inputs. CIFAR-10's
 images were re-encoded as JPEG. One run each, seed 0.
 """
 
 
 def as_markdown(name: str, minutes: float, rows: list[Row], accuracy: float) -> str:
     """The section of one data set."""
-    judge = f"The judging network's accuracy on the test images: {accuracy:.1%}."
+    judge = f"Accuracy of the network that judges, on the test images: {accuracy:.1%}."
     title = f"### {set_title(name)}, {minutes:g} minutes of processor time each"
     picture = f"![The same test images through every family](images/families_{name}.png)"
     return "\n\n".join([title, markdown_table(COLUMNS, rows), judge, picture])

@@ -143,16 +143,16 @@ def picture(name: str, folder: Path, guidance_scale: float, out: Path) -> None:
 
 HEAD = """## The three priors of stage two
 
-Made by `python -m benchmarks.priors`. All three are trained on the same codes for the same processor time on the same
-machine ({machine}); the number of steps follows from what a step of each cost there. {device}
-One run each, seed 0. Codes a second are those of the machine as busy as it was.
+Written by `python -m benchmarks.priors`. All three train on the same codes for the same processor time on the same
+machine ({machine}), so the number of steps depends on the cost of a step. {device} One run each,
+seed 0. Codes per second were measured while the machine did other work as well.
 
-Nats per code are of the 10,000 held-out images' codes: exact for PixelCNN and GPT; for the masked transformer the
-upper bound of any-order autoregression, which is another quantity (it has no likelihood that can be computed). 1,000
-samples, 100 of each class, are judged by a feature network trained here (`twostage train-features`, seed 1): the share
-that it gives their class, and the Frechet distance of its features to those of the training images (no FID: it compares
-only within one table). The masked transformer fills its grids in 8 steps, the others write one code after another.
-CIFAR-10's images were re-encoded as JPEG.
+Nats per code are those of the 10,000 held-out images' codes. They are exact for PixelCNN and GPT. A masked transformer
+has no likelihood that can be computed, so its figure is another quantity: the upper bound of any-order autoregression.
+A feature network trained here (`twostage train-features`, seed 1) judges 1,000 samples, 100 per class. Class accuracy
+is the fraction that it assigns to the requested class. The Frechet distance compares its features with those of the
+training images; it is not FID and only compares within one table. The masked transformer fills its grids in 8 steps,
+the others write one code after another. CIFAR-10's images were re-encoded as JPEG.
 """
 
 
@@ -160,10 +160,10 @@ def as_markdown(name: str, minutes: float, rows: list[Row], figures: dict[str, f
     """The section of one data set."""
     title = f"### Priors: {set_title(name)}, {minutes:g} minutes of processor time each"
     baselines = (
-        f"Predicting codes uniformly costs {figures['uniform_nats_per_code']:.3f} nats a code, by their frequency "
-        f"{figures['unigram_nats_per_code']:.3f}. Of the held-out real images the judge gives "
-        f"{figures['class_accuracy_real']:.1%} their class, and as many of them are at a Frechet distance of "
-        f"{figures['frechet_distance_real']:.3g} from the training images."
+        f"Predicting codes uniformly costs {figures['uniform_nats_per_code']:.3f} nats per code, by their frequency "
+        f"{figures['unigram_nats_per_code']:.3f}. The network assigns {figures['class_accuracy_real']:.1%} of the "
+        "held-out real images to their class. An equal number of real images has a Frechet distance of "
+        f"{figures['frechet_distance_real']:.3g} to the training images."
     )
     shown = f"![Samples of the three priors, guidance {scale:g}](images/priors_{name}.png)"
     return "\n\n".join([title, markdown_table(COLUMNS, rows), baselines, shown])

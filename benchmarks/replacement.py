@@ -26,8 +26,8 @@ COLUMNS = {
 
 TEXT = """## Replacing codes in a GPT's training (`loss.replace_prob`)
 
-Made by `python -m benchmarks.replacement`: `gpt_mnist.yaml` for {steps:,} steps with another share of random codes in
-its input, which it has to see through; nothing else differs. Samples without guidance, judged as above; one run each.
+Written by `python -m benchmarks.replacement`: `gpt_mnist.yaml` for {steps:,} steps, each time with a different
+fraction of random codes in its input. Nothing else differs. Samples without guidance, judged as above; one run each.
 """
 
 

@@ -41,11 +41,11 @@ LARGEST_GPU = 80  # GB
 COLUMNS = {
     "name": "model",
     "parameters_millions": "parameters, millions",
-    "gflops_an_image": "GFLOPs an image, a training step",
-    "images_a_gpu": "images a GPU",
-    "ddp_gb": "a GPU's memory, GB: DDP",
+    "gflops_an_image": "training GFLOPs per image",
+    "images_a_gpu": "images per GPU",
+    "ddp_gb": "memory per GPU, GB: DDP",
     "fsdp_gb": "FSDP-8",
-    "checkpoint_gb": "a checkpoint, GB",
+    "checkpoint_gb": "checkpoint, GB",
     "epochs": "epochs",
     "hours": "hours on 8 GPUs",
 }
@@ -166,26 +166,27 @@ def described(rows: list[Row]) -> str:
     """The section of docs/scaling.md."""
     fits = [row["name"] for row in rows if row.get("ddp_gb", 0) > LARGEST_GPU]
     larger = f"Of these, only {' and '.join(fits)} needs more than {LARGEST_GPU} GB with DDP." if fits else ""
-    return f"""Made by `python -m benchmarks.scaling --write docs/scaling.md`. **These are estimates: nothing here was
-measured on a GPU.** ImageNet's {IMAGES:,} images of {SIDE}x{SIDE} pixels, {GRID[0]}x{GRID[1]} codes of {CODES:,},
-{CLASSES:,} classes; {GPUS} GPUs; a global batch of {TOKENIZER_BATCH} for the VQ-GAN and {PRIOR_BATCH} for the priors.
+    return f"""Written by `python -m benchmarks.scaling --write docs/scaling.md`. **These are estimates: nothing was
+measured on a GPU.** They assume ImageNet's {IMAGES:,} images of {SIDE}x{SIDE} pixels, {GRID[0]}x{GRID[1]} codes of
+{CODES:,}, {CLASSES:,} classes, {GPUS} GPUs, and global batches of {TOKENIZER_BATCH} for the VQ-GAN and {PRIOR_BATCH}
+for the priors.
 
 {markdown_table(COLUMNS, rows)}
 
 {larger}
 
-How they come about:
+How they are computed:
 
-- **Parameters, operations and activations** are counted by running the real classes on tensors without data. The
+- **Parameters, operations and activations:** counted by running the real classes on tensors without data. The
   VQ-GAN is the `vqgan` backbone at its defaults, with a PatchGAN and LPIPS's trunk, without the search for codes.
-- **Memory** is {STATE} bytes a parameter (float32 weights 4, gradients 4, AdamW 8, averaged weights 4) and what
-  autograd keeps. DDP: {DDP - STATE} bytes more (buckets of gradients, bfloat16 copies), and activations in float32,
-  an upper bound under autocast. FSDP on {GPUS} GPUs: an {GPUS}th of the {STATE} bytes, {GATHERED} bytes a parameter of
-  what is whole at a time (embeddings, head, two blocks), and activations in bfloat16. What CUDA and its libraries take
-  comes on top.
-- **Time** is operations / ({GPUS} x {SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s, an H100's peak in bf16). The share is an
-  assumption: convolutions and small models reach less, and validations, checkpoints and reading are not in it.
-- **A checkpoint** holds weights, averages and AdamW's states; `train.keep_checkpoints` of them are kept."""
+- **Memory:** {STATE} bytes per parameter (float32 weights 4, gradients 4, AdamW 8, averaged weights 4), plus what
+  autograd keeps. DDP adds {DDP - STATE} bytes (gradient buckets, bfloat16 copies) and keeps activations in float32, an
+  upper bound under autocast. FSDP on {GPUS} GPUs needs an {GPUS}th of the {STATE} bytes, {GATHERED} bytes per parameter
+  that is gathered at a time (embeddings, head, two blocks), and activations in bfloat16. CUDA and its libraries need
+  more on top.
+- **Time:** operations / ({GPUS} x {SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s, an H100's peak in bf16). The {SHARE:.0%} is
+  an assumption: convolutions and small models reach less. Validation, checkpoints and reading are not included.
+- **A checkpoint:** weights, averaged weights and AdamW's states; `train.keep_checkpoints` of them are kept."""
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ MADE = {
         "compared/compare.html",
         "my_pipeline/onnx/encoder.onnx",
         "star.png",
-        "pictures.png",
+        "my_images.png",
         "runs/mine/reconstructions.png",
         "generated/mine/grid.png",
     ],
