@@ -1,6 +1,5 @@
-"""Reads the tokenizers of other projects as their files are: what they are made of, and their weights."""
+"""Tokenizers of other projects: their configuration, translated into ours, and their weights under their own names."""
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pipelines.sharing.foreign_weights import (
 )
 from twostage.core.config.sections import Count, Flag, Section, load_config, parse_config
 from twostage.core.errors import InputError
+from twostage.core.files import read_json
 
 __all__ = ["KINDS", "ForeignTokenizer", "read_tokenizer"]
 
@@ -30,52 +30,52 @@ TRAINED_ON_LPIPS = {"trained_against": [{"type": "lpips"}]}
 
 @dataclass
 class ForeignTokenizer:
-    """A tokenizer as its own project keeps it."""
+    """A tokenizer as its own project stores it."""
 
     kind: str
     """One of ``KINDS``."""
     state: State
-    """The weights under their own names, without those that only training uses."""
+    """The weights by their original names, without those that only training uses."""
     document: dict[str, Any]
-    """The same tokenizer as an :class:`AutoencoderConfig`, not yet validated."""
+    """Its configuration as that of an :class:`AutoencoderConfig`, not yet validated."""
     source: str
-    """The file that the weights come from, and how they were stored, in words."""
+    """The file that the weights come from, and how they were stored."""
 
 
 def read_tokenizer(source: Path, config: str | Path | None = None, kind: str | None = None) -> ForeignTokenizer:
-    """Reads a `.ckpt` of taming-transformers with its ``config``, a `.pt` of LlamaGen, either of these as safetensors,
-    or the folder of a diffusers `VQModel` or of a pipeline with one; without ``kind`` the weights' names decide.
+    """Read a `.ckpt` of taming-transformers with its ``config``, a `.pt` of LlamaGen, either of them as safetensors, or
+    the folder of a diffusers `VQModel` or of a pipeline with one. Without ``kind``, the weights' names decide.
 
     Raises:
-        InputError: not such a file or folder, or a variant that computes something else.
+        InputError: no such file or folder, or a variant that computes something else.
     """
     if kind is not None and kind not in KINDS:
-        raise InputError(f"--kind {kind}: expected one of {', '.join(KINDS)}")
+        raise InputError(f"--kind {kind}: expected one of {', '.join(KINDS)}.")
     if not source.exists():
         raise InputError(
-            f"{source}: no such file or folder; expected a .ckpt, .pt or .safetensors file, or the folder of a VQModel"
+            f"{source}: no such file or folder. Expected a .ckpt, .pt or .safetensors file, or the folder of a VQModel."
         )
     folder = source.is_dir()
     if kind is not None and folder != (kind == "diffusers"):
         wanted = "a folder with config.json" if kind == "diffusers" else "a checkpoint file"
-        raise InputError(f"{source}: is a {'folder' if folder else 'file'}; --kind {kind} needs {wanted}")
+        raise InputError(f"{source}: is a {'folder' if folder else 'file'}, but --kind {kind} needs {wanted}.")
     weights = None if folder else read_weights(source)
     if weights and (kind or _recognise(source, weights.state)) == "taming":
         return _taming(source, weights, config)
     if config is not None:
-        raise InputError(f"--config {config}: only a taming-transformers checkpoint needs it; leave it out")
+        raise InputError(f"--config {config}: only applies to a taming-transformers checkpoint. Omit it.")
     return _llamagen(source, weights) if weights else _diffusers(find_vq_model(source))
 
 
 def _recognise(path: Path, state: State) -> str:
     if any(name.startswith("encoder.down_blocks.") for name in state):
-        raise InputError(f"{path}: holds weights of diffusers, whose config.json belongs to them; give their folder")
+        raise InputError(f"{path}: weights of diffusers need the config.json beside them. Give the folder of both.")
     for kind, part in {"taming": "encoder.down.", "llamagen": "encoder.conv_blocks."}.items():
         if any(name.startswith(part) for name in state):
             return kind
     raise InputError(
-        f"{path}: not a tokenizer of a known kind: it has no weights encoder.down... (taming-transformers) or "
-        f"encoder.conv_blocks... (LlamaGen), but {some_of(state)}"
+        f"{path}: not a tokenizer of a known kind. Expected weights encoder.down... (taming-transformers) or "
+        f"encoder.conv_blocks... (LlamaGen), got {some_of(state)}"
     )
 
 
@@ -83,17 +83,17 @@ def _recognise(path: Path, state: State) -> str:
 
 
 class _Foreign(Section):
-    """A part of another project's configuration; what does not change the weights' meaning is passed over."""
+    """A group in another project's configuration. Keys that do not change what the weights compute are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 def _only(*values: object) -> AfterValidator:
-    """For keys of which another value would make another model of the same weights."""
+    """A check for keys where any other value would compute something else with the same weights."""
 
     def check(value: object) -> object:
         if value not in values:
-            raise ValueError(f"got {value!r}, but only {' and '.join(map(repr, values))} can be imported")
+            raise ValueError(f"got {value!r}, only {' or '.join(map(repr, values))} can be imported")
         return value
 
     return AfterValidator(check)
@@ -101,7 +101,7 @@ def _only(*values: object) -> AfterValidator:
 
 def _vector_quantized(target: str) -> str:
     if target.rpartition(".")[2] not in ("VQModel", "VQModelInterface", "VQNoDiscModel"):
-        raise ValueError(f"got {target!r}, but only a VQModel can be imported")
+        raise ValueError(f"got {target!r}, only a VQModel can be imported")
     return target
 
 
@@ -139,13 +139,13 @@ class _TamingConfig(_Foreign):
 def _taming(path: Path, weights: Weights, config: str | Path | None) -> ForeignTokenizer:
     if config is None:
         raise InputError(
-            f"{path}: a taming-transformers checkpoint does not say its architecture; give its YAML file, the one with "
-            "model.params.ddconfig: --config FILE"
+            f"{path}: a taming-transformers checkpoint does not contain its configuration. Give the YAML file with its "
+            "model.params.ddconfig: --config FILE."
         )
     params = load_config(_TamingConfig, config).model.params
     parts, last = params.ddconfig, len(params.ddconfig.ch_mult) - 1
     _same_channels(f"config {config}: model.params.ddconfig", parts.in_channels, parts.out_ch)
-    # taming halves a resolution, rounding down, in the encoder, and doubles what is left in the decoder
+    # The encoder of taming halves the resolution, rounding down; its decoder doubles what is left.
     coarsest = parts.resolution >> last
     encoder = [2**i for i in range(last + 1) if parts.resolution >> i in parts.attn_resolutions]
     decoder = [2**i for i in range(last + 1) if coarsest << (last - i) in parts.attn_resolutions]
@@ -169,12 +169,12 @@ def _taming(path: Path, weights: Weights, config: str | Path | None) -> ForeignT
 
 
 def _llamagen(path: Path, weights: Weights) -> ForeignTokenizer:
-    """All but the size of the images and the normalised codes follows from the shapes. LPIPS is part of its loss."""
+    """The shapes tell everything but the image size and that codes are normalised. LlamaGen trains with LPIPS."""
     state = weights.state
 
     def sizes(name: str) -> torch.Size:
         if name not in state or state[name].dim() < 2:
-            raise InputError(f"{path}: the weights {name} are missing; expected those of LlamaGen's VQ-8 or VQ-16")
+            raise InputError(f"{path}: the weights {name} are missing. Expected LlamaGen's VQ-8 or VQ-16.")
         return state[name].shape
 
     levels = {int(found[1]) for name in state if (found := re.match(r"encoder\.conv_blocks\.(\d+)\.", name))}
@@ -212,19 +212,15 @@ class _DiffusersConfig(_Foreign):
 
 def _diffusers(folder: Path) -> ForeignTokenizer:
     file = folder / "config.json"
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); expected the folder of a diffusers VQModel") from None
-    if not isinstance(document, dict):
-        raise InputError(f"{file}: holds {document!r}, expected the configuration of a diffusers VQModel")
-    config = parse_config(_DiffusersConfig, document, str(file))
+    if not file.is_file():
+        raise InputError(f"{file}: no such file. Expected the folder of a diffusers VQModel.")
+    config = parse_config(_DiffusersConfig, read_json(file, "download it again"), str(file))
     _same_channels(str(file), config.in_channels, config.out_channels)
     widths, down, up = config.block_out_channels, config.down_block_types, config.up_block_types[::-1]
     if not len(widths) == len(down) == len(up):
         raise InputError(
-            f"{file}: block_out_channels, down_block_types and up_block_types must be equally long, got {len(widths)}, "
-            f"{len(down)} and {len(up)}"
+            f"{file}: block_out_channels, down_block_types and up_block_types have {len(widths)}, {len(down)} and "
+            f"{len(up)} items, expected the same number."
         )
     encoder = [2**i for i, name in enumerate(down) if name.startswith("Attn")]
     decoder = [2**i for i, name in enumerate(up) if name.startswith("Attn")]
@@ -272,4 +268,4 @@ def _multiples(stem: int, widths: list[int]) -> dict[str, Any]:
 
 def _same_channels(where: str, inputs: int, outputs: int) -> None:
     if inputs != outputs:
-        raise InputError(f"{where}: images go in with {inputs} channels and come out with {outputs}; expected the same")
+        raise InputError(f"{where}: {inputs} input channels and {outputs} output channels, expected the same number.")

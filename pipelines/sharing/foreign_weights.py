@@ -1,7 +1,6 @@
-"""Reads the weights of other projects from the files that they are shared in: `torch.save` and safetensors, whole or in
-shards, in any floating-point precision.
+"""Weights files of other projects: `torch.save` and safetensors, whole or in shards, in any floating-point precision.
 
-Only tensors are read from a file; nothing in it is ever executed.
+Only tensors are read. Nothing in a file is ever executed.
 """
 
 import re
@@ -26,19 +25,20 @@ STEM = "diffusion_pytorch_model"
 FORMATS = ("safetensors", "bin")
 SHARD = re.compile(r"-\d+-of-\d+(?=\.)")
 PRECISIONS = ("fp32", "", "fp16", "bf16")
-"""Of the files of a diffusers model, by the variant in their name: the first that is there is taken."""
-# How the first releases of diffusers called an attention's layers.
+"""The variants in the file names of a diffusers model, the preferred one first."""
 OLD_DIFFUSERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""The attention layers: their names in the first releases of diffusers, and today."""
+DOWNLOAD_AGAIN = "download it again"
 
 
 @dataclass
 class Weights:
-    """The weights of a model of another project."""
+    """The weights of another project's model."""
 
     state: State
-    """Under their own names, floating-point ones in float32."""
+    """By their original names. Floating-point tensors are float32."""
     source: str
-    """The file that they come from and what else there is to know about that, in words."""
+    """The file they come from, with a remark if they were converted or if other files were ignored."""
 
 
 def some_of(names: Iterable[str]) -> str:
@@ -48,74 +48,72 @@ def some_of(names: Iterable[str]) -> str:
 
 
 def read_weights(path: Path) -> Weights:
-    """The weights in a file that `torch.save` or safetensors wrote; which of them, its content says.
+    """The weights in a file that `torch.save` or safetensors wrote; its content decides which of the two.
 
     Raises:
-        InputError: it is damaged, holds other things than tensors, or none.
+        InputError: the file is damaged, contains objects other than tensors, or has no tensors.
     """
-    return _described(_read_file(path), path.name)
+    return _as_float32(_read_file(path), path.name)
 
 
 def read_diffusers_weights(folder: Path) -> Weights:
-    """The weights in the folder of a diffusers model: of full precision where they are there, else of another variant;
-    safetensors rather than a pickle; one file rather than shards.
+    """The weights in the folder of a diffusers model.
+
+    Full precision is preferred to other variants, safetensors to pickles, one file to shards.
 
     Raises:
-        InputError: there are none, or a file is missing or damaged (it is named).
+        InputError: there are no weights, or a file is missing or damaged; the message names it.
     """
-    candidates = sorted((rank, path.name) for path in folder.iterdir() if (rank := _rank(path.name)) and path.is_file())
+    files = sorted(path.name for path in folder.iterdir())
+    candidates = sorted((rank, name) for name in files if (rank := _rank(name)) and (folder / name).is_file())
     if not candidates:
-        shards = sorted(
-            path.name for path in folder.iterdir() if path.name.startswith(STEM) and SHARD.search(path.name)
-        )
-        if shards:
+        if shards := [name for name in files if name.startswith(STEM) and SHARD.search(name)]:
             raise InputError(
-                f"{folder}: holds {some_of(shards)}, but not the index that says what is in which shard "
-                f"({STEM}.safetensors.index.json); download it too"
+                f"{folder}: the shards {some_of(shards)} have no index. Download {STEM}.safetensors.index.json too."
             )
-        held = some_of(sorted(path.name for path in folder.iterdir())) or "nothing"
-        wanted = (
-            f"{STEM}.safetensors or {STEM}.bin, a variant such as {STEM}.fp16.safetensors, or shards with their index"
+        raise InputError(
+            f"{folder}: no weights, only {some_of(files) or 'an empty folder'}. Expected {STEM}.safetensors, "
+            f"{STEM}.bin, a variant such as {STEM}.fp16.safetensors, or shards with their index."
         )
-        raise InputError(f"{folder}: no weights there; expected {wanted}; it holds {held}")
     (_, chosen), *others = candidates
     state = _read_shards(folder / chosen) if chosen.endswith(".json") else _read_file(folder / chosen)
-    weights = _described(_with_new_names(state), chosen)
+    weights = _as_float32(_with_current_names(state), chosen)
     if others:
-        weights.source += f"; not taken: {some_of(name for _, name in others)}"
+        weights.source += f"; ignored: {some_of(name for _, name in others)}"
     return weights
 
 
 def find_vq_model(folder: Path) -> Path:
-    """The folder of a diffusers `VQModel`: ``folder`` itself, or the part of a pipeline folder that is one (`vqvae/`).
+    """The folder of a diffusers `VQModel`: ``folder`` itself, or the part of a pipeline that is one (`vqvae/`).
 
     Raises:
-        InputError: a pipeline without one (its autoencoder is named), with several, or without that part's files.
+        InputError: the pipeline has no VQModel (the message names its autoencoder), has several, or lacks its files.
     """
     if (folder / "config.json").is_file():
         return folder
     file = folder / "model_index.json"
     if file.is_file():
-        entries = read_json(file, "download it again").items()
+        entries = read_json(file, DOWNLOAD_AGAIN).items()
         parts = {name: str(pair[1]) for name, pair in entries if isinstance(pair, list) and len(pair) == 2 and pair[1]}
     else:
-        parts = {}
-        for config in sorted(folder.glob("*/config.json")):
-            parts[config.parent.name] = str(read_json(config, "download it again").get("_class_name"))
+        configs = sorted(folder.glob("*/config.json"))
+        parts = {config.parent.name: str(read_json(config, DOWNLOAD_AGAIN).get("_class_name")) for config in configs}
     found = [name for name, kind in parts.items() if kind == "VQModel"]
     if len(found) > 1:
-        raise InputError(f"{folder}: holds several VQModels, {', '.join(found)}; give one of these folders")
+        raise InputError(f"{folder}: contains several VQModels, {', '.join(found)}. Give one of these folders.")
     if found:
         part = folder / found[0]
         if Path(found[0]).name != found[0] or not (part / "config.json").is_file():
-            raise InputError(f"{file}: names the VQModel {found[0]}, but {part} has no config.json; download it too")
+            raise InputError(
+                f"{file}: lists the VQModel {found[0]}, but {part}/config.json is missing. Download it too."
+            )
         return part
-    autoencoders = [f"{name}/ is an {kind}" for name, kind in parts.items() if "Autoencoder" in kind or "VAE" in kind]
+    autoencoders = {name: kind for name, kind in parts.items() if "Autoencoder" in kind or "VAE" in kind}
     if parts and (autoencoders or file.is_file()):
-        held = ", ".join(autoencoders) or f"it holds {some_of(f'{name} ({kind})' for name, kind in parts.items())}"
+        held = some_of(f"{name}/ ({kind})" for name, kind in (autoencoders or parts).items())
         raise InputError(
-            f"{folder}: a pipeline without a VQModel: {held}; only a VQModel has codes, so give a model or a pipeline "
-            "with one"
+            f"{folder}: this pipeline has {held} but no VQModel. Only a VQModel has codes: give one, or a pipeline "
+            "with one."
         )
     return folder
 
@@ -124,7 +122,7 @@ def find_vq_model(folder: Path) -> Path:
 
 
 class _Inert:
-    """Stands in for the classes of training programs, of which a checkpoint may hold objects beside its weights."""
+    """Stands in for the classes of other programs whose objects a checkpoint may contain beside its weights."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -150,36 +148,35 @@ def _read_safetensors(path: Path) -> State:
     try:
         state = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{path}: damaged, it cannot be read ({' '.join(str(error).split())}); download it again"
-        ) from None
+        raise InputError(f"{path}: damaged ({' '.join(str(error).split())}). Download it again.") from None
     if not state:
-        raise InputError(f"{path}: holds no weights; download it again")
+        raise InputError(f"{path}: contains no weights. Download it again.")
     return state
 
 
 def _read_checkpoint(path: Path) -> State:
-    """The tensors of a file that `torch.save` wrote."""
+    """The tensors in a file that `torch.save` wrote."""
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
         with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail in any of the layers that read it
+    except Exception as error:  # the layers that read a damaged file raise errors of many kinds
         raise InputError(
-            f"{path}: cannot be read as tensors alone ({type(error).__name__}); expected what torch.save writes, whole "
-            "and without objects that would run code: save its state dict by itself where it was trained"
+            f"{path}: cannot be read as tensors alone ({type(error).__name__}). It is damaged, or loading it would "
+            "run code. Download it again, or save only the model's state dict where it was trained."
         ) from None
     if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict with a state dict")
+        raise InputError(f"{path}: contains a {type(content).__name__}, expected a dict with a state dict.")
     nested = [content[key] for key in ("state_dict", "ema", "model") if isinstance(content.get(key), dict)]
     state = {name: tensor for name, tensor in (*nested, content)[0].items() if isinstance(tensor, Tensor)}
     if not state:
-        raise InputError(f"{path}: no weights under state_dict, ema or model; it holds {some_of(map(str, content))}")
+        raise InputError(
+            f"{path}: no weights under state_dict, ema or model, only {some_of(map(str, content)) or 'nothing'}."
+        )
     return state
 
 
-def _described(state: State, source: str) -> Weights:
-    """In float32, with what they were before."""
+def _as_float32(state: State, source: str) -> Weights:
     before = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values() if tensor.is_floating_point()}
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     converted = sorted(before - {"float32"})
@@ -190,14 +187,14 @@ def _described(state: State, source: str) -> Weights:
 
 
 def _rank(name: str) -> tuple[int, int, bool, str] | None:
-    """Which file of a diffusers model is taken first: by precision, format, whether it is the index of shards; None for
-    other files. Its parts stand between dots: `diffusion_pytorch_model.safetensors.index.fp16.json`."""
+    """The preference for a file of a diffusers model, the smallest first; None for other files.
+
+    The parts of a name stand between dots: `diffusion_pytorch_model.safetensors.index.fp16.json`.
+    """
     stem, *parts = name.split(".")
-    if stem != STEM or len(parts) < 1:
-        return None
-    index = parts[-1] == "json" and "index" in parts
     formats = [part for part in parts if part in FORMATS]
-    if not formats or not (index or parts[-1] in FORMATS):
+    index = parts[-1:] == ["json"] and "index" in parts
+    if stem != STEM or not formats or not (index or parts[-1] in FORMATS):
         return None
     variant = ".".join(part for part in parts if part not in (*FORMATS, "index", "json"))
     if SHARD.search(f"{variant}."):
@@ -207,32 +204,31 @@ def _rank(name: str) -> tuple[int, int, bool, str] | None:
 
 
 def _read_shards(index: Path) -> State:
-    """The weights of all the files that an index names."""
-    shards = read_json(index, "download it again").get("weight_map")
+    """The weights in all the files that an index lists."""
+    shards = read_json(index, DOWNLOAD_AGAIN).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(file, str) for file in shards.values()):
-        raise InputError(f"{index}: damaged: weight_map does not say which file holds which weights; download it again")
+        raise InputError(f"{index}: weight_map does not say which file has which weights. Download it again.")
     files = sorted(set(shards.values()))
-    for file in files:
-        if Path(file).name != file:
-            raise InputError(f"{index}: names the shard {file!r}, expected the name of a file beside it")
+    if outside := [file for file in files if Path(file).name != file]:
+        raise InputError(f"{index}: lists the shard {outside[0]!r}, expected the name of a file in the same folder.")
     if missing := [file for file in files if not (index.parent / file).is_file()]:
         raise InputError(
-            f"{index.parent}: {len(missing)} of {len(files)} shards are missing: {some_of(missing)} (named by "
-            f"{index.name}); download them too"
+            f"{index.parent}: {len(missing)} of {len(files)} shards in {index.name} are missing: {some_of(missing)}. "
+            "Download them too."
         )
     state: State = {}
     for file in files:
         held = _read_file(index.parent / file)
         if lacking := [name for name, where in shards.items() if where == file and name not in held]:
             raise InputError(
-                f"{index.parent / file}: lacks weights that {index.name} says it holds: {some_of(lacking)}; download "
-                "both again"
+                f"{index.parent / file}: lacks weights that {index.name} expects there: {some_of(lacking)}. "
+                "Download both again."
             )
         state |= held
     return state
 
 
-def _with_new_names(state: State) -> State:
+def _with_current_names(state: State) -> State:
     old = "|".join(OLD_DIFFUSERS)
     return {
         re.sub(rf"(attentions\.\d+)\.({old})\.", lambda found: f"{found[1]}.{OLD_DIFFUSERS[found[2]]}.", name): tensor

@@ -1,5 +1,5 @@
-"""What the tests of imported tokenizers share: the same pictures, the comparison, and the tokenizers that are on no
-package index, taming-transformers' and LlamaGen's, written out by the names that their weights have."""
+"""Helpers for the tests of imported tokenizers: images, the comparison, and the tokenizers of taming-transformers and
+LlamaGen, which no package index has, written by the names of their weights."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.import_tokenizer import import_tokenizer
+from pipelines.sharing.imported_tokenizer import import_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
 
-__all__ = ["Reference", "agree", "images", "refused"]
+__all__ = ["Reference", "agree", "images", "imported", "refused"]
 
 LAYOUTS = {
     "taming": {"down": "encoder.down", "up": "decoder.up", "block": "block", "attn": "attn",
@@ -26,8 +26,8 @@ LAYOUTS = {
 
 @dataclass
 class Reference:
-    """The forward pass of taming's `VQModel` and of LlamaGen's VQ over a state dict; weights that are not there yet are
-    drawn at their first use."""
+    """The forward pass of taming's `VQModel` and of LlamaGen's VQ over a state dict; missing weights
+    are drawn when they are first used."""
 
     layout: str = "taming"
     ch: int = 32
@@ -43,7 +43,7 @@ class Reference:
 
     def __post_init__(self) -> None:
         self.names, self.generator = LAYOUTS[self.layout], torch.Generator().manual_seed(0)
-        vectors = self.encode(images(4, self.channels)).transpose(0, 1).flatten(1).t()  # a code book that is in use
+        vectors = self.encode(images(4, self.channels)).transpose(0, 1).flatten(1).t()  # so that codes are used
         lengths = torch.rand(len(vectors), 1, generator=self.generator) + 0.5
         noise = torch.randn(vectors.shape, generator=self.generator)
         self.state["quantize.embedding.weight"] = (vectors + 0.1 * vectors.std() * noise)[:48] * lengths[:48]
@@ -136,9 +136,14 @@ def images(count: int, channels: int = 3) -> Tensor:
     return to_float(torch.randint(0, 256, (count, channels, 16, 16), generator=generator, dtype=torch.uint8))
 
 
+def imported(*arguments, **options) -> Autoencoder:
+    """The imported tokenizer."""
+    return import_tokenizer(*arguments, **options)[0]
+
+
 def agree(model: Autoencoder, folder: Path, x: Tensor, codes: Tensor, pixels: Tensor, at_least: int = 12) -> None:
-    """The imported model, and what is read back from its folder, give the source's codes and pixels."""
-    assert len(codes.unique()) >= at_least  # or equality would say little
+    """Check that the imported model, also when read back from its folder, gives the source's codes and pixels."""
+    assert len(codes.unique()) >= at_least  # with few codes, equality would prove little
     for each in (model, Autoencoder.from_pretrained(folder)):
         encoded = each.encode(x)
         assert encoded.indices is not None
@@ -151,6 +156,7 @@ def agree(model: Autoencoder, folder: Path, x: Tensor, codes: Tensor, pixels: Te
 
 
 def refused(*arguments, **options) -> str:
+    """The message that refuses the import."""
     with pytest.raises(InputError) as refusal:
         import_tokenizer(*arguments, **options)
     return str(refusal.value)

@@ -5,12 +5,12 @@ import json
 import diffusers
 import pytest
 import torch
-from foreign_models import agree, images, refused
+from foreign_models import agree, images, imported, refused
+from messages import assert_names, refuses
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipelines.import_tokenizer import command, import_tokenizer
-from twostage.core.errors import InputError
+from pipelines.import_tokenizer import command
 
 PLAIN = {
     "block_out_channels": (8, 16), "norm_num_groups": 4, "latent_channels": 6, "num_vq_embeddings": 32,
@@ -38,7 +38,7 @@ def tiny_vq(**changes) -> diffusers.VQModel:
     model = diffusers.VQModel(**(PLAIN | changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)  # no bias and no scale as a new model has it
+            parameter += 0.1 * torch.randn_like(parameter)  # biases and scales that a new model does not have
         x = images(4, model.config["in_channels"])
         vectors = model.encode(x).latents.transpose(0, 1).flatten(1).t()
         model.quantize.embedding.weight.copy_(vectors[torch.randperm(len(vectors))[:32]])
@@ -57,7 +57,7 @@ def vq_results(model: diffusers.VQModel) -> tuple[Tensor, Tensor, Tensor]:
 def test_diffusers(changes, tmp_path):
     theirs = tiny_vq(**changes)
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = import_tokenizer(tmp_path / "theirs", tmp_path / "ours")
+    ours = imported(tmp_path / "theirs", tmp_path / "ours")
     agree(ours, tmp_path / "ours", *vq_results(theirs))
     if changes.get("lookup_from_codebook"):
         _, codes, _ = vq_results(theirs)
@@ -77,69 +77,75 @@ def test_diffusers_weights_of_its_first_releases(tmp_path):
     assert "encoder.mid_block.attentions.0.proj_attn.weight" in state
     safe.unlink()
     torch.save(state, safe.with_suffix(".bin"))
-    agree(import_tokenizer(tmp_path / "theirs", tmp_path / "ours"), tmp_path / "ours", *vq_results(theirs))
+    agree(imported(tmp_path / "theirs", tmp_path / "ours"), tmp_path / "ours", *vq_results(theirs))
 
 
 def test_half_precision_weights_become_float32(tmp_path):
     theirs = tiny_vq().half()
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = import_tokenizer(tmp_path / "theirs", tmp_path / "ours")
+    ours = imported(tmp_path / "theirs", tmp_path / "ours")
     assert {tensor.dtype for tensor in ours.state_dict().values()} == {torch.float32}
     agree(ours, tmp_path / "ours", *vq_results(theirs.float()))
 
 
-def test_the_command_says_what_was_imported(tmp_path, capsys):
+def test_the_command_prints_what_it_imported(tmp_path, capsys):
     tiny_vq(**ATTENTION).save_pretrained(tmp_path / "theirs")
     command(str(tmp_path / "theirs"), tmp_path / "ours", image_size=32)
-    said = capsys.readouterr().out
-    assert said.startswith(f"{tmp_path / 'ours' / 'model'}: ")
-    assert "widths 8 16, 1 residual blocks each, attention at the factors 2" in said
-    assert "32 codes of 6 dimensions" in said
-    assert "16 x 16 codes an image of 32 x 32 x 3" in said
-    assert json.loads((tmp_path / "ours" / "model" / "config.json").read_text())["hash"] in said
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{tmp_path / 'ours' / 'model'}: ")
+    assert_names(
+        printed, "widths 8 16,", "attention at the factors 2", "32 codes of 6 dimensions", "16 x 16", "32 x 32 x 3"
+    )
+    assert json.loads((tmp_path / "ours" / "model" / "config.json").read_text())["hash"] in printed
 
 
-def test_a_model_that_is_there_is_kept(tmp_path):
+def test_an_existing_model_is_kept(tmp_path):
     tiny_vq().save_pretrained(tmp_path / "theirs")
-    import_tokenizer(tmp_path / "theirs", tmp_path / "ours")
-    with pytest.raises(InputError, match="holds a model already; give --out another folder"):
-        import_tokenizer(tmp_path / "theirs", tmp_path / "ours")
+    imported(tmp_path / "theirs", tmp_path / "ours")
+    with refuses(tmp_path / "ours" / "model", "--out"):
+        imported(tmp_path / "theirs", tmp_path / "ours")
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"norm_type": "spatial"}, "norm_type: got 'spatial', but only 'group' can be imported"),
-        ({"_class_name": "AutoencoderKL"}, "_class_name: got 'AutoencoderKL', but only 'VQModel' can be imported"),
-        ({"act_fn": "gelu"}, "act_fn: got 'gelu', but only 'silu' and 'swish' can be imported"),
-        ({"down_block_types": ["DownEncoderBlock2D"] * 3}, "must be equally long, got 2, 3 and 2"),
-        ({"down_block_types": ["DownBlock2D"] * 2}, "got 'DownBlock2D', but only 'DownEncoderBlock2D' and "),
-        ({"out_channels": 1}, "images go in with 3 channels and come out with 1"),
-        ({"vq_embed_dim": 5}, "quantize.embedding.weight has the shape (32, 6), its configuration asks for (32, 5)"),
-        ({"latent_channels": 5, "vq_embed_dim": 6}, "has the shape (6, 16, 3, 3), its configuration asks for (5, 16"),
-        ({"layers_per_block": 2}, "weights are missing that its configuration asks for: encoder.down_blocks.0.resnets"),
-        ({"mid_block_add_attention": False}, "no place for: decoder.mid_block.attentions.0.group_norm"),
+        ({"norm_type": "spatial"}, ("norm_type", "'spatial'", "'group'")),
+        ({"_class_name": "AutoencoderKL"}, ("_class_name", "'AutoencoderKL'", "'VQModel'")),
+        ({"act_fn": "gelu"}, ("act_fn", "'gelu'", "'silu'", "'swish'")),
+        (
+            {"down_block_types": ["DownEncoderBlock2D"] * 3},
+            ("down_block_types", "2, 3 and 2"),
+        ),
+        (
+            {"down_block_types": ["DownBlock2D"] * 2},
+            ("down_block_types", "'DownBlock2D'", "'DownEncoderBlock2D'"),
+        ),
+        ({"out_channels": 1}, ("3 input channels", "1 output")),
+        ({"vq_embed_dim": 5}, ("quantize.embedding.weight", "(32, 6)", "(32, 5)")),
+        ({"latent_channels": 5, "vq_embed_dim": 6}, ("(6, 16, 3, 3)", "(5, 16")),
+        ({"layers_per_block": 2}, ("lacks", "encoder.down_blocks.0.resnets")),
+        ({"mid_block_add_attention": False}, ("do not belong", "decoder.mid_block.attentions.0.group_norm")),
     ],
 )
-def test_a_diffusers_configuration_that_cannot_be_or_does_not_fit(changes, expected, tmp_path):
+def test_a_diffusers_configuration_that_is_invalid_or_does_not_fit(changes, expected, tmp_path):
     tiny_vq().save_pretrained(tmp_path / "theirs")
     file = tmp_path / "theirs" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    assert expected in refused(tmp_path / "theirs", tmp_path / "ours")
+    assert_names(refused(tmp_path / "theirs", tmp_path / "ours"), *expected)
 
 
-def test_diffusers_folders_that_are_not_whole(tmp_path):
+def test_incomplete_diffusers_folders(tmp_path):
     folder, out = tmp_path / "theirs", tmp_path / "ours"
     folder.mkdir()
-    assert "config.json: cannot be read" in refused(folder, out)
+    assert_names(refused(folder, out), folder / "config.json", "VQModel")
     (folder / "config.json").write_text("[]")
-    assert "expected the configuration of a diffusers VQModel" in refused(folder, out)
+    assert_names(refused(folder, out), folder / "config.json", "object", "list", "download it again")
     tiny_vq().save_pretrained(folder)
     weights = folder / "diffusion_pytorch_model.safetensors"
     state = load_file(weights)
     save_file(state | {f"extra.{i}": torch.zeros(1) for i in range(6)}, weights)
-    assert "no place for: extra.0, extra.1, extra.2, extra.3, extra.4 and 1 more" in refused(folder, out)
+    assert_names(refused(folder, out), "extra.0, extra.1, extra.2, extra.3, extra.4 and 1 more")
     weights.write_bytes(weights.read_bytes()[:-8])
-    assert "damaged, it cannot be read" in refused(folder, out)
+    assert_names(refused(folder, out), weights, "damaged", "Download it again")
     weights.unlink()
-    assert "no weights there; expected diffusion_pytorch_model.safetensors or " in refused(folder, out)
+    assert_names(refused(folder, out), folder, "no weights", "diffusion_pytorch_model.safetensors")

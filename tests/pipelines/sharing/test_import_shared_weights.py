@@ -1,4 +1,4 @@
-"""Weights in the forms that they are shared in: variants, shards, pipelines, safetensors, half precision."""
+"""Weights in every form that people share: variants, shards, pipelines, safetensors, half precision."""
 
 import json
 import shutil
@@ -8,11 +8,12 @@ import diffusers
 import pytest
 import torch
 import yaml
-from foreign_models import Reference, agree, images, refused
+from foreign_models import Reference, agree, images, imported, refused
+from messages import assert_names
 from safetensors.torch import load_file, save_file
 from test_import_diffusers import tiny_vq, vq_results
 
-from pipelines.import_tokenizer import command, import_tokenizer
+from pipelines.import_tokenizer import command
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from twostage.core.config.sections import parse_config
 
@@ -35,11 +36,10 @@ def results(theirs):
     return vq_results(theirs)
 
 
-def imported(source: Path, out: Path, capsys) -> str:
-    """What the command says of the weights."""
+def printed_weights(source: Path, out: Path, capsys) -> str:
+    """What the command prints about the weights."""
     command(str(source), out)
-    said = capsys.readouterr().out
-    return said.partition("weights")[2].partition("\n")[0].strip()
+    return capsys.readouterr().out.partition("weights")[2].partition("\n")[0].strip()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -63,47 +63,46 @@ def test_every_form_that_diffusers_writes(theirs, results, saved, dtype, tmp_pat
     model.load_state_dict(theirs.state_dict())
     model.to(dtype).save_pretrained(tmp_path / "theirs", **saved)
     assert (len(list((tmp_path / "theirs").iterdir())) > 3) == ("max_shard_size" in saved)
-    said = imported(tmp_path / "theirs", tmp_path / "ours", capsys)
+    printed = printed_weights(tmp_path / "theirs", tmp_path / "ours", capsys)
     agree(Autoencoder.from_pretrained(tmp_path / "ours"), tmp_path / "ours", *results)
     assert {tensor.dtype for tensor in load_file(tmp_path / "ours" / "model" / "model.safetensors").values()} == {
         torch.float32
     }
     precision = str(dtype).removeprefix("torch.")
-    assert ("converted to float32" in said) == (dtype != torch.float32)
-    assert f"({precision}, converted" in said or dtype == torch.float32
-    assert said.startswith(STEM)
-    assert saved.get("variant", "") in said
+    assert ("converted to float32" in printed) == (dtype != torch.float32)
+    assert f"({precision}, converted" in printed or dtype == torch.float32
+    assert printed.startswith(STEM)
+    assert saved.get("variant", "") in printed
 
 
 @pytest.mark.parametrize(
     ("forms", "taken"),
     [
-        ([{}, {"variant": "fp16"}], f"{STEM}.safetensors; not taken: {STEM}.fp16.safetensors"),
+        ([{}, {"variant": "fp16"}], f"{STEM}.safetensors; ignored: {STEM}.fp16.safetensors"),
         ([{"variant": "bf16"}, {"variant": "fp16"}], f"{STEM}.fp16.safetensors"),
         ([{"variant": "fp16"}, {"variant": "fp32"}], f"{STEM}.fp32.safetensors"),
-        ([{"variant": "fp16"}, {"safe_serialization": False}], f"{STEM}.bin; not taken: {STEM}.fp16.safetensors"),
-        ([{}, {"safe_serialization": False}], f"{STEM}.safetensors; not taken: {STEM}.bin"),
-        ([SHARDED, {"variant": "fp16"}], f"{STEM}.safetensors.index.json; not taken: {STEM}.fp16.safetensors"),
-        ([{"variant": "fp16"} | SHARDED, {}], f"{STEM}.safetensors; not taken: {STEM}.safetensors.index.fp16.json"),
-        ([{}, SHARDED], f"{STEM}.safetensors; not taken: {STEM}.safetensors.index.json"),
+        ([{"variant": "fp16"}, {"safe_serialization": False}], f"{STEM}.bin; ignored: {STEM}.fp16.safetensors"),
+        ([{}, {"safe_serialization": False}], f"{STEM}.safetensors; ignored: {STEM}.bin"),
+        ([SHARDED, {"variant": "fp16"}], f"{STEM}.safetensors.index.json; ignored: {STEM}.fp16.safetensors"),
+        ([{"variant": "fp16"} | SHARDED, {}], f"{STEM}.safetensors; ignored: {STEM}.safetensors.index.fp16.json"),
+        ([{}, SHARDED], f"{STEM}.safetensors; ignored: {STEM}.safetensors.index.json"),
     ],
     ids=str,
 )
-def test_full_precision_is_taken_and_it_is_said(theirs, results, forms, taken, tmp_path, capsys):
+def test_full_precision_is_preferred_and_printed(theirs, results, forms, taken, tmp_path, capsys):
     folder = tmp_path / "theirs"
     for number, form in enumerate(forms):
         theirs.save_pretrained(tmp_path / str(number), **form)
         shutil.copytree(tmp_path / str(number), folder, dirs_exist_ok=True)
-    said = imported(folder, tmp_path / "ours", capsys)
-    assert said.startswith(taken)
+    assert printed_weights(folder, tmp_path / "ours", capsys).startswith(taken)
     agree(Autoencoder.from_pretrained(tmp_path / "ours"), tmp_path / "ours", *results)
 
 
-def test_the_weights_that_are_not_taken_have_no_part_in_it(theirs, results, tmp_path):
+def test_ignored_weights_have_no_influence(theirs, results, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     state = load_file(tmp_path / "theirs" / f"{STEM}.safetensors")
     save_file({name: tensor * 2 for name, tensor in state.items()}, tmp_path / "theirs" / f"{STEM}.fp16.safetensors")
-    agree(import_tokenizer(tmp_path / "theirs", tmp_path / "ours"), tmp_path / "ours", *results)
+    agree(imported(tmp_path / "theirs", tmp_path / "ours"), tmp_path / "ours", *results)
 
 
 # --- a pipeline -----------------------------------------------------------------------------------------------------
@@ -130,39 +129,38 @@ def pipeline_folder(folder: Path, parts: dict[str, object], index: bool = True) 
 @pytest.mark.parametrize("name", ["vqvae", "vae", "movq"])
 def test_the_vq_model_of_a_pipeline(theirs, results, name, index, tmp_path):
     source = pipeline_folder(tmp_path / "pipeline", {"unet": "UNet2DModel", name: theirs}, index)
-    agree(import_tokenizer(source, tmp_path / "ours"), tmp_path / "ours", *results)
-    agree(import_tokenizer(source / name, tmp_path / "part"), tmp_path / "part", *results)
+    agree(imported(source, tmp_path / "ours"), tmp_path / "ours", *results)
+    agree(imported(source / name, tmp_path / "part"), tmp_path / "part", *results)
 
 
 def test_a_pipeline_in_half_precision_and_shards(theirs, results, tmp_path):
     source = pipeline_folder(tmp_path / "pipeline", {"vqvae": theirs})
     shutil.rmtree(source / "vqvae")
     theirs.save_pretrained(source / "vqvae", variant="fp16", **SHARDED)
-    agree(import_tokenizer(source, tmp_path / "ours"), tmp_path / "ours", *results)
+    agree(imported(source, tmp_path / "ours"), tmp_path / "ours", *results)
 
 
-def test_a_pipeline_without_a_vq_model_is_refused_by_what_it_has(theirs, tmp_path):
+def test_a_pipeline_without_a_vq_model_is_refused(theirs, tmp_path):
     kl = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
     for number, index in enumerate((True, False)):
         source = pipeline_folder(tmp_path / str(number), {"vae": kl, "unet": "UNet2DConditionModel"}, index)
-        said = refused(source, tmp_path / "ours")
-        assert "a pipeline without a VQModel: vae/ is an AutoencoderKL; only a VQModel has codes" in said
-    assert "got 'AutoencoderKL', but only 'VQModel'" in refused(tmp_path / "0" / "vae", tmp_path / "ours")
+        assert_names(refused(source, tmp_path / "ours"), source, "vae/ (AutoencoderKL)", "no VQModel")
+    assert_names(refused(tmp_path / "0" / "vae", tmp_path / "ours"), "_class_name", "'AutoencoderKL'", "'VQModel'")
     source = pipeline_folder(tmp_path / "ddpm", {"unet": "UNet2DModel"})
-    assert "a pipeline without a VQModel: it holds unet (UNet2DModel)" in refused(source, tmp_path)
+    assert_names(refused(source, tmp_path), source, "unet/ (UNet2DModel)", "no VQModel")
     source = pipeline_folder(tmp_path / "two", {"prior": theirs, "vqvae": theirs})
-    assert "holds several VQModels, prior, vqvae; give one of these folders" in refused(source, tmp_path / "ours")
+    assert_names(refused(source, tmp_path / "ours"), source, "several VQModels", "prior, vqvae")
     source = pipeline_folder(tmp_path / "half", {"vqvae": "VQModel"})
-    assert "names the VQModel vqvae, but" in refused(source, tmp_path / "ours")
+    assert_names(refused(source, tmp_path / "ours"), "VQModel vqvae", source / "vqvae/config.json")
     source = pipeline_folder(tmp_path / "elsewhere", {"../half": "VQModel"})
-    assert "names the VQModel ../half, but" in refused(source, tmp_path / "ours")
+    assert_names(refused(source, tmp_path / "ours"), "VQModel ../half", "config.json")
     (source / "model_index.json").write_text("{")
-    assert "model_index.json: damaged: not valid JSON" in refused(source, tmp_path / "ours")
+    assert_names(refused(source, tmp_path / "ours"), source / "model_index.json", "JSON", "download it again")
     (tmp_path / "empty").mkdir()
-    assert "expected the folder of a diffusers VQModel" in refused(tmp_path / "empty", tmp_path / "ours")
+    assert_names(refused(tmp_path / "empty", tmp_path / "ours"), tmp_path / "empty", "VQModel")
 
 
-# --- shards and files that are not whole ----------------------------------------------------------------------------
+# --- missing and damaged shards and files ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -177,43 +175,40 @@ def test_a_shard_that_is_missing_or_damaged_is_named(sharded, tmp_path):
     first, second = shards[:2]
     whole = first.read_bytes()
     first.write_bytes(whole[:-100])
-    assert f"{first}: damaged, it cannot be read" in refused(sharded, out)
+    assert_names(refused(sharded, out), f"{first}: damaged", "Download it again")
     first.write_bytes(b"")
-    assert f"{first}: damaged, it cannot be read" in refused(sharded, out)
+    assert_names(refused(sharded, out), f"{first}: damaged", "Download it again")
     shutil.copy(second, first)
-    assert f"{first}: lacks weights that {index.name} says it holds: " in refused(sharded, out)
+    assert_names(refused(sharded, out), f"{first}: lacks weights", index.name, "Download both again")
     first.unlink()
-    said = refused(sharded, out)
-    assert f"1 of {len(shards)} shards are missing: {first.name} (named by {index.name}); download" in said
+    assert_names(refused(sharded, out), f"1 of {len(shards)} shards", first.name, index.name, "Download them")
     first.mkdir()
-    assert f"1 of {len(shards)} shards are missing: {first.name}" in refused(sharded, out)
+    assert_names(refused(sharded, out), f"1 of {len(shards)} shards", first.name)
     first.rmdir()
     first.write_bytes(whole)
     stored = index.read_text()
     for text, expected in {
-        "{": "not valid JSON",
-        "[]": "expected a JSON object",
-        "{}": "weight_map does not say which file",
-        '{"weight_map": {}}': "weight_map does not say which file",
-        '{"weight_map": {"a": 3}}': "weight_map does not say which file",
-        '{"weight_map": {"a": "../secret.safetensors"}}': "names the shard '../secret.safetensors'",
-        '{"weight_map": {"a": "/etc/passwd"}}': "names the shard '/etc/passwd'",
+        "{": "JSON",
+        "[]": "JSON object",
+        "{}": "weight_map",
+        '{"weight_map": {}}': "weight_map",
+        '{"weight_map": {"a": 3}}': "weight_map",
+        '{"weight_map": {"a": "../secret.safetensors"}}': "the shard '../secret.safetensors'",
+        '{"weight_map": {"a": "/etc/passwd"}}': "the shard '/etc/passwd'",
     }.items():
         index.write_text(text)
-        assert expected in refused(sharded, out)
-        assert index.name in refused(sharded, out)
+        assert_names(refused(sharded, out), index, expected)
     index.unlink()
-    said = refused(sharded, out)
-    assert "but not the index that says what is in which shard" in said
+    assert_names(refused(sharded, out), sharded, first.name, f"{STEM}.safetensors.index.json")
     index.write_text(stored)
-    import_tokenizer(sharded, out)
+    imported(sharded, out)
 
 
 def test_a_damaged_pickled_shard_is_named(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs", safe_serialization=False, **SHARDED)
     shard = sorted((tmp_path / "theirs").glob("*-of-*.bin"))[1]
     shard.write_bytes(shard.read_bytes()[:-100])
-    assert f"{shard}: cannot be read as tensors alone" in refused(tmp_path / "theirs", tmp_path / "ours")
+    assert_names(refused(tmp_path / "theirs", tmp_path / "ours"), shard, "tensors alone")
 
 
 def test_a_damaged_file_is_not_replaced_by_one_of_less_precision(theirs, tmp_path):
@@ -221,25 +216,22 @@ def test_a_damaged_file_is_not_replaced_by_one_of_less_precision(theirs, tmp_pat
     theirs.save_pretrained(tmp_path / "theirs")
     file = tmp_path / "theirs" / f"{STEM}.safetensors"
     file.write_bytes(file.read_bytes()[:500])
-    assert f"{file}: damaged" in refused(tmp_path / "theirs", tmp_path / "ours")
+    assert_names(refused(tmp_path / "theirs", tmp_path / "ours"), f"{file}: damaged")
 
 
-def test_a_folder_without_weights_says_what_it_holds(theirs, tmp_path):
+def test_a_folder_without_weights_is_refused_by_what_it_contains(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     file = tmp_path / "theirs" / f"{STEM}.safetensors"
     file.rename(file.with_name("model.safetensors"))
-    said = refused(tmp_path / "theirs", tmp_path / "ours")
-    assert "no weights there; expected diffusion_pytorch_model.safetensors or diffusion_pytorch_model.bin" in said
-    assert said.endswith("it holds config.json, model.safetensors")
+    message = refused(tmp_path / "theirs", tmp_path / "ours")
+    assert_names(message, tmp_path / "theirs", f"{STEM}.safetensors, {STEM}.bin", "config.json, model.safetensors")
 
 
-def test_quantised_weights_are_refused(theirs, tmp_path):
+def test_quantized_weights_are_refused(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     file = tmp_path / "theirs" / f"{STEM}.safetensors"
     save_file({name: tensor.to(torch.int8) for name, tensor in load_file(file).items()}, file)
-    assert "holds torch.int8 values; expected weights that are not quantised" in refused(
-        tmp_path / "theirs", tmp_path / "ours"
-    )
+    assert_names(refused(tmp_path / "theirs", tmp_path / "ours"), "torch.int8", "not quantized")
 
 
 # --- single files ---------------------------------------------------------------------------------------------------
@@ -256,7 +248,7 @@ def model_of(layout: str) -> tuple[Reference, dict]:
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt", "model.pt", "model.bin"])
 @pytest.mark.parametrize("layout", ["taming", "llamagen"])
 def test_single_files_in_safetensors(layout, name, dtype, tmp_path):
-    """Also under another ending: the content counts."""
+    """The content decides, not the file name extension."""
     model, state = model_of(layout)
     state = {key: tensor.to(dtype).contiguous() for key, tensor in state.items()}
     save_file(state | {"loss.logvar": torch.zeros(1)} if layout == "taming" else state, tmp_path / name)
@@ -264,32 +256,33 @@ def test_single_files_in_safetensors(layout, name, dtype, tmp_path):
     if layout == "taming":
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(model.config()))
         config, size = tmp_path / "config.yaml", None
-    ours = import_tokenizer(tmp_path / name, tmp_path / "ours", config, image_size=size)
+    ours = imported(tmp_path / name, tmp_path / "ours", config, image_size=size)
     x = images(3)
     codes = model.codes(x)
     agree(ours, tmp_path / "ours", x, codes, model.decode_codes(codes))
 
 
-def test_safetensors_that_are_damaged_or_of_something_else(theirs, tmp_path):
+def test_safetensors_that_are_damaged_or_not_a_tokenizer(theirs, tmp_path):
     file, out = tmp_path / "model.safetensors", tmp_path / "ours"
     _, state = model_of("llamagen")
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
     whole = file.read_bytes()
     for damaged in (whole[:-1], whole[:1000], whole[:9], whole[:4], b"", b"\0" * 100, whole + b"more"):
         file.write_bytes(damaged)
-        assert f"{file}: damaged, it cannot be read" in refused(file, out)
+        assert_names(refused(file, out), f"{file}: damaged")
     save_file({}, file)
-    assert "holds no weights" in refused(file, out)
+    assert_names(refused(file, out), file, "no weights")
     save_file({"a": torch.zeros(1)}, file)
-    assert "not a tokenizer of a known kind" in refused(file, out)
+    assert_names(refused(file, out), file, "encoder.down...", "encoder.conv_blocks...")
     theirs.save_pretrained(tmp_path / "theirs")
-    said = refused(tmp_path / "theirs" / f"{STEM}.safetensors", out)
-    assert "holds weights of diffusers, whose config.json belongs to them; give their folder" in said
-    torch.save(state, file)
-    assert f"{file}: damaged, it cannot be read" in refused(file, out), "a pickle that calls itself safetensors"
+    assert_names(
+        refused(tmp_path / "theirs" / f"{STEM}.safetensors", out), "diffusers", "config.json", "Give the folder"
+    )
+    torch.save(state, file)  # a pickle named .safetensors
+    assert_names(refused(file, out), f"{file}: damaged")
 
 
-def test_what_is_known_to_have_been_trained_on_lpips_is_remembered(tmp_path):
+def test_training_with_lpips_is_recorded(tmp_path):
     model, state = model_of("taming")
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "a.safetensors")
     for number, (target, expected) in enumerate(
@@ -298,7 +291,7 @@ def test_what_is_known_to_have_been_trained_on_lpips_is_remembered(tmp_path):
         config = model.config()
         config["model"]["params"]["lossconfig"]["target"] = target
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-        ours = import_tokenizer(tmp_path / "a.safetensors", tmp_path / str(number), tmp_path / "config.yaml")
+        ours = imported(tmp_path / "a.safetensors", tmp_path / str(number), tmp_path / "config.yaml")
         assert [network.type for network in ours.config.perceptual_networks()] == expected
         document = ours.config.model_dump(mode="json")
         assert parse_config(AutoencoderConfig, document, "again") == ours.config
