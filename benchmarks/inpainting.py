@@ -22,8 +22,8 @@ from torch import Tensor
 
 from benchmarks.reporting import Row, parser, report
 from pipelines.drawing.edits import MASK_NAMES, known_codes, mark_masked, named_mask, paste, reconstruct
-from pipelines.drawing.two_stage import TwoStagePipeline, load_pipeline
-from pipelines.reconstruct import held_out_images
+from pipelines.drawing.two_stage import TwoStagePipeline
+from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.feature_network import FeatureNetwork
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.data.spread import spread
@@ -64,8 +64,8 @@ def main() -> None:
     arguments.add_argument("--picture", type=Path, help="a PNG of some of them")
     options = arguments.parse_args()
     share_cores()
-    pipeline, judge = load_pipeline(options.prior), FeatureNetwork.from_pretrained(options.judge)
-    held_out = held_out_images(options.prior, None)
+    pipeline, judge = TwoStagePipeline.from_pretrained(options.prior), FeatureNetwork.from_pretrained(options.judge)
+    held_out = SavedModel.find(options.prior).open_tokenizer()[0].held_out_images()
     rows = spread(len(held_out), options.num_images)
     images, labels = held_out.read(rows), held_out.read_labels(rows)
     assert labels is not None

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.drawing.two_stage import load_pipeline
+from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.files.given_images import MAX_BYTES
 from pipelines.saved.proxies import broken_proxy
 from twostage.core.errors import InputError
@@ -40,7 +40,7 @@ def serve(model: str, host: str, port: int, tokenizer: str | None = None) -> Non
     if importlib.util.find_spec("gradio") is None:
         raise InputError("the page needs gradio, which is not installed: pip install 'twostage[app]'")
     _check_address(host, port)
-    pipeline = load_pipeline(model, tokenizer)
+    pipeline = TwoStagePipeline.from_pretrained(model, tokenizer)
     pipeline.to(join_processes().device or "cpu")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes then, too
     with tempfile.TemporaryDirectory(prefix="twostage_app_") as folder:

@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from pipelines.encoding.image_variants import ImageVariants, image_variants
 from pipelines.encoding.partial_codes import CHUNK, PartialCodes, discard_leftover
-from pipelines.saved.remembered import find_images, run_of
+from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.codes import (
     Augmentation,
@@ -26,9 +26,7 @@ from stage2_prior.codes import (
     code_dtype,
     code_statistics,
 )
-from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import DataConfig, ImageData, load_images
-from twostage.core.data.labels import AUTO
 from twostage.core.data.sources import find_local
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
@@ -36,28 +34,9 @@ from twostage.core.machine.command import run_command
 from twostage.core.machine.processes import join_processes
 from twostage.core.machine.progress import ProgressBar
 from twostage.core.machine.stopping import going_on_later
-from twostage.core.runs.model_folder import find_model_folder
 from twostage.core.runs.places import Record, find_places, portable, same_place
-from twostage.core.runs.run_folder import RunFolder
 
-__all__ = ["encode_dataset", "training_data"]
-
-
-def training_data(tokenizer: str | Path, source: str | None) -> DataConfig:
-    """The `data` group that a tokenizer was trained with, with another source where one is given."""
-    run = find_model_folder(tokenizer).parent
-    stored = RunFolder(run).stored_config() if (run / "config.yaml").is_file() else None
-    if stored is None and source is None:
-        raise InputError(f"{tokenizer}: no config.yaml says what it was trained on; give --data SOURCE")
-    document = stored["data"] if stored else {}
-    model = Autoencoder.from_pretrained(tokenizer).config
-    document |= {"image_size": list(model.image_size), "channels": model.channels}
-    if source:  # whose tables have columns of their own; shapes have no range
-        document |= {"source": source, "label_column": AUTO} | ({"value_range": None} if source == "shapes" else {})
-    config = parse_config(DataConfig, document, "data")
-    if source:
-        return config
-    return find_images(config, run, RunFolder(run).stored_sources().get("data.source"))
+__all__ = ["encode_dataset"]
 
 
 def encode_dataset(
@@ -89,8 +68,9 @@ def encode_dataset(
             f"{tokenizer}: its bottleneck is {kind!r}, which has no codes; train one with "
             "`vector`, `finite_scalar`, `lookup_free` or `residual`"
         )
-    data_config = training_data(tokenizer, source)
-    final = Path(out) if out else Path("codes") / _name_of(run_of(tokenizer))
+    saved = SavedModel.find_run(tokenizer)
+    data_config = saved.training_data(source)
+    final = Path(out) if out else Path("codes") / _name_of(saved.home)
     reference = TokenizerReference(hash=model.content_hash(), path=portable(tokenizer, final))
     if _already_there(final, reference, data_config, augmentation):
         _say(state, f"{final}: already holds the codes of this tokenizer; nothing to do")

@@ -12,9 +12,9 @@ from accelerate import PartialState
 from pipelines.drawing.sampling_options import with_sampling_options
 from pipelines.evaluation.evaluate_prior import evaluate_prior
 from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer, tokenizer_table
-from pipelines.evaluation.evaluation_document import evaluation_folder, model_kind
 from pipelines.evaluation.evaluation_report import PICTURES
 from pipelines.evaluation.prior_table import prior_table
+from pipelines.saved.saved_model import SavedModel
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.errors import InputError
 from twostage.core.machine.command import run_command
@@ -54,7 +54,8 @@ def command(
     """Measure a tokenizer, and say whether it is ready for stage two; or measure a prior."""
     if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
         raise InputError(f"--json {json_file}: expected a file in a folder that is there")
-    kind, out = model_kind(model), evaluation_folder(model)
+    saved = SavedModel.find_run(model)
+    out = saved.home / "evaluation"
     common: dict[str, Any] = {
         "features": features,
         "inception": inception,
@@ -65,7 +66,7 @@ def command(
     of_samples: dict[str, Any] = {"--num-samples": num_samples, "--seed": seed} | {
         f"--{name.replace('_', '-')}": value for name, value in sampling.model_dump(exclude_defaults=True).items()
     }
-    if kind == "prior":
+    if saved.kind == "prior":
         _refuse_other(model, "prior", "tokenizers", {"--weights-dir": weights_dir})
         given = [f"{option} {value}" for option, value in of_samples.items() if value is not None]
         if given and not (features or inception):

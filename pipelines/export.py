@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from pipelines.drawing.two_stage import TwoStagePipeline, load_pipeline
-from pipelines.evaluation.evaluation_document import model_kind
-from pipelines.saved.pipeline_folder import DOCUMENT, is_pipeline_folder, is_pipeline_or_hub_id, push_folder
+from pipelines.drawing.two_stage import TwoStagePipeline
+from pipelines.saved.pipeline_folder import DOCUMENT, is_pipeline_folder, push_folder
+from pipelines.saved.saved_model import SavedModel
 from pipelines.sharing.exported_programs import Format, check_libraries, export_programs
 from pipelines.sharing.model_card import CardFields, gather_records, is_as_written, write_model_card
 from stage1_tokenizer.autoencoder import Autoencoder
@@ -137,16 +137,16 @@ def command(
     if private and not push:
         raise InputError("--private: is of --push owner/name; give both, or leave it out")
     fields = CardFields(license, data_license, where=push or out.absolute().name)
-    local_run = not is_pipeline_or_hub_id(model)
-    alone = Autoencoder.from_pretrained(model) if local_run and model_kind(model) == "tokenizer" else None
+    saved = SavedModel.find(model)
+    alone = Autoencoder.from_pretrained(model) if saved.kind == "tokenizer" else None
     if alone and not alone.variational:
         if push:
             raise InputError(f"--push {push}: {model} is a tokenizer, which is no pipeline to share; leave it out")
         sentences = export_tokenizer(alone, out, formats)
         print(f"{out}: the encoder and the decoder; this model has no images of its own to make")
     else:
-        pipeline = load_pipeline(model, tokenizer)
-        sentences = export_pipeline(pipeline, out, formats, fields, gather_records(model, tokenizer))
+        pipeline = TwoStagePipeline.from_saved(saved, tokenizer)
+        sentences = export_pipeline(pipeline, out, formats, fields, gather_records(saved, tokenizer))
         print(f"{out}: the pipeline, its model card in {CARD}")
     for sentence in sentences:
         print(f"  {sentence}")

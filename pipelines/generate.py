@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from pipelines.drawing.batch_size import fitting_batch_size
 from pipelines.drawing.sampling_options import with_sampling_options
-from pipelines.drawing.two_stage import TwoStagePipeline, class_sheet, load_pipeline
+from pipelines.drawing.two_stage import TwoStagePipeline, class_sheet
 from pipelines.files.image_files import FileFormat, image_files
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.config.sections import describe_differences
@@ -145,7 +145,7 @@ def command(
     tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, where it has moved.")] = None,
 ) -> None:
     """Generate images with a trained prior and its tokenizer."""
-    pipeline = load_pipeline(prior, tokenizer)
+    pipeline = TwoStagePipeline.from_pretrained(prior, tokenizer)
     with going_on_later():
         generate_folder(pipeline, out, num_images, class_name or None, seed, sampling, batch_size, file_format)
 

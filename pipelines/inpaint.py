@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipelines.drawing.edits import mark_masked
 from pipelines.drawing.sampling_options import with_sampling_options
-from pipelines.drawing.two_stage import TwoStagePipeline, load_pipeline
+from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.files.given_images import read_mask
 from pipelines.reconstruct import read_images
 from stage2_prior.sampling import SamplingConfig
@@ -106,7 +106,7 @@ def command(
     tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, where it has moved.")] = None,
 ) -> None:
     """Redraw the masked part of an image; the other pixels stay as they are."""
-    pipeline = load_pipeline(model, tokenizer).to(join_processes().device or "cpu")
+    pipeline = TwoStagePipeline.from_pretrained(model, tokenizer).to(join_processes().device or "cpu")
     inpaint(pipeline, image, mask, out, num_images, class_name, seed, feather, sampling)
     print(f"{num_images} completions: {out}; at a glance: {out / 'grid.png'}")
 

@@ -8,9 +8,9 @@ import typer
 from torch import Tensor
 
 from pipelines.drawing import edits
-from pipelines.drawing.two_stage import load_tokenizer
 from pipelines.files.given_images import find_images
-from pipelines.reconstruct import check_out, held_out_images, image_file, read_images
+from pipelines.reconstruct import check_out, read_images
+from pipelines.saved.saved_model import SavedModel
 from twostage.core.data.spread import spread_over_classes
 from twostage.core.errors import InputError
 from twostage.core.images.fonts import class_labels
@@ -22,7 +22,7 @@ __all__ = ["interpolate"]
 
 
 def interpolate(
-    model: str | Path,
+    model: SavedModel,
     out: Path,
     images: list[Path] | None = None,
     source: str | None = None,
@@ -43,11 +43,11 @@ def interpolate(
     if len(images) % 2:
         raise InputError(f"--image: got {len(images)} image{'s' * (len(images) > 1)}, expected two for each strip")
     check_out(out, images)
-    tokenizer = load_tokenizer(model)
+    saved, tokenizer = model.open_tokenizer()
     if images:
         ends, titles = read_images(images, tokenizer), [file.stem for file in images]
     else:
-        held_out = held_out_images(model, source)
+        held_out = saved.held_out_images(source)
         rows = pairs_of_rows(held_out.labels, len(held_out), num_pairs)
         ends, labels = held_out.read(rows), held_out.read_labels(rows)
         names = class_labels(tokenizer.config.class_names or []) if source is None else None
@@ -94,8 +94,9 @@ def command(
 ) -> None:
     """Show what lies between two images: held-out ones, or your own."""
     share_cores()
-    out = out or image_file(model, "interpolations.png")
-    strips = interpolate(model, out, image, data, num_images, num_pairs)
+    saved = SavedModel.find(model)
+    out = out or saved.default_output("interpolations.png")
+    strips = interpolate(saved, out, image, data, num_images, num_pairs)
     print(f"{out}: {strips} strip{'s' * (strips > 1)} of {num_images} pictures; both ends are reconstructions")
 
 

@@ -12,7 +12,7 @@ import typer
 
 from pipelines.drawing.edits import mark_masked
 from pipelines.drawing.sampling_options import with_sampling_options
-from pipelines.drawing.two_stage import TwoStagePipeline, load_pipeline
+from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.inpaint import check_out, new_bar, write_images
 from pipelines.reconstruct import read_images
 from stage2_prior.sampling import SamplingConfig
@@ -89,7 +89,7 @@ def command(
     tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, where it has moved.")] = None,
 ) -> None:
     """Go on with an image beyond its borders; its own pixels stay as they are."""
-    pipeline = load_pipeline(model, tokenizer).to(join_processes().device or "cpu")
+    pipeline = TwoStagePipeline.from_pretrained(model, tokenizer).to(join_processes().device or "cpu")
     sides = {"left": left, "right": right, "top": top, "bottom": bottom}
     outpaint(pipeline, image, out, sides, num_images, class_name, seed, sampling)
     print(f"{num_images} pictures: {out}; at a glance: {out / 'grid.png'}")

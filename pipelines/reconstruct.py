@@ -8,30 +8,23 @@ import typer
 from torch import Tensor
 
 from pipelines.drawing import edits
-from pipelines.drawing.two_stage import load_tokenizer
-from pipelines.encode_dataset import training_data
-from pipelines.evaluation.evaluation_document import model_kind
 from pipelines.files.given_images import find_images, read_image
-from pipelines.saved.pipeline_folder import find_pipeline_folder, is_pipeline_or_hub_id
-from pipelines.saved.remembered import find_tokenizer
+from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import psnr
-from stage2_prior.prior import Prior
-from twostage.core.data.dataset import ImageSplit, load_images
 from twostage.core.data.spread import spread_over_classes
 from twostage.core.errors import InputError
 from twostage.core.images.sheets import contact_sheet, save_image
 from twostage.core.machine.command import run_command
 from twostage.core.machine.processes import share_cores
-from twostage.core.runs.model_folder import find_model_folder
 
-__all__ = ["check_out", "held_out_images", "image_file", "read_images", "reconstruct"]
+__all__ = ["check_out", "read_images", "reconstruct"]
 
 COLUMNS = 12
 
 
 def reconstruct(
-    model: str | Path,
+    model: SavedModel,
     out: Path,
     source: str | None = None,
     num_images: int = 12,
@@ -41,17 +34,16 @@ def reconstruct(
     pixels).
 
     Args:
-        model: a run folder of a tokenizer (or AE, VAE ...) or of a prior over its codes, a pipeline folder, a hub id.
         source: of held-out images, other than it was trained on.
         images: files and folders to show instead of ``num_images`` held-out images; of a folder at most ``num_images``.
     """
     images = find_images(images or [], num_images, "--num-images")
     check_out(out, images)
-    tokenizer = load_tokenizer(model)
+    saved, tokenizer = model.open_tokenizer()
     if images:
         originals = read_images(images, tokenizer)
     else:
-        held_out = held_out_images(model, source)
+        held_out = saved.held_out_images(source)
         originals = held_out.read(spread_over_classes(held_out.labels, len(held_out), num_images))
     pictures = edits.reconstruct(tokenizer, originals)
     columns, strips = min(COLUMNS, len(originals)), []
@@ -74,27 +66,6 @@ def check_out(out: Path, images: list[Path] | None) -> None:
         raise InputError(f"--out {out}: is one of the pictures given by --image; give another file")
 
 
-def held_out_images(model: str | Path, source: str | None) -> ImageSplit:
-    """The held-out images of what a tokenizer, or the tokenizer of a prior, was trained on; or of ``source``.
-
-    Raises:
-        InputError: nothing there that says what it was trained on, such as in a pipeline folder, and no ``source``.
-    """
-    if is_pipeline_or_hub_id(model):
-        run = find_pipeline_folder(model) / "tokenizer"
-    else:
-        run = find_tokenizer(Prior.from_pretrained(model), model)[0] if model_kind(model) == "prior" else model
-    if source is None and not (find_model_folder(run).parent / "config.yaml").is_file():
-        raise InputError(
-            f"{model}: does not say which images it was trained on; give pictures by --image FILE, or a data set by "
-            "--data SOURCE"
-        )
-    data = load_images(training_data(run, source))
-    for line in data.notices if source else []:
-        print(line)
-    return data.validation
-
-
 def read_images(files: list[Path], tokenizer: Autoencoder) -> Tensor:
     """Pictures in the tokenizer's form, (n, C, H, W) uint8; it is printed what was changed about them."""
     images = []
@@ -105,13 +76,6 @@ def read_images(files: list[Path], tokenizer: Autoencoder) -> Tensor:
         if changed:
             print(f"{file}: {changed}")
     return torch.stack(images)
-
-
-def image_file(model: str | Path, name: str) -> Path:
-    """Where a picture of that name goes by default: into the run folder; beside a pipeline that is shared, here."""
-    if is_pipeline_or_hub_id(model):
-        return Path(name)
-    return find_model_folder(model).parent / name
 
 
 def _padded(strip: Tensor, columns: int) -> Tensor:
@@ -135,8 +99,9 @@ def command(
 ) -> None:
     """Show images over their reconstructions: held-out ones, or your own."""
     share_cores()
-    out = out or image_file(model, "reconstructions.png")
-    ratio = reconstruct(model, out, data, num_images, image)
+    saved = SavedModel.find(model)
+    out = out or saved.default_output("reconstructions.png")
+    ratio = reconstruct(saved, out, data, num_images, image)
     print(f"{out}: PSNR {ratio:.2f} dB, the mean of the pictures shown")
 
 

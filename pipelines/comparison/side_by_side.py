@@ -14,14 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.drawing.edits import reconstruct
-from pipelines.drawing.two_stage import TwoStagePipeline, load_pipeline
-from pipelines.encode_dataset import training_data
-from pipelines.evaluation.evaluation_document import NO_EVIDENCE, choose_split, model_kind, versions
+from pipelines.drawing.two_stage import TwoStagePipeline
+from pipelines.evaluation.evaluation_document import NO_EVIDENCE, choose_split, versions
 from pipelines.evaluation.frechet import InceptionFeatures, OwnFeatures, ReconstructionJudge, open_features
 from pipelines.evaluation.independence import not_evidence
 from pipelines.evaluation.measurements import measure
 from pipelines.evaluation.prior_measurements import measure_images, measure_samples
-from pipelines.saved.pipeline_folder import is_pipeline_or_hub_id
+from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.config.sections import parse_config
@@ -90,8 +89,8 @@ class Model:
     name: str
     path: str
     tokenizer: Autoencoder
-    tokenizer_path: str | None
-    """Where its training may be looked up; None: it is not known."""
+    saved_tokenizer: SavedModel | None
+    """Where the tokenizer was read from, which may say what it was trained on."""
     reconstructs: bool
     """False for a prior whose tokenizer has a line of its own."""
     pipeline: TwoStagePipeline | None
@@ -130,18 +129,20 @@ def open_models(runs: Sequence[str | Path]) -> list[Model]:
     last = [Path(run).name for run in runs]
     for run, short in zip(runs, last, strict=True):
         name = short if last.count(short) == 1 else str(run)
-        if not is_pipeline_or_hub_id(run) and model_kind(run) == "tokenizer":
+        saved = SavedModel.find(run)
+        if saved.kind == "tokenizer":
             tokenizer = Autoencoder.from_pretrained(run)
             pipeline = TwoStagePipeline(tokenizer) if tokenizer.variational else None
-            models.append(Model(name, str(run), tokenizer, str(run), True, pipeline))
+            models.append(Model(name, str(run), tokenizer, saved, True, pipeline))
         else:
-            pipeline = load_pipeline(run)
-            where = str(pipeline.tokenizer_path) if pipeline.tokenizer_path else None
+            pipeline = TwoStagePipeline.from_saved(saved)
+            where = pipeline.saved_tokenizer
             models.append(Model(name, str(run), pipeline.tokenizer, where, pipeline.prior is None, pipeline))
     for model in [model for model in models if not model.reconstructs]:
         if not any(other.reconstructs and same_weights(other.tokenizer, model.tokenizer) for other in models):
             name = f"tokenizer of {model.name}"
-            models.append(Model(name, model.tokenizer_path or "", model.tokenizer, model.tokenizer_path, True, None))
+            where = model.saved_tokenizer
+            models.append(Model(name, str(where.path) if where else "", model.tokenizer, where, True, None))
     for model in models[1:]:
         first, other = (form_of(one.tokenizer) for one in (models[0], model))
         if first != other:
@@ -226,7 +227,7 @@ def compare_models(
                 model, data, split, measured, len(originals), num_samples, classes, seed, sampling, network, state
             )
         judged = [name for name in JUDGED if name in model.figures]
-        where = model.tokenizer_path or model.path
+        where = model.saved_tokenizer.path if model.saved_tokenizer else model.path
         model.not_evidence = not_evidence(model.tokenizer.config, where, network, features, config.source, judged)
     protocol = {
         "data": {"source": config.source, "split": split_name, "images": len(measured)},
@@ -248,8 +249,8 @@ def data_of(models: list[Model], source: str | None) -> DataConfig:
     Raises:
         InputError: none of them says what it was trained on, or they were trained on different sources.
     """
-    known = {m.path: m.tokenizer_path for m in models if m.tokenizer_path and has_config(m.tokenizer_path)}
-    configs = {path: training_data(tokenizer, source) for path, tokenizer in known.items()}
+    known = {m.path: m.saved_tokenizer for m in models if m.saved_tokenizer and m.saved_tokenizer.run}
+    configs = {path: tokenizer.training_data(source) for path, tokenizer in known.items()}
     if not configs:
         if source is None:
             raise InputError(f"{models[0].path}: nothing says what it was trained on; give --data SOURCE")
@@ -264,11 +265,6 @@ def data_of(models: list[Model], source: str | None) -> DataConfig:
                 "images are to go through both"
             )
     return config
-
-
-def has_config(run: str) -> bool:
-    """Whether a tokenizer's run folder says what it was trained on."""
-    return any((folder / "config.yaml").is_file() for folder in (Path(run), Path(run).parent))
 
 
 def check_settings(models: list[Model], sampling: SamplingConfig) -> None:

@@ -20,15 +20,12 @@ from torch import Tensor
 
 from pipelines.drawing import edits, redraw
 from pipelines.drawing.batch_size import ROWS, fitting_batch_size
-from pipelines.evaluation.evaluation_document import model_kind
 from pipelines.saved.pipeline_folder import (
-    find_pipeline_folder,
-    is_pipeline_or_hub_id,
     push_folder,
     read_pipeline_folder,
     write_pipeline_folder,
 )
-from pipelines.saved.remembered import find_tokenizer
+from pipelines.saved.saved_model import SavedModel, check_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig, image_seeds
@@ -38,7 +35,7 @@ from twostage.core.images.conversion import to_pil, to_uint8
 from twostage.core.images.fonts import class_labels
 from twostage.core.images.sheets import contact_sheet
 
-__all__ = ["PipelineOutput", "TwoStagePipeline", "class_sheet", "load_pipeline", "load_tokenizer"]
+__all__ = ["PipelineOutput", "TwoStagePipeline", "class_sheet"]
 
 
 @dataclass
@@ -70,15 +67,11 @@ class TwoStagePipeline:
                 f"a tokenizer with the bottleneck {tokenizer.config.model.bottleneck.type!r} makes no images by "
                 "itself: train a prior over its codes (twostage encode, twostage train-prior) and give that"
             )
-        if prior and (found := tokenizer.content_hash()) != (expected := prior.config.tokenizer.hash):
-            raise InputError(
-                f"this prior was trained on the codes of the tokenizer {expected[:12]} (it was at "
-                f"{prior.config.tokenizer.path}), but the tokenizer given is {found[:12]}: their codes mean different "
-                "things. Give the tokenizer that the codes were made with, or encode again and train a prior on that"
-            )
+        if prior:
+            check_tokenizer(tokenizer, prior.config)
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval() if prior else None
-        self.tokenizer_path: Path | None = None
-        """Where the tokenizer's run is; None: it is not known."""
+        self.saved_tokenizer: SavedModel | None = None
+        """Where the tokenizer was read from; None: from a pipeline folder, or from no folder."""
 
     @property
     def _conditional(self) -> Prior | Autoencoder | None:
@@ -120,39 +113,46 @@ class TwoStagePipeline:
         return self
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "TwoStagePipeline":
-        """Reads a pipeline folder (pipeline.json, tokenizer/, prior/), or a hub id `owner/name` of one.
+    def from_pretrained(cls, path: str | Path, tokenizer: str | Path | None = None) -> "TwoStagePipeline":
+        """Loads a pipeline folder, the run folder of a prior or of a variational autoencoder, or a hub id `owner/name`.
+
+        Args:
+            tokenizer: the run folder of a prior's tokenizer, if it is no longer where its codes were made.
 
         Raises:
-            InputError: no pipeline there, or one that is not whole (what is missing or damaged is named).
+            InputError: no model there, an incomplete one (the message names what is missing or damaged), or another
+                tokenizer than the one whose codes the prior was trained on.
         """
-        return cls(*read_pipeline_folder(find_pipeline_folder(path)))
+        return cls.from_saved(SavedModel.find(path), tokenizer)
 
     @classmethod
     def from_runs(cls, run: str | Path, tokenizer: str | Path | None = None) -> "TwoStagePipeline":
-        """Reads a prior's run folder, and the tokenizer's: by default the one that its codes were made with. Or a
-        variational autoencoder's run folder."""
-        if model_kind(run) == "tokenizer":
-            if tokenizer is not None:
-                raise InputError(f"--tokenizer {tokenizer}: {run} is a tokenizer itself; leave it out")
-            pipeline = cls(Autoencoder.from_pretrained(run))
-            pipeline.tokenizer_path = Path(run)
-            return pipeline
-        return cls.from_prior(Prior.from_pretrained(run), run, tokenizer)
+        """:meth:`from_pretrained` for run folders."""
+        return cls.from_saved(SavedModel.find_run(run), tokenizer)
 
     @classmethod
-    def from_prior(cls, prior: Prior, path: str | Path, tokenizer: str | Path | None = None) -> "TwoStagePipeline":
-        """The same of a prior that was read from ``path`` already.
+    def from_saved(cls, saved: SavedModel, tokenizer: str | Path | None = None) -> "TwoStagePipeline":
+        """:meth:`from_pretrained` for a model that is found already."""
+        if saved.kind in ("pipeline", "tokenizer") and tokenizer is not None:
+            what = "a pipeline, which holds its own tokenizer" if saved.kind == "pipeline" else "itself a tokenizer"
+            raise InputError(f"--tokenizer {tokenizer}: {saved.path} is {what}. Omit --tokenizer")
+        if saved.kind == "pipeline":
+            return cls(*read_pipeline_folder(saved.folder))
+        if saved.kind == "tokenizer":
+            pipeline = cls(Autoencoder.from_pretrained(saved.path))
+            pipeline.saved_tokenizer = saved
+            return pipeline
+        return cls.from_prior(Prior.from_pretrained(saved.path), saved, tokenizer)
 
-        Raises:
-            InputError: the tokenizer is not found, or only another one is there.
-        """
+    @classmethod
+    def from_prior(cls, prior: Prior, saved: SavedModel, tokenizer: str | Path | None = None) -> "TwoStagePipeline":
+        """:meth:`from_pretrained` for a prior that is loaded already from ``saved``."""
         if tokenizer is None:
-            where, model = find_tokenizer(prior, path)
+            where, model = saved.find_tokenizer(prior.config)
         else:
-            where, model = Path(tokenizer), Autoencoder.from_pretrained(tokenizer)
+            where, model = SavedModel.find_run(Path(tokenizer)), Autoencoder.from_pretrained(tokenizer)
         pipeline = cls(model, prior)
-        pipeline.tokenizer_path = where
+        pipeline.saved_tokenizer = where
         return pipeline
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -187,7 +187,8 @@ class TwoStagePipeline:
         fields = CardFields(license, data_license, where=repo_id)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            write_model_card(Path(folder), self, gather_records(run) if run else {}, fields)
+            records = gather_records(SavedModel.find(run)) if run else {}
+            write_model_card(Path(folder), self, records, fields)
             return push_folder(Path(folder), repo_id, private)
 
     def labels_for(self, class_names: list[str] | None) -> list[int] | None:
@@ -446,21 +447,3 @@ def _as_type(pixels: Tensor, output_type: str) -> list[Image.Image] | Tensor | n
             return pixels
         case _:
             return pixels.permute(0, 2, 3, 1).numpy()
-
-
-def load_pipeline(path: str | Path, tokenizer: str | Path | None = None) -> TwoStagePipeline:
-    """A pipeline from a pipeline folder, a hub id, or the run folder of a prior or of a variational autoencoder."""
-    if is_pipeline_or_hub_id(path):
-        if tokenizer is not None:
-            raise InputError(
-                f"--tokenizer {tokenizer}: {path} is a pipeline, which holds its own tokenizer; leave it out"
-            )
-        return TwoStagePipeline.from_pretrained(path)
-    return TwoStagePipeline.from_runs(path, tokenizer)
-
-
-def load_tokenizer(path: str | Path) -> Autoencoder:
-    """The tokenizer (or AE, VAE ...) of its own run folder, of a prior's, of a pipeline folder or of a hub id."""
-    if not is_pipeline_or_hub_id(path) and model_kind(path) != "prior":
-        return Autoencoder.from_pretrained(path)
-    return load_pipeline(path).tokenizer

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 
 from pipelines.drawing.two_stage import TwoStagePipeline
-from pipelines.encode_dataset import training_data
 from pipelines.evaluation.evaluation_document import (
     DIGESTS_OF_IMAGES,
     NO_NETWORK,
@@ -37,7 +36,7 @@ from pipelines.evaluation.prior_measurements import (
 )
 from pipelines.evaluation.prior_protocol import about_chain_rule, about_likelihood, about_samples
 from pipelines.evaluation.prior_table import ROWS, in_units, measured_on, prior_notes
-from pipelines.saved.remembered import find_codes, find_images
+from pipelines.saved.saved_model import SavedModel, find_data
 from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Prior, PriorConfig
 from stage2_prior.sampling import SamplingConfig
@@ -92,21 +91,23 @@ def evaluate_prior(
             it does not have; or something that is asked for and cannot be used.
     """
     state = join_processes()
-    model = Prior.from_pretrained(prior).to(state.device)
+    saved, model = SavedModel.find_run(prior), Prior.from_pretrained(prior).to(state.device)
     config, cells = model.config, math.prod(model.config.grid)
     model.check_sampling(sampling)
     network = open_features(inception, features, config.channels)
-    cache = open_codes(prior, codes, config)
+    cache = open_codes(saved, codes, config)
     name = split or cache.manifest.validation_split
     if name not in cache.splits:
         raise InputError(f"--split {name}: codes {cache.path} have {' and '.join(cache.splits)}; give one of them")
     if config.class_names and cache.splits[name].labels is None:
         raise InputError(f"--split {name}: has no labels, but {prior} was trained with classes; give another one")
     pipeline, no_pipeline = _opened(
-        lambda: TwoStagePipeline.from_prior(model, prior, tokenizer),
+        lambda: TwoStagePipeline.from_prior(model, saved, tokenizer),
         asked_for=tokenizer is not None or network is not None,
     )
-    where = (pipeline and pipeline.tokenizer_path) or tokenizer or config.tokenizer.path
+    where = tokenizer or config.tokenizer.path
+    if pipeline and pipeline.saved_tokenizer:
+        where = pipeline.saved_tokenizer.path
     images, no_images = None, no_pipeline
     if pipeline:
         pipeline.to(state.device or "cpu")
@@ -223,19 +224,19 @@ def _opened(opens: Callable[[], OpenedT], asked_for: bool) -> tuple[OpenedT | No
         return None, str(error)
 
 
-def open_codes(prior: str | Path, codes: str | Path | None, config: PriorConfig) -> CodeCache:
+def open_codes(prior: SavedModel, codes: str | Path | None, config: PriorConfig) -> CodeCache:
     """The code cache that is given, or that the run was trained on.
 
     Raises:
         InputError: none is known, it is not of this prior's tokenizer, codebook, grid and classes, or it is damaged.
     """
-    codes = codes or find_codes(prior, config)
+    codes = codes or prior.find_codes(config)
     cache = CodeCache(codes)
     manifest = cache.manifest
     if manifest.tokenizer.hash != config.tokenizer.hash:
         raise InputError(
-            f"codes {codes}: made by the tokenizer {manifest.tokenizer.hash[:12]}, but the prior {prior} was trained "
-            f"on codes of {config.tokenizer.hash[:12]}; give --codes DIR of that tokenizer's"
+            f"codes {codes}: made by the tokenizer {manifest.tokenizer.hash[:12]}, but the prior {prior.path} "
+            f"was trained on codes of {config.tokenizer.hash[:12]}; give --codes DIR of that tokenizer's"
         )
     for what, found, expected in (
         ("a grid of", "x".join(map(str, manifest.grid)), "x".join(map(str, config.grid))),
@@ -244,7 +245,7 @@ def open_codes(prior: str | Path, codes: str | Path | None, config: PriorConfig)
     ):
         if found != expected:
             raise InputError(
-                f"codes {codes}: have {what} {found}, but the prior {prior} was trained on {expected}; give "
+                f"codes {codes}: have {what} {found}, but the prior {prior.path} was trained on {expected}; give "
                 "--codes DIR of such codes"
             )
     cache.check_codes()
@@ -258,11 +259,11 @@ def open_images(pipeline: TwoStagePipeline, source: str | None, cache: CodeCache
         InputError: there are none, or they have other classes.
     """
     assert pipeline.prior
-    assert pipeline.tokenizer_path
+    assert pipeline.saved_tokenizer
     config, manifest = pipeline.prior.config, cache.manifest
-    data_config = training_data(pipeline.tokenizer_path, source or manifest.source)
+    data_config = pipeline.saved_tokenizer.training_data(source or manifest.source)
     if source is None:
-        data_config = find_images(data_config, cache.path, manifest.images)
+        data_config = find_data(data_config, cache.path, manifest.images)
     data = load_images(data_config)
     if config.class_names and data.class_names != config.class_names:
         raise InputError(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.encode_dataset import training_data
 from pipelines.evaluation.evaluation_document import (
     DIGESTS_OF_IMAGES,
     NO_NETWORK,
@@ -26,6 +25,7 @@ from pipelines.evaluation.frechet import ReconstructionJudge, open_features
 from pipelines.evaluation.independence import LPIPS_REASON, not_evidence
 from pipelines.evaluation.measurements import measure, ssim_window
 from pipelines.evaluation.verdict import verdict
+from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import ACTIVE_VARIANCE
 from stage1_tokenizer.perceptual import SMALLEST_SIDE, TRUNK, LPIPSConfig, Perceptual, build_perceptual, find_trunk
@@ -108,7 +108,7 @@ def evaluate_tokenizer(
     model = Autoencoder.from_pretrained(tokenizer).to(state.device)
     size, channels = model.config.image_size, model.config.channels
     network = open_features(inception, features, channels)
-    data_config = training_data(tokenizer, source)
+    data_config = SavedModel.find_run(tokenizer).training_data(source)
     data = load_images(data_config)
     name, images = choose_split(data, split, data_config)
     if model.class_conditional and images.labels is None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit
 from twostage.core.errors import InputError
-from twostage.core.files import read_json
 from twostage.core.runs.model_folder import file_sha256, find_model_folder
 
 __all__ = [
@@ -19,10 +18,8 @@ __all__ = [
     "choose_split",
     "described_rows",
     "described_weights",
-    "evaluation_folder",
     "evidence_warnings",
     "figure_lines",
-    "model_kind",
     "sorted_figures",
     "versions",
 ]
@@ -34,25 +31,6 @@ PACKAGES = ("torch", "torchmetrics", "numpy", "pillow")
 NO_EVIDENCE = "not evidence of quality"
 NO_NETWORK = "give --features runs/NAME (twostage train-features), or --inception FILE"
 DIGESTS_OF_IMAGES = "the images' own sha256 digests (uint8, channels x height x width), in order"
-
-
-def model_kind(path: str | Path) -> str | None:
-    """What a model folder, or a run folder's `model/`, holds (`tokenizer`, `prior`); None: its config.json is damaged,
-    which reading the model explains.
-
-    Raises:
-        InputError: no model there.
-    """
-    try:
-        return read_json(find_model_folder(path) / "config.json", "copy the model again").get("kind")
-    except (ValueError, AttributeError):
-        return None
-
-
-def evaluation_folder(path: str | Path) -> Path:
-    """Where the evaluation of a model is written: `evaluation/` in its run folder."""
-    folder = find_model_folder(path)
-    return (folder.parent if folder.name == "model" else folder) / "evaluation"
 
 
 def choose_split(data: ImageData, split: str | None, config: DataConfig) -> tuple[str, ImageSplit]:

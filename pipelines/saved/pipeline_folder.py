@@ -16,9 +16,9 @@ from twostage.core.runs.model_folder import check_format, file_sha256, write_jso
 __all__ = [
     "FORMAT_VERSION",
     "HUB_ID",
-    "find_pipeline_folder",
+    "download_pipeline",
+    "is_hub_id",
     "is_pipeline_folder",
-    "is_pipeline_or_hub_id",
     "push_folder",
     "read_pipeline_folder",
     "write_pipeline_folder",
@@ -38,9 +38,9 @@ def is_pipeline_folder(path: str | Path) -> bool:
     return any((Path(path) / file).is_file() for file in (DOCUMENT, "tokenizer/config.json"))
 
 
-def is_pipeline_or_hub_id(path: str | Path) -> bool:
-    """Whether ``path`` is to be read as a pipeline and not as a run: a folder of one, or no folder here at all."""
-    return is_pipeline_folder(path) or not Path(path).exists()
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` can be an id of the Hugging Face hub: `owner/name`, and not `runs/NAME`."""
+    return bool(HUB_ID.fullmatch(name)) and not name.startswith("runs/")
 
 
 def write_pipeline_folder(folder: Path, tokenizer: Autoencoder, prior: Prior | None) -> None:
@@ -103,15 +103,12 @@ def _check_files(folder: Path, hashes: dict[str, str]) -> None:
         raise InputError(f"{folder}: the pipeline is not whole: {'; '.join(problems)}. Copy or export it again")
 
 
-def find_pipeline_folder(path: str | Path) -> Path:
-    """``path`` where it is there, else the local copy of the hub id `owner/name` that it is.
+def download_pipeline(name: str) -> Path:
+    """The local copy of the pipeline with the hub id `owner/name`.
 
     Raises:
-        InputError: no such folder, and not to be had from the hub, such as when offline.
+        InputError: the hub cannot be reached or has no such pipeline.
     """
-    folder, name = Path(path), str(path)
-    if folder.exists() or not HUB_ID.fullmatch(name) or name.startswith("runs/"):
-        return folder
     from huggingface_hub import snapshot_download
 
     try:

@@ -11,15 +11,14 @@ import yaml
 
 from pipelines.drawing.two_stage import TwoStagePipeline, class_sheet
 from pipelines.evaluation.evaluate_tokenizer import ROWS as TOKENIZER_ROWS
-from pipelines.evaluation.evaluation_document import Rows, evidence_warnings, model_kind
+from pipelines.evaluation.evaluation_document import Rows, evidence_warnings
 from pipelines.evaluation.prior_table import ROWS as PRIOR_ROWS
 from pipelines.evaluation.prior_table import SAMPLE_ROWS
-from pipelines.saved.pipeline_folder import HUB_ID, find_pipeline_folder, is_pipeline_or_hub_id
-from pipelines.saved.remembered import find_tokenizer
-from stage2_prior.prior import Prior
+from pipelines.saved.pipeline_folder import HUB_ID
+from pipelines.saved.saved_model import SavedModel
 from twostage.core.errors import InputError
 from twostage.core.images.sheets import save_image
-from twostage.core.runs.model_folder import file_sha256, find_model_folder
+from twostage.core.runs.model_folder import file_sha256
 
 __all__ = ["CardFields", "gather_records", "is_as_written", "write_model_card"]
 
@@ -52,31 +51,27 @@ class CardFields:
             )
 
 
-def gather_records(path: str | Path, tokenizer: str | Path | None = None) -> dict[str, bytes]:
+def gather_records(saved: SavedModel, tokenizer: str | Path | None = None) -> dict[str, bytes]:
     """What is known about a model besides its weights, as files of a pipeline folder: `training/NAME.yaml` (the
     configuration), `evaluation/NAME.json` (figures and protocol) and `reconstructions.png`, NAME being `tokenizer` or
     `prior`. An evaluation of other weights than the model has now is left out.
 
     Args:
-        path: the run of a prior or of a variational autoencoder, a pipeline folder, or a hub id.
-        tokenizer: the tokenizer's run, where it is not where the prior says.
+        tokenizer: the tokenizer's run, if it is not where the prior says.
     """
-    if is_pipeline_or_hub_id(path):
-        folder = find_pipeline_folder(path)
+    if saved.kind == "pipeline":
+        folder = saved.folder
         parts = {name: folder / name for name in ("tokenizer", "prior") if (folder / name).is_dir()}
         files = {f"training/{name}.yaml": folder / "training" / f"{name}.yaml" for name in parts}
         files |= {f"evaluation/{name}.json": folder / "evaluation" / f"{name}.json" for name in parts}
         files["reconstructions.png"] = folder / "reconstructions.png"
     else:
-        parts = {"tokenizer": Path(path)}
-        if model_kind(path) == "prior":
-            where = tokenizer or find_tokenizer(Prior.from_pretrained(path), path)[0]
-            parts = {"tokenizer": Path(where), "prior": Path(path)}
-        parts = {name: find_model_folder(part) for name, part in parts.items()}
-        runs = {name: part.parent if part.name == "model" else part for name, part in parts.items()}
-        files = {f"training/{name}.yaml": run / "config.yaml" for name, run in runs.items()}
-        files |= {f"evaluation/{name}.json": run / "evaluation" / "evaluation.json" for name, run in runs.items()}
-        files["reconstructions.png"] = runs["tokenizer"] / "evaluation" / "typical.png"
+        models = {"tokenizer": SavedModel.find_run(tokenizer) if tokenizer else saved.open_tokenizer()[0]}
+        models |= {"prior": saved} if saved.kind == "prior" else {}
+        parts = {name: model.folder for name, model in models.items()}
+        files = {f"training/{name}.yaml": model.home / "config.yaml" for name, model in models.items()}
+        files |= {f"evaluation/{name}.json": m.home / "evaluation" / "evaluation.json" for name, m in models.items()}
+        files["reconstructions.png"] = models["tokenizer"].home / "evaluation" / "typical.png"
     records = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
     for name, part in parts.items():
         evaluation = records.get(f"evaluation/{name}.json")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.drawing.two_stage import TwoStagePipeline, load_pipeline
+from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.page.app_handlers import (
     ALL_CLASSES,
     BRUSHED,
@@ -108,7 +108,7 @@ def test_reconstructs_with_the_codes(handlers, pipeline, picture):
 
 
 def test_a_variational_autoencoder_has_no_codes_to_show(variational):
-    handlers = Handlers(load_pipeline(variational("gaussian")))
+    handlers = Handlers(TwoStagePipeline.from_pretrained(variational("gaussian")))
     (picture,) = handlers.generate(1, None, 0, {"temperature": 0.5}, silent)
     assert picture.class_name is None
     assert handlers.reconstruct(picture)[1] is None
@@ -201,9 +201,9 @@ def test_a_model_that_makes_no_images(twostage, runs):
 LABELS = """
 import json, sys
 from pipelines.page.app_page import build_page
-from pipelines.drawing.two_stage import load_pipeline
+from pipelines.drawing.two_stage import TwoStagePipeline
 for model in sys.argv[1:]:
-    blocks = build_page(load_pipeline(model), "a model").blocks.values()
+    blocks = build_page(TwoStagePipeline.from_pretrained(model), "a model").blocks.values()
     print(json.dumps([[type(b).__name__, getattr(b, "label", None), getattr(b, "visible", True)] for b in blocks]))
 """
 

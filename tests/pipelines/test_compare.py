@@ -8,7 +8,7 @@ from PIL import Image
 
 from pipelines.comparison.side_by_side import compare_models, figure_rows, open_models
 from pipelines.drawing.two_stage import TwoStagePipeline
-from pipelines.encode_dataset import training_data
+from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import psnr
 from stage2_prior.prior import Prior
@@ -33,7 +33,7 @@ def comparison(runs, variational):
 
 
 def test_figures_are_of_the_same_held_out_images(comparison, runs):
-    split = load_images(training_data(runs.tokenizer, None)).validation
+    split = load_images(SavedModel.find_run(runs.tokenizer).training_data()).validation
     originals = split.read(torch.arange(len(split)))
     for model in comparison.models[:2]:
         decoded = to_uint8(model.tokenizer.reconstruct(to_float(originals)))
@@ -49,7 +49,7 @@ def test_figures_are_of_the_same_held_out_images(comparison, runs):
 
 def test_pictures_are_of_the_same_rows_classes_and_seeds(comparison, runs):
     tokenizer, vae, prior = comparison.models
-    split = load_images(training_data(runs.tokenizer, None)).validation
+    split = load_images(SavedModel.find_run(runs.tokenizer).training_data()).validation
     assert torch.equal(comparison.originals, split.read(spread_over_classes(split.labels, len(split), 5)))
     assert comparison.classes == ["star", "ring", "star", "ring", "star"]
     assert (tokenizer.samples, prior.reconstructions) == (None, None)

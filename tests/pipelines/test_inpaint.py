@@ -7,7 +7,7 @@ from other_priors import MASKED, PIXELCNN, causal, with_prior
 from PIL import Image
 
 from pipelines.drawing.edits import MASK_NAMES, cells_to_redraw, named_mask
-from pipelines.drawing.two_stage import TwoStagePipeline, load_pipeline
+from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.files.given_images import read_image
 from stage2_prior.prior import PriorLossConfig
 from twostage.core.data.shapes import CLASS_NAMES, draw_shapes
@@ -162,7 +162,7 @@ def test_a_prior_without_classes_needs_none(pipeline, images):
 
 def test_a_variational_autoencoder_has_no_codes_to_redraw(variational, images):
     with pytest.raises(InputError, match="variational autoencoder, which has no codes"):
-        load_pipeline(variational("gaussian")).inpaint(images[0], named_mask("top", SIZE))
+        TwoStagePipeline.from_pretrained(variational("gaussian")).inpaint(images[0], named_mask("top", SIZE))
 
 
 def test_what_cannot_be_redrawn_is_refused(masked, images):

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from messages import refuses
 from PIL import Image
 
-from pipelines.drawing.two_stage import load_pipeline
+from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.interpolate import interpolate, pairs_of_rows
+from pipelines.saved.saved_model import SavedModel
 from twostage.core.data.shapes import draw_shapes
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
@@ -42,7 +44,7 @@ def test_given_pictures_are_the_ends(runs, pipeline, tmp_path, capsys):
     for image, file in zip(ends, files, strict=True):
         save_image(to_pil(image), file)
     pipeline.save_pretrained(tmp_path / "pipeline")
-    assert interpolate(tmp_path / "pipeline", tmp_path / "strip.png", files, num_images=4) == 1
+    assert interpolate(SavedModel.find(tmp_path / "pipeline"), tmp_path / "strip.png", files, num_images=4) == 1
     expected = pipeline.interpolate(ends[0], ends[1], 4)
     assert torch.equal(expected[[0, -1]], pipeline.reconstruct(ends))
     strip = np.asarray(Image.open(tmp_path / "strip.png"))
@@ -51,15 +53,13 @@ def test_given_pictures_are_the_ends(runs, pipeline, tmp_path, capsys):
         tile = strip[4:100, left + 4 + number * 100 :][:, :96]
         assert np.array_equal(tile[::6, ::6], picture.permute(1, 2, 0))
     with pytest.raises(InputError, match="--image: got 1 image, expected two for each strip"):
-        interpolate(tmp_path / "pipeline", tmp_path / "strip.png", files[:1])
-    with pytest.raises(
-        InputError, match=r"pipeline: does not say which images .* --image FILE, or a data set by --data"
-    ):
-        interpolate(tmp_path / "pipeline", tmp_path / "strip.png")
+        interpolate(SavedModel.find(tmp_path / "pipeline"), tmp_path / "strip.png", files[:1])
+    with refuses(tmp_path / "pipeline", "--image FILE", "--data SOURCE"):
+        interpolate(SavedModel.find(tmp_path / "pipeline"), tmp_path / "strip.png")
 
 
 def test_latents_of_a_variational_autoencoder_are_interpolated_too(variational):
-    pipeline = load_pipeline(variational("class_gaussian"))
+    pipeline = TwoStagePipeline.from_pretrained(variational("class_gaussian"))
     ends = torch.from_numpy(draw_shapes(0, 2, (16, 16), 3))
     between = pipeline.interpolate(ends[0], ends[1], 3)
     assert torch.equal(between[[0, 2]], pipeline.reconstruct(ends))

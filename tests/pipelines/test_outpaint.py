@@ -7,7 +7,7 @@ from other_priors import MASKED, PIXELCNN, causal, with_prior
 from PIL import Image
 
 from pipelines.drawing.edits import named_mask
-from pipelines.drawing.two_stage import TwoStagePipeline, load_pipeline
+from pipelines.drawing.two_stage import TwoStagePipeline
 from twostage.core.data.shapes import draw_shapes
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
@@ -91,7 +91,7 @@ def test_what_cannot_be_extended_is_refused(masked, variational, image):
     with pytest.raises(InputError, match="image: expected uint8"):
         masked.outpaint(image[:1], left=4)
     with pytest.raises(InputError, match="variational autoencoder, which has no codes"):
-        load_pipeline(variational("gaussian")).outpaint(image, left=4)
+        TwoStagePipeline.from_pretrained(variational("gaussian")).outpaint(image, left=4)
 
 
 def test_the_command_writes_pictures_and_a_sheet(twostage, masked, image, tmp_path):

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from messages import assert_names
 from PIL import Image
 
 from pipelines.reconstruct import reconstruct
+from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from twostage.core.data.dataset import DataConfig, load_images
 from twostage.core.data.spread import spread_over_classes
@@ -13,7 +15,7 @@ from twostage.core.images.conversion import to_float
 
 
 def test_psnr_is_that_of_the_pictures(runs, tmp_path):
-    found = reconstruct(runs.tokenizer, tmp_path / "pictures.png", num_images=5)
+    found = reconstruct(SavedModel.find(runs.tokenizer), tmp_path / "pictures.png", num_images=5)
     split = load_images(DataConfig(image_size=16, num_images=320)).validation
     originals = split.read(spread_over_classes(split.labels, len(split), 5))
     model = Autoencoder.from_pretrained(runs.tokenizer)
@@ -76,10 +78,7 @@ def test_a_pipeline_folder_knows_no_held_out_images(pipeline, twostage, tmp_path
     pipeline.save_pretrained(tmp_path / "pipeline")
     ended = twostage("reconstruct", tmp_path / "pipeline", "--out", tmp_path / "out.png")
     assert ended.code == 2
-    assert (
-        "does not say which images it was trained on; give pictures by --image FILE, or a data set by --data"
-        in ended.err
-    )
+    assert_names(ended.err, tmp_path / "pipeline", "--image FILE", "--data SOURCE")
     (tmp_path / "pictures").mkdir()
     for i in range(4):
         Image.new("L", (30, 20), 60 * i).save(tmp_path / "pictures" / f"{i}.png")
@@ -89,7 +88,9 @@ def test_a_pipeline_folder_knows_no_held_out_images(pipeline, twostage, tmp_path
 
 
 def test_held_out_images_of_a_priors_run_are_its_tokenizers(runs, tmp_path):
-    assert reconstruct(runs.prior, tmp_path / "a.png") == reconstruct(runs.tokenizer, tmp_path / "b.png")
+    assert reconstruct(SavedModel.find(runs.prior), tmp_path / "a.png") == reconstruct(
+        SavedModel.find(runs.tokenizer), tmp_path / "b.png"
+    )
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 

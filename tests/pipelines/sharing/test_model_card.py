@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from pipelines.drawing.two_stage import TwoStagePipeline
+from pipelines.saved.saved_model import SavedModel
 from pipelines.sharing.model_card import CardFields, gather_records, is_as_written, write_model_card
 from twostage.core.errors import InputError
 from twostage.core.runs.model_folder import file_sha256
@@ -58,7 +59,7 @@ def test_what_is_not_known_is_not_said(pipeline, runs, tmp_path):
 
 
 def test_what_is_known_is_said(pipeline, runs, tmp_path):
-    records = gather_records(runs.prior)
+    records = gather_records(SavedModel.find(runs.prior))
     assert set(records) == {"training/tokenizer.yaml", "training/prior.yaml"}
     records["evaluation/tokenizer.json"] = evaluation(runs.tokenizer)
     training = yaml.safe_load(records["training/tokenizer.yaml"])
@@ -82,10 +83,10 @@ def test_figures_of_other_weights_are_left_out(runs, changed_tokenizer):
     (run / "evaluation").mkdir(exist_ok=True)
     (run / "evaluation" / "evaluation.json").write_bytes(evaluation(run))
     (run / "evaluation" / "typical.png").write_bytes(b"picture")
-    records = gather_records(runs.prior, run)
+    records = gather_records(SavedModel.find(runs.prior), run)
     assert {"evaluation/tokenizer.json", "reconstructions.png"} < set(records)
     (run / "evaluation" / "evaluation.json").write_bytes(evaluation(runs.tokenizer))
-    assert set(gather_records(runs.prior, run)) == {"training/tokenizer.yaml", "training/prior.yaml"}
+    assert set(gather_records(SavedModel.find(runs.prior), run)) == {"training/tokenizer.yaml", "training/prior.yaml"}
 
 
 def test_the_example_in_the_card_runs(pipeline, tmp_path):

@@ -1,0 +1,240 @@
+"""The trained model at a path, found once: what kind it is, where its files lie, and what it was trained on.
+
+Whatever a model remembers by a path (its tokenizer, its codes, its images) is found where it lies now: from any folder,
+and after the project or a part of it was moved. Its content decides, not its name.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.saved.pipeline_folder import download_pipeline, is_hub_id, is_pipeline_folder, read_pipeline_folder
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage2_prior.codes import CodeCache
+from stage2_prior.prior import Prior, PriorConfig
+from twostage.core.config.sections import parse_config
+from twostage.core.data.dataset import DataConfig, ImageSplit, load_images
+from twostage.core.data.labels import AUTO
+from twostage.core.data.sources import find_local
+from twostage.core.errors import InputError
+from twostage.core.files import read_json
+from twostage.core.runs.model_folder import find_model_folder
+from twostage.core.runs.places import Record, find_places, same_place
+from twostage.core.runs.run_folder import RunFolder
+
+__all__ = ["Kind", "SavedModel", "check_tokenizer", "find_data"]
+
+Kind = Literal["tokenizer", "prior", "features", "pipeline"]
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A trained model on disk. Nothing of it is loaded yet."""
+
+    path: str | Path
+    """As it was given: a run folder, a model folder, a pipeline folder, or a hub id."""
+    kind: Kind | None
+    """None: its config.json is damaged. Loading the model explains how."""
+    folder: Path
+    """Where config.json lies; for a pipeline, the folder of pipeline.json."""
+    home: Path
+    """The run folder; or ``folder``, for a pipeline and for a model folder outside of a run."""
+
+    @classmethod
+    def find(cls, path: str | Path) -> "SavedModel":
+        """The model at ``path``. A hub id that is no folder here is downloaded.
+
+        Raises:
+            InputError: no model there, or the hub cannot be reached.
+        """
+        if is_pipeline_folder(path):
+            folder = Path(path)
+        elif not Path(path).exists() and is_hub_id(str(path)):
+            folder = download_pipeline(str(path))
+        else:
+            return cls.find_run(path)
+        return cls(path, "pipeline", folder, folder)
+
+    @classmethod
+    def find_run(cls, path: str | Path) -> "SavedModel":
+        """The model in a run folder or model folder; never a pipeline, never a download.
+
+        Raises:
+            InputError: no model there.
+        """
+        folder = find_model_folder(path)
+        try:
+            kind = read_json(folder / "config.json", "copy the model again").get("kind")
+        except InputError:
+            kind = None
+        return cls(path, kind, folder, folder.parent if folder.name == "model" else folder)
+
+    @property
+    def run(self) -> RunFolder | None:
+        """The run that trained the model, if its config.yaml is there."""
+        return RunFolder(self.home) if (self.home / "config.yaml").is_file() else None
+
+    def open_tokenizer(self) -> tuple["SavedModel", Autoencoder]:
+        """The tokenizer: this model itself, a pipeline's, or the one whose codes this prior was trained on.
+
+        Raises:
+            InputError: it is missing, damaged, or not the one whose codes the prior was trained on.
+        """
+        if self.kind == "pipeline":
+            folder = self.folder / "tokenizer"
+            return SavedModel(self.path, "tokenizer", folder, folder), read_pipeline_folder(self.folder)[0]
+        if self.kind != "prior":
+            return self, Autoencoder.from_pretrained(self.path)
+        config = Prior.from_pretrained(self.path).config
+        found, tokenizer = self.find_tokenizer(config)
+        check_tokenizer(tokenizer, config)
+        return found, tokenizer
+
+    def find_tokenizer(self, config: PriorConfig) -> tuple["SavedModel", Autoencoder]:
+        """The tokenizer of this prior, by its content hash.
+
+        Returns:
+            Where it is, and the model. If no tokenizer has the hash, one with the right name: :func:`check_tokenizer`
+            refuses that one.
+
+        Raises:
+            InputError: there is no tokenizer with that name either.
+        """
+        reference, run = config.tokenizer, RunFolder(self.home)
+        codes = run.stored_sources().get("codes")
+        places = list(find_places(reference.path, run.path, Path(codes.place) if codes and codes.place else None))
+        others = []
+        for place in places:
+            try:
+                found = SavedModel.find_run(place), Autoencoder.from_pretrained(place)
+            except (InputError, OSError):
+                continue
+            if found[1].content_hash() == reference.hash:
+                return found
+            others.append(found)
+        if others:
+            return others[0]
+        if places:
+            return SavedModel.find_run(places[0]), Autoencoder.from_pretrained(places[0])  # explains why it cannot
+        raise InputError(
+            f"{self.path}: its tokenizer was at {reference.path}, but is neither there nor near {run.path}. Give "
+            "--tokenizer runs/TOKENIZER; if this command has no such option, export a pipeline with twostage export "
+            "--tokenizer runs/TOKENIZER and give that"
+        )
+
+    def training_data(self, source: str | None = None) -> DataConfig:
+        """The `data` group that this tokenizer was trained with; with ``source`` instead of its own if one is given.
+
+        Raises:
+            InputError: no config.yaml and no ``source``, or the images are no longer there.
+        """
+        if not self.run and source is None:
+            raise InputError(f"{self.path}: no config.yaml says what it was trained on. Give --data SOURCE")
+        document = ((self.run.stored_config() or {})["data"]) if self.run else {}
+        model = read_json(self.folder / "config.json", "copy the model again")
+        document |= {"image_size": model["image_size"], "channels": model["channels"]}
+        if source:  # tables have columns of their own, and shapes no range
+            document |= {"source": source, "label_column": AUTO} | ({"value_range": None} if source == "shapes" else {})
+        config = parse_config(DataConfig, document, "data")
+        if source or not self.run:
+            return config
+        return find_data(config, self.home, self.run.stored_sources().get("data.source"))
+
+    def held_out_images(self, source: str | None = None) -> ImageSplit:
+        """The held-out images of what this tokenizer was trained on; or of ``source``, whose notices are printed.
+
+        Raises:
+            InputError: no ``source``, and no config.yaml or no images.
+        """
+        if source is None and not self.run:
+            raise InputError(
+                f"{self.path}: does not say which images it was trained on. Give images with --image FILE, or a "
+                "dataset with --data SOURCE"
+            )
+        data = load_images(self.training_data(source))
+        for line in data.notices if source else []:
+            print(line)
+        return data.validation
+
+    def default_output(self, name: str) -> Path:
+        """Where a file about this model goes by default: into its run folder; for a pipeline, the current folder."""
+        return Path(name) if self.kind == "pipeline" else self.folder.parent / name
+
+    def find_codes(self, config: PriorConfig) -> Path:
+        """The codes that this prior was trained on.
+
+        Raises:
+            InputError: no config.yaml.
+        """
+        if not self.run:
+            raise InputError(f"{self.path}: no config.yaml says which codes it was trained on. Give --codes DIR")
+        stored, known = str((self.run.stored_config() or {})["codes"]), self.run.stored_sources().get("codes")
+        places = find_places(stored, self.home, recorded=known and known.place)
+        for place in places:
+            try:
+                cache = CodeCache(place)
+            except (InputError, OSError):
+                continue
+            if known and cache.contents().facts == known.facts:
+                return place
+            if not known and cache.manifest.tokenizer.hash == config.tokenizer.hash:
+                return place
+        return next(iter(places.direct), Path(stored))
+
+
+def check_tokenizer(tokenizer: Autoencoder, config: PriorConfig) -> None:
+    """Refuses a tokenizer other than the one whose codes a prior was trained on.
+
+    Raises:
+        InputError: their hashes differ.
+    """
+    if (found := tokenizer.content_hash()) != (expected := config.tokenizer.hash):
+        raise InputError(
+            f"this prior was trained on the codes of the tokenizer {expected[:12]} (it was at "
+            f"{config.tokenizer.path}), but the tokenizer given is {found[:12]}: their codes mean different things. "
+            "Give the tokenizer that made the codes, or encode the dataset again and train a new prior"
+        )
+
+
+def find_data(config: DataConfig, remembered_by: Path, known: Record | None) -> DataConfig:
+    """A stored `data` group whose source leads to its images from here.
+
+    Images that are still in their old place are taken as they are now. In any other place they must be the same images.
+
+    Args:
+        remembered_by: the folder that the group is stored in.
+        known: where the images were and what they were, if that was stored.
+
+    Raises:
+        InputError: no place holds those images, or several places are possible.
+    """
+    if config.source == "shapes":
+        return config
+    places = find_places(config.source, remembered_by, recorded=known and known.place)
+    if known is None:
+        if len(places.direct) > 1:
+            raise InputError(
+                f"data.source {config.source}: {remembered_by} may mean {' or '.join(map(str, places.direct))}. "
+                "Choose one with --data SOURCE"
+            )
+        chosen = next(iter(places.direct), None)
+    elif len(places.direct) == 1 and known.place and same_place(known.place, str(places.direct[0])):
+        chosen = places.direct[0]
+    else:
+        chosen = next((place for place in places if _holds(config, place, known.facts)), None)
+        if chosen is None and list(places):
+            raise InputError(
+                f"data.source {config.source}: the images at {', '.join(map(str, places))} are not those that "
+                f"{remembered_by} was made from. Choose the images with --data SOURCE"
+            )
+    here = find_local(config.source)
+    if chosen is None or (here and same_place(str(here), str(chosen))):
+        return config
+    return config.model_copy(update={"source": str(chosen)})
+
+
+def _holds(config: DataConfig, place: Path, facts: dict[str, Any]) -> bool:
+    try:
+        return load_images(config.model_copy(update={"source": str(place)})).identity() == facts
+    except (InputError, OSError):
+        return False
