@@ -71,7 +71,7 @@ def write_page(known: dict[str, Any]) -> None:
     """docs/reliability.md: the table, then the page's own text, which stays."""
     page = DOCS / "reliability.md"
     text = page.read_text(encoding="utf-8") if page.exists() else ""
-    _, marker, below = text.partition("## How it is checked")
+    _, marker, below = text.partition("## How each promise is tested")
     rows = [ROWS[part](known[part]) for part in ROWS if part in known]
     table = "| what | asked | found | when |\n|---|---|---|---|\n"
     table += "".join(f"| {' | '.join(row)} | {known[part]['where']}, {known[part]['took_minutes']:.1f} min |\n"
@@ -90,30 +90,30 @@ def where() -> str:
 def kills_row(figures: dict[str, Any]) -> tuple[str, str, str]:
     counts = "; ".join(f"{name}: {count}" for name, count in figures["by_command"].items())
     return (
-        "commands killed by SIGKILL at random instants, then started again",
-        f"{figures['kills']} of {figures['kills']} end with the bytes of an uninterrupted one",
+        "commands killed with SIGKILL at random moments, then restarted",
+        f"{figures['kills']} of {figures['kills']} end with the same bytes as an uninterrupted run",
         (
-            f"{figures['bit_equal']} of {figures['kills']} ({counts}); in {figures['single_deaths']} cases one of two "
-            f"processes alone was killed, and all had ended within {figures['slowest_end_s']:.0f} s"
+            f"{figures['bit_equal']} of {figures['kills']} ({counts}); in {figures['single_deaths']} cases only one of "
+            f"two processes was killed, and all processes had exited within {figures['slowest_end_s']:.0f} s"
         ),
     )
 
 
 def images_row(figures: dict[str, Any]) -> tuple[str, str, str]:
     return (
-        "mutated pictures (PNG, JPEG, GIF, WebP, TIFF, BMP)",
-        f"{figures['mutated']} of {figures['mutated']} without a crash; every file used or named",
+        "mutated images (PNG, JPEG, GIF, WebP, TIFF, BMP)",
+        f"{figures['mutated']} of {figures['mutated']} without a crash; every file used or reported",
         (
             f"{figures['crashes']} crashes; {figures['files']} files = {figures['used']} used + {figures['skipped']} "
-            "named, the same in `inspect` and in training"
+            "reported, the same in `inspect` and in training"
         ),
     )
 
 
 def layouts_row(figures: dict[str, Any]) -> tuple[str, str, str]:
     return (
-        "datasets: layouts x spellings of splits x label columns x modes x stray files",
-        "all: the right split and label for every image, every file used or named, nothing held out in training",
+        "datasets: layouts x split names x label columns x image modes x stray files",
+        "all: the right split and label for every image, every file used or reported, no held-out image trained on",
         f"{figures['layouts']:,} of {figures['layouts']:,}",
     )
 
@@ -121,15 +121,15 @@ def layouts_row(figures: dict[str, Any]) -> tuple[str, str, str]:
 def configs_row(figures: dict[str, Any]) -> tuple[str, str, str]:
     return (
         "mutated configurations",
-        f"{figures['configs']} of {figures['configs']}: a trained step, or one sentence that names the key",
-        f"{figures['trained']} trained, {figures['refused']} refused in a sentence, 0 otherwise",
+        f"{figures['configs']} of {figures['configs']}: one training step, or one sentence that names the key",
+        f"{figures['trained']} trained, {figures['refused']} refused with one sentence, 0 anything else",
     )
 
 
 def soak_row(figures: dict[str, Any]) -> tuple[str, str, str]:
     return (
-        "stage one and stage two in turns in one process",
-        "two hours; memory and open files flat within 3% (first against last quarter)",
+        "stage one and stage two alternating in one process",
+        "two hours; memory and open files constant within 3% (first against last quarter)",
         (
             f"{figures['minutes']:.0f} minutes, {figures['rounds']} rounds; memory {figures['memory_mib_first']:.0f} "
             f"to {figures['memory_mib_last']:.0f} MiB ({figures['memory_mib_growth']:+.1f}%), open files "
