@@ -15,11 +15,12 @@ from torch import Tensor
 
 from pipelines.drawing.edits import reconstruct
 from pipelines.drawing.two_stage import TwoStagePipeline
-from pipelines.evaluation.evaluation_document import NO_EVIDENCE, choose_split, versions
+from pipelines.evaluation.evaluation_document import choose_split, versions
 from pipelines.evaluation.frechet import InceptionFeatures, OwnFeatures, ReconstructionJudge, open_features
 from pipelines.evaluation.independence import not_evidence
 from pipelines.evaluation.measurements import measure
 from pipelines.evaluation.prior_measurements import measure_images, measure_samples
+from pipelines.saved.figures import NO_EVIDENCE
 from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.sampling import SamplingConfig

@@ -11,11 +11,9 @@ from torch import Tensor
 from pipelines.evaluation.evaluation_document import (
     DIGESTS_OF_IMAGES,
     NO_NETWORK,
-    Rows,
     choose_split,
     described_rows,
     described_weights,
-    evidence_warnings,
     figure_lines,
     sorted_figures,
     versions,
@@ -25,6 +23,7 @@ from pipelines.evaluation.frechet import ReconstructionJudge, open_features
 from pipelines.evaluation.independence import LPIPS_REASON, not_evidence
 from pipelines.evaluation.measurements import measure, ssim_window
 from pipelines.evaluation.verdict import verdict
+from pipelines.saved.figures import TOKENIZER_ROWS, evidence_warnings
 from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.metrics import ACTIVE_VARIANCE
@@ -46,32 +45,7 @@ CAPTIONS = {
 }
 OF_JUDGE = ("recognised", "rfid")
 SEED = 0  # of the posterior's noise, and of a denoising autoencoder's corruption
-ROWS: Rows = {
-    "images": ("images", "{:.0f}", "held-out images that were sent through and back"),
-    "psnr": ("PSNR", "{:.2f} dB", "pixel by pixel; higher is better"),
-    "psnr_corrupted": ("  from corrupted images", "{:.2f} dB", "as in its training"),
-    "ssim": ("SSIM", "{:.4f}", "structure in small windows, at most 1; higher is better"),
-    "lpips": ("LPIPS", "{:.4f}", "difference that people would see; lower is better"),
-    "recognised": ("recognised", "{:.1%}", "reconstructions that the network gives their class; higher is better"),
-    "recognised_originals": ("  of the originals", "{:.1%}", "the most that can be expected"),
-    "rfid": ("rFID", "{:.4g}", "Frechet distance of reconstructions to originals; lower is better"),
-    "rfid_of_halves": ("  of the originals' halves", "{:.4g}", "what so many images leave of a distance of 0"),
-    "nats_per_image": ("negative ELBO", "{:.2f} nats per image", "an upper bound of an image's cost; lower is better"),
-    "bits_per_dim": ("  per dimension", "{:.4f} bits", "for each value of an image"),
-    "kl": ("  of it KL", "{:.2f} nats per image", "what the latents hold; 0 is a posterior that has collapsed"),
-    "active_units": ("active units", "{:.0f}", "latents that depend on the image"),
-    "latent_units": ("  of", "{:.0f}", "latents"),
-    "codebook_size": ("codebook", "{:.0f} codes", "entries that codes are chosen from"),
-    "codebooks": ("  codebooks", "{:.0f}, one for each code of a cell", "of that size"),
-    "codes_used": ("  used", "{:.0f}", "entries that occur"),
-    "dead_codes": ("  dead", "{:.0f}", "entries that never occur"),
-    "codebook_usage": ("  usage", "{:.1%}", "the share that occurs; higher is better"),
-    "perplexity": ("  perplexity", "{:.1f}", "codes as if all were equally frequent; near the codebook is best"),
-    "entropy_nats_per_code": ("  entropy", "{:.3f} nats per code", "its logarithm"),
-    "cells": ("grid", "{:.0f} cells", "codes of an image"),
-    "code_bits_per_pixel": ("  holds", "{:.4f} bits per pixel", "what the codes can tell at most"),
-    "code_bits_per_dim": ("  per dimension", "{:.4f} bits", "for each value of an image"),
-}
+ROWS = TOKENIZER_ROWS
 
 
 def evaluate_tokenizer(
@@ -270,4 +244,4 @@ def _notes(document: dict[str, Any]) -> list[str]:
         if "network" in protocol[name]:
             notes.append(f"{ROWS[name][0]} in {protocol[name]['network']}, {protocol[name]['hash'][:12]}")
         notes += [protocol[name]["warning"]] if "warning" in protocol[name] else []
-    return [*notes, *evidence_warnings(protocol, ROWS), *document["verdict"]["sentences"]]
+    return [*notes, *evidence_warnings(protocol["not_evidence"], ROWS), *document["verdict"]["sentences"]]

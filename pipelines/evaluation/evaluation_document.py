@@ -6,29 +6,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipelines.saved.figures import NO_EVIDENCE, Rows
 from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit
 from twostage.core.errors import InputError
 from twostage.core.runs.model_folder import file_sha256, find_model_folder
 
 __all__ = [
     "DIGESTS_OF_IMAGES",
-    "NO_EVIDENCE",
     "NO_NETWORK",
-    "Rows",
     "choose_split",
     "described_rows",
     "described_weights",
-    "evidence_warnings",
     "figure_lines",
     "sorted_figures",
     "versions",
 ]
 
-Rows = dict[str, tuple[str, str, str]]
-"""Of a table: what each figure is called there, how it is written, and what it means (which the report says)."""
-
 PACKAGES = ("torch", "torchmetrics", "numpy", "pillow")
-NO_EVIDENCE = "not evidence of quality"
 NO_NETWORK = "give --features runs/NAME (twostage train-features), or --inception FILE"
 DIGESTS_OF_IMAGES = "the images' own sha256 digests (uint8, channels x height x width), in order"
 
@@ -70,16 +64,6 @@ def sorted_figures(
     missing = missing | {name: "not finite" for name, value in figures.items() if not math.isfinite(value)}
     known: dict[str, float | None] = {**figures, **dict.fromkeys(missing)}
     return {name: known[name] for name in rows if name in known}, missing
-
-
-def evidence_warnings(protocol: dict[str, Any], rows: Rows) -> list[str]:
-    """A sentence for each reason why figures are no evidence (``protocol["not_evidence"]``)."""
-    doubts: dict[str, str] = protocol["not_evidence"]
-    titles = {
-        reason: ", ".join(rows[name][0].strip() for name, why in doubts.items() if why == reason)
-        for reason in doubts.values()
-    }
-    return [f"Warning: {which}: {NO_EVIDENCE}, because {reason}." for reason, which in titles.items()]
 
 
 def figure_lines(figures: dict[str, Any], protocol: dict[str, Any], rows: Rows) -> list[str]:

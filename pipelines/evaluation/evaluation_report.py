@@ -8,10 +8,10 @@ from typing import Any
 from PIL import Image
 
 from pipelines.drawing.two_stage import TwoStagePipeline, class_sheet
-from pipelines.evaluation.evaluation_document import NO_EVIDENCE, Rows
 from pipelines.evaluation.neighbours import neighbours_sheet
 from pipelines.evaluation.prior_measurements import SampleFigures
 from pipelines.files.report import Report
+from pipelines.saved.figures import NO_EVIDENCE, Rows
 from twostage.core.images.sheets import save_image
 from twostage.core.runs.model_folder import write_json
 

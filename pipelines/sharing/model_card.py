@@ -10,10 +10,7 @@ from typing import Any
 import yaml
 
 from pipelines.drawing.two_stage import TwoStagePipeline, class_sheet
-from pipelines.evaluation.evaluate_tokenizer import ROWS as TOKENIZER_ROWS
-from pipelines.evaluation.evaluation_document import Rows, evidence_warnings
-from pipelines.evaluation.prior_table import ROWS as PRIOR_ROWS
-from pipelines.evaluation.prior_table import SAMPLE_ROWS
+from pipelines.saved.figures import PRIOR_ROWS, SAMPLE_ROWS, TOKENIZER_ROWS, Rows, evidence_warnings
 from pipelines.saved.pipeline_folder import HUB_ID
 from pipelines.saved.saved_model import SavedModel
 from twostage.core.errors import InputError
@@ -214,7 +211,7 @@ def _figures(name: str, records: dict[str, bytes]) -> list[str]:
     measured = [(*ROWS[name][key], value) for key, value in document["figures"].items() if value is not None]
     rows = [[title.strip(), form.format(value), meaning] for title, form, meaning, value in measured]
     protocol = document["protocol"]
-    warnings = evidence_warnings({"not_evidence": {}} | protocol, ROWS[name])  # which older evaluations do not have
+    warnings = evidence_warnings(protocol.get("not_evidence", {}), ROWS[name])  # older evaluations lack it
     on = [
         f"{about['source'] if what == 'data' else 'its codes'}, `{about['split']}`: "
         f"{about.get('images', about.get('rows')):,} {unit} ({about['chosen']}), sha256 `{about['sha256'][:12]}`"
