@@ -1,69 +1,38 @@
-"""Checks this machine: packages, devices, environment, two processes, disk, and where data and weights are looked for.
+"""Checks this machine: packages, devices, environment, disk, data, weights, and two processes working together.
 
-Nothing is fetched. Torch, which may be missing or broken, is imported where it is checked, never on top.
+twostage doctor [--run-dir DIR] [--time-limit SECONDS] [--json FILE]
+
+Nothing is downloaded. torch may be missing or broken, so modules are imported where they are checked, not at the top.
 """
 
-import importlib
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipelines.checks.disk_checks import check_data, check_run_folder, check_weights
-from pipelines.checks.environment_checks import check_accelerate_file, check_environment
+from pipelines.checks.all_checks import run_checks
 from pipelines.checks.findings import Finding
-from pipelines.checks.machine_checks import check_cpu, check_gpus, check_packages
-from pipelines.checks.two_processes import check_two_processes
 from twostage.core.errors import InputError
 from twostage.core.machine.command import run_command
 
-__all__ = ["diagnose"]
+__all__ = ["command"]
 
 WIDTH = 120
 
 
-def diagnose(run_dir: Path, time_limit: float) -> Iterator[Finding]:
-    """The findings of every check, each as soon as it is made.
-
-    Args:
-        run_dir: where runs are to be written; it need not be there yet.
-        time_limit: seconds that two processes have to find each other.
-    """
-    yield from check_packages()
-    try:
-        importlib.import_module("torch")
-    except Exception:  # has been told as a finding
-        yield Finding("all else", "problem", "was not looked at, because torch cannot be imported", "mend torch first")
-        return
-    checks: list[Callable[[], Iterator[Finding]]] = [
-        check_cpu,
-        check_gpus,
-        check_environment,
-        check_accelerate_file,
-        lambda: check_run_folder(run_dir),
-        check_data,
-        check_weights,
-        lambda: check_two_processes(time_limit),
-    ]
-    for check in checks:
-        yield from check()
-
-
 def command(
-    run_dir: Annotated[Path, typer.Option(help="Where runs are to be written.")] = Path("runs"),
-    time_limit: Annotated[float, typer.Option(min=0.0, help="Seconds that two processes have to add numbers.")] = 60.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="A file for what was found.")] = None,
+    run_dir: Annotated[Path, typer.Option(help="The folder for runs.")] = Path("runs"),
+    time_limit: Annotated[float, typer.Option(min=0.0, help="Seconds in which two processes must connect.")] = 60.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
 ) -> None:
-    """Check this machine: versions, devices, environment, processes, disk, weights. Ends with 1 where one is a
-    problem."""
+    """Check this machine: versions, devices, processes, disk, weights. Exits with 1 if it finds a problem."""
     if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
-        raise InputError(f"--json {json_file}: expected a file in a folder that is there")
+        raise InputError(f"--json {json_file}: expected a file in an existing folder.")
     findings = []
-    for finding in diagnose(run_dir, time_limit):
+    for finding in run_checks(run_dir, time_limit):
         findings.append(finding)
         print(_line(finding), flush=True)
     counts = {status: sum(f.status == status for f in findings) for status in ("ok", "warning", "problem")}

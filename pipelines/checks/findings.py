@@ -1,20 +1,39 @@
-"""What the checks of `twostage doctor` yield."""
+"""The findings of `twostage doctor`."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Finding"]
+__all__ = ["Finding", "first_line", "ok", "problem", "warning"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table."""
+    """One line of the report."""
 
     topic: str
-    """What was looked at: `packages`, `GPU`, `run folder` ..."""
+    """What was checked: `packages`, `GPU`, `run folder` ..."""
     status: Literal["ok", "warning", "problem"]
-    """A warning may be meant so; a problem stops a training or makes it wrong."""
+    """A warning may be intended. A problem stops a training or makes it wrong."""
     message: str
-    """What was found."""
     advice: str = ""
-    """What to do about it; empty where it is ok."""
+    """How to fix it; empty if it is ok."""
+
+
+def ok(topic: str, message: str) -> Finding:
+    """A finding that needs no action."""
+    return Finding(topic, "ok", message)
+
+
+def warning(topic: str, message: str, advice: str) -> Finding:
+    """A finding that may be intended."""
+    return Finding(topic, "warning", message, advice)
+
+
+def problem(topic: str, message: str, advice: str) -> Finding:
+    """A finding that stops a training or makes it wrong."""
+    return Finding(topic, "problem", message, advice)
+
+
+def first_line(error: BaseException) -> str:
+    """At most 200 characters of an error's text, on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""What the doctor says of a machine that is well, and of each way in which it may not be."""
+"""Doctor's findings on a healthy machine, and for each problem that it knows."""
 
 import json
 import os
@@ -6,33 +6,44 @@ import sys
 from pathlib import Path
 
 import pytest
+from messages import assert_names
 
 from pipelines.checks.disk_checks import check_data, check_run_folder, check_weights
-from pipelines.checks.environment_checks import OF_A_LAUNCH, RULES, check_accelerate_file, check_environment
+from pipelines.checks.environment_checks import LAUNCH_VARIABLES, RULES, check_accelerate_file, check_environment
 from pipelines.checks.findings import Finding
 from pipelines.checks.machine_checks import _cgroup_cores, check_cpu, check_gpus, check_packages
 from pipelines.checks.two_processes import check_two_processes
 
-PATIENCE = 300  # seconds that two processes get on a busy machine
+TIME_LIMIT = 300  # seconds for two processes on a busy machine
 
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     names = {name for rule in RULES for name in rule.names} | {"HF_HUB_CACHE"}
-    for name in {*names, *OF_A_LAUNCH, "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"}:
+    for name in {
+        *names,
+        *LAUNCH_VARIABLES,
+        "http_proxy",
+        "HTTP_PROXY",
+        "all_proxy",
+        "ALL_PROXY",
+        "no_proxy",
+        "NO_PROXY",
+    }:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hugging_face"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
 
 def trouble(findings: list[Finding]) -> list[Finding]:
+    """Warnings and problems; each of them, and nothing else, comes with advice."""
     assert all(bool(finding.advice) == (finding.status != "ok") for finding in findings)
     return [finding for finding in findings if finding.status != "ok"]
 
 
-def test_a_machine_that_is_well(twostage, tmp_path):
+def test_a_healthy_machine(twostage, tmp_path):
     file = tmp_path / "doctor.json"
-    ended = twostage("doctor", "--run-dir", tmp_path / "runs", "--time-limit", PATIENCE, "--json", file)
+    ended = twostage("doctor", "--run-dir", tmp_path / "runs", "--time-limit", TIME_LIMIT, "--json", file)
     assert ended.code == 0, ended.out
     document = json.loads(file.read_text())
     assert document["counts"]["problem"] == 0
@@ -40,68 +51,64 @@ def test_a_machine_that_is_well(twostage, tmp_path):
     assert topics >= {"python", "packages", "CPU", "environment", "accelerate", "run folder", "data", "weights"}
     (processes,) = (finding for finding in document["findings"] if finding["topic"] == "two processes")
     assert processes["status"] == "ok"
-    assert "added 16 MiB" in processes["message"]
+    assert_names(processes["message"], "16 MiB", "gloo", "the CPU")
     assert "run folder" in ended.out
     assert ended.out.rstrip().endswith("0 problems")
     assert all(len(line) <= 120 for line in ended.out.splitlines() if "/" not in line)
     assert not (tmp_path / "runs").exists()
 
 
-def test_problems_end_with_1(twostage, tmp_path, monkeypatch):
+def test_problems_exit_with_1(twostage, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     (tmp_path / "runs").write_text("a file")
     ended = twostage("doctor", "--run-dir", tmp_path / "runs" / "more", "--time-limit", "0.01")
     assert ended.code == 1
     text = " ".join(ended.out.split())
-    assert "RANK=3, WORLD_SIZE=4" in text
-    assert "outside of a launch" in text
-    assert "is a file" in text
-    assert "had not added their numbers after 0.01 s and were stopped" in text
+    assert_names(text, "RANK=3, WORLD_SIZE=4", "unset RANK WORLD_SIZE", "is a file", "0.01 s", "--time-limit")
     assert text.endswith("3 problems")
 
 
-def test_two_processes_that_do_not_find_each_other(monkeypatch):
+def test_two_processes_that_cannot_connect(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no_such_interface")
     assert [f.status for f in check_environment()] == ["problem"]
-    (finding,) = check_two_processes(PATIENCE)
+    (finding,) = check_two_processes(TIME_LIMIT)
     assert finding.status == "problem"
-    assert "of two on the CPU failed: " in finding.message
+    assert_names(finding.message, "of two on the CPU failed")
     assert finding.advice
 
 
-def test_a_json_that_cannot_be_written(twostage, tmp_path):
+def test_a_json_file_that_cannot_be_written(twostage, tmp_path):
     ended = twostage("doctor", "--json", tmp_path / "nowhere" / "doctor.json")
     assert ended.code == 2
-    assert "expected a file in a folder that is there" in ended.err
+    assert_names(ended.err, "--json", tmp_path / "nowhere" / "doctor.json", "existing folder")
 
 
 # --- the run folder ---------------------------------------------------------------------------------------------------
 
 
-def test_a_run_folder_is_left_as_it_was(tmp_path):
-    (tmp_path / "kept").write_text("as it was")
+def test_a_run_folder_is_left_unchanged(tmp_path):
+    (tmp_path / "kept").write_text("content")
     (finding,) = check_run_folder(tmp_path)
     assert finding.status in ("ok", "warning")  # the disk may be slow, or in memory
-    assert "GB free, written at" in finding.message
+    assert_names(finding.message, tmp_path, "GB free", "MB/s")
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_a_run_folder_that_is_not_there(tmp_path):
+def test_a_run_folder_that_does_not_exist(tmp_path):
     (finding,) = check_run_folder(tmp_path / "a" / "b")
-    assert f"not there yet; it would be made in {tmp_path}" in finding.message
+    assert_names(finding.message, tmp_path / "a" / "b", "does not exist", f"created in {tmp_path})")
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where nobody can write")
-def test_a_run_folder_that_cannot_be_written_to():
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, which nobody can write to")
+def test_a_run_folder_that_is_not_writable():
     (finding,) = check_run_folder(Path("/proc/runs"))
     assert finding.status == "problem"
-    assert "/proc/runs" in finding.message
-    assert "cannot be written to" in finding.message
+    assert_names(finding.message, "/proc/runs", "not writable")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
 def test_a_read_only_run_folder(tmp_path):
     tmp_path.chmod(0o500)
     (finding,) = check_run_folder(tmp_path)
@@ -113,8 +120,8 @@ def test_a_read_only_run_folder(tmp_path):
 @pytest.mark.skipif(not os.path.ismount("/dev/shm"), reason="needs a folder in memory")
 def test_a_run_folder_in_memory():
     (finding,) = trouble(list(check_run_folder(Path("/dev/shm"))))
-    assert "file system tmpfs" in finding.message
-    assert "lost when the machine stops" in finding.message
+    assert_names(finding.message, "tmpfs", "in memory")
+    assert_names(finding.advice, "on a disk")
 
 
 # --- the environment --------------------------------------------------------------------------------------------------
@@ -130,15 +137,10 @@ def test_a_clean_environment():
         ("CUDA_VISIBLE_DEVICES", "", "0,1", "warning"),
         ("OMP_NUM_THREADS", "many", "4", "warning"),
         ("OMP_NUM_THREADS", "0", "1", "warning"),
-        ("OMP_PROC_BIND", "close", "false", "warning"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "", "warning"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "false", "problem"),
-        ("ACCELERATE_USE_CPU", "true", "false", "warning"),
-        ("ACCELERATE_USE_FSDP", "1", "0", "warning"),
-        ("ACCELERATE_DYNAMO_BACKEND", "inductor", "no", "warning"),
         ("TORCH_DISTRIBUTED_DEBUG", "detail", "INFO", "warning"),
-        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments", "expandable_segments:True", "problem"),
+        ("CUDA_LAUNCH_BLOCKING", "1", "0", "warning"),
         ("NCCL_SOCKET_IFNAME", "nowhere", "^docker", "problem"),
+        ("GLOO_SOCKET_IFNAME", "nowhere", "lo", "problem"),
         ("HF_HUB_OFFLINE", "1", "0", "warning"),
         ("MASTER_ADDR", "10.0.0.1", None, "warning"),
         ("LOCAL_RANK", "0", None, "problem"),
@@ -162,21 +164,21 @@ def test_the_password_of_a_proxy_is_not_shown(monkeypatch):
     assert "secret" not in finding.message + finding.advice
 
 
-def test_threads_are_as_the_person_has_set_them(monkeypatch):
+def test_the_number_of_threads_is_what_the_variable_sets(monkeypatch):
     (cores, _) = check_cpu()
     assert "OMP_NUM_THREADS" not in cores.message
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (cores, precision) = check_cpu()
-    assert "(OMP_NUM_THREADS=1)" in cores.message  # the number itself is torch's, read when it was loaded
+    assert "(OMP_NUM_THREADS=1)" in cores.message  # torch read the number itself when it was loaded
     assert precision.message.startswith("train.mixed_precision=auto means ")
 
 
 @pytest.mark.parametrize(
     ("text", "status", "words"),
     [
-        (None, "ok", "takes every GPU, or one process"),
+        (None, "ok", "every GPU, or one process"),
         ("num_processes: 2\nmixed_precision: bf16\nuse_cpu: true\n", "ok", "num_processes 2, mixed_precision bf16"),
-        ("num_processes: 2\nnum_machines: 3\n", "problem", "it waits for 2 other machines"),
+        ("num_processes: 2\nnum_machines: 3\n", "problem", "2 other machines"),
         ("a: [", "problem", "cannot be read"),
         ("words", "problem", "expected keys and values"),
     ],
@@ -195,7 +197,7 @@ def test_the_default_file_of_accelerate(tmp_path, text, status, words):
 # --- packages, devices, files -----------------------------------------------------------------------------------------
 
 
-def test_packages_that_do_not_fit(tmp_path, monkeypatch):
+def test_packages_of_the_wrong_version(tmp_path, monkeypatch):
     (tmp_path / "twostage-9.dist-info").mkdir()
     (tmp_path / "twostage-9.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.4\nName: twostage\nVersion: 9\nRequires-Python: >=9.0\nRequires-Dist: torch>=99.0\n"
@@ -204,9 +206,9 @@ def test_packages_that_do_not_fit(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     found = list(check_packages())
-    by_words = {finding.message.split(":")[0].split(" ")[0]: finding.status for finding in trouble(found)}
-    assert by_words.pop(sys.version.split()[0]) == "problem"
-    assert by_words == {
+    by_name = {finding.message.split(":")[0].split(" ")[0]: finding.status for finding in trouble(found)}
+    assert by_name.pop(sys.version.split()[0]) == "problem"
+    assert by_name == {
         "torch": "problem",
         "no-such-package": "problem",
         "pillow": "warning",
@@ -237,7 +239,7 @@ def test_the_limit_of_a_container(tmp_path, files, cores):
     assert _cgroup_cores(tmp_path) == cores
 
 
-def test_data_sets_and_cache(tmp_path, monkeypatch):
+def test_datasets_and_cache(tmp_path, monkeypatch):
     sets, cache = check_data()
     assert (sets.status, cache.status) == ("warning", "ok")
     (tmp_path / "data" / "birds").mkdir(parents=True)
@@ -250,7 +252,7 @@ def test_data_sets_and_cache(tmp_path, monkeypatch):
     assert next(check_data()).status == "problem"
 
 
-def test_weights_are_looked_for_where_they_are_loaded_from(tmp_path):
+def test_weights_are_searched_where_they_are_loaded_from(tmp_path):
     assert [finding.status for finding in check_weights()] == ["warning", "warning"]
     folder = tmp_path / "torch" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
@@ -258,5 +260,5 @@ def test_weights_are_looked_for_where_they_are_loaded_from(tmp_path):
         (folder / name).write_bytes(b"weights")
     lpips, inception = check_weights()
     assert (lpips.status, inception.status) == ("ok", "ok")
-    assert str(folder / "vgg16-397923af.pth") in lpips.message
-    assert f"--inception {folder}" in inception.message
+    assert_names(lpips.message, folder / "vgg16-397923af.pth")
+    assert_names(inception.message, f"--inception {folder}")

@@ -1,0 +1,40 @@
+"""All checks of `twostage doctor`, one after another."""
+
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pipelines.checks.disk_checks import check_data, check_run_folder, check_weights
+from pipelines.checks.environment_checks import check_accelerate_file, check_environment
+from pipelines.checks.findings import Finding, problem
+from pipelines.checks.machine_checks import check_cpu, check_gpus, check_packages
+from pipelines.checks.two_processes import check_two_processes
+
+__all__ = ["run_checks"]
+
+
+def run_checks(run_dir: Path, time_limit: float) -> Iterator[Finding]:
+    """The findings of every check, each as soon as it is made.
+
+    Args:
+        run_dir: the folder for runs; it need not exist yet.
+        time_limit: seconds in which two processes must connect.
+    """
+    yield from check_packages()
+    try:
+        importlib.import_module("torch")
+    except Exception:  # check_packages reports it
+        yield problem("other checks", "skipped: torch cannot be imported", "Fix torch first.")
+        return
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        check_cpu,
+        check_gpus,
+        check_environment,
+        check_accelerate_file,
+        lambda: check_run_folder(run_dir),
+        check_data,
+        check_weights,
+        lambda: check_two_processes(time_limit),
+    ]
+    for check in checks:
+        yield from check()
