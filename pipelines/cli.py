@@ -37,7 +37,7 @@ VERBS = {
 
 
 def main() -> None:
-    """Runs `twostage VERB ...`."""
+    """Run `twostage VERB ...`."""
     prepare_process()
     app = new_app("Train an image generator in two stages on your own pictures: first a tokenizer, then a prior.")
     app.callback()(lambda: None)  # keeps the verb in the usage line, also while there is only one

@@ -24,7 +24,7 @@ MAX_NAMED = 20
 
 
 def inspect_data(config: DataConfig, out: Path) -> ImageData:
-    """Prints splits, classes, sizes, modes and every unreadable file; draws a contact sheet into ``out``."""
+    """Print splits, classes, sizes, modes and every unreadable file; draws a contact sheet into ``out``."""
     data = load_images(config.model_copy(update={"on_bad_image": "skip"}))
     print(data.description)
     for name, split in data.splits.items():

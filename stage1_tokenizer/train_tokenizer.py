@@ -34,7 +34,7 @@ from twostage.core.files import expand_home
 from twostage.core.images.conversion import to_float
 from twostage.core.images.sheets import save_image
 from twostage.core.machine.command import print_once, run_command
-from twostage.core.machine.fits_memory import check_model
+from twostage.core.machine.memory import check_model
 from twostage.core.machine.stopping import TimeLimitOption, going_on_later
 from twostage.core.runs.model_folder import fill, load_model_folder
 from twostage.core.runs.places import Contents, weights_at

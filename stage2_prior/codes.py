@@ -14,6 +14,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from twostage.core.config.sections import Count, Flag, Section, Size, parse_config
+from twostage.core.data.spread import names_without_images
 from twostage.core.errors import InputError
 from twostage.core.files import read_json
 from twostage.core.runs.model_folder import check_format
@@ -171,11 +172,7 @@ class CodeCache:
     @property
     def untrained_classes(self) -> list[str]:
         """The class names that no row of the training split has."""
-        names, labels = self.manifest.class_names, self.splits["train"].labels
-        if names is None or labels is None:
-            return []
-        counts = np.bincount(labels, minlength=len(names))
-        return [name for name, count in zip(names, counts, strict=True) if not count]
+        return names_without_images(self.splits["train"].labels, self.manifest.class_names)
 
     def contents(self) -> Contents:
         """What these codes are, wherever they are and however their images were named."""

@@ -21,7 +21,7 @@ from stage2_prior.prior import Prior, PriorLossConfig, PriorModelConfig, PriorOu
 from twostage.core.config.sections import Count, PathName, RunConfig, Section, load_config
 from twostage.core.errors import InputError
 from twostage.core.machine.command import print_once, run_command
-from twostage.core.machine.fits_memory import check_model
+from twostage.core.machine.memory import check_model
 from twostage.core.machine.sharding import shard, whole
 from twostage.core.machine.stopping import TimeLimitOption, going_on_later
 from twostage.core.training.batches import Batches

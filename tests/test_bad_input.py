@@ -87,8 +87,8 @@ def pictures(folder: Path, count: int = 20, mode: str = "RGB") -> Path:
         (["train.lr=-1", "data.channels=2"], ["2 mistakes", "train.lr: ", "data.channels: "]),
         (["train.max_steps=null"], ["give either max_steps or epochs"]),
         (["train.lr"], ["override 'train.lr': expected key=value"]),
-        (["data.source=./nowhere"], ["data.source './nowhere': nothing there"]),
-        (["data.source=no_such_set"], ["data.source 'no_such_set': nothing there", "TWOSTAGE_DATA"]),
+        (["data.source=./nowhere"], ["data.source './nowhere': not found"]),
+        (["data.source=no_such_set"], ["data.source 'no_such_set': not found", "TWOSTAGE_DATA"]),
         (
             ["model.bottleneck={type: finite_scalar, levels: [64, 64, 64, 64]}"],
             ["16,777,216 codes", "at most 1,048,576"],
@@ -122,8 +122,8 @@ def test_a_config_that_is_not_there(refused, configs):
 def test_an_empty_folder(refused, configs, tmp_path):
     (tmp_path / "empty").mkdir()
     error = refused("train-tokenizer", configs / "tokenizer.yaml", "run.dir=run", "data.source=./empty")
-    assert "data.source empty: no pictures in this folder" in error
-    assert "no pictures" in refused("inspect", "./empty")
+    assert "data.source empty: expected images in this folder" in error
+    assert "expected images" in refused("inspect", "./empty")
 
 
 def test_an_unreadable_picture_is_named_or_skipped(refused, works, configs, tmp_path):
@@ -132,18 +132,18 @@ def test_an_unreadable_picture_is_named_or_skipped(refused, works, configs, tmp_
     (folder / "broken.jpg").write_bytes(b"no picture")
     words = ["train-tokenizer", configs / "tokenizer.yaml", "run.dir=run", f"data.source={folder}", *FEW]
     error = refused(*words)
-    assert "2 unreadable pictures" in error
+    assert "2 unreadable images" in error
     assert str(folder / "07.png") in error
     assert str(folder / "broken.jpg") in error
     assert "data.on_bad_image=skip" in error
     said = works(*words, "data.on_bad_image=skip")
-    assert "2 unreadable pictures are skipped" in said
+    assert "2 unreadable images are skipped" in said
     assert str(folder / "broken.jpg") in said
 
 
 @pytest.mark.parametrize(("mode", "channels", "said"), [
-    ("L", 3, "1 of 21 pictures are grey and are repeated over the colours (data.channels=3)"),
-    ("RGB", 1, "1 of 21 pictures have colour and are reduced to grey (data.channels=1)"),
+    ("L", 3, "1 of 21 images are grey and are copied to all colours (data.channels=3)"),
+    ("RGB", 1, "1 of 21 images have colour and are converted to grey (data.channels=1)"),
 ])  # fmt: skip
 def test_a_picture_of_another_mode_is_converted_and_said(works, configs, tmp_path, mode, channels, said):
     folder = pictures(tmp_path / "pictures", mode="L" if mode == "RGB" else "RGB")
@@ -155,11 +155,11 @@ def test_a_picture_of_another_mode_is_converted_and_said(works, configs, tmp_pat
 def test_a_run_with_another_config_is_left_alone(refused, runs, configs):
     words = ["train-tokenizer", configs / "tokenizer.yaml", f"run.dir={runs.tokenizer}"]
     error = refused(*words, "train.lr=0.5", "model.latent_channels=8")
-    assert "train.lr: 0.003 there, 0.5 now" in error
-    assert "model.latent_channels: 4 there, 8 now" in error
+    assert "train.lr: was 0.003, now 0.5" in error
+    assert "model.latent_channels: was 4, now 8" in error
     assert "Nothing was changed" in error
     words = ["train-prior", configs / "prior.yaml", f"run.dir={runs.prior}", f"codes={runs.codes}"]
-    assert "loss.replace_prob: 0.0 there, 0.2 now" in refused(*words, "loss.replace_prob=0.2")
+    assert "loss.replace_prob: was 0.0, now 0.2" in refused(*words, "loss.replace_prob=0.2")
 
 
 def test_a_folder_of_other_things_is_no_run(refused, configs, tmp_path):
@@ -251,8 +251,8 @@ def test_images_of_other_settings_are_not_mixed(refused, works, runs, tmp_path):
     words = ["generate", runs.prior, "--num-images", 4, "--out", "out"]
     works(*words)
     error = refused(*words, "--seed", 1, "--top-k", 3)
-    assert "seed: 0 there, 1 now" in error
-    assert "top_k: None there, 3 now" in error
+    assert "seed: was 0, now 1" in error
+    assert "top_k: was None, now 3" in error
     pictures(tmp_path / "holiday", 2)
     assert "exists and holds no generated images" in refused("generate", runs.prior, "--out", "holiday")
 
@@ -306,11 +306,11 @@ def test_a_model_that_is_not_there(refused, tmp_path):
     assert "runs/nothing: no such folder" in refused("encode", "runs/nothing")
     assert "runs/nothing: no such folder" in refused("generate", "runs/nothing", "--out", "out")
     (tmp_path / "empty").mkdir()
-    assert "empty: no trained model there" in refused("reconstruct", "./empty")
+    assert "empty: no trained model" in refused("reconstruct", "./empty")
 
 
 def test_one_kind_of_model_is_not_taken_for_the_other(refused, runs):
-    assert "holds a prior, expected a tokenizer" in refused("encode", runs.prior)
+    assert "is a prior, expected a tokenizer" in refused("encode", runs.prior)
     assert "makes no images by itself: train a prior" in refused("generate", runs.tokenizer, "--out", "out")
 
 
@@ -319,12 +319,12 @@ def test_damaged_models(refused, runs, tmp_path):
     weights = tmp_path / "run" / "model" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    assert "damaged model folder: model.safetensors cannot be read" in refused("reconstruct", "run")
+    assert "damaged: model.safetensors cannot be read" in refused("reconstruct", "run")
     weights.unlink()
-    assert "incomplete model folder: model.safetensors is missing" in refused("encode", "run", "--out", "codes")
+    assert "incomplete, expected model.safetensors" in refused("encode", "run", "--out", "codes")
     weights.write_bytes(whole)
     (tmp_path / "run" / "model" / "config.json").write_text('{"format_version": 1, "ki')
-    assert "config.json: damaged: not valid JSON" in refused("reconstruct", "run")
+    assert "config.json: damaged: expected valid JSON" in refused("reconstruct", "run")
 
 
 def test_damaged_pipelines(refused, runs, tmp_path):

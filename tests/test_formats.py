@@ -120,6 +120,6 @@ def test_a_newer_format_is_refused(written, twostage, file, words, version):
     Path(file).write_text(json.dumps(document | {"format_version": version}))
     ended = twostage(*words)
     assert ended.code == 2
-    assert f": written in format {version}, this version of twostage reads up to " in ended.err
-    assert ended.err.endswith("; update twostage\n")
+    assert f": written in format {version}, but this version of twostage reads at most " in ended.err
+    assert ended.err.endswith(". Update twostage\n")
     assert ended.err.count("error: ") == 1

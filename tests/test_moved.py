@@ -282,14 +282,14 @@ def test_a_run_without_a_memory_of_its_sources_goes_by_its_checkpoints_and_spell
     Path("runs/tok/sources.json").unlink()
     shutil.rmtree("runs/tok/checkpoints")
     write_sheets(project / "other", 1)
-    assert "data.source: 'zh' there, 'other' now" in refused("train-tokenizer", "tokenizer.yaml", "data.source=other")
+    assert "data.source: was 'zh', now 'other'" in refused("train-tokenizer", "tokenizer.yaml", "data.source=other")
     works("train-tokenizer", "tokenizer.yaml")
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("{", "sources.json: damaged: not valid JSON"),
+        ("{", "sources.json: damaged: expected valid JSON"),
         ("5", "sources.json: damaged: expected a JSON object, got int"),
         ({"format_version": 99}, "sources.json: written in format 99"),
         ({"sources": 5}, "sources.json has 1 mistake:\n  sources: "),

@@ -64,7 +64,7 @@ def test_what_overrides_replace_is_said_at_the_start(works, configs):
     words = ["train-tokenizer", configs / "tokenizer.yaml", *SHORT[:3], "run.dir=run", "data.num_images=32"]
     said = works(*words, "model.bottleneck.type=lookup_free", "train.epochs=1").splitlines()
     assert said[:2] == [
-        "train.epochs=1: takes the place of train.max_steps=1",
+        "train.epochs=1: replaces train.max_steps=1",
         "model.bottleneck.type=lookup_free: the config had the type vector; dropped codebook_size",
     ]
 

@@ -60,7 +60,7 @@ def open_given_image(path: str | Path) -> Image.Image:
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(f"{path}: not a readable picture; expected PNG, JPEG, WebP, GIF, TIFF or BMP") from None
+        raise InputError(f"{path}: not a readable image; expected PNG, JPEG, WebP, GIF, TIFF or BMP") from None
     except Exception as error:  # a broken file can raise nearly anything in a decoder
         raise InputError(f"{path}: cannot be decoded ({' '.join(str(error).split())}); save it again") from None
     return image
@@ -150,12 +150,12 @@ def read_image(
     for kind, values in used.items():
         low, high = value_range or values.type_range
         found = f"holds {kind} values from {values.low:g} to {values.high:g}"
-        if value_range is None and (values.outside(None) or values.hidden(None)):
+        if value_range is None and (values.outside(None) or values.one_shade(None)):
             raise InputError(
                 f"{path}: {found}, which the range from {low:g} to {high:g} cannot show; save it with 8 bits, or train "
                 "the model with data.value_range"
             )
-        if (kind != "8-bit" or value_range) and values.little(value_range):
+        if (kind != "8-bit" or value_range) and values.low_contrast(value_range):
             notes.append(f"{found}, little of the range from {low:g} to {high:g}")
     return torch.from_numpy(pixels), "; ".join(filter(None, notes)) or None
 

@@ -89,7 +89,7 @@ def test_uploads_pass_one_gate(handlers, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     for name, sentence in {
         "large.png": "large.png: has 8000 x 6250 pixels, at most 25 million are taken; make it smaller",
-        "text.png": "text.png: not a readable picture; expected PNG, JPEG, WebP, GIF, TIFF or BMP",
+        "text.png": "text.png: not a readable image; expected PNG, JPEG, WebP, GIF, TIFF or BMP",
     }.items():
         with pytest.raises(InputError) as raised:
             handlers.read(str(tmp_path / name))

@@ -356,8 +356,8 @@ def test_what_was_begun_otherwise_is_discarded(runs, twostage, killed_before, ch
     pictures = write_sheets(tmp_path / "pictures", 6)
     begun = {
         "tokenizer: '": [changed_tokenizer("encoder")],
-        "rows.train: 5 there, 320 now; ": [runs.tokenizer, "--data", pictures],
-        "rows.train: 640 there, 320 now; augmentation.crops: 1 there, 0 now)": [runs.tokenizer, "--crops", "1"],
+        "rows.train: was 5, now 320; ": [runs.tokenizer, "--data", pictures],
+        "rows.train: was 640, now 320; augmentation.crops: was 1, now 0)": [runs.tokenizer, "--crops", "1"],
     }
     for number, (said, words) in enumerate(begun.items()):
         out = tmp_path / str(number) / "codes"
@@ -373,7 +373,7 @@ def test_what_was_begun_on_fewer_pictures_is_discarded(runs, twostage, killed_be
     words += ["--data", write_sheets(tmp_path / "pictures", 6)]
     assert killed_before(1, ["read"], *words)
     Image.new("RGB", (20, 20)).save(tmp_path / "pictures" / "7.png")
-    assert "discarded (rows.train: 5 there, 6 now; " in twostage(*words).out
+    assert "discarded (rows.train: was 5, now 6; " in twostage(*words).out
     assert len(CodeCache(tmp_path / "codes").splits["train"]) == 6
 
 

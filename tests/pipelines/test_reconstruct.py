@@ -120,7 +120,7 @@ def test_the_images_of_a_folder(runs, twostage, tmp_path):
     out = tmp_path / "out.png"
     ended = twostage("reconstruct", runs.tokenizer, "--image", tmp_path / "mine", "--num-images", 10, "--out", out)
     assert ended.code == 0, ended.err
-    assert f"skipped: {tmp_path / 'mine' / '2.png'}: not a readable picture" in ended.out
+    assert f"skipped: {tmp_path / 'mine' / '2.png'}: not a readable image" in ended.out
     assert "the first 10 of 12 images; --num-images shows more" in ended.out
     shown = np.asarray(Image.open(out))
     left = shown.shape[1] - 10 * 100 - 4

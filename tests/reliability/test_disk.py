@@ -205,4 +205,4 @@ def test_a_newer_checkpoint_is_refused(configs, stopped, tmp_path):
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
     edit_manifest(newest / "manifest.json", lambda m: m.update(format_version=99))
     said = one_sentence(Command(tokenizer_words(configs, Path("run")), tmp_path))
-    assert "written in format 99, this version of twostage reads up to 2; update twostage" in said
+    assert "written in format 99, but this version of twostage reads at most 2. Update twostage" in said

@@ -73,7 +73,7 @@ def test_every_file_is_used_or_named(twostage, tmp_path):
         ".thumbnails/6.png": "hidden)",
         "a/notes.txt": "no picture: .txt)",
         "a/README": "no picture)",
-        "a/empty.png": "not a readable picture)",
+        "a/empty.png": "not a readable image)",
         "a/broken.png": "a link to nothing)",
         "a/itself.png": "a link to nothing)",
         "a/up": "a link to a folder above it)",
@@ -85,7 +85,7 @@ def test_every_file_is_used_or_named(twostage, tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert sorted(name for names in found["used"].values() for name in names) == sorted(used(data))
     assert found["files"] == len(expected) + len(skipped)
-    assert "unreadable: pictures/a/empty.png (not a readable picture)" in ended.out
+    assert "unreadable: pictures/a/empty.png (not a readable image)" in ended.out
     assert "left out: pictures/a/up (a link to a folder above it)" in ended.out
 
 
@@ -193,7 +193,7 @@ def test_compressions_that_hide_damage_are_refused(tmp_path, compression):
 def test_what_may_start_a_program_is_no_picture(tmp_path):
     whole_images(tmp_path)
     (tmp_path / "pictures/train/c.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
-    assert load().bad == ["pictures/train/c.png (not a readable picture)"]
+    assert load().bad == ["pictures/train/c.png (not a readable image)"]
 
 
 # --- while training -------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(configs, whole, tmp_path, n
     assert command.wait() == status, command.said
     step = stopped_at(tmp_path)
     assert step % 100, "the checkpoint is of the step that it was stopped at"
-    assert f"stopped ({reason}); the same command goes on" in command.said
+    assert f"stopped ({reason}). Run the same command again to resume" in command.said
     assert ("saving after this step; Ctrl-C again stops at once" in command.said) == (number == signal.SIGINT)
     assert (tmp_path / "run" / "stopped.txt").read_text() == f"step {step}: {reason}\nthe same command goes on\n"
     assert "Traceback" not in command.said
@@ -81,7 +81,7 @@ def test_a_second_interrupt_stops_at_once(configs, tmp_path):
     assert command.wait_until(lambda: "saving after this step" in command.said)
     command.process.send_signal(signal.SIGINT)
     assert command.wait() == 130
-    assert "goes on from its last checkpoint" in command.said
+    assert "same command again to resume from the last checkpoint" in command.said
 
 
 def test_a_time_limit_makes_headway_each_time(configs, whole, tmp_path):
@@ -106,7 +106,7 @@ def test_a_signal_before_the_first_step(configs, tmp_path):
     assert command.wait_until(lambda: signal.SIGTERM.name in caught(command.process.pid))
     command.process.send_signal(signal.SIGTERM)
     assert command.wait() == 75, command.said
-    assert "stopped (SIGTERM); the same command goes on" in command.said
+    assert "stopped (SIGTERM). Run the same command again to resume" in command.said
 
 
 def caught(process: int) -> set[str]:
@@ -131,7 +131,7 @@ def test_two_processes_agree_and_go_on(configs, tmp_path):
     first = stopped_at(stopped)
     assert first % 100
     assert "stopped.txt" in {path.name for path in (stopped / "run").iterdir()}
-    assert command.said.count("the same command goes on") == 1, command.said
+    assert command.said.count("Run the same command again to resume") == 1, command.said
     assert "exitcode  : 75" in command.said, "the launcher says what its processes ended with"
 
     command = Command(words, stopped, processes=2)
@@ -154,7 +154,7 @@ def test_codes_and_images_go_on(runs, tmp_path):
         assert command.wait_until((stopped / begun).exists)
         command.process.send_signal(signal.SIGTERM)
         assert command.wait() == 75, command.said
-        assert "stopped (SIGTERM); the same command goes on" in command.said
+        assert "stopped (SIGTERM). Run the same command again to resume" in command.said
         run(words, stopped)
         files = {path.relative_to(whole): path.read_bytes() for path in whole.rglob("*") if path.is_file()}
         found = {path.relative_to(stopped): path.read_bytes() for path in stopped.rglob("*") if path.is_file()}

@@ -219,13 +219,13 @@ def test_the_folder_holds_config_and_weights_and_names_its_hash(saved):
 
 def test_a_prior_is_not_taken_for_a_tokenizer(saved):
     save_model_folder(saved, "prior", {}, {"weight": torch.zeros(1)})
-    with pytest.raises(InputError, match=f"{saved}: holds a prior, expected a tokenizer"):
+    with pytest.raises(InputError, match=f"{saved}: is a prior, expected a tokenizer"):
         Autoencoder.from_pretrained(saved)
 
 
 def test_missing_weights_are_named(saved):
     (saved / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"incomplete model folder: model.safetensors is missing$"):
+    with pytest.raises(InputError, match=r"incomplete, expected model.safetensors"):
         Autoencoder.from_pretrained(saved)
 
 
@@ -233,7 +233,7 @@ def test_missing_weights_are_named(saved):
 def test_weights_that_were_cut_short_are_one_sentence(saved, length):
     weights = saved / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:length])
-    with pytest.raises(InputError, match="damaged model folder") as refusal:
+    with pytest.raises(InputError, match="damaged: model.safetensors") as refusal:
         Autoencoder.from_pretrained(saved)
     assert "\n" not in str(refusal.value)
 

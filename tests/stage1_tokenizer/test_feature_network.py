@@ -79,7 +79,7 @@ def test_the_hash_changes_with_the_weights_and_the_form():
 
 def test_another_kind_of_model_is_refused(tmp_path, tiny_autoencoder):
     tiny_autoencoder().save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(InputError, match=r"tokenizer: holds a tokenizer, expected a features"):
+    with pytest.raises(InputError, match=r"tokenizer: is a tokenizer, expected a features"):
         FeatureNetwork.from_pretrained(tmp_path / "tokenizer")
     with pytest.raises(InputError, match=r"nowhere: no such folder"):
         FeatureNetwork.from_pretrained(tmp_path / "nowhere")

@@ -156,7 +156,7 @@ def test_a_finished_run_has_nothing_left_to_do(document, start, capsys):
 def test_another_config_is_refused_and_changes_nothing(document, start):
     run = start(document(max_steps=2))
     before = contents(run)
-    with pytest.raises(InputError, match=r"train.lr: 0.001 there, 0.01 now"):
+    with pytest.raises(InputError, match=r"train.lr: was 0.001, now 0.01"):
         start(document(max_steps=2, lr=1e-2))
     assert contents(run) == before
 

@@ -188,7 +188,7 @@ def test_another_model_is_refused_with_the_difference(source, document, start):
     config = document() | {"init_from": source}
     config["model"] = config["model"] | {"latent_channels": 5}
     with pytest.raises(
-        InputError, match=r"init_from .*source: is another model:\s+model.latent_channels: 4 there, 5 now"
+        InputError, match=r"init_from .*source: is another model:\s+model.latent_channels: was 4, now 5"
     ):
         start(config)
     assert not Path(config["run"]["dir"]).exists()

@@ -286,7 +286,7 @@ def test_a_saved_prior_gives_the_same_likelihoods_and_samples(saved, tiny_prior,
 
 def test_a_tokenizer_is_not_taken_for_a_prior(saved):
     save_model_folder(saved, "tokenizer", {}, {"weight": torch.zeros(1)})
-    with pytest.raises(InputError, match=f"{saved}: holds a tokenizer, expected a prior"):
+    with pytest.raises(InputError, match=f"{saved}: is a tokenizer, expected a prior"):
         Prior.from_pretrained(saved)
 
 

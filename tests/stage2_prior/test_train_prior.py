@@ -229,7 +229,7 @@ def test_a_finished_run_has_nothing_left_to_do(regular, document, start, capsys)
 def test_another_config_is_refused_and_changes_nothing(regular, document, start):
     run = start(document(max_steps=2))
     before = contents(run)
-    with pytest.raises(InputError, match=r"loss.replace_prob: 0.0 there, 0.5 now"):
+    with pytest.raises(InputError, match=r"loss.replace_prob: was 0.0, now 0.5"):
         start(document({"replace_prob": 0.5}, max_steps=2))
     assert contents(run) == before
 
@@ -239,7 +239,7 @@ def test_codes_of_another_tokenizer_are_refused_on_resume(noise, document, start
     before = contents(run)
     other = TokenizerReference(hash="f" * 64, path="runs/other")
     write_codes(noise, {"train": random_grids(8, 0), "val": random_grids(12, 1)}, 4, tokenizer=other)
-    with pytest.raises(InputError, match=r"holds other codes .*\(tokenizer: '0123456789ab' there, 'f{12}' now\)"):
+    with pytest.raises(InputError, match=r"holds other codes .*\(tokenizer: was '0123456789ab', now 'f{12}'\)"):
         start(document(max_steps=2))
     assert contents(run) == before
 
@@ -249,7 +249,7 @@ def test_codes_of_another_grid_and_vocabulary_are_refused_on_resume(noise, docum
     before = contents(run)
     wider = np.arange(8 * 2 * 3).reshape(8, 2, 3) % 5
     write_codes(noise, {"train": wider, "val": wider}, 5)
-    with pytest.raises(InputError, match=r"grid: \[2, 2\] there, \[2, 3\] now; codebook_size: 4 there, 5 now"):
+    with pytest.raises(InputError, match=r"grid: was \[2, 2\], now \[2, 3\]; codebook_size: was 4, now 5"):
         start(document(max_steps=2))
     assert contents(run) == before
 
@@ -257,15 +257,15 @@ def test_codes_of_another_grid_and_vocabulary_are_refused_on_resume(noise, docum
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"augmentation": Augmentation(crops=3)}, "augmentation.crops: 0 there, 3 now"),
-        ({"augmentation": Augmentation(horizontal_flip=True)}, "augmentation.horizontal_flip: False there, True now"),
+        ({"augmentation": Augmentation(crops=3)}, "augmentation.crops: was 0, now 3"),
+        ({"augmentation": Augmentation(horizontal_flip=True)}, "augmentation.horizontal_flip: was False, now True"),
         ({"tokenizer": TokenizerReference(hash="0123456789ab" + "f" * 52, path="runs/tokenizer")},
-         "tokenizer: '0123456789ab' there, '0123456789ab' now"),
-        ({"class_names": ["up", "left"]}, "classes.1: 'down' there, 'left' now"),
-        ({"class_names": None}, "classes.0: 'up' there, '(absent)' now; classes.1: 'down' there, '(absent)' now"),
+         "tokenizer: was '0123456789ab', now '0123456789ab'"),
+        ({"class_names": ["up", "left"]}, "classes.1: was 'down', now 'left'"),
+        ({"class_names": None}, "classes.0: was 'up', now '(absent)'; classes.1: was 'down', now '(absent)'"),
         ({"class_names": [*"abcdef"]},
-         ("classes.0: 'up' there, 'a' now; classes.1: 'down' there, 'b' now; "
-          "classes.2: '(absent)' there, 'c' now; classes.3: '(absent)' there, 'd' now; and 2 more")),
+         ("classes.0: was 'up', now 'a'; classes.1: was 'down', now 'b'; "
+          "classes.2: was '(absent)', now 'c'; classes.3: was '(absent)', now 'd'; and 2 more")),
     ],
 )  # fmt: skip
 def test_codes_that_were_made_again_otherwise_are_refused_on_resume(
@@ -298,7 +298,7 @@ def test_other_codes_of_the_same_form_are_refused_on_resume(noise, document, sta
 def test_codes_with_other_numbers_of_rows_are_refused_on_resume(noise, document, start, write_codes):
     start(document(max_steps=2))
     write_codes(noise, {"train": random_grids(16, 0), "val": random_grids(10, 1)}, 4)
-    with pytest.raises(InputError, match=r"\(rows\.train: 8 there, 16 now; rows\.val: 12 there, 10 now; "):
+    with pytest.raises(InputError, match=r"\(rows\.train: was 8, now 16; rows\.val: was 12, now 10; "):
         start(document(max_steps=2))
 
 

@@ -1,12 +1,12 @@
-"""How a command ends before its work is done: by the user's mistake, or because it was asked to stop. Everything else
-is a bug and keeps its traceback."""
+"""How a command ends early: by the user's mistake, or because it was asked to stop. Any other error is a bug and keeps
+its traceback."""
 
 import signal
 
 __all__ = ["INTERRUPTED", "START_AGAIN", "InputError", "StopAsked"]
 
 START_AGAIN = 75
-"""The exit status that says: nothing is wrong, the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+"""The exit status for "nothing is wrong: run the same command again to resume" (EX_TEMPFAIL in sysexits.h)."""
 INTERRUPTED = 128 + signal.SIGINT
 """The exit status after Ctrl-C."""
 
@@ -14,17 +14,17 @@ INTERRUPTED = 128 + signal.SIGINT
 class InputError(ValueError):
     """A mistake in a config, a path, an image or an option.
 
-    The message names the field or file, what was got, what was expected and what to do. Commands print it as one
-    clear sentence without a traceback.
+    The message names the field or file, the value, what was expected and the fix. Commands print it without a
+    traceback.
     """
 
 
 class StopAsked(BaseException):
-    """Ends a command that goes on when it is started again. No error, so that nothing on the way takes it for one.
+    """A request to stop a command that resumes when it is run again. Not an error, so that no error handler catches it.
 
     Args:
         reason: who asked.
-        status: that the command exits with.
+        status: the command's exit status.
     """
 
     def __init__(self, reason: str, status: int = START_AGAIN) -> None:

@@ -1,4 +1,4 @@
-"""Files that are there wholly or not at all: written under another name, then renamed."""
+"""Files that exist completely or not at all: written under another name, then renamed."""
 
 import json
 import os
@@ -15,22 +15,25 @@ __all__ = ["expand_home", "flush", "read_json", "replacing", "write_error"]
 
 
 def expand_home(path: str) -> str:
-    """``path`` with `~` replaced by a home; a name that only begins with `~` stays."""
+    """``path`` with `~` replaced by the home folder; other names that begin with `~` stay."""
     return os.path.expanduser(path)  # noqa: PTH111 (Path's own raises for such a name)
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
     """The object in a JSON file.
 
+    Args:
+        remedy: the fix, for the message.
+
     Raises:
-        InputError: no JSON, or another thing than an object; says what to do about it.
+        InputError: not JSON, or not an object.
         FileNotFoundError: no such file.
     """
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise InputError(f"{file}: damaged: not valid JSON ({why}); {remedy}") from None
+        raise InputError(f"{file}: damaged: expected valid JSON, got an error ({why}); {remedy}") from None
     if not isinstance(document, dict):
         raise InputError(f"{file}: damaged: expected a JSON object, got {type(document).__name__}; {remedy}")
     return document
@@ -38,13 +41,14 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
 
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
-    """Gives the name to write under. After the block that file becomes ``path``; after an error in it, it is removed.
+    """Yield a temporary name to write to; after the block, that file replaces ``path``. An error removes it.
 
     Args:
-        durable: waits until the disk has it, so that a power failure leaves the old file or the new one.
+        durable: wait until the file is on disk, so that a power failure leaves either the old or the new file.
 
     Raises:
-        OSError: it cannot be written, as on a full disk; names ``path``, which safetensors and Python do not.
+        OSError: the file cannot be written, for example on a full disk; unlike Python and safetensors, it names
+            ``path``.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -54,7 +58,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
         partial.replace(path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if getattr(error, "filename", None) not in (None, str(partial)):  # of another file
+        if getattr(error, "filename", None) not in (None, str(partial)):  # about another file
             raise
         if (number := write_error(error)) is not None:
             raise OSError(number, os.strerror(number), str(path)) from None
@@ -62,7 +66,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Waits until the disk has the file, or a folder's list of files."""
+    """Wait until a file, or a folder's list of files, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -71,9 +75,9 @@ def flush(path: Path) -> None:
 
 
 def write_error(error: BaseException) -> int | None:
-    """The operating system's number of what was in the way; None for an error of another kind.
+    """The operating system's error number; None for another kind of error.
 
-    safetensors has it in its text alone.
+    safetensors only gives the number in its message.
     """
     if isinstance(error, OSError):
         return error.errno

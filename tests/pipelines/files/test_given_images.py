@@ -57,7 +57,7 @@ def test_what_is_no_picture_is_refused(tmp_path, picture):
     with pytest.raises(InputError, match=r"gone.png: no such file; expected a picture"):
         read_image(tmp_path / "gone.png", (8, 8), 1)
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(InputError, match=r"text.png: not a readable picture; expected PNG"):
+    with pytest.raises(InputError, match=r"text.png: not a readable image; expected PNG"):
         read_image(tmp_path / "text.png", (8, 8), 1)
     whole = picture("whole.png", np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
@@ -126,7 +126,7 @@ def test_other_decoders_than_those_named_are_never_tried(tmp_path):
     file = tmp_path / "picture.png"
     Image.new("RGB", (4, 4)).save(tmp_path / "picture.eps")
     (tmp_path / "picture.eps").rename(file)
-    with pytest.raises(InputError, match="not a readable picture"):
+    with pytest.raises(InputError, match="not a readable image"):
         open_given_image(file)
 
 
@@ -155,7 +155,7 @@ def test_the_images_of_a_folder_in_order_with_what_is_not_used(folder, capsys):
     assert [file.name for file in used] == ["img 1.png", "img 2.png", "img 5.png", "img 6.png"]
     said = capsys.readouterr().out
     assert f"skipped: {folder / 'gone.png'}: no such file" in said
-    assert f"skipped: {folder / 'img 3.png'}: not a readable picture" in said
+    assert f"skipped: {folder / 'img 3.png'}: not a readable image" in said
     assert f"skipped: {folder / 'img 4.png'}: " in said
     assert f"{folder}: not images: notes.txt\n" in said
     assert f"{folder}: folders in it are not searched: cats, folder.png\n" in said

@@ -211,7 +211,7 @@ def test_bad_uploads_get_a_sentence_and_good_ones_are_reconstructed(page, masked
     )
     (tmp_path / "text.png").write_text("no picture")
     upload.set_input_files(tmp_path / "text.png")
-    assert "not a readable picture; expected PNG, JPEG, WebP, GIF, TIFF or BMP" in said(page, "text.png:")
+    assert "not a readable image; expected PNG, JPEG, WebP, GIF, TIFF or BMP" in said(page, "text.png:")
     upload.set_input_files(star)
     panel.get_by_text("star.png: 60x40 cropped at its centre and resized to 16x16 pixels").wait_for()
     panel.get_by_text("PSNR of the reconstruction").wait_for()

@@ -53,7 +53,7 @@ def test_other_formats(folder):
     file = folder / "pipeline.json"
     document = json.loads(file.read_text())
     for change, said in (
-        ({"format_version": 3}, "written in format 3, this version of twostage reads up to 2"),
+        ({"format_version": 3}, "written in format 3, but this version of twostage reads at most 2"),
         ({"kind": "other"}, "is of the kind 'other'"),
         ({"sha256": ["a"]}, "is no list of files with their hashes"),
         ({"sha256": {"../secret": "0"}}, "lists '../secret', which is no file of this folder"),

@@ -1,4 +1,4 @@
-"""Real pictures and tables, written small; the scan cache and $TWOSTAGE_DATA of the machine are never used."""
+"""Real images and tables, written small; the scan cache and $TWOSTAGE_DATA of the machine are never used."""
 
 import io
 import json
@@ -31,9 +31,9 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> WriteSheets:
-    """``pictures("cat/0.png", …)`` writes 8 x 8 RGB pictures; the red of the i-th is 10 i. Returns their root."""
-    root = tmp_path / "pictures"
+def images(tmp_path: Path) -> WriteSheets:
+    """``images("cat/0.png", …)`` writes 8 x 8 RGB images; the red of the i-th is 10 i. Returns their root."""
+    root = tmp_path / "images"
 
     def write(*names: str, size: tuple[int, int] = (8, 8)) -> Path:
         root.mkdir(exist_ok=True)
@@ -47,7 +47,7 @@ def pictures(tmp_path: Path) -> WriteSheets:
 
 @pytest.fixture
 def table(tmp_path: Path) -> WriteTable:
-    """``table("train.parquet", labels=[0, 1])`` writes one picture a label; the red of the i-th is 10 i."""
+    """``table("train.parquet", labels=[0, 1])`` writes one image a label; the red of the i-th is 10 i."""
 
     def write(name: str, labels: list | None = None, *, count: int | None = None, column: str = "image",
               class_names: list[str] | None = None, as_struct: bool = True) -> Path:  # fmt: skip

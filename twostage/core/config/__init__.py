@@ -1,1 +1,1 @@
-"""Typed configuration: sections, YAML files, ``key=value`` overrides, and their error messages."""
+"""Typed configuration: sections, YAML files, ``key=value`` overrides."""

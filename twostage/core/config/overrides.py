@@ -1,4 +1,4 @@
-"""`group.key=value` on the command line: typed by the schema, merged over a file, and nothing lost without a word."""
+"""`group.key=value` on the command line: typed by the schema and merged over a file; nothing is lost silently."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -14,34 +14,34 @@ Keys = tuple[str, ...]
 
 
 def apply_overrides(
-    schema: Group, document: dict[str, Any], overrides: list[str], say: Callable[[str], object]
+    schema: Group, document: dict[str, Any], overrides: list[str], on_notice: Callable[[str], object]
 ) -> dict[str, Any]:
-    """``document`` with the overrides in their order; the later of two for the same key wins.
+    """``document`` with the overrides applied in order; the last one for a key wins.
 
-    Where the type of a group changes, the document's keys that the new type does not know are dropped. What an
-    override has given is never dropped: if it does not fit, validation refuses it.
+    If the type of a group changes, keys of the document that the new type does not have are dropped. Keys that an
+    override sets are never dropped: validation reports them.
 
     Args:
-        document: nested dicts; left as it is.
-        say: called with a sentence about everything that an override replaced or dropped besides its own key.
+        document: nested dicts; not changed.
+        on_notice: called with a sentence about each other key that an override replaces or drops.
 
     Raises:
-        InputError: an override is malformed, or what it gave would be lost to a later one.
+        InputError: an override is malformed, or a later one would discard it.
     """
-    merged = _Merged(schema, copy.deepcopy(document), say)
+    merged = _Merged(schema, copy.deepcopy(document), on_notice)
     for override in overrides:
         merged.apply(override)
-    _drop_keys_of_other_types([schema], document, merged.document, merged.given, (), say)
+    _drop_keys_of_other_types([schema], document, merged.document, merged.given, (), on_notice)
     return merged.document
 
 
 class _Merged:
-    """A document and which of its keys overrides have given."""
+    """A document, and which overrides set which of its keys."""
 
-    def __init__(self, schema: Group, document: dict[str, Any], say: Callable[[str], object]) -> None:
-        self.schema, self.document, self.say = schema, document, say
+    def __init__(self, schema: Group, document: dict[str, Any], on_notice: Callable[[str], object]) -> None:
+        self.schema, self.document, self.on_notice = schema, document, on_notice
         self.given: dict[Keys, str] = {}
-        """The override that gave the value at each path."""
+        """The override that set the value at each path."""
 
     def apply(self, override: str) -> None:
         name, separator, text = override.partition("=")
@@ -54,7 +54,7 @@ class _Merged:
             inner = group.get(key)
             if inner is not None and not isinstance(inner, dict):
                 raise InputError(
-                    f"override {override!r}: {'.'.join(keys[:depth])} is {inner!r} and not a group of keys"
+                    f"override {override!r}: expected {'.'.join(keys[:depth])} to be a group of keys, got {inner!r}"
                 )
             group[key] = inner or {}
             group = group[key]
@@ -63,22 +63,22 @@ class _Merged:
         group[keys[-1]] = value
 
     def _replace(self, override: str, path: Keys, old: Any, value: Any) -> None:
-        """Notes what was given; says so where a group is replaced, and refuses to lose an earlier override by it."""
+        """Remember what the override sets; warn if it replaces a group, fail if it discards an earlier override."""
         leaves = set(_leaves(value, path))
         for other in [other for other in self.given if other[: len(path)] == path]:
             earlier = self.given.pop(other)
             if len(other) > len(path) and not any(leaf[: len(other)] == other for leaf in leaves):
                 raise InputError(
-                    f"override {override!r}: replaces the whole group {'.'.join(path)}, so {earlier!r} before it would "
-                    "be lost; give that one after it"
+                    f"override {override!r}: replaces the whole group {'.'.join(path)} and would discard {earlier!r} "
+                    f"before it. Move {earlier!r} after it"
                 )
         if isinstance(old, dict) and (lost := old.keys() - (value.keys() if isinstance(value, dict) else set())):
             shown = ", ".join(f"{key}: {old[key]!r}" for key in old if key in lost)
-            self.say(f"{override}: replaces the whole group; the config had {shown}")
+            self.on_notice(f"{override}: replaces the whole group; the config had {shown}")
         self.given |= dict.fromkeys(leaves, override)
 
     def _drop_alternatives(self, override: str, keys: list[str], group: dict[str, Any], value: Any) -> None:
-        """Of keys that exclude each other, such as `train.max_steps` and `train.epochs`, the last one given stays."""
+        """Drop the keys that this one excludes: `train.epochs` for `train.max_steps`."""
         if value is None:
             return
         holders = _groups_at(self.schema, self.document, keys[:-1])
@@ -87,35 +87,35 @@ class _Merged:
         for name in exclusive:
             if group.get(name) is not None:
                 path = (*keys[:-1], name)
-                self.say(f"{override}: takes the place of {'.'.join(path)}={group[name]}")
+                self.on_notice(f"{override}: replaces {'.'.join(path)}={group[name]}")
                 group.pop(name)
                 self.given.pop(path, None)
 
 
 def _groups_at(schema: Group, document: Any, keys: list[str]) -> list[Group]:
-    """The groups that the value at a path may be."""
+    """The groups that are allowed at a path."""
     if not keys:
         return [schema]
     return [group for annotation in annotations_at(schema, document, keys) for group in groups(annotation)]
 
 
 def _read_value(override: str, text: str, annotations: list[Any]) -> Any:
-    """Text as it stands for a key of text, else YAML. Of an unknown key, too: it is refused by its name."""
+    """The text itself if the key is text, else YAML. Unknown keys are read too: validation reports them by name."""
     if all(map(is_text, annotations)):
         return None if text == "null" and any(map(is_optional, annotations)) else text
     if not text.strip():
-        raise InputError(f"override {override!r}: has no value; expected key=value, or key=null for none")
+        raise InputError(f"override {override!r}: expected key=value, or key=null, got no value")
     try:
         value, texts = read_yaml(text)
         if has_comment(text):
-            raise ValueError("everything after # would be dropped as a comment")
+            raise ValueError("YAML would drop everything after # as a comment")
     except ValueError as error:
-        raise InputError(f"override {override!r}: the value is not valid YAML: {error}") from None
+        raise InputError(f"override {override!r}: expected valid YAML as the value, got an error: {error}") from None
     return with_texts(annotations[0], value, texts)
 
 
 def _leaves(value: Any, path: Keys) -> Iterator[Keys]:
-    """The paths of all values within ``value``, which is at ``path``."""
+    """The paths of all values inside ``value``, which is at ``path``."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
             yield from _leaves(item, (*path, str(key)))
@@ -125,9 +125,9 @@ def _leaves(value: Any, path: Keys) -> Iterator[Keys]:
 
 def _drop_keys_of_other_types(
     known: list[Group], before: Any, now: dict[str, Any], given: dict[Keys, str], path: Keys,
-    say: Callable[[str], object],
+    on_notice: Callable[[str], object],
 ) -> None:  # fmt: skip
-    """Drops from ``now`` what only the types know that groups had in ``before``, the file."""
+    """Drop the file's keys from ``now`` that only belong to the types that groups had in ``before``, the file."""
     by_tag = {tag(group): group for group in known}
     old, new = (str(one.get("type")) if isinstance(one, dict) else "" for one in (before, now))
     if old != new and {old, new} <= by_tag.keys():
@@ -139,10 +139,10 @@ def _drop_keys_of_other_types(
         if rest:
             words = {"dropped": dropped, "kept": kept}
             shown = "; ".join(f"{what} {', '.join(map(str, keys))}" for what, keys in words.items() if keys)
-            say(f"{'.'.join(path)}.type={new}: the config had the type {old}; {shown}")
+            on_notice(f"{'.'.join(path)}.type={new}: the config had type {old}; {shown}")
     holders = [by_tag[new]] if new in by_tag else known
     for key, value in now.items():
         here = [one.model_fields[key].annotation for one in holders if key in one.model_fields]
         if isinstance(value, dict) and here:
             inner = before.get(key) if isinstance(before, dict) else None
-            _drop_keys_of_other_types(groups(here[0]), inner, value, given, (*path, key), say)
+            _drop_keys_of_other_types(groups(here[0]), inner, value, given, (*path, key), on_notice)

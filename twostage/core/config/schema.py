@@ -1,4 +1,4 @@
-"""What a configuration's schema says about a key: whether it is text, which groups a tagged union has."""
+"""Questions to a configuration's schema: is a key text, which groups does a tagged union have?"""
 
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -13,8 +13,8 @@ Group = type[BaseModel]
 
 
 def alternatives(annotation: Any) -> list[Any]:
-    """The members of a union, nested and registered ones too, without what is annotated on them; else the annotation
-    alone."""
+    """The members of a union, including nested and registered ones, without `Annotated`; [annotation] if it is not a
+    union."""
     if get_origin(annotation) is Annotated:
         return alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -30,7 +30,7 @@ def is_optional(annotation: Any) -> bool:
 
 
 def is_text(annotation: Any) -> bool:
-    """Whether a value is text, or one of several words, or, where it is optional, None."""
+    """Whether all values are text, one of several words, or None."""
     kinds = [one for one in alternatives(annotation) if one is not type(None)]
     return bool(kinds) and all(
         one is str or (get_origin(one) is Literal and all(isinstance(word, str) for word in get_args(one)))
@@ -39,7 +39,7 @@ def is_text(annotation: Any) -> bool:
 
 
 def item_annotation(annotation: Any, index: int) -> Any:
-    """What the item at ``index`` of a list or a tuple is; None: the annotation has neither."""
+    """The annotation of the item at ``index``; None if the value is neither a list nor a tuple."""
     for one in alternatives(annotation):
         items = get_args(one)
         if get_origin(one) is list:
@@ -50,22 +50,24 @@ def item_annotation(annotation: Any, index: int) -> Any:
 
 
 def tag(member: Any) -> str | None:
-    """The `type` that tells this group from the others of its union."""
+    """The `type` that distinguishes this group from the others in its union; None without one."""
     if isinstance(member, type) and issubclass(member, BaseModel) and "type" in member.model_fields:
         return get_args(member.model_fields["type"].annotation)[0]
     return None
 
 
 def groups(annotation: Any, document: Any = None) -> list[Group]:
-    """The groups of keys that a value may be; only that of its `type` where ``document`` names a known one."""
+    """The groups that a value may be; if ``document`` has a known `type`, only that group."""
     found = [one for one in alternatives(annotation) if isinstance(one, type) and issubclass(one, BaseModel)]
     named = document.get("type") if isinstance(document, dict) else None
     return [one for one in found if len(found) > 1 and tag(one) == named] or found
 
 
 def annotations_at(schema: Group, document: Any, keys: list[str]) -> list[Any]:
-    """What the schema says about the key at a path: by the types that ``document`` names, or, where those have no such
-    key, by every type that has it; [] for an unknown key."""
+    """The annotations of the key at a path, [] for an unknown key.
+
+    They come from the types that ``document`` names or, if these do not have the key, from every type that has it.
+    """
     by_type, by_any = [schema], [schema]
     for depth, key in enumerate(keys):
         found = [[one.model_fields[key].annotation for one in known if key in one.model_fields]

@@ -1,4 +1,4 @@
-"""Typed configuration: a YAML file plus ``key=value`` overrides, validated once, with every error told at once."""
+"""Typed configuration: a YAML file plus ``key=value`` overrides, validated once, with all errors in one message."""
 
 import difflib
 import os
@@ -17,6 +17,7 @@ from twostage.core.config.schema import alternatives, groups, tag
 from twostage.core.config.yaml_text import read_yaml, with_texts
 from twostage.core.errors import InputError
 from twostage.core.files import expand_home
+from twostage.core.wording import short_repr
 
 __all__ = [
     "Count",
@@ -38,11 +39,10 @@ __all__ = [
     "summarize_differences",
 ]
 
-MAX_SHOWN = 4
-"""Differences in a message of one line."""
+MAX_SHOWN = 4  # differences in a one-line message
 
-# Integers and booleans are taken as written (`true` is no 1); floats stay lax, because YAML reads `1e-4` as text.
-# Upper bounds are where a mistake is certain: what memory allows is looked at once the whole model is known.
+# Integers and booleans are strict (`true` is not 1); floats are lax, because YAML reads `1e-4` as text.
+# Upper bounds only catch certain mistakes; memory is checked later, once the whole model is known.
 Count = Annotated[int, Field(strict=True, gt=0, le=2**31 - 1)]
 Size = Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]
 Width = Annotated[int, Field(strict=True, gt=0, le=65_536)]
@@ -53,40 +53,34 @@ Share = Annotated[Number, Field(ge=0.0, le=1.0)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
-def shortened(value: Any, most: int = 120) -> Any:
-    """``value``, or, where it would fill the screen, the beginning of what it looks like."""
-    text = value if isinstance(value, str) else repr(value)
-    return value if len(text) <= most else f"{text[:most]} ..."
-
-
 def _can_be_a_path(value: str) -> str:
     if "\0" in value or any(len(os.fsencode(part)) > 255 for part in Path(value).parts):
-        raise ValueError(f"no file or folder can have the name {shortened(value)!r}; give a shorter one")
+        raise ValueError(f"expected a possible name of a file or folder, got {short_repr(value)}")
     return expand_home(value)
 
 
 _IS_PATH = AfterValidator(_can_be_a_path)
 PathName = Annotated[str, Field(min_length=1), _IS_PATH]
-"""A file, a folder, or another name of data; `~` is the home of who runs it."""
+"""A file, a folder, or another name for data; `~` becomes the user's home folder."""
 
 
 class Section(BaseModel):
-    """A group of a configuration: immutable, and unknown keys are errors."""
+    """A group of a configuration: immutable; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     exclusive_keys: ClassVar[tuple[tuple[str, ...], ...]] = ()
-    """Keys of which only one can be given; of several overrides the last one stays."""
+    """Groups of keys that exclude each other; the last override wins."""
 
 
 class RunConfig(Section):
-    """Where a run writes and what it starts from."""
+    """The run's folder, seed and trackers."""
 
     dir: PathName
-    """The run folder; the same command with the same folder resumes."""
+    """The run folder; run the same command with the same folder to resume."""
     seed: Seed = 0
-    """Every random number of the run follows from it."""
+    """Determines every random number of the run."""
     trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
-    """Accelerate's trackers; `metrics.jsonl` is always written."""
+    """Accelerate's trackers to use; `metrics.jsonl` is written in any case."""
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -96,38 +90,42 @@ def load_config(
     schema: type[ConfigT],
     path: str | Path,
     overrides: list[str] | None = None,
-    say: Callable[[str], object] = lambda line: None,
+    on_notice: Callable[[str], object] = lambda line: None,
 ) -> ConfigT:
-    """Reads a YAML file, merges ``group.key=value`` overrides, then validates.
+    """Read a YAML file, merge ``group.key=value`` overrides, then validate.
 
-    Where the schema wants text, the whole text after the first `=` is the value, as it stands (`null` is None where
-    that is allowed); all other values are YAML.
+    If the schema expects text, the value is everything after the first `=` (`null` is None if the key is optional); all
+    other values are YAML.
 
     Args:
-        say: called with a sentence about everything that an override replaced or dropped besides its own key.
+        on_notice: called with a sentence about each other key that an override replaces or drops.
 
     Raises:
-        InputError: the file is missing or not YAML, an override is malformed, or any key or value is wrong. All wrong
-            keys and values are listed in one message.
+        InputError: the file is missing or not YAML, an override is malformed, or keys or values are wrong. One message
+            lists all wrong keys and values.
     """
     path = Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=3, cutoff=0.6)
-        hint = f"; in {path.parent} there is {', '.join(near)}" if near else ""
-        raise InputError(f"config {path}: no such file{hint}")
+        hint = f"Did you mean {' or '.join(near)}?" if near else "Fix the path"
+        raise InputError(f"config {path}: no such file. {hint}")
     try:
         document, texts = read_yaml(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also for other bytes than UTF-8
-        raise InputError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # bytes that are not UTF-8 too
+        raise InputError(f"config {path}: expected valid YAML, got an error: {' '.join(str(error).split())}") from None
     document = {} if document is None else with_texts(schema, document, texts)
     if not isinstance(document, dict):
-        raise InputError(f"config {path}: expected groups such as `data:` and `train:`, got {document!r}")
-    document = apply_overrides(schema, document, overrides or [], say)
+        raise InputError(f"config {path}: expected groups such as `data:` and `train:`, got {short_repr(document)}")
+    document = apply_overrides(schema, document, overrides or [], on_notice)
     return parse_config(schema, document, f"config {path}")
 
 
 def parse_config(schema: type[ConfigT], document: dict[str, Any], name: str) -> ConfigT:
-    """Validates a document (nested dicts); ``name`` says in the message where it came from."""
+    """Validate a document (nested dicts) that messages call ``name``.
+
+    Raises:
+        InputError: keys or values are wrong; one message lists them all.
+    """
     try:
         return schema.model_validate(document)
     except ValidationError as error:
@@ -137,12 +135,12 @@ def parse_config(schema: type[ConfigT], document: dict[str, Any], name: str) -> 
 
 
 def dump_config(config: Section) -> str:
-    """The whole configuration, defaults included, as YAML."""
+    """The whole configuration as YAML, including defaults."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def path_values(config: Section, prefix: str = "") -> dict[str, str | None]:
-    """The values of all keys that are a :data:`PathName`, by their whole names such as `data.source`."""
+    """The values of all :data:`PathName` keys, by their full names such as `data.source`."""
     found: dict[str, str | None] = {}
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
@@ -154,19 +152,19 @@ def path_values(config: Section, prefix: str = "") -> dict[str, str | None]:
 
 
 def describe_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """One line a key whose value differs: ``train.lr: 0.001 there, 0.002 now``."""
+    """One line for each key whose value differs: ``train.lr: was 0.001, now 0.002``."""
     lines = []
     for key in dict.fromkeys([*old, *new]):
         before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
         if isinstance(before, dict) and isinstance(after, dict):
             lines += describe_differences(before, after, f"{prefix}{key}.")
         elif before != after:
-            lines.append(f"{prefix}{key}: {before!r} there, {after!r} now")
+            lines.append(f"{prefix}{key}: was {before!r}, now {after!r}")
     return lines
 
 
 def summarize_differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The first of :func:`describe_differences` on one line, with hashes cut short; empty where there are none."""
+    """The first lines of :func:`describe_differences` as one line with short hashes; empty without differences."""
     lines = describe_differences(old, new)
     more = f"; and {len(lines) - MAX_SHOWN} more" if len(lines) > MAX_SHOWN else ""
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", "; ".join(lines[:MAX_SHOWN])) + more
@@ -179,32 +177,32 @@ def _describe(schema: type[Section], details: ErrorDetails) -> str:
     if kind == "extra_forbidden":
         known = list(group.model_fields) if group else []
         near = difflib.get_close_matches(path.rpartition(".")[2], known, n=1, cutoff=0.5)
-        here = f"of type {tag(group)!r} are" if tag(group) else "here:"
-        hint = f"did you mean {near[0]!r}?" if near else f"known {here} {', '.join(known)}"
+        where = f" for type {tag(group)!r}" if tag(group) else ""
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys{where}: {', '.join(known)}"
         return f"{path}: unknown key; {hint}"
     if kind == "missing":
-        return f"{path}: required, but not given"
+        return f"{path}: required but missing"
     if kind == "union_tag_not_found":
         meant = difflib.get_close_matches("type", [key for key in got if isinstance(key, str)], n=1)
-        hint = f" (there is {meant[0]!r})" if meant else ""
-        return f"{path}.type: required, but not given{hint}; expected one of {_quoted(tags)}"
+        hint = f" (got {meant[0]!r})" if meant else ""
+        return f"{path}.type: required but missing{hint}; expected one of {_quoted(tags)}"
     if kind == "union_tag_invalid":
         got_tag = got["type"]
         near = difflib.get_close_matches(str(got_tag), tags, n=1)
         is_open = any(isinstance(one, type) and issubclass(one, OpenUnion) for one in alternatives(annotation))
         plugin = "; if a plugin defines it, install that plugin" if is_open else ""
         hint = f"; did you mean {near[0]!r}?" if near else plugin
-        return f"{path}.type: got {shortened(got_tag)!r}, expected one of {_quoted(tags)}{hint}"
+        return f"{path}.type: got {short_repr(got_tag)}, expected one of {_quoted(tags)}{hint}"
     if kind in ("model_type", "model_attributes_type"):
-        return f"{path}: expected a group of keys, got {shortened(got)!r}"
+        return f"{path}: expected a group of keys, got {short_repr(got)}"
     if kind == "string_too_short":
-        return f"{path}: expected text, got none"
+        return f"{path}: expected text, got ''"
     if kind == "string_type":
-        return f"{path}: expected text, got {shortened(got)!r}; quote it if that is its name"
+        return f"{path}: expected text, got {short_repr(got)}; put it in quotes if it is meant as text"
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if kind in ("value_error", "assertion_error"):
         return f"{path}: {message}" if path else message
-    return f"{path}: {message}, got {shortened(got)!r}"
+    return f"{path}: {message}, got {short_repr(got)}"
 
 
 def _quoted(names: list[str]) -> str:
@@ -212,8 +210,7 @@ def _quoted(names: list[str]) -> str:
 
 
 def _locate(schema: type[Section], location: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None, Any]:
-    """The path as the user writes it (a union's tag is no part of it), the group that holds its last key, and that
-    key's annotation."""
+    """The path as the user writes it (without union tags), the group with its last key, and that key's annotation."""
     shown: list[str] = []
     group: Any = schema
     holder: type[BaseModel] | None = schema

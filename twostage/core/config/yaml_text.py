@@ -1,4 +1,4 @@
-"""YAML in which nothing is lost or guessed: every scalar's own text stays known beside its value."""
+"""YAML without loss or guessing: the text of every scalar is kept along with its value."""
 
 import re
 from typing import Any
@@ -10,25 +10,25 @@ from twostage.core.config.schema import groups, is_text, item_annotation
 __all__ = ["has_comment", "read_yaml", "with_texts"]
 
 QUOTING = ("mapping values are not allowed", "cannot start any token", "undefined alias", "for the tag '!")
-"""Problems of text that would have to be quoted."""
+"""Parts of error messages about text that needs quotes."""
 
 
 class _Loader(yaml.SafeLoader):
-    """A key that is given twice is an error. Numbers are decimal or hexadecimal: `12:30` is not 750, `010` not 8; and
-    dates are text."""
+    """A loader that rejects duplicate keys and reads dates as text. Numbers are decimal or hexadecimal: `12:30` is not
+    750 and `010` is not 8."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = []
         for key, _ in node.value:
             name = self.construct_object(key, deep=True)
             if key.tag != "tag:yaml.org,2002:merge" and name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {name!r}", key.start_mark)
             seen.append(name)
         return super().construct_mapping(node, deep)
 
 
 class _TextLoader(_Loader):
-    """Scalars are their own text, `null` aside."""
+    """A loader that reads every scalar except `null` as text."""
 
 
 YAML_1_1 = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp", "value")}
@@ -51,26 +51,25 @@ for kind in ("bool", "int", "float", "timestamp"):
 
 
 def read_yaml(text: str) -> tuple[Any, Any]:
-    """A document as YAML means it, and the same with the text of every scalar.
+    """The values of a YAML document, and the same document with the text of every scalar.
 
     Raises:
-        ValueError: no valid YAML; says why and where, on one line.
+        ValueError: not valid YAML; one line says why and where.
     """
     try:
         return yaml.load(text, _Loader), yaml.load(text, _TextLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: characters that YAML cannot have
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: characters not allowed in YAML
         why = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
-        hint = "; quote text with special characters" if any(problem in why for problem in QUOTING) else ""
+        hint = "; put text with special characters in quotes" if any(problem in why for problem in QUOTING) else ""
         raise ValueError(f"{why}{hint}") from None
 
 
 def with_texts(annotation: Any, value: Any, texts: Any) -> Any:
-    """``value`` with the text of the scalar at every key that the schema wants text of: `dir: 2024` is "2024".
+    """``value`` with the scalar's text at every key that the schema expects text for: `dir: 2024` is "2024".
 
     Args:
-        annotation: the schema's of ``value``.
-        value: what YAML means.
-        texts: the same with the text of every scalar.
+        annotation: the annotation of ``value`` in the schema.
+        texts: ``value`` with the text of every scalar, from :func:`read_yaml`.
     """
     if isinstance(value, dict) and isinstance(texts, dict) and len(value) == len(texts):
         known = groups(annotation, texts)
@@ -86,7 +85,7 @@ def with_texts(annotation: Any, value: Any, texts: Any) -> Any:
 
 
 def has_comment(text: str) -> bool:
-    """Whether YAML would leave a part of ``text`` out as a comment."""
+    """Whether YAML would skip a part of ``text`` as a comment."""
     end = 0
     for token in yaml.scan(text):
         if "#" in text[end : token.start_mark.index]:

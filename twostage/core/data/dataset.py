@@ -1,7 +1,7 @@
 """`data`: from a named source to uint8 batches, indexed by row.
 
-Sets that fit ``in_memory_gb`` are decoded once, into one uint8 array; larger ones are checked once and then decoded as
-they are needed, by threads.
+A dataset that fits ``in_memory_gb`` is decoded once into one uint8 array. A larger one is checked once and then decoded
+on demand, in threads.
 """
 
 import hashlib
@@ -18,62 +18,63 @@ from torch import Tensor
 from twostage.core.config.sections import Count, Flag, Number, PathName, Section
 from twostage.core.data.decoding import Findings, check, decode
 from twostage.core.data.labels import AUTO
-from twostage.core.data.records import Records, Source, shortened
+from twostage.core.data.records import Records, Source
 from twostage.core.data.shapes import CLASS_NAMES, draw_shapes
 from twostage.core.data.sources import find_local, find_source
-from twostage.core.data.spread import spread
+from twostage.core.data.spread import names_without_images, spread
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import quiet_decoders
 from twostage.core.images.pixel_values import UsedValues, is_grey
-from twostage.core.machine.fits_memory import check_bytes
+from twostage.core.machine.memory import check_bytes
 from twostage.core.runs.places import Contents
+from twostage.core.wording import some_of
 
 __all__ = ["DataConfig", "ImageData", "ImageSplit", "LabelColumnOption", "ValueRangeOption", "load_images"]
 
-MAX_PIXELS = 65_536  # along a side
+MAX_SIDE = 65_536  # pixels
 NUM_SHAPES = 20_000
-MAX_NAMED = 5
 LabelColumnOption = Annotated[
-    str, typer.Option(help="The column of a table that holds the classes; found by its name by default, null for none.")
+    str, typer.Option(help="The column of a table with the classes; by default found by its name; null: no classes.")
 ]
 ValueRangeOption = Annotated[
     tuple[float, float] | None,
-    typer.Option(metavar="BLACK WHITE", help="The files' values that become black and white, such as 0 4095."),
+    typer.Option(metavar="BLACK WHITE", help="The values in the files that become black and white, such as 0 4095."),
 ]
 Share = Annotated[Number, Field(gt=0.0, lt=1.0)]
 
 
 class DataConfig(Section):
-    """Which pictures, and the form that they are brought to."""
+    """Which images to use, and the form to bring them to."""
 
     source: PathName = "shapes"
     """`shapes`, a folder, a parquet or arrow file or a folder of them, a name under $TWOSTAGE_DATA, or a Hugging Face
     dataset `owner/name`."""
     image_size: Count | tuple[Count, Count] = 32
-    """Pixels: one number for squares, or [height, width]. Other pictures are cropped at their centre, then resized."""
+    """Pixels: one number for squares, or [height, width]. Images of other shapes are cropped at the centre, then
+    resized."""
     channels: Literal[1, 3, 4] = 3
     """1 grey, 3 RGB, 4 RGBA."""
     label_column: Annotated[str, Field(min_length=1)] | None = AUTO
-    """The column of a table that holds the classes; `auto`: the one called `label`, `class` or so; null: no classes."""
+    """The column of a table with the classes; `auto` looks for `label`, `class` and similar names; null: no classes."""
     value_range: tuple[Number, Number] | None = None
-    """The values in the files that become black and white, such as [0, 4095] for 12 bits in 16; null: the range of the
-    files' type, which is 0 to 1 for floats."""
+    """The values in the files that become black and white, such as [0, 4095] for 12 bits stored in 16; null: the range
+    of the files' type, which is 0 to 1 for floats."""
     horizontal_flip: Flag = False
-    """Training images are mirrored with probability 1/2."""
+    """Mirrors each training image with probability 1/2."""
     num_images: Count | None = None
-    """Training images used at most; None: all (20,000 for `shapes`)."""
+    """The maximum number of training images; null: all (20,000 for `shapes`)."""
     validation_share: Share = 0.05
-    """Held out from `train` where the source has neither `val` nor `test`."""
+    """The share of `train` to hold out if the source has neither `val` nor `test`."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """What to do about pictures that cannot be read: stop before training, or leave them out and say how many."""
+    """What to do about unreadable images: stop before training, or skip them and report how many."""
     in_memory_gb: Number = Field(default=4.0, ge=0.0)
-    """Sets up to this many gigabytes of pixels are kept decoded in memory."""
+    """Datasets with up to this many gigabytes of pixels are kept decoded in memory."""
 
     @field_validator("image_size", mode="before")
     @classmethod
     def _pixels(cls, value: Any) -> Any:
         sides = list(value) if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
-        if not all(type(side) is int and 0 < side <= MAX_PIXELS for side in sides):
+        if not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
             raise ValueError(f"expected pixels such as 32, or [height, width], got {value!r}")
         return value
 
@@ -91,11 +92,12 @@ class DataConfig(Section):
 
 
 class ImageSplit:
-    """The pictures of one split.
+    """The images of one split.
 
     Args:
         labels: (n,) int64, or None.
-        pixels: (n, C, H, W) uint8 when they are kept in memory; else ``records`` are decoded on demand.
+        pixels: (n, C, H, W) uint8; None: ``records`` are decoded on demand.
+        records: None for `shapes`.
     """
 
     def __init__(
@@ -122,14 +124,14 @@ class ImageSplit:
         if bad := decode(self.records, rows.tolist(), out, self.config.value_range).bad:
             row, reason = next(iter(bad.items()))
             raise InputError(
-                f"{self.records.names[row]}: could be read when the run began, and now cannot ({reason}). Nothing was "
-                "put in its place; bring it back, then give the same command to go on"
+                f"{self.records.names[row]}: was readable when the run started but no longer is ({reason}). Restore "
+                "the file, then run the same command again to resume"
             )
         return torch.from_numpy(out)
 
     def fingerprint(self) -> str:
-        """The sha256 of what these pictures are, wherever they are: their number, names and labels, and their pixels
-        where they are in memory, else the sizes of their files."""
+        """The sha256 of the content, wherever it lies: the number, names and labels of the images, and their pixels if
+        in memory, else the sizes of their files."""
         digest = hashlib.sha256(f"{len(self)} {self.config.channels} {self.config.size}".encode())
         if self.labels is not None:
             digest.update(self.labels.numpy().tobytes())
@@ -143,14 +145,14 @@ class ImageSplit:
         return digest.hexdigest()
 
     def sample_hash(self) -> str:
-        """The sha256 of the pixels of up to 256 of these pictures, spread evenly: of those whose fingerprint knows
-        only the sizes of their files."""
+        """The sha256 of the pixels of up to 256 evenly spaced images: for a split that is not in memory, whose
+        fingerprint only covers file sizes."""
         return hashlib.sha256(self.read(spread(len(self), 256)).numpy().tobytes()).hexdigest()
 
     def names(self, rows: Tensor) -> list[str]:
-        """What each picture is called in messages: its file, or its row."""
+        """The name of each image in messages: its file, or its row."""
         if self.records is None:
-            return [f"picture {row}" for row in rows.tolist()]
+            return [f"image {row}" for row in rows.tolist()]
         return [self.records.names[row] for row in rows.tolist()]
 
     def read_labels(self, rows: Tensor) -> Tensor | None:
@@ -160,33 +162,30 @@ class ImageSplit:
 
 @dataclass
 class ImageData:
-    """The splits of a source: `train`, and `val` or `test` or both."""
+    """The splits of a source: `train`, and `val`, `test` or both."""
 
     description: str
     splits: dict[str, ImageSplit]
     class_names: list[str] | None
     notices: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    """The files that were left out because they are no pictures, each with the reason."""
+    """Files skipped because they are not images, each with the reason."""
     bad: list[str] = field(default_factory=list)
-    """The pictures that were left out because they cannot be read, each with the reason."""
+    """Images skipped because they are unreadable, each with the reason."""
     modes: Counter[str] = field(default_factory=Counter)
+    """How many files have each mode."""
     sizes: Counter[str] = field(default_factory=Counter)
-    """How often each mode and size ("width x height") occurs among the files."""
+    """How many files have each size ("width x height")."""
     values: dict[str, UsedValues] = field(default_factory=dict)
-    """The values that occur in the files, by their type (`8-bit`, `16-bit`, `float` ...)."""
+    """The values in the files, by their type (`8-bit`, `16-bit`, `float` ...)."""
 
     @property
     def untrained_classes(self) -> list[str]:
-        """The class names that no training image has."""
-        labels = self.splits["train"].labels
-        if labels is None or self.class_names is None:
-            return []
-        counts = torch.bincount(labels, minlength=len(self.class_names)).tolist()
-        return [name for name, count in zip(self.class_names, counts, strict=True) if not count]
+        """The classes without any training image."""
+        return names_without_images(self.splits["train"].labels, self.class_names)
 
     def identity(self) -> dict[str, Any]:
-        """What a run remembers of its pictures, as plain JSON."""
+        """The facts by which a run recognizes its images, as plain JSON."""
         identity: dict[str, Any] = {
             "classes": {str(label): name for label, name in enumerate(self.class_names or [])},
             **{
@@ -198,13 +197,13 @@ class ImageData:
         return identity | ({"sample": on_disk} if on_disk else {})
 
     def contents(self) -> Contents:
-        """What `data.source` leads to."""
+        """What `data.source` refers to."""
         place = find_local(self.validation.config.source)
         return Contents("images", None if place is None else place.absolute(), self.identity())
 
     @property
     def validation_name(self) -> str:
-        """The split that validation reads: `val` where there is one, else `test`; one with labels where `train` has."""
+        """The split for validation: `val` if there is one, else `test`; if `train` has labels, one with labels."""
         labels, held_out = self.splits["train"].labels, [name for name in ("val", "test") if name in self.splits]
         return next(name for name in held_out if labels is None or self.splits[name].labels is not None)
 
@@ -214,23 +213,24 @@ class ImageData:
 
 
 def load_images(config: DataConfig) -> ImageData:
-    """Opens the source, decodes or checks every picture, and makes sure that a split is held out.
+    """Open the source, decode or check every image, and make sure that a split is held out.
 
     Raises:
-        InputError: nothing at the source, or an unreadable picture (named) unless ``on_bad_image`` is `skip`.
+        InputError: the source is missing or ambiguous, images do not fit in memory, their value range is unknown, or an
+            image (the message names it) is unreadable and ``on_bad_image`` is not `skip`.
     """
     if config.source == "shapes":
         for name, default in {"label_column": AUTO, "value_range": None}.items():
             if (given := getattr(config, name)) != default:
-                raise InputError(f"data.{name} {given}: shapes are drawn with their classes and 8 bits; leave it out")
+                raise InputError(f"data.{name} {given!r}: does not apply to data.source=shapes. Remove data.{name}")
         _check_memory(config, config.num_images or NUM_SHAPES)
         return _load_shapes(config)
     quiet_decoders()
     source = find_source(config.source, config.label_column)
     _limit_and_hold_out(source, config)
-    bytes_needed = sum(map(len, source.splits.values())) * _bytes_each(config)
-    in_memory = bytes_needed <= config.in_memory_gb * 1e9
-    _check_memory(config, bytes_needed // _bytes_each(config) if in_memory else 1)
+    count = sum(map(len, source.splits.values()))
+    in_memory = count * _bytes_each(config) <= config.in_memory_gb * 1e9
+    _check_memory(config, count if in_memory else 1)
     splits, bad, total = {}, [], Findings()
     for name, records in source.splits.items():
         pixels = np.empty((len(records), config.channels, *config.size), dtype=np.uint8) if in_memory else None
@@ -244,17 +244,19 @@ def load_images(config: DataConfig) -> ImageData:
     _report_bad(bad, source, config)
     for name, split in splits.items():
         if not len(split):
-            raise InputError(f"data.source {config.source}: no readable picture in `{name}`: {shortened(bad)}")
-    _check_values(total.values, config)
-    source.notices += _describe_values(total.values, config)
-    source.notices += _describe_modes(total.modes, config.channels)
+            raise InputError(f"data.source {config.source}: expected readable images in `{name}`, got {some_of(bad)}")
+    notices = [
+        *source.notices,
+        *_value_notices(total.values, config),
+        *_mode_notices(total.modes, config.channels),
+    ]
     if total.animated:
-        source.notices.append(f"{total.animated} pictures have several frames; the first is used")
+        notices.append(f"{total.animated} images have several frames; only the first is used")
     data = ImageData(
         source.description,
         splits,
         source.class_names,
-        source.notices,
+        notices,
         source.skipped,
         bad,
         total.modes,
@@ -263,8 +265,8 @@ def load_images(config: DataConfig) -> ImageData:
     )
     if untrained := data.untrained_classes:
         data.notices.append(
-            f"{len(untrained)} of {len(source.class_names or [])} classes have no training image, so no model learns "
-            f"them: {', '.join(untrained[:MAX_NAMED])}{' ...' if len(untrained) > MAX_NAMED else ''}"
+            f"{len(untrained)} of {len(source.class_names or [])} classes have no training images, so no model learns "
+            f"them: {some_of(untrained)}"
         )
     return data
 
@@ -277,18 +279,18 @@ def _check_memory(config: DataConfig, count: int) -> None:
     settings = [f"data.image_size {config.image_size}", f"data.num_images {config.num_images}"]
     if config.source != "shapes":
         settings.append(f"data.in_memory_gb {config.in_memory_gb:g}")
-    check_bytes(count * _bytes_each(config), f"{count:,} pictures", settings, torch.device("cpu"))
+    check_bytes(count * _bytes_each(config), f"{count:,} images", settings, torch.device("cpu"))
 
 
 def _load_shapes(config: DataConfig) -> ImageData:
     num_train = config.num_images or NUM_SHAPES
     num_test = max(64, num_train // 10)
     splits = {}
-    # The held-out pictures come from another seed, so that no training picture is ever among them.
+    # Held-out images use another seed, so that none of them equals a training image.
     for seed, (name, count) in enumerate({"train": num_train, "test": num_test}.items()):
         pixels = draw_shapes(0, count, config.size, config.channels, seed)
         splits[name] = ImageSplit(np.arange(count) % len(CLASS_NAMES), pixels, None, config)
-    description = f"shapes: drawn, {len(CLASS_NAMES)} classes, {num_train} for training, {num_test} held out"
+    description = f"shapes: {len(CLASS_NAMES)} classes, {num_train} images for training, {num_test} held out"
     return ImageData(description, splits, list(CLASS_NAMES))
 
 
@@ -300,20 +302,16 @@ def _limit_and_hold_out(source: Source, config: DataConfig) -> None:
     if not any(train.labels is None or records.labels is not None for records in held_out.values()):
         if len(train) < 2:
             raise InputError(
-                f"data.source {config.source}: holds {len(train)} picture{'s' * (len(train) != 1)}, expected at least "
-                "2: one to train on and one held out"
+                f"data.source {config.source}: has {len(train)} image{'s' * (len(train) != 1)}, expected at least 2: "
+                "one to train on and one to hold out. Add images"
             )
         count = min(max(1, round(len(train) * config.validation_share)), len(train) - 1)
         order = np.random.default_rng(0).permutation(len(train))
-        why = " with labels" if held_out else ""
-        source.notices.append(
-            f"no `val` or `test` split{why}: {count} of {len(order)} pictures are held out as `val`"
-            + (
-                f" (in place of {len(held_out['val']):,} without labels, which are not used)"
-                if "val" in held_out
-                else ""
-            )
-        )
+        notice = f"{count} of {len(order)} training images are held out as `val`"
+        if "val" in held_out:
+            notice += f", replacing {len(held_out['val']):,} without labels"
+        why = "no `val` or `test` split" + (" with labels" if held_out else "")
+        source.notices.append(f"{why}: {notice}")
         held_out["val"] = train.take(np.sort(order[:count]))
         train = train.take(np.sort(order[count:]))
     if config.num_images is not None and config.num_images < len(train):
@@ -322,57 +320,53 @@ def _limit_and_hold_out(source: Source, config: DataConfig) -> None:
 
 
 def _report_bad(bad: list[str], source: Source, config: DataConfig) -> None:
-    if not bad:
-        return
-    shown = shortened(bad)
-    if config.on_bad_image == "error":
+    if bad and config.on_bad_image == "error":
         raise InputError(
-            f"data.source {config.source}: {len(bad)} unreadable pictures: {shown}. "
-            "Mend or remove them, or set data.on_bad_image=skip to go on without them"
+            f"data.source {config.source}: {len(bad)} unreadable image{'s' * (len(bad) != 1)}: {some_of(bad)}. "
+            "Fix or remove them, or set data.on_bad_image=skip"
         )
-    source.notices.append(f"{len(bad)} unreadable pictures are skipped: {shown}")
+    if bad:
+        source.notices.append(f"{len(bad)} unreadable images are skipped: {some_of(bad)}")
 
 
-def _check_values(values: dict[str, UsedValues], config: DataConfig) -> None:
-    """Refuses values of which a range has to be given: floats outside of 0 to 1, and integers that would all be one
-    shade."""
-    for kind, used in values.items():
-        low, high = config.value_range or used.type_range
-        found = f"{used.images:,} pictures hold {kind} values from {used.low:g} to {used.high:g}"
-        remedy = f"set data.value_range=[{used.low:g}, {used.high:g}], or the whole range that they are meant in"
-        if config.value_range is None and used.outside(None):
-            raise InputError(f"data.source {config.source}: {found}, expected floats from 0 to 1; {remedy}")
-        if used.hidden(config.value_range):
-            raise InputError(
-                f"data.source {config.source}: {found}, which are all one shade in the range from {low:g} to {high:g}; "
-                f"{remedy}"
-            )
+def _value_notices(values: dict[str, UsedValues], config: DataConfig) -> list[str]:
+    """Warnings about unusual value ranges.
 
-
-def _describe_values(values: dict[str, UsedValues], config: DataConfig) -> list[str]:
+    Raises:
+        InputError: `data.value_range` must be set: floats outside 0 to 1, or integers that would all be one shade.
+    """
     notices = []
     for kind, used in values.items():
         low, high = config.value_range or used.type_range
-        found = f"{used.images:,} pictures hold {kind} values from {used.low:g} to {used.high:g}"
+        found = f"{used.images:,} images have {kind} values from {used.low:g} to {used.high:g}"
+        own_range = f"data.value_range=[{used.low:g}, {used.high:g}]"
+        remedy = f"Set {own_range}, or the full range that they are meant for"
+        if config.value_range is None and used.outside(None):
+            raise InputError(f"data.source {config.source}: {found}, expected floats from 0 to 1. {remedy}")
+        if used.one_shade(config.value_range):
+            raise InputError(
+                f"data.source {config.source}: {found}, which is a single shade in the range {low:g} to {high:g}. "
+                f"{remedy}"
+            )
         if used.low == used.high and len(values) == 1 and used.images > 1:
-            notices.append(f"{used.images:,} pictures hold nothing but the value {used.low:g}: they all look the same")
-        elif used.little(config.value_range):
+            notices.append(f"all {used.images:,} images only have the value {used.low:g}: they all look the same")
+        elif used.low_contrast(config.value_range):
             notices.append(
-                f"{found}, little of the range from {low:g} to {high:g}: they will look dark, bright or flat. If they "
-                f"are meant in another range, set data.value_range=[{used.low:g}, {used.high:g}]"
+                f"{found}, a small part of the range {low:g} to {high:g}: they will look dark, bright or flat. If they "
+                f"are meant for another range, set {own_range}"
             )
         elif used.outside(config.value_range):
-            notices.append(f"{found}; those outside of data.value_range=[{low:g}, {high:g}] are clipped")
+            notices.append(f"{found}; those outside data.value_range=[{low:g}, {high:g}] are clipped")
         if used.not_finite:
-            notices.append(f"{used.not_finite:,} pictures hold values that are NaN or infinite: NaN becomes black")
+            notices.append(f"{used.not_finite:,} images have NaN or infinite values: NaN becomes black")
     return notices
 
 
-def _describe_modes(modes: Counter[str], channels: int) -> list[str]:
+def _mode_notices(modes: Counter[str], channels: int) -> list[str]:
     total = sum(modes.values())
     grey = sum(count for mode, count in modes.items() if is_grey(mode))
     if channels > 1 and grey:
-        return [f"{grey} of {total} pictures are grey and are repeated over the colours (data.channels={channels})"]
+        return [f"{grey} of {total} images are grey and are copied to all colours (data.channels={channels})"]
     if channels == 1 and grey < total:
-        return [f"{total - grey} of {total} pictures have colour and are reduced to grey (data.channels=1)"]
+        return [f"{total - grey} of {total} images have colour and are converted to grey (data.channels=1)"]
     return []

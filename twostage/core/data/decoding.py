@@ -1,4 +1,4 @@
-"""Decodes or checks all pictures of a split by threads, and finds out what they are."""
+"""Decode or check all images of a split in threads, and count their modes, sizes and values."""
 
 import contextlib
 import hashlib
@@ -15,28 +15,29 @@ from PIL import Image, UnidentifiedImageError
 
 from twostage.core.data.records import Records
 from twostage.core.files import expand_home
-from twostage.core.images.conversion import image_to_uint8, printable
+from twostage.core.images.conversion import image_to_uint8
 from twostage.core.images.pixel_values import UsedValues, ValueRange
+from twostage.core.wording import one_line, printable
 
 __all__ = ["Findings", "check", "decode"]
 
 
 @dataclass
 class Findings:
-    """What some pictures are."""
+    """What decoding some images found."""
 
     bad: dict[int, str] = field(default_factory=dict)
-    """Why a row cannot be read."""
+    """The reason for each unreadable row."""
     modes: Counter[str] = field(default_factory=Counter)
     sizes: Counter[str] = field(default_factory=Counter)
     """"width x height"."""
     animated: int = 0
-    """Pictures of several frames."""
+    """The number of images with several frames."""
     values: dict[str, UsedValues] = field(default_factory=dict)
-    """By the type of the values in the files."""
+    """The values in the files, by their type (`8-bit`, `16-bit`, `float` ...)."""
 
     def add(self, other: "Findings") -> None:
-        """Counts those of ``other`` too; the numbers of bad rows have to be of the same split."""
+        """Add the counts of ``other``."""
         self.bad.update(other.bad)
         for kind, used in other.values.items():
             self.values.setdefault(kind, UsedValues(used.type_range)).add(used)
@@ -46,8 +47,7 @@ class Findings:
 
 
 def decode(records: Records, rows: list[int], out: np.ndarray, value_range: ValueRange | None) -> Findings:
-    """Decodes ``rows`` into ``out``, (len(rows), C, H, W) uint8, by threads (Pillow works outside the interpreter's
-    lock)."""
+    """Decode ``rows`` into ``out``, (len(rows), C, H, W) uint8, in threads (Pillow releases Python's lock)."""
     channels, height, width = out.shape[1:]
 
     def work(chunk: range) -> Findings:
@@ -61,7 +61,7 @@ def decode(records: Records, rows: list[int], out: np.ndarray, value_range: Valu
                 findings.modes[mode] += 1
                 findings.sizes[size] += 1
                 findings.animated += animated
-            except Exception as error:  # a broken file can raise nearly anything in a decoder
+            except Exception as error:  # a broken file can raise almost any error in a decoder
                 findings.bad[rows[place]] = _reason(error)
         return findings
 
@@ -77,19 +77,18 @@ def decode(records: Records, rows: list[int], out: np.ndarray, value_range: Valu
 
 
 def _reason(error: Exception) -> str:
-    """Why a picture cannot be read, in few words on one line."""
     if isinstance(error, UnidentifiedImageError):
-        return "not a readable picture"
+        return "not a readable image"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return "too large: more than 89 million pixels"
-    words = " ".join(printable(str(error)).split())
-    return (words if len(words) < 200 else f"{words[:200]} ...") or type(error).__name__
+    return one_line(printable(str(error)) or type(error).__name__)
 
 
 def check(
     records: Records, pixels: np.ndarray | None, form: tuple[int, int, int], value_range: ValueRange | None
 ) -> Findings:
-    """Decodes every picture: into ``pixels`` (n, *form), or to see only whether it can be (remembered between runs)."""
+    """Decode every image into ``pixels``, (n, *form); None: only check that it decodes, and cache the result for later
+    runs."""
     if pixels is not None:
         return decode(records, list(range(len(records))), pixels, value_range)
     cache = _scan_cache(records)
@@ -106,7 +105,7 @@ def check(
         rows = list(range(start, min(start + 1024, len(records))))
         findings.add(decode(records, rows, np.empty((len(rows), *form), dtype=np.uint8), value_range))
     values = {kind: vars(used) for kind, used in findings.values.items()}
-    with contextlib.suppress(OSError):  # a home that cannot be written to costs the next run another check
+    with contextlib.suppress(OSError):  # if the home folder is read-only, the next run checks again
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial = cache.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(vars(findings) | {"values": values}), encoding="utf-8")
@@ -117,7 +116,7 @@ def check(
 def _scan_cache(records: Records) -> Path:
     digest = hashlib.sha256(f"3 {len(records)} {records.version}".encode())
     for file in records.files or []:
-        stat = file.stat() if file.exists() else None  # a table can name a file that is not there
+        stat = file.stat() if file.exists() else None  # a table can name a missing file
         about = f"|{stat.st_size}|{stat.st_mtime_ns}\n" if stat else "|missing\n"
         digest.update(os.fsencode(file.absolute()) + about.encode())
     root = Path(expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))

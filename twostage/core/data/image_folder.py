@@ -1,4 +1,4 @@
-"""A folder of pictures: every file below it is a picture of a split, or is named with the reason why it is none."""
+"""A folder of images: each file below it becomes an image of a split, or is reported with the reason why not."""
 
 import os
 from dataclasses import dataclass, field
@@ -6,44 +6,43 @@ from pathlib import Path
 
 from twostage.core.data.splits import HELD_OUT, exact_split, reads_as_held_out, spelled_splits
 from twostage.core.errors import InputError
-from twostage.core.images.conversion import printable
+from twostage.core.wording import printable, some_of
 
 __all__ = ["IMAGE_SUFFIXES", "FolderContent", "ImageFolder", "list_folder", "understand_folder"]
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-MAX_NAMED = 5
 
 
 @dataclass
 class FolderContent:
     """What lies below a folder; paths are relative to it."""
 
-    pictures: list[Path] = field(default_factory=list)
+    images: list[Path] = field(default_factory=list)
     skipped: dict[Path, str] = field(default_factory=dict)
-    """What is no picture, with the reason: other files, hidden ones, links that lead nowhere or back to a folder
-    above, folders that cannot be read."""
+    """What is not an image, with the reason: other files, hidden files, broken links, links to a parent folder,
+    unreadable folders."""
     empty: list[Path] = field(default_factory=list)
-    """The folders without any picture below them (the highest one of each branch)."""
+    """Folders without any image below them (only the topmost of each branch)."""
 
 
 @dataclass
 class ImageFolder:
-    """How the pictures of a folder are laid out."""
+    """The splits and classes of a folder of images."""
 
     splits: dict[str, list[Path]]
-    """The files of each split, class after class."""
+    """The files of each split, sorted by class."""
     labels: dict[str, list[int] | None] | None
-    """The class of each; None for a held-out split without class folders, or where there are no classes at all."""
+    """The class of each file; None for a held-out split without class folders, or if nothing has classes."""
     class_names: list[str] | None
-    """As the folders are called, sorted."""
+    """The names of the class folders, sorted."""
     layout: str
-    """Where the splits and the classes were found, in words."""
+    """One sentence on where the splits and classes were found."""
     notices: list[str]
-    """Names that could be understood in another way."""
+    """Warnings about names that could be read in another way."""
 
 
 def list_folder(root: Path) -> FolderContent:
-    """Walks through ``root`` once, links to other folders included."""
+    """List everything below ``root``, following links to folders."""
     content = FolderContent()
     _walk(root, root, (), content, hidden=False)
     content.skipped = {path.relative_to(root): reason for path, reason in content.skipped.items()}
@@ -51,7 +50,7 @@ def list_folder(root: Path) -> FolderContent:
 
 
 def _walk(root: Path, folder: Path, above: tuple[tuple[int, int], ...], content: FolderContent, hidden: bool) -> bool:
-    """Sorts all files below ``folder`` into ``content``; returns whether there are pictures among them."""
+    """Sort all files below ``folder`` into ``content``; return whether any is an image."""
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)
@@ -61,9 +60,9 @@ def _walk(root: Path, folder: Path, above: tuple[tuple[int, int], ...], content:
         return False
     here = (status.st_dev, status.st_ino)
     if here in above:
-        content.skipped[folder] = "hidden" if hidden else "a link to a folder above it"
+        content.skipped[folder] = "hidden" if hidden else "a link to a parent folder"
         return False
-    pictured, empty_before = False, len(content.empty)
+    has_images, empty_before = False, len(content.empty)
     for entry in entries:
         path, is_hidden = folder / entry.name, hidden or entry.name.startswith(".")
         try:
@@ -71,51 +70,51 @@ def _walk(root: Path, folder: Path, above: tuple[tuple[int, int], ...], content:
         except OSError:  # a link to itself
             is_folder = is_file = False
         if is_folder:
-            pictured |= _walk(root, path, (*above, here), content, is_hidden)
+            has_images |= _walk(root, path, (*above, here), content, is_hidden)
         elif is_hidden:
             content.skipped[path] = "hidden"
         elif not is_file:
-            # Opening a pipe would wait.
-            content.skipped[path] = "a link to nothing" if entry.is_symlink() else "no file"
+            # Opening a pipe would block.
+            content.skipped[path] = "a broken link" if entry.is_symlink() else "not a regular file"
         elif path.suffix.lower() not in IMAGE_SUFFIXES:
-            content.skipped[path] = f"no picture: {path.suffix}" if path.suffix else "no picture"
+            content.skipped[path] = f"not an image: {path.suffix}" if path.suffix else "not an image"
         else:
-            content.pictures.append(path.relative_to(root))
-            pictured = True
-    if not pictured and not hidden:
+            content.images.append(path.relative_to(root))
+            has_images = True
+    if not has_images and not hidden:
         content.empty[empty_before:] = [folder.relative_to(root)]
-    return pictured
+    return has_images
 
 
 # --- splits and classes ---------------------------------------------------------------------------------------------
 
 
 def understand_folder(root: Path, content: FolderContent) -> ImageFolder:
-    """Finds the splits and the classes of pictures by the names of their folders.
+    """Find the splits and classes of images from the names of their folders.
 
     Raises:
-        InputError: no pictures, or a layout that can be understood in two ways.
+        InputError: there are no images, or the layout can be read in two ways.
     """
-    pictures = content.pictures
-    if not pictures:
+    images = content.images
+    if not images:
         known = " ".join(sorted(IMAGE_SUFFIXES))
-        raise InputError(f"data.source {root}: no pictures in this folder (looked for {known}, .parquet and .arrow)")
-    depth, notices = _split_depth(root, pictures), []
-    split_of = {path: "train" for path in pictures}
+        raise InputError(f"data.source {root}: expected images in this folder ({known}, .parquet or .arrow), got none")
+    depth, notices = _split_depth(root, images), []
+    split_of = dict.fromkeys(images, "train")
     if depth is not None:
-        split_of = {path: _split_at(path, depth) for path in pictures}
-    elif _split_by_file_names(pictures):
-        split_of = {path: spelled_splits(path.stem).pop() for path in pictures}
+        split_of = {path: _split_at(path, depth) for path in images}
+    elif _split_by_file_names(images):
+        split_of = {path: spelled_splits(path.stem).pop() for path in images}
     else:
-        notices = _possible_splits(pictures)
+        notices = _possible_splits(images)
     if depth is not None and set(split_of.values()) == {"train"}:
-        notices = _possible_splits([Path(*path.parts[depth + 1 :]) for path in pictures])
+        notices = _possible_splits([Path(*path.parts[depth + 1 :]) for path in images])
     _check_splits(root, split_of, depth)
-    class_of = _class_folders(pictures, depth)
+    class_of = _class_folders(images, depth)
     class_names = _class_names(root, split_of, class_of, depth)
     number = {name: i for i, name in enumerate(class_names or [])}
     splits: dict[str, list[Path]] = {}
-    for path in sorted(pictures, key=lambda path: (number.get(class_of[path] or "", 0), path)):
+    for path in sorted(images, key=lambda path: (number.get(class_of[path] or "", 0), path)):
         splits.setdefault(split_of[path], []).append(path)
     splits = {split: splits[split] for split in sorted(splits)}
     labels = None
@@ -127,25 +126,20 @@ def understand_folder(root: Path, content: FolderContent) -> ImageFolder:
             if not found:
                 notices.append(f"`{split}` has no class folders and is used without classes")
     if empty := [printable(path) for path in content.empty if path.parts]:
-        notices.append(f"folders without any picture: {_some(empty)}")
+        notices.append(f"folders without images: {some_of(empty)}")
     layout = _describe_splits(splits, depth) + (
-        "pictures without classes" if class_names is None else f"one folder a class ({len(class_names)} classes)"
+        "images without classes" if class_names is None else f"one folder per class ({len(class_names)} classes)"
     )
-    return ImageFolder(
-        {split: [root / path for path in paths] for split, paths in splits.items()},
-        labels,
-        class_names,
-        layout,
-        notices,
-    )
+    files = {split: [root / path for path in paths] for split, paths in splits.items()}
+    return ImageFolder(files, labels, class_names, layout, notices)
 
 
-def _folders_at(pictures: list[Path], depth: int) -> set[str]:
-    return {path.parts[depth] for path in pictures if len(path.parts) > depth + 1}
+def _folders_at(images: list[Path], depth: int) -> set[str]:
+    return {path.parts[depth] for path in images if len(path.parts) > depth + 1}
 
 
 def _meaning(name: str) -> str | None:
-    """The one split that a folder's name is or spells."""
+    """The split that a folder's name is or spells, if it is only one."""
     spelled = {exact} if (exact := exact_split(name)) else spelled_splits(name)
     return next(iter(spelled)) if len(spelled) == 1 else None
 
@@ -156,27 +150,27 @@ def _split_at(path: Path, depth: int) -> str:
     return split
 
 
-def _split_depth(root: Path, pictures: list[Path]) -> int | None:
-    """How many folders stand above those that are splits (0 for `train/cat/1.png`, 1 for `cat/train/1.png`); None
-    where no folder is a split.
+def _split_depth(root: Path, images: list[Path]) -> int | None:
+    """How many folders lie above the split folders (0 for `train/cat/1.png`, 1 for `cat/train/1.png`); None without
+    split folders.
 
-    Folders at a depth are splits if each picture is below one. One that is not called by a split's very name, such as
-    `train_station`, counts only where both training and held-out pictures are spelled like that. Below folders that
-    all are `train`, only training and held-out ones beside each other are splits.
+    The folders at a depth are splits if every image is below one of them. A folder that only contains a split's word,
+    such as `train_station`, counts only if both training and held-out images have such folders. Below folders that are
+    all `train`, the next folders are splits only if there are training and held-out folders side by side.
 
     Raises:
-        InputError: some folders beside each other are splits, others are not.
+        InputError: only some of the folders at one depth are splits.
     """
-    only_train = None  # the depth of folders that all say `train`
-    for depth in range(max(len(path.parts) for path in pictures) - 1):
-        folders = _folders_at(pictures, depth)
+    only_train = None  # the depth at which all folders are `train`
+    for depth in range(max(len(path.parts) for path in images) - 1):
+        folders = _folders_at(images, depth)
         meanings = {name: _meaning(name) for name in sorted(folders)}
         splits, exact = set(meanings.values()), {name for name in folders if exact_split(name)}
         both = "train" in splits and bool(splits & HELD_OUT)
-        complete = None not in splits and all(len(path.parts) > depth + 1 for path in pictures)
+        complete = None not in splits and all(len(path.parts) > depth + 1 for path in images)
         if complete and (both or (only_train is None and exact == folders and splits != {"train"})):
             return depth
-        if only_train is not None:  # below `train` names are those of classes, unless all of them are splits
+        if only_train is not None:  # names below `train` are classes, unless all of them are splits
             continue
         if complete and exact == folders:
             only_train = depth
@@ -184,78 +178,80 @@ def _split_depth(root: Path, pictures: list[Path]) -> int | None:
         if both or any(exact_split(name) in HELD_OUT for name in exact) or (exact and depth == 0):
             named = [printable(name) for name in meanings if (name in exact if exact else meanings[name])]
             others = [printable(name) for name in meanings if name not in exact and (exact or not meanings[name])]
-            beside = f"the folders {_some(others)}" if others else "pictures that are in none of these"
+            beside = f"the folders {some_of(others)}" if others else "images outside these folders"
             raise InputError(
-                f"data.source {root}: holds the split{'s' * (len(named) > 1)} {_some(named)} and also {beside}; "
-                "expected either only train, val and test or one folder a class. Put the training images into train/ "
-                "(in which a class may be called test), or rename the folders"
+                f"data.source {root}: has the split{'s' * (len(named) > 1)} {some_of(named)} next to {beside}; "
+                "expected either only train, val and test, or one folder per class. Put the training images into "
+                "train/ (a class inside it may be called test), or rename the folders"
             )
     return only_train
 
 
-def _split_by_file_names(pictures: list[Path]) -> bool:
-    """Whether every file's name spells its split, as in `train_001.png` and `test_001.png`."""
+def _split_by_file_names(images: list[Path]) -> bool:
+    """Whether every file's name spells one split, as in `train_001.png` and `test_001.png`."""
     found: set[str] = set()
-    for path in pictures:
+    for path in images:
         if len(splits := spelled_splits(path.stem)) != 1:
             return False
         found |= splits
     return "train" in found and bool(found & HELD_OUT)
 
 
-def _possible_splits(pictures: list[Path]) -> list[str]:
-    """Warns of names that read as held out where others do not, so that all are trained on."""
+def _possible_splits(images: list[Path]) -> list[str]:
+    """Warnings about training images whose names look like held-out ones."""
     notices = []
-    folders = sorted({part for path in pictures for part in path.parts[:-1]})
+    folders = sorted({part for path in images for part in path.parts[:-1]})
     folders = [part for part in folders if spelled_splits(part) & HELD_OUT or reads_as_held_out(part)]
     if folders:
         notices.append(
-            f"the folders {_some([printable(name) for name in folders])} are used for training like the others, though "
-            "their names read like held-out splits; if they are, put the others into train/ and these into test/"
+            f"the folders {some_of(map(printable, folders))} are used for training, but their names look like held-out "
+            "splits; if they are held out, put them into test/ and the others into train/"
         )
-    files = [path for path in pictures if spelled_splits(path.stem) & HELD_OUT]
-    if files and len(files) < len(pictures):
+    files = [path for path in images if spelled_splits(path.stem) & HELD_OUT]
+    if files and len(files) < len(images):
         notices.append(
-            f"{len(files):,} of {len(pictures):,} pictures have names that read as held out, such as "
-            f"{printable(files[0])}, and are used like the others; if they are held out, put them into test/ and the "
-            "others into train/"
+            f"{len(files):,} of {len(images):,} images have names that look held out, such as {printable(files[0])}, "
+            "but are used like the others; if they are held out, put them into test/ and the others into train/"
         )
     return notices
 
 
 def _check_splits(root: Path, split_of: dict[Path, str], depth: int | None) -> None:
-    """Refuses splits without `train`, and two folders that are the same one."""
+    """Reject splits without `train`, and two folders that mean the same split."""
     if depth is not None:
-        beside: dict[tuple[str, ...], list[str]] = {}  # the folders by the one that they lie in
+        siblings: dict[tuple[str, ...], list[str]] = {}
         for parts in sorted({path.parts[: depth + 1] for path in split_of}):
-            beside.setdefault(parts[:-1], []).append(parts[-1])
-        for names in beside.values():
+            siblings.setdefault(parts[:-1], []).append(parts[-1])
+        for names in siblings.values():
             if len({_meaning(name) for name in names}) < len(names):
                 raise InputError(
-                    f"data.source {root}: several of its folders {', '.join(map(printable, names))} are the same "
-                    "split; name them train, val and test, each once"
+                    f"data.source {root}: two of the folders {', '.join(map(printable, names))} mean the same split; "
+                    "expected each of train, val and test at most once. Rename or merge the folders"
                 )
     if "train" not in (splits := sorted(set(split_of.values()))):
         raise InputError(f"data.source {root}: has the splits {splits}, expected one named train")
 
 
-def _class_folders(pictures: list[Path], depth: int | None) -> dict[Path, str | None]:
-    """The folder that each picture's class is called by: the first one below its split, or else above it, that they do
-    not have in common; without such a one the first below; None for a picture without."""
+def _class_folders(images: list[Path], depth: int | None) -> dict[Path, str | None]:
+    """The folder that names each image's class; None for an image without one.
+
+    It is the first folder below the split, or else above it, whose name is not the same for all images; if there is no
+    such folder, the first one below the split.
+    """
     below = 0 if depth is None else depth + 1
-    deepest = min(len(path.parts) for path in pictures) - 1  # levels that every picture has a folder at
-    class_of = {path: path.parts[below] if len(path.parts) > below + 1 else None for path in pictures}
+    deepest = min(len(path.parts) for path in images) - 1  # the levels at which every image has a folder
+    class_of = {path: path.parts[below] if len(path.parts) > below + 1 else None for path in images}
     if deepest > below or not any(class_of.values()):
         for level in (*range(below, deepest), *range(depth or 0)):
-            if len({path.parts[level] for path in pictures}) > 1:
-                return {path: path.parts[level] for path in pictures}
+            if len({path.parts[level] for path in images}) > 1:
+                return {path: path.parts[level] for path in images}
     return class_of
 
 
 def _class_names(
     root: Path, split_of: dict[Path, str], class_of: dict[Path, str | None], depth: int | None
 ) -> list[str] | None:
-    """The class folders of `train`, which every split has to share; None where its pictures have no folders."""
+    """The class folders of `train`, which every split must share; None if `train` has no folders."""
     of_split: dict[str, set[str]] = {split: set() for split in split_of.values()}
     is_flat, where = dict.fromkeys(of_split, False), dict.fromkeys(of_split, root)
     for path, split in split_of.items():
@@ -269,19 +265,18 @@ def _class_names(
     classes = sorted(of_split["train"])
     if is_flat["train"] and classes:
         raise InputError(
-            f"data.source {where['train']}: holds pictures and also folders of pictures "
-            f"({_some([printable(name) for name in classes])}); expected either pictures only (no classes) or one "
-            "folder a class"
+            f"data.source {where['train']}: has images next to folders of images ({some_of(map(printable, classes))}); "
+            "expected either only images (no classes) or one folder per class"
         )
     for split, names in sorted(of_split.items()):
         unknown = [printable(name) for name in sorted(names - set(classes))]
-        if split != "train" and classes and not names:  # all without a class
+        if split != "train" and classes and not names:  # a held-out split without classes
             continue
         if unknown or is_flat[split] != is_flat["train"]:
-            what = f"has the folders {unknown}" if unknown else "holds pictures outside class folders"
-            known = f"the classes {classes}; name them alike" if classes else "no classes; give both the same layout"
+            what = f"has the folders {unknown}" if unknown else "has images outside class folders"
+            known = f"the classes {classes}. Use the same names" if classes else "no classes. Use the same layout"
             place = where[split] if where[split] != root else f"{root} (`{split}`)"
-            raise InputError(f"data.source {place}: {what}, but `train` has {known}")
+            raise InputError(f"data.source {place}: {what}, but `train` has {known} for both")
     return classes or None
 
 
@@ -289,11 +284,7 @@ def _describe_splits(splits: dict[str, list[Path]], depth: int | None) -> str:
     if len(splits) == 1:
         return ""
     if depth is None:
-        return f"the splits {', '.join(splits)} by the names of the files, each "
+        return f"the splits {', '.join(splits)} from the file names, each with "
     folders = {split: sorted({path.parts[depth] for path in paths}) for split, paths in splits.items()}
     named = [split if folders[split] == [split] else f"{split} ({printable(folders[split][0])})" for split in splits]
-    return f"the splits {', '.join(named)}, each "
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:MAX_NAMED]) + (f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else "")
+    return f"the splits {', '.join(named)}, each with "

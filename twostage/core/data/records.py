@@ -1,4 +1,4 @@
-"""What was found at a `data.source`: the undecoded pictures of each split."""
+"""What `data.source` holds: the images of each split, not yet decoded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,30 +7,32 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-__all__ = ["Records", "Source", "shortened"]
+__all__ = ["Records", "Source"]
 
 
 @dataclass
 class Records:
-    """The undecoded pictures of one split: a name for messages, a label, and how to open each."""
+    """The images of one split, not yet decoded."""
 
     names: list[str]
-    labels: np.ndarray | None  # (n,) int64
+    """For messages."""
+    labels: np.ndarray | None
+    """(n,) int64."""
     open: Callable[[int], Image.Image]
     sizes: Callable[[], np.ndarray]
-    """Bytes of each picture, (n,) int64; 0 for one that is not there."""
+    """Bytes of each image, (n,) int64; 0 for a missing one."""
     origin: str
-    """What the names begin with: where they are, which does not matter to what they are."""
+    """The beginning of every name: the location, which content hashes ignore."""
     files: list[Path] | None = None
-    """Where each picture has a file of its own."""
+    """The file of each image; None if a file holds many images."""
     version: str = ""
-    """Changes when a file that holds many pictures does."""
+    """Changes whenever a file that holds many images changes."""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def take(self, rows: np.ndarray) -> "Records":
-        """Some of them, in that order."""
+        """These rows, in this order."""
         return Records(
             [self.names[row] for row in rows],
             None if self.labels is None else self.labels[rows],
@@ -44,16 +46,11 @@ class Records:
 
 @dataclass
 class Source:
-    """What was understood of a `data.source`."""
+    """The splits, classes and notices of one `data.source`."""
 
     description: str
     splits: dict[str, Records]
     class_names: list[str] | None
     notices: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    """Files that are no pictures, each with the reason."""
-
-
-def shortened(names: list[str], most: int = 5) -> str:
-    """The first of many names."""
-    return "; ".join(names[:most]) + (f"; and {len(names) - most:,} more" if len(names) > most else "")
+    """Files that are not images, each with the reason."""

@@ -1,9 +1,9 @@
-"""`shapes`: labelled pictures drawn by the project, so that training starts with nothing on disk.
+"""`shapes`: labelled images that twostage draws itself, so that training needs nothing on disk.
 
-One anti-aliased shape a picture, varied in colour, size, rotation, position and background. Picture i depends on the
-seed and on i alone, whatever is drawn beside it.
+Each image has one anti-aliased shape; colour, size, rotation, position and background vary. Image i only depends on the
+seed and on i.
 
-Axes: n pictures, h and w pixels.
+Axes: n images, h and w pixels.
 """
 
 from collections.abc import Callable
@@ -70,27 +70,30 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "crescent": _crescent,
 }
 CLASS_NAMES = list(SHAPES)
-_BLOCK = 512  # pictures whose random numbers are drawn together
-_DRAWS = 8  # random numbers a picture
-MAX_ROTATION = np.pi / 10  # either way
-NUM_HUES = 6  # of shapes and of grounds
+_BLOCK = 512  # images whose random numbers are drawn together
+_DRAWS = 8  # random numbers per image
+MAX_ROTATION = np.pi / 10  # in both directions
+NUM_HUES = 6  # for shapes and for backgrounds
 
 
 def draw_shapes(start: int, count: int, size: tuple[int, int], channels: int, seed: int = 0) -> np.ndarray:
-    """Pictures ``start`` ... ``start + count - 1``; the class of picture i is ``i % len(CLASS_NAMES)``.
+    """Images ``start`` ... ``start + count - 1``; the class of image i is ``i % len(CLASS_NAMES)``.
+
+    Args:
+        size: (height, width).
 
     Returns:
         (count, channels, H, W) uint8; 1 channel is the luminance, a 4th channel is opaque alpha.
     """
-    pictures = np.empty((count, channels, *size), dtype=np.uint8)
+    images = np.empty((count, channels, *size), dtype=np.uint8)
     for first in range(start - start % _BLOCK, start + count, _BLOCK):
         draws = np.random.Generator(np.random.Philox(key=[seed, first])).random((_BLOCK, _DRAWS), dtype=np.float32)
         for label, distance in enumerate(SHAPES.values()):
             rows = np.arange(first + label, first + _BLOCK, len(SHAPES))
             rows = rows[(rows >= start) & (rows < start + count)]
             if len(rows):
-                pictures[rows - start] = _draw(distance, draws[rows - first], size, channels)
-    return pictures
+                images[rows - start] = _draw(distance, draws[rows - first], size, channels)
+    return images
 
 
 def _draw(distance: Callable, draws: np.ndarray, size: tuple[int, int], channels: int) -> np.ndarray:
@@ -104,8 +107,8 @@ def _draw(distance: Callable, draws: np.ndarray, size: tuple[int, int], channels
     signed = distance((cos * x + sin * y) / radius, (cos * y - sin * x) / radius) * radius
     cover = np.clip(0.5 - signed, 0, 1)[..., None]  # (n, h, w, 1): the share of the pixel that the shape covers
 
-    # Colours come from a small palette: which shade it is then takes a prior few nats, and the shape gets the rest.
-    dark = draws[:, 4] < 0.5  # a dark ground under a bright shape, or the reverse: the shape stands out
+    # With a small palette, a prior spends few nats on the colour and most of its capacity on the shape.
+    dark = draws[:, 4] < 0.5  # a bright shape on a dark background, or the other way round
     hue, ground_hue = np.floor(draws[:, 5:7] * NUM_HUES).T / NUM_HUES
     ink = _colour(hue, 0.95, np.where(dark, 0.95, 0.6))
     ground = _colour(ground_hue, np.where(dark, 0.5, 0.16) * (draws[:, 7] < 0.5), np.where(dark, 0.14, 0.96))
@@ -119,7 +122,7 @@ def _draw(distance: Callable, draws: np.ndarray, size: tuple[int, int], channels
 
 
 def _centre(draw: np.ndarray, side: int, radius: np.ndarray) -> np.ndarray:
-    """Where along a side the shape stands: anywhere in the middle of what keeps it inside the picture."""
+    """The shape's centre along one side, somewhere in the middle, so that the shape stays inside the image."""
     return side / 2 + (draw - 0.5) * 0.7 * (side - 2 * radius)
 
 

@@ -1,15 +1,28 @@
-"""Which rows of a split are shown or measured where not all of them are: spread over it, and over its classes."""
+"""Which rows of a split are shown or measured, and which of its classes occur."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["spread", "spread_over_classes"]
+__all__ = ["names_without_images", "spread", "spread_over_classes"]
+
+
+def names_without_images(labels: Tensor | np.ndarray | None, class_names: Sequence[str] | None) -> list[str]:
+    """The class names that no label stands for; [] without labels or names.
+
+    Args:
+        labels: (n,) int64.
+    """
+    if labels is None or class_names is None:
+        return []
+    counts = np.bincount(np.asarray(labels), minlength=len(class_names))
+    return [name for name, count in zip(class_names, counts, strict=True) if not count]
 
 
 def spread(total: int, wanted: int | None) -> Tensor:
-    """Every row of ``total``, or ``wanted`` of them at equal distances, (n,) int64: a split may be sorted by class."""
+    """``wanted`` rows at equal distances, (n,) int64, because a split may be sorted by class; None: all ``total``."""
     count = min(wanted or total, total)
     return torch.arange(count) * total // count
 
@@ -21,14 +34,14 @@ def _evenly(rows: Tensor, count: int) -> Tensor:
 def spread_over_classes(
     labels: Tensor | None, total: int, count: int, choose: Callable[[Tensor, int], Tensor] = _evenly
 ) -> Tensor:
-    """At most ``count`` rows of a split: equally many of each class where it has them, the classes in turn.
+    """At most ``count`` rows of a split, as equally over the classes as possible, cycling through the classes.
 
-    The same labels always give the same rows. With more classes than ``count``, the classes are spread evenly too.
+    The same labels always give the same rows. If there are more classes than ``count``, evenly spaced classes are used.
 
     Args:
-        labels: (total,) int64; None: the rows are one class.
+        labels: (total,) int64; None: all rows belong to one class.
         total: rows of the split.
-        choose: gives the wanted number of one class's rows, (n,) int64 in ascending order; by default spread evenly.
+        choose: picks the wanted number from one class's rows, (n,) int64 in ascending order; by default evenly spaced.
 
     Returns:
         (min(count, total),) int64.
@@ -40,11 +53,11 @@ def spread_over_classes(
         groups = [groups[i] for i in spread(len(groups), count).tolist()]
     wanted = [0] * len(groups)
     left = min(count, sum(map(len, groups)))
-    while left:  # a small class leaves its share to the others
+    while left:  # what a small class cannot fill goes to the others
         for i, group in enumerate(groups):
             if left and wanted[i] < len(group):
                 wanted[i] += 1
                 left -= 1
     chosen = [choose(group, share) for group, share in zip(groups, wanted, strict=True)]
-    turns = [rows[turn] for turn in range(max(wanted, default=0)) for rows in chosen if turn < len(rows)]
-    return torch.stack(turns) if turns else torch.empty(0, dtype=torch.long)
+    cycled = [rows[i] for i in range(max(wanted, default=0)) for rows in chosen if i < len(rows)]
+    return torch.stack(cycled) if cycled else torch.empty(0, dtype=torch.long)

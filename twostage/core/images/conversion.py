@@ -1,6 +1,5 @@
-"""The one place where pixels change their form: PIL image -> uint8 (C, H, W) -> float [-1, 1] and back."""
+"""The only place that converts pixels: PIL image -> uint8 (C, H, W) -> float [-1, 1] and back."""
 
-import os
 import warnings
 from pathlib import Path
 from typing import IO, Any
@@ -20,41 +19,35 @@ from twostage.core.images.pixel_values import (
     white_is_zero,
 )
 
-__all__ = ["image_to_uint8", "open_image", "printable", "quiet_decoders", "to_float", "to_pil", "to_uint8"]
+__all__ = ["image_to_uint8", "open_image", "quiet_decoders", "to_float", "to_pil", "to_uint8"]
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
-"""Of pictures, whatever their names say; Pillow's others may start programs, as EPS does."""
+"""The image formats to read, whatever a file's name says. Other Pillow formats may start programs, as EPS does."""
 UNSOUND = {"group3", "group4", "tiff_ccitt", "jpeg", "tiff_jpeg"}
-"""Compressions of TIFF in which Pillow 12.3 with libtiff 4.7.1 tells no damage, but shows what was in memory before in
-place of the pixels that it has not: others each time."""
+"""TIFF compressions in which Pillow 12.3 with libtiff 4.7.1 does not report damage, but fills missing pixels with
+whatever was in memory, differently each time."""
 
 
 def open_image(file: Path | IO[bytes]) -> Image.Image:
-    """Opens a picture; it is decoded when its pixels are asked for.
+    """Open an image; Pillow decodes it when its pixels are first needed.
 
     Raises:
-        Exception: nearly any, for a broken file; `DecompressionBombError` above Pillow's limit of 179 million pixels
-            and, after :func:`quiet_decoders`, `DecompressionBombWarning` above 89 million.
+        Exception: almost any type for a broken file; `DecompressionBombError` above Pillow's limit of 179 million
+            pixels and, after :func:`quiet_decoders`, `DecompressionBombWarning` above 89 million.
     """
     image = Image.open(file, formats=FORMATS)
     if image.format == "TIFF" and image.info.get("compression") in UNSOUND:
         image.close()
-        raise ValueError(f"a TIFF with the compression {image.info['compression']}, which hides damage; save it as PNG")
+        raise ValueError(f"TIFF compression {image.info['compression']!r} can hide damage; save the image as PNG")
     return image
 
 
 def quiet_decoders() -> None:
-    """For the whole process: Pillow's remarks about odd files are not shown, and pictures of more than 89 million
-    pixels are errors. (Python's way to do so within a block is not safe with threads.)"""
+    """Hide Pillow's warnings about odd files and make images above 89 million pixels an error, for the whole process
+    (`warnings.catch_warnings` is not safe with threads)."""
     warnings.filterwarnings("ignore", module=r"PIL\b")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-
-
-def printable(name: str | os.PathLike[str]) -> str:
-    """A file's name on one line, whatever bytes are in it."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def image_to_uint8(
@@ -64,14 +57,15 @@ def image_to_uint8(
     value_range: ValueRange | None = None,
     used: dict[str, UsedValues] | None = None,
 ) -> np.ndarray:
-    """Brings any picture to (channels, H, W) uint8: EXIF orientation applied, mode converted, cropped at its centre to
-    the wanted shape and resized (Lanczos, antialiased) to ``size`` = (H, W).
+    """Convert any image to (channels, H, W) uint8.
 
-    Transparent pictures are laid on white when ``channels`` is below 4.
+    Apply the EXIF orientation, convert the mode, crop at the centre to the wanted shape and resize (Lanczos,
+    antialiased). Transparent images get a white background if ``channels`` is below 4.
 
     Args:
-        value_range: the values that become black and white; None: the range of the file's type (`value_type`).
-        used: gets the values that occur, by type.
+        size: (H, W).
+        value_range: the values that become black and white; None: the range of the file's type.
+        used: collects the values that occur, by type.
     """
     (kind, type_range), inverted = value_type(image), white_is_zero(image)
     values = UsedValues(type_range, images=1)
@@ -106,12 +100,12 @@ def image_to_uint8(
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """uint8 [0, 255] -> float32 [-1, 1]."""
+    """Convert uint8 [0, 255] to float32 [-1, 1]."""
     return pixels.float().mul_(2 / 255).sub_(1)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """float [-1, 1] -> uint8 [0, 255], clipped and rounded."""
+    """Convert float [-1, 1] to uint8 [0, 255], clipped and rounded."""
     return images.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Fonts that have the characters of what is drawn into an image: class names are written in every script."""
+"""Fonts for text that is drawn into images: class names may be in any script."""
 
 import contextlib
 import functools
@@ -12,20 +12,20 @@ from typing import Any
 
 from PIL import ImageFont, features
 
-__all__ = ["class_labels", "figure_families", "font_for", "legible", "load_matplotlib", "shortened"]
+__all__ = ["class_labels", "figure_families", "fit_width", "font_for", "legible", "load_matplotlib"]
 
 SIZE = 13  # pixels
 IGNORED = {*range(0xFE00, 0xFE10), 0x200B, 0x200C, 0x200D, 0x200E, 0x200F, 0x2060, 0xFEFF}
-"""Characters that choose or join glyphs and have none themselves."""
-TURNING = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
-"""Characters that turn the direction of the text after them, by which a name can be drawn as another one."""
+"""Characters without a glyph of their own, which select or join the glyphs of others."""
+DIRECTION_MARKS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+"""Characters that change the direction of the text after them, so that one name can be made to look like another."""
 UNWRITABLE = ("Cc", "Cs", "Co", "Cn")
-"""Categories of characters that nobody can read: control characters, halves of pairs, private and unassigned ones."""
+"""Categories of characters that cannot be drawn: control characters, surrogates, private and unassigned ones."""
 
 
 @functools.cache
 def load_matplotlib() -> Any:
-    """matplotlib, also where MPLBACKEND names a backend that is not there; where it is there, it stays chosen."""
+    """Import matplotlib, even if MPLBACKEND names a missing backend; an existing one stays selected."""
     asked = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib
@@ -33,7 +33,7 @@ def load_matplotlib() -> Any:
         if asked is not None:
             os.environ["MPLBACKEND"] = asked
     if asked:
-        with contextlib.suppress(ValueError):  # of another program; what is drawn here is drawn by Agg
+        with contextlib.suppress(ValueError):  # a missing backend does not matter: twostage draws with Agg
             matplotlib.rcParams["backend"] = asked
     return matplotlib
 
@@ -45,12 +45,12 @@ def class_labels(
     max_width: float = math.inf,
     complex_scripts: bool = True,
 ) -> list[str]:
-    """What stands for each class in an image: its name, or `class 3` where no font can write it.
+    """The text for each class in an image: its name, or `class 3` if no font can write it.
 
     Args:
-        numbers: of the classes; None: 0, 1, 2 ...
+        numbers: the number of each class; None: 0, 1, 2 ...
         max_width: in pixels; longer names are shortened.
-        complex_scripts: whether what draws them joins letters and orders them from right to left.
+        complex_scripts: whether the renderer can join letters and write from right to left.
     """
     found = []
     for name, number in zip(names, range(len(names)) if numbers is None else numbers, strict=True):
@@ -59,28 +59,27 @@ def class_labels(
         if font is None or (not complex_scripts and _is_complex(text)):
             found.append(f"class {number}")
         else:
-            found.append(shortened(text, font, max_width))
+            found.append(fit_width(text, font, max_width))
     return found
 
 
 def legible(text: str) -> str:
-    """``text`` on one line; where no font has all of its characters, those that DejaVu Sans lacks as escapes."""
+    """``text`` on one line; if no font has all its characters, those missing in DejaVu Sans become escapes."""
     text = _one_line(text)
     if font_for(text) is not None:
         return text
-    there = _characters(_font_files()[0])
-    known = [ord(c) in there and not _is_unwritable(c) and not _is_complex(c) for c in text]
+    available = _characters(_font_files()[0])
+    known = [ord(c) in available and not _is_unwritable(c) and not _is_complex(c) for c in text]
     return "".join(
         c if is_known else c.encode("unicode_escape").decode() for c, is_known in zip(text, known, strict=True)
     )
 
 
-def shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """``text``, without its middle where it is wider than ``width`` pixels: names often differ at their ends alone."""
+def fit_width(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """``text``, without its middle if it is wider than ``width`` pixels: names often only differ at their ends."""
     if font.getlength(text) <= width:
         return text
-    for left_out in range(1, len(text)):
-        kept = len(text) - left_out
+    for kept in range(len(text) - 1, 0, -1):
         short = text[: (kept + 1) // 2] + ".." + text[len(text) - kept // 2 :]
         if font.getlength(short) <= width:
             return short
@@ -89,7 +88,7 @@ def shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wid
 
 @functools.cache
 def font_for(text: str, size: int = SIZE) -> ImageFont.FreeTypeFont | ImageFont.ImageFont | None:
-    """A font that has every character of ``text``; None where this machine has none."""
+    """A font with every character of ``text``; None if this machine has none."""
     if text.isascii() and text.isprintable():
         return ImageFont.load_default(size)
     if any(map(_is_unwritable, text)):
@@ -101,8 +100,8 @@ def font_for(text: str, size: int = SIZE) -> ImageFont.FreeTypeFont | ImageFont.
 
 
 def figure_families(texts: Iterable[str]) -> list[str]:
-    """The font families with which matplotlib can write all of ``texts``, each of which :func:`font_for` has a font
-    for: it takes each character from the first that has it."""
+    """The font families for matplotlib to write ``texts``, for each of which :func:`font_for` finds a font. matplotlib
+    takes each character from the first family that has it."""
     load_matplotlib()
     from matplotlib.font_manager import fontManager
 
@@ -118,7 +117,7 @@ def _file_for(codes: frozenset[int]) -> str | None:
 
 @functools.cache
 def _font_files() -> list[str]:
-    """DejaVu Sans, which comes with matplotlib, then the upright ones of ordinary weight that the system has."""
+    """DejaVu Sans, which comes with matplotlib, then the system's upright fonts of regular weight."""
     matplotlib = load_matplotlib()
     from matplotlib.font_manager import fontManager
 
@@ -137,27 +136,27 @@ def _font_files() -> list[str]:
 
 @functools.cache
 def _characters(file: str) -> frozenset[int]:
-    """The code points that a font file has glyphs for; none of a font that cannot be drawn in this size."""
+    """The code points with a glyph in a font file; none if the font cannot be drawn in this size."""
     from matplotlib.ft2font import FT2Font
 
     try:
-        ImageFont.truetype(file, SIZE)  # some fonts of emoji are pictures of one size
+        ImageFont.truetype(file, SIZE)  # some emoji fonts only have bitmaps of one size
         return frozenset(FT2Font(file).get_charmap())
     except (OSError, RuntimeError):
         return frozenset()
 
 
 def _one_line(text: str) -> str:
-    """Composed characters, and a space for each stretch of white space."""
+    """Compose characters and replace each run of white space by one space."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _is_unwritable(character: str) -> bool:
-    return unicodedata.category(character) in UNWRITABLE or ord(character) in TURNING
+    return unicodedata.category(character) in UNWRITABLE or ord(character) in DIRECTION_MARKS
 
 
 def _is_complex(text: str) -> bool:
-    """Whether characters change by their neighbours, or run from right to left."""
+    """Whether characters change shape next to others, or are written from right to left."""
     return any(
         unicodedata.bidirectional(c) in ("R", "AL", "AN") or unicodedata.category(c) in ("Mn", "Mc", "Me") for c in text
     )

@@ -1,4 +1,4 @@
-"""What the numbers in an image file mean: the range that becomes black to white, and the range that is used."""
+"""What the numbers in an image file mean: which range becomes black to white, and which values occur."""
 
 from dataclasses import dataclass
 
@@ -17,29 +17,28 @@ __all__ = [
 ]
 
 ValueRange = tuple[float, float]
-"""The lowest and the highest value: black and white."""
+"""The values of black and of white."""
 
-BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
-FEW = 0.3
-"""Of the range. Images of which all use less are likely of another one."""
+MIN_USED_SHARE = 0.3
+"""If all images use less of their range, they were probably meant for another range."""
 TOLERANCE = 0.01
-"""Of the range: floats that lie outside by less, as resizing makes them, are clipped without a word."""
+"""Share of the range: floats outside by less (resizing produces them) are clipped without a warning."""
 
 
 def is_grey(mode: str) -> bool:
-    """Whether images of this mode of Pillow's have no colour: `1`, `L`, `LA`, `F`, and all kinds of `I`."""
+    """Whether images of this Pillow mode have no colour: `1`, `L`, `LA`, `F`, and all kinds of `I`."""
     return mode in ("1", "L", "LA", "La", "F") or mode.startswith("I")
 
 
 def is_wide(image: Image.Image) -> bool:
-    """Whether its pixels are not 8-bit numbers: 12, 16 and 32 bits, and floats. Pillow has them in grey only."""
+    """Whether its pixels are not 8-bit numbers, but 12, 16 or 32 bits or floats. Pillow only has grey ones."""
     return image.mode == "F" or image.mode.startswith("I")
 
 
 def value_type(image: Image.Image) -> tuple[str, ValueRange]:
-    """What the file says of its values, such as `16-bit`, and their range: all that such a number can be; 0 to 1 for
-    floats."""
+    """The type of the file's values, such as `16-bit`, and the range of that type (0 to 1 for floats)."""
     if not is_wide(image):
         return "8-bit", (0, 255)
     if image.mode == "F":
@@ -55,20 +54,20 @@ def value_type(image: Image.Image) -> tuple[str, ValueRange]:
 
 
 def pixel_values(image: Image.Image, kind: str) -> np.ndarray:
-    """The values of a wide image of the type ``kind`` (`value_type`) as its file has them, (H, W) float64."""
+    """The values in the file of a wide image, (H, W) float64; ``kind`` is the type from :func:`value_type`."""
     values = np.asarray(image)
     if kind == "32-bit":
-        values = values.view(np.uint32)  # Pillow reads them as signed ones
+        values = values.view(np.uint32)  # Pillow reads them as signed numbers
     return values.astype(np.float64)
 
 
 def white_is_zero(image: Image.Image) -> bool:
-    """Whether a wide image's lowest value is white; Pillow turns round those of 8 bits only."""
+    """Whether 0 is white in a wide image; Pillow only inverts 8-bit images itself."""
     return is_wide(image) and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
 
 
 def scaled_to_8_bits(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
-    """Values (...) as uint8: the range's ends become 0 and 255, what is outside is clipped, NaN becomes 0."""
+    """Values (...) as uint8: the range is mapped to 0 ... 255, values outside are clipped, NaN becomes 0."""
     low, high = value_range
     scaled = (values.astype(np.float64) - low) * (255 / (high - low))
     return np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0).clip(0, 255).round().astype(np.uint8)
@@ -76,33 +75,33 @@ def scaled_to_8_bits(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
 
 @dataclass
 class UsedValues:
-    """Which values occur in images of one type."""
+    """The values that occur in images of one type."""
 
     type_range: ValueRange
     images: int = 0
     low: float = float("inf")
     high: float = float("-inf")
     not_finite: int = 0
-    """Images in which some pixels are NaN or infinite."""
+    """The number of images with NaN or infinite pixels."""
 
     def add(self, other: "UsedValues") -> None:
-        """Counts the images of ``other`` too."""
+        """Add the images of ``other``."""
         self.images += other.images
         self.not_finite += other.not_finite
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
 
-    def hidden(self, value_range: ValueRange | None) -> bool:
-        """Whether values of a type other than 8 bits differ, but lie so close together that no image shows it."""
+    def one_shade(self, value_range: ValueRange | None) -> bool:
+        """Whether values of more than 8 bits differ, but by less than one of the 256 shades."""
         low, high = value_range or self.type_range
         return self.type_range != (0, 255) and 0 < self.high - self.low < (high - low) / 256
 
-    def little(self, value_range: ValueRange | None) -> bool:
-        """Whether the images use little of their range, so that all are dark, bright or flat."""
+    def low_contrast(self, value_range: ValueRange | None) -> bool:
+        """Whether the images use a small part of their range, so that all look dark, bright or flat."""
         low, high = value_range or self.type_range
-        return self.high > self.low and min(self.high, high) - max(self.low, low) < FEW * (high - low)
+        return self.high > self.low and min(self.high, high) - max(self.low, low) < MIN_USED_SHARE * (high - low)
 
     def outside(self, value_range: ValueRange | None) -> bool:
-        """Whether values lie outside of the range and are clipped."""
+        """Whether values are outside the range and will be clipped."""
         low, high = value_range or self.type_range
         margin = TOLERANCE * (high - low)
         return self.high > high + margin or self.low < low - margin

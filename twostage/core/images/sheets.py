@@ -1,4 +1,4 @@
-"""Pictures that people look at: contact sheets with captions, and loss curves."""
+"""Images for people to look at: contact sheets with captions, and loss curves."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twostage.core.files import replacing
 from twostage.core.images.conversion import to_pil
-from twostage.core.images.fonts import figure_families, font_for, legible, load_matplotlib, shortened
+from twostage.core.images.fonts import figure_families, fit_width, font_for, legible, load_matplotlib
 
 __all__ = ["contact_sheet", "draw_curves", "figure_canvas", "save_image", "to_image"]
 
@@ -20,13 +20,13 @@ MAX_TITLE = 300
 
 
 class _Text:
-    """A text with the font that has its characters, shortened to ``max_width`` pixels."""
+    """A text and a font with its characters, shortened to ``max_width`` pixels."""
 
     def __init__(self, text: str, max_width: int) -> None:
         text = legible(text)
         self._font = font_for(text)
-        assert self._font is not None  # legible
-        self._text = shortened(text, self._font, max_width)
+        assert self._font is not None  # a legible text has a font
+        self._text = fit_width(text, self._font, max_width)
         self.width = math.ceil(self._font.getlength(self._text))
 
     def draw(self, draw: ImageDraw.ImageDraw, place: tuple[float, float], anchor: str) -> None:
@@ -36,14 +36,15 @@ class _Text:
 def contact_sheet(
     pixels: Tensor, columns: int, captions: Sequence[str] | None = None, row_titles: Sequence[str] | None = None
 ) -> Image.Image:
-    """Pictures side by side, small ones enlarged with square pixels.
+    """Images side by side; small ones are enlarged without smoothing.
+
+    Characters that no font has are drawn as escapes (for class names see
+    :func:`twostage.core.images.fonts.class_labels`).
 
     Args:
         pixels: (n, C, H, W) uint8, row by row.
-        captions: one below each picture, shortened to its width.
+        captions: one below each image, shortened to its width.
         row_titles: one to the left of each row.
-
-    Characters that no font has are drawn as escapes (class names: :func:`twostage.core.images.fonts.class_labels`).
     """
     height, width = pixels.shape[-2:]
     scale = max(1, round(88 / max(height, width)))
@@ -67,11 +68,11 @@ def contact_sheet(
     return sheet
 
 
-def save_image(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG so that a reader never finds half of one."""
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG; other processes never see half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        picture.save(partial, format="PNG")
+        image.save(partial, format="PNG")
 
 
 def draw_curves(
@@ -81,7 +82,7 @@ def draw_curves(
     baselines: dict[str, float] | None = None,
     metric: str = "loss",
 ) -> None:
-    """A metric, such as the loss, over the steps for both splits; ``baselines`` are drawn as level lines."""
+    """Plot a metric over the steps for both splits; ``baselines`` become horizontal lines."""
     canvas, figure = figure_canvas((6.4, 4.0))
     axes = figure.subplots()
     shown: list[float] = []
@@ -89,9 +90,9 @@ def draw_curves(
         found = [(x["step"], x.get(metric, math.nan)) for x in lines if x["split"] == split]
         points = [(step, value) for step, value in found if math.isfinite(value)]
         if points:
-            style |= {"marker": "o"} if len(points) == 1 else {}  # a line of one point cannot be seen
+            style |= {"marker": "o"} if len(points) == 1 else {}  # a line of one point is invisible
             axes.plot(*zip(*points, strict=True), label="held out" if split == "val" else "training", **style)
-            # The first steps would press everything after them flat.
+            # Scale to the later steps: the first ones would flatten everything else.
             losses = torch.tensor([loss for step, loss in points if step >= points[-1][0] * 0.05])
             shown += [*torch.quantile(losses, torch.tensor([0.0, 0.98])).tolist()]
     for name, value in (baselines or {}).items():
@@ -110,7 +111,7 @@ def draw_curves(
 
 
 def figure_canvas(size: tuple[float, float]) -> tuple[Any, Any]:
-    """A matplotlib canvas and its figure, ``size`` in inches, without the state that pyplot keeps."""
+    """A matplotlib canvas and its figure without pyplot's global state; ``size`` is in inches."""
     load_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -120,6 +121,6 @@ def figure_canvas(size: tuple[float, float]) -> tuple[Any, Any]:
 
 
 def to_image(canvas: Any) -> Image.Image:
-    """What was drawn on a matplotlib canvas."""
+    """Render a matplotlib canvas."""
     canvas.draw()
     return Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")

@@ -1,1 +1,1 @@
-"""The process and its machine: commands, launchers, devices, memory, signals, progress."""
+"""The process and its machine: commands, launchers, processes, memory, signals, progress."""

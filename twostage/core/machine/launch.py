@@ -1,5 +1,7 @@
-"""What the launcher of this process was given: `accelerate launch` and `torchrun` set variables for their children by
-themselves, which must not be taken for a person's wishes."""
+"""The options that the launcher of this process got.
+
+`accelerate launch` and `torchrun` set variables for their children on their own; these are not the user's choice.
+"""
 
 import functools
 import os
@@ -21,17 +23,13 @@ MODULES = {
     "torch.distributed.run": "torchrun",
     "torch.distributed.launch": "torchrun",
 }
-"""What may stand after `python -m`, and the command that it is."""
-
-
+"""The launcher behind each module name after `python -m`."""
 THREAD_VARIABLES = {
-    "MKL_NUM_THREADS": r"(?!\s*0*\s*$).*",  # to MKL a word is 1, and 0 nothing
+    "MKL_NUM_THREADS": r"(?!\s*0*\s*$).*",  # MKL reads a word as 1 and ignores 0
     "MKL_DOMAIN_NUM_THREADS": r".+",
-    "OMP_NUM_THREADS": r"\s*\+?0*[1-9]\d*\s*(,.*\d\s*)?",  # libgomp says that it is invalid, otherwise
+    "OMP_NUM_THREADS": r"\s*\+?0*[1-9]\d*\s*(,.*\d\s*)?",  # libgomp rejects other values
 }
-"""The variables by which torch sets the number of its threads, the stronger ones first, and the values that work."""
-
-
+"""The variables from which torch takes its number of threads, in order of precedence, and the values that work."""
 FLAGS = tuple(
     f"ACCELERATE_{name}"
     for name in ("USE_CPU", "USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG", "DEBUG_MODE")
@@ -44,26 +42,26 @@ class Launch:
     """The launcher that started this process."""
 
     environment: Mapping[str, str]
-    """As the launcher itself was started with."""
+    """The environment that the launcher itself was started with."""
     options: Namespace | None
-    """Of `accelerate launch`, as its command line gives them (None where an option is not given); None of torchrun."""
+    """The options of `accelerate launch` (each None if not given); None for torchrun."""
 
 
 @functools.cache
 def find_launch() -> Launch | None:
-    """The launcher among the processes that this one descends from; None without one, or where it cannot be read."""
+    """The launcher among this process's parents; None without one, or if it cannot be inspected."""
     try:
         for process in psutil.Process().parents():
             name, arguments = _command(process.cmdline())
             if name:
                 return Launch(process.environ(), None if name == "torchrun" else _options(arguments))
-    except psutil.Error:  # another user's, or gone
+    except psutil.Error:  # another user's process, or it has exited
         pass
     return None
 
 
 def _command(words: list[str]) -> tuple[str, list[str]]:
-    """The launcher that a command line starts, and its arguments; ("", []) where it starts none."""
+    """The launcher that a command line starts, and its arguments; ("", []) if it starts none."""
     for place, word in enumerate(words):
         name = MODULES.get(word, "") if words[max(0, place - 1)] == "-m" else PurePath(word).name
         rest = words[place + 1 :]
@@ -81,28 +79,30 @@ def _options(arguments: list[str]) -> Namespace:
 
 
 def check_flags() -> None:
-    """Refuses a value of Accelerate's variables at which it would stop.
+    """Check Accelerate's environment variables, which it would reject with a traceback.
 
     Raises:
-        InputError: a variable that is neither true nor false.
+        InputError: a variable is neither true nor false.
     """
     for name in FLAGS:
         value = os.environ.get(name)
         if value is not None and value.lower() not in WORDS:
-            raise InputError(f"environment variable {name}={value!r}: expected true or false; set one, or unset it")
+            raise InputError(
+                f"environment variable {name}={value!r}: expected true or false. Set it to one, or unset it"
+            )
 
 
 def is_thread_count(name: str, value: str) -> bool:
-    """Whether torch takes ``value`` of one of the `THREAD_VARIABLES` for a number of threads."""
+    """Whether torch accepts ``value`` for one of the `THREAD_VARIABLES`."""
     return re.fullmatch(THREAD_VARIABLES[name], value, re.DOTALL) is not None
 
 
 def overruled(mixed_precision: str, gradient_accumulation_steps: int) -> list[str]:
-    """A sentence for each setting of the launch, or of its variables, that a training's configuration overrules.
+    """One sentence for each launch option or variable that the training's configuration overrides.
 
     Args:
-        mixed_precision: of the training.
-        gradient_accumulation_steps: likewise.
+        mixed_precision: the configuration's value.
+        gradient_accumulation_steps: the configuration's value.
     """
     used = {
         "mixed_precision": (mixed_precision, f"train.mixed_precision is {mixed_precision}"),
@@ -116,10 +116,8 @@ def overruled(mixed_precision: str, gradient_accumulation_steps: int) -> list[st
     for name, (value, reason) in used.items():
         asked = getattr(launch.options, name, None) if launch else None
         variable = os.environ.get(f"ACCELERATE_{name.upper()}", "").lower()
-        if asked is None and variable != "no":  # which is what a launcher sets by itself
+        if asked is None and variable != "no":  # launchers set "no" on their own
             asked = variable
         if asked and str(asked) != value:
-            sentences.append(
-                f"the launch asks for {name} {asked}, which is not used: {reason} (the configuration decides)"
-            )
+            sentences.append(f"the launch option {name}={asked} is ignored: {reason} (the configuration decides)")
     return sentences

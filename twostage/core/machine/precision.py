@@ -1,4 +1,4 @@
-"""`mixed_precision: auto`: decided from what the processor and torch can do, so that it is the same at every start."""
+"""`mixed_precision: auto`: chosen by what the processor and torch support, so that it is the same in every run."""
 
 from typing import Literal
 
@@ -10,12 +10,12 @@ MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 
 
 def fastest_precision(device: torch.device) -> Literal["no", "bf16"]:
-    """`bf16` where the device computes in it faster than in float32, else `no`."""
+    """`bf16` if the device is faster with it than with float32, else `no`."""
     return reason_for_precision(device)[0]
 
 
 def reason_for_precision(device: torch.device) -> tuple[Literal["no", "bf16"], str]:
-    """What :func:`fastest_precision` chooses, and why. What was measured is in docs/scaling.md."""
+    """The choice of :func:`fastest_precision`, and why; docs/scaling.md has the measurements."""
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "the GPU has bf16"
@@ -23,11 +23,11 @@ def reason_for_precision(device: torch.device) -> tuple[Literal["no", "bf16"], s
     if device.type != "cpu":
         return "no", f"bf16 was not measured on {device.type}"
     if not torch.backends.mkldnn.is_available():
-        return "no", "this build of torch has no oneDNN, which computes in bf16"
+        return "no", "this build of torch lacks oneDNN, which bf16 needs"
     processor = torch.cpu.get_capabilities()
     if processor.get("amx_tile") and processor.get("amx_bf16"):
         return "bf16", "the processor has AMX"
-    # On Intel's processors these instructions alone are slower than float32.
+    # On Intel processors, these instructions alone are slower than float32.
     if processor.get("avx512_bf16") and "AMD" in processor.get("cpu_name", ""):
-        return "bf16", "the processor is AMD's and has AVX512-BF16"
-    return "no", "the processor has neither AMX nor, as AMD's, AVX512-BF16"
+        return "bf16", "the processor is from AMD and has AVX512-BF16"
+    return "no", "the processor has no AMX and is not an AMD one with AVX512-BF16"

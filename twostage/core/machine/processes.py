@@ -1,4 +1,4 @@
-"""This process among those that work on one command, and the threads that it works with."""
+"""The processes that work on one command, and how many threads each of them uses."""
 
 import os
 
@@ -12,14 +12,14 @@ __all__ = ["available_cores", "join_processes", "share_cores", "thread_variable"
 
 
 def available_cores() -> int:
-    """The cores that this process may use, by its affinity."""
+    """The number of cores that this process may use, by its affinity."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def thread_variable() -> str | None:
-    """The variable by which the person who started this process has set the number of its threads, or None.
+    """The variable by which the user set the number of threads, or None.
 
-    Launchers set OMP_NUM_THREADS for their children by themselves: it counts where the launcher was started with it,
+    Launchers set OMP_NUM_THREADS for their children on their own: it only counts if the launcher was started with it,
     or with --num_cpu_threads_per_process.
     """
     launch = find_launch()
@@ -34,27 +34,27 @@ def thread_variable() -> str | None:
 
 
 def threads_of(processes: int) -> int:
-    """The threads that each of so many processes of this machine works with on a CPU: what torch has taken from the
-    environment where it is set there, else the process's share of the cores."""
+    """How many CPU threads each of ``processes`` on this machine uses: torch's number if the user set it in the
+    environment, else an equal share of the cores."""
     return torch.get_num_threads() if thread_variable() else max(1, available_cores() // processes)
 
 
 def share_cores() -> None:
-    """Sets the number of this process's threads on a CPU to :func:`threads_of` this machine's processes."""
+    """Set this process's CPU threads to :func:`threads_of` the command's processes on this machine."""
     torch.set_num_threads(threads_of(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def join_processes() -> PartialState:
-    """This process's place among those that the launcher started.
+    """Connect to the other processes that the launcher started.
 
-    Without a GPU, Accelerate takes each of several processes for the only one, unless told that they are on the CPU.
+    Without a GPU, Accelerate needs `cpu=True`; otherwise each process believes that it is the only one.
 
     Raises:
-        InputError: a variable of Accelerate's that is neither true nor false.
+        InputError: one of Accelerate's variables is neither true nor false.
     """
     check_flags()
     share_cores()
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    # Where the variable is not set, or is no number, Accelerate sets the threads by itself, or fails.
+    # Without a number in this variable, Accelerate sets the threads itself, or fails.
     with patch_environment(omp_num_threads=torch.get_num_threads()):
         return PartialState(cpu=on_cpu)

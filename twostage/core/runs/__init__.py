@@ -1,1 +1,1 @@
-"""What is on disk of a run: its folder, checkpoints, model folders, remembered paths."""
+"""Runs on disk: the run folder, checkpoints, model folders, stored paths."""

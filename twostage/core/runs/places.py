@@ -1,7 +1,8 @@
-"""Where the paths that a run was given lead, and what lay there: spelled in another way, from another folder, or moved.
+"""The files and folders behind stored paths, even if they were moved or the command runs in another folder.
 
-A path is kept as it was spelled. It is found from any folder: as it stands, then where it was when the run began, then
-relative to the folder that remembers it and to those above. What lies there counts, not how it is spelled.
+A path is stored as the user wrote it. To find it again, twostage tries the path as written, then its absolute path when
+the run started, then relative to the folder that stores it and to the parents of that folder. Only the content counts,
+not how the path is written.
 """
 
 import os
@@ -17,55 +18,55 @@ __all__ = ["Contents", "Places", "Record", "find_places", "portable", "same_plac
 
 
 class Record(Section):
-    """What a folder remembers of a path: where it led, and what was there."""
+    """The location and content of a path, as a folder stores them."""
 
     place: str | None
-    """Absolute; None: it was nothing on this disk, such as a Hugging Face dataset."""
+    """Absolute path; None: not on this disk, such as a Hugging Face dataset."""
     facts: dict[str, Any]
 
 
 @dataclass
 class Contents:
-    """What a path of a configuration leads to."""
+    """The content behind a path of a configuration."""
 
     what: str
-    """In a word, such as `images`."""
+    """One word, such as `images`."""
     place: Path | None
-    """Absolute; None: nothing on this disk, such as a Hugging Face dataset."""
+    """Absolute path; None: not on this disk, such as a Hugging Face dataset."""
     facts: dict[str, Any]
-    """What it is, wherever it is: plain JSON, by which the same content is known again."""
+    """Plain JSON that identifies the content, wherever it lies."""
     only_to_begin: bool = False
-    """Whether a run that has a checkpoint no longer reads it."""
+    """Whether a run needs it only until its first checkpoint."""
 
     @property
     def record(self) -> Record:
-        """To be stored."""
+        """The part to store."""
         return Record(place=None if self.place is None else str(self.place), facts=self.facts)
 
 
 @dataclass
 class Places:
-    """What is there under a path that was stored, likeliest first."""
+    """Existing candidates for a stored path, most likely first."""
 
     direct: list[Path]
-    """As it stands, where it was, or relative to the folder that remembers it."""
+    """The path as written, its old absolute path, or relative to the folder that stores it."""
     moved: list[Path]
-    """Of the same name beside that folder, or beside one above: to be believed only for what it holds."""
+    """Paths of the same name near that folder or its parents; check their content before using them."""
 
     def __iter__(self) -> Iterator[Path]:
         return iter([*self.direct, *self.moved])
 
 
-def find_places(stored: str, *remembered_by: Path | None, recorded: str | None = None) -> Places:
-    """The files and folders that a stored path may mean, each once.
+def find_places(stored: str, *stored_in: Path | None, recorded: str | None = None) -> Places:
+    """The files and folders that a stored path may stand for, each once.
 
     Args:
-        stored: as it was spelled; relative to the folder that was the current one then.
-        remembered_by: the folders that it is stored in.
-        recorded: where it was, absolute, as far as that is known.
+        stored: the path as written; relative to the current folder at that time.
+        stored_in: the folders that store it.
+        recorded: its absolute path at that time, if known.
     """
     path = Path(stored)
-    starts = [start for folder in remembered_by if folder for start in (folder.absolute(), folder.resolve())]
+    starts = [start for folder in stored_in if folder for start in (folder.absolute(), folder.resolve())]
     above = list(dict.fromkeys(base for start in starts for base in (start, *start.parents)))
     parts = [part for part in Path(os.path.normpath(recorded or path)).parts if part not in (path.anchor, "..", ".")]
     ends = [Path(*parts[first:]) for first in range(len(parts))]
@@ -75,7 +76,7 @@ def find_places(stored: str, *remembered_by: Path | None, recorded: str | None =
 
 
 def _new(candidates: list[Path], found: list[Path]) -> list[Path]:
-    """Those that are there and not yet among ``found``, which they are added to."""
+    """The existing candidates that are not in ``found`` yet; adds them to it."""
     new = []
     for candidate in candidates:
         if _exists(candidate) and (real := candidate.resolve()) not in found:
@@ -85,25 +86,25 @@ def _new(candidates: list[Path], found: list[Path]) -> list[Path]:
 
 
 def same_place(first: str, second: str) -> bool:
-    """Whether two spellings mean the same file or folder; the same text does, too."""
+    """Whether two paths are the same file or folder, or the same text."""
     one, other = Path(first), Path(second)
     return first == second or (_exists(one) and _exists(other) and one.samefile(other))
 
 
 def _exists(path: Path) -> bool:
-    return os.path.exists(path)  # noqa: PTH110 (Path's own raises where a folder above may not be looked into)
+    return os.path.exists(path)  # noqa: PTH110 (Path's own raises if a parent folder is not readable)
 
 
 def portable(path: str | Path, folder: Path) -> str:
-    """``path`` as ``folder`` should remember it: as it is spelled where it can be found from there, else absolute."""
+    """``path`` as ``folder`` should store it: as written if it can be found from there, else absolute."""
     return str(path) if Path.cwd() in folder.resolve().parents else str(Path(path).absolute())
 
 
 def weights_at(path: str, only_to_begin: bool = False) -> Contents:
-    """A trained model that a configuration names.
+    """The trained model at a path of a configuration.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no trained model.
     """
     folder = find_model_folder(path)
     facts = {"weights_sha256": file_sha256(folder / "model.safetensors")}

@@ -128,7 +128,7 @@ class RunFolder:
             elif same if begun else before == value:
                 continue
             else:
-                raise self._refusal([f"{key}: {before!r} there, {value!r} now"])
+                raise self._refusal([f"{key}: was {before!r}, now {value!r}"])
             if differences := summarize_differences(expected, found):
                 raise InputError(
                     f"{key} {value}: holds other {now.what} than when the run in {self.path} began ({differences}). "

@@ -41,7 +41,7 @@ class Ink(Paint):
     bottles: int = 1
 
 
-class Picture(Section):
+class Painting(Section):
     """What holds one of them."""
 
     paint: Paint = Oil()
@@ -73,10 +73,10 @@ def plugin(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_type_picks_the_member():
-    parsed = parse_config(Picture, {"paint": {"type": "oil", "layers": 2}, "varnish": {"type": "ink"}}, "config")
-    assert parsed == Picture(paint=Oil(layers=2), varnish=Ink())
+    parsed = parse_config(Painting, {"paint": {"type": "oil", "layers": 2}, "varnish": {"type": "ink"}}, "config")
+    assert parsed == Painting(paint=Oil(layers=2), varnish=Ink())
     assert parsed.paint.dries_in() == 48
-    assert parse_config(Picture, parsed.model_dump(mode="json"), "config") == parsed
+    assert parse_config(Painting, parsed.model_dump(mode="json"), "config") == parsed
 
 
 def test_every_mistake_is_named_at_once():
@@ -88,26 +88,26 @@ def test_every_mistake_is_named_at_once():
         "varnish.type: got 'inc', expected one of 'oil', 'ink'; did you mean 'ink'?",
     ):
         document = {"paint": {"type": "oil", "layers": "many", "laiers": 1}, "varnish": {"type": "inc"}}
-        parse_config(Picture, document, "config")
+        parse_config(Painting, document, "config")
 
 
 def test_a_type_that_no_package_registers_asks_for_its_plugin():
     with refuses("paint.type", "'water'", "'oil', 'ink'", "install"):
-        parse_config(Picture, {"paint": {"type": "water"}}, "config")
+        parse_config(Painting, {"paint": {"type": "water"}}, "config")
 
 
 def test_a_plugin_is_found_when_a_document_is_read(plugin, tmp_path):
     plugin.write_text(PLUGIN)
-    (tmp_path / "picture.yaml").write_text("paint:\n  type: chalk\n  name: 7\n")
-    found = load_config(Picture, tmp_path / "picture.yaml", ["paint.sticks=5"]).paint
+    (tmp_path / "image.yaml").write_text("paint:\n  type: chalk\n  name: 7\n")
+    found = load_config(Painting, tmp_path / "image.yaml", ["paint.sticks=5"]).paint
     assert found.model_dump() == {"type": "chalk", "sticks": 5, "name": "7"}
 
 
 def test_an_override_may_change_to_a_plugins_type(plugin, tmp_path):
     plugin.write_text(PLUGIN)
-    (tmp_path / "picture.yaml").write_text("paint: {type: oil, layers: 2, name: sunset}\n")
+    (tmp_path / "image.yaml").write_text("paint: {type: oil, layers: 2, name: sunset}\n")
     said: list[str] = []
-    found = load_config(Picture, tmp_path / "picture.yaml", ["paint.type=chalk"], said.append).paint
+    found = load_config(Painting, tmp_path / "image.yaml", ["paint.type=chalk"], said.append).paint
     assert found.model_dump() == {"type": "chalk", "sticks": 3, "name": "sunset"}
     assert "dropped layers; kept name" in said[0]
 
@@ -116,7 +116,7 @@ def test_a_plugin_that_cannot_be_imported_is_named_every_time(plugin):
     plugin.write_text("import a_package_that_nobody_has")
     for _ in range(2):
         with refuses("plugin 'chalks'", "a_package_that_nobody_has", "pip uninstall"):
-            parse_config(Picture, {"paint": {"type": "chalk"}}, "config")
+            parse_config(Painting, {"paint": {"type": "chalk"}}, "config")
 
 
 def test_a_type_belongs_to_one_class(monkeypatch):
@@ -130,7 +130,7 @@ def test_a_type_belongs_to_one_class(monkeypatch):
 
     with pytest.raises(ValueError, match=r"'ink' belongs to test_registry\.Ink"):
         Paint.register(Crayon)
-    for other in (Nameless, Picture):
+    for other in (Nameless, Painting):
         with pytest.raises(ValueError, match="subclass of Paint"):
             Paint.register(other)
     again = type("Ink", (Ink,), {"__module__": Ink.__module__, "__qualname__": Ink.__qualname__})

@@ -1,13 +1,11 @@
-"""Labels of tables: every kind of column gives the right classes, or one sentence."""
-
-import re
+"""Labels of tables: each kind of column gives the right classes, or one error message."""
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from messages import assert_names, refuses
 
 from twostage.core.data.labels import label_candidates, label_column, read_labels
-from twostage.core.errors import InputError
 
 
 def table(values, **more) -> pa.Table:
@@ -54,21 +52,20 @@ def test_values_become_classes(values, names, labels):
 
 
 @pytest.mark.parametrize(
-    ("values", "sentence"),
+    ("values", "parts"),
     [
-        ([[1, 2], [3]], "`train` has in row 0 the label [1, 2]; expected one class an image, a text or a whole number"),
-        ([[0], []], "`train` has in row 1 the label []; expected one class an image"),
-        ([0.0, 0.5], "`train` has in row 1 the label 0.5; expected one class an image"),
-        ([{"x": 1}], "`train` has in row 0 the label {'x': 1}; expected one class an image"),
-        (["a", None, "b"], "`train` has no label in 1 of 3 rows (the first is row 1); label or remove them"),
-        (["a", ""], "`train` has no label in 1 of 2 rows (the first is row 1)"),
-        ([1.0, float("nan")], "`train` has no label in 1 of 2 rows (the first is row 1)"),
+        ([[1, 2], [3]], ["row 0: label is [1, 2]", "expected one class per image"]),
+        ([[0], []], ["row 1: label is []", "expected one class per image"]),
+        ([0.0, 0.5], ["row 1: label is 0.5", "expected one class per image"]),
+        ([{"x": 1}], ["row 0: label is {'x': 1}", "expected one class per image"]),
+        (["a", None, "b"], ["1 of 3 rows have no label", "row 1", "remove them"]),
+        (["a", ""], ["1 of 2 rows have no label", "row 1"]),
+        ([1.0, float("nan")], ["1 of 2 rows have no label", "row 1"]),
     ],
 )
-def test_what_is_no_class_is_one_sentence(values, sentence):
-    with pytest.raises(InputError, match=re.escape(f"data.source here: {sentence}")) as error:
+def test_a_value_that_is_not_a_class_is_refused(values, parts):
+    with refuses("data.source here: `train`", *parts, "set data.label_column to another column, or to null"):
         names_and_labels(values)
-    assert "set data.label_column to another column, or to null to use the images without classes" in str(error.value)
 
 
 def test_with_class_names_numbers_and_names_are_labels_and_minus_one_is_none():
@@ -78,7 +75,7 @@ def test_with_class_names_numbers_and_names_are_labels_and_minus_one_is_none():
     assert said == ["`test` has no labels and is used without classes"]
     named = with_names(table(["bee", "ant"]), ["ant", "bee"])
     assert read_labels({"train": named}, "label", "here")[1]["train"].tolist() == [1, 0]
-    with pytest.raises(InputError, match="has in row 1 the label 'cat'; expected a number from 0 to 1 or one of its"):
+    with refuses("row 1: label is 'cat'", "expected a number from 0 to 1 or a class name", "data.label_column"):
         read_labels({"train": with_names(table(["bee", "cat"]), ["ant", "bee"])}, "label", "here")
 
 
@@ -107,12 +104,12 @@ def test_where_training_has_no_labels_there_are_no_classes():
     tables = {"train": table([None, None]), "test": table(["a", "b"])}
     names, labels, said = read_labels(tables, "label", "here")
     assert (names, labels) == (None, {"train": None, "test": None})
-    assert said[-1] == "`train` has no labels, so there are no classes at all"
+    assert_names(said[-1], "`train` has no labels", "no split has classes")
 
 
 def test_a_number_of_each_image_is_pointed_out():
     *_, said = read_labels({"train": table(list(range(20)))}, "label", "here")
-    assert said[0].startswith("the column 'label' gives 20 classes to 20 images: is it a number of each image?")
+    assert_names(said[0], "'label' has 20 classes for 20 images", "data.label_column")
     assert read_labels({"train": table(list(range(10)) * 4)}, "label", "here")[2] == []
 
 
@@ -129,7 +126,7 @@ def test_the_column_is_found_by_its_name():
     assert found("breed") is None
     assert found("breed", "label", wanted="breed") == "breed"
     assert found("label", wanted=None) is None
-    with pytest.raises(InputError, match=re.escape("'race': here has the columns ['image', 'breed']")):
+    with refuses("data.label_column 'race'", "expected a column of here", "['image', 'breed']"):
         found("breed", wanted="race")
 
 
@@ -137,10 +134,9 @@ def test_a_column_of_named_classes_is_found_whatever_it_is_called():
     content = with_names(table([0, 1]), ["a", "b"])
     metadata = {"huggingface": content.schema.metadata[b"huggingface"].replace(b'"label"', b'"breed"')}
     schema = content.rename_columns(["image", "breed"]).replace_schema_metadata(metadata).schema
-    assert label_column("auto", [schema], "image", "here") == (
-        "breed",
-        ["the classes are those of the column 'breed'; data.label_column=NAME uses another"],
-    )
+    column, (notice,) = label_column("auto", [schema], "image", "here")
+    assert column == "breed"
+    assert_names(notice, "the column 'breed'", "data.label_column=NAME")
 
 
 def test_columns_that_could_hold_classes_are_offered():
@@ -149,5 +145,5 @@ def test_columns_that_could_hold_classes_are_offered():
         "score": np.arange(8.0),
     })  # fmt: skip
     (said,) = label_candidates(content, "image")
-    assert said.endswith("data.label_column can name one: breed (2 values), age (4 values)")
+    assert said.endswith("set data.label_column to one of: breed (2 values), age (4 values)")
     assert label_candidates(content.select(["image", "id"]), "image") == []

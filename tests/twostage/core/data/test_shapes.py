@@ -9,7 +9,7 @@ from twostage.core.data.shapes import CLASS_NAMES, SHAPES, draw_shapes
 
 
 @pytest.mark.parametrize("start", [0, 100, 511, 1023])
-def test_picture_depends_on_its_number_alone(start):
+def test_image_depends_on_its_number_alone(start):
     several = draw_shapes(0, 1030, (8, 8), 1, seed=3)
     assert np.array_equal(draw_shapes(start, 7, (8, 8), 1, seed=3), several[start : start + 7])
 
@@ -20,9 +20,9 @@ def test_drawing_again_gives_the_same_and_another_seed_others():
     assert all((a != b).any() for a, b in zip(first, other, strict=True))
 
 
-def test_no_two_pictures_are_alike():
-    pictures = np.concatenate([draw_shapes(0, 600, (8, 8), 3, seed) for seed in (0, 1)])
-    assert len(np.unique(pictures.reshape(1200, -1), axis=0)) == 1200
+def test_no_two_images_are_alike():
+    images = np.concatenate([draw_shapes(0, 600, (8, 8), 3, seed) for seed in (0, 1)])
+    assert len(np.unique(images.reshape(1200, -1), axis=0)) == 1200
 
 
 def test_the_eight_outlines_differ_and_fit_the_unit_circle():
@@ -40,14 +40,14 @@ def test_the_eight_outlines_differ_and_fit_the_unit_circle():
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_channels_and_sizes(channels):
-    pictures = draw_shapes(5, 3, (10, 20), channels)
-    assert (pictures.shape, pictures.dtype) == ((3, channels, 10, 20), np.uint8)
+    images = draw_shapes(5, 3, (10, 20), channels)
+    assert (images.shape, images.dtype) == ((3, channels, 10, 20), np.uint8)
     if channels == 4:
-        assert (pictures[:, 3] == 255).all()
-        assert np.array_equal(pictures[:, :3], draw_shapes(5, 3, (10, 20), 3))
+        assert (images[:, 3] == 255).all()
+        assert np.array_equal(images[:, :3], draw_shapes(5, 3, (10, 20), 3))
     if channels == 1:
         luminance = np.tensordot([0.299, 0.587, 0.114], draw_shapes(5, 3, (10, 20), 3).astype(float), axes=(0, 1))
-        assert np.abs(luminance - pictures[:, 0]).max() <= 1.5
+        assert np.abs(luminance - images[:, 0]).max() <= 1.5
 
 
 def test_edges_are_antialiased():
@@ -57,6 +57,6 @@ def test_edges_are_antialiased():
 
 
 def test_shapes_stand_out_from_their_ground():
-    pictures = draw_shapes(0, 200, (32, 32), 3).astype(int)
-    spread = np.ptp(pictures.reshape(200, 3, -1), axis=2).max(1)  # the strongest channel's
+    images = draw_shapes(0, 200, (32, 32), 3).astype(int)
+    spread = np.ptp(images.reshape(200, 3, -1), axis=2).max(1)  # the strongest channel's
     assert spread.min() > 40

@@ -1,4 +1,4 @@
-"""Any picture becomes (C, H, W) uint8, as a person would see it."""
+"""Any image becomes (C, H, W) uint8, as a person would see it."""
 
 import io
 

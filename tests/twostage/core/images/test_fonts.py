@@ -9,7 +9,7 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 
 from twostage.core.images import fonts
-from twostage.core.images.fonts import class_labels, figure_families, font_for, legible, load_matplotlib, shortened
+from twostage.core.images.fonts import class_labels, figure_families, fit_width, font_for, legible, load_matplotlib
 from twostage.core.images.sheets import contact_sheet, draw_curves
 
 raqm = pytest.mark.skipif(not fonts.features.check("raqm"), reason="this Pillow does not join letters")
@@ -129,7 +129,7 @@ def test_a_font_that_cannot_be_read_is_left_out(system_font, tmp_path):
     assert class_labels(["猫"]) == ["class 0"]
 
 
-def test_a_caption_stays_within_its_picture(system_font):
+def test_a_caption_stays_within_its_image(system_font):
     pixels = torch.zeros(3, 3, 88, 88, dtype=torch.uint8)
     empty = np.asarray(contact_sheet(pixels, 3, ["", "", ""]))
     long = np.asarray(contact_sheet(pixels, 3, ["", "кошка " * 30 + "1", ""]))
@@ -142,10 +142,10 @@ def test_a_caption_stays_within_its_picture(system_font):
 def test_both_ends_of_a_long_name_are_kept(text):
     font = font_for(text)
     assert font is not None
-    short = shortened(text, font, 90)
+    short = fit_width(text, font, 90)
     assert font.getlength(short) <= 90
     assert (short[:3], short[-1]) == ("a v", text[-1])
-    assert shortened(text, font, 1) == ""
+    assert fit_width(text, font, 1) == ""
 
 
 def test_titles_keep_what_can_be_read(system_font):

@@ -1,4 +1,4 @@
-"""Contact sheets show every picture in its place; curves show what was measured."""
+"""Contact sheets show every image in its place; curves show what was measured."""
 
 import warnings
 
@@ -23,7 +23,7 @@ def patches(sheet: Image.Image, colour: torch.Tensor) -> tuple[int, int, int, in
 
 
 @pytest.mark.parametrize("words", [{}, {"captions": ["a", "b", "c", "d", "e"]}, {"row_titles": ["first", "second"]}])
-def test_every_picture_is_in_its_place(words):
+def test_every_image_is_in_its_place(words):
     sheet = contact_sheet(tiles(20, 40), columns=3, **words)
     boxes = [patches(sheet, colour) for colour in COLOURS]
     assert {(right - left, bottom - top) for left, top, right, bottom in boxes} == {(80, 40)}, "enlarged twice"
@@ -43,20 +43,20 @@ def test_captions_and_titles_are_drawn():
     assert dark(row_titles=["first", "second"]) > 0
 
 
-def test_grey_and_transparent_pictures():
+def test_grey_and_transparent_images():
     grey = contact_sheet(torch.full((1, 1, 100, 100), 77, dtype=torch.uint8), columns=1)
     assert grey.getpixel((50, 50)) == (77, 77, 77)
     clear = torch.zeros(1, 4, 100, 100, dtype=torch.uint8)
     assert contact_sheet(clear, columns=1).getpixel((50, 50)) == (255, 255, 255)
 
 
-def test_small_pictures_keep_square_pixels():
+def test_small_images_keep_square_pixels():
     pixels = torch.tensor([[[[0, 255], [255, 0]]]], dtype=torch.uint8)
     sheet = np.asarray(contact_sheet(pixels, columns=1).convert("L"))
     assert set(np.unique(sheet)) == {0, 255}
 
 
-def test_a_picture_is_saved_whole(tmp_path):
+def test_an_image_is_saved_whole(tmp_path):
     path = tmp_path / "samples" / "step_1.png"
     save_image(Image.new("RGB", (3, 2), "red"), path)
     with Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""A stored path is found as it stands, where it was, or relative to what remembers it; likeliest first, each once."""
+"""A stored path is found as written, where it was, or relative to the folder that stores it; most likely first."""
 
 from pathlib import Path
 
@@ -34,13 +34,13 @@ def here(tmp_path, monkeypatch) -> Path:
         ("\0", None, [], []),
     ],
 )
-def test_where_a_stored_path_leads(here, stored, recorded, direct, moved):
+def test_candidates_for_a_stored_path(here, stored, recorded, direct, moved):
     places = find_places(stored, here / "project/runs/gpt", recorded=recorded and str(here / recorded))
     found = [[str(place.resolve().relative_to(here)) for place in some] for some in (places.direct, places.moved)]
     assert found == [direct, moved]
 
 
-def test_a_link_to_a_run_is_looked_beside_on_both_sides(here):
+def test_the_folders_of_a_link_and_of_its_target_are_searched(here):
     (here / "links").mkdir()
     (here / "links/gpt").symlink_to(here / "project/runs/gpt")
     (here / "links/tok").mkdir()
@@ -48,7 +48,7 @@ def test_a_link_to_a_run_is_looked_beside_on_both_sides(here):
     assert find_places("tok", here / "links/gpt").direct == [here / "links/tok", here / "project/runs/tok"]
 
 
-def test_a_path_is_remembered_as_spelled_where_it_can_be_found_again(here, monkeypatch):
+def test_a_path_is_stored_as_written_if_it_can_be_found_again(here, monkeypatch):
     assert portable("zh", here / "elsewhere/codes/zh") == "zh"
     assert portable("./zh/", Path("codes/zh")) == "./zh/"
     assert portable("zh", here / "project/codes/zh") == str(here / "elsewhere/zh")
@@ -62,7 +62,7 @@ def test_a_path_is_remembered_as_spelled_where_it_can_be_found_again(here, monke
     [("zh", "zh", True), ("gone", "gone", True), ("zh", "./zh/", True), ("zh", "../elsewhere/zh", True),
      ("zh", "../project/zh", False), ("gone", "./gone", False), ("owner/name", "owner//name", False)],
 )  # fmt: skip
-def test_spellings_of_one_place(here, first, second, same):
+def test_two_spellings_of_one_path(here, first, second, same):
     assert same_place(first, second) is same
 
 

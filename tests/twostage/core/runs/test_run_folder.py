@@ -53,8 +53,8 @@ def test_another_configuration_is_refused_and_nothing_is_changed(folder):
     before = everything_in(folder)
     sentence = (
         f"run.dir {folder.path}: holds a run with another configuration:\n"
-        "  run.seed: 0 there, 1 now\n"
-        "  lr: 0.001 there, 0.01 now\n"
+        "  run.seed: was 0, now 1\n"
+        "  lr: was 0.001, now 0.01\n"
         "Nothing was changed. Choose another run.dir=, give the same values to resume, or remove the folder"
     )
     with pytest.raises(InputError, match=f"^{re.escape(sentence)}$"):

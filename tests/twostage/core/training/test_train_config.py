@@ -12,7 +12,7 @@ from twostage.core.training.train_config import TrainConfig
         ({"max_steps": 1, "epochs": 2}, "give either max_steps or epochs, got max_steps=1, epochs=2"),
         ({"max_steps": 0}, "max_steps: expected greater than 0, got 0"),
         ({"max_steps": 1, "lr": 0}, "lr: expected greater than 0, got 0"),
-        ({"max_steps": 1, "betas": [0.9]}, "betas.1: required, but not given"),
+        ({"max_steps": 1, "betas": [0.9]}, "betas.1: required but missing"),
         ({"max_steps": 1, "betas": [0.9, 1.0]}, "betas.1: expected less than 1, got 1.0"),
         ({"max_steps": 1, "ema_decay": 1.0}, "ema_decay: expected less than 1, got 1.0"),
         ({"max_steps": 1, "mixed_precision": "bf32"},
