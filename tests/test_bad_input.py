@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(twosta
     ended = twostage(*words)
     assert ended.code == 2
     error = ended.err[ended.err.index("error: ") :]
-    assert re.search(r"step \d+: reconstruction, commitment is not finite for the batch of picture \d+, ", error)
+    assert re.search(r"step \d+: reconstruction, commitment is not finite for the batch of image \d+, ", error)
     assert "its last good checkpoint in run/checkpoints is kept" in error
     kept = list((tmp_path / "run" / "checkpoints").glob("step_*"))
     assert kept

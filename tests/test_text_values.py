@@ -65,7 +65,7 @@ def test_what_overrides_replace_is_said_at_the_start(works, configs):
     said = works(*words, "model.bottleneck.type=lookup_free", "train.epochs=1").splitlines()
     assert said[:2] == [
         "train.epochs=1: replaces train.max_steps=1",
-        "model.bottleneck.type=lookup_free: the config had the type vector; dropped codebook_size",
+        "model.bottleneck.type=lookup_free: the config had type vector; dropped codebook_size",
     ]
 
 

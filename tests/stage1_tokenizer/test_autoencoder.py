@@ -233,7 +233,7 @@ def test_missing_weights_are_named(saved):
 def test_weights_that_were_cut_short_are_one_sentence(saved, length):
     weights = saved / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:length])
-    with pytest.raises(InputError, match="damaged: model.safetensors") as refusal:
+    with pytest.raises(InputError, match="damaged: model") as refusal:
         Autoencoder.from_pretrained(saved)
     assert "\n" not in str(refusal.value)
 

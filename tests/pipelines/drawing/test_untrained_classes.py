@@ -137,7 +137,7 @@ def test_a_held_out_split_without_labels_measures_no_class(trained, twostage, tm
     ended = twostage(*words)
     assert ended.code == 0, ended.err
     assert "`test` has no labels and is used without classes" in ended.out + ended.err
-    assert "no `val` or `test` split with labels: 2 of 48 training images are held out as `val`" in ended.out + ended.err
+    assert "with labels: 2 of 48 training images are held out as `val`" in ended.out + ended.err
     for verb, *words in (
         ("encode", run, "--out", tmp_path / "codes"),
         ("train-prior", configs / "prior.yaml", f"run.dir={tmp_path / 'prior'}", f"codes={tmp_path / 'codes'}"),
