@@ -1,4 +1,4 @@
-# Every target makes the virtual environment it needs; nothing else has to be installed but Python >= 3.11.
+# Every target creates the virtual environment it needs; you only have to install Python >= 3.11.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -6,8 +6,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .PHONY: demo test test-lowest soak lint format
 
-# From nothing to generated images in a few minutes: look at runs/demo/ afterwards.
-# DEMO_OPTIONS goes to both trainings, such as train.max_steps=100; another DEMO is another folder.
+# From nothing to generated images in a few minutes; the results are in runs/demo/.
+# DEMO_OPTIONS applies to both training runs, for example train.max_steps=100; DEMO sets another folder.
 DEMO ?= runs/demo
 demo: $(VENV)/.installed
 	$(BIN)/twostage train-tokenizer configs/tokenizer/vqvae_shapes.yaml run.dir=$(DEMO)/tokenizer $(DEMO_OPTIONS)
@@ -17,12 +17,12 @@ demo: $(VENV)/.installed
 	$(BIN)/twostage generate $(DEMO)/prior --num-images 64 --guidance-scale 2 --temperature 0.8 --out $(DEMO)/generated
 	@echo "Look at $(DEMO)/: reconstructions.png, generated/grid.png, tokenizer/losses.png, prior/losses.png"
 
-# Without a network where the system allows it: tests/offline.py.
+# Without a network if the system allows that: tests/offline.py.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 test: $(VENV)/.installed-dev
 	$(BIN)/python tests/offline.py $(BIN)/python $(PYTEST)
 
-# The same with the lowest versions that pyproject.toml allows; their remarks about newer libraries do not count.
+# The same with the lowest versions that pyproject.toml allows; their deprecation warnings are ignored.
 LOWEST := .venv-lowest
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python tests/offline.py $(LOWEST)/bin/python $(PYTEST) \
@@ -36,7 +36,7 @@ $(LOWEST)/.installed: pyproject.toml
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet 'setuptools>=77' -r $(LOWEST)/lowest.txt --editable .
 	touch $@
 
-# Hours: kills, damaged images, layouts of data, configurations, memory. Writes docs/reliability.md; PARTS=kills does one of them.
+# Hours: kills, damaged images, data layouts, configurations, memory. Writes docs/reliability.md; PARTS=kills runs one part.
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.reliability $(PARTS)
 
@@ -49,7 +49,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# A torch that is there already (in the environment, or beside $(PYTHON)) is kept; else the pinned one is installed.
+# Keeps a torch that is already installed (in the environment, or next to $(PYTHON)); otherwise installs the pinned one.
 $(VENV)/constraints.txt: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("twostage needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)

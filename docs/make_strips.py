@@ -1,4 +1,4 @@
-"""Cuts the benchmarks' contact sheets into the strips of `concepts.md`: one picture a model, docs/images/strips/.
+"""Cut the benchmarks' contact sheets into the strips of `concepts.md`: one image per model, docs/images/strips/.
 
 python docs/make_strips.py
 """
@@ -13,7 +13,7 @@ from twostage.core.images.sheets import MARGIN, save_image
 __all__ = ["strips"]
 
 IMAGES = Path(__file__).parent / "images"
-ROW = 84 + MARGIN  # pixels: a digit, three times enlarged
+ROW = 84 + MARGIN  # pixels: a digit, enlarged three times
 STRIPS = {
     "families_mnist": (
         ROW,
@@ -31,18 +31,18 @@ STRIPS = {
     ),
     "priors_mnist": (ROW + 18, {"pixelcnn": [0, 1, 2], "gpt": [3, 4, 5], "maskgit": [6, 7, 8]}),
 }
-"""By contact sheet: the height of its rows in pixels, captions included, and the rows of each strip."""
+"""For each contact sheet: the height of its rows in pixels, with captions, and the rows of each strip."""
 
 
 def strips() -> Iterator[tuple[Path, Image.Image]]:
-    """Each strip's file and what belongs into it."""
+    """Each strip's file and the image that belongs in it."""
     for sheet, (height, rows_of) in STRIPS.items():
-        with Image.open(IMAGES / f"{sheet}.png") as picture:
+        with Image.open(IMAGES / f"{sheet}.png") as image:
             for name, rows in rows_of.items():
-                strip = Image.new("RGB", (picture.width, MARGIN + height * len(rows)), "white")
+                strip = Image.new("RGB", (image.width, MARGIN + height * len(rows)), "white")
                 for place, row in enumerate(rows):
                     top = MARGIN + row * height
-                    strip.paste(picture.crop((0, top, picture.width, top + height)), (0, MARGIN + place * height))
+                    strip.paste(image.crop((0, top, image.width, top + height)), (0, MARGIN + place * height))
                 yield IMAGES / "strips" / f"{name}.png", strip
 
 
