@@ -12,10 +12,10 @@ from typing import Annotated
 import typer
 
 from pipelines.drawing.two_stage import TwoStagePipeline
+from pipelines.saved.model_card import CardFields, gather_records, is_as_written
 from pipelines.saved.pipeline_folder import DOCUMENT, is_pipeline_folder, push_folder
 from pipelines.saved.saved_model import SavedModel
 from pipelines.sharing.exported_programs import Format, check_libraries, export_programs
-from pipelines.sharing.model_card import CardFields, gather_records, is_as_written, write_model_card
 from stage1_tokenizer.autoencoder import Autoencoder
 from twostage.core.errors import InputError
 from twostage.core.machine.command import run_command
@@ -49,7 +49,7 @@ def export_pipeline(
         if is_pipeline_folder(out) and _hashes(out) != _hashes(partial):
             raise InputError(f"--out {out}: holds another pipeline; give another --out. Nothing was changed")
         sentences = export_programs(pipeline.tokenizer, partial, formats) if formats else []
-        write_model_card(partial, pipeline, records, fields)
+        pipeline.write_card(partial, records, fields)
         card = out / CARD
         if card.is_file() and not is_as_written(card.read_text(encoding="utf-8")):
             (partial / CARD).replace(partial / OTHER_CARD)

@@ -14,7 +14,8 @@ from accelerate.utils import broadcast_object_list
 
 from pipelines.drawing.batch_size import fitting_batch_size
 from pipelines.drawing.sampling_options import with_sampling_options
-from pipelines.drawing.two_stage import TwoStagePipeline, class_sheet
+from pipelines.drawing.two_stage import TwoStagePipeline
+from pipelines.files.class_sheet import class_sheet
 from pipelines.files.image_files import FileFormat, image_files
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.config.sections import describe_differences

@@ -7,7 +7,7 @@ pipeline(num_images=8, class_names=["star"], seed=0).images[0].save("star.png")
 import difflib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from pipelines.drawing import edits, redraw
 from pipelines.drawing.batch_size import ROWS, fitting_batch_size
+from pipelines.files.class_sheet import class_sheet
+from pipelines.saved.model_card import CardFields, ModelCard, gather_records
 from pipelines.saved.pipeline_folder import (
     push_folder,
     read_pipeline_folder,
@@ -32,10 +34,11 @@ from stage2_prior.sampling import SamplingConfig, image_seeds
 from twostage.core.config.sections import parse_config
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil, to_uint8
-from twostage.core.images.fonts import class_labels
-from twostage.core.images.sheets import contact_sheet
 
-__all__ = ["PipelineOutput", "TwoStagePipeline", "class_sheet"]
+__all__ = ["PipelineOutput", "TwoStagePipeline"]
+
+
+CARD_SAMPLES = 40
 
 
 @dataclass
@@ -178,18 +181,20 @@ class TwoStagePipeline:
         Raises:
             InputError: no such id or licence, or the hub did not take it, such as when offline or not logged in.
         """
-        from pipelines.sharing.model_card import (  # which import this module
-            CardFields,
-            gather_records,
-            write_model_card,
-        )
-
         fields = CardFields(license, data_license, where=repo_id)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             records = gather_records(SavedModel.find(run)) if run else {}
-            write_model_card(Path(folder), self, records, fields)
+            self.write_card(Path(folder), records, fields)
             return push_folder(Path(folder), repo_id, private)
+
+    def write_card(self, folder: Path, records: dict[str, bytes], fields: CardFields) -> None:
+        """Writes the model card of this pipeline into its ``folder``: README.md, samples.png and the ``records``."""
+        names = self.class_names
+        each = min(len(names), CARD_SAMPLES) if names else 8
+        images = self(CARD_SAMPLES // each * each, seed=0, output_type="pt").images
+        samples = class_sheet(images, names, self.labels_for(None))
+        ModelCard(self.tokenizer, self.prior, names, records, fields).write(folder, samples)
 
     def labels_for(self, class_names: list[str] | None) -> list[int] | None:
         """The classes that images take in turn: those named, or all; None for a prior without classes.
@@ -424,19 +429,6 @@ class TwoStagePipeline:
         classes = [None] * len(rows) if labels is None else labels.split(ROWS)
         images = [self.tokenizer.sample_from(part, given) for part, given in zip(rows, classes, strict=True)]
         return to_uint8(torch.cat(images)).cpu()
-
-
-def class_sheet(pixels: Tensor, names: list[str] | None, numbers: Sequence[int] | None = None) -> Image.Image:
-    """A contact sheet of images (n, C, H, W) uint8, of which image i is of the class ``names[i % len(names)]``: one
-    class a column, where that fits.
-
-    Args:
-        numbers: of the classes, where ``names`` are not all of them.
-    """
-    columns = len(names) if names and 4 <= len(names) <= 12 else 8
-    labels = class_labels(names, numbers) if names else []
-    captions = [labels[i % len(labels)] for i in range(len(pixels))] if labels else None
-    return contact_sheet(pixels, min(columns, len(pixels)), captions)
 
 
 def _as_type(pixels: Tensor, output_type: str) -> list[Image.Image] | Tensor | np.ndarray:

@@ -7,9 +7,10 @@ from typing import Any
 
 from PIL import Image
 
-from pipelines.drawing.two_stage import TwoStagePipeline, class_sheet
+from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.evaluation.neighbours import neighbours_sheet
 from pipelines.evaluation.prior_measurements import SampleFigures
+from pipelines.files.class_sheet import class_sheet
 from pipelines.files.report import Report
 from pipelines.saved.figures import NO_EVIDENCE, Rows
 from twostage.core.images.sheets import save_image

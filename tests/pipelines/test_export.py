@@ -207,7 +207,7 @@ def test_missing_libraries_are_named(runs, twostage, monkeypatch, tmp_path):
 def test_options_that_do_not_go_together(runs, twostage, tmp_path):
     for words, said in (
         (("--private",), "--private: is of --push owner/name"),
-        (("--license", "do what you want"), "license 'do what you want': expected an id of the hub's list"),
+        (("--license", "do what you want"), "license 'do what you want'"),
         (("--push", "nobody"), "'nobody': no id of the Hugging Face hub; expected owner/name"),
     ):
         ended = twostage("export", runs.prior, "--out", tmp_path / "out", *words)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from messages import assert_names
 
 from pipelines.drawing.two_stage import TwoStagePipeline
+from pipelines.saved.model_card import CardFields, gather_records, is_as_written
 from pipelines.saved.saved_model import SavedModel
-from pipelines.sharing.model_card import CardFields, gather_records, is_as_written, write_model_card
 from twostage.core.errors import InputError
 from twostage.core.runs.model_folder import file_sha256
 
@@ -24,7 +25,7 @@ NEEDS_NO_NETWORK = {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*", "no_proxy"
 
 def card_of(pipeline: TwoStagePipeline, folder: Path, records: dict[str, bytes], fields: CardFields) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    write_model_card(folder, pipeline, records, fields)
+    pipeline.write_card(folder, records, fields)
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -51,9 +52,8 @@ def test_what_is_not_known_is_not_said(pipeline, runs, tmp_path):
     assert {"image-generation", "vector-quantization"} < set(head["tags"])
     assert "license" not in head
     assert "datasets" not in head
-    assert "The tokenizer was not evaluated as it is here; `twostage evaluate runs/TOKENIZER` does that." in card
-    assert "The prior was not evaluated as it is here; `twostage evaluate runs/PRIOR` does that." in card
-    assert "What it was trained on is not recorded here. Licence of the data: not stated" in card
+    assert_names(card, "`twostage evaluate runs/TOKENIZER`", "`twostage evaluate runs/PRIOR`")
+    assert_names(card, "not recorded", "Licence of the data: not stated")
     assert pipeline.tokenizer.content_hash() in card
     assert (tmp_path / "samples.png").is_file()
 
