@@ -1,12 +1,12 @@
-"""How fast does the MNIST VAE train beside another training on the same two cores?
+"""How fast does the MNIST VAE train next to another training run on the same two cores?
 
 python -m benchmarks.busy_cores [--repeats 3] [--seconds 4] [--spin 0 500 2000] [--config FILE] [--json FILE]
 
-Each measurement is a real training in a process of its own (`train`, without validations and checkpoints): alone on
-one of two cores, alone on both, and on both beside a second training that was started the same way; as started now
-(how long OpenMP's waiting threads spin is limited before torch is loaded), with every ``--spin``, and with no limit.
-`of_pinned` is the speed over that of the training alone on one core; `of_unlimited` that over the same without a limit.
-The images must be in $TWOSTAGE_DATA/mnist (or are downloaded as ylecun/mnist).
+Each measurement is a real training run in its own process (`train`, without validation and checkpoints). It runs alone
+on one of two cores, alone on both, and on both next to a second run that was started the same way. This is repeated
+with twostage's default spin limit for OpenMP's waiting threads, with every ``--spin``, and with no limit. `of_pinned`
+is the speed relative to the run alone on one core, `of_unlimited` relative to the same measurement without a limit.
+The images must be in $TWOSTAGE_DATA/mnist (otherwise they are downloaded as ylecun/mnist).
 """
 
 import json
@@ -22,12 +22,12 @@ import twostage  # noqa: F401 - limits how long threads spin; the next line impo
 from benchmarks.reporting import Row, parser, report
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tokenizer" / "vae_mnist.yaml"
-UNLIMITED = "300000"  # what libgomp takes where nothing is set
+UNLIMITED = "300000"  # libgomp's own default
 WARM_UP = 1.0  # seconds
 
 
 def train_for(seconds: float, config_file: str) -> None:
-    """Says `ready` after a warm-up, then trains for ``seconds`` and prints the steps a second."""
+    """Print `ready` after a warm-up, then train for ``seconds`` and print the steps per second."""
     from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
     from twostage.core.config.sections import load_config
     from twostage.core.training.run import TrainingRun
@@ -60,11 +60,11 @@ def train_for(seconds: float, config_file: str) -> None:
 
 
 def start(cores: set[int], spin: str | None, seconds: float, config: Path) -> subprocess.Popen[str]:
-    """A training on ``cores``; ``spin`` None: as it is started now."""
+    """A training run on ``cores``; ``spin`` None: twostage's default."""
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     environment |= {"GOMP_SPINCOUNT": spin} if spin else {}
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)  # which the process takes over
+    os.sched_setaffinity(0, cores)  # inherited by the process
     try:
         words = [sys.executable, "-m", "benchmarks.busy_cores", "--config", str(config), "--work", str(seconds)]
         return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
@@ -73,7 +73,7 @@ def start(cores: set[int], spin: str | None, seconds: float, config: Path) -> su
 
 
 def steps_per_second(cores: set[int], spin: str | None, seconds: float, config: Path, beside: bool = False) -> float:
-    """Of one training, while a second one runs where ``beside``."""
+    """Measure one training run; with ``beside``, a second one runs at the same time."""
     other = start(cores, spin, 1e9, config) if beside else None
     try:
         if other:
@@ -91,7 +91,7 @@ def steps_per_second(cores: set[int], spin: str | None, seconds: float, config: 
 def _wait_until_ready(process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
     if not any(line.strip() == "ready" for line in process.stdout):
-        raise RuntimeError("a training ended before it was measured")
+        raise RuntimeError("a training run exited before it was measured")
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def main() -> None:
     arguments.add_argument("--seconds", type=float, default=4.0)
     arguments.add_argument("--spin", nargs="*", default=[], metavar="COUNT", help="values of GOMP_SPINCOUNT")
     arguments.add_argument("--config", type=Path, default=CONFIG, help="a file of configs/tokenizer/")
-    arguments.add_argument("--work", type=float, help="seconds; used by this program itself")
+    arguments.add_argument("--work", type=float, help="seconds; used internally")
     options = arguments.parse_args()
     if options.work:
         train_for(options.work, str(options.config))
@@ -110,14 +110,14 @@ def main() -> None:
     spins: dict[str, str | None] = {"as started now": None, "no limit": UNLIMITED}
     spins |= {f"spin {count}": count for count in options.spin}
     measured: dict[tuple[str, str], list[float]] = {}
-    for _ in range(options.repeats):  # in turns, so that a noisy machine is noisy for all
+    for _ in range(options.repeats):  # alternating, so that noise affects all alike
         found = {("alone on one core", "as started now"): (one, None, False)}
         for name, spin in spins.items():
             found |= {("alone", name): (both, spin, False), ("beside another training", name): (both, spin, True)}
         for key, (cores, spin, beside) in found.items():
             speed = steps_per_second(cores, spin, options.seconds, options.config, beside)
             measured.setdefault(key, []).append(speed)
-            print(f"{', '.join(key)}: {speed:.1f} steps a second", file=sys.stderr, flush=True)
+            print(f"{', '.join(key)}: {speed:.1f} steps per second", file=sys.stderr, flush=True)
     medians = {key: statistics.median(values) for key, values in measured.items()}
     pinned = medians["alone on one core", "as started now"]
     rows: list[Row] = []

@@ -2,13 +2,13 @@
 
 python -m benchmarks.code_cache [--rows 1000000] [--batches 400] [--repeats 8] [--json FILE]
 
-Writes a cache of that many rows of 256 codes (16x16, uint16; 512 MB for a million) into a temporary folder, then reads
-batches of 256 rows at random, as training does: codes (256, 16, 16) int64. The peer is the usual loop: a `DataLoader`
-over a data set of single rows of the same memory-mapped array, shuffled, in this process. A warm-up first reads every
-page once, so that no figure is the disk's.
+Writes a cache of that many rows of 256 codes (16x16, uint16; 512 MB for a million) into a temporary folder. Then it
+reads random batches of 256 rows, as training does: codes (256, 16, 16) int64. The peer is the usual loop: a shuffled
+`DataLoader` over a dataset of single rows of the same memory-mapped array, in this process. A warm-up first reads
+every page once, so that the figures do not measure the disk.
 
-Resident memory, in MB, is shown for the first and the last quarter of our batches: `anon` is the process's own, `file`
-the pages of the mapped array, which the system takes back whenever it needs them (left out on systems without /proc).
+The table shows resident memory in MB for the first and the last quarter of our batches. `anon` is the process's own
+memory; `file` is the mapped array, which the system reclaims whenever it needs to. Systems without /proc show neither.
 """
 
 import tempfile
@@ -30,7 +30,7 @@ STATUS = Path("/proc/self/status")
 
 
 class RowDataset(Dataset):
-    """One row at a time, as a DataLoader asks for them."""
+    """One row at a time, as a DataLoader requests them."""
 
     def __init__(self, codes: np.ndarray) -> None:
         self.codes = codes
@@ -43,7 +43,7 @@ class RowDataset(Dataset):
 
 
 def write_cache(folder: Path, rows: int) -> None:
-    """A code cache of ``rows`` random training rows, and as many held out as a manifest needs: one."""
+    """A code cache of ``rows`` random training rows and one held-out row, which a manifest requires."""
     random, splits = np.random.default_rng(0), {}
     for name, count in {"train": rows, "val": 1}.items():
         shape = (count, *GRID)
@@ -81,14 +81,14 @@ def our_batches(split: CodeSplit) -> Iterator[Tensor]:
 
 
 def peer_batches(split: CodeSplit) -> Iterator[Tensor]:
-    """The DataLoader's, epoch after epoch."""
+    """The DataLoader's batches, epoch after epoch."""
     loader = DataLoader(RowDataset(split.codes), batch_size=BATCH_SIZE, shuffle=True, drop_last=True)
     while True:
         yield from loader
 
 
 def seconds_per_batch(batches: Iterator[Tensor], count: int) -> float:
-    """The mean of ``count`` batches."""
+    """Mean seconds of ``count`` batches."""
     start = time.perf_counter()
     for _ in range(count):
         next(batches)
@@ -96,7 +96,7 @@ def seconds_per_batch(batches: Iterator[Tensor], count: int) -> float:
 
 
 def resident() -> dict[str, float]:
-    """Resident memory in MB, {} where the system does not say."""
+    """Resident memory in MB; {} if the system does not report it."""
     if not STATUS.is_file():
         return {}
     lines = dict(line.split(":", 1) for line in STATUS.read_text(encoding="utf-8").splitlines())
@@ -106,21 +106,21 @@ def resident() -> dict[str, float]:
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--rows", type=int, default=1_000_000)
-    arguments.add_argument("--batches", type=int, default=400, help="a measurement, at least 10")
-    arguments.add_argument("--repeats", type=int, default=8, help="measurements, a multiple of 4")
+    arguments.add_argument("--batches", type=int, default=400, help="batches per measurement, at least 10")
+    arguments.add_argument("--repeats", type=int, default=8, help="number of measurements, a multiple of 4")
     options = arguments.parse_args()
     share_cores()
     with tempfile.TemporaryDirectory() as folder:
         write_cache(Path(folder), options.rows)
         split = CodeCache(folder).splits["train"]
         ours, peer = our_batches(split), peer_batches(split)
-        seconds_per_batch(ours, options.rows // BATCH_SIZE)  # an epoch: every page
+        seconds_per_batch(ours, options.rows // BATCH_SIZE)  # one epoch reads every page
         seconds_per_batch(peer, 10)
         ours_s, peer_s, memory = [], [], []
         for _ in range(options.repeats):
             ours_s.append(seconds_per_batch(ours, options.batches))
             memory.append(resident())
-            peer_s.append(seconds_per_batch(peer, options.batches // 10))  # far slower: a tenth has to do
+            peer_s.append(seconds_per_batch(peer, options.batches // 10))  # far slower, so a tenth of the batches
         row = compared(f"a batch of {BATCH_SIZE} rows", ours_s, peer_s)
         row |= {f"{name}_rows_per_s": BATCH_SIZE / row[f"{name}_s"] for name in ("ours", "peer")}
         quarter = options.repeats // 4

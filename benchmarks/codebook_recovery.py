@@ -1,10 +1,10 @@
-"""Does a collapsed codebook come back?
+"""Does a collapsed codebook recover?
 
 python -m benchmarks.codebook_recovery [--steps 500] [--dir runs/recovery] [--json FILE]
 
-For every codebook quantizer: all codes are made equal and put far from the data, then a small tokenizer of CIFAR-10
-(`vqvae_cifar10.yaml`, half its width) trains from there with the default settings. The table has the share of
-codes that the 10,000 test images use every 100 steps, and the PSNR at the end.
+For every codebook quantizer, all codes are set to the same vector far from the data. Then a small CIFAR-10 tokenizer
+(`vqvae_cifar10.yaml` at half its width) trains from there with the default settings. The table shows the fraction of
+codes that the 10,000 test images use every 100 steps, and the final PSNR.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ QUANTIZERS = {
 
 @torch.no_grad()
 def collapse(autoencoder: Autoencoder, *_: object) -> None:
-    """In place of the start from k-means: every code of every codebook is the same far vector."""
+    """Replaces the k-means start: every code of every codebook is the same distant vector."""
     assert isinstance(autoencoder.bottleneck, VectorQuantizer | ResidualQuantizer)
     for quantizer in autoencoder.bottleneck.modules():
         if isinstance(quantizer, VectorQuantizer):

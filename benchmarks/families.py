@@ -1,11 +1,11 @@
-"""All families of stage one at the same budget of time: what each reaches, in one table and one picture a data set.
+"""All families of stage one with the same training time, in one table and one sheet per dataset.
 
 python -m benchmarks.families [--minutes 1 2] [--dir runs/families] [--results docs/results.md] [--json FILE]
 
-For MNIST, then CIFAR-10: measures what a step of each family costs (in turns, so that a busy machine is busy for all),
-trains `configs/tokenizer/` for as many steps as the budget holds, evaluates on the test images and writes the results.
-Feature networks are trained first where they are not there: the one in the VQ-GAN's perceptual term is another (seed 0)
-than the one that the Frechet distance looks through (seed 1). The same command goes on where it was stopped.
+For MNIST, then CIFAR-10: measure the cost of a step for each family (alternating, so that noise affects all alike),
+train each config in `configs/tokenizer/` for as many steps as the time allows, evaluate on the test images and write
+the results. Missing feature networks are trained first. The network in the VQ-GAN's perceptual loss (seed 0) is not
+the one that computes the Frechet distance (seed 1). Run the same command again to resume.
 """
 
 import json
@@ -31,8 +31,11 @@ from twostage.core.runs.run_folder import read_metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "tokenizer"
 FAMILIES = ["ae", "dae", "vae", "beta_vae", "cvae", "vqvae", "fsq", "lfq", "rvq", "vqgan"]
-SETS = {"mnist": {"epochs": 3}, "cifar10": {"epochs": 3, "horizontal_flip": True}}  # and how features are trained
-PERCEPTUAL_WIDTH = 16  # of the network in the loss; the one that judges is wider
+SETS = {
+    "mnist": {"epochs": 3},
+    "cifar10": {"epochs": 3, "horizontal_flip": True},
+}  # and how their feature networks are trained
+PERCEPTUAL_WIDTH = 16  # of the network in the loss; the network that judges is wider
 COLUMNS = {
     "name": "family",
     "steps": "steps",
@@ -44,7 +47,7 @@ COLUMNS = {
     "codebook_usage": "codes in use",
     "perplexity": "perplexity",
 }
-# What the families without a file for CIFAR-10 change of another's: 8x8 codes of 512, or 128 numbers.
+# For families without a CIFAR-10 config: overrides of another family's, for 8x8 codes of 512, or 128 numbers.
 SMALL = "model.backbone={type: conv, channels: 16, channel_mult: [1, 2, 4], num_res_blocks: [0, 0, 1]}"
 CORRUPTION = "loss.corruption={masked_share: 0.3, noise_std: 0.1}"
 CIFAR = {
@@ -65,7 +68,7 @@ CIFAR = {
 
 
 def configured(family: str, name: str, folder: Path, extra: list[str]) -> TokenizerConfig:
-    """The configuration of one family on one data set."""
+    """The configuration of one family on one dataset."""
     file, overrides = CIFAR[family] if name == "cifar10" else (f"{family}_mnist", [])
     overrides = [*overrides, f"data.source={name}", "run.trackers=[]", "train.mixed_precision=auto", *extra]
     if family == "vqgan":
@@ -74,8 +77,8 @@ def configured(family: str, name: str, folder: Path, extra: list[str]) -> Tokeni
 
 
 def steps_for(budget_s: float, name: str, folder: Path) -> dict[str, int]:
-    """How many steps of each family take ``budget_s`` seconds of one thread's processor time, which other programs on
-    the machine do not lengthen."""
+    """The number of steps of each family in ``budget_s`` seconds of one thread's processor time, which other programs
+    on the machine do not affect."""
     file = folder / f"steps_{round(budget_s)}s.json"
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
@@ -84,7 +87,7 @@ def steps_for(budget_s: float, name: str, folder: Path) -> dict[str, int]:
     seconds = {}
     for family in FAMILIES:
         extra = [f"run.dir={folder / 'timing' / family}", *length]
-        # A VQ-GAN's step with both nets, as in the larger part of its run.
+        # Time a VQ-GAN's step with both networks, as in most of its run.
         extra += ["loss.adversarial.start=0"] if family == "vqgan" else []
         config = configured(family, name, folder, extra)
         seconds[family] = seconds_per_step(lambda config=config: train_tokenizer(config), time.process_time)
@@ -94,7 +97,7 @@ def steps_for(budget_s: float, name: str, folder: Path) -> dict[str, int]:
 
 
 def train_and_measure(family: str, name: str, steps: int, folder: Path) -> Row:
-    """Trains where it is not trained yet, evaluates; a row of the table."""
+    """Train if necessary, evaluate, and return a row of the table."""
     run = folder / family
     extra = [f"run.dir={run}", "train.epochs=null", f"train.max_steps={steps}"]
     extra += [f"train.validate_every={steps}", f"train.checkpoint_every={max(1, steps // 2)}"]
@@ -107,7 +110,7 @@ def train_and_measure(family: str, name: str, steps: int, folder: Path) -> Row:
 
 
 def picture(name: str, folder: Path, data: ImageData, out: Path) -> None:
-    """The same test images through every family, and under them samples of those that have a prior of their own."""
+    """The same test images through every family, above samples from the variational families."""
     rows = torch.arange(12)
     originals = data.validation.read(rows)
     strips, titles = [originals], ["original"]
@@ -136,7 +139,7 @@ images were re-encoded as JPEG. One run each, seed 0.
 
 
 def as_markdown(name: str, minutes: float, rows: list[Row], accuracy: float) -> str:
-    """The section of one data set."""
+    """The section of one dataset."""
     judge = f"Accuracy of the network that judges, on the test images: {accuracy:.1%}."
     title = f"### {set_title(name)}, {minutes:g} minutes of processor time each"
     picture = f"![The same test images through every family](images/families_{name}.png)"

@@ -1,9 +1,9 @@
-"""How long does a training step of the causal transformer take, beside `transformers`' GPT-2?
+"""How long does a training step of the causal transformer take, compared with `transformers`' GPT-2?
 
 python -m benchmarks.gpt_step [--batch-size 8] [--repeats 5] [--json FILE]
 
-Both have 8 layers of 512, 512 codes, 256 positions, no dropout; a step is forward, backward and AdamW. "bf16" is
-autocast, and its ratio is to the peer in float32; what the peer itself gains by bf16 is a row of its own.
+Both have 8 layers of 512, 512 codes, 256 positions and no dropout. A step is forward, backward and AdamW. "bf16" is
+autocast, and its ratio is to the peer in float32; a separate row shows what the peer itself gains from bf16.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ CELLS = GRID[0] * GRID[1]
 
 
 def step(model: nn.Module, loss: Callable[[], Tensor], bfloat16: bool) -> Callable[[], None]:
-    """One training step of ``model``, with an optimizer of its own."""
+    """One training step of ``model`` with its own optimizer."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def run() -> None:

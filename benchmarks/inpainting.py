@@ -1,15 +1,15 @@
-"""Does a digit stay the digit that it was when half of it is drawn again?
+"""Does a digit keep its class when half of it is redrawn?
 
 python -m benchmarks.inpainting runs/PRIOR runs/JUDGE [--mask bottom] [--num-images 500] [--with-class]
     [--guidance-scale 1] [--num-steps 8] [--temperature 1] [--picture FILE] [--json FILE]
 
-Held-out images of the prior's data lose a half (`--mask`) and get it back as `TwoStagePipeline.inpaint` draws it, one
-completion each. A feature network (`twostage train-features`), which was trained on none of these images, says what
-the results show. Each row is the share of images that it gives their own class, with the standard error:
+Half of each held-out image (`--mask`) is removed and redrawn by `TwoStagePipeline.inpaint`, one completion per image.
+A feature network (`twostage train-features`), trained on none of these images, classifies the results. Each row is the
+fraction of images that it assigns to their own class, with the standard error:
 
-- `original`, and `reconstruction` by the tokenizer: what could be reached at best;
-- `kept part`: the rest black, so that it is what can be seen without a prior;
-- `completion`: of no class, so that the prior has to see from the kept part what it was;
+- `original`, and `reconstruction` by the tokenizer: the best that can be reached;
+- `kept part`: everything else black; what can be recognised without a prior;
+- `completion`: without a class, so that the prior has to infer it from the kept part;
 - `completion, told its class`, with `--with-class`: how well a known class is drawn, with that guidance.
 """
 
@@ -37,7 +37,7 @@ COLUMNS = 12
 def completed(
     pipeline: TwoStagePipeline, images: Tensor, mask: Tensor, labels: list[int] | None, sampling: SamplingConfig
 ) -> Tensor:
-    """What `TwoStagePipeline.inpaint` does, for images (n, C, H, W) that differ: one completion each, of seed 0."""
+    """`TwoStagePipeline.inpaint` for different images (n, C, H, W): one completion each, seed 0."""
     known = known_codes(pipeline.tokenizer, images, mask)
     parts = pipeline.generate(range(len(images)), labels, sampling, seed=0, known=known)
     return paste(images, torch.cat([drawn for drawn, _ in parts]), mask)
@@ -45,7 +45,7 @@ def completed(
 
 @torch.no_grad()
 def judged(judge: FeatureNetwork, images: Tensor, labels: Tensor) -> Row:
-    """The share of images that the judge gives their class."""
+    """The fraction of images that the feature network assigns to their class."""
     given = torch.cat([judge(to_float(part)).argmax(1) for part in images.split(250)])
     share = (given == labels).double().mean().item()
     return {"keep_class": share, "standard_error": math.sqrt(share * (1 - share) / len(images))}
@@ -58,10 +58,10 @@ def main() -> None:
     arguments.add_argument("--mask", choices=MASK_NAMES, default="bottom")
     arguments.add_argument("--num-images", type=int, default=500)
     arguments.add_argument("--with-class", action="store_true")
-    arguments.add_argument("--guidance-scale", type=float, default=1.0, help="of the completions told their class")
+    arguments.add_argument("--guidance-scale", type=float, default=1.0, help="guidance for completions with a class")
     arguments.add_argument("--num-steps", type=int)
     arguments.add_argument("--temperature", type=float, default=1.0)
-    arguments.add_argument("--picture", type=Path, help="a PNG of some of them")
+    arguments.add_argument("--picture", type=Path, help="write a PNG of some completions")
     options = arguments.parse_args()
     share_cores()
     pipeline, judge = TwoStagePipeline.from_pretrained(options.prior), FeatureNetwork.from_pretrained(options.judge)

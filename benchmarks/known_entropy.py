@@ -2,10 +2,10 @@
 
 python -m benchmarks.known_entropy [--models pixelcnn causal_transformer masked_transformer] [--dir DIR] [--json FILE]
 
-Grids of 6 x 5 codes of 8, of 4 classes, are drawn code by code: of two classes each code follows its left neighbour,
-of two its upper one, by a fixed random table of its class. What the held-out grids cost under these tables is what no
-prior can beat but by chance. The masked transformer has an upper bound only, and more to learn: what any codes say
-about any others. The target is an excess of at most 2%.
+Grids of 6 x 5 codes out of 8, in 4 classes, are sampled code by code. In two classes each code depends on its left
+neighbour, in the other two on the one above, by a fixed random table per class. No prior can beat the held-out cost
+under these tables, except by chance. The masked transformer only has an upper bound, and more to learn: what any codes
+say about any others. The target is an excess of at most 2%.
 """
 
 import math
@@ -115,7 +115,7 @@ def training(model: PriorModelConfig, steps: int, run: Path, codes: Path) -> Pri
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    arguments.add_argument("--dir", type=Path, help="where runs are kept and gone on from; else they are thrown away")
+    arguments.add_argument("--dir", type=Path, help="keep runs here and resume them; by default they are deleted")
     options = arguments.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as thrown_away:
@@ -140,7 +140,7 @@ def main() -> None:
                     "unigram": figures["unigram_nats_per_code"],
                     "uniform": figures["uniform_nats_per_code"],
                     "steps": steps,
-                    "processor_s": None if begun else seconds,  # of a whole training only
+                    "processor_s": None if begun else seconds,  # only after a full training run
                 }
             )
     report({"grid": "6x5", "codes": CODES, "classes": CLASSES, "held_out": ROWS["test"]}, rows, options.json)

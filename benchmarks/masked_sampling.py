@@ -1,11 +1,11 @@
-"""How fast is sampling from the masked transformer in 8 steps, beside the plain way and our causal transformer?
+"""How fast is sampling from the masked transformer in 8 steps, compared with the plain scheme and a causal transformer?
 
 python -m benchmarks.masked_sampling [--batch-sizes 1 8 32] [--repeats 3] [--json FILE]
 
-`plain` is the scheme of valeoai's Halton-MaskGIT `ConfidenceSampler` with the same weights: at every step a float32
-forward pass by torch's `F.linear` over all cells of all images, with logits and a draw everywhere. `causal` writes one
-code after another with a cache. All have 8 layers of 512, 512 codes, 16x16 cells, random weights, and draw from
-the full distribution. Ours also with bfloat16 and int8 weights.
+`plain` is the scheme of valeoai's Halton-MaskGIT `ConfidenceSampler` with the same weights. At every step it runs a
+float32 forward pass with torch's `F.linear` over all cells of all images, and samples every cell. `causal` writes one
+code after another with a cache. All have 8 layers of 512, 512 codes, 16x16 cells and random weights, and sample from
+the full distribution. Ours is also measured with bfloat16 and int8 weights.
 """
 
 import math
@@ -28,7 +28,7 @@ CELLS = GRID[0] * GRID[1]
 
 
 def plain_logits(model: MaskedTransformer, codes: Tensor, labels: Tensor) -> Tensor:
-    """What the model's ``forward`` gives, by torch's own matrix products: (B, N, K)."""
+    """The result of the model's ``forward``, computed with torch's own matrix products: (B, N, K)."""
     x = model.code_embedding(codes) + model.class_embedding(labels)[:, None] + model.positions
     for block in cast(list[Block], list(model.blocks)):
         qkv = F.linear(block.norm1(x), block.qkv.weight, block.qkv.bias)
@@ -44,7 +44,7 @@ def plain_logits(model: MaskedTransformer, codes: Tensor, labels: Tensor) -> Ten
 
 @torch.no_grad()
 def plain_sample(model: MaskedTransformer, labels: Tensor, choice_temperature: float = 4.5) -> Tensor:
-    """Confidence sampling with nothing left out: (B, N)."""
+    """Confidence sampling without any shortcut: (B, N)."""
     codes = torch.full((len(labels), CELLS), model.mask_token_id)
     for step in range(STEPS):
         done = (step + 1) / STEPS

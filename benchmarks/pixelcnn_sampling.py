@@ -1,10 +1,10 @@
-"""How fast is sampling from the gated PixelCNN, beside a full forward pass of the same network for every code?
+"""How fast is sampling from the gated PixelCNN, compared with a full forward pass for every code?
 
 python -m benchmarks.pixelcnn_sampling [--batch-sizes 1 32] [--repeats 1] [--json FILE]
 
-The peer is what the public gated PixelCNNs do (ritheshkumar95/pytorch-vqvae among them): all logits of the whole grid
-anew for each code. Random weights, float32, draws from the full distribution with the same noise; `equal_codes` is the
-share of codes in which both agree. With one warm-up, the peer's batches of 32 take minutes.
+The peer does what public gated PixelCNNs do (for example ritheshkumar95/pytorch-vqvae): it recomputes all logits of
+the whole grid for each code. Random weights, float32, full distribution, the same noise; `equal_codes` is the fraction
+of codes on which both agree. With one warm-up, the peer's batches of 32 take minutes.
 """
 
 import torch
@@ -21,7 +21,7 @@ CONFIG = PixelCNNConfig(channels=64, depth=15, first_kernel=7, kernel=3, head_ch
 
 
 def plain_sample(model: PixelCNN, labels: Tensor, noise: Tensor) -> Tensor:
-    """Codes (B, N), all of the network at each."""
+    """Codes (B, N), with a full forward pass for each."""
     codes = torch.zeros(len(labels), CELLS, dtype=torch.long)
     with torch.no_grad():
         for cell in range(CELLS):
@@ -37,7 +37,7 @@ def main() -> None:
     share_cores()
     torch.manual_seed(0)
     model = PixelCNN(CONFIG, CODES, GRID, num_classes=0).eval()
-    nn.init.normal_(model.head_out.weight, std=0.2)  # predictions that differ from cell to cell
+    nn.init.normal_(model.head_out.weight, std=0.2)  # so that predictions differ between cells
 
     rows = []
     for batch in options.batch_sizes:

@@ -1,11 +1,11 @@
-"""The three priors on the same codes at the same budget of time: what each reaches, in one table and one picture a set.
+"""The three priors on the same codes with the same training time, in one table and one sheet per dataset.
 
 python -m benchmarks.priors [--minutes 6 8] [--sets mnist cifar10] [--guidance-scale 1 2] [--results docs/results.md]
 
-For MNIST, then CIFAR-10: trains the tokenizer (`configs/tokenizer/`), encodes, trains the feature network that judges;
-measures what a step of each prior costs (processor time, in turns), trains `configs/prior/` for as many steps as the
-budget holds, evaluates 1,000 samples of each and writes the results. What is there already, under the names that the
-configs give, is not made again.
+For MNIST, then CIFAR-10: train the tokenizer (`configs/tokenizer/`), encode, and train the feature network that
+judges. Then measure the cost of a step for each prior (processor time, alternating), train each config in
+`configs/prior/` for as many steps as the time allows, evaluate 1,000 samples of each and write the results. Anything
+that already exists under the configs' names is reused.
 """
 
 import json
@@ -36,7 +36,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 PRIORS = ["pixelcnn", "gpt", "maskgit"]
 TOKENIZERS = {"mnist": "vqvae_mnist", "cifar10": "vqgan_cifar10"}
 JUDGES = {"mnist": {"epochs": 3}, "cifar10": {"epochs": 4, "horizontal_flip": True}}
-FEW_IMAGES = 1000  # held out, where they only say what a distance can be
+FEW_IMAGES = 1000  # held out, for the reference distance
 COLUMNS = {
     "name": "prior",
     "parameters": "parameters",
@@ -50,7 +50,7 @@ COLUMNS = {
 
 
 def prepare(name: str) -> tuple[Path, Path]:
-    """The tokenizer's codes and the judge's run, made where they are not there."""
+    """The tokenizer's codes and the run of the feature network that judges; both are created if missing."""
     tokenizer, judge = Path("runs") / TOKENIZERS[name], Path("runs") / f"judge_{name}"
     codes = Path("codes") / TOKENIZERS[name]
     overrides = [f"data.source={name}", f"run.dir={tokenizer}", "run.trackers=[]"]
@@ -67,19 +67,19 @@ def prepare(name: str) -> tuple[Path, Path]:
 
 
 def configured(prior: str, name: str, codes: Path, run: Path, *overrides: str) -> PriorTrainingConfig:
-    """The configuration of one prior on one data set."""
+    """The configuration of one prior on one dataset."""
     file = CONFIGS / "prior" / f"{prior}_{name}.yaml"
     return load_config(PriorTrainingConfig, file, [f"codes={codes}", f"run.dir={run}", "run.trackers=[]", *overrides])
 
 
 def steps_for(budget_s: float, name: str, codes: Path, folder: Path) -> dict[str, int]:
-    """How many steps of each prior take ``budget_s`` seconds of processor time, which other programs on the machine do
-    not lengthen."""
+    """The number of steps of each prior in ``budget_s`` seconds of processor time, which other programs on the machine
+    do not affect."""
     file = folder / f"steps_{round(budget_s)}s.json"
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
     length = [f"train.{key}={TIMED_STEPS}" for key in ("max_steps", "validate_every", "checkpoint_every")]
-    shutil.rmtree(folder / "timing", ignore_errors=True)  # a finished run takes no step that could be timed
+    shutil.rmtree(folder / "timing", ignore_errors=True)  # a finished run has no step left to time
     seconds = {}
     for prior in PRIORS:
         config = configured(prior, name, codes, folder / "timing" / prior, *length, "train.warmup_steps=0")
@@ -90,17 +90,17 @@ def steps_for(budget_s: float, name: str, codes: Path, folder: Path) -> dict[str
 
 
 def check_length(run: Path, steps: int) -> None:
-    """Ends the benchmark where ``run`` is there and of another length."""
+    """Stop the benchmark if ``run`` exists with another length."""
     there = (RunFolder(run).stored_config() or {}).get("train", {}).get("max_steps", steps)
     if there != steps:
-        raise SystemExit(f"{run}: is a run of {there:,} steps, this would be one of {steps:,}; give another --dir")
+        raise SystemExit(f"{run}: has {there:,} steps, expected {steps:,}. Choose another --dir.")
 
 
 def train_and_measure(
     prior: str, name: str, steps: int, codes: Path, judge: Path, folder: Path, guidance_scales: list[float]
 ) -> list[Row]:
-    """Trains where it is not trained yet, evaluates; a row of the table for each guidance scale. The likelihood, which
-    has nothing to do with guidance, is the first one's."""
+    """Train if necessary, evaluate, and return a row of the table for each guidance scale. The likelihood does not
+    depend on guidance, so all rows show the first one's."""
     run = folder / prior
     check_length(run, steps)
     length = [f"train.max_steps={steps}"]
@@ -124,14 +124,14 @@ def train_and_measure(
 
 
 def nats_in_words(figures: dict[str, float]) -> str:
-    """A bound is marked as one."""
+    """Nats per code as text; a bound is marked."""
     if "nats_per_code" in figures:
         return f"{figures['nats_per_code']:.3f}"
     return f"at most {figures['nats_per_code_bound']:.3f}"
 
 
 def picture(name: str, folder: Path, guidance_scale: float, out: Path) -> None:
-    """Three rows of samples of each prior, one class a column."""
+    """Three rows of samples from each prior, one class per column."""
     strips, titles, names = [], [], []
     for prior in PRIORS:
         pipeline = TwoStagePipeline.from_runs(folder / prior)
@@ -157,7 +157,7 @@ the others write one code after another. CIFAR-10's images were re-encoded as JP
 
 
 def as_markdown(name: str, minutes: float, rows: list[Row], figures: dict[str, float], scale: float) -> str:
-    """The section of one data set."""
+    """The section of one dataset."""
     title = f"### Priors: {set_title(name)}, {minutes:g} minutes of processor time each"
     baselines = (
         f"Predicting codes uniformly costs {figures['uniform_nats_per_code']:.3f} nats per code, by their frequency "

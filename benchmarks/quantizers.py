@@ -1,11 +1,11 @@
-"""What does a quantizer cost, beside those of PyPI?
+"""What does a quantizer cost, compared with those on PyPI?
 
 python -m benchmarks.quantizers [--repeats 5] [--json FILE]
 
-8,192 vectors of dimension 64, forward and backward (a learned codebook, commitment and codebook loss), at 1,024, 8,192
-and 65,536 codes: ours, `vector-quantize-pytorch`, and `diffusers`. Peak memory is what a process of its own needs
-beyond the quantizer, its gradient and its input. `exact` is how often each finds the code that float64 finds, with its
-codebook as it starts.
+8,192 vectors of dimension 64, forward and backward (a learned codebook, commitment and codebook loss), with 1,024,
+8,192 and 65,536 codes: ours, `vector-quantize-pytorch`, and `diffusers`. Peak memory is what a separate process needs
+on top of the quantizer, its gradient and its input. `exact` is how often each finds the code that float64 finds, with
+its initial codebook.
 """
 
 import multiprocessing
@@ -24,12 +24,12 @@ SIZES = (1024, 8192, 65536)
 
 
 def vectors() -> Tensor:
-    """What an encoder gives, (32, 64, 16, 16): 8,192 vectors."""
+    """An encoder's output, (32, 64, 16, 16): 8,192 vectors."""
     return torch.randn(BATCH, DIM, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 
 
 def build(name: str, size: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """A step (forward and backward; gives the codes), and the codebook that it looks in."""
+    """A step (forward and backward; returns the codes), and the codebook that it searches."""
     torch.manual_seed(0)
     encoded = vectors().requires_grad_()
     if name == "ours":
@@ -67,7 +67,7 @@ def build(name: str, size: int) -> tuple[Callable[[], Tensor], Callable[[], Tens
 
 
 def exact_share(name: str, size: int) -> float:
-    """The share of vectors that get the code nearest in float64."""
+    """The fraction of vectors that get the code nearest in float64."""
     step, codebook = build(name, size)
     codes = codebook().double()
     points = vectors().permute(0, 2, 3, 1).reshape(-1, DIM).double()
@@ -77,17 +77,17 @@ def exact_share(name: str, size: int) -> float:
 
 
 def peak_memory(name: str, size: int) -> float:
-    """MiB that two steps need beyond the quantizer itself, its gradient and its input; in a fresh process (Linux)."""
+    """MiB that two steps need on top of the quantizer, its gradient and its input, in a new process (Linux)."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (name, size))
 
 
 def _peak(name: str, size: int) -> float:
-    small, _ = build(name, 16)  # loads libraries and starts threads, at a size that counts nothing
+    small, _ = build(name, 16)  # load libraries and start threads, at a negligible size
     small()
     step, codebook = build(name, size)
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    Path("/proc/self/clear_refs").write_text("5")  # measure the peak from here
     step()
     step()
     return (_status("VmHWM") - before) / 1024 - codebook().numel() * 4 / 2**20

@@ -1,9 +1,9 @@
-"""What does replacing input codes by random ones do to a GPT's held-out likelihood and to its samples?
+"""How does replacing input codes by random ones affect a GPT's held-out likelihood and its samples?
 
 python -m benchmarks.replacement [--replace-prob 0 0.1 0.3 0.5] [--steps 800] [--results docs/results.md] [--json FILE]
 
-Trains `configs/prior/gpt_mnist.yaml` once for each share, on the codes of `vqvae_mnist`, and judges 1,000 samples of
-each as `benchmarks.priors` does. What is there already is not made again.
+Trains `configs/prior/gpt_mnist.yaml` once for each fraction, on the codes of `vqvae_mnist`, and judges 1,000 samples
+of each as `benchmarks.priors` does. Anything that already exists is reused.
 """
 
 import json

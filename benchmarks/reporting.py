@@ -1,4 +1,4 @@
-"""How every benchmark here ends: a table on the screen and, with ``--json FILE``, the same as JSON."""
+"""Shared output of all benchmarks: a table on the screen and, with ``--json FILE``, the same as JSON."""
 
 import argparse
 import json
@@ -15,14 +15,14 @@ Row = dict[str, Any]
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Arguments that all benchmarks have."""
+    """Arguments shared by all benchmarks."""
     arguments = argparse.ArgumentParser(description=description)
-    arguments.add_argument("--json", type=Path, help="write the table to this file too")
+    arguments.add_argument("--json", type=Path, help="also write the table to this file")
     return arguments
 
 
 def alternate(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each candidate, run in turns after one warm-up, so that a noisy machine is noisy for all."""
+    """Seconds of each candidate. They alternate after one warm-up, so that noise affects all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(repeats + 1):
         for name, run in candidates.items():
@@ -34,7 +34,7 @@ def alternate(candidates: dict[str, Callable[[], object]], repeats: int) -> dict
 
 
 def compared(name: str, ours: list[float], peer: list[float]) -> Row:
-    """A row: medians, the ratio of medians (above 1: ours is faster) and the ratios of each turn."""
+    """A row: medians, the ratio of medians (above 1: ours is faster), and the range of ratios over the repeats."""
     ratios = [p / o for o, p in zip(ours, peer, strict=True)]
     return {
         "name": name,
@@ -47,7 +47,7 @@ def compared(name: str, ours: list[float], peer: list[float]) -> Row:
 
 
 def report(settings: dict[str, Any], rows: list[Row], file: Path | None) -> None:
-    """Prints the rows, and writes {"settings": ..., "rows": [...]} where asked for."""
+    """Print the rows, and write {"settings": ..., "rows": [...]} to ``file`` if it is given."""
     settings = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -65,12 +65,12 @@ def report(settings: dict[str, Any], rows: list[Row], file: Path | None) -> None
 
 
 def set_title(name: str) -> str:
-    """What a data set is called in results."""
+    """A dataset's name in results."""
     return name.upper().replace("CIFAR10", "CIFAR-10")
 
 
 def described_machine() -> dict[str, str]:
-    """`machine` and `device` for the head of a section."""
+    """`machine` and `device` for the introduction of a section."""
     accelerated = torch.accelerator.is_available()
     return {
         "machine": f"threads: {torch.get_num_threads()}, {platform.processor() or platform.machine()}",
@@ -79,7 +79,7 @@ def described_machine() -> dict[str, str]:
 
 
 def write_section(file: Path, name: str, text: str) -> None:
-    """Puts ``text`` (Markdown) into ``file`` between the marks of section ``name``; other sections stay as they are."""
+    """Write ``text`` (Markdown) into ``file`` between the marks of section ``name``; keep all other sections."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     before = file.read_text(encoding="utf-8") if file.is_file() else "# Results\n"
     section = f"{begin}\n{text.strip()}\n{end}"
@@ -92,7 +92,7 @@ def write_section(file: Path, name: str, text: str) -> None:
 
 
 def markdown_table(columns: dict[str, str], rows: list[Row]) -> str:
-    """The rows' values by column (key: title); three significant digits, empty where a row has none."""
+    """The rows as a table; ``columns`` maps keys to titles. Three significant digits; missing values are empty."""
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         cells = [_in_table(row.get(key)) for key in columns]

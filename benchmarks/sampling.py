@@ -1,11 +1,11 @@
-"""How fast is sampling from the causal transformer, beside `transformers`' GPT-2 with its cache?
+"""How fast is sampling from the causal transformer, compared with `transformers`' GPT-2 with its cache?
 
 python -m benchmarks.sampling [--batch-sizes 1 8 32] [--weights float32 bfloat16 int8] [--repeats 3] [--json FILE]
                               [--prior runs/NAME --codes DIR [--rows 64]]
 
-Both have 8 layers of 512, 512 codes, 256 positions, random weights of the same sizes; both draw from the full
-distribution. The peer's weights are float32 always. With --prior and --codes, also what rounded weights cost a trained
-prior: its held-out nats per code by the decoder that samples.
+Both have 8 layers of 512, 512 codes, 256 positions and random weights of the same sizes, and sample from the full
+distribution. The peer's weights are always float32. With --prior and --codes, it also measures what rounded weights
+cost a trained prior: its held-out nats per code with the decoder that samples.
 """
 
 import functools
@@ -34,7 +34,7 @@ def main() -> None:
     arguments.add_argument("--rows", type=int, default=64, help="held-out images for its nats per code")
     options = arguments.parse_args()
     if (options.prior is None) != (options.codes is None):
-        arguments.error("--prior and --codes go together")
+        arguments.error("--prior and --codes need each other")
     share_cores()
     torch.manual_seed(0)
     ours = CausalTransformer(
@@ -88,9 +88,9 @@ def main() -> None:
 
 @torch.no_grad()
 def held_out(path: str, codes: str, count: int) -> list[Row]:
-    """Nats per code of the first ``count`` held-out images, with each kind of weights."""
+    """Nats per code of the first ``count`` held-out images, for each type of weights."""
     prior, split = Prior.from_pretrained(path), CodeCache(codes).validation
-    assert isinstance(prior.network, CausalTransformer), f"{path} is no causal transformer"
+    assert isinstance(prior.network, CausalTransformer), f"{path}: expected a causal transformer"
     indices, labels = split.read(torch.arange(min(count, len(split))))
     if labels is None or not prior.num_classes:
         labels = torch.full((len(indices),), prior.num_classes)

@@ -1,9 +1,9 @@
-"""What would ImageNet-size work take? Estimates of memory and time; nothing is trained and no GPU is used.
+"""What would training on ImageNet need? Estimates of memory and time; it trains nothing and uses no GPU.
 
 python -m benchmarks.scaling [--write docs/scaling.md] [--json FILE]
 
-The real classes are run on tensors without data: the parameters, the floating-point operations
-(torch.utils.flop_counter) and the tensors that autograd keeps are counted, the rest follows from the rules below.
+Runs the real classes on tensors without data and counts the parameters, the floating-point operations
+(torch.utils.flop_counter) and the tensors that autograd keeps. The rules below turn these counts into the estimates.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from stage1_tokenizer.vqgan_backbone import VQGANConfig
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
 
 IMAGES, CLASSES, SIDE, GRID, CODES = 1_281_167, 1000, 256, (16, 16), 16_384
-GPUS, PEAK, SHARE = 8, 990e12, 0.4  # bf16 FLOP/s of an H100 (SXM, dense), and what of it is assumed to be reached
+GPUS, PEAK, SHARE = 8, 990e12, 0.4  # peak bf16 FLOP/s of an H100 (SXM, dense), and the assumed utilisation
 TOKENIZER_EPOCHS, TOKENIZER_BATCH, LATENT = 40, 128, 8
 PRIOR_EPOCHS, PRIOR_BATCH = 300, 256
 PRIORS = {  # layers, hidden size, heads
@@ -32,10 +32,10 @@ PRIORS = {  # layers, hidden size, heads
     "GPT-XL": (36, 1280, 20),
     "GPT-3B": (24, 3200, 32),
 }
-# Bytes a parameter. Float32 weights, gradients, AdamW's two moments, the averaged weights ...
+# Bytes per parameter. Float32 weights, gradients, AdamW's two moments, the averaged weights ...
 STATE = 4 + 4 + 8 + 4
 DDP = STATE + 4 + 2  # ... and DDP's buckets of gradients, autocast's bfloat16 copy
-GATHERED = 2 + 2  # FSDP: bfloat16 weights and gradients of the parts that are whole
+GATHERED = 2 + 2  # FSDP: bfloat16 weights and gradients of the gathered parts
 LARGEST_GPU = 80  # GB
 
 COLUMNS = {
@@ -53,17 +53,18 @@ COLUMNS = {
 
 @dataclass
 class Counted:
-    """Of one step: floating-point operations, and bytes that the forward pass keeps for the backward pass."""
+    """Floating-point operations of one step, and the bytes that its forward pass keeps for the backward pass."""
 
     flops: int
     bytes_kept: int
 
 
 def count(step: Callable[[], Tensor], nets: list[nn.Module], cells: int | None = None) -> Counted:
-    """Of ``step``, which returns a loss, and its backward pass.
+    """Count ``step``, which returns a loss, and its backward pass.
 
     Args:
-        cells: of a transformer; attention's cells x cells matrices are left out, as the kernels of GPUs keep none.
+        cells: a transformer's sequence length; attention's (cells, cells) matrices are ignored, as GPU kernels do not
+            store them.
     """
     weights = {p.untyped_storage()._cdata for net in nets for p in net.parameters()}
     kept: dict[int, Tensor] = {}
@@ -100,7 +101,7 @@ def prior_row(name: str, layers: int, size: int, heads: int) -> Row:
         counted = count(lambda: model.nats(codes, labels, codes).mean(), [model], model.cells)  # noqa: B023
         kept[precision] = counted.bytes_kept
     total, block = parameters(model), parameters(model.blocks[0])
-    whole = total - layers * block + 2 * block  # all but the blocks, and two of these
+    whole = total - layers * block + 2 * block  # everything but the blocks, plus two blocks
     return {
         "name": name,
         "parameters_millions": round(total / 1e6),
@@ -115,9 +116,9 @@ def prior_row(name: str, layers: int, size: int, heads: int) -> Row:
 
 
 def tokenizer_rows() -> list[Row]:
-    """The VQ-GAN with PatchGAN and LPIPS's trunk, and encoding with it, without the search for the nearest codes."""
+    """The VQ-GAN with PatchGAN and LPIPS's trunk, and encoding with it; both without the search for nearest codes."""
     images = TOKENIZER_BATCH // GPUS
-    fake = FakeTensorMode()  # the decoder's autocast knows no meta device
+    fake = FakeTensorMode()  # the decoder's autocast does not support the meta device
     with fake:
         encoder, decoder = build_backbone(VQGANConfig(), 3, (SIDE, SIDE), LATENT, LATENT)
         opponent = Discriminator(AdversarialConfig(), 3, (SIDE, SIDE))
@@ -191,7 +192,7 @@ How they are computed:
 
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
-    arguments.add_argument("--write", type=Path, help="put the table into this file")
+    arguments.add_argument("--write", type=Path, help="write the section into this file")
     options = arguments.parse_args()
     rows = [*tokenizer_rows(), *(prior_row(name, *shape) for name, shape in PRIORS.items())]
     report({"gpus": GPUS, "assumed_share": SHARE, "peak_flops": PEAK}, rows, options.json)

@@ -1,11 +1,11 @@
-"""What does an epoch of the classic MNIST VAE cost, beside the usual loop?
+"""What does an epoch of the classic MNIST VAE cost, compared with the usual loop?
 
 python -m benchmarks.vae_epoch [--repeats 3] [--json FILE]
 
-The usual loop, as in torch's examples: a data set of PIL images, `ToTensor`, `DataLoader(num_workers=1)`, the model
-written out, Adam. Ours is the training command's own loop (Accelerate, metrics, learning rate, seeds and all) as
-`configs/tokenizer/vae_mnist.yaml` sets it, an epoch without its validation and checkpoint. The images must be in
-$TWOSTAGE_DATA/mnist (or are downloaded as ylecun/mnist).
+The usual loop is that of torch's examples: a dataset of PIL images, `ToTensor`, `DataLoader(num_workers=1)`, a
+handwritten model, Adam. Ours is the training command's own loop (with Accelerate, metrics, learning rate and seeds)
+for `configs/tokenizer/vae_mnist.yaml`: one epoch without its validation and checkpoint. The images must be in
+$TWOSTAGE_DATA/mnist (otherwise they are downloaded as ylecun/mnist).
 """
 
 import tempfile
@@ -34,7 +34,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "tokenizer" / "vae_mnist.yaml"
 
 
 class PILDataset(Dataset):
-    """As torchvision's MNIST: an array of pixels, made a PIL image and a tensor again for each sample."""
+    """Like torchvision's MNIST: an array of pixels, converted to a PIL image and back to a tensor for each sample."""
 
     def __init__(self, split: ImageSplit) -> None:
         assert split.pixels is not None
@@ -49,7 +49,7 @@ class PILDataset(Dataset):
 
 
 class UsualVAE(nn.Module):
-    """784-400-20 as torch's example writes it."""
+    """784-400-20 as in torch's example."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def usual_epoch(loader: DataLoader, model: UsualVAE, optimizer: torch.optim.Opti
 
 
 def our_epochs(config: TokenizerConfig, data: ImageData):
-    """Yields the seconds of each epoch of the training command's loop."""
+    """Yield the seconds of each epoch of the training command's loop."""
     run, split = TrainingRun(config), data.splits["train"]
     accelerator = run.accelerator
     batches = Batches(len(split), config.train, run.seed, accelerator, "images")
@@ -118,7 +118,7 @@ def main() -> None:
         optimizer = torch.optim.Adam(usual.parameters(), lr=1e-3)
         loader = DataLoader(PILDataset(data.splits["train"]), batch_size=128, shuffle=True, num_workers=1)
         measured = []
-        for _ in range(options.repeats + 1):  # in turns; the first is a warm-up
+        for _ in range(options.repeats + 1):  # alternating; the first is a warm-up
             measured.append(next(ours))
             peer.append(usual_epoch(loader, usual, optimizer))
     row = compared("epoch of 60,000 images", measured[1:], peer[1:])

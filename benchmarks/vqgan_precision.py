@@ -1,10 +1,9 @@
-"""Does a VQ-GAN train in bf16 as it does in float32?
+"""Does a VQ-GAN train as well in bf16 as in float32?
 
 python -m benchmarks.vqgan_precision [--steps 1000] [--dir runs/precision] [--features RUN] [--json FILE]
 
-`vqgan_cifar10.yaml` with batches of 64 and the discriminator from a tenth of the run on, in both precisions from the
-same weights; a value that is not finite would end a run. Needs a feature network
-(`twostage train-features cifar10`).
+Trains `vqgan_cifar10.yaml` in both precisions from the same weights, with batches of 64 and the discriminator from a
+tenth of the run on. A non-finite value would stop a run. Needs a feature network (`twostage train-features cifar10`).
 """
 
 import subprocess
@@ -32,7 +31,7 @@ def main() -> None:
         overrides += [f"loss.perceptual.path={options.features}", "loss.adversarial.start=0.1"]
         overrides += [f"train.{what}_every={options.steps}" for what in ("validate", "checkpoint")]
         command = [sys.executable, "-m", "stage1_tokenizer.train_tokenizer", str(CONFIG), *overrides]
-        ended = subprocess.run(command, check=False)  # a process each: Accelerate has one precision a process
+        ended = subprocess.run(command, check=False)  # one process each: Accelerate has one precision per process
         lines = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
         measured = next((line for line in reversed(lines) if line["split"] == "val"), {})
         row = {"name": precision, "finished": ended.returncode == 0, "steps": lines[-1]["step"] if lines else 0}

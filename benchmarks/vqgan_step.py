@@ -1,13 +1,13 @@
-"""What does a full VQ-GAN step cost, beside the same parts worked through as taming-transformers does?
+"""What does a full VQ-GAN step cost, compared with taming-transformers' way of computing it?
 
 python -m benchmarks.vqgan_step [--repeats 7] [--model taming] [--image-size 64] [--batch-size 8] [--json FILE]
 
-Tokenizer + LPIPS (VGG-16) + PatchGAN with an adaptive weight, both nets updated, float32. Both sides use the same
-modules from the same weights (VGG's are random: its arithmetic is the same). The peer's scheme is that of
-taming-transformers' `training_step`: one full pass of the autoencoder for each of the two optimizers, the losses in one
-graph, the adaptive weight by `autograd.grad` of both losses down to the decoder's last layer, then the backward pass of
-their sum, which goes through LPIPS and the discriminator once more. Also printed: how far the gradients of both are
-apart.
+Tokenizer + LPIPS (VGG-16) + PatchGAN with an adaptive weight, both networks updated, float32. Both sides use the same
+modules with the same weights (VGG's are random, which costs the same). The peer follows taming-transformers'
+`training_step`: one full pass of the autoencoder for each of the two optimizers, with the losses in one graph. It
+computes the adaptive weight by `autograd.grad` of both losses down to the decoder's last layer. Then it runs the
+backward pass of their sum, which goes through LPIPS and the discriminator again. The benchmark also prints how much
+the gradients of both sides differ.
 """
 
 import tempfile
@@ -35,7 +35,7 @@ LOSS = LossConfig(
 )
 
 
-# taming-transformers' tokenizer of ImageNet, 16 pixels a cell; and this project's default one.
+# taming-transformers' ImageNet tokenizer (16 pixels per cell), and twostage's default.
 MODELS = {
     "taming": ModelConfig(
         latent_channels=256,
@@ -55,7 +55,7 @@ def random_trunk(folder: Path) -> None:
 
 
 class Step:
-    """The nets of a step, their optimizers, and a batch."""
+    """The networks of a step, their optimizers, and a batch."""
 
     def __init__(self, model: ModelConfig, size: int, batch_size: int, weights_dir: Path) -> None:
         torch.manual_seed(0)
@@ -70,7 +70,7 @@ class Step:
         self.random = BatchRandom(0, slice(0, batch_size), batch_size)
 
     def ours(self) -> None:
-        """As `train_tokenizer` does it."""
+        """One step as `train_tokenizer` computes it."""
         output = self.autoencoder(self.images, None, self.random)
         gradient, _ = self.losses.pixel_gradient(output, self.images, progress=1.0)
         self.optimizer.zero_grad()
@@ -79,7 +79,7 @@ class Step:
         self._update_discriminator(output.decoded.detach())
 
     def peer(self) -> None:
-        """As taming-transformers does it: optimizer by optimizer."""
+        """One step as taming-transformers computes it: one optimizer after the other."""
         assert self.losses.perceptual is not None
         self.discriminator.requires_grad_(False)  # Lightning's toggle_optimizer
         output = self.autoencoder(self.images, None, self.random)
