@@ -324,7 +324,7 @@ def test_damaged_models(refused, runs, tmp_path):
     assert "incomplete, expected model.safetensors" in refused("encode", "run", "--out", "codes")
     weights.write_bytes(whole)
     (tmp_path / "run" / "model" / "config.json").write_text('{"format_version": 1, "ki')
-    assert "config.json: damaged: expected valid JSON" in refused("reconstruct", "run")
+    assert "config.json: damaged: not valid JSON" in refused("reconstruct", "run")
 
 
 def test_damaged_pipelines(refused, runs, tmp_path):

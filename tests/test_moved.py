@@ -289,7 +289,7 @@ def test_a_run_without_a_memory_of_its_sources_goes_by_its_checkpoints_and_spell
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("{", "sources.json: damaged: expected valid JSON"),
+        ("{", "sources.json: damaged: not valid JSON"),
         ("5", "sources.json: damaged: expected a JSON object, got int"),
         ({"format_version": 99}, "sources.json: written in format 99"),
         ({"sources": 5}, "sources.json has 1 mistake:\n  sources: "),

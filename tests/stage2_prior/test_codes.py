@@ -99,7 +99,7 @@ def test_a_folder_without_a_manifest_is_no_code_cache(folder):
 @pytest.mark.parametrize("text", ["", '{"format_version": 1,', "\x00"])
 def test_broken_json_is_one_sentence(text, folder):
     (folder / "manifest.json").write_text(text)
-    with pytest.raises(InputError, match=r"manifest\.json: damaged: expected valid JSON .*; encode the images again"):
+    with pytest.raises(InputError, match=r"manifest\.json: damaged: not valid JSON .*; encode the images again"):
         CodeCache(folder)
 
 

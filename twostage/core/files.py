@@ -33,7 +33,7 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise InputError(f"{file}: damaged: expected valid JSON, got an error ({why}); {remedy}") from None
+        raise InputError(f"{file}: damaged: not valid JSON ({why}); {remedy}") from None
     if not isinstance(document, dict):
         raise InputError(f"{file}: damaged: expected a JSON object, got {type(document).__name__}; {remedy}")
     return document

@@ -110,7 +110,7 @@ def _read_value(override: str, text: str, annotations: list[Any]) -> Any:
         if has_comment(text):
             raise ValueError("YAML would drop everything after # as a comment")
     except ValueError as error:
-        raise InputError(f"override {override!r}: expected valid YAML as the value, got an error: {error}") from None
+        raise InputError(f"override {override!r}: the value is not valid YAML: {error}. Fix the value") from None
     return with_texts(annotations[0], value, texts)
 
 

@@ -112,7 +112,8 @@ def load_config(
     try:
         document, texts = read_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:  # bytes that are not UTF-8 too
-        raise InputError(f"config {path}: expected valid YAML, got an error: {' '.join(str(error).split())}") from None
+        why = " ".join(str(error).split())
+        raise InputError(f"config {path}: not valid YAML: {why}. Fix the syntax") from None
     document = {} if document is None else with_texts(schema, document, texts)
     if not isinstance(document, dict):
         raise InputError(f"config {path}: expected groups such as `data:` and `train:`, got {short_repr(document)}")

@@ -177,7 +177,7 @@ def test_malformed_override_shows_the_form(load, override):
 
 
 def test_override_with_broken_yaml_says_why(load):
-    with refuses("override 'lr=[1'", "expected valid YAML", "while parsing a flow seq"):
+    with refuses("override 'lr=[1'", "not valid YAML", "while parsing a flow seq"):
         load("{}", "lr=[1")
 
 
@@ -196,7 +196,7 @@ def test_a_missing_file_suggests_similar_names(tmp_path):
 
 
 def test_broken_yaml_is_one_line_with_its_place(load):
-    with pytest.raises(InputError, match=r"expected valid YAML[^\n]*line 2, column 1[^\n]*$"):
+    with pytest.raises(InputError, match=r"not valid YAML[^\n]*line 2, column 1[^\n]*$"):
         load("copies: [1, 2\n")
 
 
