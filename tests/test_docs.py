@@ -1,4 +1,4 @@
-"""The documents agree with the code and with each other: links, verbs, images, and the API reference can be made."""
+"""The documents match the code and each other: links, verbs, images and the API reference."""
 
 import re
 import runpy
@@ -16,12 +16,12 @@ DOCUMENTS = sorted(
 
 
 def anchor(heading: str) -> str:
-    """What GitHub makes of a heading's text for links to it."""
+    """The anchor that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(REPOSITORY)))
-def test_links_lead_somewhere(document: Path):
+def test_links_resolve(document: Path):
     text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
     for link in re.findall(r"\]\((\S+?)\)", text):
         if "://" in link:
@@ -34,18 +34,18 @@ def test_links_lead_somewhere(document: Path):
             assert section in map(anchor, headings), f"{document.name}: {link}"
 
 
-def test_every_verb_is_explained():
+def test_every_verb_is_documented():
     text = "\n".join((REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "docs/tutorial.md"))
     assert [verb for verb in VERBS if f"`{verb}`" not in text and f"twostage {verb}" not in text] == []
 
 
-def test_the_index_names_every_document():
+def test_the_index_lists_every_document():
     text = (REPOSITORY / "docs" / "README.md").read_text(encoding="utf-8")
     documents = [file.name for file in (REPOSITORY / "docs").glob("*.md") if file.name not in ("README.md", "api.md")]
     assert [name for name in documents if f"({name})" not in text] == []
 
 
-def test_every_family_has_its_equation_picture_and_file():
+def test_every_family_has_an_equation_an_image_and_a_config():
     text = (REPOSITORY / "docs" / "concepts.md").read_text(encoding="utf-8")
     configs = [file.name for folder in ("tokenizer", "prior") for file in (REPOSITORY / "configs" / folder).iterdir()]
     families = {name.removesuffix("_mnist.yaml") for name in configs if name.endswith("_mnist.yaml")}
@@ -59,13 +59,13 @@ def test_every_family_has_its_equation_picture_and_file():
         assert re.search(r"!\[.+\]\(images/\S+\.png\)", section), title
 
 
-def test_the_api_reference_can_be_made():
+def test_the_api_reference_can_be_generated():
     text = runpy.run_path(str(REPOSITORY / "docs" / "make_api.py"))["api"]()
     for name in ("class `TwoStagePipeline`", "load_images(", "class `VectorConfig(", "- `lr: "):
         assert name in text
 
 
-def test_the_strips_are_cut_from_the_contact_sheets():
+def test_the_strips_match_the_contact_sheets():
     for file, strip in runpy.run_path(str(REPOSITORY / "docs" / "make_strips.py"))["strips"]():
         with Image.open(file) as stored:
             same = stored.size == strip.size and ImageChops.difference(stored, strip).getbbox() is None

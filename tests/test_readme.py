@@ -1,4 +1,4 @@
-"""Every command of the README and of the tutorial, as it stands there, on little data and for a few steps."""
+"""Run every command of the README, the tutorial and the reliability page, with little data and few steps."""
 
 import io
 import os
@@ -52,35 +52,35 @@ MADE = {
         "generated/mine/grid.png",
     ],
 }
-"""By document, some of what its commands write."""
+"""For each document, some of the files that its commands write."""
 
 
 def blocks(document: str) -> list[tuple[str, str]]:
-    """The code of a document: its language, `bash` or `python`, and its text."""
+    """The code blocks of a document: language (`bash` or `python`) and text."""
     text = (REPOSITORY / document).read_text(encoding="utf-8")
     return re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL)
 
 
 def tiny_mnist(folder: Path) -> None:
-    """Grey 28x28 pictures with labels 0 to 9, as MNIST's parquet files have them."""
+    """Grey 28x28 images with labels 0 to 9, in the form of MNIST's parquet files."""
     folder.mkdir(parents=True)
     for split, count in {"train": 80, "test": 20}.items():
         images = []
-        for picture in draw_shapes(0, count, (28, 28), 1):
+        for image in draw_shapes(0, count, (28, 28), 1):
             file = io.BytesIO()
-            Image.fromarray(picture[0]).save(file, format="PNG")
+            Image.fromarray(image[0]).save(file, format="PNG")
             images.append({"bytes": file.getvalue(), "path": None})
         table = pa.table({"image": images, "label": np.arange(count) % 10})
         pa.parquet.write_table(table, folder / f"{split}.parquet")
 
 
 def tiny(command: str) -> str:
-    """The command, shortened where it trains; the clone is this checkout, and the page is stopped once it answers."""
+    """The command with a shorter training; this checkout replaces the clone, and the page stops once it answers."""
     if command.startswith("git clone"):
         return ":"
     if command == "make demo":
         return f'make -C {REPOSITORY} demo DEMO=$PWD/runs/demo DEMO_OPTIONS="{TINY}"'
-    if command.startswith("pip install"):  # others use this environment now
+    if command.startswith("pip install"):  # do not change the shared environment
         return f"(cd {REPOSITORY} && {command} --dry-run --quiet)"
     if command.startswith("make "):
         return f"{command} -C {REPOSITORY}"
@@ -90,7 +90,7 @@ def tiny(command: str) -> str:
         ask = f"python -c 'from urllib.request import urlopen; urlopen(\"http://127.0.0.1:{port}\")' 2>/dev/null"
         return f"{command} --port {port} & until {ask}; do kill -0 $!; sleep 1; done; kill $!; wait $!"
     if command.startswith("twostage doctor"):
-        return f"{command} --time-limit 600"  # where tests run, others may, too
+        return f"{command} --time-limit 600"  # other tests may run at the same time
     if re.match(r"twostage evaluate runs/(maskgit|gpt)", command):
         return f"{command} --num-samples 40"
     if re.search(r"train[-_]tokenizer", command):
@@ -99,7 +99,7 @@ def tiny(command: str) -> str:
 
 
 def script(document: str) -> str:
-    """All commands of a document, one after another."""
+    """All commands of a document as one script."""
     lines = ["set -euo pipefail"]
     for language, block in blocks(document):
         if language == "python":
@@ -124,8 +124,8 @@ def test_every_command_runs(document: str, tmp_path: Path):
         assert (tmp_path / made).is_file(), made
 
 
-def test_the_chinese_readme_has_the_same_commands_and_pictures():
-    """So that running the one runs the other; only comments are translated."""
+def test_the_chinese_readme_has_the_same_commands_and_links():
+    """Then running one document tests both; only comments are translated."""
     english, chinese = "README.md", "README.zh.md"
 
     def commands(document: str) -> list[tuple[str, str]]:
@@ -138,7 +138,7 @@ def test_the_chinese_readme_has_the_same_commands_and_pictures():
     assert set(links(chinese)) - {english} == set(links(english)) - {chinese}
 
 
-def test_the_readme_names_every_folder():
+def test_the_readme_lists_every_package():
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     folders = [path.name for path in REPOSITORY.iterdir() if path.is_dir() and (path / "__init__.py").exists()]
     assert all(f"{folder}/" in text for folder in folders)
