@@ -18,7 +18,7 @@ import torch
 from benchmarks.reporting import Row, described_machine, markdown_table, parser, report, set_title, write_section
 from pipelines.comparison.step_budget import TIMED_STEPS, seconds_per_step
 from pipelines.drawing.two_stage import TwoStagePipeline
-from pipelines.encode_dataset import encode_dataset
+from pipelines.encoding.dataset_codes import encode_dataset
 from pipelines.evaluation.evaluate_prior import evaluate_prior
 from stage1_tokenizer.feature_network import WIDTHS
 from stage1_tokenizer.train_features import features_config

@@ -16,9 +16,9 @@ VERBS = {
     ),
     "import": (
         "pipelines.import_tokenizer",
-        "Take over a published VQ tokenizer: taming-transformers, diffusers or LlamaGen.",
+        "Import a published VQ tokenizer: taming-transformers, diffusers or LlamaGen.",
     ),
-    "encode": ("pipelines.encode_dataset", "Turn a data set into codes with a trained tokenizer."),
+    "encode": ("pipelines.encode_dataset", "Encode a dataset with a trained tokenizer."),
     "train-prior": ("stage2_prior.train_prior", "Train a prior over a tokenizer's codes."),
     "generate": ("pipelines.generate", "Generate images with a trained prior and its tokenizer."),
     "evaluate": (

@@ -68,8 +68,8 @@ def test_codes_mean_what_they_meant(written):
 
 
 def test_codes_are_taken_as_they_are_and_a_begun_encoding_goes_on(written, works):
-    assert "already holds the codes of this tokenizer" in works("encode", "tokenizer", "--out", "codes")
-    assert ".begun.partial: goes on, 0 of 96 rows are there" in works("encode", "tokenizer", "--out", "begun")
+    assert "already contains the codes of this tokenizer" in works("encode", "tokenizer", "--out", "codes")
+    assert ".begun.partial: resuming, 0 of 96 rows" in works("encode", "tokenizer", "--out", "begun")
     assert "1 steps an epoch" not in works("train-prior", "prior.yaml", "run.dir=new", "codes=begun")
 
 

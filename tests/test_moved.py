@@ -359,9 +359,9 @@ def test_every_command_finds_what_a_model_was_trained_with(elsewhere, project, w
     works("encode", tok, "--out", "codes/new")
     for name in ("train.codes.npy", "val.codes.npy"):
         assert (Path("codes/new") / name).read_bytes() == (project / "codes/tok" / name).read_bytes()
-    assert "already holds the codes" in works("encode", tok, "--out", project / "codes/tok")
+    assert "already contains the codes" in works("encode", tok, "--out", project / "codes/tok")
     refusal = refused("encode", tok, "--out", project / "codes/tok", "--data", "zh")
-    assert "holds the codes of 'zh', this is 'zh', with other images" in refusal
+    assert "contains the codes of other images: 'zh' instead of 'zh'" in refusal
 
 
 def test_a_wrong_tokenizer_of_the_right_name_is_never_used(elsewhere, project, refused):

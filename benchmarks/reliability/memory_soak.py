@@ -14,7 +14,7 @@ import psutil
 
 from benchmarks.reliability.drawn_images import draw_images
 from pipelines.drawing.two_stage import TwoStagePipeline
-from pipelines.encode_dataset import encode_dataset
+from pipelines.encoding.dataset_codes import encode_dataset
 from pipelines.generate import generate_folder
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage1_tokenizer.train_tokenizer import train as train_tokenizer

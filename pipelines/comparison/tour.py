@@ -31,7 +31,7 @@ from pipelines.comparison.side_by_side import (
 from pipelines.comparison.step_budget import TIMED_STEPS, seconds_per_step
 from pipelines.comparison.tour_families import FAMILIES, Family, document_of, merged
 from pipelines.drawing import edits
-from pipelines.encode_dataset import encode_dataset
+from pipelines.encoding.dataset_codes import encode_dataset
 from pipelines.evaluation.frechet import OwnFeatures, ReconstructionJudge
 from pipelines.evaluation.measurements import RowRandom, measure
 from pipelines.files.report import Report

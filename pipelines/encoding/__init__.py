@@ -1,1 +1,1 @@
-"""What `encode` is made of: variants of images, and what an interrupted run left."""
+"""Encoding a dataset: its images with their variants, and the folder that an interrupted call resumes from."""

@@ -1,4 +1,4 @@
-"""The pictures that are encoded: each one plain and, where asked for, cropped and mirrored, too."""
+"""The images to encode: each one plain and, if requested, also cropped and mirrored."""
 
 from collections.abc import Iterator
 
@@ -14,12 +14,12 @@ __all__ = ["ImageVariants", "image_variants"]
 
 
 class ImageVariants:
-    """One split; variant v of image i has the row v * images + i.
+    """The images of one split with their variants; variant v of image i is row v * images + i.
 
     Args:
-        images: as they are.
-        larger: the same images at a larger size, which crops are cut from; needed only for crops.
-        augmentation: which variants there are.
+        images: the plain images.
+        larger: the same images at a larger size, from which crops are cut; None without crops.
+        augmentation: the variants.
     """
 
     def __init__(self, images: ImageSplit, larger: ImageSplit | None, augmentation: Augmentation) -> None:
@@ -37,8 +37,10 @@ class ImageVariants:
         return None if labels is None else np.tile(labels.numpy().astype(np.int32), self.augmentation.variants)
 
     def read(self, images: Tensor) -> Iterator[Tensor]:
-        """One variant after another of these images: (B, C, H, W) uint8 each. A picture is decoded once at each size,
-        whatever the number of variants."""
+        """One variant of these images after another: (B, C, H, W) uint8 each.
+
+        An image is decoded only once for each size, however many variants there are.
+        """
         plain = self.images.read(images)
         larger = None if self.larger is None else self.larger.read(images)
         for mirrored in (False, True)[: 1 + self.augmentation.horizontal_flip]:
@@ -50,7 +52,7 @@ class ImageVariants:
 
 
 def _windows(larger: Tensor, images: Tensor, crop: int, size: tuple[int, int]) -> Tensor:
-    """A window (B, C, *size) of each picture; where it lies follows from the image's number and the crop's alone."""
+    """A window (B, C, *size) of each image; the numbers of image and crop alone determine its position."""
     windows = larger.unfold(2, size[0], 1).unfold(3, size[1], 1)  # (B, C, places down, places across, *size): a view
     seeds = torch.tensor([seed_for("crop", image, crop) for image in images.tolist()])
     down, across = windows.shape[2:4]
@@ -58,10 +60,10 @@ def _windows(larger: Tensor, images: Tensor, crop: int, size: tuple[int, int]) -
 
 
 def image_variants(data: ImageData, config: DataConfig, augmentation: Augmentation) -> dict[str, ImageVariants]:
-    """All splits of ``data``, which was loaded by ``config``; the training split alone has further variants."""
+    """All splits of ``data``, which was loaded from ``config``. Only the training split has more than plain images."""
     larger = None
     if augmentation.crops:
-        # Read again from the source rather than enlarged, so that large pictures keep their detail.
+        # Read again from the source, because enlarged images would lack the detail of large ones.
         height, width = ((11 * side + 9) // 10 for side in config.size)  # 1.1 times, rounded up
         larger = load_images(config.model_copy(update={"image_size": (height, width)})).splits["train"]
     plain = {name: ImageVariants(images, None, Augmentation()) for name, images in data.splits.items()}

@@ -1,4 +1,4 @@
-"""The codes on disk are those of the tokenizer, and the manifest says what they are."""
+"""The codes on disk are those of the tokenizer, and the manifest describes them."""
 
 import os
 import subprocess
@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from messages import assert_names
 from PIL import Image
 
-from pipelines import encode_dataset
-from pipelines.encoding import partial_codes
+from pipelines.encoding import dataset_codes, partial_codes
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.codes import Augmentation, CodeCache
 from twostage.core.config.sections import parse_config
@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def write_sheets(folder: Path, count: int) -> Path:
+def write_images(folder: Path, count: int) -> Path:
     folder.mkdir()
     for i in range(count):
         Image.new("RGB", (20, 20), (40 * i, 250 - 40 * i, 90)).save(folder / f"{i}.png")
@@ -82,7 +82,7 @@ def test_entropy_and_unigram_are_those_of_the_arrays(runs):
 def test_a_second_call_does_nothing(runs, twostage):
     before = modified(runs.codes)
     ended = twostage("encode", runs.tokenizer, "--out", runs.codes)
-    assert "already holds the codes of this tokenizer; nothing to do" in ended.out
+    assert_names(ended.out, runs.codes, "nothing to do")
     assert modified(runs.codes) == before
 
 
@@ -104,11 +104,11 @@ def test_codes_are_named_after_their_run(runs, twostage, tmp_path, monkeypatch):
 
 
 def test_another_source_without_classes(runs, twostage, tmp_path):
-    pictures = write_sheets(tmp_path / "pictures", 6)
-    ended = twostage("encode", runs.tokenizer, "--data", pictures, "--out", tmp_path / "codes")
+    images = write_images(tmp_path / "images", 6)
+    ended = twostage("encode", runs.tokenizer, "--data", images, "--out", tmp_path / "codes")
     assert ended.code == 0, ended.err
     cache = CodeCache(tmp_path / "codes")
-    assert (cache.manifest.source, cache.manifest.class_names) == (str(pictures), None)
+    assert (cache.manifest.source, cache.manifest.class_names) == (str(images), None)
     assert {name: len(split) for name, split in cache.splits.items()} == {"train": 5, "val": 1}
     assert cache.splits["train"].labels is None
 
@@ -123,18 +123,18 @@ def augmented(runs, twostage, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("augmented") / "codes"
     ended = twostage("encode", runs.tokenizer, "--out", folder, *AUGMENTED)
     assert ended.code == 0, ended.err
-    assert "384 images, train in 6 variants (plain, 2 crops, each mirrored too): 1,984 rows, grid 4x4" in ended.out
+    assert_names(ended.out, "384 images", "6 variants", "2 crops", "mirrored", "1,984 rows", "grid 4x4")
     return folder
 
 
 @pytest.fixture(scope="module")
 def encode(runs) -> Callable[..., np.ndarray]:
-    """``encode(pixels)``: the codes (n, h, w) of uint8 pixels, in the batches of the command."""
+    """``encode(pixels)``: the codes (n, h, w) of uint8 pixels, in the same batches as the command."""
     model = Autoencoder.from_pretrained(runs.tokenizer)
     return lambda pixels: torch.cat([model.encode(to_float(part)).indices for part in pixels.split(256)]).numpy()
 
 
-def test_flips_and_crops_are_further_rows_of_the_training_split(runs, augmented, data, encode):
+def test_flips_and_crops_are_additional_rows_of_the_training_split(runs, augmented, data, encode):
     codes, plain = np.load(augmented / "train.codes.npy"), data.splits["train"].pixels
     assert codes.shape == (6 * 320, 4, 4)
     larger = load_images(data.splits["train"].config.model_copy(update={"image_size": (18, 18)})).splits["train"].pixels
@@ -147,11 +147,11 @@ def test_flips_and_crops_are_further_rows_of_the_training_split(runs, augmented,
             places.add((top, left))
             windows.append(larger[i, :, top : top + 16, left : left + 16])
         variants.append(torch.stack(windows))
-    assert len(places) == 9, "every window occurs"
+    assert len(places) == 9, "a window is missing"
     variants += [pixels.flip(-1) for pixels in variants]
     for v, pixels in enumerate(variants):
         assert np.array_equal(codes[320 * v : 320 * (v + 1)], encode(pixels)), f"variant {v}"
-    assert len({codes[320 * v : 320 * (v + 1)].tobytes() for v in range(6)}) == 6, "no two are the same"
+    assert len({codes[320 * v : 320 * (v + 1)].tobytes() for v in range(6)}) == 6, "two variants are the same"
 
     for name in ("test.codes.npy", "test.labels.npy"):
         assert (augmented / name).read_bytes() == (runs.codes / name).read_bytes()
@@ -180,18 +180,18 @@ def test_either_alone(options, variants, runs, augmented, twostage, tmp_path):
     assert np.array_equal(codes, np.concatenate([whole[320 * v : 320 * (v + 1)] for v in places]))
 
 
-def test_crops_of_large_pictures_keep_their_detail(runs, twostage, encode, tmp_path):
-    """They are read at 1.1 times the size; to enlarge what was reduced would not give these codes."""
-    (tmp_path / "pictures").mkdir()
+def test_crops_of_large_images_keep_their_detail(runs, twostage, encode, tmp_path):
+    """They are read at 1.1 times the size. Enlarging reduced images would give other codes."""
+    (tmp_path / "images").mkdir()
     noise = np.random.default_rng(0)
     for i in range(40):
-        picture = Image.fromarray(noise.integers(0, 256, (36, 54, 3), dtype=np.uint8))
-        picture.save(tmp_path / "pictures" / f"{i:02}.png")
-    command = ["encode", runs.tokenizer, "--data", tmp_path / "pictures", "--out", tmp_path / "codes", "--crops", "1"]
+        image = Image.fromarray(noise.integers(0, 256, (36, 54, 3), dtype=np.uint8))
+        image.save(tmp_path / "images" / f"{i:02}.png")
+    command = ["encode", runs.tokenizer, "--data", tmp_path / "images", "--out", tmp_path / "codes", "--crops", "1"]
     ended = twostage(*command)
     assert ended.code == 0, ended.err
-    assert ended.out.count("are held out as `val`") == 1, "said once, though the pictures are read twice"
-    config = DataConfig(source=str(tmp_path / "pictures"), image_size=(18, 18))
+    assert ended.out.count("are held out as `val`") == 1, "printed once, although the images are read twice"
+    config = DataConfig(source=str(tmp_path / "images"), image_size=(18, 18))
     larger = load_images(config).splits["train"]
     seeds = [seed_for("crop", i, 0) for i in range(len(larger))]
     windows = [larger.pixels[i, :, s % 3 : s % 3 + 16, s // 3 % 3 : s // 3 % 3 + 16] for i, s in enumerate(seeds)]
@@ -199,25 +199,24 @@ def test_crops_of_large_pictures_keep_their_detail(runs, twostage, encode, tmp_p
     assert np.array_equal(codes[len(larger) :], encode(torch.stack(windows)))
 
 
-def test_codes_of_another_augmentation_are_left_alone(runs, augmented, twostage):
+def test_codes_of_another_augmentation_are_kept(runs, augmented, twostage):
     for folder, options in [(runs.codes, AUGMENTED), (augmented, [])]:
         before = modified(folder)
         ended = twostage("encode", runs.tokenizer, "--out", folder, *options)
         assert ended.code == 2
-        for shown in ("horizontal_flip=True crops=2", "horizontal_flip=False crops=0", "nothing was changed"):
-            assert shown in ended.err
+        assert_names(ended.err, folder, "horizontal_flip=True crops=2", "horizontal_flip=False crops=0", "--out")
         assert modified(folder) == before
 
 
-def test_crops_are_counted(runs, twostage, tmp_path):
+def test_a_negative_number_of_crops_is_refused(runs, twostage, tmp_path):
     ended = twostage("encode", runs.tokenizer, "--out", tmp_path / "codes", "--crops", "-1")
     assert ended.code == 2
     assert not list(tmp_path.glob("*codes*"))
 
 
-# --- killed and started again ---------------------------------------------------------------------------------------
+# --- killed and run again ---------------------------------------------------------------------------------------
 
-# Encodes as the command does, and sends itself SIGKILL when it reads pictures for the n-th time.
+# Encodes as the command does, and sends itself SIGKILL when it reads images for the n-th time.
 KILLED = """
 import os, signal, sys
 from twostage.core.data.dataset import ImageSplit
@@ -237,9 +236,9 @@ main()
 """
 
 
-def test_chunks_that_never_arrived_are_missed(runs, twostage, tmp_path, monkeypatch):
-    """Of two processes the other one's writes went to a disk of its own."""
-    encode_split = encode_dataset._encode_split
+def test_missing_chunks_are_noticed(runs, twostage, tmp_path, monkeypatch):
+    """The second of two processes wrote to a disk of its own."""
+    encode_split = dataset_codes._encode_split
 
     def one_of_two(model, images, name, partial, state):
         first = SimpleNamespace(process_index=0, num_processes=2, is_main_process=True, device=state.device)
@@ -247,45 +246,41 @@ def test_chunks_that_never_arrived_are_missed(runs, twostage, tmp_path, monkeypa
 
     words = ["encode", runs.tokenizer, "--out", tmp_path / "codes"]
     with monkeypatch.context() as patch:
-        patch.setattr(encode_dataset, "_encode_split", one_of_two)
+        patch.setattr(dataset_codes, "_encode_split", one_of_two)
         ended = twostage(*words)
     assert ended.code == 2
-    assert (
-        f"error: {tmp_path / '.codes.partial'}: 64 of 320 rows of `train` are missing though every process has written "
-        "its share; all processes have to see each other's writes"
-    ) in ended.err
-    assert ended.err.rstrip().endswith("remove this folder and encode on one machine")
+    assert_names(ended.err, tmp_path / ".codes.partial", "64 of 320 rows of `train`", "Remove this folder")
     assert not (tmp_path / "codes").exists()
     assert twostage(*words).code == 0
     assert contents(tmp_path / "codes") == contents(runs.codes)
 
 
-def test_a_process_that_does_not_find_what_was_begun(runs, twostage, tmp_path, monkeypatch):
+def test_a_process_that_does_not_see_the_folder(runs, twostage, tmp_path, monkeypatch):
     monkeypatch.setattr(partial_codes, "gather_object", lambda found: [*found, False])
     ended = twostage("encode", runs.tokenizer, "--out", tmp_path / "codes")
     assert ended.code == 2
-    assert f"error: {tmp_path / '.codes.partial'}: not there for all processes; " in ended.err
+    assert_names(ended.err, tmp_path / ".codes.partial", "not visible to all processes", "one machine")
 
 
-def test_an_empty_folder_is_taken(runs, twostage, tmp_path):
+def test_an_empty_folder_is_used(runs, twostage, tmp_path):
     (tmp_path / "codes").mkdir()
     ended = twostage("encode", runs.tokenizer, "--out", tmp_path / "codes")
     assert ended.code == 0, ended.err
     assert contents(tmp_path / "codes") == contents(runs.codes)
 
 
-def test_a_killed_call_ends_as_if_it_had_not_been(runs, augmented, twostage, tmp_path):
-    """Training pictures are read in two chunks of two sizes; the kill comes amid the second chunk."""
+def test_a_killed_call_resumes_to_the_same_codes(runs, augmented, twostage, tmp_path):
+    """The training images are read in two chunks, each in two sizes. The kill comes within the second chunk."""
     words = ["encode", str(runs.tokenizer), "--out", str(tmp_path / "codes"), *AUGMENTED]
-    environment = {**os.environ, "LOCAL_WORLD_SIZE": "1000", "READS": "3"}  # one thread, as here
+    environment = {**os.environ, "LOCAL_WORLD_SIZE": "1000", "READS": "3"}  # one thread, as in this process
     killed = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, env=environment, capture_output=True)
     assert killed.returncode == -9, killed.stderr.decode()
     assert not (tmp_path / "codes").exists()
     ended = twostage(*words)
     assert ended.code == 0, ended.err
-    assert ".codes.partial: goes on, 1,536 of 1,984 rows are there" in ended.out
+    assert_names(ended.out, ".codes.partial: resuming, 1,536 of 1,984 rows")
     assert contents(tmp_path / "codes") == contents(augmented)
-    assert [path.name for path in tmp_path.glob("*codes*")] == ["codes"], "nothing else is left"
+    assert [path.name for path in tmp_path.glob("*codes*")] == ["codes"], "something else is left"
 
 
 class Killed(BaseException):
@@ -298,8 +293,8 @@ EVENTS = {"read": ImageSplit, "flush": np.memmap, "rename": Path, "replace": Pat
 
 @pytest.fixture
 def killed_before(twostage) -> Callable[..., bool]:
-    """``killed_before(n, names, *words)``: `twostage WORDS`, ended before its n-th event of these names; False where
-    it came to its own end."""
+    """``killed_before(n, names, *words)``: `twostage WORDS`, ended before its n-th event of these names; False if it
+    finished."""
 
     def killed_before(number: int, names: list[str], *words: object) -> bool:
         numbers = iter(range(1, 1000))
@@ -330,16 +325,16 @@ def test_wherever_it_is_killed(runs, twostage, killed_before, tmp_path):
         assert ended.code == 0, ended.err
         assert contents(tmp_path / "codes") == expected, f"killed before event {number}"
         assert not (tmp_path / ".codes.partial").exists(), f"killed before event {number}"
-        there += [int(line.split()[3]) for line in ended.out.splitlines() if ": goes on, " in line]
+        there += [int(line.split()[2]) for line in ended.out.splitlines() if ": resuming, " in line]
         (tmp_path / "codes").rename(tmp_path / f"codes_{number}")
         number += 1
     assert number > 10
     assert sorted(set(there)) == [0, 256, 320, 384]
-    assert there == sorted(there), "what is there grows"
+    assert there == sorted(there), "the number of finished rows decreases"
 
 
-def test_what_another_process_had_done_is_kept(runs, twostage, killed_before, tmp_path):
-    """With two processes the second chunk can be there and the first not."""
+def test_chunks_of_another_process_are_kept(runs, twostage, killed_before, tmp_path):
+    """With two processes, the second chunk can be finished before the first."""
     words = ["encode", runs.tokenizer, "--out", tmp_path / "codes"]
     assert killed_before(3, ["read"], *words)
     partial = tmp_path / ".codes.partial"
@@ -348,36 +343,36 @@ def test_what_another_process_had_done_is_kept(runs, twostage, killed_before, tm
     done[0], codes[:256] = 0, 9
     del done, codes
     ended = twostage(*words)
-    assert ".codes.partial: goes on, 64 of 384 rows are there" in ended.out
+    assert_names(ended.out, ".codes.partial: resuming, 64 of 384 rows")
     assert contents(tmp_path / "codes") == contents(runs.codes)
 
 
-def test_what_was_begun_otherwise_is_discarded(runs, twostage, killed_before, changed_tokenizer, tmp_path):
-    pictures = write_sheets(tmp_path / "pictures", 6)
+def test_a_leftover_with_other_settings_is_discarded(runs, twostage, killed_before, changed_tokenizer, tmp_path):
+    images = write_images(tmp_path / "images", 6)
     begun = {
         "tokenizer: '": [changed_tokenizer("encoder")],
-        "rows.train: was 5, now 320; ": [runs.tokenizer, "--data", pictures],
+        "rows.train: was 5, now 320; ": [runs.tokenizer, "--data", images],
         "rows.train: was 640, now 320; augmentation.crops: was 1, now 0)": [runs.tokenizer, "--crops", "1"],
     }
-    for number, (said, words) in enumerate(begun.items()):
+    for number, (difference, words) in enumerate(begun.items()):
         out = tmp_path / str(number) / "codes"
         assert killed_before(1, ["read"], "encode", *words, "--out", out)
         ended = twostage("encode", runs.tokenizer, "--out", out)
         assert ended.code == 0, ended.err
-        assert f".codes.partial: left by an interrupted call and discarded ({said}" in ended.out
+        assert_names(ended.out, f"{out.with_name('.codes.partial')}: discarded", f"({difference}")
         assert contents(out) == contents(runs.codes)
 
 
-def test_what_was_begun_on_fewer_pictures_is_discarded(runs, twostage, killed_before, tmp_path):
+def test_a_leftover_with_fewer_images_is_discarded(runs, twostage, killed_before, tmp_path):
     words = ["encode", runs.tokenizer, "--out", tmp_path / "codes"]
-    words += ["--data", write_sheets(tmp_path / "pictures", 6)]
+    words += ["--data", write_images(tmp_path / "images", 6)]
     assert killed_before(1, ["read"], *words)
-    Image.new("RGB", (20, 20)).save(tmp_path / "pictures" / "7.png")
-    assert "discarded (rows.train: was 5, now 6; " in twostage(*words).out
+    Image.new("RGB", (20, 20)).save(tmp_path / "images" / "7.png")
+    assert_names(twostage(*words).out, "discarded", "(rows.train: was 5, now 6; ")
     assert len(CodeCache(tmp_path / "codes").splits["train"]) == 6
 
 
-def test_what_cannot_be_gone_on_from_is_discarded(runs, twostage, tmp_path):
+def test_an_incomplete_leftover_is_discarded(runs, twostage, tmp_path):
     leftover = tmp_path / ".codes.partial"
     leftover.mkdir()
     (leftover / "train.codes.npy").write_bytes(b"half")

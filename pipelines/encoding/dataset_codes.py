@@ -1,0 +1,217 @@
+"""Encodes every image of a dataset with a trained tokenizer, into a code cache that a prior is trained on."""
+
+import math
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from pipelines.encoding.image_variants import ImageVariants, image_variants
+from pipelines.encoding.partial_codes import CHUNK, PartialCodes, discard_leftover
+from pipelines.saved.saved_model import SavedModel
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage2_prior.codes import (
+    Augmentation,
+    CodeCache,
+    Manifest,
+    SplitFiles,
+    TokenizerReference,
+    code_dtype,
+    code_statistics,
+)
+from twostage.core.data.dataset import DataConfig, ImageData, load_images
+from twostage.core.data.sources import find_local
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_float
+from twostage.core.machine.command import print_once
+from twostage.core.machine.processes import join_processes
+from twostage.core.machine.progress import ProgressBar
+from twostage.core.runs.places import Record, find_places, portable, same_place
+
+__all__ = ["encode_dataset"]
+
+
+def encode_dataset(
+    tokenizer: str | Path,
+    out: str | Path | None = None,
+    source: str | None = None,
+    augmentation: Augmentation | None = None,
+) -> Path:
+    """Encode every split into ``out`` (codes/NAME by default). The processes of one machine share the images.
+
+    If it is killed, the same call resumes, with any number of processes.
+
+    Args:
+        source: another dataset than the one that the tokenizer was trained on.
+        augmentation: the additional rows of the training split; none by default.
+
+    Returns:
+        The folder: a code cache.
+
+    Raises:
+        InputError: no tokenizer there, one without codes, a folder that contains other codes or other files, or
+            processes on several machines that do not see each other's files.
+    """
+    augmentation = augmentation or Augmentation()
+    state = join_processes()
+    model = Autoencoder.from_pretrained(tokenizer).to(state.device)
+    if model.codebook_size is None:
+        raise InputError(
+            f"{tokenizer}: the bottleneck {model.config.model.bottleneck.type!r} has no codes. Train a tokenizer with "
+            "vector, finite_scalar, lookup_free or residual."
+        )
+    saved = SavedModel.find_run(tokenizer)
+    config = saved.training_data(source)
+    final = Path(out) if out else Path("codes") / _name_of(saved.home)
+    reference = TokenizerReference(hash=model.content_hash(), path=portable(tokenizer, final))
+    if _contains_these_codes(final, reference, config, augmentation):
+        print_once(f"{final}: already contains the codes of this tokenizer; nothing to do")
+        if state.is_main_process:
+            discard_leftover(final)  # of a call that was killed in its last step
+        return final
+
+    data = load_images(config)
+    for line in [data.description, *data.notices]:
+        print_once(line)
+    splits = image_variants(data, config, augmentation)
+    common = {"tokenizer": reference.hash, "augmentation": augmentation.model_dump(mode="json")}
+    group, contents = config.model_dump(mode="json"), data.contents()
+    identity = common | {"data": {**group, "source": None}, "images": contents.facts}
+    partial = PartialCodes(final, identity, splits, former=common | {"data": group})
+    if state.is_main_process and (message := partial.begin(model.code_grid, code_dtype(model.codebook_size))):
+        print(message)
+    state.wait_for_everyone()
+    partial.check_shared()
+    for split, images in splits.items():
+        _encode_split(model, images, split, partial, state)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        manifest = _manifest(model, data, config, contents.record, reference, partial)
+        partial.finish(manifest)
+        print(f"{final}: {_describe(manifest)}")
+    state.wait_for_everyone()
+    return final
+
+
+def _name_of(folder: Path) -> str:
+    """The last part of a path, also of `.` and `..`."""
+    return folder.resolve().name if folder.name in ("", "..") else folder.name
+
+
+def _contains_these_codes(
+    final: Path, reference: TokenizerReference, data: DataConfig, augmentation: Augmentation
+) -> bool:
+    """Whether the codes are already there; False if the folder is free.
+
+    Raises:
+        InputError: the folder contains something else.
+    """
+    if _is_free(final):
+        return False
+    if not (final / "manifest.json").is_file():
+        raise InputError(f"--out {final}: exists but contains no codes. Choose another --out.")
+    manifest = CodeCache(final).manifest
+    remedy = "Nothing was changed. Choose another --out, or remove the folder."
+    if manifest.tokenizer.hash != reference.hash:
+        there, here = manifest.tokenizer.hash[:12], reference.hash[:12]
+        raise InputError(f"--out {final}: contains the codes of the tokenizer {there}, this one is {here}. {remedy}")
+    if not _same_images(final, manifest, data):
+        raise InputError(
+            f"--out {final}: contains the codes of other images: {manifest.source!r} instead of {data.source!r}. "
+            f"{remedy}"
+        )
+    if manifest.augmentation != augmentation:
+        raise InputError(
+            f"--out {final}: contains codes with {manifest.augmentation} instead of {augmentation}. {remedy}"
+        )
+    return True
+
+
+def _same_images(final: Path, manifest: Manifest, data: DataConfig) -> bool:
+    """Whether the codes in ``final`` are those of the images ``data``: by where the images are, or by their content."""
+    here = find_local(data.source)
+    if here is None:
+        return manifest.source == data.source
+    if manifest.images is None:  # written by an earlier version
+        return any(same_place(str(here), str(place)) for place in find_places(manifest.source, final).direct)
+    if manifest.source == data.source == portable(data.source, final):
+        return True
+    return load_images(data).identity() == manifest.images.facts
+
+
+def _is_free(final: Path) -> bool:
+    """Whether nothing is there, or an empty folder that a rename can replace."""
+    if final.is_symlink() or final.is_mount():
+        return False
+    return not final.exists() or (final.is_dir() and not any(final.iterdir()))
+
+
+@torch.no_grad()
+def _encode_split(
+    model: Autoencoder, images: ImageVariants, name: str, partial: PartialCodes, state: PartialState
+) -> None:
+    """Write this process's share of a split's codes."""
+    codes, done = partial.open(name)
+    chunks = torch.arange(len(images.images)).split(CHUNK)
+    mine = [chunk for chunk in range(state.process_index, len(chunks), state.num_processes) if not done[chunk]]
+    for chunk in ProgressBar(mine, desc=name, unit="batch", disable=not state.is_main_process, leave=False):
+        first = chunk * CHUNK
+        for pixels in images.read(chunks[chunk]):
+            indices = model.encode(to_float(pixels.to(state.device))).indices
+            assert indices is not None
+            codes[first : first + len(pixels)] = indices.cpu().numpy()
+            first += len(images.images)
+        codes.flush()
+        done[chunk] = 1
+
+
+def _manifest(
+    model: Autoencoder,
+    data: ImageData,
+    config: DataConfig,
+    images: Record,
+    reference: TokenizerReference,
+    partial: PartialCodes,
+) -> Manifest:
+    assert model.codebook_size is not None
+    is_path = config.source != "shapes" and Path(config.source).exists()
+    # Computed from the files, so that it does not matter which call or process wrote them.
+    statistics = code_statistics({split: partial.open(split)[0] for split in partial.splits}, model.codebook_size)
+    return Manifest(
+        tokenizer=reference,
+        source=portable(config.source, partial.final) if is_path else config.source,
+        images=images,
+        image_size=model.config.image_size,
+        channels=model.config.channels,
+        grid=model.code_grid,
+        codebook_size=model.codebook_size,
+        class_names=data.class_names,
+        validation_split=data.validation_name,
+        augmentation=partial.splits["train"].augmentation,
+        splits={
+            split: SplitFiles(
+                rows=variants.rows,
+                codes=f"{split}.codes.npy",
+                labels=None if variants.images.labels is None else f"{split}.labels.npy",
+            )
+            for split, variants in partial.splits.items()
+        },
+        **statistics,
+    )
+
+
+def _describe(manifest: Manifest) -> str:
+    augmentation, train = manifest.augmentation, manifest.splits["train"].rows
+    held_out = sum(files.rows for files in manifest.splits.values()) - train
+    variants = ""
+    if augmentation.variants > 1:
+        crops = f", {augmentation.crops} crop{'s' * (augmentation.crops > 1)}" if augmentation.crops else ""
+        mirrored = ", each also mirrored" if augmentation.horizontal_flip else ""
+        variants = f"train in {augmentation.variants} variants (plain{crops}{mirrored}): {train + held_out:,} rows, "
+    unigram = manifest.unigram_nats_per_code[manifest.validation_split]
+    return (
+        f"{train // augmentation.variants + held_out:,} images, {variants}grid {manifest.grid[0]}x{manifest.grid[1]}, "
+        f"{manifest.codes_used} of {manifest.codebook_size} codes used. Nats per code: entropy "
+        f"{manifest.entropy_nats_per_code:.3f}, held-out unigram {unigram:.3f}, "
+        f"uniform {math.log(manifest.codebook_size):.3f}"
+    )
