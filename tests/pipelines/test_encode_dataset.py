@@ -350,7 +350,7 @@ def test_chunks_of_another_process_are_kept(runs, twostage, killed_before, tmp_p
 def test_a_leftover_with_other_settings_is_discarded(runs, twostage, killed_before, changed_tokenizer, tmp_path):
     images = write_images(tmp_path / "images", 6)
     begun = {
-        "tokenizer: '": [changed_tokenizer("encoder")],
+        "tokenizer: was '": [changed_tokenizer("encoder")],
         "rows.train: was 5, now 320; ": [runs.tokenizer, "--data", images],
         "rows.train: was 640, now 320; augmentation.crops: was 1, now 0)": [runs.tokenizer, "--crops", "1"],
     }
