@@ -14,7 +14,6 @@ import torch
 from benchmarks.reporting import parser, report
 from stage1_tokenizer import train_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.residual_quantizer import ResidualQuantizer
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage1_tokenizer.vector_quantizer import VectorQuantizer
 from twostage.core.config.sections import load_config
@@ -35,7 +34,6 @@ QUANTIZERS = {
 @torch.no_grad()
 def collapse(autoencoder: Autoencoder, *_: object) -> None:
     """Replaces the k-means start: every code of every codebook is the same distant vector."""
-    assert isinstance(autoencoder.bottleneck, VectorQuantizer | ResidualQuantizer)
     for quantizer in autoencoder.bottleneck.modules():
         if isinstance(quantizer, VectorQuantizer):
             far = torch.full_like(quantizer.codebook, 100.0)

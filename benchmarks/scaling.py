@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import vgg16
 
 from benchmarks.reporting import Row, markdown_table, parser, report, write_section
-from stage1_tokenizer.backbones import build_backbone
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator
 from stage1_tokenizer.vqgan_backbone import VQGANConfig
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
@@ -120,7 +119,7 @@ def tokenizer_rows() -> list[Row]:
     images = TOKENIZER_BATCH // GPUS
     fake = FakeTensorMode()  # the decoder's autocast does not support the meta device
     with fake:
-        encoder, decoder = build_backbone(VQGANConfig(), 3, (SIDE, SIDE), LATENT, LATENT)
+        encoder, decoder = VQGANConfig().build(3, (SIDE, SIDE), LATENT, LATENT)
         opponent = Discriminator(AdversarialConfig(), 3, (SIDE, SIDE))
         trunk: nn.Module = vgg16(weights=None).features.requires_grad_(False)
         batch = torch.zeros(images, 3, SIDE, SIDE)

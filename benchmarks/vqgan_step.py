@@ -21,8 +21,7 @@ from torch import Tensor
 from benchmarks.reporting import alternate, compared, parser, report
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, discriminator_loss, generator_loss
-from stage1_tokenizer.image_losses import ImageLosses
-from stage1_tokenizer.losses import LossConfig
+from stage1_tokenizer.image_losses import ImageLosses, LossConfig
 from stage1_tokenizer.perceptual import TRUNK, LPIPSConfig
 from stage1_tokenizer.vector_quantizer import VectorConfig
 from stage1_tokenizer.vqgan_backbone import VQGANConfig
@@ -60,7 +59,7 @@ class Step:
     def __init__(self, model: ModelConfig, size: int, batch_size: int, weights_dir: Path) -> None:
         torch.manual_seed(0)
         assert LOSS.adversarial is not None
-        config = AutoencoderConfig(image_size=(size, size), channels=3, model=model, loss=LOSS)
+        config = AutoencoderConfig(image_size=(size, size), channels=3, model=model, loss=LOSS.objective())
         self.autoencoder = Autoencoder(config)
         self.discriminator = Discriminator(LOSS.adversarial, 3, (size, size))
         self.losses = ImageLosses(LOSS, self.autoencoder, self.discriminator, weights_dir, Accelerator(cpu=True))

@@ -11,7 +11,7 @@ from pipelines.drawing import edits
 from pipelines.files.given_images import find_images, read_image
 from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.metrics import psnr
+from stage1_tokenizer.validation import psnr
 from twostage.core.data.spread import spread_over_classes
 from twostage.core.errors import InputError
 from twostage.core.images.sheets import contact_sheet, save_image

@@ -1,4 +1,4 @@
-"""The one autoencoder: backbone + bottleneck + losses. AE, VAE, CVAE, VQ-VAE, VQ-GAN are choices, not classes.
+"""The one autoencoder: backbone + bottleneck + objective. AE, VAE, CVAE, VQ-VAE and VQ-GAN are choices, not classes.
 
 Axes: B images, C channels, H and W pixels, h and w cells of the latent grid.
 """
@@ -7,86 +7,107 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from stage1_tokenizer.backbones import BackboneConfig, ConvConfig, build_backbone, factor_of, grid_of
-from stage1_tokenizer.bottleneck_output import BottleneckOutput
-from stage1_tokenizer.bottlenecks import BottleneckConfig, Gaussian, Identity, build_bottleneck
+from stage1_tokenizer.backbone import BackboneConfig
+from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput
+from stage1_tokenizer.continuous import ClassGaussianConfig, GaussianConfig, IdentityConfig
+from stage1_tokenizer.conv_backbone import ConvConfig
 from stage1_tokenizer.finite_scalar import FiniteScalarConfig
 from stage1_tokenizer.lookup_free import LookupFreeConfig
-from stage1_tokenizer.losses import LossConfig, corrupt, negative_log_likelihood, reconstruction_loss
-from stage1_tokenizer.perceptual import FeaturePerceptualConfig, PerceptualNetwork
+from stage1_tokenizer.losses import ObjectiveConfig, corrupt, negative_log_likelihood, reconstruction_loss
+from stage1_tokenizer.mlp_backbone import MLPConfig
+from stage1_tokenizer.residual_quantizer import ResidualConfig
 from stage1_tokenizer.vector_quantizer import VectorConfig
-from twostage.core.config.sections import Count, Section, Width, parse_config
+from stage1_tokenizer.vqgan_backbone import VQGANConfig
+from twostage.core.config.sections import Count, Flag, Section, Width, parse_config
 from twostage.core.errors import InputError
 from twostage.core.runs.model_folder import filled, hash_tensors, load_model_folder, save_model_folder
 from twostage.core.training.random import BatchRandom
 
-__all__ = ["Autoencoder", "AutoencoderConfig", "AutoencoderOutput", "ModelConfig"]
+__all__ = ["Autoencoder", "AutoencoderConfig", "AutoencoderOutput", "ModelConfig", "PerceptualNetwork"]
 
-MAX_BITS = 20  # the usage of 2^20 codes is 4 MiB of counts
+BACKBONES = (MLPConfig, ConvConfig, VQGANConfig)
+BOTTLENECKS = (
+    IdentityConfig,
+    GaussianConfig,
+    ClassGaussianConfig,
+    VectorConfig,
+    FiniteScalarConfig,
+    LookupFreeConfig,
+    ResidualConfig,
+)
+for backbone in BACKBONES:
+    BackboneConfig.register(backbone)
+for bottleneck in BOTTLENECKS:
+    BottleneckConfig.register(bottleneck)
+
 TOLERANCE = 1e-3  # of pixels outside of [-1, 1]
+LATER_KEYS = {"untrained_classes", "value_range", "trained_against", "adversarial"}
+"""Keys that earlier versions do not know, so they are written only if they say something."""
 
 
 class ModelConfig(Section):
     """The architecture."""
 
     latent_channels: Width = 64
-    """Channels of the latent grid (alias: `z_channels`); with the `mlp` backbone the latent's dimensions."""
+    """Channels of the latent grid (alias: `z_channels`); with the `mlp` backbone, the dimensions of the latent."""
     backbone: BackboneConfig = ConvConfig()
     bottleneck: BottleneckConfig = VectorConfig()
 
     @model_validator(mode="after")
-    def _channels_of_the_codes(self) -> "ModelConfig":
-        bottleneck, channels = self.bottleneck, self.latent_channels
-        if isinstance(bottleneck, FiniteScalarConfig) and len(bottleneck.levels) != channels:
-            raise ValueError(
-                f"latent_channels {channels}: finite_scalar has a channel for each of its levels {bottleneck.levels}; "
-                f"set latent_channels to {len(bottleneck.levels)}"
-            )
-        if isinstance(bottleneck, LookupFreeConfig) and channels > MAX_BITS:
-            raise ValueError(
-                f"latent_channels {channels}: lookup_free has 2^latent_channels codes; expected at most {MAX_BITS}"
-            )
+    def _channels_fit_the_bottleneck(self) -> "ModelConfig":
+        self.bottleneck.check_channels(self.latent_channels)
         return self
 
 
+class PerceptualNetwork(Section):
+    """A network that a model was trained against. Training lowered the distances in it, so they are no evidence of the
+    model's quality."""
+
+    type: Literal["lpips", "features"]
+    path: str | None = None
+    """Where a feature network was."""
+    hash: str | None = None
+    """A feature network's :meth:`FeatureNetwork.features_hash`; None: not recorded."""
+
+
 class AutoencoderConfig(Section):
-    """All that a trained autoencoder needs to be built again: what its `config.json` holds."""
+    """Everything needed to rebuild a trained autoencoder: the content of its `config.json`."""
 
     image_size: tuple[Count, Count]
     channels: Count
     class_names: list[str] | None = None
-    """Of the data that it was trained on."""
+    """The classes of its training data."""
     untrained_classes: tuple[str, ...] = ()
-    """Those of them that had no training image."""
+    """Those classes that had no training image."""
     value_range: tuple[float, float] | None = None
     """The values in image files that became black and white (`data.value_range`)."""
     model: ModelConfig
-    loss: LossConfig
-    trained_against: list[PerceptualNetwork] | None = None
-    """The networks of perceptual losses that its weights were trained with, those of `init_from` first; None: none, or
-    not recorded (see :meth:`perceptual_networks`)."""
+    loss: ObjectiveConfig
+    trained_against: list[PerceptualNetwork] = Field(default=[])
+    """The networks of the perceptual losses that its weights were trained with, those of `init_from` first."""
+    adversarial: Flag = False
+    """Whether a discriminator took part in its training."""
 
-    def perceptual_networks(self) -> list[PerceptualNetwork]:
-        """The networks that it was trained against. A model that was saved before they were recorded has the one that
-        its loss names, without a hash."""
-        if self.trained_against is not None:
-            return self.trained_against
-        perceptual = self.loss.perceptual
-        if perceptual is None or not perceptual.weight:
-            return []
-        path = perceptual.path if isinstance(perceptual, FeaturePerceptualConfig) else None
-        return [PerceptualNetwork(type=perceptual.type, path=path)]
-
-
-LATER_KEYS = {"untrained_classes", "value_range", "trained_against"}
-"""Keys that earlier versions do not know, so they are written only where they say something."""
+    @model_validator(mode="before")
+    @classmethod
+    def _from_earlier_version(cls, document: Any) -> Any:
+        """Earlier versions kept the settings of the training's image losses instead of a record of them."""
+        loss = document.get("loss") if isinstance(document, dict) else None
+        if not isinstance(loss, dict):
+            return document
+        loss = dict(loss)
+        perceptual, adversarial = loss.pop("perceptual", None), loss.pop("adversarial", None)
+        document = {"adversarial": adversarial is not None} | document | {"loss": loss}
+        if isinstance(perceptual, dict) and perceptual.get("weight", 1) and not document.get("trained_against"):
+            document["trained_against"] = [{key: perceptual[key] for key in ("type", "path") if key in perceptual}]
+        return document
 
 
 @dataclass
@@ -94,49 +115,47 @@ class AutoencoderOutput:
     """What a training step needs."""
 
     loss: Tensor
-    """Scalar, to be minimised: reconstruction and the bottleneck's terms."""
+    """Scalar to minimise: the reconstruction loss plus the bottleneck's losses."""
     reconstruction: Tensor
-    """Scalar, the first of these."""
+    """Scalar: the reconstruction loss alone."""
     decoded: Tensor
-    """The decoder's output (B, C, H, W); :meth:`Autoencoder.to_images` makes images of it."""
+    """The decoder's output (B, C, H, W); :meth:`Autoencoder.to_images` turns it into images."""
     bottleneck: BottleneckOutput
     metrics: dict[str, Tensor]
-    """Scalars by name, `loss` among them, detached."""
+    """Detached scalars by name, `loss` among them."""
 
 
 class Autoencoder(nn.Module):
     """Images -> latent -> images.
 
-    ``forward`` is what training (and DDP) calls; ``encode``, ``decode``, ``decode_indices``, ``reconstruct`` and
-    ``sample`` are for use. Images whose sides the backbone cannot halve are padded at the right and at the bottom, and
-    cropped back.
+    Use ``encode``, ``decode``, ``decode_indices``, ``reconstruct`` and ``sample``; training (and DDP) calls
+    ``forward``. Images are padded at the right and at the bottom to a multiple of the backbone's factor, and cropped
+    back.
 
     Raises:
-        InputError: a class bottleneck without class names.
+        InputError: the bottleneck needs classes, and the config names none.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
         model = config.model
-        self.grid = grid_of(model.backbone, config.image_size)
-        self.factor = factor_of(model.backbone)
+        self.grid, self.factor = model.backbone.grid(config.image_size), model.backbone.factor
         self._range_known = config.loss.reconstruction != "bce"
-        self.bottleneck = build_bottleneck(model.bottleneck, model.latent_channels, self.grid, config.class_names)
-        self.encoder, self.decoder = build_backbone(
-            model.backbone, config.channels, config.image_size, self.bottleneck.encoded_channels, model.latent_channels
+        self.bottleneck = model.bottleneck.build((model.latent_channels, *self.grid), len(config.class_names or []))
+        self.encoder, self.decoder = model.backbone.build(
+            config.channels, config.image_size, self.bottleneck.encoded_channels, model.latent_channels
         )
 
     @property
     def codebook_size(self) -> int | None:
-        """The number of codes, or None for a continuous latent."""
-        return self.bottleneck.codebook_size
+        """The number of codes; None for a continuous latent."""
+        return self.bottleneck.codebook_size or None
 
     @property
     def code_grid(self) -> tuple[int, int]:
-        """The grid of codes (h, w) that a prior sees; wider than :attr:`grid` where a cell has several codes."""
-        depth = 1 if isinstance(self.bottleneck, Identity | Gaussian) else self.bottleneck.depth
-        return (self.grid[0], self.grid[1] * depth)
+        """The grid of codes (h, w) that a prior sees; wider than :attr:`grid` if a cell has several codes."""
+        return (self.grid[0], self.grid[1] * self.bottleneck.depth)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -145,13 +164,13 @@ class Autoencoder(nn.Module):
 
     @property
     def variational(self) -> bool:
-        """Whether the loss is an evidence lower bound."""
-        return isinstance(self.bottleneck, Gaussian)
+        """Whether the loss is an evidence lower bound, and :meth:`sample` works."""
+        return self.bottleneck.variational
 
     @property
     def class_conditional(self) -> bool:
-        """Whether samples are of a class."""
-        return isinstance(self.bottleneck, Gaussian) and self.bottleneck.class_means is not None
+        """Whether :meth:`sample` takes a class for each image."""
+        return self.bottleneck.num_classes > 0
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -161,14 +180,14 @@ class Autoencoder(nn.Module):
         return layers[-1].weight
 
     def forward(self, images: Tensor, labels: Tensor | None, random: BatchRandom) -> AutoencoderOutput:
-        """The loss of images (B, C, H, W) in [-1, 1]. ``labels`` (B,) are for the class-conditional families."""
+        """The loss on images (B, C, H, W) in [-1, 1]; class-conditional families need ``labels`` (B,)."""
         if not self._range_known:
             check_range(images)
-            self._range_known = True  # once: looking at values makes a GPU wait
+            self._range_known = True  # checked once: reading values back makes the GPU wait
         corruption = self.config.loss.corruption
         inputs = corrupt(images, corruption, random) if corruption else images
-        latent = self.bottleneck(self.encoded(inputs), labels, random)
-        decoded = self.decoded(latent.z)
+        latent = self.bottleneck(self.run_encoder(inputs), labels, random)
+        decoded = self.run_decoder(latent.z)
         metrics: dict[str, Tensor] = {}
         if self.variational:
             distortion, level = negative_log_likelihood(decoded, images, self.config.loss)
@@ -183,45 +202,57 @@ class Autoencoder(nn.Module):
         metrics = {name: value.detach() for name, value in metrics.items()}
         return AutoencoderOutput(loss, distortion, decoded, latent, metrics)
 
-    def encoded(self, images: Tensor) -> Tensor:
-        """The encoder's output for images (B, C, H, W) of any size, padded to what the backbone needs."""
+    def run_encoder(self, images: Tensor) -> Tensor:
+        """The encoder's raw output (B, encoded_channels, h, w) for images (B, C, H, W) of any size, which are padded
+        if needed."""
         below, right = (-side % self.factor for side in images.shape[2:])
         return self.encoder(F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images)
 
-    def decoded(self, z: Tensor) -> Tensor:
-        """The decoder's output for a latent (B, latent_channels, h, w), cropped where images are padded."""
+    def run_decoder(self, z: Tensor) -> Tensor:
+        """The decoder's raw output (B, C, H, W), pixels or logits, for a latent (B, latent_channels, h, w); the padding
+        is cropped."""
         height, width = self.config.image_size
         decoded = self.decoder(z)
         return decoded[..., :height, :width] if z.shape[2:] == self.grid else decoded
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> BottleneckOutput:
-        """The latent of images (B, C, H, W) in [-1, 1]: z, and the codes of the discrete families."""
-        return self.bottleneck.encode(self.encoded(images))
+        """The latent z of images (B, C, H, W) in [-1, 1], with codes if the bottleneck is discrete."""
+        return self.bottleneck.encode(self.run_encoder(images))
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """A latent (B, latent_channels, h, w) -> images (B, C, H, W) in [-1, 1]."""
-        return self.to_images(self.decoded(z))
+        return self.to_images(self.run_decoder(z))
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """Codes (B, h, w) int64, a grid as :attr:`code_grid` -> images (B, C, H, W) in [-1, 1]."""
-        if isinstance(self.bottleneck, Identity | Gaussian):
-            raise InputError(f"this autoencoder's bottleneck is {self.config.model.bottleneck.type!r}: it has no codes")
+        """Codes (B, *:attr:`code_grid`) int64 -> images (B, C, H, W) in [-1, 1].
+
+        Raises:
+            InputError: the bottleneck has no codes.
+        """
+        if self.codebook_size is None:
+            raise InputError(
+                f"model.bottleneck.type {self.config.model.bottleneck.type!r}: has no codes to decode. Use decode(z)."
+            )
         return self.decode(self.bottleneck.lookup(indices))
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] there and back."""
+        """Images (B, C, H, W) in [-1, 1], encoded and decoded."""
         return self.decode(self.encode(images).z)
 
     @torch.no_grad()
     def sample(self, num_images: int, labels: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Images from the bottleneck's own prior, (num_images, C, H, W) in [-1, 1]; variational families have one.
+        """Samples images (num_images, C, H, W) in [-1, 1] from the bottleneck's own prior; variational families have
+        one.
 
         Args:
-            labels: (num_images,) classes of a class-conditional family; None: all classes in turn.
+            labels: (num_images,) classes for a class-conditional family; None: cycle through all classes.
+
+        Raises:
+            InputError: the bottleneck has no prior of its own.
         """
         device = next(self.parameters()).device
         noise = torch.randn(num_images, *self.latent_shape, generator=generator, device=device)
@@ -231,51 +262,55 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def sample_from(self, noise: Tensor, labels: Tensor | None) -> Tensor:
-        """The same for given standard normal noise (B, *:attr:`latent_shape`).
+        """:meth:`sample` for given standard normal noise (B, *:attr:`latent_shape`).
 
         Args:
-            labels: (B,) classes of a class-conditional family.
+            labels: (B,) classes for a class-conditional family.
         """
-        if not isinstance(self.bottleneck, Gaussian):
+        if not self.variational:
             raise InputError(
-                f"this autoencoder's bottleneck is {self.config.model.bottleneck.type!r}: it has no prior of its own "
-                "to sample from; train one over its codes (twostage encode, twostage train-prior)"
+                f"model.bottleneck.type {self.config.model.bottleneck.type!r}: has no prior of its own to sample from. "
+                "Train one on its codes: twostage encode, then twostage train-prior."
             )
         return self.decode(self.bottleneck.sample(noise, labels))
 
     def content_hash(self) -> str:
-        """A hash of all that decides the codes: the form of the images, the encoder, the codebook. The decoder is no
-        part of it, so that a decoder trained further keeps its priors."""
+        """A hash of everything that determines the codes: the images' size and channels, the encoder, the codebook. It
+        leaves out the decoder, so that training the decoder further keeps the priors valid."""
         model = self.config.model
         form = {"image_size": self.config.image_size, "channels": self.config.channels}
         for name, part in {"backbone": model.backbone, "bottleneck": model.bottleneck}.items():
-            # Without the defaults, so that a new setting does not change the hash of what was trained before it.
+            # Without defaults, so that a new setting does not change the hashes of earlier models.
             form[name] = {"type": part.type} | part.model_dump(mode="json", exclude_defaults=True)
-        deciding = {f"encoder.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
-        deciding |= {f"bottleneck.{name}": tensor for name, tensor in self.bottleneck.state_dict().items()}
+        weights = {f"encoder.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
+        weights |= {f"bottleneck.{name}": tensor for name, tensor in self.bottleneck.state_dict().items()}
         labelled = [
             (f"{name} {tuple(tensor.shape)} {tensor.dtype}", tensor)
-            for name, tensor in sorted(deciding.items())
-            if "ema_" not in name  # statistics of the training
+            for name, tensor in sorted(weights.items())
+            if "ema_" not in name  # training statistics
         ]
         return hash_tensors(labelled, json.dumps(form, sort_keys=True))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors."""
+        """Writes config.json and model.safetensors into ``folder``."""
         written = self.config.model_dump(mode="json").items()
         config: dict[str, Any] = {key: value for key, value in written if value or key not in LATER_KEYS}
         save_model_folder(Path(folder), "tokenizer", config | {"hash": self.content_hash()}, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Autoencoder":
-        """Reads a model folder, or a run folder's `model/`; in evaluation mode, on the CPU."""
+        """Loads a model folder, or a run folder's `model/`, in evaluation mode on the CPU.
+
+        Raises:
+            InputError: no such model, or a damaged one.
+        """
         document, state = load_model_folder(path, "tokenizer")
         document.pop("hash", None)
         config = parse_config(AutoencoderConfig, document, f"{path}: config.json")
         return filled(lambda: cls(config), state, path)
 
     def to_pixels(self, decoded: Tensor) -> Tensor:
-        """The decoder's output, pixels or logits, as pixels: in [-1, 1] from logits, else about so; differentiable."""
+        """The decoder's output as pixels, differentiable: in [-1, 1] from logits, otherwise not clamped."""
         if self.config.loss.reconstruction == "bce":
             return torch.sigmoid(decoded.float()) * 2 - 1
         return decoded.float()
@@ -286,10 +321,14 @@ class Autoencoder(nn.Module):
 
 
 def check_range(images: Tensor) -> None:
-    """Refuses images that the Bernoulli likelihood has no meaning for."""
+    """Checks that the Bernoulli likelihood is defined for ``images``.
+
+    Raises:
+        InputError: values outside of [-1, 1].
+    """
     low, high = images.min().item(), images.max().item()
     if low < -1 - TOLERANCE or high > 1 + TOLERANCE:
         raise InputError(
-            f"loss.reconstruction 'bce': needs images in [-1, 1], got values from {low:.3g} to {high:.3g}; scale them, "
-            "or use 'l2'"
+            f"loss.reconstruction 'bce': needs images in [-1, 1], got values from {low:.3g} to {high:.3g}. Scale them, "
+            "or set loss.reconstruction=l2."
         )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from stage1_tokenizer.backbones import group_norm
+from stage1_tokenizer.backbone import group_norm
 from twostage.core.config.sections import Count, Flag, Number, Section, Share, Width
 from twostage.core.errors import InputError
 from twostage.core.training.train_config import Beta

@@ -1,33 +1,32 @@
-"""The `finite_scalar` bottleneck: each channel is rounded to one of a few levels; no codebook that could collapse.
+"""The `finite_scalar` bottleneck: rounds each channel to one of a few levels, so no codebook can collapse.
 
 FSQ, Mentzer et al. 2023 (arXiv 2309.15505). Axes: N = B h w vectors, D channels with L levels each.
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from stage1_tokenizer.bottleneck_output import BottleneckOutput
-from stage1_tokenizer.quantizer import Quantizer
-from twostage.core.config.sections import Section
+from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput, Quantizer
 from twostage.core.training.random import BatchRandom
 
 __all__ = ["FiniteScalar", "FiniteScalarConfig"]
 
-MAX_CODES = 2**20  # their usage is 4 MiB of counts
-Levels = Annotated[int, Field(strict=True, ge=3)]  # of two, tanh saturates: lookup_free is for bits
+MAX_CODES = 2**20  # counting their usage takes 4 MiB
+Levels = Annotated[int, Field(strict=True, ge=3)]  # two levels would saturate tanh: use lookup_free for bits
 
 
-class FiniteScalarConfig(Section):
-    """The codes are all combinations of the levels: [8, 5, 5, 5] has 1,000."""
+class FiniteScalarConfig(BottleneckConfig):
+    """All combinations of the levels as codes: [8, 5, 5, 5] has 1,000 codes."""
 
     type: Literal["finite_scalar"] = "finite_scalar"
     levels: list[Levels] = Field(default=[8, 5, 5, 5], min_length=1)
-    """Of each channel; `model.latent_channels` is how many there are."""
+    """The number of levels of each channel; `model.latent_channels` is the number of channels."""
+    collapse_remedy: ClassVar[str] = "fewer or smaller model.bottleneck.levels, a higher train.lr, or more data"
 
     @model_validator(mode="after")
     def _countable(self) -> "FiniteScalarConfig":
@@ -35,9 +34,19 @@ class FiniteScalarConfig(Section):
             raise ValueError(f"levels {self.levels}: {math.prod(self.levels):,} codes; expected at most {MAX_CODES:,}")
         return self
 
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> "FiniteScalar":
+        return FiniteScalar(self)
+
+    def check_channels(self, latent_channels: int) -> None:
+        if len(self.levels) != latent_channels:
+            raise ValueError(
+                f"latent_channels {latent_channels}: finite_scalar needs one channel for each of its levels "
+                f"{self.levels}; set latent_channels to {len(self.levels)}"
+            )
+
 
 class FiniteScalar(Quantizer):
-    """round(bound(z)) with straight-through gradients (section 3.1 of the paper); no losses."""
+    """round(bound(z)) with straight-through gradients (section 3.1 of the paper), without losses."""
 
     levels: Tensor
     basis: Tensor
@@ -58,7 +67,7 @@ class FiniteScalar(Quantizer):
         return BottleneckOutput(z, indices, metrics=self.usage_metrics())
 
     def encode(self, encoded: Tensor) -> BottleneckOutput:
-        """The codes and their vectors."""
+        """The codes of (B, D, h, w) and their vectors."""
         _, indices = self._round(encoded.float())
         return BottleneckOutput(self.lookup(indices), indices)
 
@@ -69,11 +78,11 @@ class FiniteScalar(Quantizer):
 
     def _round(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         x = rearrange(encoded, "b d h w -> b h w d")
-        # tanh onto as many integers as there are levels: for an even number they lie half a step off the centre.
+        # tanh maps onto as many integers as there are levels; an even number of them lies half a step off the centre.
         half = (self.levels - 1) * (1 + 1e-3) / 2
         offset = (self.levels % 2 == 0) * 0.5
         bounded = torch.tanh(x + torch.atanh(offset / half)) * half - offset
-        rounded = bounded.detach().nan_to_num().round()  # what is no number keeps a code that exists; z tells of it
+        rounded = bounded.detach().nan_to_num().round()  # a NaN still gets a valid code; z stays NaN
         indices = ((rounded + self.levels // 2).long() * self.basis).sum(-1)
         z = self._scale(bounded + (rounded - bounded).detach())
         return rearrange(z, "b h w d -> b d h w"), indices

@@ -1,7 +1,7 @@
-"""The losses that look at the reconstruction as an image: perceptual and adversarial.
+"""The training's whole loss: the autoencoder's own, and the perceptual and adversarial terms.
 
-Each is differentiated to the pixels once, on a reconstruction cut off from the autoencoder; the autoencoder then needs
-one backward pass for all of them, and neither frozen nor opposing networks ever get a gradient from it.
+Each term is differentiated with respect to the pixels of a detached reconstruction. The autoencoder then needs one
+backward pass for all of them, and neither the frozen network nor the discriminator ever gets a gradient from it.
 """
 
 from pathlib import Path
@@ -10,23 +10,36 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderOutput
+from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderOutput, PerceptualNetwork
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, adversarial_weight, generator_loss
-from stage1_tokenizer.losses import LossConfig
-from stage1_tokenizer.perceptual import PerceptualNetwork, build_perceptual, describe_network
+from stage1_tokenizer.losses import ObjectiveConfig
+from stage1_tokenizer.perceptual import PerceptualConfig, build_perceptual, describe_network
 
-__all__ = ["ImageLosses"]
+__all__ = ["ImageLosses", "LossConfig"]
+
+
+class LossConfig(ObjectiveConfig):
+    """What training minimises."""
+
+    perceptual: PerceptualConfig | None = None
+    """A distance in the features of a frozen network, added to the reconstruction loss; null: none."""
+    adversarial: AdversarialConfig | None = None
+    """A discriminator trained beside the autoencoder, which makes it a VQ-GAN; null: none."""
+
+    def objective(self) -> ObjectiveConfig:
+        """The part that the trained model keeps."""
+        return ObjectiveConfig(**{name: getattr(self, name) for name in ObjectiveConfig.model_fields})
 
 
 class ImageLosses:
-    """The perceptual and the adversarial term of ``config``; without either, it does nothing.
+    """The perceptual and the adversarial term of ``config``, both optional.
 
-    No module: LPIPS and feature networks are in no checkpoint, and the discriminator is trained on its own.
+    Not a module: checkpoints leave out LPIPS and feature networks, and the discriminator is trained separately.
 
     Args:
         autoencoder: unwrapped; the adaptive weight is measured at its last layer.
         discriminator: unwrapped, or None.
-        weights_dir: where LPIPS's trunk lies; None: torch's cache.
+        weights_dir: the folder of LPIPS's trunk; None: torch's cache.
     """
 
     def __init__(
@@ -46,7 +59,7 @@ class ImageLosses:
             self.perceptual = built.to(accelerator.device)
 
     def networks(self) -> list[PerceptualNetwork]:
-        """The networks that the autoencoder is trained against, to be remembered with it."""
+        """The networks that the autoencoder is trained against, for its record."""
         perceptual = self.config.perceptual
         if perceptual is None or self.perceptual is None or not perceptual.weight:
             return []
@@ -55,11 +68,11 @@ class ImageLosses:
     def pixel_gradient(
         self, output: AutoencoderOutput, images: Tensor, progress: float
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """d(weighted terms) / d(decoded), (B, C, H, W) or None where there are none, and metrics by name.
+        """d(weighted terms) / d(decoded), (B, C, H, W), or None without terms; and metrics by name.
 
         Args:
-            images: what the decoder should have given, (B, C, H, W) in [-1, 1].
-            progress: of the run, in [0, 1].
+            images: the target images (B, C, H, W) in [-1, 1].
+            progress: how much of the run is done, in [0, 1].
         """
         decoded = output.decoded.detach().requires_grad_()
         pixels = self.autoencoder.to_pixels(decoded)
@@ -84,7 +97,7 @@ class ImageLosses:
         self, output: AutoencoderOutput, perceptual: Tensor | None, pull: Tensor, config: AdversarialConfig
     ) -> Tensor:
         """|d(reconstruction + perceptual)| / |d(adversarial)| at the last layer's weights (equation 7 of the VQGAN
-        paper), of the gradients averaged over the processes: the ratio of the global batch."""
+        paper). The gradients are averaged over the processes first, so this is the ratio of the global batch."""
         (push,) = torch.autograd.grad(output.reconstruction, output.decoded, retain_graph=True)
         push = push if perceptual is None else push + perceptual
         at_last = [

@@ -1,9 +1,9 @@
-"""The `lookup_free` bottleneck: each channel is a bit, its sign; the codes are all combinations of signs.
+"""The `lookup_free` bottleneck: the sign of each channel is one bit of the code.
 
 LFQ, Yu et al. 2023 (MAGVIT-v2, arXiv 2310.05737). Axes: N = B h w vectors, D channels, 2^D codes.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed
@@ -12,34 +12,51 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor
 
-from stage1_tokenizer.bottleneck_output import BottleneckOutput
-from stage1_tokenizer.quantizer import Quantizer
-from twostage.core.config.sections import Number, Section
+from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput, Quantizer
+from twostage.core.config.sections import Number
 from twostage.core.training.random import BatchRandom
 
 __all__ = ["LookupFree", "LookupFreeConfig"]
 
 
-class LookupFreeConfig(Section):
-    """The codebook has 2^`model.latent_channels` codes."""
+MAX_BITS = 20  # counting the usage of 2^20 codes takes 4 MiB
+
+
+class LookupFreeConfig(BottleneckConfig):
+    """A codebook of 2^`model.latent_channels` codes."""
 
     type: Literal["lookup_free"] = "lookup_free"
     entropy_weight: Number = Field(default=0.1, ge=0)
-    """Of the entropy terms: each vector is to choose one code clearly, all of them together every code alike."""
+    """Weight of the entropy terms: each vector should choose one code clearly, and all vectors together should use
+    every code equally often."""
     diversity_weight: Number = Field(default=1.0, ge=0)
-    """Of the second of these against the first (alias: gamma)."""
+    """Weight of the second entropy term relative to the first (alias: gamma)."""
     temperature: Number = Field(default=1.0, gt=0)
-    """Of the soft choice that the entropies are of: lower is harder."""
+    """Temperature of the soft choice that the entropies measure: lower is harder."""
     commitment_weight: Number = Field(default=0.25, ge=0)
-    """Of the pull of the encoder's output towards -1 and 1 (alias: beta)."""
+    """Weight of the loss that pulls the encoder's output towards -1 and 1 (alias: beta)."""
+    collapse_remedy: ClassVar[str] = (
+        "a higher model.bottleneck.entropy_weight, a higher model.bottleneck.diversity_weight, or a smaller "
+        "model.latent_channels"
+    )
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> "LookupFree":
+        return LookupFree(self, shape[0])
+
+    def check_channels(self, latent_channels: int) -> None:
+        if latent_channels > MAX_BITS:
+            raise ValueError(
+                f"latent_channels {latent_channels}: lookup_free has 2^latent_channels codes; expected at most "
+                f"{MAX_BITS}"
+            )
 
 
 class LookupFree(Quantizer):
     """sign(z) with straight-through gradients, and the entropy terms of equation 5 of the paper.
 
     With codes c in {-1, 1}^D the soft choice p(c) ~ exp(-|z - c|^2 / T) is a product over bits, so both entropies are
-    exact and cheap: a vector's is a sum over its bits, and the mean choice of N vectors is one product of two matrices
-    (N, 2^(D/2)), never one of N by 2^D.
+    exact and cheap: the entropy of one vector is a sum over its bits, and the mean choice of N vectors is the product
+    of two (N, 2^(D/2)) matrices; no (N, 2^D) matrix is needed.
     """
 
     def __init__(self, config: LookupFreeConfig, latent_channels: int) -> None:
@@ -47,8 +64,8 @@ class LookupFree(Quantizer):
         self.config = config
 
     def forward(self, encoded: Tensor, labels: Tensor | None, random: BatchRandom) -> BottleneckOutput:
-        """Quantizes (B, D, h, w). The losses, weighted: `commitment`, `code_entropy` (nats, of a vector's choice) and
-        `codebook_entropy` (the negative entropy, in nats, of the mean choice over all processes)."""
+        """Quantizes (B, D, h, w). The weighted losses are `commitment`, `code_entropy` (nats, of a vector's choice) and
+        `codebook_entropy` (the negative entropy in nats of the mean choice over all processes)."""
         with torch.autocast(encoded.device.type, enabled=False):
             x = encoded.float()
             output = self.encode(x)
@@ -57,7 +74,7 @@ class LookupFree(Quantizer):
                 logits = rearrange(x, "b d h w -> (b h w) d") * (4 / self.config.temperature)
                 single = (F.softplus(logits) - logits * torch.sigmoid(logits)).sum(1).mean()
                 choice = mean_choice(logits)
-                if self.training:  # held-out batches are not shared equally: a collective there would hang
+                if self.training:  # processes have unequal numbers of held-out batches: a collective would hang
                     choice = mean_over_processes(choice)
                 joint = torch.special.entr(choice).sum()
                 losses["code_entropy"] = self.config.entropy_weight * single
@@ -69,7 +86,7 @@ class LookupFree(Quantizer):
         return BottleneckOutput(z, output.indices, losses=losses, metrics=self.usage_metrics())
 
     def encode(self, encoded: Tensor) -> BottleneckOutput:
-        """The codes and their vectors, -1 and 1."""
+        """The codes of (B, D, h, w) and their vectors of -1 and 1, without losses."""
         indices = ((encoded > 0) * self._bits(encoded.device)[:, None, None]).sum(1)
         return BottleneckOutput(self.lookup(indices), indices)
 
@@ -79,12 +96,12 @@ class LookupFree(Quantizer):
         return rearrange(ones.float() * 2 - 1, "b h w d -> b d h w")
 
     def _bits(self, device: torch.device) -> Tensor:
-        """1, 2, 4 ... (D,): what each channel adds to a code; no shifts, which ONNX lacks for signed numbers."""
+        """1, 2, 4 ... (D,): what each channel adds to a code. No bit shifts: ONNX has none for signed numbers."""
         return 2 ** torch.arange(self.encoded_channels, device=device)
 
 
 def mean_choice(logits: Tensor) -> Tensor:
-    """The mean over N of the product distributions of D bits with ``logits`` (N, D): (2^D,)."""
+    """The mean (2^D,) of N distributions, each a product over D bits with ``logits`` (N, D)."""
     low, high = logits.tensor_split([logits.shape[1] // 2], dim=1)
     return (_half(high).T @ _half(low)).flatten() / len(logits)
 
@@ -97,7 +114,7 @@ def _half(logits: Tensor) -> Tensor:
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean in value; its gradient is this process's own, which DistributedDataParallel averages."""
+    """The mean over all processes by value, with this process's own gradient: DistributedDataParallel averages it."""
     if not torch.distributed.is_initialized():
         return value
     total = value.detach().clone()

@@ -1,6 +1,6 @@
-"""Reconstruction losses, the evidence lower bound of the variational families, and the denoising ones' corruption.
+"""Reconstruction losses, the likelihood of the variational families, and the corruption of denoising autoencoders.
 
-Images and reconstructions are in [-1, 1]; `bce` works on logits and on targets in [0, 1].
+Images and reconstructions are in [-1, 1]; `bce` takes logits, and targets in [0, 1].
 """
 
 import math
@@ -10,40 +10,37 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from stage1_tokenizer.discriminator import AdversarialConfig
-from stage1_tokenizer.perceptual import PerceptualConfig
 from twostage.core.config.sections import Number, Section, Share
 from twostage.core.training.random import BatchRandom
 
-__all__ = ["CorruptionConfig", "LossConfig", "corrupt", "negative_log_likelihood", "reconstruction_loss"]
+__all__ = ["CorruptionConfig", "ObjectiveConfig", "corrupt", "negative_log_likelihood", "reconstruction_loss"]
+
+Reconstruction = Literal["bce", "l1", "l2"]
 
 
 class CorruptionConfig(Section):
-    """What is done to the input of a denoising autoencoder (Vincent et al. 2008); the target stays clean."""
+    """What happens to the input of a denoising autoencoder (Vincent et al. 2008); the target stays clean."""
 
     masked_share: Share = 0.0
-    """Of the values of each image, exactly this share is set to 0 on the scale [0, 1], that is to black."""
+    """The share of each image's values that become black (-1)."""
     noise_std: Number = Field(default=0.0, ge=0)
-    """Standard deviation of the Gaussian noise added before that, in units of [-1, 1]."""
+    """Standard deviation of the Gaussian noise added before masking, in units of [-1, 1]."""
 
 
-class LossConfig(Section):
-    """What training minimises."""
+class ObjectiveConfig(Section):
+    """The part of the loss that belongs to the autoencoder itself. A trained model keeps it, because it says what the
+    decoder's output means: pixels or logits, and how likely an image is."""
 
-    reconstruction: Literal["bce", "l1", "l2"] = "l2"
-    """`bce`: Bernoulli, `l2`: Gaussian, `l1`: Laplace. A mean over pixels, except for the variational families: there
-    the likelihood is summed over the image, in nats."""
+    reconstruction: Reconstruction = "l2"
+    """`bce`: Bernoulli, `l2`: Gaussian, `l1`: Laplace. A mean over pixels, but for the variational families a
+    likelihood summed over the image, in nats."""
     kl_weight: Number = Field(default=1.0, ge=0)
-    """Of the KL term of the variational families (alias: beta); 1 is exactly the evidence lower bound."""
+    """Weight of the variational families' KL term (alias: beta); 1 is exactly the evidence lower bound."""
     likelihood_scale: Number = Field(default=0.1, gt=0)
-    """Standard deviation (`l2`) or Laplace scale (`l1`) of a pixel's likelihood, in units of [-1, 1], for the
+    """Standard deviation (`l2`) or Laplace scale (`l1`) of a pixel's likelihood, in units of [-1, 1]; only for the
     variational families."""
     corruption: CorruptionConfig | None = None
-    """Makes it a denoising autoencoder."""
-    perceptual: PerceptualConfig | None = None
-    """A distance in the features of a frozen network, added to the reconstruction loss."""
-    adversarial: AdversarialConfig | None = None
-    """A discriminator trained beside the autoencoder: VQ-GAN."""
+    """Corrupts the input, which makes this a denoising autoencoder; null: no corruption."""
 
 
 def corrupt(images: Tensor, config: CorruptionConfig, random: BatchRandom) -> Tensor:
@@ -57,8 +54,8 @@ def corrupt(images: Tensor, config: CorruptionConfig, random: BatchRandom) -> Te
     return images
 
 
-def reconstruction_loss(decoded: Tensor, images: Tensor, kind: Literal["bce", "l1", "l2"]) -> Tensor:
-    """Mean over all elements; ``decoded`` is the decoder's output (logits for `bce`)."""
+def reconstruction_loss(decoded: Tensor, images: Tensor, kind: Reconstruction) -> Tensor:
+    """The mean over all elements of the decoder's output (logits for `bce`) and images, both (B, C, H, W)."""
     match kind:
         case "bce":
             return F.binary_cross_entropy_with_logits(decoded.float(), (images + 1) / 2)
@@ -68,11 +65,11 @@ def reconstruction_loss(decoded: Tensor, images: Tensor, kind: Literal["bce", "l
             return F.mse_loss(decoded.float(), images)
 
 
-def negative_log_likelihood(decoded: Tensor, images: Tensor, config: LossConfig) -> tuple[Tensor, float]:
-    """-log p(image | z) in nats per image, mean over the batch, and what to add per dimension for bits.
+def negative_log_likelihood(decoded: Tensor, images: Tensor, config: ObjectiveConfig) -> tuple[Tensor, float]:
+    """-log p(image | z) in nats per image, mean over the batch, and the offset of its bits per dimension.
 
-    The Gaussian and the Laplace are densities over [-1, 1]; a grey level is 2 / 255 wide there, which the second number
-    (bits per dimension) accounts for. The Bernoulli's is 0.
+    The Gaussian and the Laplace are densities over [-1, 1], where a grey level is 2 / 255 wide: the offset turns bits
+    of a density into bits of a grey level. It is 0 for the Bernoulli.
     """
     pixels = images[0].numel()
     mean = reconstruction_loss(decoded, images, config.reconstruction)

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from stage1_tokenizer.autoencoder import PerceptualNetwork
 from stage1_tokenizer.feature_network import FeatureNetwork
 from twostage.core.config.sections import Number, PathName, Section
 from twostage.core.errors import InputError
@@ -29,7 +30,6 @@ __all__ = [
     "LPIPSConfig",
     "Perceptual",
     "PerceptualConfig",
-    "PerceptualNetwork",
     "build_perceptual",
     "describe_network",
     "find_trunk",
@@ -64,17 +64,6 @@ class FeaturePerceptualConfig(Section):
 
 
 PerceptualConfig = Annotated[LPIPSConfig | FeaturePerceptualConfig, Field(discriminator="type")]
-
-
-class PerceptualNetwork(Section):
-    """A network that a model was trained against, as its `config.json` remembers it: distances in it are no evidence
-    of the model's quality, because training lowered them."""
-
-    type: Literal["lpips", "features"]
-    path: str | None = None
-    """Where a feature network was."""
-    hash: str | None = None
-    """A feature network's :meth:`FeatureNetwork.features_hash`; None: not recorded."""
 
 
 class Perceptual(nn.Module, ABC):

@@ -1,17 +1,16 @@
-"""The `residual` bottleneck: each cell becomes a sum of codes, each the nearest to what the ones before left over.
+"""The `residual` bottleneck: each cell becomes a sum of codes, each nearest to what the earlier ones left over.
 
-RQ-VAE, Lee et al. 2022 (arXiv 2203.01941), with a codebook for each depth. Axes: N = B h w vectors, D dimensions.
+RQ-VAE, Lee et al. 2022 (arXiv 2203.01941), with one codebook per depth. Axes: N = B h w vectors, D dimensions.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from stage1_tokenizer.bottleneck_output import BottleneckOutput
-from stage1_tokenizer.quantizer import pass_gradient
+from stage1_tokenizer.bottleneck import Bottleneck, BottleneckOutput, pass_gradient
 from stage1_tokenizer.vector_quantizer import CodebookConfig, VectorQuantizer
 from twostage.core.config.sections import Depth
 from twostage.core.training.random import BatchRandom
@@ -20,15 +19,24 @@ __all__ = ["ResidualConfig", "ResidualQuantizer"]
 
 
 class ResidualConfig(CodebookConfig):
-    """``depth`` codes a cell, coarse to fine, each of its own ``codebook_size`` vectors."""
+    """``depth`` codes per cell, coarse to fine, each from a codebook of its own."""
 
     type: Literal["residual"] = "residual"
     depth: Depth = 4
-    """Codes a cell. A prior sees them side by side: a grid (h, w * depth)."""
+    """Codes per cell. A prior sees them side by side, as a grid (h, w * depth)."""
+    collapse_remedy: ClassVar[str] = (
+        "model.bottleneck.revive_below=0.2, a smaller model.bottleneck.codebook_size, or a smaller "
+        "model.bottleneck.depth"
+    )
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> "ResidualQuantizer":
+        return ResidualQuantizer(self, shape[0])
 
 
-class ResidualQuantizer(nn.Module):
-    """A :class:`VectorQuantizer` a depth. Codes are folded into a grid (B, h, w * depth), a cell's side by side."""
+class ResidualQuantizer(Bottleneck):
+    """One :class:`VectorQuantizer` per depth. A cell's codes lie side by side in a grid (B, h, w * depth)."""
+
+    starts_from_data = True
 
     def __init__(self, config: ResidualConfig, latent_channels: int) -> None:
         super().__init__()
@@ -38,11 +46,11 @@ class ResidualQuantizer(nn.Module):
 
     @property
     def quantizers(self) -> list[VectorQuantizer]:
-        """Coarse to fine."""
+        """The quantizers of all depths, coarse to fine."""
         return [level for level in self.levels if isinstance(level, VectorQuantizer)]
 
     def forward(self, encoded: Tensor, labels: Tensor | None, random: BatchRandom) -> BottleneckOutput:
-        """Quantizes (B, D, h, w); the losses are those of all depths, summed (equation 9 of the paper)."""
+        """Quantizes (B, D, h, w); each loss is the sum over all depths (equation 9 of the paper)."""
         with torch.autocast(encoded.device.type, enabled=False):
             height, width = encoded.shape[2:]
             vectors = rearrange(encoded.float(), "b d h w -> (b h w) d")
@@ -60,7 +68,7 @@ class ResidualQuantizer(nn.Module):
         return BottleneckOutput(z, grid, losses=losses, metrics=metrics)
 
     def encode(self, encoded: Tensor) -> BottleneckOutput:
-        """The codes and the sums of their vectors, no losses."""
+        """The codes of (B, D, h, w) and the sums of their vectors, without losses."""
         left, codes = encoded.float(), []
         for quantizer in self.quantizers:
             output = quantizer.encode(left)
@@ -79,13 +87,13 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, encoded: Tensor, generator: torch.Generator) -> None:
-        """k-means of encoded images (B, D, h, w), and of what each depth leaves over."""
+        """Moves each depth's codes onto the k-means centres of what the earlier depths leave over of (B, D, h, w)."""
         left = encoded.float()
         for quantizer in self.quantizers:
             quantizer.initialize(left, generator)
             left = left - quantizer.encode(left).z
 
     def update_codebook(self, reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        """Of every depth; see :meth:`VectorQuantizer.update_codebook`."""
+        """Applies :meth:`VectorQuantizer.update_codebook` at every depth."""
         for quantizer in self.quantizers:
             quantizer.update_codebook(reduce_sum)

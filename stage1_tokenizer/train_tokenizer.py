@@ -16,17 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stage1_tokenizer.augmentation import flip_half
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig
-from stage1_tokenizer.bottlenecks import Gaussian, Identity
+from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig, PerceptualNetwork
 from stage1_tokenizer.diagnosis import Diagnosis
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, discriminator_loss, r1_penalty
-from stage1_tokenizer.image_losses import ImageLosses
-from stage1_tokenizer.losses import LossConfig
-from stage1_tokenizer.perceptual import FeaturePerceptualConfig, PerceptualNetwork
-from stage1_tokenizer.residual_quantizer import ResidualQuantizer
+from stage1_tokenizer.image_losses import ImageLosses, LossConfig
+from stage1_tokenizer.perceptual import FeaturePerceptualConfig
 from stage1_tokenizer.sample_sheets import draw_images
 from stage1_tokenizer.validation import validate
-from stage1_tokenizer.vector_quantizer import VectorQuantizer
 from twostage.core.config.sections import PathName, RunConfig, Section, describe_differences, load_config, parse_config
 from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_images
 from twostage.core.errors import InputError
@@ -50,15 +46,6 @@ __all__ = ["TokenizerConfig", "TokenizerTrainConfig", "autoencoder_config", "tra
 
 VECTORS_PER_CODE = 32  # what k-means starts the codebook from
 MAX_DISTANCES = 1 << 30  # and of how many distances it may work out a round
-REMEDIES = {
-    "vector": "model.bottleneck.revive_below=0.2, a smaller model.bottleneck.codebook_size, or "
-    "model.bottleneck.l2_normalize=true with model.latent_channels=8",
-    "residual": "model.bottleneck.revive_below=0.2, a smaller model.bottleneck.codebook_size, or a smaller "
-    "model.bottleneck.depth",
-    "finite_scalar": "fewer or smaller model.bottleneck.levels, a higher train.lr, or more data",
-    "lookup_free": "a higher model.bottleneck.entropy_weight, a higher model.bottleneck.diversity_weight, or a smaller "
-    "model.latent_channels",
-}
 
 
 class TokenizerTrainConfig(TrainConfig):
@@ -104,7 +91,8 @@ def autoencoder_config(config: TokenizerConfig, data: ImageData) -> AutoencoderC
         untrained_classes=tuple(data.untrained_classes),
         value_range=config.data.value_range,
         model=config.model,
-        loss=config.loss,
+        loss=config.loss.objective(),
+        adversarial=config.loss.adversarial is not None,
     )
 
 
@@ -180,7 +168,7 @@ def train(
     networks = [PerceptualNetwork(**network) for network in run.facts.get("trained_against", [])]
     networks += [network for network in image_losses.networks() if network not in networks]
     final.config = final.config.model_copy(update={"trained_against": networks})
-    diagnosis = Diagnosis(REMEDIES.get(config.model.bottleneck.type, ""), run.facts, run.say)
+    diagnosis = Diagnosis(config.model.bottleneck.collapse_remedy, run.facts, run.say)
     nets = [model, opponent.prepared] if opponent else [model]
 
     def read(rows: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -227,7 +215,7 @@ def train(
                     terms |= against.net.observe(loss, logits_real, logits_fake)
             run.record(with_terms(output.metrics, terms))
         run.record(norms)
-        if not isinstance(autoencoder.bottleneck, Identity | Gaussian) and config.train.parts == "all":
+        if config.train.parts == "all":
             autoencoder.bottleneck.update_codebook(reduce_sum)
         if against:
             against.net.update_statistics(reduce_sum)
@@ -293,7 +281,7 @@ def start_from(autoencoder: Autoencoder, source: str, parts: Literal["all", "dec
         raise InputError(f"init_from {source}: is another model:\n  " + "\n  ".join(differences))
     fill(autoencoder, state, f"init_from {source}")
     document.pop("hash", None)
-    return parse_config(AutoencoderConfig, document, f"init_from {source}: config.json").perceptual_networks()
+    return parse_config(AutoencoderConfig, document, f"init_from {source}: config.json").trained_against
 
 
 @dataclass
@@ -345,7 +333,7 @@ def initialize_codebook(
 ) -> None:
     """Starts a codebook from the first training images, the same ones in every process."""
     quantizer = autoencoder.bottleneck
-    if not isinstance(quantizer, VectorQuantizer | ResidualQuantizer):
+    if not quantizer.starts_from_data:
         return
     cells = autoencoder.grid[0] * autoencoder.grid[1]
     vectors = max(
@@ -355,7 +343,7 @@ def initialize_codebook(
     wanted = min(len(split), 4096, -(-vectors // cells))
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed_for(batches.seed, "codebook")))
     encoded = [
-        autoencoder.encoded(to_float(split.read(rows).to(accelerator.device)))
+        autoencoder.run_encoder(to_float(split.read(rows).to(accelerator.device)))
         for rows in order[:wanted].split(batches.batch_size)
     ]
     quantizer.initialize(torch.cat(encoded), torch.Generator().manual_seed(seed_for(batches.seed, "k-means")))

@@ -5,12 +5,21 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.metrics import ACTIVE_VARIANCE, psnr
 from twostage.core.data.dataset import ImageSplit
 from twostage.core.images.conversion import to_float, to_uint8
 from twostage.core.training.random import BatchRandom, seed_for
 
-__all__ = ["validate"]
+__all__ = ["ACTIVE_VARIANCE", "psnr", "validate"]
+
+ACTIVE_VARIANCE = 0.01
+"""A unit of the posterior is active if the variance of its mean over the images is above this (Burda et al. 2016, arXiv
+1509.00519)."""
+
+
+def psnr(images: Tensor, originals: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each of (B, C, H, W) uint8 images against its original, (B,)."""
+    error = (images.float() - originals.float()).square().flatten(1).mean(1)
+    return 10 * torch.log10(255**2 / error.clamp(min=1e-8))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ VQ-VAE, van den Oord et al. 2017 (arXiv 1711.00937). Axes: N = B h w vectors, D 
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,9 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from stage1_tokenizer.bottleneck_output import BottleneckOutput
+from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput, GradientRule, Quantizer, pass_gradient
 from stage1_tokenizer.nearest_codes import k_means, nearest_codes
-from stage1_tokenizer.quantizer import GradientRule, Quantizer, pass_gradient
-from twostage.core.config.sections import Flag, Number, Section, Share
+from twostage.core.config.sections import Flag, Number, Share
 from twostage.core.training.random import BatchRandom
 
 __all__ = ["CodebookConfig", "VectorConfig", "VectorQuantizer"]
@@ -24,44 +23,53 @@ __all__ = ["CodebookConfig", "VectorConfig", "VectorQuantizer"]
 MAX_CANDIDATES = 1024
 
 
-class CodebookConfig(Section):
-    """A codebook of ``codebook_size`` vectors and how it is trained."""
+class CodebookConfig(BottleneckConfig):
+    """A codebook of ``codebook_size`` vectors, and how it is trained."""
 
     codebook_size: Annotated[int, Field(strict=True, ge=2, le=2**31 - 1)] = 512
-    """Codes; on disk they are 16-bit numbers up to 65,536 and 32-bit ones above."""
+    """The number of codes. On disk a code takes 16 bits up to 65,536 codes, 32 bits above."""
     codebook: Literal["ema", "learned", "simvq"] = "ema"
-    """Who moves the codes: a moving average of the vectors that chose them; the optimizer; or the optimizer through one
-    linear map of fixed random codes, so that all of them move (SimVQ, Zhu et al. 2024, arXiv 2411.02038)."""
+    """What moves the codes. `ema`: a moving average of the vectors that chose them. `learned`: the optimizer. `simvq`:
+    the optimizer, through one linear map of fixed random codes, so that all codes move (SimVQ, Zhu et al. 2024,
+    arXiv 2411.02038)."""
     gradient: GradientRule = "straight_through"
-    """How the decoder's gradient reaches the encoder: as it is, or turned with the vector (the rotation trick)."""
+    """How the decoder's gradient reaches the encoder: unchanged, or rotated with the vector (the rotation trick)."""
     ema_decay: Share = 0.99
-    """Of the codes' statistics (usage, and with `ema` the codes themselves)."""
+    """Decay of the codes' statistics: their usage and, with `ema`, the codes themselves."""
     commitment_weight: Number = Field(default=0.25, ge=0)
-    """Scales the pull of the encoder towards the codes, and that alone (alias: beta)."""
+    """Weight of the loss that pulls the encoder towards the codes (alias: beta)."""
     revive_below: Share = 0.05
-    """A code used less than this share of the average is put onto a vector of the current batch; 0: never."""
+    """A code used less than this share of the average moves onto a vector of the current batch; 0: never."""
 
 
 class VectorConfig(CodebookConfig):
-    """One code a cell."""
+    """One code per cell."""
 
     type: Literal["vector"] = "vector"
     l2_normalize: Flag = False
-    """Vectors and codes are compared and passed on with length 1 (Yu et al. 2021, arXiv 2110.04627); meant for low
+    """Compares and passes on vectors and codes at length 1 (Yu et al. 2021, arXiv 2110.04627); meant for few
     `latent_channels`, such as 8."""
+    collapse_remedy: ClassVar[str] = (
+        "model.bottleneck.revive_below=0.2, a smaller model.bottleneck.codebook_size, or "
+        "model.bottleneck.l2_normalize=true with model.latent_channels=8"
+    )
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> "VectorQuantizer":
+        return VectorQuantizer(self, shape[0])
 
 
 class VectorQuantizer(Quantizer):
-    """Nearest-code lookup in float32 whatever the mixed precision.
+    """Nearest-code lookup, in float32 at any mixed precision.
 
-    ``forward`` gathers statistics while training; ``update_codebook`` uses them, once an update, after the optimizer.
-    The statistics of all processes are summed, so every process has the same codebook.
+    ``forward`` collects statistics during training; ``update_codebook`` applies them once per update, after the
+    optimizer. It sums them over all processes, so every process has the same codebook.
     """
 
     codebook: Tensor
     ema_sums: Tensor
     pending_sums: Tensor
     pending_candidates: Tensor
+    starts_from_data = True
 
     def __init__(self, config: CodebookConfig, latent_channels: int) -> None:
         super().__init__(config.codebook_size, latent_channels, config.ema_decay)
@@ -74,7 +82,7 @@ class VectorQuantizer(Quantizer):
         else:
             self.register_buffer("codebook", codes)
         self.projection = nn.Parameter(torch.eye(dim)) if config.codebook == "simvq" else None
-        # What an update still has to take in, beside the counts.
+        # Statistics that the next update applies, beside the counts.
         if config.codebook == "ema":
             self.register_buffer("ema_sums", codes.clone())
             self.register_buffer("pending_sums", torch.zeros(size, dim), persistent=False)
@@ -82,7 +90,7 @@ class VectorQuantizer(Quantizer):
         self.register_buffer("pending_candidates", torch.zeros(candidates, dim), persistent=False)
 
     def forward(self, encoded: Tensor, labels: Tensor | None, random: BatchRandom) -> BottleneckOutput:
-        """Quantizes (B, D, h, w); the losses are `commitment` (weighted) and, for a learned codebook, `codebook`
+        """Quantizes (B, D, h, w). The losses are `commitment` (weighted) and, unless the codebook is `ema`, `codebook`
         (equation 3 of the paper, each a mean over all elements)."""
         with torch.autocast(encoded.device.type, enabled=False):
             batch, _, height, width = encoded.shape
@@ -93,7 +101,7 @@ class VectorQuantizer(Quantizer):
         return BottleneckOutput(z, indices.view(batch, height, width), losses=losses, metrics=self.usage_metrics())
 
     def quantize(self, vectors: Tensor, random: BatchRandom) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Vectors (N, D) -> codes (N,), their vectors (N, D) and the loss terms; gathers statistics while training."""
+        """Vectors (N, D) -> codes (N,), their vectors (N, D), losses by name; collects statistics during training."""
         indices = nearest_codes(vectors, self.codes())
         chosen = self.embed(indices)
         losses = {"commitment": self.config.commitment_weight * F.mse_loss(vectors, chosen.detach())}
@@ -104,8 +112,8 @@ class VectorQuantizer(Quantizer):
         return indices, chosen, losses
 
     def encode(self, encoded: Tensor) -> BottleneckOutput:
-        """The codes and their vectors, no losses."""
-        exporting = torch.compiler.is_exporting()  # torch.export.save cannot write such a region in every graph
+        """The codes of (B, D, h, w) and their vectors, without losses."""
+        exporting = torch.compiler.is_exporting()  # torch.export.save cannot write an autocast region in every graph
         with nullcontext() if exporting else torch.autocast(encoded.device.type, enabled=False):
             vectors = self._normalized(rearrange(encoded.float(), "b d h w -> (b h w) d"))
             indices = nearest_codes(vectors, self.codes()).view(-1, *encoded.shape[2:])
@@ -116,18 +124,18 @@ class VectorQuantizer(Quantizer):
         return rearrange(self.embed(indices), "b h w d -> b d h w")
 
     def embed(self, indices: Tensor) -> Tensor:
-        """Codes (...) -> their vectors (..., D), differentiable for a learned codebook."""
+        """Codes (...) -> their vectors (..., D), differentiable unless the codebook is `ema`."""
         chosen = F.embedding(indices, self.codebook)
         return self._normalized(chosen if self.projection is None else chosen @ self.projection)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
-        """All vectors (K, D) as they are compared."""
+        """All vectors (K, D) as ``quantize`` compares them."""
         return self._normalized(self.codebook if self.projection is None else self.codebook @ self.projection)
 
     @torch.no_grad()
     def initialize(self, encoded: Tensor, generator: torch.Generator) -> None:
-        """Puts the codes onto the k-means centres of encoded images (B, D, h, w)."""
+        """Moves the codes onto the k-means centres of encoded images (B, D, h, w)."""
         vectors = self._normalized(rearrange(encoded.float(), "b d h w -> (b h w) d"))
         centres = self._normalized(k_means(vectors, self.codebook_size, generator))
         self._place(centres, torch.ones_like(self.ema_counts, dtype=torch.bool), torch.ones_like(self.ema_counts[0]))
@@ -135,10 +143,10 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def update_codebook(self, reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        """Takes in the statistics since the last call, summed over the processes by ``reduce_sum``.
+        """Applies the statistics collected since the last call.
 
-        Counts and sums decay by ``ema_decay`` (appendix A.1 of the paper; Laplace smoothing as in sonnet). A code that
-        has fallen out of use gets a vector of the batch and, or the next update would undo it, fresh statistics.
+        Counts and sums decay by ``ema_decay`` (appendix A.1 of the paper; Laplace smoothing as in sonnet). A dead code
+        moves onto a vector of the batch and gets fresh statistics, because the old ones would move it back.
         """
         super().update_codebook(reduce_sum)
         size, total = self.codebook_size, self.ema_counts.sum()
@@ -151,18 +159,19 @@ class VectorQuantizer(Quantizer):
         candidates = reduce_sum(self.pending_candidates)
         dead = self.ema_counts < self.config.revive_below * average
         fresh = candidates[torch.arange(size, device=candidates.device) % len(candidates)]
-        dead &= fresh.any(1)  # the others are of a batch that was left out
+        dead &= fresh.any(1)  # a candidate of zeros comes from a skipped batch
         self._place(fresh, dead, average)
         self.ema_counts.copy_(torch.where(dead, average, self.ema_counts))
         self.pending_candidates.zero_()
 
     def _place(self, vectors: Tensor, where: Tensor, count: Tensor) -> None:
-        """Moves the codes ``where`` (K,) onto ``vectors`` (K, D), as if each had been chosen ``count`` times."""
+        """Moves the codes ``where`` (K,) is true onto ``vectors`` (K, D), as if each had been chosen ``count``
+        times."""
         if self.projection is None:
             self.codebook.copy_(torch.where(where[:, None], vectors, self.codebook))
         else:
-            # What the linear map has done is kept in the codes, and it starts anew: undoing it for the moved ones would
-            # fail where it is nearly singular.
+            # Fold the linear map into the codes and reset it: mapping the moved codes back through its inverse would
+            # fail if it is nearly singular.
             some = where.any()
             moved = torch.where(where[:, None], vectors, self.codes())
             self.codebook.copy_(torch.where(some, moved, self.codebook))
@@ -173,12 +182,12 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def _gather_statistics(self, vectors: Tensor, indices: Tensor, random: BatchRandom) -> None:
-        finite = vectors.isfinite().all()  # from a batch whose update is left out, nothing is learnt
+        finite = vectors.isfinite().all()  # a batch whose update is skipped must leave no trace
         vectors = torch.where(finite, vectors, 0.0)
         self.count(indices, finite)
         if self.config.codebook == "ema":
             self.pending_sums.index_add_(0, indices, vectors)
-        # Candidates are places in the global batch; each process fills in those that are its own.
+        # Candidates are positions in the global batch; each process fills in those of its own part.
         per_sample = len(vectors) // (random.rows.stop - random.rows.start)
         generator = random.generator("revival", vectors.device)
         places = torch.randint(

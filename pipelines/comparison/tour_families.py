@@ -94,7 +94,7 @@ FAMILIES = {
         "minimise E_q[-log p(x | z)] + KL(q(z | x) || N(0, 1)),  q(z | x) = N(mean(x), std(x)^2)",
         "Against the AE: noise in z and the KL term. It is the first that makes new images; they are blurry, since one "
         "z stands for many images and the best answer to all of them is their mean.",
-        "stage1_tokenizer/bottlenecks.py",
+        "stage1_tokenizer/continuous.py",
         "ae",
         {"model": {"bottleneck": {"type": "gaussian"}}, "train": {"max_grad_norm": 1000.0}},
     ),
@@ -103,7 +103,7 @@ FAMILIES = {
         "A VAE whose z of a class is pressed towards a learned mean of that class: one can ask for a class.",
         "minimise E_q[-log p(x | z)] + KL(q(z | x) || N(m_class, 1))",
         "Against the VAE: the prior's mean belongs to the class. Its samples are of the class; they are as blurry.",
-        "stage1_tokenizer/bottlenecks.py",
+        "stage1_tokenizer/continuous.py",
         "vae",
         {"model": {"bottleneck": {"type": "class_gaussian"}}},
     ),

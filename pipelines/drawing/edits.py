@@ -206,7 +206,7 @@ def _in_parts(rows: Tensor) -> tuple[Tensor, ...]:
 def _encoded(tokenizer: Autoencoder, images: Tensor) -> list[Tensor]:
     """The encoder's output for images (n, C, H, W) uint8, in parts."""
     device = next(tokenizer.parameters()).device
-    return [tokenizer.encoded(to_float(part.to(device))) for part in _in_parts(images)]
+    return [tokenizer.run_encoder(to_float(part.to(device))) for part in _in_parts(images)]
 
 
 def _decoded(tokenizer: Autoencoder, latents: list[Tensor], count: int) -> Tensor:

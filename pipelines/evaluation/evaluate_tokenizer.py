@@ -26,8 +26,8 @@ from pipelines.evaluation.verdict import verdict
 from pipelines.saved.figures import TOKENIZER_ROWS, evidence_warnings
 from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.metrics import ACTIVE_VARIANCE
 from stage1_tokenizer.perceptual import SMALLEST_SIDE, TRUNK, LPIPSConfig, Perceptual, build_perceptual, find_trunk
+from stage1_tokenizer.validation import ACTIVE_VARIANCE
 from twostage.core.data.dataset import ImageSplit, load_images
 from twostage.core.data.spread import spread, spread_over_classes
 from twostage.core.errors import InputError
@@ -114,7 +114,7 @@ def evaluate_tokenizer(
     figures, missing = sorted_figures(found.figures, missing, ROWS)
     measured = [name for name in OF_JUDGE if figures.get(name) is not None]
     doubts = not_evidence(model.config, tokenizer, network, features, data_config.source, measured)
-    if figures.get("lpips") is not None and any(net.type == "lpips" for net in model.config.perceptual_networks()):
+    if figures.get("lpips") is not None and any(net.type == "lpips" for net in model.config.trained_against):
         doubts["lpips"] = LPIPS_REASON
     document = {
         "figures": figures,
@@ -135,7 +135,7 @@ def evaluate_tokenizer(
             "pixels": "reconstructions are clipped and rounded to 8 bits before PSNR, SSIM, LPIPS and rFID",
             **_methods(model, size),
             **about,
-            "trained_against": [net.model_dump() for net in model.config.perceptual_networks()],
+            "trained_against": [net.model_dump() for net in model.config.trained_against],
             "not_evidence": doubts,
             "not_measured": missing,
             "batch_size": batch_size,

@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipelines.evaluation.frechet import InceptionFeatures, OwnFeatures
-from stage1_tokenizer.autoencoder import AutoencoderConfig
+from stage1_tokenizer.autoencoder import AutoencoderConfig, PerceptualNetwork
 from stage1_tokenizer.feature_network import FeatureNetwork
-from stage1_tokenizer.perceptual import PerceptualNetwork
 from twostage.core.errors import InputError
 from twostage.core.runs.model_folder import find_model_folder
 
@@ -41,7 +40,7 @@ def not_evidence(
     """
     if not isinstance(network, OwnFeatures) or features is None:
         return {}
-    for trained in config.perceptual_networks():
+    for trained in config.trained_against:
         if trained.type == "features" and _same(trained, Path(run), network.network, Path(features)):
             width = next(width for width in OTHER_WIDTHS if width != network.network.config.widths[0])
             command = f"twostage train-features {shlex.quote(source)} --seed 1 --width {width} --out runs/judge"

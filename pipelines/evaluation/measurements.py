@@ -17,9 +17,7 @@ from torch import Tensor
 
 from pipelines.evaluation.frechet import ReconstructionJudge
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.metrics import ACTIVE_VARIANCE, psnr
-from stage1_tokenizer.quantizer import Quantizer
-from stage1_tokenizer.residual_quantizer import ResidualQuantizer
+from stage1_tokenizer.validation import ACTIVE_VARIANCE, psnr
 from twostage.core.data.dataset import ImageSplit
 from twostage.core.images.conversion import to_float, to_uint8
 from twostage.core.machine.progress import ProgressBar
@@ -106,8 +104,7 @@ def measure(
     # One line an image; each process fills in its own, so that means do not depend on who measured what.
     table = torch.zeros(len(rows), len(names), dtype=torch.float64)
     digests = torch.zeros(len(rows), 32, dtype=torch.uint8)
-    quantizer = model.bottleneck if isinstance(model.bottleneck, Quantizer | ResidualQuantizer) else None
-    counts = torch.zeros(quantizer.depth if quantizer else 0, model.codebook_size or 0, dtype=torch.long)
+    counts = torch.zeros(model.bottleneck.depth, model.codebook_size or 0, dtype=torch.long)
     moments: Tensor | None = None  # of the posterior's mean: its sum and the sum of its squares, (2, units)
     parts = torch.arange(len(rows)).split(batch_size)[state.process_index :: state.num_processes]
     for places in ProgressBar(parts, desc="evaluate", unit="batch", disable=not state.is_main_process, leave=False):
@@ -140,7 +137,7 @@ def measure(
     total = partial(total_over_processes, state)
     table, digests = total(table), total(digests)
     figures = {"images": len(rows)} | dict(zip(names, table.mean(0).tolist(), strict=True))
-    if quantizer:
+    if model.codebook_size:
         figures |= code_figures(total(counts), len(rows), model.config.image_size, model.config.channels)
     if model.variational:
         units = math.prod(model.latent_shape)

@@ -34,7 +34,7 @@ from pipelines.evaluation.sample_quality import (
     subset_size,
 )
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.losses import LossConfig, negative_log_likelihood, reconstruction_loss
+from stage1_tokenizer.losses import ObjectiveConfig, negative_log_likelihood, reconstruction_loss
 from stage2_prior.codes import CodeSplit
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig
@@ -176,7 +176,7 @@ def measure_codes(prior: Prior, split: CodeSplit, rows: Tensor, batch_size: int,
 @torch.no_grad()
 def fit_likelihood(
     model: Autoencoder, split: ImageSplit, rows: Tensor, batch_size: int, state: PartialState
-) -> LossConfig:
+) -> ObjectiveConfig:
     """The tokenizer's reconstruction loss with the scale that makes the images of ``rows`` most likely: of a Gaussian
     the root of the mean squared error, of a Laplace the mean absolute error. A Bernoulli has none."""
     loss = model.config.loss
@@ -185,7 +185,7 @@ def fit_likelihood(
     errors = torch.zeros(len(rows), dtype=torch.float64)
     for places in shared_batches(len(rows), batch_size, state, "scale"):
         images = to_float(split.read(rows[places]).to(state.device))
-        decoded = model.decoded(model.encode(images).z)
+        decoded = model.run_decoder(model.encode(images).z)
         pairs = zip(decoded.split(1), images.split(1), strict=True)
         errors[places] = torch.stack([reconstruction_loss(*pair, loss.reconstruction) for pair in pairs]).cpu().double()
     error = total_over_processes(state, errors).mean().item()
@@ -196,7 +196,7 @@ def fit_likelihood(
 @torch.no_grad()
 def measure_images(
     pipeline: TwoStagePipeline,
-    likelihood: LossConfig,
+    likelihood: ObjectiveConfig,
     split: ImageSplit,
     rows: Tensor,
     batch_size: int,
@@ -214,7 +214,7 @@ def measure_images(
         images, labels = to_float(pixels.to(state.device)), None if labels is None else labels.to(state.device)
         latent = model.encode(images)
         assert latent.indices is not None
-        decoded = model.decoded(latent.z)
+        decoded = model.run_decoder(latent.z)
         for place, one, image in zip(places.tolist(), decoded.split(1), images.split(1), strict=True):
             table[place, 0] = negative_log_likelihood(one, image, likelihood)[0].cpu().double()
         table[places, 1:] = prior_nats(prior, latent.indices, labels, int(rows[places[0]]))

@@ -6,7 +6,7 @@ from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.evaluation.frechet import InceptionFeatures, OwnFeatures
 from pipelines.evaluation.prior_measurements import BOUND_DRAWS, BOUND_SEED, MANY_COPIES, SampleFigures
 from pipelines.evaluation.sample_quality import NEIGHBOURS, SUBSETS
-from stage1_tokenizer.losses import LossConfig
+from stage1_tokenizer.losses import ObjectiveConfig
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig
 
@@ -34,11 +34,11 @@ def about_likelihood(model: Prior) -> dict[str, Any]:
 
 
 def about_chain_rule(
-    pipeline: TwoStagePipeline, likelihood: LossConfig, fitted: int, level_bits: float
+    pipeline: TwoStagePipeline, likelihood: ObjectiveConfig, fitted: int, level_bits: float
 ) -> dict[str, Any]:
     """What the bound of the whole model is made of."""
     given = " | class" if pipeline.class_names else ""
-    loss = pipeline.tokenizer.config.loss
+    tokenizer = pipeline.tokenizer.config
     density = {"bce": "Bernoulli", "l1": "Laplace", "l2": "Gaussian"}[likelihood.reconstruction]
     about: dict[str, Any] = {
         "of": "the images given their class" if given else "the images",
@@ -58,7 +58,7 @@ def about_chain_rule(
             "comparable with likelihoods of discrete pixels",
             "level": "the density is over [-1, 1]; level_bits per dimension are a grey level's width of 2/255 there",
         }
-    if loss.adversarial or loss.perceptual:
+    if tokenizer.adversarial or tokenizer.trained_against:
         about["decoder"] = "trained for more than the reconstruction loss: it is not meant to make images likely"
     return about
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipelines.drawing.edits import named_mask
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.files.given_images import read_image
-from stage1_tokenizer.metrics import psnr
+from stage1_tokenizer.validation import psnr
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float, to_pil
 

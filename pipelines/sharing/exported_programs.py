@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.bottlenecks import Gaussian, Identity
 from twostage.core.data.shapes import draw_shapes
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
@@ -175,8 +174,7 @@ def _compare(module: Encoder | Decoder, run: Run, values: Tensor) -> str:
 def _within_rounding(model: Autoencoder, images: Tensor, found: Tensor) -> Tensor:
     """Where noise of the size of rounding errors gives the codes ``found`` (B, h, w): bool, for all codes of a cell
     together."""
-    assert not isinstance(model.bottleneck, Identity | Gaussian)
-    encoded, depth = model.encoded(images), model.bottleneck.depth
+    encoded, depth = model.run_encoder(images), model.bottleneck.depth
     reached, generator = torch.zeros_like(found, dtype=torch.bool), torch.Generator().manual_seed(0)
     for _ in range(NOISE_DRAWS):
         noise = torch.randn(encoded.shape, generator=generator) * ROUNDING * encoded.abs().max()

@@ -10,7 +10,7 @@ from pipelines.comparison.side_by_side import compare_models, figure_rows, open_
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.metrics import psnr
+from stage1_tokenizer.validation import psnr
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.data.dataset import load_images

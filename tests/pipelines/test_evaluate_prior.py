@@ -27,7 +27,7 @@ from pipelines.evaluation.prior_measurements import (
 from pipelines.evaluation.prior_table import prior_table
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
-from stage1_tokenizer.losses import LossConfig
+from stage1_tokenizer.losses import ObjectiveConfig
 from stage2_prior.codes import CodeCache
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.prior import Prior
@@ -192,7 +192,7 @@ def test_the_whole_model_costs_codes_and_what_they_leave_open(runs, data, docume
     def errors(split: str) -> np.ndarray:
         images = to_float(data.splits[split].read(torch.arange(len(data.splits[split]))))
         with torch.no_grad():
-            return (model.decoded(model.encode(images).z) - images).double().numpy()
+            return (model.run_decoder(model.encode(images).z) - images).double().numpy()
 
     variance = np.square(errors("train")).mean()
     expected = 0.5 * (np.square(errors("test")) / variance + np.log(2 * np.pi * variance)).sum((1, 2, 3)).mean()
@@ -217,14 +217,14 @@ def test_the_whole_model_costs_codes_and_what_they_leave_open(runs, data, docume
 @pytest.mark.parametrize(("kind", "expected"), [("l1", "mean"), ("bce", None)])
 def test_the_scale_of_other_likelihoods(runs, data, kind, expected):
     model, split = Autoencoder.from_pretrained(runs.tokenizer), data.splits["test"]
-    model.config = model.config.model_copy(update={"loss": LossConfig(reconstruction=kind)})
+    model.config = model.config.model_copy(update={"loss": ObjectiveConfig(reconstruction=kind)})
     fitted = fit_likelihood(model, split, torch.arange(64), 10, join_processes())
     if expected is None:
         assert fitted == model.config.loss
         return
     images = to_float(split.read(torch.arange(64)))
     with torch.no_grad():
-        error = (model.decoded(model.encode(images).z) - images).abs().mean().item()
+        error = (model.run_decoder(model.encode(images).z) - images).abs().mean().item()
     assert fitted.likelihood_scale == pytest.approx(error, rel=1e-5)
     assert error > MIN_SCALE
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig
-from stage1_tokenizer.losses import LossConfig
+from stage1_tokenizer.image_losses import LossConfig
 from twostage.core.training.random import BatchRandom
 
 BACKBONES = {
@@ -42,7 +42,7 @@ def _tiny_autoencoder(bottleneck: str = "vector", backbone: str = "conv", size: 
             channels=channels,
             class_names=["a", "b", "c"],
             model=ModelConfig.model_validate(model),
-            loss=LossConfig(**loss),
+            loss=LossConfig(**loss).objective(),
         )
     )
 

@@ -1,20 +1,12 @@
 import pytest
 import torch
+from messages import refuses
 from torch import nn
 
-from stage1_tokenizer.backbones import (
-    AttentionBlock,
-    ConvConfig,
-    MLPConfig,
-    ResBlock,
-    UnitRange,
-    build_backbone,
-    factor_of,
-    grid_of,
-    group_norm,
-)
+from stage1_tokenizer.backbone import ResBlock, group_norm
+from stage1_tokenizer.conv_backbone import AttentionBlock, ConvConfig
+from stage1_tokenizer.mlp_backbone import MLPConfig, UnitRange
 from twostage.core.config.sections import parse_config
-from twostage.core.errors import InputError
 
 CONV = ConvConfig(channels=8, channel_mult=[1, 2, 1], num_res_blocks=[0, 1, 1])
 MLP = MLPConfig(hidden_sizes=[16, 12])
@@ -24,17 +16,17 @@ MLP = MLPConfig(hidden_sizes=[16, 12])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("config", [CONV, MLP], ids=["conv", "mlp"])
 def test_images_become_latents_and_latents_images(config, channels, size):
-    encoder, decoder = build_backbone(config, channels, size, encoded_channels=10, latent_channels=5)
+    encoder, decoder = config.build(channels, size, encoded_channels=10, latent_channels=5)
     grid = (1, 1) if config is MLP else (size[0] // 4, size[1] // 4)
-    assert grid_of(config, size) == grid
+    assert config.grid(size) == grid
     assert encoder(torch.zeros(2, channels, *size)).shape == (2, 10, *grid)
     assert decoder(torch.zeros(2, 5, *grid)).shape == (2, channels, *size)
 
 
 @pytest.mark.parametrize(("size", "grid"), [((10, 12), (3, 3)), ((2, 8), (1, 2)), ((1, 1), (1, 1))])
 def test_a_grid_covers_images_that_are_no_multiple_of_the_factor(size, grid):
-    assert factor_of(CONV) == 4
-    assert grid_of(CONV, size) == grid
+    assert CONV.factor == 4
+    assert CONV.grid(size) == grid
 
 
 @pytest.mark.parametrize("attention_factors", [[], [4], [1, 2, 4]])
@@ -42,7 +34,7 @@ def test_attention_sees_every_cell_and_convolutions_only_near_ones(attention_fac
     config = ConvConfig(
         channels=8, channel_mult=[1, 1, 1], num_res_blocks=[0, 0, 0], attention_factors=attention_factors
     )
-    encoder, decoder = build_backbone(config, 1, (64, 64), 2, 2)
+    encoder, decoder = config.build(1, (64, 64), 2, 2)
     assert sum(isinstance(m, AttentionBlock) for m in encoder.modules()) == len(attention_factors)
     assert sum(isinstance(m, AttentionBlock) for m in decoder.modules()) == len(attention_factors)
     images = torch.randn(1, 1, 64, 64, requires_grad=True)
@@ -51,7 +43,7 @@ def test_attention_sees_every_cell_and_convolutions_only_near_ones(attention_fac
 
 
 def test_attention_at_a_resolution_that_is_not_there_is_refused():
-    with pytest.raises(InputError, match=r"attention_factors \[3\]: expected some of \[1, 2\]"):
+    with refuses("attention_factors [3]", "expected", "[1, 2]"):
         parse_config(ConvConfig, {"channel_mult": [1, 1], "num_res_blocks": [0, 0], "attention_factors": [2, 3]}, "b")
 
 
@@ -61,16 +53,16 @@ def test_groups_hold_at_least_four_channels(channels, groups):
 
 
 def test_no_halving_keeps_every_size():
-    assert grid_of(ConvConfig(channel_mult=[1], num_res_blocks=[0]), (7, 5)) == (7, 5)
+    assert ConvConfig(channel_mult=[1], num_res_blocks=[0]).grid((7, 5)) == (7, 5)
 
 
 def test_lists_of_unequal_lengths_are_refused():
-    with pytest.raises(InputError, match=r"channel_mult \[1, 2\] and num_res_blocks \[1\] must be equally long"):
+    with refuses("channel_mult [1, 2]", "num_res_blocks [1]", "same length"):
         parse_config(ConvConfig, {"channel_mult": [1, 2], "num_res_blocks": [1]}, "backbone")
 
 
 def test_the_mlp_decoder_mirrors_the_encoder():
-    encoder, decoder = build_backbone(MLP, 1, (4, 4), encoded_channels=6, latent_channels=3)
+    encoder, decoder = MLP.build(1, (4, 4), encoded_channels=6, latent_channels=3)
     widths = [[layer.out_features for layer in part.modules() if isinstance(layer, nn.Linear)]
               for part in (encoder, decoder)]  # fmt: skip
     assert widths == [[16, 12, 6], [12, 16, 16]]
@@ -80,23 +72,23 @@ def test_the_mlp_is_fed_pixels_from_0_to_1():
     images = torch.tensor([-1.0, 0.0, 1.0])
     assert UnitRange()(images).tolist() == [0.0, 0.5, 1.0]
     assert images.tolist() == [-1.0, 0.0, 1.0]  # the caller's images stay as they are
-    encoder, _ = build_backbone(MLP, 1, (2, 2), 4, 4)
+    encoder, _ = MLP.build(1, (2, 2), 4, 4)
     assert isinstance(encoder[0], UnitRange)
 
 
 @pytest.mark.parametrize("config", [CONV, MLP], ids=["conv", "mlp"])
 def test_nothing_bounds_what_the_decoder_gives(config):
-    _, decoder = build_backbone(config, 1, (8, 8), 4, 4)
+    _, decoder = config.build(1, (8, 8), 4, 4)
     last = [layer for layer in decoder.modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
     nn.init.zeros_(last.weight)
     for value in (-7.0, 7.0):
         nn.init.constant_(last.bias, value)
-        assert (decoder(torch.zeros(1, 4, *grid_of(config, (8, 8)))) == value).all()
+        assert (decoder(torch.zeros(1, 4, *config.grid((8, 8)))) == value).all()
 
 
 @pytest.mark.parametrize("width", [1, 6, 64])
 def test_a_residual_block_adds_to_its_input(width):
-    block, x = ResBlock(width), torch.randn(2, width, 4, 4)
+    block, x = ResBlock(width, width, group_norm), torch.randn(2, width, 4, 4)
     assert block(x).shape == x.shape
     assert not torch.equal(block(x), x)
     nn.init.zeros_(block.conv2.weight)

@@ -1,19 +1,13 @@
 import pytest
 import torch
+from messages import refuses
 from torch.distributions import Normal, kl_divergence
 
-from stage1_tokenizer.bottlenecks import (
-    ClassGaussianConfig,
-    Gaussian,
-    GaussianConfig,
-    IdentityConfig,
-    build_bottleneck,
-)
+from stage1_tokenizer.continuous import ClassGaussianConfig, Gaussian, GaussianConfig, IdentityConfig
 from stage1_tokenizer.finite_scalar import FiniteScalarConfig
 from stage1_tokenizer.lookup_free import LookupFreeConfig
 from stage1_tokenizer.residual_quantizer import ResidualConfig
 from stage1_tokenizer.vector_quantizer import VectorConfig
-from twostage.core.errors import InputError
 from twostage.core.training.random import BatchRandom
 
 
@@ -29,26 +23,25 @@ def posterior(encoded: torch.Tensor) -> Normal:
 
 
 def test_each_type_builds_its_bottleneck():
-    def build(config):
-        return build_bottleneck(config, 3, (2, 2), ["a", "b"])
-
     configs = [
         *(IdentityConfig(), GaussianConfig(), ClassGaussianConfig(), VectorConfig(codebook_size=4)),
         *(FiniteScalarConfig(levels=[4, 3, 5]), LookupFreeConfig(), ResidualConfig(codebook_size=4, depth=2)),
     ]
-    built = [build(config) for config in configs]
+    built = [config.build((3, 2, 2), num_classes=2) for config in configs]
     names = "Identity Gaussian Gaussian VectorQuantizer FiniteScalar LookupFree ResidualQuantizer"
     assert [type(bottleneck).__name__ for bottleneck in built] == names.split()
     assert [bottleneck.encoded_channels for bottleneck in built] == [3, 6, 6, 3, 3, 3, 3]
-    assert [bottleneck.codebook_size for bottleneck in built] == [None, None, None, 4, 60, 8, 4]
+    assert [bottleneck.codebook_size for bottleneck in built] == [0, 0, 0, 4, 60, 8, 4]
+    assert [bottleneck.depth for bottleneck in built] == [1, 1, 1, 1, 1, 1, 2]
+    assert [bottleneck.variational for bottleneck in built] == [False, True, True, False, False, False, False]
     assert built[2].class_means.shape == (2, 3, 2, 2)
     assert built[1].class_means is None
 
 
 def test_a_class_bottleneck_needs_classes_and_labels(encoded, whole_batch):
-    with pytest.raises(InputError, match="'class_gaussian': the data has no classes"):
-        build_bottleneck(ClassGaussianConfig(), 3, (2, 2), None)
-    with pytest.raises(InputError, match="needs the class of every image, got no labels"):
+    with refuses("model.bottleneck.type 'class_gaussian'", "no classes", "model.bottleneck.type=gaussian"):
+        ClassGaussianConfig().build((3, 2, 2), num_classes=0)
+    with refuses("model.bottleneck.type 'class_gaussian'", "no labels", "labelled data"):
         Gaussian((3, 2, 2), num_classes=2)(encoded, None, whole_batch(8))
 
 
@@ -77,7 +70,7 @@ def test_samples_of_a_class_lie_around_its_mean():
 
 
 def test_identity_is_the_latent_as_it_is(encoded, whole_batch):
-    identity = build_bottleneck(IdentityConfig(), 6, (2, 2), None)
+    identity = IdentityConfig().build((6, 2, 2), num_classes=0)
     for output in (identity(encoded, None, whole_batch(8)), identity.encode(encoded)):
         assert torch.equal(output.z, encoded)
         assert output.indices is None

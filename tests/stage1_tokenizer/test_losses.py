@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Laplace, Normal
 
-from stage1_tokenizer.losses import CorruptionConfig, LossConfig, corrupt, negative_log_likelihood, reconstruction_loss
+from stage1_tokenizer.losses import (
+    CorruptionConfig,
+    ObjectiveConfig,
+    corrupt,
+    negative_log_likelihood,
+    reconstruction_loss,
+)
 from twostage.core.config.sections import parse_config
 from twostage.core.errors import InputError
 from twostage.core.training.random import BatchRandom
@@ -44,7 +50,7 @@ def test_values_by_hand():
 def test_likelihood_and_its_gradient_equal_those_of_torch_distributions(kind, scale, decoded, images):
     decoded.requires_grad_()
     images = images.sign() if kind == "bce" else images  # the Bernoulli's own support: black and white
-    value, _ = negative_log_likelihood(decoded, images, LossConfig(reconstruction=kind, likelihood_scale=scale))
+    value, _ = negative_log_likelihood(decoded, images, ObjectiveConfig(reconstruction=kind, likelihood_scale=scale))
     target = (images.double() + 1) / 2 if kind == "bce" else images.double()
     expected = -likelihood(kind, decoded, scale).log_prob(target).flatten(1).sum(1).mean()
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
@@ -54,7 +60,7 @@ def test_likelihood_and_its_gradient_equal_those_of_torch_distributions(kind, sc
 
 @pytest.mark.parametrize("kind", ["l1", "l2"])
 def test_bits_per_dim_are_those_of_the_8_bit_levels(kind, decoded, images):
-    nats, level = negative_log_likelihood(decoded, images, LossConfig(reconstruction=kind, likelihood_scale=0.5))
+    nats, level = negative_log_likelihood(decoded, images, ObjectiveConfig(reconstruction=kind, likelihood_scale=0.5))
     bits = nats.item() / (images[0].numel() * math.log(2)) + level
     # A grey level owns the 2/255 of [-1, 1] around it; the likelihood's mass there is its probability.
     distribution, half = likelihood(kind, decoded, 0.5), 1 / 255
@@ -63,7 +69,7 @@ def test_bits_per_dim_are_those_of_the_8_bit_levels(kind, decoded, images):
 
 
 def test_the_bernoulli_is_no_density(decoded, images):
-    assert negative_log_likelihood(decoded, images, LossConfig(reconstruction="bce"))[1] == 0
+    assert negative_log_likelihood(decoded, images, ObjectiveConfig(reconstruction="bce"))[1] == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,7 +81,7 @@ def test_losses_are_float32_under_mixed_precision(kind, decoded, images):
 @pytest.mark.parametrize(("key", "value"), [("likelihood_scale", 0.0), ("kl_weight", -1.0), ("reconstruction", "l3")])
 def test_impossible_settings_are_refused(key, value):
     with pytest.raises(InputError, match=key):
-        parse_config(LossConfig, {key: value}, "loss")
+        parse_config(ObjectiveConfig, {key: value}, "loss")
 
 
 # --- corruption -----------------------------------------------------------------------------------------------------

@@ -7,16 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from messages import refuses
 from torch import Tensor
 
 from stage1_tokenizer.autoencoder import ModelConfig
+from stage1_tokenizer.bottleneck import Quantizer, pass_gradient
 from stage1_tokenizer.finite_scalar import FiniteScalar, FiniteScalarConfig
 from stage1_tokenizer.lookup_free import LookupFree, LookupFreeConfig, mean_choice
-from stage1_tokenizer.quantizer import Quantizer, pass_gradient
 from stage1_tokenizer.residual_quantizer import ResidualConfig, ResidualQuantizer
 from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
 from twostage.core.config.sections import parse_config
-from twostage.core.errors import InputError
 from twostage.core.training.random import BatchRandom
 
 
@@ -226,7 +226,7 @@ def test_finite_scalars_gradient_is_that_of_the_bound(whole_batch):
 
 def test_finite_scalar_needs_a_channel_a_level():
     document = {"latent_channels": 4, "bottleneck": {"type": "finite_scalar", "levels": [8, 5]}}
-    with pytest.raises(InputError, match=r"latent_channels 4: finite_scalar has a channel for each .* set .* to 2"):
+    with refuses("latent_channels 4", "[8, 5]", "set latent_channels to 2"):
         parse_config(ModelConfig, document, "model")
 
 

@@ -4,21 +4,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import VQModel
+from messages import refuses
 from torch import nn
 
-from stage1_tokenizer.backbones import build_backbone
+from stage1_tokenizer.backbone import ResBlock
 from stage1_tokenizer.vqgan_backbone import (
     Attention,
     Downsample,
     Level,
-    ResBlock,
     Upsample,
     VQGANConfig,
     VQGANDecoder,
     VQGANEncoder,
 )
 from twostage.core.config.sections import parse_config
-from twostage.core.errors import InputError
 
 TINY = {"channels": 8, "channel_mult": [1, 2, 1], "num_res_blocks": 1, "inner_channels": 6, "norm_groups": 4}
 
@@ -31,7 +30,7 @@ def tiny(**changes) -> VQGANConfig:
 @pytest.mark.parametrize(("channel_mult", "factor"), [([1], 1), ([2, 1], 2), ([1, 2, 1], 4)])
 def test_images_become_latents_and_latents_images(channel_mult, factor, channels):
     config = tiny(channel_mult=channel_mult)
-    encoder, decoder = build_backbone(config, channels, (8, 12), encoded_channels=10, latent_channels=5)
+    encoder, decoder = config.build(channels, (8, 12), encoded_channels=10, latent_channels=5)
     assert config.factor == factor
     assert encoder(torch.zeros(2, channels, 8, 12)).shape == (2, 10, 8 // factor, 12 // factor)
     assert decoder(torch.zeros(2, 5, 8 // factor, 12 // factor)).shape == (2, channels, 8, 12)
@@ -90,7 +89,7 @@ def test_doubling_repeats_each_cell():
 
 def test_attention_is_softmax_attention_in_one_head_plus_its_input():
     torch.manual_seed(1)
-    block, x = Attention(8, 4), torch.randn(2, 8, 3, 5)
+    block, x = Attention(8, tiny().norm), torch.randn(2, 8, 3, 5)
     y = F.group_norm(x, 4, eps=1e-6)
     query, key, value = (layer(y).flatten(2) for layer in (block.query, block.key, block.value))  # (B, c, h w)
     weights = torch.einsum("bci,bcj->bij", query, key).div(8**0.5).softmax(-1)
@@ -100,7 +99,7 @@ def test_attention_is_softmax_attention_in_one_head_plus_its_input():
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(8, 8), (8, 12), (12, 8)])
 def test_a_residual_block_adds_to_its_input(inputs, outputs):
-    block, x = ResBlock(inputs, outputs, 4), torch.randn(2, inputs, 4, 4)
+    block, x = ResBlock(inputs, outputs, tiny().norm), torch.randn(2, inputs, 4, 4)
     nn.init.zeros_(block.conv2.weight)
     nn.init.zeros_(block.conv2.bias)
     assert isinstance(block.shortcut, nn.Identity) == (inputs == outputs)
@@ -134,17 +133,17 @@ def test_the_middle_attends_or_does_not():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "parts"),
     [
-        ({"norm_groups": 3}, "norm_groups 3: each width .* must be a multiple of it, got 8"),
-        ({"attention_factors": [16]}, r"attention_factors \[16\]: expected some of \[1, 2, 4\]"),
-        ({"decoder_attention_factors": [1, 3]}, r"decoder_attention_factors \[3\]: expected some of \[1, 2, 4\]"),
-        ({"num_res_blocks": 0}, "num_res_blocks: "),
-        ({"channel_mult": []}, "channel_mult: "),
+        ({"norm_groups": 3}, ["norm_groups 3", "multiple", "got 8"]),
+        ({"attention_factors": [16]}, ["attention_factors [16]", "expected", "[1, 2, 4]"]),
+        ({"decoder_attention_factors": [1, 3]}, ["decoder_attention_factors [3]", "expected", "[1, 2, 4]"]),
+        ({"num_res_blocks": 0}, ["num_res_blocks", "0"]),
+        ({"channel_mult": []}, ["channel_mult", "[]"]),
     ],
 )
-def test_what_cannot_be_built_is_refused(changes, message):
-    with pytest.raises(InputError, match=message):
+def test_what_cannot_be_built_is_refused(changes, parts):
+    with refuses(*parts):
         parse_config(VQGANConfig, TINY | changes, "backbone")
 
 

@@ -71,7 +71,7 @@ def test_an_interpolation_ends_in_the_reconstructions(name):
 @pytest.mark.parametrize("name", ["vector", "normalized", "finite_scalar", "lookup_free", "residual"])
 def test_pictures_between_are_ones_that_codes_can_say(name):
     model, images = make(name), pictures(2)
-    both = model.encoded(to_float(images))
+    both = model.run_encoder(to_float(images))
     latent = model.bottleneck.encode(torch.lerp(both[:1], both[1:], 0.5))
     found = edits.interpolate(model, images[0], images[1], 5)[2]
     assert torch.equal(found, to_uint8(model.decode_indices(latent.indices))[0])

@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from pipelines.evaluation.frechet import OwnFeatures
 from pipelines.evaluation.independence import not_evidence
 from pipelines.sharing.model_card import CardFields, write_model_card
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, PerceptualNetwork
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
-from stage1_tokenizer.perceptual import PerceptualNetwork
 from twostage.core.config.sections import parse_config
 from twostage.core.data.shapes import CLASS_NAMES
 from twostage.core.errors import InputError
@@ -75,7 +74,7 @@ def test_a_training_remembers_its_network_and_the_hash_stays_what_it_was(trained
     assert document["trained_against"] == [{"type": "features", "path": str(critic), "hash": network.features_hash()}]
     model = Autoencoder.from_pretrained(trained)
     before = model.content_hash()
-    model.config = model.config.model_copy(update={"trained_against": None})
+    model.config = model.config.model_copy(update={"trained_against": []})
     assert model.content_hash() == before == document["hash"]
 
 
@@ -84,10 +83,11 @@ def test_a_folder_of_an_earlier_version_loads_and_names_the_network_of_its_loss(
     file = run / "model" / "config.json"
     document = json.loads(file.read_text())
     del document["trained_against"]
+    document["loss"] |= {"perceptual": {"type": "features", "path": str(critic), "weight": 0.1}, "adversarial": None}
     file.write_text(json.dumps(document))
     model = Autoencoder.from_pretrained(run)
     assert model.content_hash() == document["hash"]
-    assert model.config.perceptual_networks() == [PerceptualNetwork(type="features", path=str(critic))]
+    assert model.config.trained_against == [PerceptualNetwork(type="features", path=str(critic))]
     assert found(model.config, critic, run).keys() == set(NAMES)
 
 
@@ -102,16 +102,16 @@ def test_a_decoder_trained_further_remembers_both_networks(trained, critic, judg
         config = Autoencoder.from_pretrained(run).config
         shutil.rmtree(run / "model")
         shutil.rmtree(run / "checkpoints" / "step_00000002")
-    assert [network.path for network in config.perceptual_networks()] == [str(critic), str(judge)]
+    assert [network.path for network in config.trained_against] == [str(critic), str(judge)]
     assert found(config, critic)
     assert found(config, judge)
 
 
 def test_a_weight_of_zero_trains_against_nothing(critic):
-    assert config_of(perceptual={"type": "lpips", "weight": 0}).perceptual_networks() == []
-    assert config_of(perceptual={"type": "features", "path": str(critic), "weight": 0.0}).perceptual_networks() == []
-    assert config_of().perceptual_networks() == []
-    assert [network.type for network in config_of(perceptual={"type": "lpips"}).perceptual_networks()] == ["lpips"]
+    assert config_of(perceptual={"type": "lpips", "weight": 0}).trained_against == []
+    assert config_of(perceptual={"type": "features", "path": str(critic), "weight": 0.0}).trained_against == []
+    assert config_of().trained_against == []
+    assert [network.type for network in config_of(perceptual={"type": "lpips"}).trained_against] == ["lpips"]
 
 
 # --- the same or another --------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_the_same_weights_are_known_wherever_they_lie(critic, judge, trained, tm
 def test_another_network_put_in_the_place_of_the_first_is_another(critic, trained, tmp_path):
     """The hash counts, not the path."""
     config = Autoencoder.from_pretrained(trained).config
-    (network,) = config.perceptual_networks()
+    (network,) = config.trained_against
     moved = config.model_copy(update={"trained_against": [network.model_copy(update={"path": str(tmp_path / "a")})]})
     make_network(tmp_path / "a", 7)
     assert found(moved, tmp_path / "a") == {}

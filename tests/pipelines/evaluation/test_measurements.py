@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
 from pipelines.evaluation.measurements import ssim, ssim_window
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
-from stage1_tokenizer.metrics import psnr
+from stage1_tokenizer.validation import psnr
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import DataConfig, load_images
 from twostage.core.errors import InputError

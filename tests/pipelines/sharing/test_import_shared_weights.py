@@ -292,6 +292,6 @@ def test_training_with_lpips_is_recorded(tmp_path):
         config["model"]["params"]["lossconfig"]["target"] = target
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
         ours = imported(tmp_path / "a.safetensors", tmp_path / str(number), tmp_path / "config.yaml")
-        assert [network.type for network in ours.config.perceptual_networks()] == expected
+        assert [network.type for network in ours.config.trained_against] == expected
         document = ours.config.model_dump(mode="json")
         assert parse_config(AutoencoderConfig, document, "again") == ours.config

@@ -1,0 +1,65 @@
+"""What every backbone offers, and the layers that several share.
+
+Axes: B images, C channels, H and W pixels, h and w cells of the latent grid.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twostage.core.config.registry import OpenUnion
+from twostage.core.config.sections import Section
+
+__all__ = ["BackboneConfig", "ResBlock", "group_norm"]
+
+
+class BackboneConfig(OpenUnion, Section):
+    """The group `model.backbone`; its `type` selects the encoder and the decoder."""
+
+    @property
+    def factor(self) -> int:
+        """Pixels per cell along each side. Images are padded to a multiple of it, and cropped back."""
+        raise NotImplementedError
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """The latent grid (h, w) of images of ``image_size`` (H, W)."""
+        return (math.ceil(image_size[0] / self.factor), math.ceil(image_size[1] / self.factor))
+
+    def build(
+        self, channels: int, image_size: tuple[int, int], encoded_channels: int, latent_channels: int
+    ) -> tuple[nn.Module, nn.Module]:
+        """An encoder (B, C, H, W) -> (B, encoded_channels, h, w) and a decoder (B, latent_channels, h, w) ->
+        (B, C, H, W), for sides that are multiples of ``factor``.
+
+        The decoder's last layer is linear: pixels in [-1, 1], or logits for a Bernoulli likelihood.
+        """
+        raise NotImplementedError
+
+
+class ResBlock(nn.Module):
+    """shortcut(x) + conv(silu(norm(conv(silu(norm(x)))))), (B, inputs, H, W) -> (B, outputs, H, W) (He et al. 2016,
+    pre-activation). The shortcut is a 1x1 convolution if the widths differ.
+
+    Args:
+        norm: makes the normalisation of a number of channels.
+    """
+
+    def __init__(self, inputs: int, outputs: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.norm1 = norm(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2 = norm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """At most 32 groups of at least four channels each; one group if there are too few channels for more."""
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1))
+    return nn.GroupNorm(groups, channels)

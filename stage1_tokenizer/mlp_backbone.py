@@ -1,0 +1,59 @@
+"""The `mlp` backbone: fully connected layers, for the classic autoencoders.
+
+Axes: B images, C channels, H and W pixels.
+"""
+
+import itertools
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from stage1_tokenizer.backbone import BackboneConfig
+from twostage.core.config.sections import Width
+
+__all__ = ["MLPConfig"]
+
+
+class MLPConfig(BackboneConfig):
+    """Fully connected layers with ReLU: 784-400-20 is ``hidden_sizes: [400]`` with 20 latent channels."""
+
+    type: Literal["mlp"] = "mlp"
+    hidden_sizes: list[Width] = Field(default=[400], min_length=1, max_length=64)
+    """Widths from the image to the latent; the decoder mirrors them."""
+
+    @property
+    def factor(self) -> int:
+        """Any image size fits."""
+        return 1
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """One cell for the whole image."""
+        return (1, 1)
+
+    def build(
+        self, channels: int, image_size: tuple[int, int], encoded_channels: int, latent_channels: int
+    ) -> tuple[nn.Module, nn.Module]:
+        """(B, C, H, W) -> (B, encoded_channels, 1, 1), and (B, latent_channels, 1, 1) -> (B, C, H, W)."""
+        pixels = channels * image_size[0] * image_size[1]
+        encoder = _mlp([pixels, *self.hidden_sizes, encoded_channels])
+        decoder = _mlp([latent_channels, *reversed(self.hidden_sizes), pixels])
+        return (
+            nn.Sequential(UnitRange(), nn.Flatten(), encoder, nn.Unflatten(1, (encoded_channels, 1, 1))),
+            nn.Sequential(nn.Flatten(), decoder, nn.Unflatten(1, (channels, *image_size))),
+        )
+
+
+class UnitRange(nn.Module):
+    """[-1, 1] -> [0, 1], the usual input of fully connected autoencoders. A black background becomes 0, which learns
+    faster than -1 (MNIST after 10 epochs: 2 nats better)."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.add(1).mul_(0.5)
+
+
+def _mlp(sizes: list[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
