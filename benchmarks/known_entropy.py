@@ -22,8 +22,9 @@ from pipelines.evaluation.evaluate_prior import evaluate_prior
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import Manifest, SplitFiles, TokenizerReference, code_statistics
 from stage2_prior.masked_transformer import MaskedTransformerConfig
+from stage2_prior.network import NetworkConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
-from stage2_prior.prior import PriorLossConfig, PriorModelConfig
+from stage2_prior.prior import PriorLossConfig
 from stage2_prior.train_prior import PriorTrainConfig, PriorTrainingConfig, train
 from twostage.core.config.sections import RunConfig
 from twostage.core.runs.model_folder import write_json
@@ -32,7 +33,7 @@ GRID, CODES, CLASSES = (6, 5), 8, 4
 ROWS = {"train": 40_000, "test": 4_000}
 SHARPNESS = 1.5  # standard deviation of the tables' logits
 
-MODELS: dict[str, tuple[PriorModelConfig, int]] = {  # and the steps
+MODELS: dict[str, tuple[NetworkConfig, int]] = {  # and the steps
     "pixelcnn": (PixelCNNConfig(channels=32, depth=4, first_kernel=3, head_channels=64), 1000),
     "causal_transformer": (CausalTransformerConfig(hidden_size=64, depth=3, num_heads=4, dropout=0.0), 1000),
     "masked_transformer": (MaskedTransformerConfig(hidden_size=64, depth=4, num_heads=4, dropout=0.0), 4000),
@@ -92,7 +93,7 @@ def write_codes(folder: Path) -> float:
     return cost
 
 
-def training(model: PriorModelConfig, steps: int, run: Path, codes: Path) -> PriorTrainingConfig:
+def training(model: NetworkConfig, steps: int, run: Path, codes: Path) -> PriorTrainingConfig:
     return PriorTrainingConfig(
         run=RunConfig(dir=str(run), trackers=[]),
         codes=str(codes),

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from twostage.core.machine.onednn import has_onednn, pack, product
+
 __all__ = ["k_means", "nearest_codes"]
 
 TILE = 1 << 20  # scores held at a time on a CPU: 4 MiB, which stays in its cache
@@ -48,11 +50,9 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
 def _scorer(codes: Tensor) -> Callable[[Tensor], Tensor]:
     """Vectors (n, D) -> v.e - |e|^2 / 2 of every code, (n, K)."""
     bias = codes.square().sum(1).mul_(-0.5)
-    # torch's float32 product takes MKL, half as fast as oneDNN on AMD processors, which packs the codes once. By
-    # rule and not by measurement: two runs must round alike.
-    if codes.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise") and codes.dtype == torch.float32:
-        packed = torch.ops.mkldnn._reorder_linear_weight(codes.contiguous())
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    if has_onednn(codes):
+        packed = pack(codes.contiguous())
+        return lambda x: product(x, packed, bias)
     return lambda x: torch.addmm(bias, x, codes.t())
 
 

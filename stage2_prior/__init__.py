@@ -1,5 +1,5 @@
-"""Stage two: a prior over the code grids. It sees codes and their manifest, never a tokenizer."""
+"""Stage two: a prior over code grids. It knows codes and their manifest, but no tokenizer."""
 
-import twostage  # noqa: F401 - before torch is imported: it limits how long waiting threads spin
+import twostage  # noqa: F401 - before torch: it limits how long waiting threads spin
 
 __all__ = []

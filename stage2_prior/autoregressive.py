@@ -1,68 +1,148 @@
-"""What the priors that write one code after another share: the likelihood, known codes, the loop over the cells.
+"""What all priors that write one code after another share: the order of the cells, the likelihood, and sampling.
 
 Axes: B images, N cells of a grid, K codes.
 """
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from stage2_prior.network import OnProgress
 from stage2_prior.sampling import (
-    Progress,
     SamplingConfig,
+    Weights,
+    branch_labels,
     choose,
     filter_logits,
     guidance_at,
     guide,
     uniform_noise,
 )
+from twostage.core.training.random import BatchRandom
 
-__all__ = ["Step", "code_nats", "come_first", "draw_in_order", "images_at_once", "sample_in_order", "sum_nats"]
+__all__ = ["ORDERS", "Autoregressive", "Order", "Step", "cell_order", "code_nats", "images_at_once", "sample_in_order"]
 
-LOGITS_AT_ONCE = 2**26
+MAX_LOGITS = 2**26
+"""How many logits a likelihood computes at once."""
 
 Step = Callable[[Tensor | None], Tensor]
-"""Given the codes (B,) of the cell before (None at the first), the logits (B, K) of the next cell."""
+"""Takes the codes (B,) of the cell before, or None at the first cell; returns the logits (B, K) of the next cell."""
+Order = Literal["raster", "columns", "snake", "spiral", "z_curve"]
+ORDERS: tuple[Order, ...] = get_args(Order)
+
+
+def cell_order(order: Order, grid: tuple[int, int]) -> Tensor:
+    """The cells of an (h, w) grid, numbered row by row, in the order in which they are written: (h w,) int64.
+
+    `raster`: row by row; `columns`: column by column; `snake`: row by row, every other row backwards; `spiral`: from
+    the centre outwards; `z_curve`: Morton order, one quarter after another, recursively.
+    """
+    height, width = grid
+    cells = torch.arange(height * width).view(height, width)
+    match order:
+        case "raster":
+            return cells.flatten()
+        case "columns":
+            return cells.T.flatten()
+        case "snake":
+            cells[1::2] = cells[1::2].flip(1)
+            return cells.flatten()
+        case "spiral":
+            rings = []
+            while cells.numel():  # remove the first row, then rotate the rest
+                rings.append(cells[0])
+                cells = cells[1:].T.flip(0)
+            return torch.cat(rings).flip(0)
+        case "z_curve":
+            rows, columns = cells.flatten() // width, cells.flatten() % width
+            bits = range(max(height, width).bit_length())
+            morton = sum((columns >> b & 1) << 2 * b | (rows >> b & 1) << 2 * b + 1 for b in bits)
+            assert isinstance(morton, Tensor)
+            return morton.argsort()
+
+
+class Autoregressive(nn.Module):
+    """A network that predicts each code from the codes before it. A subclass registers the buffer ``order``, sets
+    ``codebook_size`` and ``num_classes``, and defines ``forward`` and :meth:`decoder`."""
+
+    exact_likelihood = True
+    order_name: Order = "raster"
+    codebook_size: int
+    num_classes: int
+    order: Tensor
+    """(N,): the cells in the order in which they are written, see :func:`cell_order`."""
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Logits (B, N, K) for each of the codes ``inputs`` (B, N), given the label (B,) and the codes before it. All
+        are in the order in which they are written."""
+        raise NotImplementedError
+
+    def decoder(self, labels: Tensor, weights: Weights) -> Step:
+        """The function that goes from cell to cell when codes are sampled for ``labels`` (B,)."""
+        raise NotImplementedError
+
+    @property
+    def keeps(self) -> str:
+        return f"codes that come before all others in the order {self.order_name!r}"
+
+    def can_keep(self, known: Tensor) -> bool:
+        ordered = known[:, self.order.to(known.device)]
+        return bool((ordered[:, :-1] >= ordered[:, 1:]).all())
+
+    def nats(self, codes: Tensor, labels: Tensor, inputs: Tensor) -> Tensor:
+        """-log p of each true code given ``inputs``, in which some may be replaced: (B, N), in the order in which they
+        are written."""
+        return code_nats(self(inputs[:, self.order], labels), codes[:, self.order])
+
+    def loss(self, codes: Tensor, labels: Tensor, inputs: Tensor, random: BatchRandom) -> Tensor:
+        """The training loss: nats per code, the mean over (B, N)."""
+        return self.nats(codes, labels, inputs).mean()
+
+    def nats_per_image(self, codes: Tensor, labels: Tensor, random: BatchRandom) -> Tensor:
+        """-log p(codes | label), (B,). Nothing random; a few images at a time if all logits would be large."""
+        images = images_at_once(codes.shape[1], self.codebook_size)
+        parts = zip(codes.split(images), labels.split(images), strict=True)
+        return torch.cat([self.nats(part, classes, part).sum(1) for part, classes in parts])
+
+    @torch.no_grad()
+    def sample(
+        self,
+        labels: Tensor,
+        sampling: SamplingConfig,
+        seeds: list[int],
+        known: Tensor | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Tensor:
+        """Codes (B, N), see `PriorNetwork.sample`. With guidance, both branches are predicted as one batch."""
+        step = self.decoder(branch_labels(labels, self.num_classes, sampling), sampling.weights)
+        noise = uniform_noise(seeds, len(self.order)).to(labels.device)
+        known = None if known is None else known[:, self.order]
+        return sample_in_order(step, noise, sampling, known, on_progress)[:, self.order.argsort()]
 
 
 def code_nats(logits: Tensor, codes: Tensor) -> Tensor:
-    """-log p of each code, (B, N, K) and (B, N) -> (B, N) float32."""
+    """-log p of each code: (B, N, K) and (B, N) -> (B, N) float32."""
     return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten(), reduction="none").view_as(codes)
 
 
 def images_at_once(cells: int, codebook_size: int) -> int:
-    """How many images' logits :func:`sum_nats` computes at once."""
-    return max(1, LOGITS_AT_ONCE // (cells * codebook_size))
+    """How many images' logits a likelihood computes at once."""
+    return max(1, MAX_LOGITS // (cells * codebook_size))
 
 
-def sum_nats(
-    nats: Callable[[Tensor, Tensor, Tensor], Tensor], codes: Tensor, labels: Tensor, codebook_size: int
+def sample_in_order(
+    step: Step, noise: Tensor, sampling: SamplingConfig, known: Tensor | None, on_progress: OnProgress | None
 ) -> Tensor:
-    """``nats(codes, labels, inputs)`` of unchanged codes (B, N), summed over each image: (B,). Where the logits of all
-    would be large, some images at a time."""
-    images = images_at_once(codes.shape[1], codebook_size)
-    parts = zip(codes.split(images), labels.split(images), strict=True)
-    return torch.cat([nats(part, classes, part).sum(1) for part, classes in parts])
-
-
-def come_first(known: Tensor, order: Tensor) -> bool:
-    """Whether the cells that are True in ``known`` (B, N) come before all others in ``order`` (N,), in every image."""
-    ordered = known[:, order.to(known.device)]
-    return bool((ordered[:, :-1] >= ordered[:, 1:]).all())
-
-
-def draw_in_order(
-    step: Step, noise: Tensor, sampling: SamplingConfig, known: Tensor | None = None, progress: Progress | None = None
-) -> Tensor:
-    """Draws one cell after another.
+    """Samples one cell after another.
 
     Args:
-        step: with guidance its rows are those of the conditional branch, then those of the unconditional one:
+        step: with guidance, its rows are those of the conditional branch, then those of the unconditional branch:
             (2 B,) -> (2 B, K).
         noise: uniform, (B, N).
-        known: (B, N) int64 in the same order; codes that are kept, -1 where one is to be drawn.
+        known: (B, N) int64 in the same order: codes to keep, -1 where a code is to be sampled.
 
     Returns:
         (B, N) int64.
@@ -70,42 +150,15 @@ def draw_in_order(
     images, cells = noise.shape
     guided = sampling.guidance_scale != 1.0
     codes = torch.full_like(noise, -1, dtype=torch.long) if known is None else known.clone()
-    to_draw = (codes < 0).any(0).tolist()
+    to_sample = (codes < 0).any(0).tolist()
     for cell in range(cells):
         before = codes[:, cell - 1] if cell else None
         logits = step(before.repeat(2) if guided and before is not None else before)
-        if to_draw[cell]:
+        if to_sample[cell]:
             if guided:
                 logits = guide(*logits.chunk(2), guidance_at(cell, cells, sampling))
-            drawn = choose(filter_logits(logits, sampling), noise[:, cell])
-            codes[:, cell] = torch.where(codes[:, cell] < 0, drawn, codes[:, cell])
-            if progress:
-                progress(images)
+            sampled = choose(filter_logits(logits, sampling), noise[:, cell])
+            codes[:, cell] = torch.where(codes[:, cell] < 0, sampled, codes[:, cell])
+            if on_progress:
+                on_progress(images)
     return codes
-
-
-@torch.no_grad()
-def sample_in_order(
-    decoder: Callable[[Tensor], Step],
-    labels: Tensor,
-    no_class: int,
-    order: Tensor,
-    sampling: SamplingConfig,
-    seeds: list[int],
-    known: Tensor | None,
-    progress: Progress | None,
-) -> Tensor:
-    """Codes (B, N), row by row, for labels (B,), image i from ``seeds[i]`` alone.
-
-    With guidance the conditional and the unconditional branch are worked on as one batch.
-
-    Args:
-        decoder: given the labels of its rows, the function that goes from cell to cell.
-        order: (N,), the cells as they are written.
-        known: (B, N) int64, row by row; -1 where a code is to be drawn.
-    """
-    guided = sampling.guidance_scale != 1.0
-    branches = torch.cat([labels, torch.full_like(labels, no_class)]) if guided else labels
-    noise = uniform_noise(seeds, len(order)).to(labels.device)
-    known = None if known is None else known[:, order]
-    return draw_in_order(decoder(branches), noise, sampling, known, progress)[:, order.argsort()]

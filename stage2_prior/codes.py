@@ -1,6 +1,5 @@
-"""The code cache: what stage one hands to stage two.
-
-`manifest.json` beside memory-mapped arrays, `SPLIT.codes.npy` (n, h, w) uint16 or int32 and `SPLIT.labels.npy` (n,).
+"""The code cache, through which stage one passes codes to stage two: a folder with `manifest.json` and memory-mapped
+arrays, `SPLIT.codes.npy` (n, h, w) uint16 or int32 and `SPLIT.labels.npy` (n,).
 """
 
 import hashlib
@@ -32,30 +31,30 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-_ROWS_AT_ONCE = 4096  # where a whole array is gone through
+_ROWS_AT_ONCE = 4096  # when a whole array is read
 
 
 class TokenizerReference(Section):
-    """The tokenizer that the codes are of."""
+    """The tokenizer that wrote the codes."""
 
     hash: str
-    """Its content hash: over the form of the images, the encoder and the codebook."""
+    """Its content hash: of the image size and channels, the encoder and the codebook."""
     path: str
-    """Where it was when the codes were made."""
+    """Where it was when it wrote the codes."""
 
 
 class Augmentation(Section):
-    """The variants of each training image that have rows of their own; other splits have the plain images alone."""
+    """The variants of each training image that have rows of their own. Other splits contain only the plain images."""
 
     horizontal_flip: Flag = False
-    """Every other variant is there mirrored, too."""
+    """Whether each variant also appears mirrored."""
     crops: Size = 0
-    """Windows of the image read at 1.1 times the size."""
+    """The number of windows of the image at 1.1 times its size."""
 
     @property
     def variants(self) -> int:
-        """Rows of each image: variant v of image i is row v * images + i; 0 is the plain one, 1 ... crops the crops,
-        and the mirrored ones follow in the same order."""
+        """Rows for each image. Variant v of image i is row v * images + i: first the plain image, then its crops, then
+        the mirrored variants in the same order."""
         return (1 + self.crops) * (1 + self.horizontal_flip)
 
 
@@ -68,14 +67,14 @@ class SplitFiles(Section):
 
 
 class Manifest(Section):
-    """`manifest.json`: what the codes are and what is known of their distribution."""
+    """`manifest.json`: what the codes are, and their statistics."""
 
     format_version: Count = FORMAT_VERSION
     tokenizer: TokenizerReference
     source: str
     """The `data.source` of the images: absolute, or relative to one of the folders above this one."""
     images: Record | None = None
-    """Where the images were, and what; None: not known, of codes made by earlier versions."""
+    """What the images were and where; None for codes of earlier versions."""
     image_size: tuple[Count, Count]
     channels: Count
     grid: tuple[Count, Count]
@@ -86,31 +85,31 @@ class Manifest(Section):
     augmentation: Augmentation = Augmentation()
     splits: dict[str, SplitFiles]
     codes_used: Count
-    """Codes that occur in the training split."""
+    """The number of different codes in the training split."""
     entropy_nats_per_code: float
-    """Of the training split's code frequencies; log(codebook_size) where all are used alike."""
+    """Of the code frequencies in the training split; log(codebook_size) if all codes are equally frequent."""
     unigram_nats_per_code: dict[str, float]
-    """What predicting each code by its training frequency costs on each split (add-one smoothing): the baseline that a
+    """For each split, the mean -log p of a code by its training frequency (add-one smoothing): the baseline that a
     prior has to beat."""
 
     @model_validator(mode="after")
-    def _has_what_is_trained_and_validated_on(self) -> "Manifest":
+    def _has_training_and_validation_splits(self) -> "Manifest":
         for field, found in {"splits": self.splits, "unigram_nats_per_code": self.unigram_nats_per_code}.items():
             if not {"train", self.validation_split} <= found.keys():
                 raise ValueError(
                     f"{field}: expected 'train' and the validation_split {self.validation_split!r}, got "
-                    f"{list(found)}; encode the images again"
+                    f"{list(found)}. Encode the images again"
                 )
         return self
 
 
 def code_dtype(codebook_size: int) -> type[np.integer]:
-    """The smallest type on disk that holds the codes."""
+    """The type of codes on disk: the smaller one that can hold them."""
     return np.uint16 if codebook_size <= 2**16 else np.int32
 
 
 def code_statistics(splits: dict[str, np.ndarray], codebook_size: int) -> dict[str, Any]:
-    """The fields of :class:`Manifest` that follow from the codes of all splits, (n, h, w) each, `train` among them."""
+    """The statistics in :class:`Manifest`, from the codes (n, h, w) of each split."""
     counts = {name: _code_counts(codes, codebook_size) for name, codes in splits.items()}
     train = counts["train"]
     shares = train[train > 0] / train.sum()
@@ -123,7 +122,7 @@ def code_statistics(splits: dict[str, np.ndarray], codebook_size: int) -> dict[s
 
 
 def _code_counts(codes: np.ndarray, codebook_size: int) -> np.ndarray:
-    """How often each code occurs, (codebook_size,) float64."""
+    """The number of times that each code occurs, (codebook_size,) float64."""
     counts = np.zeros(codebook_size)
     for start in range(0, len(codes), _ROWS_AT_ONCE):
         counts += np.bincount(codes[start : start + _ROWS_AT_ONCE].ravel(), minlength=codebook_size)
@@ -131,7 +130,7 @@ def _code_counts(codes: np.ndarray, codebook_size: int) -> np.ndarray:
 
 
 class CodeSplit:
-    """The code grids of one split, read from disk by row."""
+    """The code grids of one split. Rows are read from disk when they are needed."""
 
     def __init__(self, codes: np.ndarray, labels: np.ndarray | None) -> None:
         self.codes, self.labels = codes, labels
@@ -142,24 +141,24 @@ class CodeSplit:
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Codes (B, h, w) int64 and labels (B,) int64 or None."""
         index = rows.numpy()
-        codes = torch.from_numpy(np.take(self.codes, index, axis=0)).long()  # the rows alone leave the disk
+        codes = torch.from_numpy(np.take(self.codes, index, axis=0)).long()  # reads only these rows
         return codes, None if self.labels is None else torch.from_numpy(self.labels[index])
 
 
 class CodeCache:
-    """Opens a folder that `twostage encode` wrote.
+    """A folder that `twostage encode` wrote.
 
     Raises:
-        InputError: no such folder, no code cache, or an array that is missing, cut short (named file, expected and
-            found rows) or of another shape or type than the manifest says.
+        InputError: there is no such folder, it is not a code cache, or an array is missing, truncated, or not of the
+            shape and type in the manifest.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         file = self.path / "manifest.json"
         if not file.is_file():
-            what = "no code cache (manifest.json is missing)" if self.path.exists() else "no such folder"
-            raise InputError(f"codes {self.path}: {what}; make one with: twostage encode runs/TOKENIZER --out {path}")
+            what = "not a code cache (manifest.json is missing)" if self.path.exists() else "no such folder"
+            raise InputError(f"codes {self.path}: {what}. Create it with: twostage encode runs/TOKENIZER --out {path}")
         document = read_json(file, "encode the images again")
         check_format(document.get("format_version"), FORMAT_VERSION, f"codes {self.path}")
         self.manifest = parse_config(Manifest, document, f"codes {file}")
@@ -171,11 +170,11 @@ class CodeCache:
 
     @property
     def untrained_classes(self) -> list[str]:
-        """The class names that no row of the training split has."""
+        """The classes without a row in the training split."""
         return names_without_images(self.splits["train"].labels, self.manifest.class_names)
 
     def contents(self) -> Contents:
-        """What these codes are, wherever they are and however their images were named."""
+        """What these codes are, independent of where they are and of file names."""
         manifest, digest = self.manifest, hashlib.sha256()
         for split in self.splits.values():
             for start in range(0, len(split), _ROWS_AT_ONCE):
@@ -194,10 +193,10 @@ class CodeCache:
         return Contents("codes", self.path.absolute(), facts)
 
     def check_codes(self) -> None:
-        """Reads all codes and labels once; labels count only where the manifest names classes.
+        """Reads all codes once, and all labels if the manifest names classes.
 
         Raises:
-            InputError: a code that is not below the codebook's size, or a label that is no class (named file and row).
+            InputError: a code is outside the codebook, or a label is not a class (the message names file and row).
         """
         size, classes = self.manifest.codebook_size, len(self.manifest.class_names or [])
         for name, split in self.splits.items():
@@ -212,28 +211,28 @@ class CodeCache:
             if part.max() >= limit or part.min() < 0:
                 wrong = np.argwhere((part >= limit) | (part < 0))[0]  # its row, and its cell in a grid
                 raise InputError(
-                    f"codes {self._file(name)}: row {start + wrong[0]} holds the {what} {part[tuple(wrong)]}, expected "
-                    f"{what}s from 0 to {limit - 1} ({why} in manifest.json); {self._remedy}"
+                    f"codes {self._file(name)}: row {start + wrong[0]} contains the {what} {part[tuple(wrong)]}, "
+                    f"expected {what}s from 0 to {limit - 1} ({why} in manifest.json). {self._remedy}"
                 )
 
     @property
     def _remedy(self) -> str:
-        return f"remove {self.path} and encode the images again"
+        return f"Remove {self.path} and encode the images again"
 
     def _file(self, name: str) -> Path:
-        return self.path / Path(name).name  # never outside the folder, whatever the manifest says
+        return self.path / Path(name).name  # always inside the folder, even if the manifest is malicious
 
     def _open(self, files: SplitFiles) -> CodeSplit:
         shape = (files.rows, *self.manifest.grid)
         codes = self._map(files.codes, shape)
-        # Labels are small and wanted as int64; the codes stay on disk.
+        # Labels are small and needed as int64; the codes stay on disk.
         labels = None if files.labels is None else np.array(self._map(files.labels, shape[:1]), dtype=np.int64)
         return CodeSplit(codes, labels)
 
     def _map(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         file = self._file(name)
         if not file.is_file():
-            raise InputError(f"codes {file}: missing, expected an array of the shape {shape}; {self._remedy}")
+            raise InputError(f"codes {file}: missing, expected an array of the shape {shape}. {self._remedy}")
         size = file.stat().st_size
         with file.open("rb") as opened:
             try:
@@ -241,13 +240,13 @@ class CodeCache:
                 read_header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
                 found, _, dtype = read_header(opened)
                 header = opened.tell()
-            except ValueError:  # not even a whole header
+            except ValueError:  # the header itself is truncated
                 found, dtype, header = shape, np.dtype(np.uint16), size
         if not np.issubdtype(dtype, np.integer):
-            raise InputError(f"codes {file}: expected integers, found {dtype}; {self._remedy}")
+            raise InputError(f"codes {file}: expected integers, found {dtype}. {self._remedy}")
         if found != shape:
-            raise InputError(f"codes {file}: expected the shape {shape}, found {found}; {self._remedy}")
+            raise InputError(f"codes {file}: expected the shape {shape}, found {found}. {self._remedy}")
         rows = (size - header) // (dtype.itemsize * math.prod(shape[1:]))
         if rows < shape[0]:
-            raise InputError(f"codes {file}: cut short, expected {shape[0]} rows, found {rows}; {self._remedy}")
+            raise InputError(f"codes {file}: truncated, expected {shape[0]} rows, found {rows}. {self._remedy}")
         return np.load(file, mmap_mode="r", allow_pickle=False)

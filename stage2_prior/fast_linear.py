@@ -1,10 +1,4 @@
-"""Matrix products by the faster of two libraries, in sampling and in training.
-
-torch's float32 `F.linear` takes MKL, which on AMD processors was measured at 0.5 to 0.9 of oneDNN's speed and has no
-notion of weights that stay the same; oneDNN takes them packed once. Which one is taken follows from device, type and
-shape alone and is never measured: a restarted run has to round as the first one did, and image i of a seed must not
-hang on a clock.
-"""
+"""Linear layers by the fastest products that a CPU has, in sampling and in training."""
 
 import warnings
 from typing import Protocol, cast
@@ -16,11 +10,14 @@ from torch.autograd.function import once_differentiable
 
 from stage2_prior.sampling import Weights
 from twostage.core.errors import InputError
+from twostage.core.machine.onednn import add_product, has_bfloat16, has_onednn, pack, product
 
 __all__ = ["Linear", "TrainedLinear", "check_weights", "fast_linear", "linear"]
 
-WORTH_PACKING = 2**16  # weights; a call of oneDNN costs 10 us more, which products with fewer do not win back
-LEVELS = 63  # of an int8 product's inputs on each side of 0: with 127, processors without VNNI overflow int16 sums
+MIN_PACKED = 2**16
+"""Weights of a layer; below it, the 10 us that a call of oneDNN costs outweigh what it saves."""
+LEVELS = 63
+"""An int8 product's inputs on each side of 0. With 127, processors without VNNI overflow their int16 sums."""
 
 
 class Linear(Protocol):
@@ -35,22 +32,22 @@ class Linear(Protocol):
 
 
 def fast_linear(weight: Tensor, bias: Tensor | None, weights: Weights = "float32", *, gelu: bool = False) -> Linear:
-    """``F.linear`` for inference, its weights read now.
+    """``F.linear`` for inference. The weights are read now, so later changes to them have no effect.
 
     Args:
-        weights: what (out_features, in_features) weights are rounded to. `float32`: not at all, the result is equal to
-            that of ``F.linear`` but for rounding. `bfloat16`: as are the inputs. `int8`: one scale for each output, and
-            the inputs to 7 bits with one scale for each row, so that no row depends on another. Inputs and results
-            are float32 always.
-        gelu: whether the result goes through GELU (its tanh form).
+        weights: the precision of the weights (out_features, in_features). `float32`: unchanged; the result equals that
+            of ``F.linear`` up to rounding. `bfloat16`: weights and inputs are rounded. `int8`: one scale for each
+            output, and inputs of 7 bits with one scale for each row, so that no row depends on another. Inputs and
+            results are always float32.
+        gelu: whether to apply GELU (its tanh form) to the result.
 
     Raises:
-        InputError: this torch has no products with such weights.
+        InputError: see :func:`check_weights`.
     """
     check_weights(weights)
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     match weights:
-        case "float32" if has_onednn(weight) and weight.numel() >= WORTH_PACKING:
+        case "float32" if has_onednn(weight) and weight.numel() >= MIN_PACKED:
             return _packed(weight, bias, gelu)
         case "float32":
             return _plain(weight, bias, gelu)
@@ -61,30 +58,20 @@ def fast_linear(weight: Tensor, bias: Tensor | None, weights: Weights = "float32
 
 
 def check_weights(weights: Weights) -> None:
-    """Refuses weights that this torch or this processor has no products with.
+    """Refuses a precision for which this torch or this processor has no products.
 
     Raises:
-        InputError: it says what there is instead.
+        InputError: names what to use instead.
     """
-    if weights == "bfloat16" and not (_has_pointwise() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if weights == "bfloat16" and not has_bfloat16():
         raise InputError(
-            "weights 'bfloat16': this torch or this processor has no fast products in bfloat16; use float32 or int8"
+            "weights 'bfloat16': this torch or this processor has no fast products in bfloat16. Use float32 or int8"
         )
     if weights == "int8" and (
         "fbgemm" not in torch.backends.quantized.supported_engines
         or not hasattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32")
     ):
-        raise InputError("weights 'int8': this torch has no products with int8 weights; use float32 or bfloat16")
-
-
-def has_onednn(weight: Tensor) -> bool:
-    """Whether oneDNN's products can be taken for ``weight``: in float32, on a CPU."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and _has_pointwise()
-
-
-def _has_pointwise() -> bool:
-    names = ("_linear_pointwise", "_reorder_linear_weight")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+        raise InputError("weights 'int8': this torch has no products with int8 weights. Use float32 or bfloat16")
 
 
 def _activated(y: Tensor, gelu: bool) -> Tensor:
@@ -92,54 +79,50 @@ def _activated(y: Tensor, gelu: bool) -> Tensor:
 
 
 def _plain(weight: Tensor, bias: Tensor | None, gelu: bool) -> Linear:
-    def product(x: Tensor, added: Tensor | None = None) -> Tensor:
+    def multiply(x: Tensor, added: Tensor | None = None) -> Tensor:
         y = _activated(F.linear(x, weight, bias), gelu)
         return y if added is None else added + y
 
-    return product
+    return multiply
 
 
 def _packed(weight: Tensor, bias: Tensor | None, gelu: bool) -> Linear:
-    unary, binary = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-    attribute, algorithm = ("gelu", "tanh") if gelu else ("none", "")
+    packed = pack(weight)
 
-    def product(x: Tensor, added: Tensor | None = None) -> Tensor:
-        if added is None:
-            return unary(x, packed, bias, attribute, [], algorithm)
-        return binary(x, added, packed, bias, "add")
+    def multiply(x: Tensor, added: Tensor | None = None) -> Tensor:
+        return product(x, packed, bias, gelu) if added is None else add_product(added, x, packed, bias)
 
-    return product
+    return multiply
 
 
 def _bfloat16(weight: Tensor, bias: Tensor | None, gelu: bool) -> Linear:
     packed = _packed(weight.bfloat16(), None if bias is None else bias.bfloat16(), gelu)
 
-    def product(x: Tensor, added: Tensor | None = None) -> Tensor:
+    def multiply(x: Tensor, added: Tensor | None = None) -> Tensor:
         y = packed(x.bfloat16())
         return y.float() if added is None else added + y
 
-    return product
+    return multiply
 
 
 def _int8(weight: Tensor, bias: Tensor | None, gelu: bool) -> Linear:
-    # torch's own dynamic product (`quantized.linear_dynamic`) has one scale for all rows: an image would depend on the
-    # others of its batch. With rows of largest magnitude 1 the scale is a constant, and sums are exact whole numbers.
-    multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+    # torch's own dynamic product (`quantized.linear_dynamic`) has one scale for all rows, so an image would depend on
+    # the others in its batch. For rows whose largest magnitude is 1 the scale is a constant, and sums are exact.
+    quantized_product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
     scales = weight.abs().amax(1).double().clamp_(min=torch.finfo(torch.float32).tiny) / 127
-    with warnings.catch_warnings():  # quantized tensors will leave torch, and the InputError above will say so
+    with warnings.catch_warnings():  # torch will remove quantized tensors; then `check_weights` refuses int8
         warnings.simplefilter("ignore", UserWarning)
         quantized = torch.quantize_per_channel(weight, scales, torch.zeros(len(scales)).long(), 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(quantized, None)
     offset = weight.new_zeros(()) if bias is None else bias
 
-    def product(x: Tensor, added: Tensor | None = None) -> Tensor:
+    def multiply(x: Tensor, added: Tensor | None = None) -> Tensor:
         largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_(min=1e-30)  # (R, 1)
-        y = torch.addcmul(offset, multiply(x / largest, 1 / LEVELS, LEVELS + 1, packed), largest)
+        y = torch.addcmul(offset, quantized_product(x / largest, 1 / LEVELS, LEVELS + 1, packed), largest)
         y = _activated(y, gelu)
         return y if added is None else added + y
 
-    return product
+    return multiply
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -153,11 +136,11 @@ class TrainedLinear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear``, (..., in_features) -> (..., out_features); forward and backward in oneDNN in float32 on a CPU.
+    """``F.linear``, (..., in_features) -> (..., out_features), by oneDNN in float32 on a CPU, forward and backward.
 
-    `F.conv2d` with 1x1 kernels is another way to oneDNN, but torch leaves it for small batches on a single thread.
+    `F.conv2d` with 1x1 kernels also calls oneDNN, but torch computes small batches of it in a single thread.
     """
-    if has_onednn(x) and weight.numel() >= WORTH_PACKING and not torch.is_autocast_enabled("cpu"):
+    if has_onednn(x) and weight.numel() >= MIN_PACKED and not torch.is_autocast_enabled("cpu"):
         return cast(Tensor, _OneDNNLinear.apply(x, weight, bias))
     return F.linear(x, weight, bias)
 
@@ -166,23 +149,17 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        rows, inputs = (
-            gradient.reshape(-1, len(weight)),
-            x.reshape(-1, weight.shape[1]),
-        )  # (R, out_features), (R, in_features)
+        rows = gradient.reshape(-1, len(weight))  # (R, out_features)
+        inputs = x.reshape(-1, weight.shape[1])  # (R, in_features)
         wanted_x, wanted_weight, wanted_bias = ctx.needs_input_grad
         return (
-            _product(gradient, weight.T, None) if wanted_x else None,
-            _product(rows.T, inputs.T, None) if wanted_weight else None,
+            product(gradient, weight.T, None) if wanted_x else None,
+            product(rows.T, inputs.T, None) if wanted_weight else None,
             rows.sum(0) if wanted_bias else None,
         )
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")

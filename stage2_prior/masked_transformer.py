@@ -1,53 +1,83 @@
-"""The masked transformer (MaskGIT, Chang et al. 2022, arXiv 2202.04200): all masked codes of a grid are predicted at
-once from the others, in both directions; an image is made in a few parallel steps.
+"""The masked transformer (MaskGIT, Chang et al. 2022, arXiv 2202.04200). It predicts all masked codes of a grid at once
+from the other codes, in both directions, and so samples an image in a few parallel steps (the paper's section 3.2).
 
-Axes: B images, N = h w codes of a grid, M of a batch's codes (image by image, row by row), D hidden size, H heads,
-E = D / H, K codes.
+Axes: B images, T steps, N = h w codes of a grid, M masked codes of a batch (image by image, row by row), D hidden size,
+H heads, E = D / H, K codes.
 """
 
-from typing import Literal, cast
+import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage2_prior.fast_linear import fast_linear
-from stage2_prior.parallel_sampling import draw_in_parallel
-from stage2_prior.sampling import Progress, SamplingConfig, Weights, uniform_noise
-from stage2_prior.shares import MEAN_MASKED_SHARE, MaskSchedule, masked_share
-from stage2_prior.transformer import (
-    Block,
-    FastBlock,
-    Transformer,
-    TransformerConfig,
-    complex_rotation,
-    normalized,
-    turn,
+from stage2_prior.network import NetworkConfig, OnProgress
+from stage2_prior.sampling import (
+    MaskSchedule,
+    SamplingConfig,
+    Weights,
+    branch_labels,
+    choose,
+    filter_logits,
+    guidance_at,
+    guide,
+    uniform_noise,
 )
+from stage2_prior.transformer import FastTransformer, Transformer, TransformerConfig, turn
 from twostage.core.config.sections import Flag
 from twostage.core.training.random import BatchRandom
 
-__all__ = ["MaskedPredictor", "MaskedTransformer", "MaskedTransformerConfig"]
+__all__ = [
+    "MEAN_MASKED_SHARE",
+    "MaskedPredictor",
+    "MaskedTransformer",
+    "MaskedTransformerConfig",
+    "Predict",
+    "gumbel",
+    "masked_share",
+    "num_left_masked",
+    "sample_in_parallel",
+]
 
-NUM_STEPS, CHOICE_TEMPERATURE = 8, 4.5  # of sampling, by default
-ROWS_AT_ONCE = 2048  # on a CPU: what a block computes for them stays in the cache
+NUM_STEPS, CHOICE_TEMPERATURE = 8, 4.5
+"""The defaults for sampling."""
+MEAN_MASKED_SHARE = 2 / math.pi
+"""Of both mask schedules, over progress in [0, 1]."""
+PREDICTED_ROWS = 2048
+"""Rows that a block computes at a time on a CPU: they stay in its cache."""
+SAMPLED_ROWS = 1024
+"""Rows whose codes are chosen at a time: each takes a few float64 numbers for each of the K codes."""
+
+Predict = Callable[[Tensor], Tensor]
+"""Takes codes (B, N), some of them masked; returns the logits (M, K) of the masked ones."""
 
 
+@NetworkConfig.register
 class MaskedTransformerConfig(TransformerConfig):
-    """A bidirectional transformer that fills `[MASK]` codes."""
+    """A bidirectional transformer that fills masked codes."""
+
+    sampling_settings = TransformerConfig.sampling_settings | {"num_steps", "mask_schedule", "choice_temperature"}
 
     type: Literal["masked_transformer"] = "masked_transformer"
     mask_schedule: MaskSchedule = "cosine"
-    """What share of an image's codes a training step masks: the schedule at a uniformly random point."""
+    """The share of an image's codes that a training step masks: the schedule's value at a uniformly random point."""
     predict_replaced: Flag = False
-    """Whether the loss is also on codes that `loss.replace_prob` replaced by random ones and that are not masked."""
+    """Whether the loss includes codes that are not masked but were replaced by random ones (`loss.replace_prob`)."""
+
+    def build(self, codebook_size: int, grid: tuple[int, int], num_classes: int) -> "MaskedTransformer":
+        return MaskedTransformer(self, codebook_size, grid, num_classes)
+
+    def codes_at_once(self, grid: tuple[int, int]) -> int:
+        return math.prod(grid)
 
 
 class MaskedTransformer(Transformer):
-    """p(masked codes | the others, class), each independent of the other masked ones.
+    """p(masked codes | other codes, class), each masked code independent of the other masked ones.
 
     Args:
-        num_classes: 0 for a prior without classes. One further class, the last, stands for "no class".
+        num_classes: 0 for a prior without classes. One more class, the last, stands for "no class".
     """
 
     exact_likelihood = False
@@ -61,21 +91,20 @@ class MaskedTransformer(Transformer):
         self.mask_token_id = codebook_size
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Logits (B, N, K) for the codes (B, N), of which some are ``mask_token_id``; labels (B,), ``num_classes`` for
-        none."""
+        """Logits (B, N, K) for codes (B, N), of which some are ``mask_token_id``, and labels (B,)."""
         return self.predict(self.run(self.embed(inputs), labels))
 
     def loss(self, codes: Tensor, labels: Tensor, inputs: Tensor, random: BatchRandom) -> Tensor:
-        """The training loss, a scalar in nats per code: MaskGIT's cross-entropy of the masked codes, as the sum over
-        them / (B N x the mean masked share).
+        """The training loss, a scalar in nats per code: MaskGIT's cross-entropy of the masked codes, summed and divided
+        by (B N x the mean masked share).
 
-        MaskGIT divides by the number of masked codes of the batch, which is that constant in expectation. With the
-        constant the loss is a mean over images, so that two processes give what one gives. The masked shares of a
+        MaskGIT divides by the number of masked codes in the batch, whose expectation is that constant. With the
+        constant, the loss is a mean over images, so two processes give the same loss as one. The masked shares of a
         global batch are evenly spaced on the schedule from a random start, so their mean varies little.
         `predict_replaced` adds the replaced codes to the sum.
         """
-        share = masked_share(evenly_spaced(random), self.config.mask_schedule)
-        masked = random_cells((share * self.cells).round().long().clamp(min=1), codes, random)
+        share = masked_share(_evenly_spaced(random), self.config.mask_schedule)
+        masked = _random_cells((share * self.cells).round().long().clamp(min=1), codes, random)
         wanted = masked | (inputs != codes) if self.config.predict_replaced else masked
         hidden = self.hide(codes, random)
         hidden = None if hidden is None else hidden & ~masked
@@ -83,18 +112,18 @@ class MaskedTransformer(Transformer):
         return nats.sum() / (codes.numel() * MEAN_MASKED_SHARE)
 
     def nats_per_image(self, codes: Tensor, labels: Tensor, random: BatchRandom) -> Tensor:
-        """An unbiased estimate of an upper bound on -log p(codes | label), (B,), from one draw an image.
+        """An unbiased estimate of an upper bound on -log p(codes | label), (B,), from one random mask for each image.
 
-        The model taken as one that writes single codes in a uniformly random order s (Uria et al. 2014, arXiv
-        1310.1757; Hoogeboom et al. 2022, arXiv 2110.02037) has p(x) = E_s prod_t p(x_s(t) | x_s(<t)), and by Jensen
+        Seen as a model that writes single codes in a uniformly random order s (Uria et al. 2014, arXiv 1310.1757;
+        Hoogeboom et al. 2022, arXiv 2110.02037), it has p(x) = E_s prod_t p(x_s(t) | x_s(<t)), and by Jensen
 
             -log p(x) <= E_s sum_t -log p(x_s(t) | x_s(<t)) = N E_k E_m 1/k sum_{i in m} -log p(x_i | x_not m)
 
-        with k uniform in 1 ... N and m uniform among the sets of k cells. One k is drawn an image, evenly spaced over
-        the batch.
+        with k uniform in 1 ... N and m uniform among the sets of k cells. Each image gets one k, evenly spaced over the
+        batch.
         """
-        counts = (evenly_spaced(random) * self.cells).long() + 1
-        masked = random_cells(counts, codes, random)
+        counts = (_evenly_spaced(random) * self.cells).long() + 1
+        masked = _random_cells(counts, codes, random)
         nats = self._nats(codes, labels, codes.masked_fill(masked, self.mask_token_id), masked)
         sums = nats.new_zeros(codes.shape).masked_scatter(masked, nats).sum(1)
         return sums * (self.cells / counts.to(sums))
@@ -102,7 +131,7 @@ class MaskedTransformer(Transformer):
     def _nats(
         self, codes: Tensor, labels: Tensor, inputs: Tensor, wanted: Tensor, hidden: Tensor | None = None
     ) -> Tensor:
-        """-log p of the codes that are ``wanted`` (B, N), given ``inputs``: (M,); nothing is predicted elsewhere."""
+        """-log p of the ``wanted`` (B, N) codes given ``inputs``: (M,). Nothing else is predicted."""
         output = self.run(self.embed(inputs, hidden), labels)[wanted]
         return F.cross_entropy(self.predict(output).float(), codes[wanted], reduction="none")
 
@@ -116,83 +145,163 @@ class MaskedTransformer(Transformer):
         sampling: SamplingConfig,
         seeds: list[int],
         known: Tensor | None = None,
-        progress: Progress | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Tensor:
-        """Codes (B, N) for labels (B,), image i from ``seeds[i]`` alone; ``known`` as in `Prior.sample`, flat.
-
-        With guidance the conditional and the unconditional branch are worked on as one batch.
-        """
-        guided = sampling.guidance_scale != 1.0
-        branches = torch.cat([labels, torch.full_like(labels, self.num_classes)]) if guided else labels
+        """Codes (B, N), see `PriorNetwork.sample`. With guidance, both branches are predicted as one batch."""
         steps = min(sampling.num_steps or NUM_STEPS, self.cells)
         noise = uniform_noise(seeds, steps * 2 * self.cells).view(len(seeds), steps, 2, self.cells)
-        return draw_in_parallel(
-            MaskedPredictor(self, branches, sampling.weights),
+        return sample_in_parallel(
+            MaskedPredictor(self, branch_labels(labels, self.num_classes, sampling), sampling.weights),
             noise.to(labels.device),
             sampling,
             sampling.mask_schedule or self.config.mask_schedule,
             CHOICE_TEMPERATURE if sampling.choice_temperature is None else sampling.choice_temperature,
             self.mask_token_id,
             known,
-            progress,
+            on_progress,
         )
 
 
-def evenly_spaced(random: BatchRandom) -> Tensor:
+def masked_share(progress: Tensor, schedule: MaskSchedule) -> Tensor:
+    """The share of codes that is masked at each ``progress`` in [0, 1]: it falls from 1 to 0.
+
+    `cosine`: cos(pi / 2 x), as in MaskGIT; `arccos`: arccos(x) / (pi / 2) (Besnier and Chen 2023, arXiv 2310.14400),
+    which fills more codes in its first steps and fewer in its last.
+    """
+    return (math.pi / 2 * progress).cos() if schedule == "cosine" else progress.acos() / (math.pi / 2)
+
+
+def _evenly_spaced(random: BatchRandom) -> Tensor:
     """Points in [0, 1), evenly spaced over the global batch from a random start: (B,) float64, on the CPU."""
     start = torch.rand((), generator=random.generator("mask start", torch.device("cpu")), dtype=torch.double)
     return (start + torch.arange(random.batch_size)[random.rows] / random.batch_size) % 1
 
 
-def random_cells(counts: Tensor, codes: Tensor, random: BatchRandom) -> Tensor:
+def _random_cells(counts: Tensor, codes: Tensor, random: BatchRandom) -> Tensor:
     """``counts`` (B,) random cells of each image of ``codes`` (B, N): (B, N) bool."""
     ranks = random.uniform("mask", (codes.shape[1],), codes.device).argsort(1).argsort(1)
     return ranks < counts.to(codes.device)[:, None]
 
 
-class MaskedPredictor:
-    """The logits of masked codes in sampling; nothing is computed twice, or where it is not needed. The weights are
-    read now.
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+class MaskedPredictor(FastTransformer):
+    """Predicts the masked codes in sampling, and nothing twice or in vain. The weights are read now.
 
     Args:
-        labels: (B,), ``num_classes`` for none.
-        weights: of the linear layers, as in `fast_linear`.
+        labels: (B,), ``num_classes`` for no class.
+        weights: their precision, see `fast_linear`.
     """
 
     def __init__(self, model: MaskedTransformer, labels: Tensor, weights: Weights = "float32") -> None:
-        self.model, self.labels = model, labels
-        self.images = max(1, ROWS_AT_ONCE // model.cells) if labels.device.type == "cpu" else len(labels)
-        self.rotation = None if model.rotation is None else complex_rotation(model)[:, None, None]  # (N, 1, 1, E / 2)
-        self.blocks = [FastBlock(block, weights) for block in cast(list[Block], list(model.blocks))]
-        self.head = fast_linear(model.head_weight, None, weights)
+        super().__init__(model, weights)
+        self.labels, self.mask_token_id = labels, model.mask_token_id
+        self.images = max(1, PREDICTED_ROWS // model.cells) if labels.device.type == "cpu" else len(labels)
 
     @torch.no_grad()
     def __call__(self, codes: Tensor) -> Tensor:
-        """Codes (B, N), of which some are masked -> logits (M, K) of those.
+        """Codes (B, N), some of them masked -> logits (M, K) of the masked ones.
 
-        Filled images are left out, and equal ones worked on once: in the first step all those of a class are.
+        Skips images without masked codes and computes equal images once: in the first step all images of a class are.
         """
-        masked = codes == self.model.mask_token_id
+        masked = codes == self.mask_token_id
         unfilled = masked.any(1)
         images = torch.cat([self.labels[:, None], codes], 1)[unfilled]
         distinct, which = images.unique(dim=0, return_inverse=True)
         logits = torch.cat([self._logits(part[:, 1:], part[:, 0]) for part in distinct.split(self.images)])
-        predicted = distinct[:, 1:] == self.model.mask_token_id
+        predicted = distinct[:, 1:] == self.mask_token_id
         place = predicted.flatten().cumsum(0).view_as(predicted) - 1  # of each masked code among the logits
         return logits[place[which][masked[unfilled]]]
 
     def _logits(self, codes: Tensor, labels: Tensor) -> Tensor:
         model, batch = self.model, len(codes)
-        masked = (codes == model.mask_token_id).flatten()
+        masked = (codes == self.mask_token_id).flatten()
         x = model.code_embedding(codes) + model.class_embedding(labels)[:, None]
         x = (x if model.positions is None else x + model.positions).flatten(0, 1)  # (B N, D)
         for block in self.blocks:
             qkv = block.qkv(x).unflatten(0, (batch, -1))  # (B, N, 3, H, E)
             if self.rotation is not None:
-                turn(qkv, self.rotation)
+                turn(qkv, self.rotation[:, None, None])
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, E)
             attended = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).reshape(x.shape)  # (B N, D)
-            if block is self.blocks[-1]:  # what follows goes from a cell to itself alone
+            if block is self.blocks[-1]:  # from here on, no cell depends on another
                 x, attended = x[masked], attended[masked]  # (M, D)
             x = block.finish(x, attended)
-        return self.head(normalized(x, model.norm))
+        return self.predict(x)
+
+
+def num_left_masked(step: int, steps: Tensor, unknown: Tensor, masked: Tensor, schedule: MaskSchedule) -> Tensor:
+    """How many codes of each image are still masked after ``step``, from 1: (B,) int64.
+
+    The schedule's share, rounded down, but at least one fewer than before. The schedules are concave, so an image is
+    filled in exactly its last step.
+
+    Args:
+        steps: (B,) the number of steps of each image, at most ``unknown``.
+        unknown: (B,) how many codes were masked at first.
+        masked: (B,) how many codes were masked before this step.
+    """
+    progress = (step / steps.clamp(min=1).double()).clamp(max=1)
+    left = (masked_share(progress, schedule) * unknown).floor().long()
+    return torch.minimum(left, masked - 1).clamp(min=0)
+
+
+def gumbel(noise: Tensor) -> Tensor:
+    """Gumbel noise from uniform noise in [0, 1), of the same shape and finite."""
+    return -(-noise.clamp(min=2.0**-54).log()).log()
+
+
+def sample_in_parallel(
+    predict: Predict,
+    noise: Tensor,
+    sampling: SamplingConfig,
+    schedule: MaskSchedule,
+    choice_temperature: float,
+    mask_token_id: int,
+    known: Tensor | None,
+    on_progress: OnProgress | None,
+) -> Tensor:
+    """Fills every image in T steps, or in as many as it has codes to sample, if those are fewer. Each step samples a
+    code for every masked cell, keeps the codes with the highest confidence, and masks the others again.
+
+    The confidence in a sampled code is its log p + temperature x Gumbel noise, with a temperature that falls linearly
+    from ``choice_temperature`` to 0 at an image's last step. p is the (guided) model's own, before temperature, top-k
+    and top-p: with `top_k: 1`, for example, filtered probabilities would all be 1.
+
+    Args:
+        predict: with guidance, its images are those of the conditional branch, then those of the unconditional branch:
+            (2 B, N) -> (2 M, K).
+        noise: uniform, (B, T, 2, N) float64: for each step and cell, one number to sample and one to choose.
+        schedule: the share of the unknown codes that is masked after each step.
+        known: (B, N) int64: codes to keep, -1 where a code is to be sampled.
+
+    Returns:
+        (B, N) int64.
+    """
+    images, num_steps, _, cells = noise.shape
+    guided = sampling.guidance_scale != 1.0
+    codes = torch.full((images, cells), -1, device=noise.device) if known is None else known
+    codes = codes.masked_fill(codes < 0, mask_token_id)
+    unknown = (codes == mask_token_id).sum(1)
+    steps = unknown.clamp(max=num_steps)  # (B,)
+    for step in range(int(steps.max())):
+        masked = codes == mask_token_id
+        image = masked.nonzero()[:, 0]  # (M,)
+        logits = predict(codes.repeat(2, 1) if guided else codes)  # (M, K)
+        if guided:
+            scales = noise.new_tensor([guidance_at(step, count, sampling) for count in steps.tolist()])
+            logits = guide(*logits.chunk(2), scales[image, None].to(logits))
+        parts = zip(logits.split(SAMPLED_ROWS), noise[:, step, 0][masked].split(SAMPLED_ROWS), strict=True)
+        sampled = torch.cat([choose(filter_logits(part, sampling), numbers) for part, numbers in parts])
+        surprise = F.cross_entropy(logits, sampled, reduction="none")
+        temperature = choice_temperature * (1 - (step + 1) / steps)
+        confidence = noise.new_full((images, cells), torch.inf)  # of codes that are filled already
+        confidence[masked] = temperature[image] * gumbel(noise[:, step, 1][masked]) - surprise
+        left = num_left_masked(step + 1, steps, unknown, masked.sum(1), schedule)
+        rank = confidence.argsort(stable=True, dim=1).argsort(1)
+        codes[masked] = sampled
+        codes.masked_fill_(rank < left[:, None], mask_token_id)
+        if on_progress:
+            on_progress(len(image) - int(left.sum()))
+    return codes

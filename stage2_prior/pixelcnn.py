@@ -1,11 +1,11 @@
 """The gated PixelCNN (van den Oord et al. 2016, arXiv 1606.05328) over a code grid.
 
-Two stacks see what came before a cell: the vertical one all rows above it, without the blind spot that masked
-convolutions leave, the horizontal one its row to the left, and through the vertical stack all else. No weight is
-masked: each kernel holds the seen cells alone, and the input is shifted under it.
+Two stacks see the cells before a cell. The vertical stack sees all rows above it, without the blind spot that masked
+convolutions leave. The horizontal stack sees the row to its left and, through the vertical stack, everything else. No
+weight is masked: each kernel holds only the cells that it may see, and the input is shifted accordingly.
 
-Axes: B images, h and w cells of a grid, N = h w, r and c a cell's row and column, C channels, K codes, R the reach of a
-kernel (half its side), T the cells of a row that a horizontal kernel sees.
+Axes: B images, h and w cells of a grid, N = h w, C channels, K codes, R the reach of a kernel (half its side), T the
+cells of a row that a horizontal kernel sees.
 """
 
 from dataclasses import dataclass
@@ -16,27 +16,34 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from stage2_prior.autoregressive import code_nats, come_first, sample_in_order, sum_nats
-from stage2_prior.sampling import Progress, SamplingConfig
-from twostage.core.config.sections import Depth, Section, Share, Width
-from twostage.core.training.random import BatchRandom
+from stage2_prior.autoregressive import Autoregressive, Step, cell_order
+from stage2_prior.network import NetworkConfig
+from stage2_prior.sampling import Weights
+from twostage.core.config.sections import Depth, Share, Width
 
 __all__ = ["PixelCNN", "PixelCNNConfig", "PixelCNNDecoder"]
 
 
-class PixelCNNConfig(Section):
-    """A vertical stack that sees the rows above, a horizontal one that sees the row to the left."""
+@NetworkConfig.register
+class PixelCNNConfig(NetworkConfig):
+    """A vertical stack that sees the rows above and a horizontal stack that sees the row to the left."""
 
     type: Literal["pixelcnn"] = "pixelcnn"
     channels: Width = 64
     depth: Depth = 15
     first_kernel: Depth = 7
-    """Side of the first layer's kernel, odd; of it only the cells before the present one are seen (mask A)."""
+    """Side of the first layer's kernel, odd. It sees only cells before the current one (mask A)."""
     kernel: Depth = 3
-    """Side of the other layers' kernels, odd; they see the present cell's features, too (mask B)."""
+    """Side of the other layers' kernels, odd. They also see the current cell's features (mask B)."""
     head_channels: Width = 256
     dropout: Share = 0.0
     """On what each layer adds to its stack."""
+
+    def build(self, codebook_size: int, grid: tuple[int, int], num_classes: int) -> "PixelCNN":
+        return PixelCNN(self, codebook_size, grid, num_classes)
+
+    def sampling_floats(self, grid: tuple[int, int]) -> int:
+        return 4 * self.channels * (self.depth * grid[0] * grid[1] + 8 * grid[1])
 
     @model_validator(mode="after")
     def _kernels_have_a_centre(self) -> "PixelCNNConfig":
@@ -48,13 +55,13 @@ class PixelCNNConfig(Section):
         if wrong:
             raise ValueError(
                 f"{' and '.join(wrong)}: a kernel's side must be odd and at least 3, because it reaches equally far to "
-                "the left and to the right of a cell"
+                "the left and to the right of a cell. Use 3, 5 or 7, for example"
             )
         return self
 
 
 def gate(x: Tensor) -> Tensor:
-    """tanh(a) sigmoid(b) of the two halves of (B, 2 C, ...), equation 2."""
+    """tanh(a) sigmoid(b) of the two halves of (B, 2 C, ...): equation 2."""
     a, b = x.chunk(2, 1)
     return a.tanh() * b.sigmoid()
 
@@ -62,11 +69,11 @@ def gate(x: Tensor) -> Tensor:
 class GatedLayer(nn.Module):
     """One layer of both stacks (the paper's figure 2).
 
-    Beyond the paper, the vertical stack has residuals as the horizontal one has: without them its features fade with
-    depth (15 layers, 130 steps on quantised MNIST: 1.584 nats per code held out, 1.637 without).
+    Unlike the paper's, the vertical stack has residual connections too: without them its features fade with depth (15
+    layers, 130 steps on quantised MNIST: 1.584 held-out nats per code, 1.637 without).
 
     Args:
-        first: whether its inputs are the codes' embeddings: then a cell's own must not be seen (mask A).
+        first: whether its inputs are the embeddings of the codes, so that a cell must not see its own (mask A).
     """
 
     def __init__(self, channels: int, kernel: int, num_classes: int, dropout: float, first: bool) -> None:
@@ -83,10 +90,10 @@ class GatedLayer(nn.Module):
         """The vertical stack at n rows.
 
         Args:
-            seen: (B, C, n + the kernel's rows - 1, w + 2 R), the rows that it sees, with zeros around the grid.
+            seen: (B, C, n + the kernel's rows - 1, w + 2 R): the rows that it sees, with zeros around the grid.
 
         Returns:
-            What its rows become or are added to them (B, C, n, w), and what the horizontal stack adds before its gate
+            Its output (B, C, n, w), without the residual, and what the horizontal stack adds before its gate
             (B, 2 C, n, w).
         """
         of_class = self.class_embedding(labels)[:, :, None, None].chunk(2, 1)  # each (B, 2 C, 1, 1)
@@ -95,7 +102,7 @@ class GatedLayer(nn.Module):
 
     def forward(self, vertical: Tensor, horizontal: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Both stacks, (B, C, h, w) each, at all cells."""
-        reach, own = self.reach, -1 if self.first else 0  # -1: a padding that takes the last row or column away
+        reach, own = self.reach, -1 if self.first else 0  # padding of -1 removes the last row or column
         down, from_vertical = self.down(F.pad(vertical, (reach, reach, reach, own)), labels)
         across = gate(self.horizontal(F.pad(horizontal, (reach, own))) + from_vertical)
         down = F.dropout(down, self.dropout, self.training)
@@ -103,22 +110,18 @@ class GatedLayer(nn.Module):
         return (down, across) if self.first else (vertical + down, horizontal + across)
 
 
-class PixelCNN(nn.Module):
+class PixelCNN(Autoregressive):
     """p(codes | class) as a product over the grid's cells, row by row.
 
     Args:
-        num_classes: 0 for a prior without classes. One further class, the last, stands for "no class".
+        num_classes: 0 for a prior without classes. One more class, the last, stands for "no class".
     """
-
-    exact_likelihood = True
-    keeps = "codes that come before all others, row by row"
-    order: Tensor
 
     def __init__(self, config: PixelCNNConfig, codebook_size: int, grid: tuple[int, int], num_classes: int) -> None:
         super().__init__()
-        self.config, self.grid, self.num_classes = config, grid, num_classes
+        self.config, self.codebook_size, self.grid, self.num_classes = config, codebook_size, grid, num_classes
         channels = config.channels
-        self.register_buffer("order", torch.arange(grid[0] * grid[1]), persistent=False)
+        self.register_buffer("order", cell_order("raster", grid), persistent=False)
         self.code_embedding = nn.Embedding(codebook_size, channels)
         kernels = [config.first_kernel] + [config.kernel] * (config.depth - 1)
         self.layers = nn.ModuleList(
@@ -130,62 +133,29 @@ class PixelCNN(nn.Module):
         nn.init.zeros_(self.head_out.bias)
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Logits (B, N, K) for the codes (B, N) at each cell, from those before it; labels (B,), ``num_classes`` for
-        none."""
+        """Logits (B, N, K) for the code at each cell, from the codes ``inputs`` (B, N) before it; labels (B,)."""
         embedded = self.code_embedding(inputs).transpose(1, 2).unflatten(2, self.grid)
         vertical = horizontal = embedded  # (B, C, h, w)
         for layer in self.layers:
             vertical, horizontal = layer(vertical, horizontal, labels)
         return self.head_out(self.head_in(horizontal.flatten(2).transpose(1, 2)).relu())
 
-    def nats(self, codes: Tensor, labels: Tensor, inputs: Tensor) -> Tensor:
-        """Of each true code given ``inputs``, in which some may be replaced: (B, N)."""
-        return code_nats(self(inputs, labels), codes)
-
-    def loss(self, codes: Tensor, labels: Tensor, inputs: Tensor, random: BatchRandom) -> Tensor:
-        """The training loss: nats per code, the mean over (B, N), of the true codes given ``inputs``."""
-        return self.nats(codes, labels, inputs).mean()
-
-    def nats_per_image(self, codes: Tensor, labels: Tensor, random: BatchRandom) -> Tensor:
-        """-log p(codes | label), (B,); nothing is drawn."""
-        return sum_nats(self.nats, codes, labels, self.head_out.out_features)
-
-    def can_keep(self, known: Tensor) -> bool:
-        return come_first(known, self.order)
-
-    def sample(
-        self,
-        labels: Tensor,
-        sampling: SamplingConfig,
-        seeds: list[int],
-        known: Tensor | None = None,
-        progress: Progress | None = None,
-    ) -> Tensor:
-        """Codes (B, N) for labels (B,), image i from ``seeds[i]`` alone; ``known`` as in `Prior.sample`, flat."""
-        return sample_in_order(
-            lambda branches: PixelCNNDecoder(self, branches).step,
-            labels,
-            self.num_classes,
-            self.order,
-            sampling,
-            seeds,
-            known,
-            progress,
-        )
+    def decoder(self, labels: Tensor, weights: Weights) -> Step:
+        return PixelCNNDecoder(self, labels).step
 
 
 @dataclass
 class HorizontalStep:
-    """One layer of the horizontal stack at one column: views of what the decoder keeps, and the layer's weights."""
+    """One layer of the horizontal stack at one column: views of the decoder's memory, and the layer's weights."""
 
     hidden: Tensor
-    """(B, 2 C); from the row's start on it holds what comes from the vertical stack and the class."""
+    """(B, 2 C). At the start of a row it holds what the vertical stack and the class add."""
     halves: tuple[Tensor, Tensor]
-    """Its halves, (B, C) each."""
+    """The halves of ``hidden``, (B, C) each."""
     seen: Tensor
     """(B, T C): the layer's inputs at the columns that its kernel sees."""
     residual: Tensor
-    """(B, C): its input at this column; zeros in the first layer."""
+    """(B, C): the layer's input at this column; zeros in the first layer."""
     output: Tensor
     """(B, C): the next layer's input at this column."""
     weight: Tensor
@@ -194,21 +164,22 @@ class HorizontalStep:
     """(C, C)"""
 
     def run(self) -> None:
-        """Four operations, because on small batches their number is what costs: tanh(a) sigmoid(b) is written as
-        (tanh(a) + tanh(a) tanh(b / 2)) / 2, and both halvings are in the weights."""
+        """Four operations, because on small batches the number of operations decides the speed: tanh(a) sigmoid(b) is
+        written as (tanh(a) + tanh(a) tanh(b / 2)) / 2, and the weights contain both factors 1 / 2."""
         self.hidden.addmm_(self.seen, self.weight).tanh_()
         a, b = self.halves
         torch.addmm(self.residual, torch.addcmul(a, a, b), self.out_weight, out=self.output)
 
 
 class PixelCNNDecoder:
-    """One cell after another, each layer at each cell once, where full forward passes would compute all cells N times.
+    """Predicts one cell after another and computes each layer at each cell once. Full forward passes would compute all
+    cells N times.
 
-    The vertical stack goes down a row at a time, from the rows that its kernels see; the horizontal one goes from cell
-    to cell and keeps its layers' inputs in this row. Its weights are read once, here.
+    The vertical stack moves down one row at a time and keeps the rows that its kernels see. The horizontal stack moves
+    from cell to cell and keeps its layers' inputs in this row. The weights are read now.
 
     Args:
-        labels: (B,), ``num_classes`` for none.
+        labels: (B,), ``num_classes`` for no class.
     """
 
     @torch.no_grad()
@@ -219,9 +190,9 @@ class PixelCNNDecoder:
         zeros = model.code_embedding.weight.new_zeros
         self.above = [zeros(batch, channels, layer.vertical.kernel_size[0], width) for layer in self.layers]
         self.hidden = [zeros(width, batch, 2 * channels) for _ in self.layers]
-        self.halving = torch.cat([zeros(channels) + 1, zeros(channels) + 0.5])  # (2 C,), of the gate's b
+        self.halving = torch.cat([zeros(channels) + 1, zeros(channels) + 0.5])  # (2 C,): the gate's b / 2
 
-        # Each layer's inputs in this row, and the last one's outputs; to the left of the row the zeros around the grid.
+        # Each layer's inputs in this row and the last layer's outputs, with the zeros to the left of the grid.
         reaches = [layer.reach for layer in self.layers] + [0]
         self.rows = [zeros(batch, reach + width, channels) for reach in reaches]
         self.cells = [row[:, reach:].unbind(1) for row, reach in zip(self.rows, reaches, strict=True)]
@@ -241,7 +212,7 @@ class PixelCNNDecoder:
 
     @torch.no_grad()
     def step(self, codes: Tensor | None) -> Tensor:
-        """Logits (B, K) of the next cell; ``codes`` (B,) are those of the cell before, None at the first."""
+        """Logits (B, K) of the next cell; ``codes`` (B,) are those of the cell before, None at the first cell."""
         model, column = self.model, self.cell % self.model.grid[1]
         if codes is not None:
             self.cells[0][column - 1].copy_(model.code_embedding(codes))
@@ -253,7 +224,7 @@ class PixelCNNDecoder:
         return model.head_out(model.head_in(self.cells[-1][column]).relu_())
 
     def _start_row(self) -> None:
-        """The vertical stack at a new row, from the codes of the row before (zeros before the first)."""
+        """Runs the vertical stack at a new row, on the codes of the row before (zeros at the first row)."""
         row = torch.stack(self.cells[0], 2).unsqueeze(2)  # (B, C, 1, w)
         for i, layer in enumerate(self.layers):
             self.above[i] = torch.cat([self.above[i][:, :, 1:], row], 2)

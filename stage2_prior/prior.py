@@ -1,68 +1,71 @@
-"""A trained prior: the network, what it was trained on, and how it is stored. One interface for all networks:
-``forward`` (the training loss), ``nats_per_image`` and ``log_likelihood``, ``sample``.
+"""A prior: a network, what it was trained on, and how both are stored. All priors have one interface: ``forward`` (the
+training loss), ``nats_per_image``, ``log_likelihood`` and ``sample``.
 
 Axes: B images, h and w cells of the code grid.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
+from stage2_prior import causal_transformer, masked_transformer, pixelcnn  # noqa: F401 - registers the networks
 from stage2_prior.codes import CodeCache, TokenizerReference
 from stage2_prior.fast_linear import check_weights
-from stage2_prior.masked_transformer import MaskedTransformer, MaskedTransformerConfig
-from stage2_prior.pixelcnn import PixelCNN, PixelCNNConfig
-from stage2_prior.sampling import Progress, SamplingConfig
-from stage2_prior.shares import ReplaceSchedule, replace_prob_at
+from stage2_prior.network import NetworkConfig, OnProgress, PriorNetwork
+from stage2_prior.sampling import SamplingConfig
+from twostage.core.config.schema import tag
 from twostage.core.config.sections import Count, Number, Section, Share, parse_config
 from twostage.core.errors import InputError
 from twostage.core.runs.model_folder import filled, load_model_folder, save_model_folder
 from twostage.core.training.random import BatchRandom
 
-__all__ = ["Prior", "PriorConfig", "PriorLossConfig", "PriorModelConfig", "PriorOutput", "prior_config"]
+__all__ = ["Prior", "PriorConfig", "PriorLossConfig", "PriorOutput", "ReplaceSchedule", "prior_config"]
 
 
-PriorModelConfig = Annotated[
-    PixelCNNConfig | CausalTransformerConfig | MaskedTransformerConfig, Field(discriminator="type")
-]
+class ReplaceSchedule(Section):
+    """A share that changes from `start` at a run's first step to `end` at its last."""
+
+    start: Share
+    end: Share
+    shape: Literal["linear", "cosine"] = "linear"
 
 
 class PriorLossConfig(Section):
-    """What a training step does to its codes and classes."""
+    """How a training step changes its codes and classes."""
 
     replace_prob: Share | ReplaceSchedule = 0.0
-    """Share of the input codes that are replaced by uniformly random ones (a Bernoulli mask); the true codes are what
-    is to be predicted. It makes sampling robust to its own mistakes (alias: `1 - pkeep`). Or a schedule over the run:
+    """Share of the input codes that are replaced by uniformly random ones (a Bernoulli mask), while the true codes are
+    predicted. It makes sampling robust to its own mistakes (also called `1 - pkeep`). Or a schedule over the run:
     `{start: 0.3, end: 0.0, shape: linear}`."""
     class_dropout_prob: Share = 0.1
     """Share of the images that are trained on without their class, which guidance needs."""
 
 
 class PriorConfig(Section):
-    """All that a trained prior needs to be built again, and to refuse another tokenizer's codes: its `config.json`."""
+    """A prior's `config.json`: everything needed to build the prior and to refuse another tokenizer's codes."""
 
-    model: PriorModelConfig
+    model: NetworkConfig
     loss: PriorLossConfig
     codebook_size: Count
     grid: tuple[Count, Count]
     class_names: list[str] | None
     untrained_classes: tuple[str, ...] = ()
-    """Those of them that had no training image."""
+    """The classes that had no training image."""
     image_size: tuple[Count, Count]
     channels: Count
     tokenizer: TokenizerReference
     unigram_nats_per_code: Number = Field(ge=0)
-    """The held-out baseline."""
+    """The held-out baseline, see `Manifest`."""
 
 
 @dataclass
 class PriorOutput:
-    """What a training step needs."""
+    """The result of a training step."""
 
     loss: Tensor
     """Scalar: nats per code."""
@@ -70,8 +73,8 @@ class PriorOutput:
     """Scalars by name, `loss` among them, detached."""
 
 
-def prior_config(model: PriorModelConfig, loss: PriorLossConfig, cache: CodeCache) -> PriorConfig:
-    """The stored configuration of a prior that is trained on the codes of ``cache``."""
+def prior_config(model: NetworkConfig, loss: PriorLossConfig, cache: CodeCache) -> PriorConfig:
+    """The stored configuration of a prior that is trained on the codes in ``cache``."""
     manifest = cache.manifest
     return PriorConfig(
         model=model,
@@ -87,54 +90,6 @@ def prior_config(model: PriorModelConfig, loss: PriorLossConfig, cache: CodeCach
     )
 
 
-class PriorNetwork(Protocol):
-    """What a prior's network has to offer. Codes are (B, N), row by row; labels (B,), ``num_classes`` for none."""
-
-    exact_likelihood: bool
-    """Whether :meth:`nats_per_image` is the likelihood itself and not a bound."""
-
-    def loss(self, codes: Tensor, labels: Tensor, inputs: Tensor, random: BatchRandom) -> Tensor:
-        """The training loss, a scalar; ``inputs`` are the codes of which some were replaced."""
-        ...
-
-    def nats_per_image(self, codes: Tensor, labels: Tensor, random: BatchRandom) -> Tensor:
-        """-log p(codes | label), or an upper bound on it: (B,)."""
-        ...
-
-    @property
-    def keeps(self) -> str:
-        """Which known codes sampling can keep, in words such as "any codes"."""
-        ...
-
-    def can_keep(self, known: Tensor) -> bool:
-        """Whether sampling can keep the codes of the cells that are True in ``known`` (B, N)."""
-        ...
-
-    def sample(
-        self,
-        labels: Tensor,
-        sampling: SamplingConfig,
-        seeds: list[int],
-        known: Tensor | None,
-        progress: Progress | None,
-    ) -> Tensor:
-        """New codes (B, N)."""
-        ...
-
-
-def build_network(
-    config: PriorModelConfig, codebook_size: int, grid: tuple[int, int], num_classes: int
-) -> PriorNetwork:
-    """The network that ``config`` describes."""
-    match config:
-        case PixelCNNConfig():
-            return PixelCNN(config, codebook_size, grid, num_classes)
-        case CausalTransformerConfig():
-            return CausalTransformer(config, codebook_size, grid, num_classes)
-        case MaskedTransformerConfig():
-            return MaskedTransformer(config, codebook_size, grid, num_classes)
-
-
 class Prior(nn.Module):
     """A distribution over code grids (B, h, w), given a class."""
 
@@ -142,16 +97,15 @@ class Prior(nn.Module):
         super().__init__()
         self.config = config
         self.num_classes = len(config.class_names or [])
-        self.network: PriorNetwork = build_network(config.model, config.codebook_size, config.grid, self.num_classes)
+        self.network: PriorNetwork = config.model.build(config.codebook_size, config.grid, self.num_classes)
 
     @property
     def exact_likelihood(self) -> bool:
-        """Whether :meth:`nats_per_image` is the likelihood itself and not an upper bound on its negative logarithm."""
+        """Whether :meth:`nats_per_image` is exact; otherwise it is an upper bound."""
         return self.network.exact_likelihood
 
     def forward(self, indices: Tensor, labels: Tensor | None, random: BatchRandom, progress: float) -> PriorOutput:
-        """The training loss of codes (B, h, w) and labels (B,) or None where ``progress``, in [0, 1], of the run is
-        done."""
+        """The training loss of codes (B, h, w) and labels (B,) or None, at ``progress`` in [0, 1] of the run."""
         codes, classes = indices.flatten(1), self._classes(labels, indices)
         options = self.config.loss
         inputs = replace_codes(
@@ -163,11 +117,11 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def nats_per_image(self, indices: Tensor, labels: Tensor | None, random: BatchRandom) -> Tensor:
-        """-log p(codes | class) of codes (B, h, w), (B,), or an upper bound on it (:attr:`exact_likelihood`), for
-        which ``random`` is drawn from; no code is replaced, no class hidden.
+        """-log p(codes | class) of codes (B, h, w), or an upper bound on it (see :attr:`exact_likelihood`) that uses
+        ``random``: (B,). No code is replaced and no class hidden.
 
         Raises:
-            InputError: a label out of range.
+            InputError: a label is out of range.
         """
         if self.num_classes:
             self._labels(labels, len(indices))
@@ -177,12 +131,12 @@ class Prior(nn.Module):
         """log p(codes | class) in nats per image, (B,).
 
         Raises:
-            InputError: a masked transformer, which has a bound only.
+            InputError: the prior has no exact likelihood, such as a masked transformer.
         """
         if not self.exact_likelihood:
             raise InputError(
-                f"model.type {self.config.model.type!r}: has no likelihood that can be computed; nats_per_image gives "
-                "an upper bound on its negative logarithm"
+                f"model.type {self.config.model.type!r}: its likelihood cannot be computed exactly. Use "
+                "nats_per_image, an upper bound on the negative log-likelihood"
             )
         return -self.nats_per_image(indices, labels, BatchRandom(0, slice(0, len(indices)), len(indices)))
 
@@ -190,43 +144,42 @@ class Prior(nn.Module):
         """Refuses settings that this prior cannot be sampled with.
 
         Raises:
-            InputError: top-k above the codebook, guidance on a prior without classes or class dropout, settings of
-                another kind of prior, fewer codes than steps.
+            InputError: settings that only apply to other priors, top-k above the codebook size, more steps than codes,
+                or guidance for a prior that was trained without classes or without class dropout.
         """
-        codes, cells = self.config.codebook_size, self.config.grid[0] * self.config.grid[1]
-        if sampling.top_k is not None and sampling.top_k > codes:
-            raise InputError(f"top_k {sampling.top_k}: expected at most the {codes} codes of the codebook")
-        if sampling.guidance_scale != 1.0:
-            if not self.num_classes:
-                raise InputError(f"guidance_scale {sampling.guidance_scale}: this prior has no classes; use 1")
-            if not self.config.loss.class_dropout_prob:
+        model, codes, cells = self.config.model, self.config.codebook_size, math.prod(self.config.grid)
+        for name, value in sampling.model_dump(exclude_defaults=True).items():
+            if name not in model.sampling_settings:
+                others = [
+                    tag(one)
+                    for one in NetworkConfig.members()
+                    if issubclass(one, NetworkConfig) and name in one.sampling_settings
+                ]
                 raise InputError(
-                    f"guidance_scale {sampling.guidance_scale}: this prior was trained with loss.class_dropout_prob=0 "
-                    "and has no unconditional branch; use 1"
+                    f"{name} {value!r}: only applies to {' and '.join(filter(None, others))}, but this prior is a "
+                    f"{model.type}. Remove {name}"
                 )
-        kind = self.config.model.type
-        if kind != "masked_transformer":
-            for name in ("num_steps", "mask_schedule", "choice_temperature"):
-                if getattr(sampling, name) is not None:
-                    raise InputError(
-                        f"{name} {getattr(sampling, name)}: is of masked transformers, this prior is a {kind}, which "
-                        "writes one code after another; leave it out"
-                    )
-        elif sampling.num_steps is not None and sampling.num_steps > cells:
-            raise InputError(f"num_steps {sampling.num_steps}: expected at most the {cells} codes of a grid")
+        if sampling.top_k is not None and sampling.top_k > codes:
+            raise InputError(f"top_k {sampling.top_k}: expected at most {codes}, the size of the codebook")
+        if sampling.num_steps is not None and sampling.num_steps > cells:
+            raise InputError(f"num_steps {sampling.num_steps}: expected at most {cells}, the number of codes in a grid")
+        if sampling.guidance_scale != 1.0:
+            why = "this prior has no classes"
+            if self.num_classes:
+                why = "this prior was trained with loss.class_dropout_prob=0, so it cannot sample without a class"
+            if not self.num_classes or not self.config.loss.class_dropout_prob:
+                raise InputError(f"guidance_scale {sampling.guidance_scale}: {why}. Use guidance_scale 1")
         if sampling.weights != "float32":
             device = next(self.parameters()).device.type
-            if kind == "pixelcnn" or device != "cpu":
+            if device != "cpu":
                 raise InputError(
-                    f"weights {sampling.weights!r}: is of transformers on a CPU, this prior is a {kind} on {device}; "
-                    "use float32"
+                    f"weights {sampling.weights!r}: only applies on a CPU, but this prior is on {device}. Use float32"
                 )
             check_weights(sampling.weights)
 
     def can_keep(self, known: Tensor) -> bool:
-        """Whether sampling can keep the codes of the cells that are True in ``known`` (B, h, w), and draw the others.
-        A masked transformer can keep any codes; a prior that writes one code after another only those that come
-        first in its order."""
+        """Whether sampling can keep the codes of the cells that are True in ``known`` (B, h, w). A masked transformer
+        keeps any codes; a prior that writes one code after another keeps only codes that come first in its order."""
         return self.network.can_keep(known.flatten(1))
 
     @torch.no_grad()
@@ -236,18 +189,18 @@ class Prior(nn.Module):
         sampling: SamplingConfig,
         seeds: list[int],
         known: Tensor | None = None,
-        progress: Progress | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Tensor:
-        """Codes (len(seeds), h, w) int64; image i depends on its label, the settings, ``known[i]`` and ``seeds[i]``.
+        """Codes (len(seeds), h, w) int64. Image i depends on ``labels[i]``, ``sampling``, ``known[i]`` and ``seeds[i]``
+        only.
 
         Args:
-            labels: (B,) in [0, num_classes], ``num_classes`` for no class; None: no class for all.
-            known: (B, h, w) int64: codes that are given and kept, and -1 where one is to be drawn. A masked
-                transformer takes any, the others those that come before all that they have to draw.
+            labels: (B,) in [0, num_classes], ``num_classes`` for no class; None: no class for all images.
+            known: (B, h, w) int64: codes to keep, -1 where a code is to be sampled, see :meth:`can_keep`.
 
         Raises:
-            InputError: a label out of range, settings that :meth:`check_sampling` refuses, known codes of another
-                grid or codebook, or some that cannot be kept.
+            InputError: a label is out of range, :meth:`check_sampling` refuses the settings, or the known codes have
+                another grid or codebook or cannot be kept.
         """
         self.check_sampling(sampling)
         device = next(self.parameters()).device
@@ -255,7 +208,7 @@ class Prior(nn.Module):
         if known is not None:
             self._check_known(known, len(seeds))
             known = known.flatten(1).long().to(device)
-        codes = self.network.sample(labels, sampling, seeds, known, progress)
+        codes = self.network.sample(labels, sampling, seeds, known, on_progress)
         return codes.view(len(seeds), *self.config.grid)
 
     def _labels(self, labels: Tensor | None, count: int) -> Tensor:
@@ -265,24 +218,22 @@ class Prior(nn.Module):
             raise InputError(f"labels: expected one for each of {count} seeds, got the shape {tuple(labels.shape)}")
         wrong = labels[(labels < 0) | (labels > self.num_classes)]
         if len(wrong):
-            raise InputError(
-                f"labels: got {wrong[0].item()}, expected 0 to {self.num_classes - 1}, or {self.num_classes} for no "
-                "class"
-                if self.num_classes
-                else f"labels: got {wrong[0].item()}, but this prior has no classes; leave them out"
-            )
+            expected = f"expected 0 to {self.num_classes - 1}, or {self.num_classes} for no class"
+            if not self.num_classes:
+                expected = "but this prior has no classes. Omit the labels"
+            raise InputError(f"labels: got {wrong[0].item()}, {expected}")
         return labels
 
     def _check_known(self, known: Tensor, count: int) -> None:
         if known.shape != (count, *self.config.grid):
             raise InputError(
-                f"known codes: expected the shape {(count, *self.config.grid)} (images and this prior's grid), got "
-                f"{tuple(known.shape)}"
+                f"known codes: expected the shape {(count, *self.config.grid)} (the number of images and this prior's "
+                f"grid), got {tuple(known.shape)}"
             )
         if known.is_floating_point() or known.min() < -1 or known.max() >= self.config.codebook_size:
             raise InputError(
-                f"known codes: expected whole numbers from 0 to {self.config.codebook_size - 1}, or -1 where a code is "
-                f"to be drawn, got {known.dtype} from {known.min().item()} to {known.max().item()}"
+                f"known codes: expected integers from 0 to {self.config.codebook_size - 1}, or -1 where a code is to "
+                f"be sampled, got {known.dtype} from {known.min().item()} to {known.max().item()}"
             )
         given = known >= 0
         if not self.can_keep(given):
@@ -293,16 +244,20 @@ class Prior(nn.Module):
             )
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-        """Writes config.json and model.safetensors; ``state``: the whole weights, where this process has a share."""
+        """Writes config.json and model.safetensors.
+
+        Args:
+            state: all weights, if this process holds only a share of them.
+        """
         state = self.state_dict() if state is None else state
         config = self.config.model_dump(mode="json")
-        if not config["untrained_classes"]:  # earlier versions do not know the key
+        if not config["untrained_classes"]:  # unknown to earlier versions
             del config["untrained_classes"]
         save_model_folder(Path(folder), "prior", config, state)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Prior":
-        """Reads a model folder, or a run folder's `model/`; in evaluation mode, on the CPU."""
+        """Reads a model folder, or the `model/` of a run folder. The prior is on the CPU, in evaluation mode."""
         document, state = load_model_folder(path, "prior")
         config = parse_config(PriorConfig, document, f"{path}: config.json")
         return filled(lambda: cls(config), state, path)
@@ -313,8 +268,16 @@ class Prior(nn.Module):
         return labels
 
 
+def replace_prob_at(progress: float, replace_prob: float | ReplaceSchedule) -> float:
+    """The share of codes that are replaced at ``progress`` in [0, 1] of a run."""
+    if not isinstance(replace_prob, ReplaceSchedule):
+        return replace_prob
+    done = progress if replace_prob.shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return replace_prob.start + (replace_prob.end - replace_prob.start) * done
+
+
 def replace_codes(codes: Tensor, replace_prob: float, codebook_size: int, random: BatchRandom) -> Tensor:
-    """Codes (B, N) of which each was replaced, with probability ``replace_prob``, by a uniformly random one."""
+    """Replaces each of the codes (B, N), with probability ``replace_prob``, by a uniformly random one."""
     if not replace_prob:
         return codes
     shape = tuple(codes.shape[1:])

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from stage2_prior.autoregressive import images_at_once
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import CodeCache, CodeSplit, Manifest
-from stage2_prior.prior import Prior, PriorLossConfig, PriorModelConfig, PriorOutput, prior_config
+from stage2_prior.network import NetworkConfig
+from stage2_prior.prior import Prior, PriorLossConfig, PriorOutput, prior_config
 from twostage.core.config.sections import Count, PathName, RunConfig, Section, load_config
 from twostage.core.errors import InputError
 from twostage.core.machine.command import print_once, run_command
@@ -51,7 +52,7 @@ class PriorTrainingConfig(Section):
     run: RunConfig
     codes: PathName
     """The folder that `twostage encode` wrote."""
-    model: PriorModelConfig = CausalTransformerConfig()
+    model: NetworkConfig = CausalTransformerConfig()
     loss: PriorLossConfig = PriorLossConfig()
     train: PriorTrainConfig
 
@@ -75,7 +76,7 @@ def train(
     cache = CodeCache(config.codes)
     check_entropy(cache.manifest, config.codes)
     cache.check_codes()
-    run = (DryRun if dry_run else TrainingRun)(config, config.model.type != "pixelcnn", time_limit)
+    run = (DryRun if dry_run else TrainingRun)(config, config.model.shardable, time_limit)
     config, accelerator = run.config, run.accelerator
 
     # 1. The codes.
@@ -102,8 +103,8 @@ def train(
     parameters = sum(p.numel() for p in prior.parameters())
     run.say(f"{parameters:,} parameters, {batches.steps_per_epoch} steps an epoch, {batches.max_steps} in all")
     optimizers: dict[str, tuple[nn.Module, Optimizer]] = {"optimizer": (prior, optimizer)}
-    dropout = f"model.dropout={config.model.dropout:g}" if config.model.dropout else ""
-    if not run.restore(batches, modules, optimizers, sources={"codes": cache.contents()}, by_process=dropout):
+    by_process = config.model.per_process_setting()
+    if not run.restore(batches, modules, optimizers, sources={"codes": cache.contents()}, by_process=by_process):
         run.facts = {"best_loss": math.inf, "best_step": 0, "validations_since_best": 0}
 
     # 3. The training.

@@ -12,26 +12,29 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from stage2_prior.fast_linear import TrainedLinear, fast_linear, linear
+from stage2_prior.network import COMMON_SETTINGS, NetworkConfig
 from stage2_prior.sampling import Weights
-from twostage.core.config.sections import Depth, Flag, Section, Share, Width
+from twostage.core.config.sections import Depth, Flag, Share, Width
 from twostage.core.training.random import BatchRandom
 
 __all__ = [
     "Block",
     "FastBlock",
+    "FastTransformer",
     "Transformer",
     "TransformerConfig",
     "attention",
-    "complex_rotation",
-    "normalized",
     "rotate",
     "rotations",
     "turn",
 ]
 
 
-class TransformerConfig(Section):
+class TransformerConfig(NetworkConfig):
     """Pre-normalised blocks as in GPT-2."""
+
+    sampling_settings = COMMON_SETTINGS | {"weights"}
+    shardable = True
 
     hidden_size: Width = 256
     depth: Depth = 6
@@ -42,9 +45,12 @@ class TransformerConfig(Section):
     code_dropout: Share = 0.0
     """Share of the input codes that a training step hides (their embedding is 0)."""
     positions: Literal["learned", "rotary", "both"] = "both"
-    """`learned`: a vector a cell; `rotary`: heads turned by a cell's row and column."""
+    """`learned`: one vector for each cell; `rotary`: heads are rotated by a cell's row and column."""
     tied_head: Flag = False
-    """Whether the head's weights are the code embedding's."""
+    """Whether the head shares its weights with the code embedding."""
+
+    def sampling_floats(self, grid: tuple[int, int]) -> int:
+        return 2 * self.hidden_size * (self.depth * math.prod(grid) + 8 * self.codes_at_once(grid))
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "TransformerConfig":
@@ -53,16 +59,16 @@ class TransformerConfig(Section):
         if self.positions != "learned" and self.hidden_size // self.num_heads % 4:
             raise ValueError(
                 f"hidden_size {self.hidden_size} / num_heads {self.num_heads} must be a multiple of 4, because half of "
-                "each head is turned by the row and half by the column"
+                "each head is rotated by the row and half by the column. Change either, or set positions=learned"
             )
         return self
 
 
 def rotations(grid: tuple[int, int], width: int) -> Tensor:
-    """Cosines and sines (2, N, width / 2) that turn a head by a cell's row and column (RoPE, Su et al. 2021, arXiv
-    2104.09864, in two dimensions): attention can then see how far apart two cells are, whichever they are.
+    """Cosines and sines (2, N, width / 2) that rotate a head by a cell's row and column (RoPE, Su et al. 2021, arXiv
+    2104.09864, in two dimensions), so that attention sees the distance between two cells.
 
-    The slowest turn is a quarter circle in ten cells, the fastest one in a cell.
+    The slowest frequency is a quarter turn in ten cells, the fastest a quarter turn in one cell.
     """
     frequencies = math.pi / 2 * 10 ** -(torch.arange(width // 4) / (width // 4))
     rows, columns = torch.arange(grid[0]), torch.arange(grid[1])
@@ -72,17 +78,18 @@ def rotations(grid: tuple[int, int], width: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turns each pair of (..., E) by (2, ..., E / 2) cosines and sines."""
+    """Rotates each pair of (..., E) by cosines and sines (2, ..., E / 2)."""
     cos, sin = rotation.to(x.dtype)
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v over (B, H, N, E), each cell attending to all, or to itself and those before it.
+    """softmax(q k^T / sqrt(E)) v over (B, H, N, E). Each cell attends to all cells or, if ``causal``, to itself and
+    those before it.
 
-    In bfloat16 on a CPU the products are written out: torch's fused kernel has a slow backward pass there (measured
-    at 4.5 times the time for 64 cells, twice for 256; in float32 the fused one wins).
+    In bfloat16 on a CPU the products are written out, because the backward pass of torch's fused kernel is slow there
+    (measured: 4.5 times as long for 64 cells, twice as long for 256). In float32 the fused kernel is faster.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -118,13 +125,13 @@ class Block(nn.Module):
 
 
 class FastBlock:
-    """A block at inference but for its attention, which is left to the caller. The weights are read now.
+    """A block for inference, without its attention, which the caller computes. The weights are read now.
 
     Args:
-        weights: of its products, as in `fast_linear`, which says what is refused.
+        weights: their precision, see `fast_linear`.
     """
 
-    def __init__(self, block: Block, weights: Weights = "float32") -> None:
+    def __init__(self, block: Block, weights: Weights) -> None:
         def fast(layer: nn.Linear, gelu: bool = False):
             return fast_linear(layer.weight, layer.bias, weights, gelu=gelu)
 
@@ -135,46 +142,46 @@ class FastBlock:
         self._mlp_in, self._mlp_out = fast(block.mlp_in, gelu=True), fast(block.mlp_out)
 
     def qkv(self, x: Tensor) -> Tensor:
-        """Queries, keys and values, (R, D) -> (R, 3, H, E): the queries are divided by sqrt(E), and the pairs that
-        :func:`turn` turns stand side by side."""
-        return self._qkv(normalized(x, self.norm1)).view(len(x), 3, self.num_heads, -1)
+        """Queries, keys and values, (R, D) -> (R, 3, H, E). Queries are divided by sqrt(E), and the two numbers of each
+        pair that :func:`turn` rotates are neighbours."""
+        return self._qkv(_normalized(x, self.norm1)).view(len(x), 3, self.num_heads, -1)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The block's result for ``x`` and what its heads attended to, both (R, D)."""
+        """The block's output for its input ``x`` and the result of its attention, both (R, D)."""
         x = self._attention_out(attended, x)
-        return self._mlp_out(self._mlp_in(normalized(x, self.norm2)), x)
+        return self._mlp_out(self._mlp_in(_normalized(x, self.norm2)), x)
 
 
 def _rows_for_attention(block: Block) -> Tensor:
-    """The weights and, last, the bias of a block's first product, (3 D, D + 1), as :meth:`FastBlock.qkv` wants them:
-    a head's dimensions in another order are all the same to q k^T."""
+    """The weights and, in the last column, the bias of a block's first product, (3 D, D + 1), for
+    :meth:`FastBlock.qkv`: q k^T does not depend on the order of a head's dimensions."""
     rows = torch.cat([block.qkv.weight, block.qkv.bias[:, None]], 1).detach()
     queries, keys, values = rows.unflatten(0, (3, block.num_heads, -1))  # each (H, E, D + 1)
     width = queries.shape[1]
-    if width % 2 == 0:  # else there is nothing that turns
+    if width % 2 == 0:  # otherwise nothing is rotated
         queries, keys = (x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2) for x in (queries, keys))
     return torch.stack([queries * width**-0.5, keys, values]).flatten(0, 2)
 
 
 def turn(qkv: Tensor, rotation: Tensor) -> None:
-    """:func:`rotate` of queries and keys in place, (..., 3, H, E) of :meth:`FastBlock.qkv`, by (..., E / 2) complex
-    numbers: a turned pair is a complex product."""
+    """:func:`rotate` in place, for the queries and keys of :meth:`FastBlock.qkv` (..., 3, H, E), as products with
+    complex numbers (..., E / 2)."""
     pairs = qkv[..., :2, :, :]
     torch.view_as_complex(pairs.view(*pairs.shape[:-1], -1, 2)).mul_(rotation)
 
 
-def normalized(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """``norm`` of (..., D), in half the time of calling the module."""
+def _normalized(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """``norm(x)`` in half the time that calling the module takes."""
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias)
 
 
 class Transformer(nn.Module):
-    """Codes in, a prediction of the code at each place out.
+    """Predicts the code at each place from codes.
 
     Args:
-        inputs: how many codes can be input: the codebook's, and a mask's where there is one.
+        inputs: how many different codes the input can have: the codebook's, plus one if there is a mask code.
+        num_classes: 0 for a prior without classes. One more class, the last, stands for "no class".
         order: (N,) the cells in the order of the sequence; by default row by row.
-        num_classes: 0 for a prior without classes. One further class, the last, stands for "no class".
     """
 
     rotation: Tensor | None
@@ -211,7 +218,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for block in cast(list[Block], list(self.blocks)):  # what the blocks add together stays of order one (GPT-2)
+        for block in cast(list[Block], list(self.blocks)):  # the sum of all blocks stays of order one (GPT-2)
             for layer in (block.attention_out, block.mlp_out):
                 nn.init.normal_(layer.weight, std=0.02 * (2 * len(self.blocks)) ** -0.5)
         if self.positions is not None:
@@ -221,22 +228,22 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(K, D); a tied head leaves a mask's embedding out."""
+        """(K, D); a tied head does not use the embedding of the mask code."""
         return self.code_embedding.weight[: self.codebook_size] if self.head is None else self.head.weight
 
     def embed(self, codes: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Codes (B, n) -> (B, n, D), alone; 0 where ``hidden`` (B, n) is true."""
+        """Embeddings of codes, (B, n) -> (B, n, D); 0 where ``hidden`` (B, n) is True."""
         x = self.code_embedding(codes)
         return x if hidden is None else x.masked_fill(hidden[..., None], 0)
 
     def hide(self, codes: Tensor, random: BatchRandom) -> Tensor | None:
-        """Which of the codes (B, N) a training step hides: (B, N) bool; None outside of training."""
+        """Which of the codes (B, N) a training step hides: (B, N) bool; None in evaluation mode."""
         if not (self.training and self.code_dropout):
             return None
         return random.uniform("code dropout", (codes.shape[1],), codes.device) < self.code_dropout
 
     def run(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Embedded codes (B, N, D) and labels (B,), ``num_classes`` for none, through the blocks: (B, N, D)."""
+        """Runs the blocks on embedded codes (B, N, D) for labels (B,): (B, N, D)."""
         x = x + self.class_embedding(labels)[:, None]
         if self.positions is not None:
             x = x + self.positions
@@ -250,7 +257,22 @@ class Transformer(nn.Module):
         return linear(hidden, self.head_weight, None)
 
 
-def complex_rotation(model: Transformer) -> Tensor:
-    """A model's rotations as :func:`turn` takes them, in the type of its weights: (N, E / 2)."""
-    assert model.rotation is not None
-    return torch.complex(*model.rotation.to(model.norm.weight.dtype))
+class FastTransformer:
+    """A transformer's layers for inference. The weights are read now.
+
+    Args:
+        weights: their precision, see `fast_linear`.
+    """
+
+    def __init__(self, model: Transformer, weights: Weights) -> None:
+        self.model = model
+        self.blocks = [FastBlock(block, weights) for block in cast(list[Block], list(model.blocks))]
+        self.rotation = None
+        """(N, E / 2): the rotations that :func:`turn` takes."""
+        if model.rotation is not None:
+            self.rotation = torch.complex(*model.rotation.to(model.norm.weight.dtype))
+        self._head = fast_linear(model.head_weight, None, weights)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The output of the last block (R, D) -> logits (R, K)."""
+        return self._head(_normalized(x, self.model.norm))

@@ -447,13 +447,13 @@ def test_mistakes_cost_one_sentence(runs, cache, features, changed_tokenizer, tw
     prior, other = runs.prior, changed_tokenizer("encoder")
     found, expected = (Autoencoder.from_pretrained(path).content_hash()[:12] for path in (other, runs.tokenizer))
     for words, said in {
-        (prior, "--codes", cache / "no"): "no such folder; make one with",
-        (prior / "model" / "..", "--codes", runs.tokenizer): "no code cache",
+        (prior, "--codes", cache / "no"): "no such folder",
+        (prior / "model" / "..", "--codes", runs.tokenizer): "not a code cache",
         (prior, "--split", "val"): "--split val: codes",
         (prior, "--weights-dir", cache): "is of tokenizers",
         (runs.tokenizer, "--codes", cache): "is of priors",
         (runs.tokenizer, "--top-k", 3): "--top-k 3: is of priors",
-        (prior, "--top-k", 99, "--features", features): "top_k 99: expected at most the 16 codes",
+        (prior, "--top-k", 99, "--features", features): "top_k 99: expected at most 16,",
         (prior, "--num-samples", 500, "--seed", 3, "--temperature", 0.8): (
             "--num-samples 500, --seed 3, --temperature 0.8: samples are drawn only where a network judges them; give "
             "--features runs/NAME"

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import Manifest, SplitFiles, TokenizerReference
 from stage2_prior.masked_transformer import MaskedTransformerConfig
+from stage2_prior.network import NetworkConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
-from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig, PriorModelConfig
+from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
 from twostage.core.training.random import BatchRandom
 
 HASH = "0123456789abcdef" * 4
-TINY: dict[str, PriorModelConfig] = {
+TINY: dict[str, NetworkConfig] = {
     "causal_transformer": CausalTransformerConfig(hidden_size=16, depth=2, num_heads=2, dropout=0.0),
     "masked_transformer": MaskedTransformerConfig(hidden_size=16, depth=2, num_heads=2, dropout=0.0),
     "pixelcnn": PixelCNNConfig(channels=8, depth=3, first_kernel=5, head_channels=8),
@@ -57,7 +58,7 @@ def _write_codes(folder: Path, splits: dict[str, np.ndarray], codebook_size: int
 
 
 def _tiny_prior(codebook_size: int = 5, grid: tuple[int, int] = (2, 3), class_names: list[str] | None = None,
-                trained: bool = True, model: str | PriorModelConfig = "causal_transformer",
+                trained: bool = True, model: str | NetworkConfig = "causal_transformer",
                 **loss: object) -> Prior:  # fmt: skip
     torch.manual_seed(0)
     prior = Prior(

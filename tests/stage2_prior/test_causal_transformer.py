@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from stage2_prior import fast_linear
+from stage2_prior.autoregressive import ORDERS
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig, CausalTransformerDecoder
-from stage2_prior.orders import ORDERS
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig, guidance_at, image_seeds, uniform_noise
 from twostage.core.training.random import BatchRandom
@@ -126,7 +126,7 @@ def test_nats_of_an_image_are_the_sum_over_its_codes_in_any_order(codes, labels)
 
 @pytest.fixture(params=[0, 2**16], ids=["packed", "plain"])
 def worth_packing(request, monkeypatch) -> None:
-    monkeypatch.setattr(fast_linear, "WORTH_PACKING", request.param)
+    monkeypatch.setattr(fast_linear, "MIN_PACKED", request.param)
 
 
 @pytest.mark.parametrize("options", [{"positions": p} for p in POSITIONS] + [{"order": "spiral"}, {"tied_head": True}])

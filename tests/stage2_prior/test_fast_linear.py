@@ -1,13 +1,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from messages import refuses
 from torch import Tensor, nn
 
 from stage2_prior import fast_linear as module
 from stage2_prior.fast_linear import TrainedLinear, fast_linear, linear
 from twostage.core.errors import InputError
+from twostage.core.machine.onednn import AVAILABLE
 
-needs_onednn = pytest.mark.skipif(not module._has_pointwise(), reason="this torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not AVAILABLE, reason="this torch has no oneDNN")
 
 
 def supported(weights: str) -> bool:
@@ -26,7 +28,7 @@ def layer(request) -> nn.Linear:
 
 @pytest.fixture(params=[0, 2**16], ids=["packed", "plain"])
 def worth_packing(request, monkeypatch) -> int:
-    monkeypatch.setattr(module, "WORTH_PACKING", request.param)
+    monkeypatch.setattr(module, "MIN_PACKED", request.param)
     return request.param
 
 
@@ -90,14 +92,14 @@ def test_the_largest_weights_and_inputs_do_not_overflow():
 
 
 @pytest.mark.parametrize(
-    ("weights", "missing"), [("bfloat16", "_has_pointwise"), ("int8", None)], ids=["bfloat16", "int8"]
+    ("weights", "missing"), [("bfloat16", "has_bfloat16"), ("int8", None)], ids=["bfloat16", "int8"]
 )
 def test_a_torch_without_such_products_says_so(weights, missing, monkeypatch):
     if missing:
         monkeypatch.setattr(module, missing, lambda: False)
     else:
         monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", [])
-    with pytest.raises(InputError, match=f"weights '{weights}': this torch .* use float32"):
+    with refuses(f"weights '{weights}'", "Use float32"):
         fast_linear(torch.ones(4, 4), None, weights)
 
 
@@ -108,7 +110,7 @@ def test_a_torch_without_such_products_says_so(weights, missing, monkeypatch):
 def test_gradients_equal_those_of_the_layer(layer, shape, worth_packing):
     x, y = (torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
     result, expected = linear(x, layer.weight, layer.bias), F.linear(y, layer.weight, layer.bias)
-    assert type(result.grad_fn).__name__.startswith("_OneDNN") == (worth_packing == 0 and module._has_pointwise())
+    assert type(result.grad_fn).__name__.startswith("_OneDNN") == (worth_packing == 0 and AVAILABLE)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
     parameters = list(layer.parameters())
     ours = torch.autograd.grad(result.square().sum(), [x, *parameters])
@@ -119,7 +121,7 @@ def test_gradients_equal_those_of_the_layer(layer, shape, worth_packing):
 
 @needs_onednn
 def test_weights_alone_can_be_trained(layer, monkeypatch):
-    monkeypatch.setattr(module, "WORTH_PACKING", 0)
+    monkeypatch.setattr(module, "MIN_PACKED", 0)
     x = torch.randn(3, 24)
     linear(x, layer.weight, layer.bias).sum().backward()
     assert layer.weight.grad is not None
@@ -128,7 +130,7 @@ def test_weights_alone_can_be_trained(layer, monkeypatch):
 
 @needs_onednn
 def test_training_rounds_the_same_each_time_and_leaves_autocast_and_double_to_torch(monkeypatch):
-    monkeypatch.setattr(module, "WORTH_PACKING", 0)
+    monkeypatch.setattr(module, "MIN_PACKED", 0)
     torch.manual_seed(0)
     layer, x = TrainedLinear(24, 40), torch.randn(9, 24)
     gradients = []

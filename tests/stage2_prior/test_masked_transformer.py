@@ -6,10 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stage2_prior.masked_transformer import MaskedPredictor, MaskedTransformer, MaskedTransformerConfig
-from stage2_prior.parallel_sampling import draw_in_parallel, gumbel, left_masked
+from stage2_prior.masked_transformer import (
+    MEAN_MASKED_SHARE,
+    MaskedPredictor,
+    MaskedTransformer,
+    MaskedTransformerConfig,
+    gumbel,
+    masked_share,
+    num_left_masked,
+    sample_in_parallel,
+)
 from stage2_prior.sampling import SamplingConfig, guidance_at, image_seeds, uniform_noise
-from stage2_prior.shares import masked_share
 from twostage.core.errors import InputError
 from twostage.core.training.random import BatchRandom
 
@@ -47,6 +54,33 @@ def watch_inputs(model: MaskedTransformer) -> list[Tensor]:
     inputs: list[Tensor] = []
     model.code_embedding.register_forward_hook(lambda _, given, __: inputs.append(given[0]))
     return inputs
+
+
+# --- the mask schedules ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "arccos"])
+def test_the_masked_share_falls_from_all_to_none_and_is_concave(schedule):
+    share = masked_share(torch.linspace(0, 1, 101, dtype=torch.double), schedule)
+    torch.testing.assert_close(share[[0, -1]], torch.tensor([1.0, 0.0], dtype=torch.double), atol=1e-12, rtol=0)
+    steps = share.diff()
+    assert (steps < 0).all()
+    assert (steps.diff() < 0).all()  # what filling an image in its last step and not before rests on
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "arccos"])
+def test_the_mean_masked_share_is_two_over_pi(schedule):
+    middles = (torch.arange(100_000, dtype=torch.double) + 0.5) / 100_000
+    assert masked_share(middles, schedule).mean().item() == pytest.approx(MEAN_MASKED_SHARE, abs=1e-6)
+    assert pytest.approx(2 / math.pi) == MEAN_MASKED_SHARE
+
+
+def test_the_two_mask_schedules_are_each_others_mirror_image():
+    progress = torch.linspace(0, 1, 11, dtype=torch.double)
+    back = masked_share(masked_share(progress, "cosine"), "arccos")
+    torch.testing.assert_close(back, progress)
+    assert masked_share(progress, "cosine")[5].item() == pytest.approx(math.sqrt(0.5))
+    assert masked_share(progress, "arccos")[5].item() == pytest.approx(2 / 3)
 
 
 # --- the training loss ----------------------------------------------------------------------------------------------
@@ -168,7 +202,7 @@ def test_every_number_of_codes_is_filled_in_its_last_step_and_not_before(schedul
     steps = unknown.clamp(max=num_steps)
     masked = unknown
     for step in range(1, num_steps + 1):
-        left = left_masked(step, steps, unknown, masked, schedule)
+        left = num_left_masked(step, steps, unknown, masked, schedule)
         assert (left < masked)[masked > 0].all()
         assert torch.equal(left == 0, steps <= step)
         masked = left
@@ -178,7 +212,7 @@ def test_the_number_of_masked_codes_follows_the_schedule():
     unknown, counts = torch.tensor([256, 4]), []
     masked = unknown
     for step in range(1, 9):
-        masked = left_masked(step, torch.tensor([8, 4]), unknown, masked, "cosine")
+        masked = num_left_masked(step, torch.tensor([8, 4]), unknown, masked, "cosine")
         counts.append(masked.tolist())
     assert [image for image, _ in counts] == [int(256 * math.cos(math.pi / 16 * t)) for t in range(1, 8)] + [0]
     assert [image for _, image in counts] == [3, 2, 1, 0, 0, 0, 0, 0]
@@ -280,12 +314,12 @@ def test_each_step_masks_as_many_codes_as_the_schedule_says_and_what_is_filled_s
         inputs.append(codes.clone())
         return predictor(codes)
 
-    codes = draw_in_parallel(predict, noise, SamplingConfig(), "cosine", 4.5, MASK, known, told.append)
+    codes = sample_in_parallel(predict, noise, SamplingConfig(), "cosine", 4.5, MASK, known, told.append)
     unknown = (known < 0).sum(1)
     steps = unknown.clamp(max=num_steps)
     expected = [unknown]
     for step in range(1, num_steps + 1):
-        expected.append(left_masked(step, steps, unknown, expected[-1], "cosine"))
+        expected.append(num_left_masked(step, steps, unknown, expected[-1], "cosine"))
     grids = [*inputs, codes]
     assert len(inputs) == num_steps
     for step, grid in enumerate(grids):

@@ -4,12 +4,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from messages import refuses
 from torch import Tensor, nn
 
 from stage2_prior.pixelcnn import PixelCNN, PixelCNNConfig, PixelCNNDecoder
 from stage2_prior.sampling import SamplingConfig, guidance_at, image_seeds, uniform_noise
 from twostage.core.config.sections import parse_config
-from twostage.core.errors import InputError
 from twostage.core.training.random import BatchRandom
 
 CODES, GRID, CLASSES = 7, (3, 5), 3
@@ -282,5 +282,5 @@ def test_training_under_autocast_gives_gradients_to_all_weights(codes, labels, w
     ],
 )
 def test_kernels_must_have_a_centre(kernels, named):
-    with pytest.raises(InputError, match=f"{named}: a kernel's side must be odd and at least 3"):
+    with refuses(named, "odd and at least 3"):
         parse_config(PixelCNNConfig, kernels, "model")

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from messages import refuses
 
 from stage2_prior.sampling import SamplingConfig, choose, filter_logits, guidance_at, guide, image_seeds, uniform_noise
 from twostage.core.config.sections import parse_config
-from twostage.core.errors import InputError
 
 ALMOST_1 = 1 - 2**-53  # the largest number that is ever drawn
 
@@ -118,7 +118,7 @@ def test_filtering_leaves_its_argument_alone():
 
 @pytest.mark.parametrize("key", ["temperature", "top_k", "top_p"])
 def test_zero_is_refused(key):
-    with pytest.raises(InputError, match=key):
+    with refuses(key, "got 0"):
         parse_config(SamplingConfig, {key: 0}, "sampling")
 
 
@@ -157,39 +157,35 @@ def test_a_rows_draw_depends_on_its_own_noise_alone():
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "named"),
     [
-        (
-            {"temperature": 0},
-            "temperature: got 0, expected more than 0 (at least 1e-06); top_k=1 (--top-k 1) draws the",
-        ),
-        ({"temperature": 0.0}, "top_k=1 (--top-k 1)"),
-        ({"temperature": "0"}, "top_k=1 (--top-k 1)"),
-        ({"temperature": -0.5}, "temperature: got -0.5, expected more than 0"),
-        ({"temperature": 1e-300}, "expected more than 0 (at least 1e-06)"),
-        ({"temperature": 1e300}, "temperature: got 1e+300, expected at most 1e+06"),
-        ({"temperature": float("nan")}, "temperature: expected a finite number, got nan"),
-        ({"temperature": float("inf")}, "temperature: expected a finite number, got inf"),
-        ({"temperature": None}, "temperature: expected a valid number, got None"),
-        ({"top_k": 0}, "top_k: got 0, expected at least 1, which draws the most likely code every time; leave it out"),
-        ({"top_k": -3}, "top_k: got -3, expected at least 1"),
-        ({"top_k": 2.5}, "top_k: expected a valid integer, got 2.5"),
-        ({"top_k": True}, "top_k: expected a valid integer, got True"),
-        ({"top_p": 0}, "top_p: got 0, expected a share above 0 and at most 1, such as 0.9; top_k=1 (--top-k 1)"),
-        ({"top_p": 95}, "top_p: got 95, expected a share above 0 and at most 1, such as 0.9; for 95 percent give 0.95"),
-        ({"top_p": 1.01}, "top_p: got 1.01, expected a share above 0 and at most 1, such as 0.9"),
-        ({"top_p": -0.1}, "top_p: got -0.1, expected a share"),
-        ({"guidance_scale": -1}, "guidance_scale: got -1, expected from 0 to 1e+06: 0 ignores the class"),
-        ({"guidance_scale": 1e300}, "guidance_scale: got 1e+300"),
-        ({"num_steps": 0}, "num_steps: got 0, expected at least 1; leave it out"),
-        ({"choice_temperature": -1}, "choice_temperature: got -1, expected from 0"),
+        ({"temperature": 0}, ("got 0", "more than 0 (at least 1e-06", "top_k=1 (--top-k 1)")),
+        ({"temperature": 0.0}, ("top_k=1 (--top-k 1)",)),
+        ({"temperature": "0"}, ("top_k=1 (--top-k 1)",)),
+        ({"temperature": -0.5}, ("got -0.5", "more than 0")),
+        ({"temperature": 1e-300}, ("at least 1e-06",)),
+        ({"temperature": 1e300}, ("got 1e+300", "at most 1e+06")),
+        ({"temperature": float("nan")}, ("finite", "nan")),
+        ({"temperature": float("inf")}, ("finite", "inf")),
+        ({"temperature": None}, ("number", "got None")),
+        ({"top_k": 0}, ("got 0", "at least 1", "Omit")),
+        ({"top_k": -3}, ("got -3", "at least 1")),
+        ({"top_k": 2.5}, ("integer", "got 2.5")),
+        ({"top_k": True}, ("integer", "got True")),
+        ({"top_p": 0}, ("got 0", "above 0 and at most 1", "0.9", "top_k=1 (--top-k 1)")),
+        ({"top_p": 95}, ("got 95", "above 0 and at most 1", "For 95 percent, use 0.95")),
+        ({"top_p": 1.01}, ("got 1.01", "above 0 and at most 1")),
+        ({"top_p": -0.1}, ("got -0.1", "above 0")),
+        ({"guidance_scale": -1}, ("got -1", "0 (ignores the class) to 1e+06")),
+        ({"guidance_scale": 1e300}, ("got 1e+300",)),
+        ({"num_steps": 0}, ("got 0", "at least 1", "Omit")),
+        ({"choice_temperature": -1}, ("got -1", "expected 0")),
     ],
     ids=str,
 )
-def test_an_impossible_setting_names_what_to_give_instead(given, said):
-    with pytest.raises(InputError) as refused:
+def test_an_impossible_setting_names_what_to_use_instead(given, named):
+    with refuses("the sampling options", *given, *named):
         parse_config(SamplingConfig, given, "the sampling options")
-    assert said in str(refused.value)
 
 
 @pytest.mark.parametrize("given", [{"temperature": 1e-6}, {"temperature": 1e6}, {"guidance_scale": 1e6}, {"top_p": 1}])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from messages import refuses
 from safetensors.torch import load_file
 
 from stage2_prior.codes import Augmentation, CodeCache, TokenizerReference
@@ -306,7 +307,7 @@ def test_a_label_that_is_no_class_is_refused_before_anything_is_written(regular,
     labels = np.load(regular / "val.labels.npy")
     labels[7] = 5
     np.save(regular / "val.labels.npy", labels)
-    with pytest.raises(InputError, match=r"val\.labels\.npy: row 7 holds the label 5, expected labels from 0 to 1 "):
+    with refuses("val.labels.npy", "row 7", "label 5", "0 to 1"):
         start(document())
     assert not (tmp_path / "run").exists()
 
@@ -315,7 +316,7 @@ def test_codes_beyond_the_vocabulary_are_refused_before_anything_is_written(nois
     codes = np.load(noise / "train.codes.npy")
     codes[5, 1, 0] = 9
     np.save(noise / "train.codes.npy", codes)
-    with pytest.raises(InputError, match=r"train\.codes\.npy: row 5 holds the code 9, expected codes from 0 to 3"):
+    with refuses("train.codes.npy", "row 5", "code 9", "0 to 3"):
         start(document())
     assert not (tmp_path / "run").exists()
 
@@ -330,7 +331,7 @@ def test_a_collapsed_codebook_stops_before_anything_is_written(tmp_path, write_c
 
 
 def test_missing_codes_are_said_before_anything_is_written(tmp_path, document, start):
-    with pytest.raises(InputError, match="codes: no such folder; make one with: twostage encode"):
+    with refuses("codes", "no such folder", "twostage encode"):
         start(document())
     assert not (tmp_path / "run").exists()
 

@@ -1,6 +1,5 @@
 """`--dry-run` of a training verb: the first steps of the real training, measured, and nothing written."""
 
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from twostage.core.errors import InputError
 from twostage.core.machine.memory import MEASURED_BY, peak_memory
+from twostage.core.machine.onednn import FLOP_FORMULAS
 from twostage.core.runs.model_folder import write_json
 from twostage.core.runs.places import Contents
 from twostage.core.training.batches import Batches
@@ -32,16 +32,12 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="A file for what
 
 aten = torch.ops.aten
 # What torch counts on a GPU, but not yet on a CPU.
-ON_CPU = {
+ON_CPU = FLOP_FORMULAS | {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
     ),
 }
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-    ON_CPU[torch.ops.mkldnn._linear_pointwise] = lambda x_shape, *_, out_shape=(), **__: (
-        2 * math.prod(x_shape) * out_shape[-1]
-    )
 
 
 class _NoModules(ModuleTracker):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stage2_prior.orders import ORDERS, cell_order
+from stage2_prior.autoregressive import ORDERS, cell_order
 
 
 @pytest.mark.parametrize("grid", [(1, 5), (5, 1), (3, 5), (5, 3), (1, 1), (4, 4)], ids=str)

@@ -1,0 +1,89 @@
+"""What every prior's network and its configuration offer. Whatever uses a prior asks these questions and never looks
+at its type. So a new prior is one new file, and other packages can register priors of their own (docs/extending.md).
+
+Axes: B images, N cells of a code grid.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from stage2_prior.sampling import SamplingConfig
+from twostage.core.config.registry import OpenUnion
+from twostage.core.config.sections import Section
+from twostage.core.training.random import BatchRandom
+
+__all__ = ["COMMON_SETTINGS", "NetworkConfig", "OnProgress", "PriorNetwork"]
+
+COMMON_SETTINGS = frozenset({"temperature", "top_k", "top_p", "guidance_scale", "guidance_schedule"})
+
+OnProgress = Callable[[int], object]
+"""Receives how many codes were sampled since its last call."""
+
+
+class NetworkConfig(OpenUnion, Section):
+    """The configuration of a network: the key `model`. Each member of this union adds its `type` and its settings."""
+
+    sampling_settings: ClassVar[frozenset[str]] = COMMON_SETTINGS
+    """The settings of `SamplingConfig` that the network understands."""
+    shardable: ClassVar[bool] = False
+    """Whether training can share the weights among processes (FSDP)."""
+
+    def build(self, codebook_size: int, grid: tuple[int, int], num_classes: int) -> "PriorNetwork":
+        """The network, an `nn.Module`, for codes 0 to ``codebook_size - 1`` on a ``grid`` (h, w). Its labels are 0 to
+        ``num_classes``; the last one stands for "no class"."""
+        raise NotImplementedError
+
+    def per_process_setting(self) -> str:
+        """The setting by which each process draws random numbers of its own, such as "model.dropout=0.1", or "". A run
+        that has one cannot be resumed with another number of processes."""
+        dropout = getattr(self, "dropout", 0.0)
+        return f"model.dropout={dropout:g}" if dropout else ""
+
+    def codes_at_once(self, grid: tuple[int, int]) -> int:
+        """How many codes of an image one sampling step predicts."""
+        return 1
+
+    def sampling_floats(self, grid: tuple[int, int]) -> int:
+        """About how many numbers sampling keeps for each image: caches and activations, but not logits. An upper
+        estimate."""
+        return 0
+
+
+class PriorNetwork(Protocol):
+    """A network that predicts codes (B, N), stored row by row, for labels (B,)."""
+
+    @property
+    def exact_likelihood(self) -> bool:
+        """Whether :meth:`nats_per_image` is exact; otherwise it is an upper bound."""
+        ...
+
+    @property
+    def keeps(self) -> str:
+        """Which known codes sampling can keep, in words such as "any codes"."""
+        ...
+
+    def loss(self, codes: Tensor, labels: Tensor, inputs: Tensor, random: BatchRandom) -> Tensor:
+        """The training loss, a scalar, of predicting ``codes`` from ``inputs``, in which some codes are replaced."""
+        ...
+
+    def nats_per_image(self, codes: Tensor, labels: Tensor, random: BatchRandom) -> Tensor:
+        """-log p(codes | label), or an upper bound on it: (B,)."""
+        ...
+
+    def can_keep(self, known: Tensor) -> bool:
+        """Whether sampling can keep the codes of the cells that are True in ``known`` (B, N)."""
+        ...
+
+    def sample(
+        self,
+        labels: Tensor,
+        sampling: SamplingConfig,
+        seeds: list[int],
+        known: Tensor | None,
+        on_progress: OnProgress | None,
+    ) -> Tensor:
+        """Codes (B, N) int64. Image i depends on ``labels[i]``, ``seeds[i]`` and ``known[i]`` only; ``known`` (B, N)
+        has -1 where a code is to be sampled."""
+        ...
