@@ -9,7 +9,6 @@ from stage2_prior.transformer import (
     Block,
     FastBlock,
     Transformer,
-    TransformerConfig,
     attention,
     rotate,
     rotations,
@@ -23,7 +22,9 @@ CODES, GRID = 5, (2, 3)
 
 def build(**options: object) -> Transformer:
     torch.manual_seed(0)
-    config = TransformerConfig.model_validate({"hidden_size": 16, "depth": 2, "num_heads": 2, "dropout": 0.0} | options)
+    config = CausalTransformerConfig.model_validate(
+        {"hidden_size": 16, "depth": 2, "num_heads": 2, "dropout": 0.0} | options
+    )
     return Transformer(config, CODES, CODES + 1, GRID, num_classes=2, causal=False)
 
 
@@ -52,7 +53,7 @@ def test_attention_in_bfloat16_equals_that_in_float32(causal):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_fast_block_equals_the_block(dtype):
     torch.manual_seed(0)
-    block = Block(TransformerConfig(hidden_size=16, num_heads=2, dropout=0.5), causal=False).eval().to(dtype)
+    block = Block(CausalTransformerConfig(hidden_size=16, num_heads=2, dropout=0.5), causal=False).eval().to(dtype)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.4)
     x, rotation = torch.randn(3, 6, 16, dtype=dtype), rotations(GRID, 8)
