@@ -1,4 +1,4 @@
-"""Says what a data source holds, and shows it as a model would see it."""
+"""Show what a data source holds, as text and as a contact sheet of the images that a model would see."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from PIL import Image
 
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import DataConfig, ImageData, LabelColumnOption, ValueRangeOption, load_images
@@ -16,6 +17,7 @@ from twostage.core.images.fonts import class_labels
 from twostage.core.images.sheets import contact_sheet, save_image
 from twostage.core.machine.command import run_command
 from twostage.core.runs.model_folder import write_json
+from twostage.core.wording import some_of
 
 __all__ = ["inspect_data"]
 
@@ -24,43 +26,46 @@ MAX_NAMED = 20
 
 
 def inspect_data(config: DataConfig, out: Path) -> ImageData:
-    """Print splits, classes, sizes, modes and every unreadable file; draws a contact sheet into ``out``."""
+    """Print splits, classes, sizes, modes and every unreadable file, and save a contact sheet as ``out``."""
     data = load_images(config.model_copy(update={"on_bad_image": "skip"}))
     print(data.description)
     for name, split in data.splits.items():
-        print(f"  {name}: {len(split):,} pictures")
+        print(f"  {name}: {len(split):,} images")
         if split.labels is not None and data.class_names:
             counts = torch.bincount(split.labels, minlength=len(data.class_names)).tolist()
-            shown = ", ".join(f"{c} {n:,}" for c, n in list(zip(data.class_names, counts, strict=True))[:20])
-            print(f"    classes: {shown}{' ...' if len(counts) > 20 else ''}")
+            named = [f"{c} {n:,}" for c, n in zip(data.class_names, counts, strict=True)]
+            print(f"    classes: {some_of(named, MAX_NAMED)}")
         elif data.class_names:
             print("    no labels")
     print(f"  sizes (width x height): {_most_common(data.sizes)}")
     print(f"  modes: {_most_common(data.modes)}")
     for kind, used in data.values.items():
         low, high = config.value_range or used.type_range
-        found = f"{kind}, {used.low:g} to {used.high:g} in {used.images:,} pictures"
+        found = f"{kind}, {used.low:g} to {used.high:g} in {used.images:,} images"
         print(f"  values: {found}; {low:g} becomes black, {high:g} white")
     for line in data.notices:
         print(f"  {line}")
-    for kind, names in {"unreadable": data.bad, "left out": data.skipped}.items():
+    for kind, names in {"unreadable": data.bad, "skipped": data.skipped}.items():
         for name in names[:MAX_NAMED]:
             print(f"  {kind}: {name}")
         if len(names) > MAX_NAMED:
-            print(f"  {kind}: {len(names) - MAX_NAMED:,} more (all with --json FILE)")
-    train = data.splits["train"]
-    rows = spread_over_classes(train.labels, len(train), NUM_SHOWN)
-    labels = train.read_labels(rows)
-    drawn = class_labels(data.class_names or [])
-    captions = None if labels is None or not drawn else [drawn[i] for i in labels.tolist()]
-    save_image(contact_sheet(train.read(rows), min(8, len(rows)), captions), out)
+            print(f"  {kind}: {len(names) - MAX_NAMED:,} more (use --json FILE to list all)")
+    save_image(_sheet(data), out)
     height, width = config.size
-    print(f"{out}: as a model with data.image_size=[{height}, {width}] data.channels={config.channels} sees them")
+    print(f"{out}: the images with data.image_size=[{height}, {width}] data.channels={config.channels}")
     return data
 
 
-def describe(data: ImageData) -> dict[str, Any]:
-    """All of it as JSON: every file is used in a split or is skipped with a reason."""
+def _sheet(data: ImageData) -> Image.Image:
+    train = data.splits["train"]
+    rows = spread_over_classes(train.labels, len(train), NUM_SHOWN)
+    labels, names = train.read_labels(rows), class_labels(data.class_names or [])
+    captions = None if labels is None or not names else [names[i] for i in labels.tolist()]
+    return contact_sheet(train.read(rows), min(8, len(rows)), captions)
+
+
+def _document(data: ImageData) -> dict[str, Any]:
+    """Everything as JSON: each file is in a split, or skipped with a reason."""
     used = {name: split.names(torch.arange(len(split))) for name, split in data.splits.items()}
     skipped = data.bad + data.skipped
     return {
@@ -78,22 +83,22 @@ def describe(data: ImageData) -> dict[str, Any]:
 
 
 def _most_common(counter: Counter[str]) -> str:
-    shown = ", ".join(f"{name} ({count:,})" for name, count in counter.most_common(5))
-    return shown + (f" and {len(counter) - 5} more" if len(counter) > 5 else "") if counter else "as drawn"
+    return some_of(f"{name} ({count:,})" for name, count in counter.most_common()) or "as requested"
 
 
 def command(
     data: Annotated[str, typer.Argument(help="shapes, a folder, parquet files, a name, or owner/name.")],
-    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; the first picture's by default.")] = None,
-    channels: Annotated[int | None, typer.Option(help="1, 3 or 4; the first picture's by default.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; by default those of the first image.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1, 3 or 4; by default those of the first image.")] = None,
     label_column: LabelColumnOption = AUTO,
     value_range: ValueRangeOption = None,
-    out: Annotated[Path, typer.Option(help="The contact sheet.")] = Path("inspect.png"),
+    out: Annotated[Path, typer.Option(help="Where to save the contact sheet.")] = Path("inspect.png"),
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="A file for all of it: what is used, what is skipped and why.")
+        Path | None,
+        typer.Option("--json", help="Also write this file, with every used and every skipped file."),
     ] = None,
 ) -> None:
-    """Show what a data source holds: splits, classes, sizes, modes, bad files, a contact sheet."""
+    """Show what a data source holds: splits, classes, sizes, modes, unreadable files, a contact sheet."""
     size, found_channels = first_form(data)
     document = {
         "source": data,
@@ -102,9 +107,9 @@ def command(
         "label_column": None if label_column == "null" else label_column,
         "value_range": value_range,
     }
-    data_found = inspect_data(parse_config(DataConfig, document, "the options"), out)
+    found = inspect_data(parse_config(DataConfig, document, "the options"), out)
     if json_file:
-        write_json(json_file, describe(data_found))
+        write_json(json_file, _document(found))
 
 
 if __name__ == "__main__":

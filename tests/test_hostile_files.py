@@ -208,8 +208,8 @@ def test_a_table_whose_paths_lead_outside(twostage, path, tmp_path):
     document = json.loads((tmp_path / "found.json").read_text())
     assert {name: len(used) for name, used in document["used"].items()} == {"train": 4, "test": 4}
     assert document["skipped"] == [
-        f"data:test:4 (its path {path} leads out of the table's folder)",
-        "data/link/data (a link to a folder above it)",
+        f"data:test:4 (the path {path} leaves the table's folder)",
+        "data/link/data (a link to a parent folder)",
         *(["data/link/outside.png (in no table)"] if path == "/etc/hostname" else []),
     ]
 

@@ -1,4 +1,4 @@
-"""`inspect` says what is there, names what cannot be read, and shows it as a model would see it."""
+"""`inspect` shows what a source holds, names unreadable files, and saves the images as a model would see them."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Four cats and two dogs, one of them grey, to train on, one held out of each, and a broken cat."""
+    """Four cats and two dogs (one of them grey) for training, one of each held out, and a broken cat."""
     root = tmp_path / "animals"
     for split, cats, dogs in (("train", 4, 2), ("test", 1, 1)):
         for name, count in (("cat", cats), ("dog", dogs)):
@@ -16,7 +16,7 @@ def folder(tmp_path) -> Path:
             for i in range(count):
                 Image.new("RGB", (20, 10), (40 * i, 0, 90)).save(root / split / name / f"{i}.png")
     Image.new("L", (8, 12), 7).save(root / "train" / "dog" / "1.png")
-    (root / "train" / "cat" / "broken.png").write_bytes(b"no picture")
+    (root / "train" / "cat" / "broken.png").write_bytes(b"no image")
     return root
 
 
@@ -24,12 +24,12 @@ def test_a_folder_of_classes(folder, twostage, tmp_path):
     ended = twostage("inspect", folder, "--out", tmp_path / "sheet.png")
     assert ended.code == 0, ended.err
     lines = ended.out.splitlines()
-    assert lines[0] == f"folder {folder}: the splits test, train, each one folder a class (2 classes)"
-    assert lines[lines.index("  train: 6 pictures") + 1] == "    classes: cat 4, dog 2"
-    assert lines[lines.index("  test: 2 pictures") + 1] == "    classes: cat 1, dog 1"
+    assert lines[0] == f"folder {folder}: the splits test, train, each with one folder per class (2 classes)"
+    assert lines[lines.index("  train: 6 images") + 1] == "    classes: cat 4, dog 2"
+    assert lines[lines.index("  test: 2 images") + 1] == "    classes: cat 1, dog 1"
     assert "  sizes (width x height): 20 x 10 (7), 8 x 12 (1)" in lines
     assert "  modes: RGB (7), L (1)" in lines
-    assert any("1 of 8 pictures are grey and are repeated over the colours" in line for line in lines)
+    assert any("1 of 8 images are grey and are copied to all colours" in line for line in lines)
     bad = [line for line in lines if line.startswith("  unreadable: ")]
     assert len(bad) == 1
     assert str(folder / "train" / "cat" / "broken.png") in bad[0]
@@ -49,6 +49,6 @@ def test_the_sheet_shows_what_a_model_would_see(folder, twostage, tmp_path):
 def test_shapes_need_nothing_on_disk(twostage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ended = twostage("inspect", "shapes")
-    assert "train: 20,000 pictures" in ended.out
+    assert "train: 20,000 images" in ended.out
     assert "circle 2,500" in ended.out
     assert (tmp_path / "inspect.png").is_file()

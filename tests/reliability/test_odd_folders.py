@@ -71,14 +71,14 @@ def test_every_file_is_used_or_named(twostage, tmp_path):
     assert skipped == {
         "a/.hidden.png": "hidden)",
         ".thumbnails/6.png": "hidden)",
-        "a/notes.txt": "no picture: .txt)",
-        "a/README": "no picture)",
+        "a/notes.txt": "not an image: .txt)",
+        "a/README": "not an image)",
         "a/empty.png": "not a readable image)",
-        "a/broken.png": "a link to nothing)",
-        "a/itself.png": "a link to nothing)",
-        "a/up": "a link to a folder above it)",
-        "b/round": "a link to a folder above it)",
-        "b/pipe.png": "no file)",
+        "a/broken.png": "a broken link)",
+        "a/itself.png": "a broken link)",
+        "a/up": "a link to a parent folder)",
+        "b/round": "a link to a parent folder)",
+        "b/pipe.png": "not a regular file)",
     }
     ended = twostage("inspect", "pictures", "--json", "found.json", "--image-size", 8)
     assert ended.code == 0, ended.err
@@ -86,13 +86,13 @@ def test_every_file_is_used_or_named(twostage, tmp_path):
     assert sorted(name for names in found["used"].values() for name in names) == sorted(used(data))
     assert found["files"] == len(expected) + len(skipped)
     assert "unreadable: pictures/a/empty.png (not a readable image)" in ended.out
-    assert "left out: pictures/a/up (a link to a folder above it)" in ended.out
+    assert "skipped: pictures/a/up (a link to a parent folder)" in ended.out
 
 
 def test_folders_that_are_the_same_split(tmp_path):
     for name in ("train/0.png", "val/1.png", "validation/2.png"):
         picture(tmp_path / "pictures" / name)
-    with pytest.raises(InputError, match="several of its folders train, val, validation are the same split"):
+    with pytest.raises(InputError, match="folders train, val, validation mean the same split"):
         load()
 
 
@@ -100,7 +100,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path):
     picture(tmp_path / "pictures" / "a" / "0.png")
     picture(tmp_path / "pictures" / "a" / "1.png")
     (tmp_path / "pictures" / "b").symlink_to("x" * 255 + "/")
-    assert load().skipped == ["pictures/b (a link to nothing)"]
+    assert load().skipped == ["pictures/b (a broken link)"]
 
 
 # --- what the pixels become -----------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_of_several_frames_the_first_is_used_and_said(name):
     lossless = {"lossless": True} if name == "x.webp" else {}
     found = pixels(frames[0], name, save_all=True, append_images=frames[1:], **lossless)
     assert np.abs(found.astype(int) - np.array([255, 0, 0])[:, None, None]).max() <= 3
-    assert "2 pictures have several frames; the first is used" in load().notices
+    assert "2 images have several frames; only the first is used" in load().notices
 
 
 def test_the_orientation_is_applied():

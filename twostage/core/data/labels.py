@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from twostage.core.errors import InputError
 from twostage.core.wording import short_repr, some_of
 
-__all__ = ["AUTO", "hub_features", "label_column", "read_labels"]
+__all__ = ["AUTO", "hub_features", "label_column", "table_labels"]
 
 AUTO = "auto"
 """The `data.label_column` that looks for a usual name."""
@@ -83,7 +83,7 @@ def label_candidates(table: pa.Table, taken: str) -> list[str]:
     return [f"{notice} to one of: {some_of(candidates)}"]
 
 
-def read_labels(
+def table_labels(
     tables: dict[str, pa.Table], column: str, origin: str
 ) -> tuple[list[str] | None, dict[str, np.ndarray | None], list[str]]:
     """The class names, each split's labels, (n,) int64 or None for a split without labels, and notices.

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from twostage.core.data.image_folder import FolderContent
-from twostage.core.data.labels import hub_features, label_candidates, label_column, read_labels
+from twostage.core.data.labels import hub_features, label_candidates, label_column, table_labels
 from twostage.core.data.records import Records, Source
 from twostage.core.data.splits import exact_split, reads_as_held_out, spelled_splits
 from twostage.core.errors import InputError
@@ -240,7 +240,7 @@ def _from_tables(
         notices += label_candidates(tables[first], column)
     class_names, labels = None, dict.fromkeys(tables)
     if labels_from:
-        class_names, labels, more = read_labels(tables, labels_from, origin)
+        class_names, labels, more = table_labels(tables, labels_from, origin)
         notices += more
     splits = {}
     for split, table in tables.items():

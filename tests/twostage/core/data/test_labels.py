@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 from messages import assert_names, refuses
 
-from twostage.core.data.labels import label_candidates, label_column, read_labels
+from twostage.core.data.labels import label_candidates, label_column, table_labels
 
 
 def table(values, **more) -> pa.Table:
@@ -13,7 +13,7 @@ def table(values, **more) -> pa.Table:
 
 
 def names_and_labels(values, **more):
-    names, labels, _ = read_labels({"train": table(values, **more)}, "label", "here")
+    names, labels, _ = table_labels({"train": table(values, **more)}, "label", "here")
     return names, None if labels["train"] is None else labels["train"].tolist()
 
 
@@ -70,13 +70,13 @@ def test_a_value_that_is_not_a_class_is_refused(values, parts):
 
 def test_with_class_names_numbers_and_names_are_labels_and_minus_one_is_none():
     train, test = with_names(table([2, 0, 0]), ["ant", "bee", "cow"]), table([-1, -1])
-    names, labels, said = read_labels({"train": train, "test": test}, "label", "here")
+    names, labels, said = table_labels({"train": train, "test": test}, "label", "here")
     assert (names, labels["train"].tolist(), labels["test"]) == (["ant", "bee", "cow"], [2, 0, 0], None)
     assert said == ["`test` has no labels and is used without classes"]
     named = with_names(table(["bee", "ant"]), ["ant", "bee"])
-    assert read_labels({"train": named}, "label", "here")[1]["train"].tolist() == [1, 0]
+    assert table_labels({"train": named}, "label", "here")[1]["train"].tolist() == [1, 0]
     with refuses("row 1: label is 'cat'", "expected a number from 0 to 1 or a class name", "data.label_column"):
-        read_labels({"train": with_names(table(["bee", "cat"]), ["ant", "bee"])}, "label", "here")
+        table_labels({"train": with_names(table(["bee", "cat"]), ["ant", "bee"])}, "label", "here")
 
 
 @pytest.mark.parametrize("form", ['{"feature": %s, "_type": "Sequence"}', '{"feature": %s, "_type": "List"}', "[%s]"])
@@ -84,33 +84,33 @@ def test_lists_of_one_named_class_keep_the_names(form):
     feature = form % '{"names": ["ant", "bee"], "_type": "ClassLabel"}'
     metadata = {"huggingface": f'{{"info": {{"features": {{"label": {feature}}}}}}}'}
     content = table([[1], [0]]).replace_schema_metadata(metadata)
-    names, labels, _ = read_labels({"train": content}, "label", "here")
+    names, labels, _ = table_labels({"train": content}, "label", "here")
     assert (names, labels["train"].tolist()) == (["ant", "bee"], [1, 0])
 
 
 def test_numbers_in_one_split_and_texts_in_another_are_the_same_classes():
-    names, labels, _ = read_labels({"train": table([10, 9, 10]), "test": table(["9", "10"])}, "label", "here")
+    names, labels, _ = table_labels({"train": table([10, 9, 10]), "test": table(["9", "10"])}, "label", "here")
     assert (names, labels["train"].tolist(), labels["test"].tolist()) == (["10", "9"], [0, 1, 0], [1, 0])
 
 
 @pytest.mark.parametrize("missing", [[-1, -1], [None, None], None])
 def test_a_split_without_labels_has_none(missing):
     test = table([0]).drop_columns("label") if missing is None else table(missing)
-    names, labels, said = read_labels({"train": table([0, 1]), "test": test}, "label", "here")
+    names, labels, said = table_labels({"train": table([0, 1]), "test": test}, "label", "here")
     assert (names, labels["test"], said) == (["0", "1"], None, ["`test` has no labels and is used without classes"])
 
 
 def test_where_training_has_no_labels_there_are_no_classes():
     tables = {"train": table([None, None]), "test": table(["a", "b"])}
-    names, labels, said = read_labels(tables, "label", "here")
+    names, labels, said = table_labels(tables, "label", "here")
     assert (names, labels) == (None, {"train": None, "test": None})
     assert_names(said[-1], "`train` has no labels", "no split has classes")
 
 
 def test_a_number_of_each_image_is_pointed_out():
-    *_, said = read_labels({"train": table(list(range(20)))}, "label", "here")
+    *_, said = table_labels({"train": table(list(range(20)))}, "label", "here")
     assert_names(said[0], "'label' has 20 classes for 20 images", "data.label_column")
-    assert read_labels({"train": table(list(range(10)) * 4)}, "label", "here")[2] == []
+    assert table_labels({"train": table(list(range(10)) * 4)}, "label", "here")[2] == []
 
 
 def test_the_column_is_found_by_its_name():
