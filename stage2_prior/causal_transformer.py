@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stage2_prior.autoregressive import Autoregressive, Order, Step, cell_order, code_nats
-from stage2_prior.network import NetworkConfig
 from stage2_prior.sampling import Weights
 from stage2_prior.transformer import FastTransformer, Transformer, TransformerConfig, turn
 from twostage.core.training.random import BatchRandom
@@ -18,7 +17,6 @@ from twostage.core.training.random import BatchRandom
 __all__ = ["CausalTransformer", "CausalTransformerConfig", "CausalTransformerDecoder"]
 
 
-@NetworkConfig.register
 class CausalTransformerConfig(TransformerConfig):
     """A GPT: predicts each code from those before it."""
 

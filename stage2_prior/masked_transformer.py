@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage2_prior.network import NetworkConfig, OnProgress
+from stage2_prior.network import OnProgress
 from stage2_prior.sampling import (
     MaskSchedule,
     SamplingConfig,
@@ -54,7 +54,6 @@ Predict = Callable[[Tensor], Tensor]
 """Takes codes (B, N), some of them masked; returns the logits (M, K) of the masked ones."""
 
 
-@NetworkConfig.register
 class MaskedTransformerConfig(TransformerConfig):
     """A bidirectional transformer that fills masked codes."""
 

@@ -24,7 +24,6 @@ from twostage.core.config.sections import Depth, Share, Width
 __all__ = ["PixelCNN", "PixelCNNConfig", "PixelCNNDecoder"]
 
 
-@NetworkConfig.register
 class PixelCNNConfig(NetworkConfig):
     """A vertical stack that sees the rows above and a horizontal stack that sees the row to the left."""
 

@@ -13,10 +13,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stage2_prior import causal_transformer, masked_transformer, pixelcnn  # noqa: F401 - registers the networks
+from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import CodeCache, TokenizerReference
 from stage2_prior.fast_linear import check_weights
+from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.network import NetworkConfig, OnProgress, PriorNetwork
+from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.config.schema import tag
 from twostage.core.config.sections import Count, Number, Section, Share, parse_config
@@ -25,6 +27,9 @@ from twostage.core.runs.model_folder import filled, load_model_folder, save_mode
 from twostage.core.training.random import BatchRandom
 
 __all__ = ["Prior", "PriorConfig", "PriorLossConfig", "PriorOutput", "ReplaceSchedule", "prior_config"]
+
+for network in (PixelCNNConfig, CausalTransformerConfig, MaskedTransformerConfig):
+    NetworkConfig.register(network)
 
 
 class ReplaceSchedule(Section):

@@ -1,0 +1,84 @@
+"""A prior from outside the package is registered, trained and sampled by the commands like any other."""
+
+import json
+from typing import Literal
+
+import pytest
+import torch
+import yaml
+from messages import assert_names
+from torch import Tensor, nn
+
+from stage2_prior.autoregressive import Autoregressive, Step, cell_order
+from stage2_prior.network import NetworkConfig
+from stage2_prior.prior import Prior
+from stage2_prior.sampling import SamplingConfig, Weights, image_seeds
+
+
+class UnigramConfig(NetworkConfig):
+    """The frequency of each code in images of a class, the same in every cell."""
+
+    type: Literal["unigram"] = "unigram"
+
+    def build(self, codebook_size: int, grid: tuple[int, int], num_classes: int) -> "Unigram":
+        return Unigram(codebook_size, grid, num_classes)
+
+
+class Unigram(Autoregressive):
+    """p(codes | class) = prod p(code | class)."""
+
+    def __init__(self, codebook_size: int, grid: tuple[int, int], num_classes: int) -> None:
+        super().__init__()
+        self.codebook_size, self.num_classes = codebook_size, num_classes
+        self.register_buffer("order", cell_order("raster", grid), persistent=False)
+        self.logits = nn.Embedding(num_classes + 1, codebook_size)
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        return self.logits(labels)[:, None].expand(-1, inputs.shape[1], -1)
+
+    def decoder(self, labels: Tensor, weights: Weights) -> Step:
+        logits = self.logits(labels)
+        return lambda codes: logits
+
+
+@pytest.fixture
+def config(monkeypatch, tmp_path, runs):
+    """The file of a training of it."""
+    monkeypatch.setattr(NetworkConfig, "registered", dict(NetworkConfig.registered))
+    NetworkConfig.register(UnigramConfig)
+    train = {"batch_size": 16, "max_steps": 60, "lr": 0.1, "validate_every": 30, "checkpoint_every": 30}
+    document = {
+        "run": {"dir": str(tmp_path / "run"), "trackers": []},
+        "codes": str(runs.codes),
+        "model": {"type": "unigram"},
+        "train": train,
+    }
+    (tmp_path / "unigram.yaml").write_text(yaml.safe_dump(document))
+    return tmp_path / "unigram.yaml"
+
+
+def test_the_commands_train_and_sample_it(config, works, twostage, tmp_path):
+    run, images, refused = tmp_path / "run", tmp_path / "images", tmp_path / "refused"
+    works("train-prior", config)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    final = [line for line in lines if line["split"] == "val"][-1]
+    assert final["loss"] < final["unigram"] < final["uniform"], "it knows the class, the baseline does not"
+    assert "nothing left to do" in works("train-prior", config)
+
+    works("generate", run, "--num-images", 8, "--guidance-scale", 2, "--top-k", 5, "--out", images)
+    image = images / "images" / "000000.png"
+    works("inpaint", run, image, "bottom", "--out", tmp_path / "lower")
+    assert_names(twostage("inpaint", run, image, "left", "--out", refused).err, "unigram", "bottom")
+    ended = twostage("generate", run, "--num-steps", 4, "--out", refused)
+    assert_names(ended.err, "num_steps 4", "masked_transformer", "unigram")
+    assert not refused.exists()
+
+
+def test_its_samples_have_its_frequencies(config, works, tmp_path):
+    works("train-prior", config)
+    prior = Prior.from_pretrained(tmp_path / "run")
+    codes = prior.sample(torch.zeros(2000, dtype=torch.long), SamplingConfig(), image_seeds(0, 0, 2000))
+    shares = prior.network.logits.weight[0].softmax(0).detach()  # type: ignore[attr-defined]
+    torch.testing.assert_close(
+        codes.flatten().bincount(minlength=len(shares)) / codes.numel(), shares, atol=0.01, rtol=0
+    )
