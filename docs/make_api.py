@@ -13,6 +13,7 @@ from typing import get_args
 import twostage
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage2_prior.train_prior import PriorTrainingConfig
+from twostage.core.config.registry import is_open
 from twostage.core.config.sections import Section
 
 __all__ = ["api"]
@@ -63,6 +64,9 @@ def _models(annotation: object) -> Iterator[type[Section]]:
         yield from (base for base in annotation.__mro__ if issubclass(base, Section) and base is not Section)
         for field in annotation.model_fields.values():
             yield from _models(field.annotation)
+    if is_open(annotation):
+        for member in annotation.registered.values():
+            yield from _models(member)
     for part in get_args(annotation):
         yield from _models(part)
 
