@@ -13,9 +13,10 @@ import gradio as gr
 import gradio.themes
 from gradio.components import Component
 
-from pipelines.drawing.edits import MASK_NAMES
+from pipelines.drawing.edits import MASK_NAMES, cells_to_redraw, named_mask
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.page.app_handlers import ALL_CLASSES, BRUSHED, NO_CLASS, Handlers, Picture, draw_codes, enlarge
+from stage2_prior.sampling import SamplingConfig
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
 
@@ -139,7 +140,9 @@ def _reconstruct_tab(handlers: Handlers) -> None:
 def _inpaint_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -> None:
     pipeline = handlers.pipeline
     assert pipeline.prior
-    masked = pipeline.prior.config.model.type == "masked_transformer"
+    kept = {name: ~cells_to_redraw(pipeline.tokenizer, named_mask(name, pipeline.image_size)) for name in MASK_NAMES}
+    possible = [name for name, cells in kept.items() if pipeline.prior.can_keep(cells[None])]
+    start = BRUSHED if len(possible) == len(MASK_NAMES) or not possible else possible[0]
     names = pipeline.class_names or []
     choices = [NO_CLASS, *names] if pipeline.prior.config.loss.class_dropout_prob or not names else names
     picture = gr.State()
@@ -148,8 +151,8 @@ def _inpaint_tab(handlers: Handlers, generated: gr.State, selected: gr.State) ->
             with gr.Row():
                 upload, take = _upload_button("Upload a picture"), gr.Button("Take a generated one", size="sm")
             note = gr.Markdown()
-            # One that writes code after code cannot redraw any part: it begins with what it can.
-            part = gr.Dropdown([BRUSHED, *MASK_NAMES], value=BRUSHED if masked else "bottom", label="Draw again")
+            # A prior that writes one code after another cannot redraw every part: start with one that it can.
+            part = gr.Dropdown([BRUSHED, *MASK_NAMES], value=start, label="Draw again")
             class_name = gr.Dropdown(choices, label="Class", allow_custom_value=True, visible=bool(names))
             num_images = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Number of completions")
             feather = gr.Slider(0, 8, 0, step=1, label="Feather in pixels", info="How far what is kept blends in.")
@@ -242,30 +245,26 @@ def _on(trigger: Event, handler: Event, inputs: list[Component], outputs: list[C
 
 def _sampling_controls(pipeline: TwoStagePipeline) -> dict[str, Component]:
     """The settings that this model can be sampled with, by field of `SamplingConfig`."""
-    controls: dict[str, Component] = {}
     with gr.Accordion("Sampling", open=False):
-        controls["temperature"] = gr.Slider(
-            0.1, 2, 1, step=0.05, label="Temperature", info="Below 1 is safer, above 1 more varied."
-        )
+        controls: dict[str, Component] = {"temperature": _setting("temperature", 0.1, 2, 1, 0.05)}
         if pipeline.prior is None:
             return controls
         config = pipeline.prior.config
         if config.class_names and config.loss.class_dropout_prob:
-            controls["guidance_scale"] = gr.Slider(
-                0, 8, 2, step=0.25, label="Guidance scale", info="Above 1 presses for the class."
-            )
-        controls["top_k"] = gr.Slider(
-            1, config.codebook_size, config.codebook_size, step=1, label="Top-k", info="Only the k likeliest codes."
-        )
-        controls["top_p"] = gr.Slider(
-            0.05, 1, 1, step=0.05, label="Top-p", info="Only the likeliest codes with this share."
-        )
-        if config.model.type == "masked_transformer":
+            controls["guidance_scale"] = _setting("guidance_scale", 0, 8, 2, 0.25)
+        controls["top_k"] = _setting("top_k", 1, config.codebook_size, config.codebook_size, 1)
+        controls["top_p"] = _setting("top_p", 0.05, 1, 1, 0.05)
+        if "num_steps" in config.model.sampling_settings:
             cells = config.grid[0] * config.grid[1]
-            controls["num_steps"] = gr.Slider(
-                1, min(64, cells), min(8, cells), step=1, label="Steps", info="In which an image is filled."
-            )
+            controls["num_steps"] = _setting("num_steps", 1, min(64, cells), min(8, cells), 1)
     return controls
+
+
+def _setting(name: str, low: float, high: float, value: float, step: float) -> gr.Slider:
+    """A slider with the title and the description of a field of `SamplingConfig`."""
+    field = SamplingConfig.model_fields[name]
+    label = field.title or name.replace("_", " ").capitalize()
+    return gr.Slider(low, high, value, step=step, label=label, info=field.description)
 
 
 def _named(controls: dict[str, Component], values: list[Any]) -> dict[str, Any]:
