@@ -27,7 +27,7 @@ from twostage.core.data.dataset import ImageData, ImageSplit, load_images
 from twostage.core.images.conversion import to_float
 from twostage.core.training.batches import Batches
 from twostage.core.training.ema import averaged_copy
-from twostage.core.training.optimizer import make_optimizer
+from twostage.core.training.optimizer import TrainedNetwork
 from twostage.core.training.run import TrainingRun
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tokenizer" / "vae_mnist.yaml"
@@ -85,17 +85,14 @@ def our_epochs(config: TokenizerConfig, data: ImageData):
     batches = Batches(len(split), config.train, run.seed, accelerator, "images")
     autoencoder = Autoencoder(autoencoder_config(config, data))
     averaged = averaged_copy(autoencoder, config.train.ema_decay) if config.train.ema_decay else None
-    optimizer = make_optimizer(autoencoder, config.train)
-    model, prepared = accelerator.prepare(autoencoder, optimizer)
-    run.restore(batches, {"model": autoencoder}, {"optimizer": (autoencoder, optimizer)})
+    network = TrainedNetwork(autoencoder, config.train, accelerator)
+    run.attach(batches, [network])
     start = time.perf_counter()
     for batch in run.steps(split.read, read_ahead=False):
         for pixels, random in batch:
-            with accelerator.accumulate(model):
-                output = model(to_float(pixels), None, random)
-                accelerator.backward(output.loss)
-                prepared.step()
-                prepared.zero_grad()
+            with accelerator.accumulate(network.wrapped):
+                output = network.wrapped(to_float(pixels), None, random)
+                run.update(network, output.loss)
             run.record(output.metrics)
         if averaged:
             averaged.update_parameters(autoencoder)

@@ -12,7 +12,7 @@ import typer
 from pipelines.encoding.dataset_codes import encode_dataset
 from stage2_prior.codes import Augmentation
 from twostage.core.machine.command import run_command
-from twostage.core.machine.stopping import going_on_later
+from twostage.core.machine.stopping import resumable
 
 __all__ = ["command"]
 
@@ -27,7 +27,7 @@ def command(
     crops: Annotated[int, typer.Option(min=0, help="Also encode this many crops of each training image.")] = 0,
 ) -> None:
     """Encode a dataset with a trained tokenizer. If it is interrupted, the same command resumes."""
-    with going_on_later():
+    with resumable():
         encode_dataset(tokenizer, out, data, Augmentation(horizontal_flip=horizontal_flip, crops=crops))
 
 

@@ -25,7 +25,7 @@ from twostage.core.images.sheets import save_image
 from twostage.core.machine.command import run_command
 from twostage.core.machine.processes import join_processes
 from twostage.core.machine.progress import ProgressBar
-from twostage.core.machine.stopping import going_on_later
+from twostage.core.machine.stopping import resumable
 from twostage.core.runs.model_folder import check_format, hash_tensors, write_json
 
 __all__ = ["generate_folder"]
@@ -147,7 +147,7 @@ def command(
 ) -> None:
     """Generate images with a trained prior and its tokenizer."""
     pipeline = TwoStagePipeline.from_pretrained(prior, tokenizer)
-    with going_on_later():
+    with resumable():
         generate_folder(pipeline, out, num_images, class_name or None, seed, sampling, batch_size, file_format)
 
 

@@ -88,6 +88,7 @@ class Discriminator(nn.Module):
                 f"loss.adversarial.num_layers {config.num_layers}: images of {image_size[0]}x{image_size[1]} are too "
                 f"small to be halved so often; each side needs {smallest} pixels. Use fewer layers"
             )
+        self.config = config
         widths = [config.channels * min(2**i, 8) for i in range(config.num_layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(1, config.num_layers + 1):

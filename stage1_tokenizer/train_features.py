@@ -11,8 +11,7 @@ import torch.nn.functional as F
 import typer
 from accelerate import Accelerator
 from pydantic import Field
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from stage1_tokenizer.augmentation import flip_half, shift
 from stage1_tokenizer.feature_network import WIDTHS, FeatureNetwork, FeatureNetworkConfig
@@ -30,11 +29,11 @@ from twostage.core.data.sources import first_form
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
 from twostage.core.machine.command import run_command
-from twostage.core.machine.stopping import TimeLimitOption, going_on_later
+from twostage.core.machine.stopping import TimeLimitOption
 from twostage.core.training.batches import Batches
-from twostage.core.training.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
-from twostage.core.training.optimizer import make_optimizer
-from twostage.core.training.run import TrainingRun
+from twostage.core.training.dry_run import DryRun, DryRunOption, JsonOption, run_training
+from twostage.core.training.optimizer import TrainedNetwork
+from twostage.core.training.run import BaseRun, TrainingRun
 from twostage.core.training.train_config import TrainConfig
 
 __all__ = ["FeaturesTrainingConfig", "features_config", "train"]
@@ -54,79 +53,73 @@ class FeaturesTrainingConfig(Section):
 
 def train(
     config: FeaturesTrainingConfig, dry_run: bool = False, time_limit: float | None = None
-) -> TrainingRun[FeaturesTrainingConfig]:
-    """Trains into ``config.run.dir``, going on from its last checkpoint where there is one; returns the ended run.
+) -> BaseRun[FeaturesTrainingConfig]:
+    """Trains into ``config.run.dir``, and resumes from its latest checkpoint, if there is one; returns the ended run.
 
     Args:
-        dry_run: measures a few steps and writes nothing.
+        dry_run: measure a few steps and write nothing.
         time_limit: minutes after which the run saves and stops; None: no limit.
 
     Raises:
-        InputError: the pictures have no labels, or are all of one class.
+        InputError: the images have no labels, or all have the same.
         StopAsked: the run was asked to stop, and has saved.
     """
-    run = (DryRun if dry_run else TrainingRun)(config, time_limit=time_limit)
+    run = DryRun(config) if dry_run else TrainingRun(config, time_limit=time_limit)
     config, accelerator = run.config, run.accelerator
 
     # 1. The images and their labels.
     data = load_images(config.data)
-    for line in [data.description, *data.notices]:
-        run.say(line)
+    run.report(data.description, *data.notices)
     class_names = check_labels(data, config.data.source)
     split = data.splits["train"]
+    run.name_rows = split.names
     batches = Batches(len(split), config.train, run.seed, accelerator, "images (data.num_images)")
 
-    # 2. The network, its optimizer.
-    network = FeatureNetwork(
-        FeatureNetworkConfig(
-            image_size=config.data.size, channels=config.data.channels, class_names=class_names, widths=config.widths
-        )
-    ).to(accelerator.device)
-    optimizer = make_optimizer(network, config.train)
-    model, prepared_optimizer = accelerator.prepare(network, optimizer)
-    parameters = sum(p.numel() for p in network.parameters())
-    run.say(f"{parameters:,} parameters, {batches.steps_per_epoch} steps an epoch, {batches.max_steps} in all")
-    optimizers: dict[str, tuple[nn.Module, Optimizer]] = {"optimizer": (network, optimizer)}
-    run.restore(batches, {"model": network}, optimizers, sources={"data.source": data.contents()})
+    # 2. The network and its optimizer, as new or from the latest checkpoint.
+    form = FeatureNetworkConfig(
+        image_size=config.data.size, channels=config.data.channels, class_names=class_names, widths=config.widths
+    )
+    network = TrainedNetwork(FeatureNetwork(form).to(accelerator.device), config.train, accelerator)
+    parameters = sum(p.numel() for p in network.module.parameters())
+    run.report(f"{parameters:,} parameters, {batches.steps_per_epoch} steps per epoch, {batches.max_steps} in total")
+    run.attach(batches, [network], sources={"data.source": data.contents()})
+    if isinstance(run, TrainingRun) and (checkpoint := run.latest_checkpoint()):
+        run.load(checkpoint)
 
     def read(rows: Tensor) -> tuple[Tensor, Tensor]:
         return split.read(rows), read_labels(split, rows)
 
     # 3. The training.
     for batch in run.steps(read, read_ahead=not split.in_memory):
-        model.train()
-        norms: dict[str, Tensor] = {}  # of the gradient, once an update
+        network.wrapped.train()
         for (pixels, labels), random in batch:
             images = shift(to_float(pixels.to(accelerator.device, non_blocking=True)), config.max_shift, random)
             if config.data.horizontal_flip:
                 images = flip_half(images, random)
             labels = labels.to(accelerator.device, non_blocking=True)
-            with accelerator.accumulate(model):
-                logits = model(images)
+            with accelerator.accumulate(network.wrapped):
+                logits = network.wrapped(images)
                 loss = F.cross_entropy(logits.float(), labels)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norms = {"grad_norm": run.check_gradient(network, prepared_optimizer)}
-                prepared_optimizer.step()
-                prepared_optimizer.zero_grad()
+                run.update(network, loss)
             run.record({"loss": loss, "accuracy": (logits.argmax(dim=1) == labels).float().mean()})
-        run.record(norms)
         run.advance()
+        if isinstance(run, DryRun):
+            continue  # it measures the lines above, and neither validates nor saves
 
-        # 4. Once in a while: measure, save.
+        # 4. From time to time: validate, save.
         if run.due("validate"):
-            metrics = validate(network, data.validation, config.train.batch_size, accelerator)
+            metrics = validate(network.module, data.validation, config.train.batch_size, accelerator)
             run.facts["accuracy"] = metrics["accuracy"]
             run.log_validation(metrics)
         if run.due("checkpoint"):
-            run.save(title=f"{run.folder.path.name}: feature network", write_model=network.save_pretrained)
+            run.save(title=f"{run.folder.path.name}: feature network", write_model=network.module.save_pretrained)
     if isinstance(run, DryRun):
         run.end(num_held_out=len(data.validation))
-        return run
-    run.say(
-        f"held-out accuracy {run.facts['accuracy']:.2%} ({len(data.validation):,} images of `{data.validation_name}`); "
-        f"model: {run.folder.model}; curves: {run.folder.path / 'losses.png'}"
-    )
+    else:
+        run.report(
+            f"held-out accuracy {run.facts['accuracy']:.2%} ({len(data.validation):,} images of "
+            f"`{data.validation_name}`); model: {run.folder.model}; curves: {run.folder.curves}"
+        )
     return run
 
 
@@ -227,14 +220,11 @@ def command(
     json_file: JsonOption = None,
 ) -> None:
     """Train a feature network: for perceptual losses, Frechet distances, class accuracy. The same command resumes."""
-    check_json(dry_run, json_file)
     out = out or Path("runs") / f"features_{Path(data).resolve().stem}"
     config = features_config(
         data, out, image_size, channels, epochs, batch_size, horizontal_flip, seed, width, label_column, value_range
     )
-    with going_on_later():
-        run = train(config, dry_run, time_limit)
-    finish_dry_run(run, json_file)
+    run_training(lambda: train(config, dry_run, time_limit), dry_run, json_file)
 
 
 if __name__ == "__main__":

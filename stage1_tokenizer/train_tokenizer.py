@@ -3,7 +3,6 @@
 accelerate launch -m stage1_tokenizer.train_tokenizer configs/tokenizer/vqvae_cifar10.yaml [key=value ...]
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,13 +11,12 @@ import typer
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from pydantic import model_validator
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from stage1_tokenizer.augmentation import flip_half
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig, PerceptualNetwork
 from stage1_tokenizer.diagnosis import Diagnosis
-from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, discriminator_loss, r1_penalty
+from stage1_tokenizer.discriminator import Discriminator, discriminator_loss, r1_penalty
 from stage1_tokenizer.image_losses import ImageLosses, LossConfig
 from stage1_tokenizer.perceptual import FeaturePerceptualConfig
 from stage1_tokenizer.sample_sheets import draw_images
@@ -31,15 +29,15 @@ from twostage.core.images.conversion import to_float
 from twostage.core.images.sheets import save_image
 from twostage.core.machine.command import print_once, run_command
 from twostage.core.machine.memory import check_model
-from twostage.core.machine.stopping import TimeLimitOption, going_on_later
+from twostage.core.machine.stopping import TimeLimitOption
 from twostage.core.runs.model_folder import fill, load_model_folder
 from twostage.core.runs.places import Contents, weights_at
 from twostage.core.training.batches import Batches
-from twostage.core.training.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
+from twostage.core.training.dry_run import DryRun, DryRunOption, JsonOption, run_training
 from twostage.core.training.ema import averaged_copy
-from twostage.core.training.optimizer import make_optimizer
+from twostage.core.training.optimizer import TrainedNetwork
 from twostage.core.training.random import seed_for
-from twostage.core.training.run import TrainingRun
+from twostage.core.training.run import BaseRun, TrainingRun
 from twostage.core.training.train_config import TrainConfig
 
 __all__ = ["TokenizerConfig", "TokenizerTrainConfig", "autoencoder_config", "train"]
@@ -97,16 +95,13 @@ def autoencoder_config(config: TokenizerConfig, data: ImageData) -> AutoencoderC
 
 
 def train(
-    config: TokenizerConfig,
-    weights_dir: Path | None = None,
-    dry_run: bool = False,
-    time_limit: float | None = None,
-) -> TrainingRun[TokenizerConfig]:
-    """Trains into ``config.run.dir``, going on from its last checkpoint where there is one.
+    config: TokenizerConfig, weights_dir: Path | None = None, dry_run: bool = False, time_limit: float | None = None
+) -> BaseRun[TokenizerConfig]:
+    """Trains into ``config.run.dir``, and resumes from its latest checkpoint, if there is one.
 
     Args:
-        weights_dir: where LPIPS's trunk lies; None: torch's cache.
-        dry_run: measures a few steps and writes nothing.
+        weights_dir: the folder of LPIPS's VGG weights; None: torch's cache.
+        dry_run: measure a few steps and write nothing.
         time_limit: minutes after which the run saves and stops; None: no limit.
 
     Returns:
@@ -115,135 +110,121 @@ def train(
     Raises:
         StopAsked: the run was asked to stop, and has saved.
     """
-    run = (DryRun if dry_run else TrainingRun)(config, time_limit=time_limit)
+    run = DryRun(config) if dry_run else TrainingRun(config, time_limit=time_limit)
     config, accelerator = run.config, run.accelerator
 
     # 1. The images.
     data = load_images(config.data)
-    for line in [data.description, *data.notices]:
-        run.say(line)
+    run.report(data.description, *data.notices)
     split = data.splits["train"]
     run.name_rows = split.names
     batches = Batches(len(split), config.train, run.seed, accelerator, "images (data.num_images)")
 
-    # 2. The model, its average, its opponent, their optimizers.
-    check_model(
-        lambda: Autoencoder(autoencoder_config(config, data)),
-        config.model.model_dump(),
-        "model",
-        accelerator.device,
-    )
-    autoencoder = Autoencoder(autoencoder_config(config, data)).to(accelerator.device)
-    if config.train.parts == "decoder":
-        autoencoder.encoder.requires_grad_(False)
-        autoencoder.bottleneck.requires_grad_(False)
+    # 2. The autoencoder, its average, its discriminator, and their optimizers.
+    autoencoder = make_autoencoder(config, data, accelerator)
     averaged = averaged_copy(autoencoder, config.train.ema_decay) if config.train.ema_decay else None
-    final = averaged.module if averaged else autoencoder  # what validation measures and inference loads
+    final = averaged.module if averaged else autoencoder  # validation measures it, and inference loads it
     assert isinstance(final, Autoencoder)
-    optimizer = make_optimizer(autoencoder, config.train)
-    model, prepared_optimizer = accelerator.prepare(autoencoder, optimizer)
-    modules = {"model": autoencoder} | ({"ema": averaged} if averaged else {})
-    optimizers: dict[str, tuple[nn.Module, Optimizer]] = {"optimizer": (autoencoder, optimizer)}
-    opponent = make_opponent(config, accelerator) if config.loss.adversarial else None
-    if opponent:
-        modules |= {"discriminator": opponent.net}
-        optimizers["discriminator_optimizer"] = (opponent.net, opponent.optimizer)
-    image_losses = ImageLosses(config.loss, autoencoder, opponent and opponent.net, weights_dir, accelerator)
+    network = TrainedNetwork(autoencoder, config.train, accelerator)
+    discriminator = make_discriminator(config, accelerator) if config.loss.adversarial else None
+    networks = [network, discriminator] if discriminator else [network]
+    image_losses = ImageLosses(
+        config.loss, autoencoder, discriminator and discriminator.module, weights_dir, accelerator
+    )
     parameters = sum(p.numel() for p in autoencoder.parameters())
-    run.say(
+    run.report(
         f"{parameters:,} parameters, latent grid {autoencoder.grid[0]}x{autoencoder.grid[1]}, "
-        f"{batches.steps_per_epoch} steps an epoch, {batches.max_steps} in all"
+        f"{batches.steps_per_epoch} steps per epoch, {batches.max_steps} in total"
     )
 
-    def begin() -> None:
+    # 3. The weights: those of the latest checkpoint, or new ones.
+    run.attach(batches, networks, averaged, {"data.source": data.contents(), **other_sources(config)})
+    if isinstance(run, TrainingRun) and (checkpoint := run.latest_checkpoint()):
+        run.load(checkpoint)
+    else:
         if config.init_from:
             earlier = start_from(autoencoder, config.init_from, config.train.parts)
-            run.facts["trained_against"] = [network.model_dump() for network in earlier]
+            run.facts["trained_against"] = [perceptual.model_dump() for perceptual in earlier]
         else:
             initialize_codebook(autoencoder, split, batches, accelerator)
         if averaged:
             averaged.module.load_state_dict(autoencoder.state_dict())
-
-    run.restore(batches, modules, optimizers, begin, {"data.source": data.contents(), **other_sources(config)})
-    networks = [PerceptualNetwork(**network) for network in run.facts.get("trained_against", [])]
-    networks += [network for network in image_losses.networks() if network not in networks]
-    final.config = final.config.model_copy(update={"trained_against": networks})
-    diagnosis = Diagnosis(config.model.bottleneck.collapse_remedy, run.facts, run.say)
-    nets = [model, opponent.prepared] if opponent else [model]
+    trained_against = [PerceptualNetwork(**perceptual) for perceptual in run.facts.get("trained_against", [])]
+    trained_against += [perceptual for perceptual in image_losses.networks() if perceptual not in trained_against]
+    final.config = final.config.model_copy(update={"trained_against": trained_against})
+    diagnosis = Diagnosis(config.model.bottleneck.collapse_remedy, run.facts, run.report)
 
     def read(rows: Tensor) -> tuple[Tensor, Tensor | None]:
         return split.read(rows), split.read_labels(rows)
 
-    def reduce_sum(statistics: Tensor) -> Tensor:
-        return accelerator.reduce(statistics, "sum")  # type: ignore[return-value]
-
-    # 3. The training.
+    # 4. The training.
     for batch in run.steps(read, read_ahead=not split.in_memory):
-        model.train()
+        network.wrapped.train()
         if config.train.parts == "decoder":
             autoencoder.bottleneck.eval()
-        against = opponent if opponent and run.progress >= opponent.config.start else None
-        norms: dict[str, Tensor] = {}  # of the gradients, once an update
+        adversary = discriminator if discriminator and run.progress >= discriminator.module.config.start else None
         for (pixels, labels), random in batch:
             images = to_float(pixels.to(accelerator.device, non_blocking=True))
             labels = None if labels is None else labels.to(accelerator.device, non_blocking=True)
             if config.data.horizontal_flip:
                 images = flip_half(images, random)
-            with accelerator.accumulate(*nets):  # entered once for both: it counts
-                output = model(images, labels, random)
+            with accelerator.accumulate(*[each.wrapped for each in networks]):  # once for both: it counts
+                output = network.wrapped(images, labels, random)
                 gradient, terms = image_losses.pixel_gradient(output, images, run.progress)
                 loss = output.loss if gradient is None else output.loss + (output.decoded * gradient).sum()
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norms = {"grad_norm": run.check_gradient(autoencoder, prepared_optimizer)}
-                prepared_optimizer.step()
-                prepared_optimizer.zero_grad()
-
-                if against:
-                    real = images.requires_grad_(against.config.r1_weight > 0)
+                run.update(network, loss)
+                if adversary:
                     fake = autoencoder.to_pixels(output.decoded.detach())
-                    logits_real, logits_fake = against.prepared(real, fake)
-                    loss = discriminator_loss(logits_real, logits_fake, against.config, against.net.ema_logits)
-                    if against.config.r1_weight:
-                        loss = loss + against.config.r1_weight * r1_penalty(logits_real, real)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        norm = run.check_gradient(against.net, against.prepared_optimizer)
-                        norms["discriminator_grad_norm"] = norm
-                    against.prepared_optimizer.step()
-                    against.prepared_optimizer.zero_grad()
-                    terms |= against.net.observe(loss, logits_real, logits_fake)
+                    loss, logits = adversary_loss(adversary, images, fake)
+                    run.update(adversary, loss)
+                    terms |= adversary.module.observe(loss, *logits)
             run.record(with_terms(output.metrics, terms))
-        run.record(norms)
         if config.train.parts == "all":
-            autoencoder.bottleneck.update_codebook(reduce_sum)
-        if against:
-            against.net.update_statistics(reduce_sum)
+            autoencoder.bottleneck.update_codebook(run.sum)
+        if adversary:
+            adversary.module.update_statistics(run.sum)
         if averaged:
             averaged.update_parameters(autoencoder)
         if metrics := run.advance():
             diagnosis.observe(run.step, metrics)
+        if isinstance(run, DryRun):
+            continue  # it measures the lines above, and neither validates nor saves
 
-        # 4. Once in a while: measure, picture, save.
+        # 5. From time to time: validate, draw, save.
         if run.due("validate"):
             metrics = validate(final, data.validation, config.train.batch_size, run.seed, accelerator)
             run.log_validation(metrics)
             if "active_share" in metrics:
                 diagnosis.observe(run.step, {"active_share": metrics["active_share"]})
             if accelerator.is_main_process:
-                for name, picture in draw_images(final, data, run.seed).items():
+                for name, image in draw_images(final, data, run.seed).items():
                     file = f"step_{run.step:08d}_{name}.png" if name else f"step_{run.step:08d}.png"
-                    save_image(picture, run.folder.samples / file)
+                    save_image(image, run.folder.samples / file)
         if run.due("checkpoint"):
-            # The held-out loss has no perceptual and no adversarial term; what both splits have is drawn.
-            curve = "reconstruction" if config.loss.perceptual or opponent else "loss"
+            # The held-out loss has no perceptual and no adversarial term, so a metric of both splits is drawn.
+            curve = "reconstruction" if config.loss.perceptual or discriminator else "loss"
             title = f"{run.folder.path.name}: {config.model.bottleneck.type} autoencoder"
             run.save(title, curve=curve, write_model=final.save_pretrained)
     if isinstance(run, DryRun):
         run.end(num_held_out=len(data.validation))
-        return run
-    run.say(f"model: {run.folder.model}; pictures: {run.folder.samples}; curves: {run.folder.path / 'losses.png'}")
+    else:
+        run.report(f"model: {run.folder.model}; samples: {run.folder.samples}; curves: {run.folder.curves}")
     return run
+
+
+def make_autoencoder(config: TokenizerConfig, data: ImageData, accelerator: Accelerator) -> Autoencoder:
+    """The untrained autoencoder, with the parts frozen that are not trained.
+
+    Raises:
+        InputError: it does not fit into memory.
+    """
+    form = autoencoder_config(config, data)
+    check_model(lambda: Autoencoder(form), config.model.model_dump(), "model", accelerator.device)
+    autoencoder = Autoencoder(form).to(accelerator.device)
+    if config.train.parts == "decoder":
+        autoencoder.encoder.requires_grad_(False)
+        autoencoder.bottleneck.requires_grad_(False)
+    return autoencoder
 
 
 def other_sources(config: TokenizerConfig) -> dict[str, Contents]:
@@ -284,39 +265,45 @@ def start_from(autoencoder: Autoencoder, source: str, parts: Literal["all", "dec
     return parse_config(AutoencoderConfig, document, f"init_from {source}: config.json").trained_against
 
 
-@dataclass
-class Opponent:
-    """The discriminator as the training step needs it."""
-
-    config: AdversarialConfig
-    net: Discriminator
-    optimizer: Optimizer
-    prepared: nn.Module
-    prepared_optimizer: Optimizer
-
-
-def make_opponent(config: TokenizerConfig, accelerator: Accelerator) -> Opponent:
+def make_discriminator(config: TokenizerConfig, accelerator: Accelerator) -> TrainedNetwork[Discriminator]:
     """The discriminator of ``loss.adversarial``.
 
     Raises:
-        InputError: statistics that torch cannot share between processes on a CPU.
+        InputError: batch statistics that torch cannot share between processes on a CPU, or no memory for it.
     """
     adversarial = config.loss.adversarial
     assert adversarial is not None
     if adversarial.norm == "sync_batch" and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         raise InputError(
-            "loss.adversarial.norm 'sync_batch': torch shares these statistics between GPUs only, and this run has "
-            f"{accelerator.num_processes} processes on the CPU; use 'group'"
+            "loss.adversarial.norm 'sync_batch': torch only shares batch statistics between GPUs, and this run has "
+            f"{accelerator.num_processes} processes on the CPU. Set loss.adversarial.norm=group"
         )
-    check_model(
-        lambda: Discriminator(adversarial, config.data.channels, config.data.size),
-        adversarial.model_dump(),
-        "loss.adversarial",
-        accelerator.device,
+
+    def build() -> Discriminator:
+        return Discriminator(adversarial, config.data.channels, config.data.size)
+
+    check_model(build, adversarial.model_dump(), "loss.adversarial", accelerator.device)
+    return TrainedNetwork(
+        build().to(accelerator.device),
+        config.train,
+        accelerator,
+        name="discriminator",
+        lr=adversarial.lr,
+        betas=adversarial.betas,
     )
-    net = Discriminator(adversarial, config.data.channels, config.data.size).to(accelerator.device)
-    optimizer = make_optimizer(net, config.train, lr=adversarial.lr, betas=adversarial.betas)
-    return Opponent(adversarial, net, optimizer, *accelerator.prepare(net, optimizer))
+
+
+def adversary_loss(
+    adversary: TrainedNetwork[Discriminator], images: Tensor, fake: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """What the discriminator minimises for real and fake images (B, C, H, W), and the logits of both."""
+    config = adversary.module.config
+    real = images.requires_grad_(config.r1_weight > 0)
+    logits_real, logits_fake = adversary.wrapped(real, fake)
+    loss = discriminator_loss(logits_real, logits_fake, config, adversary.module.ema_logits)
+    if config.r1_weight:
+        loss = loss + config.r1_weight * r1_penalty(logits_real, real)
+    return loss, (logits_real, logits_fake)
 
 
 def with_terms(metrics: dict[str, Tensor], terms: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -352,22 +339,23 @@ def initialize_codebook(
 
 
 def command(
-    config: Annotated[Path, typer.Argument(help="A file of configs/tokenizer/.")],
+    config: Annotated[Path, typer.Argument(help="A config file, for example from configs/tokenizer/.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value, such as train.lr=1e-4; paths and words as they stand.")
+        list[str] | None, typer.Argument(help="Settings as key=value, for example train.lr=1e-4.")
     ] = None,
     weights_dir: Annotated[
-        Path | None, typer.Option(help="Where LPIPS's vgg16-397923af.pth lies; torch's cache by default.")
+        Path | None, typer.Option(help="The folder with LPIPS's vgg16-397923af.pth; torch's cache by default.")
     ] = None,
     dry_run: DryRunOption = False,
     time_limit: TimeLimitOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Train a tokenizer (or AE, VAE ...) from a config. The same command resumes."""
-    check_json(dry_run, json_file)
-    with going_on_later():
-        run = train(load_config(TokenizerConfig, config, overrides, print_once), weights_dir, dry_run, time_limit)
-    finish_dry_run(run, json_file)
+    """Train a tokenizer or another autoencoder from a config file. Run the same command again to resume."""
+    run_training(
+        lambda: train(load_config(TokenizerConfig, config, overrides, print_once), weights_dir, dry_run, time_limit),
+        dry_run,
+        json_file,
+    )
 
 
 if __name__ == "__main__":

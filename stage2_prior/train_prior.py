@@ -10,9 +10,8 @@ from typing import Annotated
 import torch
 import typer
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import register_dataclass
-from torch.optim import Optimizer
 
 from stage2_prior.autoregressive import images_at_once
 from stage2_prior.causal_transformer import CausalTransformerConfig
@@ -23,14 +22,14 @@ from twostage.core.config.sections import Count, PathName, RunConfig, Section, l
 from twostage.core.errors import InputError
 from twostage.core.machine.command import print_once, run_command
 from twostage.core.machine.memory import check_model
-from twostage.core.machine.sharding import shard, whole
-from twostage.core.machine.stopping import TimeLimitOption, going_on_later
+from twostage.core.machine.sharding import full_tensors, shard
+from twostage.core.machine.stopping import TimeLimitOption
 from twostage.core.training.batches import Batches
-from twostage.core.training.dry_run import DryRun, DryRunOption, JsonOption, check_json, finish_dry_run
+from twostage.core.training.dry_run import DryRun, DryRunOption, JsonOption, run_training
 from twostage.core.training.ema import averaged_copy
-from twostage.core.training.optimizer import make_optimizer
+from twostage.core.training.optimizer import TrainedNetwork
 from twostage.core.training.random import BatchRandom, seed_for
-from twostage.core.training.run import TrainingRun
+from twostage.core.training.run import BaseRun, TrainingRun
 from twostage.core.training.train_config import TrainConfig
 
 __all__ = ["PriorTrainConfig", "PriorTrainingConfig", "train"]
@@ -59,15 +58,15 @@ class PriorTrainingConfig(Section):
 
 def train(
     config: PriorTrainingConfig, dry_run: bool = False, time_limit: float | None = None
-) -> TrainingRun[PriorTrainingConfig]:
-    """Trains into ``config.run.dir``, going on from its last checkpoint where there is one; returns the ended run.
+) -> BaseRun[PriorTrainingConfig]:
+    """Trains into ``config.run.dir``, and resumes from its latest checkpoint, if there is one; returns the ended run.
 
-    `model/` holds the weights of the best held-out loss, not the last ones. Held out, `loss` is the negative log
-    likelihood in nats per code, or, of a masked transformer, an upper bound on it: another quantity than its training
-    loss, which is of the masked codes alone.
+    `model/` holds the weights with the best held-out loss, not the last ones. The held-out `loss` is the negative log
+    likelihood in nats per code. For a masked transformer it is an upper bound on that, and differs from the training
+    loss, which only counts masked codes.
 
     Args:
-        dry_run: measures a few steps and writes nothing.
+        dry_run: measure a few steps and write nothing.
         time_limit: minutes after which the run saves and stops; None: no limit.
 
     Raises:
@@ -76,58 +75,50 @@ def train(
     cache = CodeCache(config.codes)
     check_entropy(cache.manifest, config.codes)
     cache.check_codes()
-    run = (DryRun if dry_run else TrainingRun)(config, config.model.shardable, time_limit)
+    shardable = config.model.shardable
+    run = DryRun(config, shardable) if dry_run else TrainingRun(config, shardable, time_limit)
     config, accelerator = run.config, run.accelerator
 
     # 1. The codes.
     split, baseline = cache.splits["train"], describe_codes(cache, run)
     batches = Batches(len(split), config.train, run.seed, accelerator, "code grids")
 
-    # 2. The model, its average, its optimizer.
-    form = prior_config(config.model, config.loss, cache)
-    shares = accelerator.num_processes if run.units_to_shard else 1
-    check_model(lambda: Prior(form), config.model.model_dump(), "model", accelerator.device, shares)
-    prior = Prior(form).to(accelerator.device)
+    # 2. The prior, its average, its optimizer.
+    prior = make_prior(config, cache, run)
     averaged = averaged_copy(prior, config.train.ema_decay) if config.train.ema_decay else None
-    final = averaged.module if averaged else prior  # what validation measures and inference loads
+    final = averaged.module if averaged else prior  # validation measures it, and inference loads it
     assert isinstance(final, Prior)
     if run.units_to_shard:
-        run.say(f"FSDP: the weights are shared out among {accelerator.num_processes} processes")
+        run.report(f"FSDP: the weights are sharded over {accelerator.num_processes} processes")
         register_dataclass(PriorOutput)  # before torch 2.14, FSDP did not look for tensors in others
         for sharded in dict.fromkeys((prior, final)):
             shard(sharded, run.units_to_shard, config.train.mixed_precision, "nats_per_image")
-    optimizer = make_optimizer(prior, config.train)
-    model = prior if run.units_to_shard else accelerator.prepare(prior)
-    prepared_optimizer = accelerator.prepare(optimizer)
-    modules = {"model": prior} | ({"ema": averaged} if averaged else {})
+    network = TrainedNetwork(prior, config.train, accelerator, is_sharded=bool(run.units_to_shard))
     parameters = sum(p.numel() for p in prior.parameters())
-    run.say(f"{parameters:,} parameters, {batches.steps_per_epoch} steps an epoch, {batches.max_steps} in all")
-    optimizers: dict[str, tuple[nn.Module, Optimizer]] = {"optimizer": (prior, optimizer)}
-    by_process = config.model.per_process_setting()
-    if not run.restore(batches, modules, optimizers, sources={"codes": cache.contents()}, by_process=by_process):
-        run.facts = {"best_loss": math.inf, "best_step": 0, "validations_since_best": 0}
+    run.report(f"{parameters:,} parameters, {batches.steps_per_epoch} steps per epoch, {batches.max_steps} in total")
+    run.attach(batches, [network], averaged, {"codes": cache.contents()})
+    if isinstance(run, TrainingRun) and (checkpoint := run.latest_checkpoint()):
+        run.load(checkpoint, config.model.per_process_setting())
+    else:
+        run.facts |= {"best_loss": math.inf, "best_step": 0, "validations_since_best": 0}
 
     # 3. The training.
     for batch in run.steps(split.read, read_ahead=False):
-        model.train()
-        norms: dict[str, Tensor] = {}  # of the gradient, once an update
+        network.wrapped.train()
         for (indices, labels), random in batch:
             indices = indices.to(accelerator.device, non_blocking=True)
             labels = None if labels is None else labels.to(accelerator.device, non_blocking=True)
-            with accelerator.accumulate(model):
-                output = model(indices, labels, random, run.progress)
-                accelerator.backward(output.loss)
-                if accelerator.sync_gradients:
-                    norms = {"grad_norm": run.check_gradient(prior, prepared_optimizer)}
-                prepared_optimizer.step()
-                prepared_optimizer.zero_grad()
+            with accelerator.accumulate(network.wrapped):
+                output = network.wrapped(indices, labels, random, run.progress)
+                run.update(network, output.loss)
             run.record(output.metrics)
-        run.record(norms)
         if averaged:
             averaged.update_parameters(prior)
         run.advance()
+        if isinstance(run, DryRun):
+            continue  # it measures the lines above, and neither validates nor saves
 
-        # 4. Once in a while: measure, keep the best, stop early, save.
+        # 4. From time to time: validate, keep the best, stop early, save.
         if run.due("validate"):
             loss = validate(final, cache.validation, config.train.batch_size, accelerator)
             figures = {"loss": loss, "unigram": baseline, "uniform": math.log(cache.manifest.codebook_size)}
@@ -139,8 +130,20 @@ def train(
     if isinstance(run, DryRun):
         run.end(num_held_out=len(cache.validation))
     else:
-        say_result(run, final, baseline)
+        report_result(run, final, baseline)
     return run
+
+
+def make_prior(config: PriorTrainingConfig, cache: CodeCache, run: BaseRun[PriorTrainingConfig]) -> Prior:
+    """The untrained prior.
+
+    Raises:
+        InputError: it does not fit into memory.
+    """
+    form, device = prior_config(config.model, config.loss, cache), run.accelerator.device
+    processes = run.accelerator.num_processes if run.units_to_shard else 1
+    check_model(lambda: Prior(form), config.model.model_dump(), "model", device, processes)
+    return Prior(form).to(device)
 
 
 def check_entropy(manifest: Manifest, codes: str) -> None:
@@ -153,20 +156,20 @@ def check_entropy(manifest: Manifest, codes: str) -> None:
         )
 
 
-def describe_codes(cache: CodeCache, run: TrainingRun[PriorTrainingConfig]) -> float:
+def describe_codes(cache: CodeCache, run: BaseRun[PriorTrainingConfig]) -> float:
     """Says what the codes are; returns the held-out unigram baseline in nats per code."""
     manifest = cache.manifest
     baseline = manifest.unigram_nats_per_code[manifest.validation_split]
     rows = ", ".join(f"{files.rows:,} {name}" for name, files in manifest.splits.items())
-    run.say(
+    run.report(
         f"codes {cache.path}: {rows}; grid {manifest.grid[0]}x{manifest.grid[1]}, {manifest.codes_used} of "
         f"{manifest.codebook_size} codes used, tokenizer {manifest.tokenizer.hash[:12]}"
     )
-    run.say(
+    run.report(
         f"baselines in nats per code, held out: uniform {math.log(manifest.codebook_size):.4f}, unigram {baseline:.4f}"
     )
     if untrained := cache.untrained_classes:
-        run.say(
+        run.report(
             f"{len(untrained)} of {len(manifest.class_names or [])} classes have no training image, so the prior does "
             f"not learn them: {', '.join(untrained)}"
         )
@@ -201,13 +204,13 @@ def keep_best(run: TrainingRun[PriorTrainingConfig], prior: Prior, loss: float) 
     facts, patience = run.facts, run.config.train.patience
     if loss < facts["best_loss"]:
         run.facts |= {"best_loss": loss, "best_step": run.step, "validations_since_best": 0}
-        state = whole(prior.state_dict())
+        state = full_tensors(prior.state_dict())
         if run.accelerator.is_main_process:
             prior.save_pretrained(run.folder.model, state)
         return
     facts["validations_since_best"] += 1
     if facts["validations_since_best"] == OVERFITTING_AFTER:
-        run.say(
+        run.report(
             f"overfitting: {OVERFITTING_AFTER} validations in a row were no better than that of step "
             f"{facts['best_step']} ({held_out_loss(prior)} {facts['best_loss']:.4f} nats per code, now {loss:.4f}), "
             "whose weights model/ holds. Try more model.dropout or loss.replace_prob, codes of cropped and flipped "
@@ -222,15 +225,15 @@ def held_out_loss(prior: Prior) -> str:
     return "held-out loss" if prior.exact_likelihood else "held-out upper bound"
 
 
-def say_result(run: TrainingRun[PriorTrainingConfig], prior: Prior, baseline: float) -> None:
+def report_result(run: TrainingRun[PriorTrainingConfig], prior: Prior, baseline: float) -> None:
     """The last word: the best loss, when it was, and whether the prior went on to overfit."""
     best, step = run.facts["best_loss"], run.facts["best_step"]
-    run.say(
+    run.report(
         f"best {held_out_loss(prior)} {best:.4f} nats per code at step {step} (unigram baseline {baseline:.4f}); "
         f"model: {run.folder.model}; curves: {run.folder.path / 'losses.png'}"
     )
     if step < run.step:
-        run.say(
+        run.report(
             f"the {held_out_loss(prior)} was not better at step {run.step}, the last; model/ holds the weights of step "
             f"{step}"
         )
@@ -246,10 +249,11 @@ def command(
     json_file: JsonOption = None,
 ) -> None:
     """Train a prior over a tokenizer's codes. The same command resumes."""
-    check_json(dry_run, json_file)
-    with going_on_later():
-        run = train(load_config(PriorTrainingConfig, config, overrides, print_once), dry_run, time_limit)
-    finish_dry_run(run, json_file)
+    run_training(
+        lambda: train(load_config(PriorTrainingConfig, config, overrides, print_once), dry_run, time_limit),
+        dry_run,
+        json_file,
+    )
 
 
 if __name__ == "__main__":

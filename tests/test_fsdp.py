@@ -1,4 +1,4 @@
-"""A prior shared out between two processes (FSDP2) is the prior that one process trains."""
+"""A prior sharded over two processes (FSDP2) is the prior that one process trains."""
 
 import json
 import math
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import assert_names, refuses
 from safetensors.torch import load_file
 
 from stage2_prior import autoregressive
 from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig, image_seeds
-from twostage.core.errors import InputError
 from twostage.core.machine.sharding import units_to_shard
 
 ROOT = Path(__file__).parents[1]
@@ -86,8 +86,8 @@ def trained(runs, configs, tmp_path_factory) -> tuple[Path, dict[str, list[str]]
     commands = {str(folder / name): [*each, f"run.dir={folder / name}"] for name, each in words.items()}
     ended = launch(folder / "train.py", json.dumps(commands))
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("FSDP: the weights are shared out among 2 processes") == 2 * len(PRIORS)
-    assert ended.stdout.count("going on from step 4") == len(PRIORS)
+    assert ended.stdout.count("FSDP: the weights are sharded over 2 processes") == 2 * len(PRIORS)
+    assert ended.stdout.count("Resuming from step 4") == len(PRIORS)
     return folder, words
 
 
@@ -157,7 +157,7 @@ def test_what_cannot_be_shared_out_is_refused(runs, configs, twostage, monkeypat
     words = pixelcnn if verb == "train-prior" else [configs / "tokenizer.yaml"]
     ended = twostage(verb, *words, f"run.dir={tmp_path / 'run'}")
     assert ended.code == 2
-    assert "error: distributed_type FSDP: only priors that are transformers can be trained with it" in ended.err
+    assert_names(ended.err, "distributed_type FSDP", "gpu_8.yaml")
     assert not (tmp_path / "run").exists()
 
 
@@ -177,5 +177,5 @@ def test_settings_that_are_not_supported_are_named(monkeypatch, variable, value,
     if variable == "FSDP_VERSION":  # what version 1 calls the same
         monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "FULL_SHARD")
     monkeypatch.setenv(variable, value)
-    with pytest.raises(InputError, match=wanted):
+    with refuses("fsdp_config", wanted):
         units_to_shard(shardable=True)

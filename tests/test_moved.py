@@ -140,7 +140,7 @@ def test_a_tokenizer_goes_on_however_its_paths_are_spelled(project, ended, works
     before(project)
     overrides = [override.format(root=project) for override in overrides]
     said = works("train-tokenizer", "tokenizer.yaml", *overrides)
-    assert "going on from step 2" in said
+    assert "Resuming from step 2" in said
     given = dict(override.split("=") for override in overrides)
     run = Path(given.get("run.dir", "runs/tok")).expanduser()
     assert weights(run) == ended["tok"]
@@ -164,7 +164,7 @@ def test_a_tokenizer_goes_on_however_its_paths_are_spelled(project, ended, works
 def test_a_prior_goes_on_however_its_paths_are_spelled(project, ended, works, before, overrides):
     before(project)
     overrides = [override.format(root=project) for override in overrides]
-    assert "going on from step 2" in works("train-prior", "prior.yaml", *overrides)
+    assert "Resuming from step 2" in works("train-prior", "prior.yaml", *overrides)
     run = Path(dict(override.split("=") for override in overrides).get("run.dir", "runs/gpt"))
     assert weights(run) == ended["gpt"]
 
@@ -203,7 +203,7 @@ def test_other_images_are_refused(project, refused, tmp_path, monkeypatch, sourc
     write_sheets(Path("zh"), 1)
     words = ["train-tokenizer", project / "tokenizer.yaml", f"run.dir={project}/runs/tok", f"data.source={source}"]
     error = refused(*words)
-    assert f"data.source {source}: holds other images than when the run in {project}/runs/tok began (" in error
+    assert f"data.source {source}: holds different images than when the run in {project}/runs/tok began (" in error
     assert "Nothing was changed" in error
     assert snapshot(project / "runs/tok") == before
 
@@ -225,19 +225,19 @@ def test_a_name_and_a_folder_of_that_name_are_not_confused(project, works, refus
     works(*words, "data.source=flowers")
     shutil.rmtree("named/checkpoints")
     write_sheets(project / "flowers", 2)
-    assert "data.source flowers: holds other images" in refused(*words, "data.source=flowers")
+    assert "data.source flowers: holds different images" in refused(*words, "data.source=flowers")
     works(*words, f"data.source={tmp_path}/sets/flowers")
     write_sheets(project / "shapes", 3)
     works("train-tokenizer", "tokenizer.yaml", "run.dir=drawn", "data.source=shapes", "data.num_images=16")
     words = ["train-tokenizer", "tokenizer.yaml", "run.dir=drawn", "data.num_images=16"]
-    assert "holds other images" in refused(*words, "data.source=./shapes")
+    assert "holds different images" in refused(*words, "data.source=./shapes")
     assert "nothing left to do" in works(*words, "data.source=shapes")
 
 
 def test_other_codes_of_the_same_tokenizer_are_refused(project, works, refused):
     write_sheets(project / "other", 1)
     works("encode", "runs/tok", "--data", "other", "--out", "codes/other")
-    assert "codes codes/other: holds other codes than when the run in runs/gpt began (" in refused(
+    assert "codes codes/other: holds different codes than when the run in runs/gpt began (" in refused(
         "train-prior", "prior.yaml", "codes=codes/other"
     )
 
@@ -265,7 +265,7 @@ def test_a_feature_network_and_a_start_count_by_their_weights(project, works, re
     if not begun:
         shutil.rmtree("run/checkpoints")
     refusal = refused(*words, features % "features_1")
-    assert "loss.perceptual.path features_1: holds other weights than when the run in run began (" in refusal
+    assert "loss.perceptual.path features_1: holds different weights than when the run in run began (" in refusal
     Path("features_0").rename("network")
     shutil.copytree("runs/tok", "start")
     words[-1] = "init_from=start"
@@ -274,7 +274,9 @@ def test_a_feature_network_and_a_start_count_by_their_weights(project, works, re
     for parameter in model.parameters():
         parameter.data.mul_(2)
     model.save_pretrained("changed/model")
-    assert "init_from changed: holds other weights" in refused(*words[:-1], "init_from=changed", features % "network")
+    assert "init_from changed: holds different weights" in refused(
+        *words[:-1], "init_from=changed", features % "network"
+    )
 
 
 def test_a_run_without_a_memory_of_its_sources_goes_by_its_checkpoints_and_spelling(project, works, refused):
@@ -298,8 +300,8 @@ def test_a_run_without_a_memory_of_its_sources_goes_by_its_checkpoints_and_spell
             "sources.json has 1 mistake:\n  sources.data.source: expected a group of keys",
         ),
         ({"sources": {"data.source": {"place": 3, "facts": {}}}}, "place: expected text, got 3"),
-        ({"sources": {"data.source": {"place": None, "facts": {"train": 3}}}}, "holds other images than when"),
-        ({"sources": {"data.source": {"place": "\0", "facts": {}}}}, "holds other images than when"),
+        ({"sources": {"data.source": {"place": None, "facts": {"train": 3}}}}, "holds different images than when"),
+        ({"sources": {"data.source": {"place": "\0", "facts": {}}}}, "holds different images than when"),
     ],
 )
 def test_a_damaged_memory_is_one_sentence(project, refused, change, said):

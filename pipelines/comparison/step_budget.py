@@ -5,23 +5,23 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from twostage.core.training.run import TrainingRun
+from twostage.core.training.run import BaseRun
 
 __all__ = ["TIMED_STEPS", "seconds_per_step"]
 
 TIMED_STEPS = 12
 
 
-def seconds_per_step(train: Callable[[], TrainingRun[Any]], clock: Callable[[], float] = time.perf_counter) -> float:
+def seconds_per_step(train: Callable[[], BaseRun[Any]], clock: Callable[[], float] = time.perf_counter) -> float:
     """What a step costs by ``clock``; ``train`` runs `TIMED_STEPS` of them in a folder of their own.
 
     `time.process_time` is not lengthened by other programs on the machine; `time.perf_counter` is what a person waits.
     """
-    before = TrainingRun.clock
-    TrainingRun.clock = staticmethod(clock)
+    before = BaseRun.clock
+    BaseRun.clock = staticmethod(clock)
     try:
         seconds = train().seconds_per_step
     finally:
-        TrainingRun.clock = staticmethod(before)
+        BaseRun.clock = staticmethod(before)
     assert math.isfinite(seconds), "a finished run takes no step that could be timed"
     return seconds

@@ -56,7 +56,7 @@ from twostage.core.machine.processes import join_processes
 from twostage.core.runs.model_folder import write_json
 from twostage.core.runs.places import same_place
 from twostage.core.runs.run_folder import RunFolder, read_metrics
-from twostage.core.training.run import TrainingRun
+from twostage.core.training.run import BaseRun
 
 __all__ = ["MINUTES", "tour"]
 
@@ -215,7 +215,7 @@ def every(steps: int) -> dict[str, int]:
     return {"max_steps": steps, "validate_every": steps, "checkpoint_every": max(1, steps // 2)}
 
 
-def train(plan: Plan, name: str, run: Path, steps: int, changes: dict[str, Any] | None = None) -> TrainingRun[Any]:
+def train(plan: Plan, name: str, run: Path, steps: int, changes: dict[str, Any] | None = None) -> BaseRun[Any]:
     """Trains one model, going on where it was stopped.
 
     Args:

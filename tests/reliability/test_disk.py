@@ -77,7 +77,7 @@ def test_a_disk_that_fills_up_while_training(configs, small_disk, tmp_path):
     assert not list(disk.glob("run/checkpoints/.*")), "what was half written has made room again"
     assert "No space left on device" in one_sentence_again(words, tmp_path), "still full: still one sentence"
     (disk / "other").unlink()
-    assert "going on from step" in run(words, tmp_path)
+    assert "Resuming from step" in run(words, tmp_path)
     assert weights(disk / "run") == weights(tmp_path / "whole")
 
 
@@ -185,7 +185,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(configs, stopped, tmp_
     change(newest)
     found = run(tokenizer_words(configs, Path("run")), tmp_path)
     assert f"{newest.relative_to(tmp_path)}: damaged ({said}" in found
-    assert "going on from step 40 " in found
+    assert "Resuming from step 40 " in found
     assert weights(tmp_path / "run") == weights(stopped / "whole")
 
 
@@ -195,7 +195,7 @@ def test_only_damaged_checkpoints_stop_the_run_and_stay(configs, stopped, tmp_pa
         flip(folder / "model.safetensors")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     said = one_sentence(Command(tokenizer_words(configs, Path("run")), tmp_path))
-    assert "run/checkpoints: no checkpoint to go on from: " in said
+    assert "run/checkpoints: no checkpoint to resume from: " in said
     assert "Put back a copy of one, or remove the run's folder to begin anew" in said
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 

@@ -225,7 +225,7 @@ def test_a_picture_that_goes_away_while_training(configs, tmp_path, policy):
 
     again = Command(words, broken)
     assert again.wait() == 2
-    assert "holds other images than when the run in run began (train.pictures: " in again.said
+    assert "holds different images than when the run in run began (train.pictures: " in again.said
     assert "Bring the same ones back to resume" in again.said
 
     gone.write_bytes(content)

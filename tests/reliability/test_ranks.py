@@ -1,4 +1,4 @@
-"""Several processes: other weights in one of them are found out, and shares that are not equal hang nothing."""
+"""Several processes: weights that differ between them are detected, and unequal shares of work do not hang."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from benchmarks.reliability.processes import Command, run
 CHANGE = Path(__file__).with_name("change_one_codebook.py")
 
 
-def test_processes_with_different_codebooks_are_found_out(configs, tmp_path):
+def test_processes_with_different_codebooks_are_detected(configs, tmp_path):
     bottleneck = "model.bottleneck={type: vector, codebook_size: 16, codebook: learned}"
     words = [CHANGE, configs / "tokenizer.yaml", "run.dir=run", "train.max_steps=20", "train.checkpoint_every=4",
              "train.validate_every=20", bottleneck]  # fmt: skip
@@ -20,7 +20,7 @@ def test_processes_with_different_codebooks_are_found_out(configs, tmp_path):
     assert 'Traceback (most recent call last):\n  File "/' not in command.said.split("ChildFailedError")[0]
     assert command.said.count("error: ") == 1
     assert "step 8: the processes no longer have the same model bottleneck.codebook" in command.said
-    assert "its last good checkpoint in run/checkpoints is kept" in command.said
+    assert "last good checkpoint in run/checkpoints" in command.said
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000004"]
 
 
@@ -34,13 +34,13 @@ def test_fewer_images_than_processes_could_share(runs, tmp_path, count):
 
 
 def test_held_out_images_that_cannot_be_shared_equally(configs, runs, tmp_path):
-    """65 pictures in batches of 16 by two processes: three batches for one, two for the other, the last one of one."""
+    """65 images in batches of 16: three batches for one process, two for the other, and the last holds one image."""
     from benchmarks.reliability.drawn_images import draw_images
 
-    draw_images(tmp_path / "pictures/train", 64, 16)
-    draw_images(tmp_path / "pictures/val", 65, 16)
+    draw_images(tmp_path / "images/train", 64, 16)
+    draw_images(tmp_path / "images/val", 65, 16)
     few = ["train.max_steps=2", "train.validate_every=1", "train.checkpoint_every=2"]
-    source = f"data.source={tmp_path / 'pictures'}"
+    source = f"data.source={tmp_path / 'images'}"
     found = []
     for processes in (2, 1):
         folder = tmp_path / str(processes)

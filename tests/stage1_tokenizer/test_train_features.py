@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from messages import refuses
 from PIL import Image
 
 from stage1_tokenizer.feature_network import FeatureNetwork
@@ -13,7 +14,6 @@ from stage1_tokenizer.train_features import FeaturesTrainingConfig, command, tra
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import load_images
 from twostage.core.data.sources import first_form
-from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
 
 TRAINING = (train, FeaturesTrainingConfig)  # what `start` starts
@@ -36,15 +36,15 @@ def document(tmp_path) -> Callable[..., dict]:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Callable[..., str]:
-    """``pictures(*folders, mode, size)``: a source of four pictures in each folder."""
+def write_images(tmp_path) -> Callable[..., str]:
+    """``write_images(*folders, mode, size)``: a source with four images in each folder."""
 
     def write(*folders: str, mode: str = "RGB", size: tuple[int, int] = (8, 8)) -> str:
         for folder in folders:
-            (tmp_path / "pictures" / folder).mkdir(parents=True)
+            (tmp_path / "images" / folder).mkdir(parents=True)
             for i in range(4):
-                Image.new(mode, size).save(tmp_path / "pictures" / folder / f"{i}.png")
-        return str(tmp_path / "pictures")
+                Image.new(mode, size).save(tmp_path / "images" / folder / f"{i}.png")
+        return str(tmp_path / "images")
 
     return write
 
@@ -70,7 +70,7 @@ def test_a_run_writes_its_folder(document, start, capsys):
     }  # fmt: skip
 
 
-def test_the_last_validation_is_of_the_stored_network(document, start):
+def test_the_last_validation_measures_the_stored_network(document, start):
     config = document(lr=1e-2)
     run = start(config)
     network, line = FeatureNetwork.from_pretrained(run), read_metrics(run)[-1]
@@ -97,7 +97,7 @@ def test_digits_are_learned_within_a_hundred_steps(document, start, data_folder)
     assert read_metrics(start(config))[-1]["accuracy"] > 0.9
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(document, start):
+def test_a_killed_run_ends_as_if_uninterrupted(document, start):
     config = document(gradient_accumulation_steps=2, lr_schedule="cosine", max_grad_norm=0.1)
     run = start(config)
     uninterrupted = contents(run)
@@ -110,20 +110,20 @@ def test_a_killed_run_ends_as_if_it_had_not_been(document, start):
 
 def test_a_finished_run_has_nothing_left_to_do(document, start, capsys):
     run = start(document(max_steps=2))
-    before, said = contents(run), capsys.readouterr().out.splitlines()[-1]
+    before, printed = contents(run), capsys.readouterr().out.splitlines()[-1]
     start(document(max_steps=2))
     out = capsys.readouterr().out
     assert "nothing left to do" in out
-    assert out.splitlines()[-1] == said
+    assert out.splitlines()[-1] == printed
     assert contents(run) == before
 
 
-def test_the_command_takes_the_form_of_the_pictures(pictures, new_process, tmp_path, monkeypatch):
-    source = pictures("cat", "dog", mode="L", size=(10, 6))
+def test_the_command_takes_the_form_of_the_images(write_images, new_process, tmp_path, monkeypatch):
+    source = write_images("cat", "dog", mode="L", size=(10, 6))
     monkeypatch.chdir(tmp_path)
     new_process()
     command(source, epochs=2, batch_size=4, seed=5)
-    run = tmp_path / "runs" / "features_pictures"
+    run = tmp_path / "runs" / "features_images"
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["data"]["image_size"] == [6, 10]
     assert config["data"]["channels"] == 1
@@ -138,31 +138,31 @@ def test_the_command_takes_the_form_of_the_pictures(pictures, new_process, tmp_p
     assert contents(run / "model") == before
 
 
-def test_the_command_takes_another_form_where_asked_for(new_process, tmp_path, pictures):
+def test_the_command_takes_a_given_form(new_process, tmp_path, write_images):
     new_process()
-    source = pictures("cat", "dog")
+    source = write_images("cat", "dog")
     command(source, out=tmp_path / "run", image_size=4, channels=4, epochs=1, batch_size=4, horizontal_flip=True)
     assert FeatureNetwork.from_pretrained(tmp_path / "run").config.image_size == (4, 4)
     assert FeatureNetwork.from_pretrained(tmp_path / "run").config.channels == 4
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["horizontal_flip"] is True
 
 
-def test_the_first_readable_picture_gives_the_form(pictures, tmp_path):
-    source = pictures("cat", mode="RGBA", size=(512, 256))
-    (tmp_path / "pictures" / "cat" / "0.png").write_bytes(b"no picture")
+def test_the_first_readable_image_gives_the_form(write_images, tmp_path):
+    source = write_images("cat", mode="RGBA", size=(512, 256))
+    (tmp_path / "images" / "cat" / "0.png").write_bytes(b"not an image")
     assert first_form(source) == ((128, 256), 3)
     assert first_form("shapes") == ((32, 32), 3)
 
 
-def test_pictures_without_labels_are_refused(pictures, document, start, tmp_path):
-    source = pictures(".")
+def test_images_without_labels_are_refused(write_images, document, start, tmp_path):
+    source = write_images(".")
     config = document() | {"data": {"source": source, "image_size": 8}}
-    with pytest.raises(InputError, match=rf"{source}: its pictures have no labels, .* give one folder a class"):
+    with refuses("data.source", source, "no labels", "--label-column"):
         start(config)
     assert not (tmp_path / "run").exists()
 
 
-def test_pictures_of_one_class_are_refused(pictures, document, start):
-    config = document() | {"data": {"source": pictures("cat"), "image_size": 8}}
-    with pytest.raises(InputError, match=r"all pictures are of the class 'cat'; expected at least 2 classes"):
+def test_images_of_one_class_are_refused(write_images, document, start):
+    config = document() | {"data": {"source": write_images("cat"), "image_size": 8}}
+    with refuses("data.source", "class 'cat'", "at least 2 classes"):
         start(config)

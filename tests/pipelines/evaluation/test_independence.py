@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipelines.sharing.model_card import CardFields, write_model_card
 from safetensors.torch import load_file, save_file
 
 from pipelines.evaluation.frechet import OwnFeatures
 from pipelines.evaluation.independence import not_evidence
-from pipelines.sharing.model_card import CardFields, write_model_card
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, PerceptualNetwork
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from twostage.core.config.sections import parse_config

@@ -1,8 +1,8 @@
 """Fully sharded data parallel (torch's FSDP2): each process keeps a share of every weight, gradient, optimizer state
-and average, and has whole weights only of the block that it works on. What is written to disk is whole all the same.
+and average, and holds full weights only for the block that it is working on. Files on disk hold full tensors.
 
-An accelerate file asks for it (`configs/accelerate/fsdp_8.yaml`); Accelerate's own FSDP is left out, because it takes
-one model only (not its average) and on CPUs silently does something else (accelerate 1.15).
+An accelerate file asks for it (`configs/accelerate/fsdp_8.yaml`). Accelerate's own FSDP is not used: it takes only one
+model (not its average), and silently does something else on CPUs (accelerate 1.15).
 """
 
 from collections.abc import Mapping
@@ -19,36 +19,35 @@ from twostage.core.errors import InputError
 from twostage.core.machine.launch import check_flags
 from twostage.core.machine.precision import MixedPrecision
 
-__all__ = ["shard", "share_like", "units_to_shard", "whole"]
+__all__ = ["full_tensors", "shard", "share_like", "units_to_shard"]
 
 
 UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
-"""What Accelerate can be asked for by a variable, and would fail at, or train one model of two with."""
+"""Accelerate's other engines: with these variables it would fail, or train only one of two models."""
 
 
 def units_to_shard(shardable: bool) -> list[str]:
-    """The names of the classes whose modules the launch file wants to be worked on one at a time; [] without FSDP.
+    """The class names of the modules that FSDP gathers one at a time, from the launch file; [] without FSDP.
 
     Args:
-        shardable: whether this training can be done with FSDP.
+        shardable: whether this training supports FSDP.
 
     Raises:
-        InputError: DeepSpeed and its like; FSDP for a training that is not shardable, or with settings that are not
-            supported.
+        InputError: DeepSpeed or another engine, FSDP for a training that does not support it, or unsupported settings.
     """
     check_flags()
     for kind in UNSUPPORTED:
         if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
             raise InputError(
-                f"the launch asks for {kind} (ACCELERATE_USE_{kind}), which no training here supports; launch with "
-                "configs/accelerate/gpu_8.yaml, or fsdp_8.yaml for a prior that does not fit one GPU"
+                f"ACCELERATE_USE_{kind}: twostage does not support {kind}. Launch with configs/accelerate/gpu_8.yaml, "
+                "or with fsdp_8.yaml for a prior that does not fit on one GPU"
             )
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return []
     if not shardable:
         raise InputError(
-            "distributed_type FSDP: only priors that are transformers can be trained with it; launch this training "
-            "with configs/accelerate/gpu_8.yaml, which keeps a whole model on each GPU"
+            "distributed_type FSDP: only works for transformer priors. Launch this training with "
+            "configs/accelerate/gpu_8.yaml, which keeps a full model on each GPU"
         )
     plugin = FullyShardedDataParallelPlugin()
     names = plugin.transformer_cls_names_to_wrap or []
@@ -60,23 +59,23 @@ def units_to_shard(shardable: bool) -> list[str]:
         "fsdp_activation_checkpointing must be false": plugin.activation_checkpointing,
     }
     if any(wrong.values()):
-        asked = "; ".join(setting for setting, is_wrong in wrong.items() if is_wrong)
-        raise InputError(f"fsdp_config of the accelerate file: {asked}; see configs/accelerate/fsdp_8.yaml")
+        settings = "; ".join(setting for setting, is_wrong in wrong.items() if is_wrong)
+        raise InputError(f"fsdp_config in the accelerate file: {settings}. See configs/accelerate/fsdp_8.yaml")
     return names
 
 
 def shard(model: nn.Module, units: list[str], precision: MixedPrecision, *methods: str) -> None:
-    """Shares the weights of ``model`` out among the processes, in place; before its optimizer is made.
+    """Shards the weights of ``model`` over the processes, in place; call it before making the optimizer.
 
-    Under bf16 the shares stay float32, as do sums of gradients; all that is computed is computed in bfloat16.
-    (Autocast would keep a bfloat16 copy of all the weights until the backward pass is over.)
+    With bf16, everything is computed in bfloat16, but shares and sums of gradients stay float32. (Autocast would keep a
+    bfloat16 copy of all weights until the end of the backward pass.)
 
     Args:
-        units: names of the classes whose modules are gathered one at a time.
-        methods: that may be called from outside beside ``forward``. Every process must call them equally often.
+        units: class names of the modules that are gathered one at a time.
+        methods: methods that are called from outside, beside ``forward``; every process must call them equally often.
 
     Raises:
-        InputError: no such module in ``model``.
+        InputError: ``model`` has no such module.
     """
     state = PartialState()
     assert state.device is not None
@@ -84,28 +83,28 @@ def shard(model: nn.Module, units: list[str], precision: MixedPrecision, *method
     policy = MixedPrecisionPolicy(torch.bfloat16 if precision == "bf16" else None, reduce_dtype=torch.float32)
     parts = [module for module in model.modules() if type(module).__name__ in units]
     if not parts:
-        raise InputError(f"fsdp_transformer_layer_cls_to_wrap: no {' or '.join(units)} in this model; use Block")
+        raise InputError(f"fsdp_transformer_layer_cls_to_wrap: this model has no {' or '.join(units)}. Set it to Block")
     for module in [*parts, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for method in methods:
         register_fsdp_forward_method(model, method)
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with those that are shared out gathered on the CPU of the main process; {} in the others.
+def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with shards gathered on the CPU of the main process; {} in other processes.
 
-    Called by every process, with the same names; one tensor at a time is whole on a device.
+    Every process calls it with the same names; only one tensor at a time is gathered on a device.
     """
-    kept, is_main = {}, PartialState().is_main_process
+    full, is_main = {}, PartialState().is_main_process
     for name, tensor in tensors.items():
         gathered = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
         if is_main:
-            kept[name] = gathered
-    return kept
+            full[name] = gathered
+    return full
 
 
 def share_like(tensor: Tensor, own: Tensor) -> Tensor:
-    """This process's share of a whole ``tensor``, which every process has, where ``own`` is shared out; else itself."""
+    """This process's share of a full ``tensor`` if ``own`` is sharded, else ``tensor`` itself."""
     if not isinstance(own, DTensor):
         return tensor
     return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)

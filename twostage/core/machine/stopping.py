@@ -1,4 +1,4 @@
-"""How a command is asked to stop before its end: by a scheduler's signal, by Ctrl-C, or by its time limit."""
+"""Requests to stop a command early: a scheduler's signal, Ctrl-C, or a time limit."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twostage.core.errors import INTERRUPTED, StopAsked
 
-__all__ = ["StopRequests", "TimeLimitOption", "going_on_later"]
+__all__ = ["StopRequests", "TimeLimitOption", "resumable"]
 
 TimeLimitOption = Annotated[
     float | None,
@@ -23,15 +23,15 @@ TimeLimitOption = Annotated[
         "--time-limit",
         min=0,
         metavar="MINUTES",
-        help="Save and end with status 75 after so many minutes; the same command goes on.",
+        help="Save and exit with status 75 after this many minutes. Run the same command again to resume.",
     ),
 ]
 
 
 @contextmanager
-def going_on_later() -> Iterator[None]:
-    """For what is on disk at every instant and goes on when it is started again: SIGTERM and SIGUSR1 (a scheduler's
-    notice) raise :class:`StopAsked` within the block."""
+def resumable() -> Iterator[None]:
+    """For work that can be resumed from disk at any time: SIGTERM and SIGUSR1 (a scheduler's notice) raise
+    :class:`StopAsked` within the block."""
 
     def stop(number: int, _: FrameType | None) -> None:
         raise StopAsked(signal.Signals(number).name)
@@ -41,14 +41,13 @@ def going_on_later() -> Iterator[None]:
 
 
 class StopRequests:
-    """What a run's processes are asked, and when they agree to stop.
+    """Requests to stop a run, on which all its processes agree.
 
-    A request may reach one process or all of them, each at another step. So each process sums what it was asked with
-    the others in the background of a step, on the CPU, and looks at the sum a step later: all stop after the same step,
-    and no step waits.
+    A request may reach one process or all, each at a different step. So the processes combine their requests in the
+    background, on the CPU, and read the result one step later: all stop after the same step, and no step waits.
 
     Args:
-        minutes: from now on until the time limit; None: no limit.
+        minutes: time limit from now; None: no limit.
     """
 
     def __init__(self, minutes: float | None = None) -> None:
@@ -56,20 +55,20 @@ class StopRequests:
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
         self._asked: StopAsked | None = None
         self._group: Any = None
-        self._pending: tuple[Tensor, Any] | None = None  # the last sum that was begun
+        self._pending: tuple[Tensor, Any] | None = None  # the last reduction that was started
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Within the block requests are noted, for :meth:`agreed` to tell; a second Ctrl-C raises at once."""
+    def listening(self) -> Iterator[None]:
+        """Within the block, signals are noted for :meth:`agreed`; a second Ctrl-C raises at once."""
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
         with _handled(dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), self._note)):
             yield
             if self._pending:
-                self._pending[1].wait()  # no process leaves while another still adds
+                self._pending[1].wait()  # no process leaves while another still needs it
 
     def agreed(self) -> StopAsked | None:
-        """Why all processes stop now, or None; called by every process after every step."""
+        """Why all processes stop now, or None. Every process calls it after every step."""
         if self._end is not None and self._asked is None and time.monotonic() >= self._end:
             self._asked = StopAsked(f"the time limit of {self._minutes:g} minutes")
         if self._group is None:
@@ -88,7 +87,7 @@ class StopRequests:
         elif self._asked is None:
             self._asked = StopAsked("Ctrl-C", INTERRUPTED)
             if os.environ.get("RANK", "0") == "0":
-                os.write(2, b"\nsaving after this step; Ctrl-C again stops at once\n")
+                os.write(2, b"\nSaving after this step. Press Ctrl-C again to stop at once.\n")
         else:
             raise KeyboardInterrupt
 

@@ -1,8 +1,8 @@
-"""Checkpoints that are there wholly or not at all.
+"""Checkpoints that exist completely or not at all.
 
-`checkpoints/step_00001000/` holds safetensors and JSON, and a manifest with every file's size and hash. It is written
-under another name, flushed to disk, then renamed; a folder without a manifest is ignored, and one whose files are not
-those of its manifest is damaged.
+`checkpoints/step_00001000/` holds safetensors and JSON, and a manifest with the size and hash of every file. It is
+written under another name, flushed to disk, then renamed. A folder without a manifest is ignored; a folder whose files
+differ from its manifest is damaged.
 """
 
 import json
@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from twostage.core.runs.model_folder import check_format, file_sha256
 __all__ = ["Checkpoints", "optimizer_tensors", "restore_optimizer"]
 
 FORMAT_VERSION = 2
-"""1 had no half-filled means, and did not tell the data and the number of processes."""
+"""Version 1 had no unfinished means, no facts about the data, and no number of processes."""
 MANIFEST = "manifest.json"
 
 
@@ -36,16 +35,16 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """Writes one file a name of ``tensors`` and `state.json`, then removes all but the newest ``keep``.
+        """Writes one file per name in ``tensors``, and `state.json`; then removes all but the newest ``keep``.
 
         Raises:
-            InputError: it cannot be written, as on a full disk; what was there before is there still.
+            InputError: it cannot be written, for example to a full disk; earlier checkpoints are kept.
         """
         final = self.folder / f"step_{step:08d}"
         partial = self.folder / f".{final.name}.partial"
         try:
             self._write(partial, step, tensors, state)
-            if final.exists():  # damaged, or the run would have gone on from it
+            if final.exists():  # damaged, or the run would have resumed from it
                 shutil.rmtree(final)
             partial.rename(final)
             flush(self.folder)
@@ -57,9 +56,9 @@ class Checkpoints:
             raise InputError(
                 f"{final}: the checkpoint could not be written ({os.strerror(number)}); "
                 + (f"{kept[-1]}, the last good one, is kept" if kept else "there is no earlier one")
-                + ". Make room or mend the folder, then give the same command to go on"
+                + ". Free some space or fix the permissions, then run the same command again to resume"
             ) from None
-        # Later ones are damaged, so they do not count among the newest.
+        # Later checkpoints are damaged, so they do not count among the newest.
         kept = [folder for folder in self._steps() if folder.name <= final.name][-self.keep :]
         for folder in self.folder.glob("step_*"):
             if folder not in kept:
@@ -80,10 +79,10 @@ class Checkpoints:
         flush(partial)
 
     def latest(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint whose files are those that its manifest says, and what is wrong with newer ones.
+        """The newest intact checkpoint, and what is wrong with newer ones.
 
         Raises:
-            InputError: there are checkpoints, and all of them are damaged.
+            InputError: all checkpoints are damaged.
         """
         damaged = []
         for folder in reversed(self._steps()):
@@ -93,8 +92,8 @@ class Checkpoints:
             damaged.append(f"{folder}: damaged ({damage})")
         if damaged:
             raise InputError(
-                f"{self.folder}: no checkpoint to go on from: {'; '.join(damaged)}. Nothing was changed. Put back a "
-                "copy of one, or remove the run's folder to begin anew"
+                f"{self.folder}: no checkpoint to resume from: {'; '.join(damaged)}. Nothing was changed. Put back a "
+                "copy of one, or remove the run's folder to start over"
             )
         return None, []
 
@@ -103,9 +102,9 @@ class Checkpoints:
         """The tensors of each file, and the state.
 
         Raises:
-            InputError: a file that is no checkpoint's, though the manifest has its hash.
+            InputError: a file cannot be read, although the manifest has its hash.
         """
-        remedy = "put back a copy of this checkpoint, or remove the run's folder to begin anew"
+        remedy = "put back a copy of this checkpoint, or remove the run's folder to start over"
         tensors = {}
         for path in sorted(folder.glob("*.safetensors")):
             try:
@@ -119,7 +118,7 @@ class Checkpoints:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name (`decoder.weight/exp_avg`), so that no order has to match."""
+    """The optimizer's state by parameter name (`decoder.weight/exp_avg`), independent of their order."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {f"{names[p]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
@@ -127,25 +126,21 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
 def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of :func:`optimizer_tensors`."""
     parameters = dict(model.named_parameters())
+    fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")
         parameter = parameters[name]
-        scalar = key == "step"  # kept where the optimizer made it: on the CPU, or beside a fused parameter
-        device = optimizer_step_device(optimizer, parameter) if scalar else parameter.device
-        optimizer.state[parameter][key] = value.to(device) if scalar else share_like(value.to(device), parameter)
-
-
-def optimizer_step_device(optimizer: Optimizer, parameter: Tensor) -> torch.device:
-    """Where the optimizer counts a parameter's steps."""
-    fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    return parameter.device if fused else torch.device("cpu")
+        if key == "step":  # counted on the CPU, or beside the parameter by a fused optimizer
+            optimizer.state[parameter][key] = value.to(parameter.device if fused else "cpu")
+        else:
+            optimizer.state[parameter][key] = share_like(value.to(parameter.device), parameter)
 
 
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None.
 
     Raises:
-        InputError: written by a newer version.
+        InputError: a newer version wrote it.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -153,13 +148,13 @@ def _damage(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{MANIFEST} cannot be read"
     check_format(version, FORMAT_VERSION, folder)
-    there = {path.name for path in folder.iterdir()} - {MANIFEST}
-    if missing := files.keys() - there:
+    present = {path.name for path in folder.iterdir()} - {MANIFEST}
+    if missing := files.keys() - present:
         return f"{min(missing)} is missing"
-    if unlisted := there - files.keys() or {"state.json"} - there:
+    if unlisted := present - files.keys() or {"state.json"} - present:
         return f"{min(unlisted)} is not in {MANIFEST}"
-    wrong = [name for name, fingerprint in files.items() if _fingerprint(folder / name) != fingerprint]
-    return f"{wrong[0]} is not what was written" if wrong else None
+    changed = [name for name, fingerprint in files.items() if _fingerprint(folder / name) != fingerprint]
+    return f"{changed[0]} has changed since it was written" if changed else None
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

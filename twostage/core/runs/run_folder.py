@@ -1,4 +1,4 @@
-"""A run's folder: config.yaml, sources.json, metrics.jsonl, samples/, checkpoints/, model/."""
+"""The folder of a run: config.yaml, sources.json, metrics.jsonl, samples/, checkpoints/, model/."""
 
 import errno
 import fcntl
@@ -28,10 +28,10 @@ from twostage.core.runs.places import Contents, Record, same_place
 __all__ = ["STOPPED", "RunFolder", "read_metrics"]
 
 FORMAT_VERSION = 1
-"""Of sources.json, which the first runs did not have."""
+"""Version of sources.json, which the first runs did not have."""
 
 STOPPED = "stopped.txt"
-"""There while the run waits for the same command: for a script that does not see the command's own exit status."""
+"""Exists while a stopped run waits to be resumed, for scripts that do not see the command's exit status."""
 
 
 class _Sources(Section):
@@ -42,12 +42,7 @@ class _Sources(Section):
 
 
 class RunFolder:
-    """The folder of one run; opening it checks that it belongs to the same configuration.
-
-    Raises:
-        InputError: the folder holds a run with another configuration (the differences are shown; nothing is changed),
-            or is a file, or other things are in it.
-    """
+    """The folder of one run, which belongs to one configuration."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -57,14 +52,19 @@ class RunFolder:
         self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
+        self.curves = self.path / "losses.png"
         self._lock: int | None = None  # a file descriptor
 
     def stored_config(self) -> dict[str, Any] | None:
-        """The configuration that the run was started with, or None for a new folder."""
+        """The configuration that the run was started with, or None for a new folder.
+
+        Raises:
+            InputError: a file, a folder of something else, or a damaged config.yaml.
+        """
         if self.config_file.is_file():
             return self._read_config()
         if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
-            raise InputError(f"run.dir {self.path}: exists and is no run of twostage; choose another run.dir=")
+            raise InputError(f"run.dir {self.path}: exists but is not a twostage run. Choose another run.dir=")
         return None
 
     def _read_config(self) -> dict[str, Any]:
@@ -73,22 +73,25 @@ class RunFolder:
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(f"{self.config_file}: not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(document, dict):
-            raise InputError(f"{self.config_file}: damaged: expected the groups of a configuration, got {document!r}")
+            raise InputError(f"{self.config_file}: damaged: expected a configuration, got {document!r}")
         return document
 
     def check(self, config: Section) -> None:
-        """Refuses other settings than the stored ones. Where the run lies, and how paths are spelled, does not matter:
-        :meth:`check_sources` looks at what lies there."""
+        """Refuses settings that differ from the stored ones; paths may differ, :meth:`check_sources` compares content.
+
+        Raises:
+            InputError: shows the differences.
+        """
         stored = self._stored(config)
         if stored is None:
             return
-        there, here = stored.model_dump(mode="json"), config.model_dump(mode="json")
-        before, now = path_values(stored), path_values(config)
-        for name in before.keys() & now.keys():
-            if before[name] is not None and now[name] is not None:
-                _drop(there, name)
-                _drop(here, name)
-        if differences := describe_differences(there, here):
+        old, new = stored.model_dump(mode="json"), config.model_dump(mode="json")
+        old_paths, new_paths = path_values(stored), path_values(config)
+        for name in old_paths.keys() & new_paths.keys():
+            if old_paths[name] is not None and new_paths[name] is not None:
+                _drop(old, name)
+                _drop(new, name)
+        if differences := describe_differences(old, new):
             raise self._refusal(differences)
 
     def check_sources(
@@ -98,23 +101,23 @@ class RunFolder:
         remembered: Mapping[str, dict[str, Any]] | None = None,
         begun: bool = True,
     ) -> None:
-        """Refuses to go on with other content than the run began with.
+        """Refuses to continue with content that differs from what the run began with.
 
         Args:
-            sources: what the paths of ``config`` lead to now, by their keys.
-            remembered: the facts in the checkpoints of runs that have no sources.json; they may be fewer.
-            begun: whether there is a checkpoint.
+            sources: what the paths in ``config`` lead to now, by their keys.
+            remembered: facts from the checkpoint of a run without sources.json; there may be fewer of them.
+            begun: whether the run has a checkpoint.
 
         Raises:
-            InputError: other content; or a path that is spelled in another way, of whose content nothing is known.
+            InputError: different content, or a changed path whose earlier content is unknown.
         """
         stored = self._stored(config)
         if stored is None:
             return
         known, former = self.stored_sources(), remembered or {}
-        there, here = path_values(stored), path_values(config)
-        for key, value in here.items():
-            before, now = there.get(key), sources.get(key)
+        stored_paths = path_values(stored)
+        for key, value in path_values(config).items():
+            before, now = stored_paths.get(key), sources.get(key)
             if key == "run.dir" or value is None or before is None:
                 continue
             same = same_place(before, value)
@@ -131,13 +134,14 @@ class RunFolder:
                 raise self._refusal([f"{key}: was {before!r}, now {value!r}"])
             if differences := summarize_differences(expected, found):
                 raise InputError(
-                    f"{key} {value}: holds other {now.what} than when the run in {self.path} began ({differences}). "
-                    "Nothing was changed. Bring the same ones back to resume, or choose another run.dir="
+                    f"{key} {value}: holds different {now.what} than when the run in {self.path} began "
+                    f"({differences}). Nothing was changed. Restore the original ones to resume, or choose another "
+                    "run.dir="
                 )
 
     def stored_sources(self) -> dict[str, Record]:
-        """What the paths of the configuration led to when the run began, by keys such as `data.source`; {} for a new
-        folder and for those of earlier versions."""
+        """What the paths in the configuration led to when the run began, by keys such as `data.source`; {} for a new
+        folder and for runs of earlier versions."""
         if not self.sources_file.is_file():
             return {}
         document = read_json(self.sources_file, "put back a copy of it, or remove it")
@@ -145,22 +149,22 @@ class RunFolder:
         return parse_config(_Sources, document, f"{self.sources_file}").sources
 
     def _stored(self, config: Section) -> Section | None:
-        """The stored configuration; settings that the run's version did not have yet are at their defaults."""
+        """The stored configuration, with defaults for settings that the run's version did not have yet."""
         stored = self.stored_config()
         return None if stored is None else parse_config(type(config), stored, f"{self.config_file}")
 
     def _refusal(self, differences: list[str]) -> InputError:
         return InputError(
-            f"run.dir {self.path}: holds a run with another configuration:\n  "
+            f"run.dir {self.path}: holds a run with a different configuration:\n  "
             + "\n  ".join(differences)
             + "\nNothing was changed. Choose another run.dir=, give the same values to resume, or remove the folder"
         )
 
     def lock(self) -> None:
-        """Keeps other processes from training into this folder until this one ends, however it ends.
+        """Keeps other processes from training into this folder until this one exits.
 
         Raises:
-            InputError: another process has the lock.
+            InputError: another process holds the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if self._lock is None:
@@ -169,16 +173,16 @@ class RunFolder:
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOTSUP):  # a network disk that has no locks
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP):  # a network disk without locks
                 return
             raise InputError(
-                f"run.dir {self.path}: another process trains into it at this moment; wait for it or stop it, or "
-                "choose another run.dir="
+                f"run.dir {self.path}: another process is training into it. Wait for it, stop it, or choose another "
+                "run.dir="
             ) from None
 
     def create(self, config: Section, sources: Mapping[str, Contents] = MappingProxyType({})) -> None:
-        """Makes the folder, its lock, and writes the resolved configuration and what its paths lead to; in a folder
-        that is there, where things are now."""
+        """Creates and locks the folder, and writes the configuration and what its paths lead to. An existing folder
+        gets the current paths."""
         self.lock()
         self.samples.mkdir(parents=True, exist_ok=True)
         (self.path / STOPPED).unlink(missing_ok=True)
@@ -192,7 +196,7 @@ class RunFolder:
             write_json(self.sources_file, _Sources(sources=before | now).model_dump(mode="json"))
 
     def write_note(self, name: str, lines: list[str]) -> None:
-        """A text file for the person who runs it."""
+        """Writes a text file for the user."""
         (self.path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def append_metrics(self, line: dict[str, Any]) -> None:
@@ -200,11 +204,11 @@ class RunFolder:
         try:
             with self.metrics_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        except OSError as error:  # a full disk does not say of which file
+        except OSError as error:  # the error of a full disk does not name the file
             raise OSError(error.errno, os.strerror(error.errno or 0), str(self.metrics_file)) from None
 
     def cut_metrics(self, step: int) -> None:
-        """Drops what a killed run had logged after the checkpoint that is gone on from, so that no line is doubled."""
+        """Drops lines after ``step``: a killed run logged them after the checkpoint that it resumes from."""
         if self.metrics_file.exists():
             kept = [line for line in read_metrics(self.metrics_file) if line["step"] <= step]
             text = "".join(json.dumps(line) + "\n" for line in kept)
@@ -214,7 +218,7 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, [] where there is none yet; a last line cut short by a kill is left out."""
+    """The lines of a metrics.jsonl; [] if there is none yet. A last line that a kill cut short is skipped."""
     lines = []
     if not path.exists():
         return lines

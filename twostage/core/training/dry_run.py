@@ -1,15 +1,12 @@
-"""`--dry-run` of a training verb: the first steps of the real training, measured, and nothing written."""
+"""`--dry-run` of the training commands: measures the first steps of the real training and writes nothing."""
 
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.module_tracker import ModuleTracker
 from tqdm import tqdm
@@ -17,22 +14,23 @@ from tqdm import tqdm
 from twostage.core.errors import InputError
 from twostage.core.machine.memory import MEASURED_BY, peak_memory
 from twostage.core.machine.onednn import FLOP_FORMULAS
+from twostage.core.machine.processes import join_processes
+from twostage.core.machine.sharding import units_to_shard
+from twostage.core.machine.stopping import resumable
 from twostage.core.runs.model_folder import write_json
-from twostage.core.runs.places import Contents
-from twostage.core.training.batches import Batches
 from twostage.core.training.random import BatchRandom
-from twostage.core.training.run import ConfigT, DataT, TrainingRun
+from twostage.core.training.run import BaseRun, ConfigT, DataT, resolve_precision
 
-__all__ = ["DryRun", "DryRunOption", "JsonOption", "check_json", "count_flops", "finish_dry_run"]
+__all__ = ["DryRun", "DryRunOption", "JsonOption", "count_flops", "run_training"]
 
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Measure a few steps (FLOPs, memory, time) and write nothing.")
+    bool, typer.Option("--dry-run", help="Measure FLOPs, memory and time of a few steps, and write nothing.")
 ]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="A file for what --dry-run measures.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write what --dry-run measures to this file.")]
 
 aten = torch.ops.aten
-# What torch counts on a GPU, but not yet on a CPU.
-ON_CPU = FLOP_FORMULAS | {
+# Operators that torch counts on a GPU, but not yet on a CPU.
+CPU_FLOPS = FLOP_FORMULAS | {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
@@ -41,7 +39,7 @@ ON_CPU = FLOP_FORMULAS | {
 
 
 class _NoModules(ModuleTracker):
-    """Its hooks, which FLOPs by module need, cannot follow a step that calls autograd.grad."""
+    """Replaces the hooks that count FLOPs by module: they cannot follow a step that calls autograd.grad."""
 
     def __enter__(self) -> "_NoModules":
         return self
@@ -51,48 +49,34 @@ class _NoModules(ModuleTracker):
 
 
 def count_flops() -> FlopCounterMode:
-    """A context whose `get_total_flops()` are those of the matrix products, convolutions and attention within it."""
-    counter = FlopCounterMode(display=False, custom_mapping=ON_CPU)
+    """A context whose `get_total_flops()` counts its matrix products, convolutions and attention."""
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_FLOPS)
     counter.mod_tracker = _NoModules()
     return counter
 
 
-class DryRun(TrainingRun[ConfigT]):
-    """A run of three steps in which nothing is read from or written to the run folder.
+class DryRun(BaseRun[ConfigT]):
+    """Three steps that are measured and leave nothing behind: the first two are timed, the third is counted.
 
-    The steps are worked on as at the run's end, when every loss has begun. The first and the second are timed, the
-    third is counted.
+    They are taken as at the end of the run, when every loss has started.
+
+    Args:
+        config: continue with :attr:`config`, in which `auto` is resolved.
+        shardable: whether the launch may ask for FSDP; then see :attr:`units_to_shard`.
     """
 
-    def __init__(self, config: ConfigT, shardable: bool = False, time_limit: float | None = None) -> None:
-        self.run_dir = config.run.dir
-        never_made = Path(tempfile.gettempdir()) / f"dry-run-{os.urandom(8).hex()}"
-        run = config.run.model_copy(update={"dir": str(never_made), "trackers": []})
-        super().__init__(config.model_copy(update={"run": run}), shardable, time_limit)
+    def __init__(self, config: ConfigT, shardable: bool = False) -> None:
+        units = units_to_shard(shardable)
+        super().__init__(resolve_precision(config, join_processes(), bool(units)), units)
         self.figures: dict[str, Any] = {}
 
     @property
     def progress(self) -> float:
-        """1: the end of the run."""
+        """1.0, the end of the run."""
         return 1.0
 
-    def restore(
-        self,
-        batches: Batches,
-        modules: Mapping[str, nn.Module],
-        optimizers: dict[str, tuple[nn.Module, Optimizer]],
-        begin: Callable[[], None] | None = None,
-        sources: Mapping[str, Contents] | None = None,
-        by_process: str = "",
-    ) -> bool:
-        """Always a new run."""
-        self.batches, self._modules, self._optimizers = batches, modules, optimizers
-        if begin:
-            begin()
-        return False
-
     def steps(self, read: Callable[[Tensor], DataT], read_ahead: bool) -> Iterator[list[tuple[DataT, BatchRandom]]]:
-        """The batches of three steps, the reading of which is timed too; fills :attr:`figures`."""
+        """The batches of three steps, whose reading is timed too; fills :attr:`figures`."""
         device = self.accelerator.device
         seconds = []
         for _ in range(2):
@@ -122,24 +106,17 @@ class DryRun(TrainingRun[ConfigT]):
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         }
 
-    def advance(self) -> None:
-        """Counts a finished update; nothing is logged."""
-        self.step += 1
-
-    def due(self, what: str) -> bool:
-        """Never: nothing is validated, drawn or saved."""
-        return False
+    def record(self, metrics: dict[str, Tensor]) -> None:
+        """Drops the metrics."""
 
     def end(self, num_held_out: int) -> None:
-        """Says what was measured.
+        """Reports the figures.
 
         Args:
-            num_held_out: images.
+            num_held_out: held-out images.
         """
         self.figures["num_held_out"] = num_held_out
-        for line in _lines(self.figures):
-            self.say(line)
-        self.say(f"dry run: nothing was written to {self.run_dir}")
+        self.report(*_describe(self.figures), f"dry run: nothing was written to {self.config.run.dir}")
 
     def _now(self) -> float:
         if self.accelerator.device.type != "cpu":
@@ -147,18 +124,23 @@ class DryRun(TrainingRun[ConfigT]):
         return self.clock()
 
 
-def check_json(dry_run: bool, file: Path | None) -> None:
-    """Refuses a ``--json`` that could not be written, before anything is measured."""
-    if file and not dry_run:
-        raise InputError(f"--json {file}: is of --dry-run; add that, or leave this out (a run writes metrics.jsonl)")
-    if file and (file.is_dir() or not file.parent.is_dir()):
-        raise InputError(f"--json {file}: expected a file in a folder that is there")
+def run_training(train: Callable[[], BaseRun[Any]], dry_run: bool, json_file: Path | None) -> None:
+    """Runs a training command: ``train`` resumes after SIGTERM, and its dry run's figures go to ``json_file``.
 
-
-def finish_dry_run(run: TrainingRun[Any], file: Path | None) -> None:
-    """Writes the figures of a dry run to ``file``, where one is given."""
-    if file and isinstance(run, DryRun) and run.accelerator.is_main_process:
-        write_json(file, run.figures)
+    Raises:
+        InputError: a ``json_file`` without a dry run, or one that cannot be written; before anything else happens.
+    """
+    if json_file and not dry_run:
+        raise InputError(
+            f"--json {json_file}: only works with --dry-run. Add --dry-run or remove --json (a real run writes "
+            "metrics.jsonl)"
+        )
+    if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
+        raise InputError(f"--json {json_file}: expected a file in an existing folder")
+    with resumable():
+        run = train()
+    if json_file and isinstance(run, DryRun) and run.accelerator.is_main_process:
+        write_json(json_file, run.figures)
 
 
 def _count(net: nn.Module) -> dict[str, int]:
@@ -168,25 +150,25 @@ def _count(net: nn.Module) -> dict[str, int]:
     }
 
 
-def _lines(figures: dict[str, Any]) -> list[str]:
-    nets = [
+def _describe(figures: dict[str, Any]) -> list[str]:
+    networks = [
         f"{name} {count['all']:,} ({count['trainable']:,} trainable)" for name, count in figures["parameters"].items()
     ]
-    share = " in each process" if figures["processes"] > 1 else ""
-    parts = figures["gradient_accumulation_steps"]
-    processes = figures["processes"]
+    processes, parts = figures["processes"], figures["gradient_accumulation_steps"]
+    per_process = " per process" if processes > 1 else ""
     rows = {
-        "parameters": ", ".join(nets),
-        "FLOPs a step": f"{tqdm.format_sizeof(figures['flops_per_step'])}{share}: matrix products, convolutions and "
-        "attention, forward and backward",
-        "peak memory": f"{tqdm.format_sizeof(figures['peak_memory_bytes'], 'B', 1024)}{share} "
+        "parameters": ", ".join(networks),
+        "FLOPs per step": f"{tqdm.format_sizeof(figures['flops_per_step'])}{per_process}: matrix products, "
+        "convolutions and attention, forward and backward",
+        "peak memory": f"{tqdm.format_sizeof(figures['peak_memory_bytes'], 'B', 1024)}{per_process} "
         f"({figures['peak_memory_measured_by']})",
-        "seconds a step": f"{figures['seconds_per_step']:.3g} (the first {figures['seconds_first_step']:.3g})",
-        "steps": f"{figures['steps_per_epoch']:,} an epoch, {figures['steps']:,} in all: about "
-        f"{tqdm.format_interval(figures['seconds_estimated'])}, beside validations and checkpoints",
-        "images": f"{figures['num_train']:,} to train on, {figures['num_held_out']:,} held out; "
-        f"{figures['batch_size']:,} a step, shared by {processes} process{'es' * (processes > 1)}"
-        f"{f', in {parts} parts each' if parts > 1 else ''}",
+        "seconds per step": f"{figures['seconds_per_step']:.3g} (the first step took "
+        f"{figures['seconds_first_step']:.3g})",
+        "steps": f"{figures['steps']:,} ({figures['steps_per_epoch']:,} per epoch): about "
+        f"{tqdm.format_interval(figures['seconds_estimated'])}, without validations and checkpoints",
+        "images": f"{figures['num_train']:,} for training, {figures['num_held_out']:,} held out; "
+        f"{figures['batch_size']:,} per step, on {processes} process{'es' * (processes > 1)}"
+        f"{f' in {parts} accumulation steps' if parts > 1 else ''}",
         "precision": f"train.mixed_precision {figures['mixed_precision']}, on {figures['device']}",
     }
-    return [f"{name:<15} {value}" for name, value in rows.items()]
+    return [f"{name:<17} {value}" for name, value in rows.items()]

@@ -1,4 +1,4 @@
-"""A checkpoint is there wholly or not at all, and what comes back is what was saved, bit for bit."""
+"""A checkpoint exists completely or not at all, and is loaded bit for bit as it was saved."""
 
 import copy
 from pathlib import Path
@@ -33,7 +33,7 @@ def flip_a_byte(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_nothing_saved_is_nothing_found(checkpoints):
+def test_no_checkpoint_is_found_before_the_first(checkpoints):
     assert checkpoints.latest() == (None, [])
 
 
@@ -76,30 +76,30 @@ def test_a_folder_without_a_manifest_is_ignored(checkpoints):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("harm", ["flipped byte", "cut short", "missing"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(checkpoints, name, harm):
+@pytest.mark.parametrize("damage", ["flipped byte", "cut short", "missing"])
+def test_the_checkpoint_before_a_damaged_one_is_found(checkpoints, name, damage):
     save(checkpoints, 1, 2)
     file = checkpoints.folder / "step_00000002" / name
-    if harm == "flipped byte":
+    if damage == "flipped byte":
         flip_a_byte(file)
-    elif harm == "cut short":
+    elif damage == "cut short":
         file.write_bytes(file.read_bytes()[:-3])
     else:
         file.unlink()
     assert latest_step(checkpoints) == 1
 
 
-def test_saving_goes_on_after_damage(checkpoints):
+def test_saving_continues_after_damage(checkpoints):
     checkpoints.keep = 1
     save(checkpoints, 3)
     flip_a_byte(checkpoints.folder / "step_00000003" / "model.safetensors")
-    save(checkpoints, 2)  # the run began again from the start
+    save(checkpoints, 2)  # the run started over
     assert latest_step(checkpoints) == 2, "the damaged one does not count among the newest"
     save(checkpoints, 3)
     assert latest_step(checkpoints) == 3
 
 
-def test_what_a_kill_left_behind_is_written_over(checkpoints):
+def test_leftovers_of_a_kill_are_overwritten(checkpoints):
     partial = checkpoints.folder / ".step_00000002.partial"
     partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(b"half of")
@@ -129,11 +129,11 @@ def bits(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
     return {name: tensor.reshape(-1).view(torch.int32).tolist() for name, tensor in tensors.items()}
 
 
-def test_a_restored_optimizer_goes_on_like_the_uninterrupted_one(checkpoints):
+def test_a_restored_optimizer_continues_like_the_uninterrupted_one(checkpoints):
     config = TrainConfig(max_steps=1, lr=0.01, weight_decay=0.1)
     model = make_model()
     optimizer = make_optimizer(model, config)
-    assert optimizer.param_groups[0]["fused"], "what trains is what is tested"
+    assert optimizer.param_groups[0]["fused"], "the optimizer that training uses is tested"
     update(model, optimizer, range(5))
     checkpoints.save(5, {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}, {})
     update(model, optimizer, range(5, 10))
@@ -158,7 +158,7 @@ def test_optimizer_state_is_stored_by_parameter_name():
     assert set(tensors) == {f"{name}/{key}" for name in names for key in ("step", "exp_avg", "exp_avg_sq")}
 
     other = copy.deepcopy(model)
-    backwards = torch.optim.AdamW(reversed(list(other.parameters())), fused=True)  # no order has to match
+    backwards = torch.optim.AdamW(reversed(list(other.parameters())), fused=True)  # the order need not match
     restore_optimizer(other, backwards, tensors)
     assert bits(optimizer_tensors(other, backwards)) == bits(tensors)
     update(other, backwards, range(1, 2))

@@ -1,6 +1,5 @@
-"""The data order is a function of the step, whatever the number of processes."""
+"""The data order is a function of the step, for any number of processes."""
 
-import re
 from collections import Counter
 from itertools import islice
 from types import SimpleNamespace
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from messages import refuses
 
 from twostage.core.errors import InputError
 from twostage.core.training.batches import Batches
@@ -28,15 +28,15 @@ def identity(rows: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def test_an_epoch_shows_each_sample_once_at_most():
+def test_an_epoch_shows_each_sample_at_most_once():
     batches = make_batches(22)
     assert (batches.steps_per_epoch, batches.max_steps) == (2, 9)
     epochs = [torch.cat([batches.rows(2 * epoch), batches.rows(2 * epoch + 1)]).tolist() for epoch in range(4)]
     for rows in epochs:
         assert len(set(rows)) == 16
         assert set(rows) <= set(range(22))
-    assert len({tuple(rows) for rows in epochs}) == 4, "each epoch has an order of its own"
-    assert set().union(*epochs) == set(range(22)), "the last batch that is not full is another one each time"
+    assert len({tuple(rows) for rows in epochs}) == 4, "each epoch has its own order"
+    assert set().union(*epochs) == set(range(22)), "the samples left over differ from epoch to epoch"
 
 
 def test_a_full_epoch_is_a_permutation():
@@ -72,7 +72,7 @@ def test_random_numbers_change_with_the_step():
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 9])
-def test_reading_ahead_gives_the_same_batches_and_no_more(start):
+def test_reading_ahead_yields_the_same_batches_and_no_more(start):
     batches, read = make_batches(), []
 
     def noted(rows: torch.Tensor) -> torch.Tensor:
@@ -82,35 +82,27 @@ def test_reading_ahead_gives_the_same_batches_and_no_more(start):
     ahead = [part[0][0].tolist() for part in batches.read_ahead(start, noted)]
     assert ahead == [make_batches().rows(step).tolist() for step in range(start, 9)]
     if start < 9:
-        assert read == ahead, "no batch past the end is read"
+        assert read == ahead, "no batch after the last is read"
 
 
-def test_reading_ahead_may_be_left_early():
+def test_reading_ahead_may_stop_early():
     assert len(list(islice(make_batches().read_ahead(0, identity), 2))) == 2
 
 
-def test_reading_ahead_passes_on_what_went_wrong():
+def test_reading_ahead_passes_on_errors():
     def broken(rows: torch.Tensor) -> torch.Tensor:
         raise InputError("cat.png: cannot be read")
 
-    with pytest.raises(InputError, match=r"cat\.png"):
+    with refuses("cat.png"):
         next(make_batches().read_ahead(0, broken))
 
 
 def test_fewer_samples_than_a_batch():
-    sentence = (
-        "train.batch_size 8: the training split has only 5 images, fewer than one batch; "
-        "set train.batch_size to at most 5"
-    )
-    with pytest.raises(InputError, match=f"^{sentence}$"):
+    with refuses("train.batch_size 8", "5 images", "at most 5"):
         make_batches(5)
     assert make_batches(8).steps_per_epoch == 1
 
 
 def test_a_batch_that_cannot_be_shared():
-    sentence = re.escape(
-        "train.batch_size 8: cannot be shared equally by 3 processes x 2 parts (train.gradient_accumulation_steps); "
-        "use a multiple of 6"
-    )
-    with pytest.raises(InputError, match=f"^{sentence}$"):
+    with refuses("train.batch_size 8", "3 processes", "train.gradient_accumulation_steps", "multiple of 6"):
         make_batches(processes=3, gradient_accumulation_steps=2)

@@ -1,4 +1,4 @@
-"""What a dry run measures is what the real steps are, and it leaves everything as it was."""
+"""A dry run measures the real steps and changes nothing."""
 
 import json
 import math
@@ -13,12 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from messages import assert_names
 
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
 from twostage.core.config.sections import parse_config
 from twostage.core.machine.memory import peak_memory
-from twostage.core.training.dry_run import count_flops
+from twostage.core.training.dry_run import DryRun, count_flops
 
 ROOT = Path(__file__).parents[4]
 PIXELS, HIDDEN, LATENT, BATCH = 8 * 8 * 3, 16, 4, 16
@@ -43,26 +44,27 @@ def measured(tmp_path, new_process) -> Callable[..., dict]:
         }
         run = train(parse_config(TokenizerConfig, document, "config"), dry_run=True)
         assert not (tmp_path / "run").exists()
-        return run.figures  # type: ignore[attr-defined]
+        assert isinstance(run, DryRun)
+        return run.figures
 
     return measured
 
 
-def test_flops_are_those_counted_by_hand(measured):
+def test_flops_match_a_count_by_hand(measured):
     layers = [(PIXELS, HIDDEN), (HIDDEN, LATENT), (LATENT, HIDDEN), (HIDDEN, PIXELS)]
     forward = sum(2 * BATCH * inputs * outputs for inputs, outputs in layers)
     # Backward each layer has two such products, for its weights and its inputs; pixels need no gradient.
     assert measured()["flops_per_step"] == 3 * forward - 2 * BATCH * PIXELS * HIDDEN
 
 
-def test_all_parts_of_a_step_are_counted(measured):
+def test_all_accumulation_steps_are_counted(measured):
     whole = measured()
     parts = measured(gradient_accumulation_steps=4)
     assert parts["flops_per_step"] == whole["flops_per_step"]
     assert parts["peak_memory_bytes"] < whole["peak_memory_bytes"]
 
 
-def test_the_discriminator_is_counted_though_it_starts_late(measured):
+def test_the_discriminator_is_counted_even_if_it_starts_late(measured):
     alone = measured()
     adversarial = {"channels": 8, "num_layers": 1, "start": 0.9}
     both = measured({"adversarial": adversarial})
@@ -83,14 +85,15 @@ def test_the_figures_describe_the_run(measured, capsys):
     assert figures["seconds_per_step"] > 0
     assert figures["mixed_precision"] == "no"
     out = capsys.readouterr().out
-    for words in ("parameters ", "FLOPs a step ", "peak memory ", "40 an epoch, 50 in all", "640 to train on, 64 held"):
-        assert words in out
+    assert_names(
+        out, "parameters ", "FLOPs per step ", "peak memory ", "50 (40 per epoch)", "640 for training, 64 held"
+    )
     assert "nothing was written" in out
 
 
-def test_memory_grows_with_the_batch_by_what_a_sample_takes(measured):
+def test_memory_grows_linearly_with_the_batch(measured):
     small, large, larger = (measured(batch_size=size)["peak_memory_bytes"] for size in (64, 128, 256))
-    assert large - small > 64 * PIXELS * 4  # at the least the float32 images
+    assert large - small > 64 * PIXELS * 4  # at least the float32 images
     assert larger - large == pytest.approx(2 * (large - small), rel=0.02)
 
 
@@ -124,12 +127,12 @@ def test_attention_on_a_cpu_is_counted(causal):
     with count_flops() as counter:
         F.scaled_dot_product_attention(q, k, v, is_causal=causal).sum().backward()
     product = 2 * batch * heads * cells * cells * width
-    assert counter.get_total_flops() == 2 * product + 5 * product  # backward makes the scores again
+    assert counter.get_total_flops() == 2 * product + 5 * product  # backward recomputes the scores
 
 
 def test_the_search_for_the_nearest_code_is_counted(measured):
     found = measured(bottleneck="vector")["flops_per_step"] - measured()["flops_per_step"]
-    codes = 512  # as TokenizerConfig has it
+    codes = 512  # the default of TokenizerConfig
     assert found >= 2 * BATCH * codes * LATENT
 
 
@@ -137,7 +140,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
-def test_a_trained_run_is_neither_read_nor_changed(runs, twostage, configs, tmp_path):
+def test_an_existing_run_is_neither_read_nor_changed(runs, twostage, configs, tmp_path):
     root = runs.tokenizer.parents[1]
     before = contents(root)
     ended = twostage("train-tokenizer", configs / "tokenizer.yaml", f"run.dir={runs.tokenizer}", "train.lr=0.5",
@@ -155,7 +158,7 @@ def test_a_trained_run_is_neither_read_nor_changed(runs, twostage, configs, tmp_
     assert prior["flops_per_step"] > 6 * 16 * math.prod(model.grid) * prior["parameters"]["model"]["all"] * 0.5
 
 
-def test_features_have_it_too(twostage, tmp_path, monkeypatch):
+def test_train_features_has_a_dry_run(twostage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ended = twostage("train-features", "shapes", "--image-size", "8", "--width", "4", "--dry-run", "--json", "f.json")
     assert ended.code == 0, ended.err
@@ -163,24 +166,24 @@ def test_features_have_it_too(twostage, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "f.json").read_text())["flops_per_step"] > 0
 
 
-def test_mistakes(twostage, configs, tmp_path):
+def test_bad_options_are_refused(twostage, configs, tmp_path):
     config = configs / "tokenizer.yaml"
     ended = twostage("train-tokenizer", config, f"run.dir={tmp_path / 'run'}", "--json", tmp_path / "a.json")
     assert ended.code == 2
-    assert "is of --dry-run" in ended.err
+    assert_names(ended.err, "--json", "a.json", "--dry-run")
     ended = twostage("train-tokenizer", config, f"run.dir={tmp_path / 'run'}", "--dry-run", "--json", tmp_path)
     assert ended.code == 2
-    assert "expected a file in a folder that is there" in ended.err
+    assert_names(ended.err, "--json", tmp_path, "expected a file")
     broken = tmp_path / "broken.yaml"
     broken.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"loss": {"nothing": 1}}))
     ended = twostage("train-tokenizer", broken, f"run.dir={tmp_path / 'run'}", "--dry-run")
     assert ended.code == 2
-    assert "loss.nothing: unknown key" in ended.err
+    assert_names(ended.err, "loss.nothing", "unknown key")
     assert not (tmp_path / "run").exists()
 
 
-def test_each_of_two_processes_has_half_of_the_work(measured, configs, tmp_path):
-    """The main one alone says so, and nothing is made."""
+def test_each_of_two_processes_does_half_of_the_work(measured, configs, tmp_path):
+    """Only the main process prints, and nothing is written."""
     backbone = f"{{type: mlp, hidden_sizes: [{HIDDEN}]}}"
     model = f"model={{latent_channels: {LATENT}, backbone: {backbone}, bottleneck: {{type: identity}}}}"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
@@ -194,7 +197,7 @@ def test_each_of_two_processes_has_half_of_the_work(measured, configs, tmp_path)
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "MASTER_PORT": str(port)}
     ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("FLOPs a step") == 1
+    assert ended.stdout.count("FLOPs per step") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["two.json"]
     two, one = json.loads((tmp_path / "two.json").read_text()), measured()
     assert two["processes"] == 2
