@@ -274,9 +274,11 @@ def _class_names(
             continue
         if unknown or is_flat[split] != is_flat["train"]:
             what = f"has the folders {unknown}" if unknown else "has images outside class folders"
-            known = f"the classes {classes}. Use the same names" if classes else "no classes. Use the same layout"
+            known = f"the classes {classes}" if classes else "no classes"
             place = where[split] if where[split] != root else f"{root} (`{split}`)"
-            raise InputError(f"data.source {place}: {what}, but `train` has {known} for both")
+            raise InputError(
+                f"data.source {place}: {what}, but `train` has {known}. Use the same layout and names for both"
+            )
     return classes or None
 
 

@@ -144,7 +144,7 @@ def test_other_files_and_hidden_ones_are_named(images):
     ("names", "parts"),
     [
         (("0.png", "cat/1.png", "dog/2.png"), ("{root}: ", "cat, dog", "expected either only images", "one folder")),
-        (("train/cat/0.png", "test/cat/1.png", "test/dog/2.png"), ("{root}/test: ", "['dog']", "['cat']", "Use the")),
+        (("train/cat/0.png", "test/cat/1.png", "test/dog/2.png"), ("{root}/test: ", "['dog']", "['cat']", "same")),
         (("train/cat/0.png", "test/1.png", "test/cat/2.png"), ("{root}/test: ", "outside class folders", "['cat']")),
         (("train/0.png", "test/cat/1.png"), ("{root}/test: ", "['cat']", "`train` has no classes", "same layout")),
         (("train/0.png", "bus/1.png", "car/2.png"), ("{root}: ", "split train ", "bus, car", "into train/", "rename")),
