@@ -12,8 +12,9 @@ from torch import Tensor
 
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderOutput, PerceptualNetwork
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, adversarial_weight, generator_loss
+from stage1_tokenizer.feature_network import FeatureNetwork
 from stage1_tokenizer.losses import ObjectiveConfig
-from stage1_tokenizer.perceptual import PerceptualConfig, build_perceptual, describe_network
+from stage1_tokenizer.perceptual import LPIPSConfig, PerceptualConfig, build_perceptual
 
 __all__ = ["ImageLosses", "LossConfig"]
 
@@ -60,10 +61,13 @@ class ImageLosses:
 
     def networks(self) -> list[PerceptualNetwork]:
         """The networks that the autoencoder is trained against, for its record."""
-        perceptual = self.config.perceptual
-        if perceptual is None or self.perceptual is None or not perceptual.weight:
+        config = self.config.perceptual
+        if config is None or self.perceptual is None or not config.weight:
             return []
-        return [describe_network(perceptual, self.perceptual)]
+        if isinstance(config, LPIPSConfig):
+            return [PerceptualNetwork(type="lpips")]
+        assert isinstance(self.perceptual.network, FeatureNetwork)
+        return [PerceptualNetwork(type="features", path=config.path, hash=self.perceptual.network.features_hash())]
 
     def pixel_gradient(
         self, output: AutoencoderOutput, images: Tensor, progress: float

@@ -16,8 +16,8 @@ def assert_names(message: str, *parts: object) -> None:
 
 
 @contextmanager
-def refuses(*parts: object) -> Iterator[None]:
+def refuses(*parts: object) -> Iterator[pytest.ExceptionInfo[InputError]]:
     """``with refuses("train.lr", "'fast'", "expected"): ...`` fails unless an `InputError` names all of these."""
     with pytest.raises(InputError) as refused:
-        yield
+        yield refused
     assert_names(str(refused.value), *parts)

@@ -26,7 +26,7 @@ from pipelines.evaluation.verdict import verdict
 from pipelines.saved.figures import TOKENIZER_ROWS, evidence_warnings
 from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.perceptual import SMALLEST_SIDE, TRUNK, LPIPSConfig, Perceptual, build_perceptual, find_trunk
+from stage1_tokenizer.perceptual import MIN_SIDE, TRUNK, LPIPSConfig, Perceptual, build_perceptual, find_trunk
 from stage1_tokenizer.validation import ACTIVE_VARIANCE
 from twostage.core.data.dataset import ImageSplit, load_images
 from twostage.core.data.spread import spread, spread_over_classes
@@ -156,9 +156,9 @@ def _perceptual(
     channels: int, size: tuple[int, int], weights_dir: str | Path | None
 ) -> tuple[Perceptual | None, dict[str, str]]:
     """LPIPS and its protocol, or why there is none. Nothing is downloaded."""
-    if min(size) < SMALLEST_SIDE:
+    if min(size) < MIN_SIDE:
         return None, {
-            "not_measured": f"images of {size[0]}x{size[1]} are smaller than VGG's {SMALLEST_SIDE}x{SMALLEST_SIDE}"
+            "not_measured": f"images of {size[0]}x{size[1]} are smaller than VGG's {MIN_SIDE}x{MIN_SIDE}"
         }
     trunk, folders = find_trunk(weights_dir)
     if trunk is None:
