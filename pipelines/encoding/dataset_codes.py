@@ -9,6 +9,7 @@ from accelerate import PartialState
 from pipelines.encoding.image_variants import ImageVariants, image_variants
 from pipelines.encoding.partial_codes import CHUNK, PartialCodes, discard_leftover
 from pipelines.saved.saved_model import SavedModel
+from pipelines.saved.stored_paths import find_places, portable
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.codes import (
     Augmentation,
@@ -26,7 +27,7 @@ from twostage.core.images.conversion import to_float
 from twostage.core.machine.command import print_once
 from twostage.core.machine.processes import join_processes
 from twostage.core.machine.progress import ProgressBar
-from twostage.core.runs.places import Record, find_places, portable, same_place
+from twostage.core.runs.places import Record, same_place
 
 __all__ = ["encode_dataset"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.saved.pipeline_folder import download_pipeline, is_hub_id, is_pipeline_folder, read_pipeline_folder
+from pipelines.saved.stored_paths import find_places
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Prior, PriorConfig
@@ -19,7 +20,7 @@ from twostage.core.data.sources import find_local
 from twostage.core.errors import InputError
 from twostage.core.files import read_json
 from twostage.core.runs.model_folder import find_model_folder
-from twostage.core.runs.places import Record, find_places, same_place
+from twostage.core.runs.places import Record, same_place
 from twostage.core.runs.run_folder import RunFolder
 
 __all__ = ["Kind", "SavedModel", "check_tokenizer", "find_data"]
