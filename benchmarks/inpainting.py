@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.reporting import Row, parser, report
-from pipelines.drawing.edits import MASK_NAMES, known_codes, mark_masked, named_mask, paste, reconstruct
+from pipelines.drawing.edits import rebuild_images
+from pipelines.drawing.redraw import known_codes, paste
 from pipelines.drawing.two_stage import TwoStagePipeline
+from pipelines.files.masks import MASK_NAMES, mark_masked, named_mask
 from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.feature_network import FeatureNetwork
 from stage2_prior.sampling import SamplingConfig
@@ -39,7 +41,7 @@ def completed(
 ) -> Tensor:
     """`TwoStagePipeline.inpaint` for different images (n, C, H, W): one completion each, seed 0."""
     known = known_codes(pipeline.tokenizer, images, mask)
-    parts = pipeline.generate(range(len(images)), labels, sampling, seed=0, known=known)
+    parts = pipeline.draw(range(len(images)), labels, sampling, seed=0, known=known)
     return paste(images, torch.cat([drawn for drawn, _ in parts]), mask)
 
 
@@ -76,7 +78,7 @@ def main() -> None:
     seconds = (time.perf_counter() - start) / len(images)
     shown = {
         "original": images,
-        "reconstruction": reconstruct(pipeline.tokenizer, images),
+        "reconstruction": rebuild_images(pipeline.tokenizer, images),
         "kept part": images.masked_fill(mask, 0),
         "completion": completions,
     }

@@ -41,7 +41,7 @@ def write_comparison(comparison: Comparison, out: Path) -> None:
     about = comparison.protocol["data"]
     report.text(f"Measured on {about['images']:,} images of `{about['split']}` of {about['source']}.")
     report.heading("The same images, the same classes and seeds")
-    report.picture(picture, "held-out images through every tokenizer, and new images")
+    report.image(picture, "held-out images through every tokenizer, and new images")
     report.details("How this was measured", json.dumps(comparison.protocol, indent=2))
     report.save(out / "compare.html")
     save_image(picture, out / "compare.png")

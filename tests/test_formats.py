@@ -76,7 +76,7 @@ def test_codes_are_taken_as_they_are_and_a_begun_encoding_goes_on(written, works
 def test_images_are_gone_on_with(written, works):
     for name, file_format in (("generated", "png"), ("generated_parquet", "parquet")):
         words = ["generate", "prior", "--num-images", 3, "--format", file_format, "--out", name]
-        assert "3 were there already" in works(*words)
+        assert "3 were already there" in works(*words)
     works("inspect", "./generated_parquet/images")
 
 

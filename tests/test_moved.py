@@ -340,7 +340,7 @@ def test_every_command_finds_what_a_model_was_trained_with(elsewhere, project, w
         works("generate", "runs/gpt/", "--num-images", 2, "--out", "here")
     for name in ("000000.png", "000001.png"):
         assert (Path("there/images") / name).read_bytes() == (project / "here/images" / name).read_bytes()
-    assert "2 were there already" in works("generate", f"{gpt}/../gpt/model", "--num-images", 2, "--out", "there")
+    assert "2 were already there" in works("generate", f"{gpt}/../gpt/model", "--num-images", 2, "--out", "there")
     ratios = {works("reconstruct", path, "--out", "r.png").split(": ")[1] for path in (tok, gpt, f"{tok}/")}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project)

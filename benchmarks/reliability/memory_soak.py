@@ -13,9 +13,9 @@ from typing import Any
 import psutil
 
 from benchmarks.reliability.drawn_images import draw_images
+from pipelines.drawing.generated_folder import GenerateRequest, generate_folder
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.encoding.dataset_codes import encode_dataset
-from pipelines.generate import generate_folder
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage1_tokenizer.train_tokenizer import train as train_tokenizer
 from stage2_prior.sampling import SamplingConfig
@@ -85,5 +85,6 @@ def _round(folder: Path, source: str) -> None:
     }
     train_prior(parse_config(PriorTrainingConfig, prior, "prior"))
     pipeline = TwoStagePipeline.from_runs(folder / "prior")
-    generate_folder(pipeline, folder / "generated", 32, None, 0, SamplingConfig(guidance_scale=2.0), 16)
+    request = GenerateRequest(num_images=32, sampling=SamplingConfig(guidance_scale=2.0), batch_size=16)
+    generate_folder(pipeline, request, folder / "generated")
     gc.collect()  # a run holds itself in circles; in one process after another that would not matter

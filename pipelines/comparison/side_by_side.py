@@ -13,7 +13,7 @@ from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
-from pipelines.drawing.edits import reconstruct
+from pipelines.drawing.edits import rebuild_images
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.evaluation.evaluation_document import choose_split, versions
 from pipelines.evaluation.frechet import InceptionFeatures, OwnFeatures, ReconstructionJudge, open_features
@@ -222,7 +222,7 @@ def compare_models(
             judge = ReconstructionJudge(network, len(measured), device, data.class_names) if network else None
             found = measure(model.tokenizer, split, measured, BATCH_SIZE, 0, state, None, judge)
             model.figures |= {"parameters": num_parameters(model.tokenizer), **found.figures}
-            model.reconstructions = reconstruct(model.tokenizer, originals)
+            model.reconstructions = rebuild_images(model.tokenizer, originals)
         if model.pipeline:
             measure_pipeline(
                 model, data, split, measured, len(originals), num_samples, classes, seed, sampling, network, state

@@ -299,7 +299,7 @@ def write_story(plan: Plan, comparison: Comparison) -> None:
             report.text(f"All three priors learn the codes of the {FAMILIES[str(plan.codes_of)].title}: {why(models)}")
         strips = strips_of(models[name], comparison, latents)
         named = [title for title in strips if title == "new images" and shows_classes(models[name])]
-        report.picture(sheet(strips, column_labels(comparison), named), caption(name, family, models[name]))
+        report.image(sheet(strips, column_labels(comparison), named), caption(name, family, models[name]))
         (row,) = figure_rows([models[name]])
         report.table({key: title for key, title in COLUMNS.items() if key in row}, [row])
         report.text(f"{plan.steps[name]:,} steps in {plan.minutes:g} minutes. Implemented in {family.file}.")
@@ -309,7 +309,7 @@ def write_story(plan: Plan, comparison: Comparison) -> None:
     report.heading("All of them")
     report.text(ranking(comparison))
     report.table(COLUMNS, figure_rows(comparison.models))
-    report.picture(whole, "the same held-out images through every tokenizer, and what each model makes by itself")
+    report.image(whole, "the same held-out images through every tokenizer, and what each model makes by itself")
     report.details("How this was measured", json.dumps(comparison.protocol, indent=2))
     report.save(out / "compare.html")
     save_image(whole, out / "compare.png")
@@ -358,7 +358,7 @@ def strips_of(model: Model, comparison: Comparison, latents: dict[str, Tensor]) 
         if corruption := model.tokenizer.config.loss.corruption:
             random = RowRandom(0, torch.arange(len(comparison.originals)))
             strips["damaged"] = to_uint8(corrupt(to_float(comparison.originals), corruption, random))
-            strips["mended"] = edits.reconstruct(model.tokenizer, strips["damaged"])
+            strips["mended"] = edits.rebuild_images(model.tokenizer, strips["damaged"])
         strips["reconstruction"] = model.reconstructions
     title = f"{model.name}: random latents"
     strips |= {"random latents": latents[title]} if title in latents else {}

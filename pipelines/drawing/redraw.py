@@ -1,153 +1,263 @@
-"""Drawing parts of images again with a prior over their codes: what `TwoStagePipeline.inpaint` and `outpaint` do."""
+"""Redrawing parts of an image with a prior over its codes: inpainting and outpainting.
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+Axes: n images, C channels, H and W pixels, h and w cells of the code grid that a prior sees.
+"""
 
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from pipelines.drawing.edits import (
-    MASK_NAMES,
-    cells_to_redraw,
-    check_image,
-    check_mask,
-    extension_windows,
-    known_codes,
-    named_mask,
-    paste,
-)
+from pipelines.drawing.edits import check_image, encode_in_parts
+from pipelines.drawing.sampler import ImageSampler, PipelineOutput, in_shares
+from pipelines.files.masks import MASK_NAMES, named_mask
+from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.sampling import SamplingConfig
-from twostage.core.config.sections import parse_config
 from twostage.core.errors import InputError
 from twostage.core.training.random import seed_for
 
-if TYPE_CHECKING:
-    from pipelines.drawing.two_stage import TwoStagePipeline
+__all__ = [
+    "InpaintRequest",
+    "OutpaintRequest",
+    "Window",
+    "can_redraw",
+    "cells_to_redraw",
+    "check_mask",
+    "extension_windows",
+    "fill_masked",
+    "inpaint",
+    "known_codes",
+    "outpaint",
+    "paste",
+]
 
-__all__ = ["inpaint", "outpaint", "share_of"]
+
+@dataclass(frozen=True, kw_only=True)
+class RedrawRequest:
+    """An image to draw parts of, and how."""
+
+    image: Tensor
+    """(C, H, W) uint8."""
+    num_images: int = 1
+    class_name: str | None = None
+    """What to draw; None: without a class."""
+    seed: int = 0
+    """Result i depends on the seed and i alone."""
+    sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 (immutable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InpaintRequest(RedrawRequest):
+    """A masked part to redraw."""
+
+    mask: Tensor
+    """(H, W) bool, True where the image is to be redrawn."""
+    feather: float = 0
+    """Kept pixels closer than this many pixels to the mask blend into what is drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutpaintRequest(RedrawRequest):
+    """Pixels to add on each side."""
+
+    left: int = 0
+    right: int = 0
+    top: int = 0
+    bottom: int = 0
+
+    @property
+    def sides(self) -> dict[str, int]:
+        """The pixels to add, by side."""
+        return {side: getattr(self, side) for side in ("left", "right", "top", "bottom")}
 
 
 def inpaint(
-    pipeline: "TwoStagePipeline",
-    image: Tensor,
-    mask: Tensor,
-    num_images: int,
-    class_name: str | None,
-    seed: int,
-    feather: float,
-    callback: Callable[[float], object] | None,
-    sampling: dict[str, Any],
-) -> tuple[Tensor, Tensor, list[int] | None]:
-    """`TwoStagePipeline.inpaint`: images, codes, labels."""
-    check_image(pipeline.tokenizer, image)
-    check_mask(mask, pipeline.image_size)
-    if feather < 0:
-        raise InputError(f"feather {feather}: expected a number of pixels, at least 0")
-    cycle, settings = _settings(pipeline, num_images, class_name, sampling)
-    named = {name: [named_mask(name, pipeline.image_size)] for name in MASK_NAMES}
-    _check_order(pipeline, "mask", [mask], named)
-    known = known_codes(pipeline.tokenizer, image[None], mask).expand(num_images, -1, -1)
-    advance = share_of(callback, num_images)
-    parts = pipeline.generate(range(num_images), cycle, settings, seed, progress=advance, known=known)
+    sampler: ImageSampler, request: InpaintRequest, on_progress: Callable[[float], object] | None = None
+) -> PipelineOutput:
+    """Redraws the masked part; see `TwoStagePipeline.inpaint`."""
+    image, mask, num_images = request.image, request.mask, request.num_images
+    check_image(sampler.tokenizer, image)
+    check_mask(mask, sampler.image_size)
+    if request.feather < 0:
+        raise InputError(f"feather {request.feather}: expected a number of pixels, at least 0")
+    cycle = _check_request(sampler, request)
+    if not can_redraw(sampler, [mask]):
+        named = {name: named_mask(name, sampler.image_size) for name in MASK_NAMES}
+        raise _order_refusal(sampler, "mask", [name for name in named if can_redraw(sampler, [named[name]])])
+    known = known_codes(sampler.tokenizer, image[None], mask).expand(num_images, -1, -1)
+    advance = in_shares(on_progress, num_images)
+    parts = sampler.draw(range(num_images), cycle, request.sampling, request.seed, on_progress=advance, known=known)
     drawn, codes = zip(*parts, strict=True)
-    pixels = paste(image.cpu().expand(num_images, -1, -1, -1), torch.cat(drawn), mask, feather)
-    return pixels, torch.cat(codes), cycle and cycle * num_images
+    pixels = paste(image.cpu().expand(num_images, -1, -1, -1), torch.cat(drawn), mask, request.feather)
+    return PipelineOutput(pixels, torch.cat(codes), cycle and cycle * num_images)
 
 
 def outpaint(
-    pipeline: "TwoStagePipeline",
-    image: Tensor,
-    sides: dict[str, int],
-    num_images: int,
-    class_name: str | None,
-    seed: int,
-    callback: Callable[[float], object] | None,
-    sampling: dict[str, Any],
-) -> tuple[Tensor, list[int] | None]:
-    """`TwoStagePipeline.outpaint`: images, labels. ``sides``: pixels to add at `left`, `right`, `top`, `bottom`."""
-    check_image(pipeline.tokenizer, image)
+    sampler: ImageSampler, request: OutpaintRequest, on_progress: Callable[[float], object] | None = None
+) -> PipelineOutput:
+    """Extends an image beyond its borders; see `TwoStagePipeline.outpaint`."""
+    image, sides, num_images = request.image, request.sides, request.num_images
+    check_image(sampler.tokenizer, image)
     if min(sides.values()) < 0 or not any(sides.values()):
         given = ", ".join(f"{side} {pixels}" for side, pixels in sides.items())
-        raise InputError(
-            f"{given}: nothing to add; expected a number of pixels for one side at least, and none below 0"
-        )
-    cycle, settings = _settings(pipeline, num_images, class_name, sampling)
-    windows = extension_windows(pipeline.tokenizer, **sides)
-    each = {side: extension_windows(pipeline.tokenizer, **dict.fromkeys(sides, 0) | {side: 1}) for side in sides}
-    masks = {side: [window.mask for window in needed] for side, needed in each.items()}
-    _check_order(pipeline, ", ".join(filter(sides.get, sides)), [window.mask for window in windows], masks)
-    pixels = F.pad(
-        image.cpu().expand(num_images, -1, -1, -1), [sides[side] for side in ("left", "right", "top", "bottom")]
-    )
-    advance = share_of(callback, num_images * len(windows))
+        raise InputError(f"{given}: expected a number of pixels above 0 for at least one side, and none below 0")
+    cycle = _check_request(sampler, request)
+    windows = extension_windows(sampler.tokenizer, **sides)
+    if not can_redraw(sampler, [window.mask for window in windows]):
+        raise _order_refusal(sampler, ", ".join(side for side in sides if sides[side]), _possible_sides(sampler, sides))
+    pixels = F.pad(image.cpu().expand(num_images, -1, -1, -1), list(sides.values()))
+    advance = in_shares(on_progress, num_images * len(windows))
     for number, (rows, columns, mask) in enumerate(windows):
-        seen, own_seed = pixels[..., rows, columns], seed_for(seed, "window", number)
-        known = known_codes(pipeline.tokenizer, seen, mask)
-        parts = pipeline.generate(range(num_images), cycle, settings, own_seed, progress=advance, known=known)
+        seen, seed = pixels[..., rows, columns], seed_for(request.seed, "window", number)
+        known = known_codes(sampler.tokenizer, seen, mask)
+        parts = sampler.draw(range(num_images), cycle, request.sampling, seed, on_progress=advance, known=known)
         pixels[..., rows, columns] = paste(seen, torch.cat([drawn for drawn, _ in parts]), mask)
-    return pixels, cycle and cycle * num_images
+    return PipelineOutput(pixels, None, cycle and cycle * num_images)
 
 
-def share_of(callback: Callable[[float], object] | None, total: int) -> Callable[[float], None]:
-    """A function that adds up what it is told was done and tells ``callback`` the share of ``total``."""
-    done = 0.0
-
-    def advance(more: float) -> None:
-        nonlocal done
-        done += more
-        if callback:
-            callback(min(1.0, done / total))
-
-    return advance
+def can_redraw(sampler: ImageSampler, masks: list[Tensor]) -> bool:
+    """Whether the prior can keep everything that these masks (H, W) keep."""
+    assert sampler.prior
+    return sampler.prior.can_keep(torch.stack([~cells_to_redraw(sampler.tokenizer, mask) for mask in masks]))
 
 
-def _settings(
-    pipeline: "TwoStagePipeline", num_images: int, class_name: str | None, sampling: dict[str, Any]
-) -> tuple[list[int] | None, SamplingConfig]:
-    """The class, as ``cycle`` of `TwoStagePipeline.generate`, and the settings to redraw codes with."""
-    if pipeline.prior is None:
+@torch.no_grad()
+def known_codes(tokenizer: Autoencoder, images: Tensor, mask: Tensor) -> Tensor:
+    """The codes (n, h, w) of images (n, C, H, W) uint8 that are kept when what is True in ``mask`` (H, W) is redrawn,
+    and -1 in all other cells. The masked pixels do not influence them."""
+    latents = [tokenizer.bottleneck.encode(part) for part in encode_in_parts(tokenizer, fill_masked(images, mask))]
+    codes = torch.cat([latent.indices for latent in latents if latent.indices is not None])[: len(images)]
+    return codes.masked_fill(cells_to_redraw(tokenizer, mask).to(codes.device), -1)
+
+
+def fill_masked(images: Tensor, mask: Tensor) -> Tensor:
+    """Images (n, C, H, W) with every pixel that is True in ``mask`` (H, W) replaced by the nearest kept pixel. If the
+    mask keeps nothing, the replacement is arbitrary."""
+    nearest = np.asarray(distance_transform_edt(mask.cpu().numpy(), return_distances=False, return_indices=True))
+    rows, columns = torch.from_numpy(nearest).long()
+    return images[:, :, rows, columns]
+
+
+def cells_to_redraw(tokenizer: Autoencoder, mask: Tensor) -> Tensor:
+    """The codes (h, w) of cells in which any pixel is True in ``mask`` (H, W)."""
+    masked = F.max_pool2d(mask[None].float(), _cell(tokenizer), ceil_mode=True)[0].bool()
+    return masked.repeat_interleave(tokenizer.code_grid[1] // tokenizer.grid[1], 1)
+
+
+def paste(images: Tensor, drawn: Tensor, mask: Tensor, feather: float = 0) -> Tensor:
+    """``images`` with ``drawn`` where ``mask`` (H, W) is True; both (n, C, H, W) uint8.
+
+    Args:
+        feather: a distance in pixels. A kept pixel that is closer than this to a masked one becomes a blend; the share
+            of the drawn pixel falls linearly from 1 in the mask to 0 at this distance. All other kept pixels, and all
+            of them at 0 and 1, stay exactly as they were.
+    """
+    distance = torch.from_numpy(distance_transform_edt(~mask.cpu().numpy()))  # 0 in the mask, 1 beside it
+    share = (1 - distance / max(feather, 1)).clamp(min=0).float()
+    return torch.lerp(images.float(), drawn.float(), share).round().to(torch.uint8)
+
+
+class Window(NamedTuple):
+    """A part of an extended image, of the model's size."""
+
+    rows: slice
+    columns: slice
+    mask: Tensor
+    """(H, W) bool: True for what is missing before this window is drawn."""
+
+
+def extension_windows(tokenizer: Autoencoder, left: int, right: int, top: int, bottom: int) -> list[Window]:
+    """The windows that extend an image of the model's size by so many pixels, in the order in which they are drawn.
+
+    Each lies half a window, in whole cells, farther out than the one before it, and sees that one's outer half.
+    """
+    height, width = tokenizer.config.image_size
+    steps = [max(cell, side // 2 // cell * cell) for cell, side in zip(_cell(tokenizer), (height, width), strict=True)]
+    missing = torch.ones(top + height + bottom, left + width + right, dtype=torch.bool)
+    missing[top : top + height, left : left + width] = False
+    windows = []
+    rows, columns = _starts(top, bottom, steps[0]), _starts(left, right, steps[1])
+    for (_, y), (_, x) in sorted(itertools.product(rows, columns), key=lambda pair: pair[0][0] + pair[1][0]):
+        window = (slice(y, y + height), slice(x, x + width))
+        if missing[window].any():
+            windows.append(Window(*window, missing[window].clone()))
+            missing[window] = False
+    return windows
+
+
+def _check_request(sampler: ImageSampler, request: RedrawRequest) -> list[int] | None:
+    """Refuses what the sampler cannot do; returns the label as the ``cycle`` of :meth:`ImageSampler.draw`."""
+    if sampler.prior is None:
         raise InputError(
-            "this pipeline is a variational autoencoder, which has no codes of which some could be drawn again; "
-            "inpainting and outpainting need a tokenizer with a prior over its codes"
+            "this pipeline is a variational autoencoder, which has no codes to redraw. Inpainting and outpainting need "
+            "a tokenizer with a prior over its codes"
         )
-    if num_images < 1:
-        raise InputError(f"num_images {num_images}: expected at least 1")
-    settings = parse_config(SamplingConfig, sampling, "the sampling settings")
-    pipeline.check_sampling(settings)
-    if class_name is not None:
-        return pipeline.labels_for([class_name]), settings
-    if pipeline.class_names and not pipeline.prior.config.loss.class_dropout_prob:
+    if request.num_images < 1:
+        raise InputError(f"num_images {request.num_images}: expected at least 1")
+    sampler.check_sampling(request.sampling)
+    if request.class_name is not None:
+        return sampler.labels_for([request.class_name])
+    if sampler.class_names and not sampler.prior.config.loss.class_dropout_prob:
         raise InputError(
-            "class name: none given, but this prior was trained with loss.class_dropout_prob=0 and draws nothing "
-            f"without one; give --class-name, one of: {', '.join(pipeline.class_names)}"
+            "class name: missing; this prior was trained with loss.class_dropout_prob=0 and cannot draw without a "
+            f"class. Give --class-name, one of: {', '.join(sampler.class_names)}"
         )
-    if settings.guidance_scale != 1:
+    if request.sampling.guidance_scale != 1:
         raise InputError(
-            f"guidance_scale {settings.guidance_scale}: presses for a class, and none is given; give --class-name too, "
-            "or leave the scale at 1"
+            f"guidance_scale {request.sampling.guidance_scale}: guidance needs a class, and none is given. Give "
+            "--class-name too, or set guidance_scale to 1"
         )
-    return None, settings
+    return None
 
 
-def _check_order(
-    pipeline: "TwoStagePipeline", what: str, masks: list[Tensor], alternatives: dict[str, list[Tensor]]
-) -> None:
-    """Refuses masks that the prior cannot redraw; of the ``alternatives`` those that it can are named."""
-    if not _can_redraw(pipeline, masks):
-        assert pipeline.prior
-        model = pipeline.prior.config.model
-        possible = [name for name, needed in alternatives.items() if _can_redraw(pipeline, needed)]
+def check_mask(mask: Tensor, size: tuple[int, int]) -> None:
+    """Refuses anything but a mask for an image of ``size`` (H, W) in which something is True.
+
+    Raises:
+        InputError: another size or type, or nothing is True.
+    """
+    if mask.dtype != torch.bool or tuple(mask.shape) != tuple(size):
         raise InputError(
-            f"{what}: this prior is a {model.type}, which writes one code after another in the order "
-            f"{getattr(model, 'order', 'raster')!r} and can redraw only all that comes after some cell"
-            + (f", such as: {', '.join(possible)}" if possible else "")
-            + "; give that, or use a masked transformer, which redraws any part"
+            f"mask: expected bool with the image's (height, width) {tuple(size)}, got {mask.dtype} with "
+            f"{tuple(mask.shape)}. Set True where the image is to be redrawn"
         )
+    if not mask.any():
+        raise InputError("mask: masks no pixel. Set True where the image is to be redrawn")
 
 
-def _can_redraw(pipeline: "TwoStagePipeline", masks: list[Tensor]) -> bool:
-    """Whether the prior can keep all that these masks (H, W) keep."""
-    assert pipeline.prior
-    cells = torch.stack([cells_to_redraw(pipeline.tokenizer, mask) for mask in masks])
-    return pipeline.prior.can_keep(~cells)
+def _order_refusal(sampler: ImageSampler, what: str, possible: Iterable[str]) -> InputError:
+    """The refusal of ``what`` for a prior that cannot keep the rest, with those names that are ``possible``."""
+    assert sampler.prior
+    names = ", ".join(possible)
+    return InputError(
+        f"{what}: this prior is a {sampler.prior.config.model.type}, which can only keep "
+        f"{sampler.prior.network.keeps}. "
+        + (f"Give one that it can redraw ({names}), or use" if names else "Use")
+        + " a masked transformer, which redraws any part"
+    )
+
+
+def _possible_sides(sampler: ImageSampler, sides: Iterable[str]) -> Iterable[str]:
+    """The sides that can be extended alone."""
+    for side in sides:
+        windows = extension_windows(sampler.tokenizer, **dict.fromkeys(sides, 0) | {side: 1})
+        if can_redraw(sampler, [window.mask for window in windows]):
+            yield side
+
+
+def _starts(before: int, after: int, step: int) -> list[tuple[int, int]]:
+    """The windows along an axis that is extended by so many pixels: how many steps from the image, and the start."""
+    outwards = [(k, before - min(k * step, before)) for k in range(1, -(-before // step) + 1)]
+    onwards = [(k, before + min(k * step, after)) for k in range(1, -(-after // step) + 1)]
+    return [(0, before), *outwards, *onwards]
+
+
+def _cell(tokenizer: Autoencoder) -> tuple[int, int]:
+    """The pixels (height, width) of a cell."""
+    return tokenizer.config.image_size if tokenizer.grid == (1, 1) else (tokenizer.factor, tokenizer.factor)

@@ -77,7 +77,7 @@ def _write_report(
     if pictures:
         report.heading("Pictures")
     for _, picture, caption in pictures:
-        report.picture(picture, caption)
+        report.image(picture, caption)
     report.heading("Protocol")
     report.details("How the figures came about", json.dumps(document["protocol"], indent=2, ensure_ascii=False))
     report.save(path)

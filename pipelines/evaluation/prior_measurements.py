@@ -256,7 +256,7 @@ def measure_samples(
     for places in shared_batches(num_samples, batch_size, state, "samples"):
         numbers = range(int(places[0]), int(places[-1]) + 1)
         watch = Watch(len(places), device)
-        for pixels, _ in pipeline.generate(numbers, cycle, sampling, seed, len(places), watch):
+        for pixels, _ in pipeline.draw(numbers, cycle, sampling, seed, len(places), watch):
             samples.update(places, pixels)
             pictured = places < len(pictures)
             pictures[places[pictured]] = pixels[pictured]

@@ -1,5 +1,5 @@
-"""The images that `generate` writes: one PNG each, or shards of parquet. Both know what is there already and whole, so
-that a command that was stopped makes only what is missing."""
+"""Generated images on disk: one PNG per image, or parquet shards. Both know which images are there and intact, so a
+stopped command only makes the missing ones."""
 
 import io
 import itertools
@@ -16,21 +16,31 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from twostage.core.errors import InputError
 from twostage.core.files import replacing
 from twostage.core.images.conversion import image_to_uint8, to_pil
 from twostage.core.images.sheets import save_image
 
-__all__ = ["FileFormat", "ImageFiles", "ParquetShards", "PngFiles", "image_files"]
+__all__ = [
+    "FileFormat",
+    "ImageFiles",
+    "ParquetShards",
+    "PngFiles",
+    "check_new_folder",
+    "check_output_file",
+    "image_files",
+    "write_images",
+]
 
 FileFormat = Literal["png", "parquet"]
-SHARD = 1000  # images
+SHARD_IMAGES = 1000
 
 
 class ImageFiles(Protocol):
     """Images 0, 1, 2 ... in a folder."""
 
     def missing(self, num_images: int) -> list[int]:
-        """Which of the first images are not there, or not whole."""
+        """Which of the first images are missing or damaged."""
         ...
 
     def part_size(self, batch_size: int) -> int:
@@ -38,8 +48,8 @@ class ImageFiles(Protocol):
         ...
 
     def write(self, part: range, pixels: Tensor, labels: list[int] | None) -> None:
-        """Writes the images of a part, (n, C, H, W) uint8, so that a reader finds whole files only; what is there
-        already stays."""
+        """Writes the images of a part, (n, C, H, W) uint8, so that a reader only finds complete files. Intact files
+        stay as they are."""
         ...
 
     def read(self, count: int) -> Tensor:
@@ -50,7 +60,7 @@ class ImageFiles(Protocol):
 def image_files(
     file_format: FileFormat, folder: Path, image_size: tuple[int, int], channels: int, class_names: list[str] | None
 ) -> ImageFiles:
-    """The images in ``folder`` in that format."""
+    """The images of ``folder`` in that format."""
     if file_format == "png":
         return PngFiles(folder, image_size, channels)
     return ParquetShards(folder, image_size, channels, class_names)
@@ -65,18 +75,18 @@ class PngFiles:
     channels: int
 
     def missing(self, num_images: int) -> list[int]:
-        """Those that are missing, damaged, or of another size."""
-        return [i for i in range(num_images) if not _is_whole(self._file(i), self.image_size)]
+        """Files that are missing, damaged, or of another size."""
+        return [i for i in range(num_images) if not _is_intact(self._file(i), self.image_size)]
 
     def part_size(self, batch_size: int) -> int:
-        """A batch. It is drawn again as a whole where any of it is missing: in a batch of another size the last bits
-        of matrix products may differ, and so, now and then, a code."""
+        """A batch. If any of its images is missing, the whole batch is drawn again: in a batch of another size, the
+        last bits of matrix products can differ, which can, very rarely, change a code."""
         return batch_size
 
     def write(self, part: range, pixels: Tensor, labels: list[int] | None) -> None:
-        """A file each; labels are in settings.json."""
+        """One file per image; the labels are in settings.json."""
         for number, image in zip(part, pixels, strict=True):
-            if not _is_whole(self._file(number), self.image_size):
+            if not _is_intact(self._file(number), self.image_size):
                 save_image(to_pil(image), self._file(number))
 
     def read(self, count: int) -> Tensor:
@@ -89,8 +99,8 @@ class PngFiles:
 
 @dataclass(frozen=True)
 class ParquetShards:
-    """shard_00000.parquet ... of 1,000 images each (PNG bytes, and the class where there are any), as Hugging Face
-    datasets and `data.source` read them."""
+    """shard_00000.parquet ... with 1,000 images each (PNG bytes, and the class if there are any), which Hugging Face
+    datasets and `data.source` can read."""
 
     folder: Path
     image_size: tuple[int, int]
@@ -98,13 +108,13 @@ class ParquetShards:
     class_names: list[str] | None
 
     def missing(self, num_images: int) -> list[int]:
-        """Those of shards that are missing, damaged, or shorter than they should be."""
-        shards = [range(start, min(start + SHARD, num_images)) for start in range(0, num_images, SHARD)]
-        return [number for shard in shards if not self._whole(shard) for number in shard]
+        """All images of each shard that is missing, damaged or too short."""
+        shards = [range(start, min(start + SHARD_IMAGES, num_images)) for start in range(0, num_images, SHARD_IMAGES)]
+        return [number for shard in shards if not self._is_intact(shard) for number in shard]
 
     def part_size(self, batch_size: int) -> int:
         """A shard."""
-        return SHARD
+        return SHARD_IMAGES
 
     def write(self, part: range, pixels: Tensor, labels: list[int] | None) -> None:
         """A shard."""
@@ -119,22 +129,22 @@ class ParquetShards:
 
     def read(self, count: int) -> Tensor:
         """Decodes the first images."""
-        shards = (self._pictures(range(start, start + 1)) for start in itertools.count(0, SHARD))
+        shards = (self._stored_images(range(start, start + 1)) for start in itertools.count(0, SHARD_IMAGES))
         files = itertools.islice(itertools.chain.from_iterable(shards), count)
         return _decoded([io.BytesIO(file) for file in files], self.image_size, self.channels)
 
-    def _pictures(self, part: range) -> list[bytes]:
+    def _stored_images(self, part: range) -> list[bytes]:
         return [image["bytes"] for image in pq.read_table(self._file(part), columns=["image"])["image"].to_pylist()]
 
     def _file(self, part: range) -> Path:
-        return self.folder / f"shard_{part.start // SHARD:05d}.parquet"
+        return self.folder / f"shard_{part.start // SHARD_IMAGES:05d}.parquet"
 
-    def _whole(self, part: range) -> bool:
+    def _is_intact(self, part: range) -> bool:
         try:
-            pictures = self._pictures(part)
-        except (OSError, pa.ArrowException, KeyError, TypeError):  # not there; or no shard
+            images = self._stored_images(part)
+        except (OSError, pa.ArrowException, KeyError, TypeError):  # missing, or not a shard
             return False
-        return len(pictures) >= len(part) and all(_is_whole(io.BytesIO(file), self.image_size) for file in pictures)
+        return len(images) >= len(part) and all(_is_intact(io.BytesIO(file), self.image_size) for file in images)
 
 
 def _png(image: Tensor) -> bytes:
@@ -143,12 +153,12 @@ def _png(image: Tensor) -> bytes:
     return file.getvalue()
 
 
-def _is_whole(file: Path | io.BytesIO, image_size: tuple[int, int]) -> bool:
+def _is_intact(file: Path | io.BytesIO, image_size: tuple[int, int]) -> bool:
     try:
         with Image.open(file) as image:
             image.load()
             return image.size == image_size[::-1]
-    except (OSError, SyntaxError, ValueError):  # not there; or how Pillow says that a PNG is broken
+    except (OSError, SyntaxError, ValueError):  # missing, or what Pillow raises for a broken PNG
         return False
 
 
@@ -158,3 +168,23 @@ def _decoded(files: Sequence[Path | io.BytesIO], image_size: tuple[int, int], ch
         with Image.open(file) as image:
             images.append(image_to_uint8(image, image_size, channels))
     return torch.from_numpy(np.stack(images))
+
+
+def check_new_folder(out: Path) -> None:
+    """Refuses a folder that is not empty, so that nothing is overwritten."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out}: already exists and is not empty. Choose a new folder, or remove this one")
+
+
+def check_output_file(out: Path, images: list[Path]) -> None:
+    """Refuses to write an image over a folder or over one of the ``images`` that it is made from."""
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder; expected a file, such as {out / 'images.png'}")
+    if any(image.resolve() == out.resolve() for image in images):
+        raise InputError(f"--out {out}: is one of the images given with --image. Choose another file")
+
+
+def write_images(out: Path, images: Tensor) -> None:
+    """Writes images (n, C, H, W) uint8 as ``out``/000000.png ..."""
+    for number, image in enumerate(images):
+        save_image(to_pil(image), out / f"{number:06d}.png")

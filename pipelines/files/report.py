@@ -1,4 +1,4 @@
-"""A report that people read in a browser: one HTML file, its pictures inside, nothing fetched and no script."""
+"""A report to read in a browser: one HTML file with its images inside. It fetches nothing and has no script."""
 
 import base64
 import html
@@ -26,7 +26,7 @@ pre { overflow-x: auto; padding: 1rem; background: #8881; font-size: .8rem; }
 
 
 class Report:
-    """Gathers headings, paragraphs, tables and pictures in their order; all text is escaped.
+    """Collects headings, paragraphs, tables and images in order; all text is escaped.
 
     Args:
         title: of the page.
@@ -45,7 +45,7 @@ class Report:
         self._body.append(f"<p>{html.escape(paragraph)}</p>")
 
     def table(self, columns: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> None:
-        """A table; ``columns`` are titles by key, a row that lacks a key has an empty cell there."""
+        """A table; ``columns`` maps keys to titles. A row without a key has an empty cell there."""
         head = "".join(f"<th>{html.escape(title)}</th>" for title in columns.values())
         lines = [f"<tr>{head}</tr>"]
         for row in rows:
@@ -53,21 +53,21 @@ class Report:
             lines.append(f"<tr>{cells}</tr>")
         self._body.append(f"<table>{''.join(lines)}</table>")
 
-    def picture(self, picture: Image.Image, caption: str) -> None:
-        """A picture, as a PNG within the page."""
+    def image(self, image: Image.Image, caption: str) -> None:
+        """An image, as a PNG inside the page."""
         file = io.BytesIO()
-        picture.save(file, format="PNG")
+        image.save(file, format="PNG")
         data, words = base64.b64encode(file.getvalue()).decode(), html.escape(caption, quote=True)
         self._body.append(
             f'<figure><img src="data:image/png;base64,{data}" alt="{words}"><figcaption>{words}</figcaption></figure>'
         )
 
     def details(self, summary: str, text: str) -> None:
-        """Longer text, such as a protocol, that is unfolded when asked for."""
+        """Longer text, such as a protocol, folded until it is clicked."""
         self._body.append(f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>")
 
     def save(self, path: Path) -> None:
-        """Writes the page so that a reader never finds half of one."""
+        """Writes the page so that a reader never finds an incomplete one."""
         body = "\n".join(self._body)
         page = (
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>'

@@ -1,7 +1,7 @@
-"""The page itself, in Gradio: what stands where, and which button calls which handler.
+"""The page itself, in Gradio: its layout, and which button calls which handler.
 
-Uploads come as files and are read by `Handlers.read` alone: Gradio's own picture components would decode what is given
-to them, so they only show pictures here.
+Uploads arrive as files, and only `Handlers.read` reads them: Gradio's own image components would decode them first, so
+here they only show images.
 """
 
 import functools
@@ -13,9 +13,8 @@ import gradio as gr
 import gradio.themes
 from gradio.components import Component
 
-from pipelines.drawing.edits import MASK_NAMES, cells_to_redraw, named_mask
 from pipelines.drawing.two_stage import TwoStagePipeline
-from pipelines.page.app_handlers import ALL_CLASSES, BRUSHED, NO_CLASS, Handlers, Picture, draw_codes, enlarge
+from pipelines.page.app_handlers import ALL_CLASSES, NO_CLASS, Handlers, PageImage, draw_codes, enlarge
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
@@ -23,14 +22,14 @@ from twostage.core.images.conversion import to_pil
 __all__ = ["CSS", "THEME", "build_page"]
 
 MAX_IMAGES = 100
-PICTURE_FILES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"]
+FILE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"]
 THEME = gradio.themes.Default(
     primary_hue="indigo",
     neutral_hue="slate",
     font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
 )
-"""System fonts only: Gradio's others may be fetched from elsewhere."""
+"""System fonts only: Gradio may fetch its other fonts from elsewhere."""
 CSS = """
 .pixels img { image-rendering: pixelated; object-fit: contain !important; }
 .pixels .grid-wrap { margin-top: 26px; }
@@ -38,19 +37,19 @@ CSS = """
 .pixels .caption-label { font-size: 11px; padding: 0 5px; }
 .shown img { box-sizing: border-box; padding-top: 28px; object-fit: contain !important; }
 """
-"""Galleries show small pictures with square pixels, all columns in sight; no label lies over a picture."""
+"""Galleries show small images with square pixels and all columns; no label covers an image."""
 BRUSH = "#e11d48"
 PROGRESS = gr.Progress()
-"""As a default, it asks Gradio for one that shows on the page."""
+"""As a default argument, it makes Gradio show a progress bar on the page."""
 
 Event = Callable[..., Any]
 
 
 def build_page(pipeline: TwoStagePipeline, name: str) -> gr.Blocks:
-    """The page for a pipeline: only the tabs and controls that it has.
+    """The page for a pipeline, with only the tabs and controls that apply to it.
 
     Args:
-        name: what the model is called on it.
+        name: the model's name on the page.
     """
     handlers = Handlers(pipeline)
     with gr.Blocks(title=f"{name} - twostage", analytics_enabled=False) as page:
@@ -65,28 +64,23 @@ def build_page(pipeline: TwoStagePipeline, name: str) -> gr.Blocks:
                 _inpaint_tab(handlers, generated, selected)
         with gr.Tab("Interpolate"):
             _interpolate_tab(handlers, generated, selected)
-    # One model, one piece of work at a time.
+    # One model does one thing at a time.
     page.queue(default_concurrency_limit=1)
     return page
 
 
 def describe(pipeline: TwoStagePipeline) -> str:
-    """The model's facts in a line."""
-    tokenizer, (height, width) = pipeline.tokenizer, pipeline.image_size
+    """One line of facts about the model."""
+    tokenizer, names, (height, width) = pipeline.tokenizer, pipeline.class_names, pipeline.image_size
     kind = {1: "grey", 3: "RGB", 4: "RGBA"}[pipeline.channels]
-    names = pipeline.class_names
-    facts = [
-        f"{height} x {width} {kind} images",
-        f"{len(names)} classes" if names else "no classes",
-    ]
     if pipeline.prior:
         rows, columns = tokenizer.code_grid
         model = pipeline.prior.config.model.type.replace("_", " ")
-        facts = [f"{model} over {rows} x {columns} codes of {tokenizer.codebook_size}", *facts]
+        about = f"{model} over {rows} x {columns} codes from {tokenizer.codebook_size}"
     else:
-        latent = " x ".join(map(str, tokenizer.latent_shape))
-        facts = [f"variational autoencoder with a latent of {latent}", *facts]
-    return " · ".join(facts)
+        about = f"variational autoencoder with a latent of {' x '.join(map(str, tokenizer.latent_shape))}"
+    classes = f"{len(names)} classes" if names else "no classes"
+    return " · ".join([about, f"{height} x {width} {kind} images", classes])
 
 
 # --- the tabs -------------------------------------------------------------------------------------------------------
@@ -97,7 +91,7 @@ def _generate_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -
     columns = len(names) if names and 4 <= len(names) <= 12 else 8
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            # A name that is not there gets our own sentence, with the nearest one.
+            # A custom value gets our own message, which suggests the nearest name.
             class_name = gr.Dropdown(
                 [ALL_CLASSES, *(names or [])], label="Class", allow_custom_value=True, visible=bool(names)
             )
@@ -107,10 +101,10 @@ def _generate_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -
         with gr.Column(scale=2):
             gallery = _gallery("Generated", columns, height=480)
 
-    def generate(progress: gr.Progress = PROGRESS, *given: Any) -> tuple[list[Any], list[Picture], None]:
+    def generate(progress: gr.Progress = PROGRESS, *given: Any) -> tuple[list[Any], list[PageImage], None]:
         count, name, number, *sampling = given
-        pictures = handlers.generate(count, name, number, _named(controls, sampling), _shown(progress))
-        return [(to_pil(p.pixels), p.class_name) for p in pictures], pictures, None
+        images = handlers.generate(count, name, number, _named(controls, sampling), _shown(progress))
+        return [(to_pil(image.pixels), image.class_name) for image in images], images, None
 
     _on(button.click, generate, [num_images, class_name, seed, *controls.values()], [gallery, generated, selected])
 
@@ -122,65 +116,49 @@ def _generate_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -
 
 def _reconstruct_tab(handlers: Handlers) -> None:
     pipeline = handlers.pipeline
-    upload, note = _upload_button("Upload a picture"), gr.Markdown()
+    upload, note = _upload_button("Upload an image"), gr.Markdown()
     with gr.Row():
-        given, back = _picture("Your picture, as the model sees it"), _picture("Its reconstruction")
+        given, back = _image_box("Your image, as the model sees it"), _image_box("Its reconstruction")
         rows, columns = pipeline.tokenizer.code_grid
-        codes = _picture(f"Its codes: {rows} x {columns} of {pipeline.tokenizer.codebook_size}", bool(pipeline.prior))
+        label = f"Its codes: {rows} x {columns} from {pipeline.tokenizer.codebook_size}"
+        codes = _image_box(label, visible=bool(pipeline.prior))
 
     def reconstruct(path: str) -> tuple[Any, ...]:
-        picture = handlers.read(path)
-        pixels, indices, quality = handlers.reconstruct(picture)
+        image = handlers.read(path)
+        pixels, indices, quality = handlers.reconstruct(image)
         drawn = None if indices is None else draw_codes(indices, pipeline.tokenizer.codebook_size or 0)
-        return enlarge(picture.pixels), enlarge(pixels), drawn, f"{picture.note} {quality}"
+        return enlarge(image.pixels), enlarge(pixels), drawn, f"{image.note} {quality}"
 
     _on(upload.upload, reconstruct, [upload], [given, back, codes, note])
 
 
 def _inpaint_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -> None:
-    pipeline = handlers.pipeline
-    assert pipeline.prior
-    kept = {name: ~cells_to_redraw(pipeline.tokenizer, named_mask(name, pipeline.image_size)) for name in MASK_NAMES}
-    possible = [name for name, cells in kept.items() if pipeline.prior.can_keep(cells[None])]
-    start = BRUSHED if len(possible) == len(MASK_NAMES) or not possible else possible[0]
-    names = pipeline.class_names or []
-    choices = [NO_CLASS, *names] if pipeline.prior.config.loss.class_dropout_prob or not names else names
-    picture = gr.State()
+    names, prior = handlers.pipeline.class_names or [], handlers.pipeline.prior
+    assert prior
+    choices = [NO_CLASS, *names] if prior.config.loss.class_dropout_prob or not names else names
+    parts, first_part = handlers.parts_to_redraw()
+    image = gr.State()
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            with gr.Row():
-                upload, take = _upload_button("Upload a picture"), gr.Button("Take a generated one", size="sm")
+            upload, take = _source_buttons("Upload an image")
             note = gr.Markdown()
-            # A prior that writes one code after another cannot redraw every part: start with one that it can.
-            part = gr.Dropdown([BRUSHED, *MASK_NAMES], value=start, label="Draw again")
+            part = gr.Dropdown(parts, value=first_part, label="Redraw")
             class_name = gr.Dropdown(choices, label="Class", allow_custom_value=True, visible=bool(names))
             num_images = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Number of completions")
-            feather = gr.Slider(0, 8, 0, step=1, label="Feather in pixels", info="How far what is kept blends in.")
-            seed, controls = _seed_box(), _sampling_controls(pipeline)
+            feather = gr.Slider(0, 8, 0, step=1, label="Feather in pixels", info="How far kept pixels blend in.")
+            seed, controls = _seed_box(), _sampling_controls(handlers.pipeline)
             button = gr.Button("Inpaint", variant="primary")
         with gr.Column(scale=2):
-            editor = gr.ImageEditor(
-                label="Brush over what is to be drawn again",
-                type="numpy",
-                format="png",
-                sources=[],
-                transforms=[],
-                layers=False,
-                brush=gr.Brush(default_size=28, colors=[BRUSH], color_mode="fixed"),
-                eraser=gr.Eraser(default_size=28),
-                buttons=[],
-                height=480,
-            )
-            gallery = _gallery("Completions", 8, height=260)
+            editor, gallery = _editor("Brush over what is to be redrawn"), _gallery("Completions", 8, height=260)
 
-    def show(chosen: Picture) -> tuple[Any, ...]:
+    def show(chosen: PageImage) -> tuple[Any, ...]:
         shown = enlarge(chosen.pixels)
         value = {"background": shown, "layers": [], "composite": shown}
         return chosen, value, chosen.note, chosen.class_name or (NO_CLASS if NO_CLASS in choices else names[0])
 
-    outputs = [picture, editor, note, class_name]
+    outputs = [image, editor, note, class_name]
     _on(upload.upload, lambda path: show(handlers.read(path)), [upload], outputs)
-    _on(take.click, lambda pictures, index: show(_taken(pictures, index, 0)), [generated, selected], outputs)
+    _on(take.click, lambda images, index: show(_taken(images, index, 0)), [generated, selected], outputs)
 
     def inpaint(progress: gr.Progress = PROGRESS, *given: Any) -> list[Any]:
         chosen, edited, which, count, name, number, width, *sampling = given
@@ -189,7 +167,7 @@ def _inpaint_tab(handlers: Handlers, generated: gr.State, selected: gr.State) ->
         images = handlers.inpaint(chosen, layers, which, count, name, number, width, settings, _shown(progress))
         return [to_pil(pixels) for pixels in images]
 
-    inputs = [picture, editor, part, num_images, class_name, seed, feather, *controls.values()]
+    inputs = [image, editor, part, num_images, class_name, seed, feather, *controls.values()]
     _on(button.click, inpaint, inputs, [gallery])
 
 
@@ -198,73 +176,68 @@ def _interpolate_tab(handlers: Handlers, generated: gr.State, selected: gr.State
     with gr.Row():
         for place, word in enumerate(("first", "second")):
             with gr.Column():
-                picture, shown = gr.State(), _picture(f"The {word}", height=300)
-                with gr.Row():
-                    upload = _upload_button(f"Upload the {word}")
-                    take = gr.Button("Take a generated one", size="sm")
+                image, shown = gr.State(), _image_box(f"The {word}", height=300)
+                upload, take = _source_buttons(f"Upload the {word}")
                 note = gr.Markdown()
 
-            def show(chosen: Picture) -> tuple[Any, ...]:
+            def show(chosen: PageImage) -> tuple[Any, ...]:
                 return chosen, enlarge(chosen.pixels), chosen.note
 
-            def taken(pictures: list[Picture], index: int | None, place: int = place) -> tuple[Any, ...]:
-                return show(_taken(pictures, index, place))
+            def taken(images: list[PageImage], index: int | None, place: int = place) -> tuple[Any, ...]:
+                return show(_taken(images, index, place))
 
-            outputs = [picture, shown, note]
+            outputs = [image, shown, note]
             _on(upload.upload, lambda path: show(handlers.read(path)), [upload], outputs)
             _on(take.click, taken, [generated, selected], outputs)
-            ends.append(picture)
-    num_images = gr.Slider(2, 16, 9, step=1, label="Number of pictures, both ends included")
-    button, gallery = (
-        gr.Button("Interpolate", variant="primary"),
-        _gallery("From the first to the second", 9, height=330),
-    )
+            ends.append(image)
+    num_images = gr.Slider(2, 16, 9, step=1, label="Number of images, including both ends")
+    button = gr.Button("Interpolate", variant="primary")
+    gallery = _gallery("From the first to the second", 9, height=330)
 
-    def interpolate(first: Picture | None, second: Picture | None, count: int) -> list[Any]:
+    def interpolate(first: PageImage | None, second: PageImage | None, count: int) -> list[Any]:
         return [to_pil(pixels) for pixels in handlers.interpolate(first, second, count)]
 
     _on(button.click, interpolate, [*ends, num_images], [gallery])
 
 
-# --- what the tabs are made of --------------------------------------------------------------------------------------
+# --- the parts of the tabs ------------------------------------------------------------------------------------------
 
 
 def _on(trigger: Event, handler: Event, inputs: list[Component], outputs: list[Component]) -> None:
-    """Lets an event call a handler: one at a time over the whole page, what a person got wrong said as a sentence."""
+    """Calls a handler on an event: one at a time over the whole page, and with a message for bad input."""
 
     @functools.wraps(handler)
-    def said(*given: Any) -> Any:
+    def with_message(*given: Any) -> Any:
         try:
             return handler(*given)
         except InputError as error:
-            sentence = html.escape(str(error))  # Gradio takes it for HTML
-            raise gr.Error(sentence, duration=None, print_exception=False) from None
+            message = html.escape(str(error))  # Gradio takes it for HTML
+            raise gr.Error(message, duration=None, print_exception=False) from None
 
-    trigger(said, inputs, outputs, concurrency_id="model", concurrency_limit=1, api_visibility="private")
+    trigger(with_message, inputs, outputs, concurrency_id="model", concurrency_limit=1, api_visibility="private")
 
 
 def _sampling_controls(pipeline: TwoStagePipeline) -> dict[str, Component]:
-    """The settings that this model can be sampled with, by field of `SamplingConfig`."""
-    with gr.Accordion("Sampling", open=False):
-        controls: dict[str, Component] = {"temperature": _setting("temperature", 0.1, 2, 1, 0.05)}
-        if pipeline.prior is None:
-            return controls
+    """The settings that apply to this model, by field of `SamplingConfig`."""
+    ranges: dict[str, tuple[float, float, float, float]] = {"temperature": (0.1, 2, 1, 0.05)}  # lowest to highest, step
+    if pipeline.prior:
         config = pipeline.prior.config
         if config.class_names and config.loss.class_dropout_prob:
-            controls["guidance_scale"] = _setting("guidance_scale", 0, 8, 2, 0.25)
-        controls["top_k"] = _setting("top_k", 1, config.codebook_size, config.codebook_size, 1)
-        controls["top_p"] = _setting("top_p", 0.05, 1, 1, 0.05)
+            ranges["guidance_scale"] = (0, 8, 2, 0.25)
+        ranges["top_k"] = (1, config.codebook_size, config.codebook_size, 1)
+        ranges["top_p"] = (0.05, 1, 1, 0.05)
         if "num_steps" in config.model.sampling_settings:
             cells = config.grid[0] * config.grid[1]
-            controls["num_steps"] = _setting("num_steps", 1, min(64, cells), min(8, cells), 1)
-    return controls
-
-
-def _setting(name: str, low: float, high: float, value: float, step: float) -> gr.Slider:
-    """A slider with the title and the description of a field of `SamplingConfig`."""
-    field = SamplingConfig.model_fields[name]
-    label = field.title or name.replace("_", " ").capitalize()
-    return gr.Slider(low, high, value, step=step, label=label, info=field.description)
+            ranges["num_steps"] = (1, min(64, cells), min(8, cells), 1)
+    fields = SamplingConfig.model_fields
+    with gr.Accordion("Sampling", open=False):
+        return {
+            name: gr.Slider(
+                low, high, value, step=step, label=fields[name].title or name.replace("_", " ").capitalize(),
+                info=fields[name].description,
+            )
+            for name, (low, high, value, step) in ranges.items()
+        }  # fmt: skip
 
 
 def _named(controls: dict[str, Component], values: list[Any]) -> dict[str, Any]:
@@ -275,12 +248,17 @@ def _seed_box() -> gr.Number:
     return gr.Number(0, label="Seed", info="The same seed gives the same images.", precision=0)
 
 
+def _source_buttons(label: str) -> tuple[gr.UploadButton, gr.Button]:
+    with gr.Row():
+        return _upload_button(label), gr.Button("Use a generated image", size="sm")
+
+
 def _upload_button(label: str) -> gr.UploadButton:
-    return gr.UploadButton(label, file_types=PICTURE_FILES, type="filepath", size="sm")
+    return gr.UploadButton(label, file_types=FILE_TYPES, type="filepath", size="sm")
 
 
-def _picture(label: str, visible: bool = True, height: int = 420) -> gr.Image:
-    """Shows a picture; takes none."""
+def _image_box(label: str, visible: bool = True, height: int = 420) -> gr.Image:
+    """Shows an image; does not take one."""
     return gr.Image(
         label=label,
         format="png",
@@ -290,6 +268,22 @@ def _picture(label: str, visible: bool = True, height: int = 420) -> gr.Image:
         height=height,
         visible=visible,
         elem_classes="shown",
+    )
+
+
+def _editor(label: str) -> gr.ImageEditor:
+    """An image to brush on."""
+    return gr.ImageEditor(
+        label=label,
+        type="numpy",
+        format="png",
+        sources=[],
+        transforms=[],
+        layers=False,
+        brush=gr.Brush(default_size=28, colors=[BRUSH], color_mode="fixed"),
+        eraser=gr.Eraser(default_size=28),
+        buttons=[],
+        height=480,
     )
 
 
@@ -306,11 +300,11 @@ def _gallery(label: str, columns: int, height: int) -> gr.Gallery:
     )
 
 
-def _taken(pictures: list[Picture], index: int | None, place: int) -> Picture:
-    """The generated picture that is selected, or the one at ``place``."""
-    if not pictures:
-        raise InputError("there is no generated picture yet: make some on the page Generate")
-    return pictures[min(place if index is None else index, len(pictures) - 1)]
+def _taken(images: list[PageImage], index: int | None, place: int) -> PageImage:
+    """The generated image that is selected, or the one at ``place``."""
+    if not images:
+        raise InputError("no generated images yet: generate some on the Generate tab")
+    return images[min(place if index is None else index, len(images) - 1)]
 
 
 def _shown(progress: gr.Progress) -> Callable[[float], object]:

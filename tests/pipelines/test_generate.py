@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from messages import assert_names
 from PIL import Image
 
 from stage2_prior.sampling import SamplingConfig
@@ -132,14 +133,14 @@ def test_damaged_images_are_made_anew(generate):
 
 def test_it_says_how_many_were_kept(runs, twostage, tmp_path):
     words = ("generate", runs.prior, "--out", tmp_path / "out", "--num-images")
-    assert re.search(r"4 images: .*images \([\d.]+ a second\)", twostage(*words, 4).out)
-    assert re.search(r"6 images: .*images \(4 were there already, [\d.]+ a second\)", twostage(*words, 6).out)
+    assert re.search(r"4 images: .*images \([\d.]+ per second\)", twostage(*words, 4).out)
+    assert re.search(r"6 images: .*images \(4 were already there, [\d.]+ per second\)", twostage(*words, 6).out)
     assert "6 images: " in (again := twostage(*words, 6)).out
-    assert "(6 were there already)" in again.out
+    assert "(6 were already there)" in again.out
 
 
 def test_parquet_holds_the_same_images_as_a_data_source(folder, generate, pipeline, monkeypatch):
-    monkeypatch.setattr("pipelines.files.image_files.SHARD", 8)
+    monkeypatch.setattr("pipelines.files.image_files.SHARD_IMAGES", 8)
     out = generate("--num-images", 20, "--seed", 3, "--format", "parquet")
     assert sorted(pictures(out)) == [f"shard_0000{i}.parquet" for i in range(3)]
     assert (out / "grid.png").read_bytes() == (folder / "grid.png").read_bytes()
@@ -153,7 +154,7 @@ def test_parquet_holds_the_same_images_as_a_data_source(folder, generate, pipeli
 
 
 def test_parquet_shards_that_are_whole_are_kept(generate, monkeypatch):
-    monkeypatch.setattr("pipelines.files.image_files.SHARD", 4)
+    monkeypatch.setattr("pipelines.files.image_files.SHARD_IMAGES", 4)
     out = generate("--num-images", 10, "--format", "parquet")
     complete, before = pictures(out), modified(out)
     shards = sorted(before)
@@ -171,7 +172,7 @@ def test_a_variational_autoencoder_generates_too(variational, twostage, tmp_path
     assert len(pictures(tmp_path / "out")) == 9
     refused = twostage("generate", variational("gaussian"), "--top-k", 3, "--out", tmp_path / "other")
     assert refused.code == 2
-    assert "top_k 3: is of priors over codes" in refused.err
+    assert_names(refused.err, "top_k 3", "variational autoencoder", "Omit top_k")
 
 
 def rows(split):

@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from messages import assert_names, refuses
 from other_priors import MASKED, PIXELCNN, causal, with_prior
 from PIL import Image
 
-from pipelines.drawing.edits import MASK_NAMES, cells_to_redraw, named_mask
+from pipelines.drawing.redraw import cells_to_redraw
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.files.given_images import read_image
+from pipelines.files.masks import MASK_NAMES, named_mask
 from stage2_prior.prior import PriorLossConfig
 from twostage.core.data.shapes import CLASS_NAMES, draw_shapes
-from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
 from twostage.core.images.sheets import save_image
 
@@ -85,9 +86,9 @@ def test_the_class_and_the_settings_are_heard(masked, images):
     assert not torch.equal(star.codes, guided.codes)
     likeliest = masked.inpaint(images[0], mask, 8, top_k=1, choice_temperature=0.0).codes
     assert (likeliest == likeliest[0]).all()
-    with pytest.raises(InputError, match=r"guidance_scale 3.0: presses for a class, and none is given"):
+    with refuses("guidance_scale 3.0", "--class-name"):
         masked.inpaint(images[0], mask, guidance_scale=3.0)
-    with pytest.raises(InputError, match=r"class name 'strar'.*did you mean 'star'"):
+    with refuses("class name 'strar'", "did you mean 'star'"):
         masked.inpaint(images[0], mask, class_name="strar")
 
 
@@ -97,7 +98,7 @@ def test_a_feather_leaves_farther_pixels_as_they_are(masked, images):
     assert torch.equal(soft[..., 8:], hard[..., 8:])
     assert torch.equal(soft[..., :6], hard[..., :6])
     assert not torch.equal(soft[..., 6:8], hard[..., 6:8])
-    with pytest.raises(InputError, match="feather -1: expected a number of pixels"):
+    with refuses("feather -1: expected a number of pixels"):
         masked.inpaint(images[0], mask, feather=-1)
 
 
@@ -105,7 +106,7 @@ def test_a_feather_leaves_farther_pixels_as_they_are(masked, images):
 def test_the_callback_hears_of_the_work_done(masked, pipeline, images, mask):
     for each in (masked, pipeline):
         shares: list[float] = []
-        each.inpaint(images[0], mask, 3, callback=shares.append)
+        each.inpaint(images[0], mask, 3, on_progress=shares.append)
         assert shares == sorted(shares)
         assert shares[-1] == pytest.approx(1)
         assert shares[0] < 0.5
@@ -131,11 +132,7 @@ def test_a_prior_redraws_what_its_order_allows(pipeline, images, model, possible
             found = other.inpaint(images[0], mask, 2)
             assert torch.equal(found.images[..., ~mask], images[:1, :, ~mask].expand(2, -1, -1))
         else:
-            such = f", such as: {possible[0]}" if possible else ""
-            sentence = (
-                f"^mask: this prior is a .* in the order '.*' and can redraw only all that .*some cell{such}; give"
-            )
-            with pytest.raises(InputError, match=sentence + ".* masked transformer, which redraws any part$"):
+            with refuses(f"mask: this prior is a {model.type}", *possible, "masked transformer"):
                 other.inpaint(images[0], mask)
     last = torch.zeros(SIZE, dtype=torch.bool)
     last[-1, -1] = True
@@ -146,9 +143,7 @@ def test_a_prior_redraws_what_its_order_allows(pipeline, images, model, possible
 def test_a_prior_without_dropped_classes_asks_for_one(pipeline, images):
     other = with_prior(pipeline, MASKED, loss=PriorLossConfig(class_dropout_prob=0.0))
     mask = named_mask("top", SIZE)
-    with pytest.raises(
-        InputError, match=f"class name: none given, .*give --class-name, one of: {', '.join(CLASS_NAMES)}"
-    ):
+    with refuses("class name", f"--class-name, one of: {', '.join(CLASS_NAMES)}"):
         other.inpaint(images[0], mask)
     assert other.inpaint(images[0], mask, 1, class_name="star").labels == [CLASS_NAMES.index("star")]
 
@@ -156,24 +151,24 @@ def test_a_prior_without_dropped_classes_asks_for_one(pipeline, images):
 def test_a_prior_without_classes_needs_none(pipeline, images):
     other = with_prior(pipeline, MASKED, class_names=None, loss=PriorLossConfig(class_dropout_prob=0.0))
     assert other.inpaint(images[0], named_mask("top", SIZE), 2).labels is None
-    with pytest.raises(InputError, match="class name 'star': this model was trained without classes"):
+    with refuses("class name 'star': this model was trained without classes"):
         other.inpaint(images[0], named_mask("top", SIZE), class_name="star")
 
 
 def test_a_variational_autoencoder_has_no_codes_to_redraw(variational, images):
-    with pytest.raises(InputError, match="variational autoencoder, which has no codes"):
+    with refuses("variational autoencoder, which has no codes"):
         TwoStagePipeline.from_pretrained(variational("gaussian")).inpaint(images[0], named_mask("top", SIZE))
 
 
 def test_what_cannot_be_redrawn_is_refused(masked, images):
     mask = named_mask("top", SIZE)
-    with pytest.raises(InputError, match=r"image: expected uint8 of the form \(3, 16, 16\)"):
+    with refuses("image: expected uint8", "(3, 16, 16)"):
         masked.inpaint(images[0, :, :8], mask)
-    with pytest.raises(InputError, match=r"mask: expected bool .*\(16, 16\), got torch.bool of \(16, 8\)"):
+    with refuses("mask: expected bool", "(16, 16)", "(16, 8)"):
         masked.inpaint(images[0], mask[:, :8])
-    with pytest.raises(InputError, match="mask: masks no pixel"):
+    with refuses("mask: masks no pixel"):
         masked.inpaint(images[0], torch.zeros_like(mask))
-    with pytest.raises(InputError, match="num_images 0: expected at least 1"):
+    with refuses("num_images 0: expected at least 1"):
         masked.inpaint(images[0], mask, 0)
 
 
@@ -196,7 +191,7 @@ def test_the_command_writes_completions_and_a_sheet(twostage, folder, masked, tm
     words = ("inpaint", folder / "pipeline", folder / "image.png", "left", "--num-images", 3, "--top-k", 4, "--seed", 5)
     ended = twostage(*words, "--class-name", "star", "--out", out)
     assert ended.code == 0, ended.err
-    assert ended.out == f"3 completions: {out}; at a glance: {out / 'grid.png'}\n"
+    assert ended.out == f"3 completions: {out}; overview: {out / 'grid.png'}\n"
     assert sorted(path.name for path in out.iterdir()) == ["000000.png", "000001.png", "000002.png", "grid.png"]
     image = torch.from_numpy(np.asarray(Image.open(folder / "image.png")).transpose(2, 0, 1).copy())
     expected = masked.inpaint(image, named_mask("left", SIZE), 3, class_name="star", seed=5, top_k=4).images
@@ -207,10 +202,8 @@ def test_the_command_writes_completions_and_a_sheet(twostage, folder, masked, tm
         assert sheet.size == (5 * (96 + 4) + 4, 96 + 18 + 2 * 4)
 
     again = twostage(*words, "--class-name", "star", "--out", out)
-    assert (again.code, again.err) == (
-        2,
-        f"error: --out {out}: holds something already; give a new folder, or remove this one\n",
-    )
+    assert again.code == 2
+    assert_names(again.err, f"--out {out}", "new folder")
 
 
 def test_the_mask_is_cropped_as_the_picture_is(twostage, folder, tmp_path):

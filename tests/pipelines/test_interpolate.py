@@ -6,11 +6,10 @@ import torch
 from messages import refuses
 from PIL import Image
 
+from pipelines.drawing.tokenizer_sheets import draw_interpolations, pairs_of_rows
 from pipelines.drawing.two_stage import TwoStagePipeline
-from pipelines.interpolate import interpolate, pairs_of_rows
 from pipelines.saved.saved_model import SavedModel
 from twostage.core.data.shapes import draw_shapes
-from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
 from twostage.core.images.sheets import save_image
 
@@ -23,7 +22,7 @@ def test_pairs_are_of_two_classes_while_there_are_such():
     assert ordered[pairs_of_rows(ordered, 300, 3)].tolist() == [0, 1, 2, 3, 4, 5]
     assert pairs_of_rows(torch.zeros(4), 4, 9).tolist() == [0, 1, 2, 3]
     assert pairs_of_rows(None, 5, 1).tolist() == [0, 2]
-    with pytest.raises(InputError, match="1 held-out images, expected at least the two ends"):
+    with refuses("1 held-out images", "--image"):
         pairs_of_rows(None, 1, 1)
 
 
@@ -32,7 +31,7 @@ def test_the_command_draws_strips_of_held_out_images(runs, twostage, tmp_path, o
     out = tmp_path / "strips.png"
     ended = twostage("interpolate", getattr(runs, of), "--num-images", 5, "--num-pairs", 3, "--out", out)
     assert ended.code == 0, ended.err
-    assert ended.out == f"{out}: 3 strips of 5 pictures; both ends are reconstructions\n"
+    assert ended.out == f"{out}: 3 strips of 5 images; both ends are reconstructions\n"
     with Image.open(out) as picture:
         assert picture.height == 3 * (6 * 16 + 4) + 4
         assert picture.width > 5 * 100
@@ -44,7 +43,7 @@ def test_given_pictures_are_the_ends(runs, pipeline, tmp_path, capsys):
     for image, file in zip(ends, files, strict=True):
         save_image(to_pil(image), file)
     pipeline.save_pretrained(tmp_path / "pipeline")
-    assert interpolate(SavedModel.find(tmp_path / "pipeline"), tmp_path / "strip.png", files, num_images=4) == 1
+    assert draw_interpolations(SavedModel.find(tmp_path / "pipeline"), tmp_path / "strip.png", files, num_images=4) == 1
     expected = pipeline.interpolate(ends[0], ends[1], 4)
     assert torch.equal(expected[[0, -1]], pipeline.reconstruct(ends))
     strip = np.asarray(Image.open(tmp_path / "strip.png"))
@@ -52,10 +51,10 @@ def test_given_pictures_are_the_ends(runs, pipeline, tmp_path, capsys):
     for number, picture in enumerate(expected):
         tile = strip[4:100, left + 4 + number * 100 :][:, :96]
         assert np.array_equal(tile[::6, ::6], picture.permute(1, 2, 0))
-    with pytest.raises(InputError, match="--image: got 1 image, expected two for each strip"):
-        interpolate(SavedModel.find(tmp_path / "pipeline"), tmp_path / "strip.png", files[:1])
+    with refuses("--image: got 1 image, expected two for each strip"):
+        draw_interpolations(SavedModel.find(tmp_path / "pipeline"), tmp_path / "strip.png", files[:1])
     with refuses(tmp_path / "pipeline", "--image FILE", "--data SOURCE"):
-        interpolate(SavedModel.find(tmp_path / "pipeline"), tmp_path / "strip.png")
+        draw_interpolations(SavedModel.find(tmp_path / "pipeline"), tmp_path / "strip.png")
 
 
 def test_latents_of_a_variational_autoencoder_are_interpolated_too(variational):
@@ -63,7 +62,7 @@ def test_latents_of_a_variational_autoencoder_are_interpolated_too(variational):
     ends = torch.from_numpy(draw_shapes(0, 2, (16, 16), 3))
     between = pipeline.interpolate(ends[0], ends[1], 3)
     assert torch.equal(between[[0, 2]], pipeline.reconstruct(ends))
-    with pytest.raises(InputError, match="second image: expected uint8"):
+    with refuses("second image: expected uint8"):
         pipeline.interpolate(ends[0], ends[1].float(), 3)
 
 

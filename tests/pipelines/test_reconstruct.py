@@ -6,7 +6,7 @@ import torch
 from messages import assert_names
 from PIL import Image
 
-from pipelines.reconstruct import reconstruct
+from pipelines.drawing.tokenizer_sheets import draw_reconstructions
 from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from twostage.core.data.dataset import DataConfig, load_images
@@ -15,7 +15,7 @@ from twostage.core.images.conversion import to_float
 
 
 def test_psnr_is_that_of_the_pictures(runs, tmp_path):
-    found = reconstruct(SavedModel.find(runs.tokenizer), tmp_path / "pictures.png", num_images=5)
+    found = draw_reconstructions(SavedModel.find(runs.tokenizer), tmp_path / "pictures.png", num_images=5)
     split = load_images(DataConfig(image_size=16, num_images=320)).validation
     originals = split.read(spread_over_classes(split.labels, len(split), 5))
     model = Autoencoder.from_pretrained(runs.tokenizer)
@@ -88,7 +88,7 @@ def test_a_pipeline_folder_knows_no_held_out_images(pipeline, twostage, tmp_path
 
 
 def test_held_out_images_of_a_priors_run_are_its_tokenizers(runs, tmp_path):
-    assert reconstruct(SavedModel.find(runs.prior), tmp_path / "a.png") == reconstruct(
+    assert draw_reconstructions(SavedModel.find(runs.prior), tmp_path / "a.png") == draw_reconstructions(
         SavedModel.find(runs.tokenizer), tmp_path / "b.png"
     )
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -100,10 +100,10 @@ def test_pictures_that_are_given_are_not_overwritten(runs, twostage, tmp_path):
     before = picture.read_bytes()
     ended = twostage("reconstruct", runs.tokenizer, "--image", picture, "--out", picture)
     assert (ended.code, picture.read_bytes()) == (2, before)
-    assert "is one of the pictures given by --image" in ended.err
+    assert "is one of the images given with --image" in ended.err
     ended = twostage("interpolate", runs.tokenizer, "--out", tmp_path)
     assert ended.code == 2
-    assert "is a folder; give a file" in ended.err
+    assert_names(ended.err, f"--out {tmp_path}: is a folder", "images.png")
 
 
 def save_images(folder, count: int) -> np.ndarray:
@@ -128,7 +128,7 @@ def test_the_images_of_a_folder(runs, twostage, tmp_path):
         tile = shown[4:100, left + 4 + 100 * column :][:, :96]
         assert np.array_equal(tile[::6, ::6], pixels[number])
     ended = twostage("reconstruct", runs.tokenizer, "--image", tmp_path / "mine", "--out", tmp_path / "mine" / "0.png")
-    assert (ended.code, "is one of the pictures given by --image" in ended.err) == (2, True)
+    assert (ended.code, "is one of the images given with --image" in ended.err) == (2, True)
 
 
 @pytest.mark.parametrize("verb", ["inpaint", "outpaint"])

@@ -69,7 +69,7 @@ def test_output_types(pipeline):
     assert isinstance(as_pil[0], Image.Image)
     assert np.array_equal(np.stack([np.asarray(image) for image in as_pil]), as_np)
     assert np.array_equal(as_pt.permute(0, 2, 3, 1), as_np)
-    with pytest.raises(InputError, match="output_type 'jpeg': expected 'pil', 'pt' or 'np'"):
+    with refuses("output_type 'jpeg': expected 'pil', 'pt' or 'np'"):
         pipeline(num_images=1, output_type="jpeg")
 
 
@@ -91,11 +91,11 @@ def test_classes_take_turns(pipeline):
 
 def test_classes_given_twice_or_wrongly_are_refused(pipeline):
     names = pipeline.class_names
-    with pytest.raises(InputError, match="labels, class_names: give one of them"):
+    with refuses("labels, class_names"):
         pipeline(class_names=names[:1], labels=[0])
-    with pytest.raises(InputError, match=f"expected numbers from 0 to {len(names) - 1}"):
+    with refuses(f"expected numbers from 0 to {len(names) - 1}"):
         pipeline(labels=[len(names)])
-    with pytest.raises(InputError, match=f"class name 'strar'.*did you mean 'star'.*Its classes: {', '.join(names)}"):
+    with refuses("class name 'strar'", "did you mean 'star'", f"Its classes: {', '.join(names)}"):
         pipeline(class_names=["strar"])
 
 
@@ -118,7 +118,7 @@ def test_an_unknown_class_is_named_beside_the_known_ones(pipeline, name, said):
 
 
 def test_one_name_for_a_list_of_names_is_not_read_letter_by_letter(pipeline):
-    with pytest.raises(InputError, match=r"class_names 'star': expected a list of names, such as \['star'\]"):
+    with refuses("class_names 'star': expected a list of names, such as ['star']"):
         pipeline(class_names="star")
 
 
@@ -162,9 +162,9 @@ def test_a_prior_without_classes_has_no_labels(pipeline):
     free = TwoStagePipeline(pipeline.tokenizer, Prior(pipeline.prior.config.model_copy(update={"class_names": None})))
     output = free(num_images=3)
     assert (output.labels, len(output.images)) == (None, 3)
-    with pytest.raises(InputError, match="class name 'star': this model was trained without classes"):
+    with refuses("class name 'star': this model was trained without classes"):
         free(class_names=["star"])
-    with pytest.raises(InputError, match=r"labels \[0\]: this model was trained without classes; leave them out"):
+    with refuses("labels [0]", "without classes"):
         free(labels=[0])
 
 
@@ -190,20 +190,20 @@ def test_a_variational_autoencoder_is_a_pipeline_too(variational, family, tmp_pa
 
 def test_a_variational_autoencoder_has_no_codes_to_choose_from(variational):
     pipeline = TwoStagePipeline.from_pretrained(variational("gaussian"))
-    with pytest.raises(InputError, match=r"top_k 3: is of priors over codes, this is a variational autoencoder"):
+    with refuses("top_k 3", "variational autoencoder", "Omit top_k"):
         pipeline(num_images=1, top_k=3)
-    with pytest.raises(InputError, match=r"class name 'star': this model was trained without classes"):
+    with refuses("class name 'star': this model was trained without classes"):
         pipeline(num_images=1, class_names=["star"])
 
 
 def test_a_tokenizer_alone_makes_no_images(runs):
-    with pytest.raises(InputError, match=r"bottleneck 'vector' makes no images by itself: train a prior"):
+    with refuses("bottleneck 'vector'", "twostage train-prior"):
         TwoStagePipeline.from_pretrained(runs.tokenizer)
 
 
 def test_the_callback_hears_of_the_work_done(pipeline):
     shares: list[float] = []
-    pipeline(num_images=5, batch_size=2, callback=shares.append)
+    pipeline(num_images=5, batch_size=2, on_progress=shares.append)
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
     assert len(shares) > 3, "and not at the end alone"

@@ -1,0 +1,145 @@
+"""A folder of generated images: written by several processes together, and completed if the command was stopped."""
+
+import itertools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from pipelines.drawing.batch_size import fitting_batch_size
+from pipelines.drawing.sampler import ImageSampler
+from pipelines.files.class_sheet import class_sheet
+from pipelines.files.image_files import FileFormat, ImageFiles, image_files
+from stage2_prior.sampling import SamplingConfig
+from twostage.core.config.sections import describe_differences
+from twostage.core.errors import InputError
+from twostage.core.files import read_json
+from twostage.core.images.sheets import save_image
+from twostage.core.machine.processes import join_processes
+from twostage.core.machine.progress import ProgressBar
+from twostage.core.runs.model_folder import check_format, hash_tensors, write_json
+
+__all__ = ["GenerateRequest", "generate_folder"]
+
+FORMAT_VERSION = 1
+"""Of settings.json; the first ones did not have it."""
+MAX_SHOWN = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """What to generate."""
+
+    num_images: int
+    class_names: list[str] | None = None
+    """The classes that the images cycle through; None: all."""
+    seed: int = 0
+    sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 (immutable)
+    batch_size: int | None = None
+    """Images that each process draws at a time; None: as many as fit the free memory."""
+    file_format: FileFormat = "png"
+
+
+def generate_folder(sampler: ImageSampler, request: GenerateRequest, out: Path) -> None:
+    """Writes ``out``/images/ (000000.png ..., or parquet shards), grid.png and settings.json; the processes share the
+    images.
+
+    Intact images from the same settings are kept; damaged ones are drawn again.
+
+    Raises:
+        InputError: the folder holds images from other settings. The message shows the differences; nothing is changed.
+    """
+    state = join_processes()
+    sampler.to(state.device or "cpu")
+    cycle, names = sampler.labels_for(request.class_names), request.class_names or sampler.class_names
+    sampler.check_sampling(request.sampling)
+    settings = _settings(sampler, request)
+    _check_folder(out, settings)
+    state.wait_for_everyone()  # nobody writes before everyone has looked
+    files = image_files(request.file_format, out / "images", sampler.image_size, sampler.channels, sampler.label_names)
+    missing, batch_size = _plan(sampler, request, files, state)
+    if state.is_main_process:
+        _begin(sampler, request, out, settings, names)
+    state.wait_for_everyone()
+
+    size, start = files.part_size(batch_size), time.perf_counter()
+    firsts = sorted({number // size * size for number in missing})
+    parts = [range(first, min(first + size, request.num_images)) for first in firsts]
+    wanted, mine = sum(map(len, parts)), parts[state.process_index :: state.num_processes]
+    # The bar shows all processes together, assuming that the others are as fast as this one.
+    speedup = wanted / max(1, sum(map(len, mine)))
+    with ProgressBar(total=wanted, unit="images", disable=not state.is_main_process) as bar:
+        for part in mine:
+            drawn = sampler.draw(
+                part, cycle, request.sampling, request.seed, batch_size, lambda n: bar.update(n * speedup)
+            )
+            labels = None if cycle is None else [cycle[i % len(cycle)] for i in part]
+            files.write(part, torch.cat([pixels for pixels, _ in drawn]), labels)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        seconds, total = time.perf_counter() - start, request.num_images
+        save_image(class_sheet(files.read(min(total, MAX_SHOWN)), names, cycle), out / "grid.png")
+        kept = f"{total - len(missing)} were already there" if len(missing) < total else ""
+        rate = f"{wanted / seconds:.1f} per second" if wanted else ""
+        print(f"{total} images: {out / 'images'} ({', '.join(filter(None, [kept, rate]))})")
+        print(f"overview: {out / 'grid.png'}; settings: {out / 'settings.json'}")
+
+
+def _settings(sampler: ImageSampler, request: GenerateRequest) -> dict[str, Any]:
+    """What decides the images, as in settings.json."""
+    models = [model for model in (sampler.prior, sampler.tokenizer) if model]
+    return {
+        "weights_sha256": hash_tensors(itertools.chain.from_iterable(model.state_dict().items() for model in models)),
+        "tokenizer": sampler.tokenizer.content_hash(),
+        "seed": request.seed,
+        "class_names": request.class_names,
+        **request.sampling.model_dump(mode="json"),
+        "file_format": request.file_format,
+    }
+
+
+def _check_folder(out: Path, settings: dict[str, Any]) -> None:
+    file = out / "settings.json"
+    if file.is_file():
+        stored = read_json(file, "the settings of these images are lost. Choose another --out")
+        check_format(stored.get("format_version", 1), FORMAT_VERSION, file)
+        differences = describe_differences({key: stored.get(key) for key in settings}, settings)
+        if differences:
+            raise InputError(
+                f"--out {out}: holds images from other settings:\n  "
+                + "\n  ".join(differences)
+                + "\nNothing was changed. Choose another --out, or remove the folder"
+            )
+    elif out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {".settings.json.partial"}):
+        raise InputError(f"--out {out}: exists but holds no generated images. Choose another --out")
+
+
+def _plan(
+    sampler: ImageSampler, request: GenerateRequest, files: ImageFiles, state: PartialState
+) -> tuple[list[int], int]:
+    """The missing images and the batch size: decided by one process, so that all have the same."""
+    decided: list[Any] = [None, None]
+    if state.is_main_process:
+        fitting = request.batch_size or fitting_batch_size(sampler.prior, request.sampling, sampler.device)
+        decided = [files.missing(request.num_images), fitting]
+    if state.num_processes > 1:
+        broadcast_object_list(decided)
+    return decided[0], decided[1]
+
+
+def _begin(
+    sampler: ImageSampler, request: GenerateRequest, out: Path, settings: dict[str, Any], names: list[str] | None
+) -> None:
+    """Writes settings.json and makes the folders."""
+    untrained = [name for name in sampler.label_names or [] if name not in (sampler.class_names or [])]
+    if untrained and not request.class_names:
+        print(f"skipped classes that had no training images: {', '.join(untrained)}")
+    labels = [names[i % len(names)] for i in range(request.num_images)] if names else None
+    out.mkdir(parents=True, exist_ok=True)
+    document = {"format_version": FORMAT_VERSION, **settings, "num_images": request.num_images, "classes": labels}
+    write_json(out / "settings.json", document)
+    (out / "images").mkdir(exist_ok=True)

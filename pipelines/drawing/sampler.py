@@ -1,0 +1,230 @@
+"""The sampler: from classes and a seed to codes, and from codes to images, batch by batch.
+
+Axes: n images, C channels, H and W pixels, h and w cells of the code grid.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipelines.drawing.batch_size import ROWS, fitting_batch_size
+from pipelines.saved.saved_model import check_tokenizer
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage2_prior.prior import Prior
+from stage2_prior.sampling import SamplingConfig, image_seeds
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_uint8
+
+__all__ = ["ImageSampler", "PipelineOutput", "in_shares"]
+
+
+@dataclass
+class PipelineOutput:
+    """Generated images."""
+
+    images: Any
+    """A list of PIL images ("pil"), (n, C, H, W) uint8 ("pt"), or (n, H, W, C) uint8 ("np")."""
+    codes: Tensor | None
+    """(n, h, w) int64; None for a variational autoencoder and for images larger than the model's size."""
+    labels: list[int] | None
+    """The class of each image, or None for a model without classes."""
+
+
+class ImageSampler:
+    """Draws codes from a prior and decodes them; or decodes latents from a variational autoencoder's own prior.
+
+    Args:
+        prior: over the codes of ``tokenizer``; None for a variational autoencoder (`gaussian`, `class_gaussian`).
+
+    Raises:
+        InputError: the prior was trained on the codes of another tokenizer (the message shows both hashes), or there
+            is none and ``tokenizer`` has no prior of its own.
+    """
+
+    def __init__(self, tokenizer: Autoencoder, prior: Prior | None = None) -> None:
+        if prior is None and not tokenizer.variational:
+            raise InputError(
+                f"a tokenizer with the bottleneck {tokenizer.config.model.bottleneck.type!r} makes no images by "
+                "itself. Train a prior over its codes (twostage encode, twostage train-prior) and give that"
+            )
+        if prior:
+            check_tokenizer(tokenizer, prior.config)
+        self.tokenizer, self.prior = tokenizer.eval(), prior.eval() if prior else None
+
+    # --- what it draws ----------------------------------------------------------------------------------------------
+
+    @property
+    def _conditional(self) -> Prior | Autoencoder | None:
+        """The model that is conditioned on the class."""
+        return self.prior or (self.tokenizer if self.tokenizer.class_conditional else None)
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """The class of each label, by number; None for a model without classes."""
+        return self._conditional.config.class_names if self._conditional else None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The classes that can be asked for: those that had training images. None for a model without classes."""
+        if not self._conditional or not self.label_names:
+            return None
+        return [name for name in self.label_names if name not in self._conditional.config.untrained_classes]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images."""
+        return self.tokenizer.config.image_size
+
+    @property
+    def channels(self) -> int:
+        """1 grey, 3 RGB, 4 RGBA."""
+        return self.tokenizer.config.channels
+
+    @property
+    def device(self) -> torch.device:
+        """The device of both models."""
+        return next(self.tokenizer.parameters()).device
+
+    def to(self, device: str | torch.device) -> Self:
+        """Moves both models."""
+        self.tokenizer.to(device)
+        if self.prior:
+            self.prior.to(device)
+        return self
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    def labels_for(self, class_names: list[str] | None) -> list[int] | None:
+        """The labels that images cycle through: those of ``class_names``, or all; None for a model without classes.
+
+        Raises:
+            InputError: an unknown class name; the message lists the known ones.
+        """
+        known, every = self.class_names, self.label_names
+        if not known or not every:
+            if class_names:
+                raise InputError(f"class name {class_names[0]!r}: this model was trained without classes")
+            return None
+        if isinstance(class_names, str):
+            raise InputError(f"class_names {class_names!r}: expected a list of names, such as [{class_names!r}]")
+        for name in class_names or []:
+            if name in every and name not in known:
+                raise InputError(
+                    f"class name {name!r}: the model has not learned this class because it had no training images. "
+                    f"Expected one of: {', '.join(known)}"
+                )
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else "."
+                raise InputError(
+                    f"class name {name!r}: not a class of this model{hint} Its classes: {', '.join(known)}"
+                )
+        return [every.index(name) for name in class_names or known]
+
+    def check_labels(self, labels: list[int]) -> None:
+        """Refuses labels that this model has not learned.
+
+        Raises:
+            InputError: no classes, no labels, a number out of range, or a class without training images.
+        """
+        names = self.label_names
+        if not names:
+            raise InputError(f"labels {labels}: this model was trained without classes. Omit labels")
+        if not labels or not all(0 <= label < len(names) for label in labels):
+            raise InputError(f"labels {labels}: expected numbers from 0 to {len(names) - 1}")
+        self.labels_for([names[label] for label in labels])
+
+    def check_sampling(self, sampling: SamplingConfig) -> None:
+        """Refuses settings that this model cannot sample with.
+
+        Raises:
+            InputError: see :meth:`Prior.check_sampling`; for a variational autoencoder, anything but the temperature.
+        """
+        if self.prior:
+            return self.prior.check_sampling(sampling)
+        for name, value in sampling.model_dump(exclude_defaults=True).items():
+            if name != "temperature":
+                raise InputError(
+                    f"{name} {value}: only applies to priors over codes. This is a variational autoencoder, which "
+                    f"only takes temperature (the standard deviation of its noise). Omit {name}"
+                )
+        return None
+
+    # --- drawing ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def draw(
+        self,
+        numbers: range,
+        cycle: list[int] | None,
+        sampling: SamplingConfig,
+        seed: int,
+        batch_size: int | None = None,
+        on_progress: Callable[[float], object] = lambda images: None,
+        known: Tensor | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Draws the images ``numbers`` of a seed: (n, C, H, W) uint8 and their codes (n, h, w) or None, for each batch.
+
+        Args:
+            cycle: image i is of the class ``cycle[i % len(cycle)]``; None: without a class.
+            batch_size: None: as many images as fit the free memory.
+            on_progress: called with the number of images (or fractions of one) drawn since the last call.
+            known: (len(numbers), h, w): codes to keep, and -1 where one is to be drawn, in the same cells for all
+                images; None: all are drawn.
+        """
+        batch_size = batch_size or fitting_batch_size(self.prior, sampling, self.device)
+        for start in range(numbers.start, numbers.stop, batch_size):
+            count = min(batch_size, numbers.stop - start)
+            padded = -(-count // ROWS) * ROWS
+            labels = None
+            if cycle is not None:
+                labels = torch.tensor([cycle[i % len(cycle)] for i in range(start, start + padded)])
+            seeds = image_seeds(seed, start, padded)
+            if self.prior:
+                to_draw = math.prod(self.prior.config.grid) if known is None else int((known[0] < 0).sum())
+                images_per_code = count / padded / to_draw
+                rows = torch.arange(start, start + padded).clamp(max=numbers.stop - 1) - numbers.start
+                kept = None if known is None else known[rows]
+                codes = self.prior.sample(
+                    labels, sampling, seeds, kept, lambda n, each=images_per_code: on_progress(n * each)
+                )
+                yield self.decode(codes[:count]), codes[:count].cpu()
+            else:
+                pixels = self._from_latents(labels, sampling.temperature, seeds)[:count]
+                on_progress(count)
+                yield pixels, None
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (n, h, w) -> images (n, C, H, W) uint8 on the CPU; each is independent of the others in its batch."""
+        padded = F.pad(codes, (0, 0, 0, 0, 0, -len(codes) % ROWS))
+        images = [to_uint8(self.tokenizer.decode_indices(part)).cpu() for part in padded.split(ROWS)]
+        return torch.cat(images)[: len(codes)]
+
+    def _from_latents(self, labels: Tensor | None, temperature: float, seeds: list[int]) -> Tensor:
+        """Images (n, C, H, W) uint8 on the CPU from the tokenizer's own prior; n is a multiple of `ROWS`."""
+        shape = self.tokenizer.latent_shape
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        rows = torch.stack(noise).mul_(temperature).to(self.device).split(ROWS)
+        classes = [None] * len(rows) if labels is None else labels.split(ROWS)
+        images = [self.tokenizer.sample_from(part, given) for part, given in zip(rows, classes, strict=True)]
+        return to_uint8(torch.cat(images)).cpu()
+
+
+def in_shares(on_progress: Callable[[float], object] | None, total: int) -> Callable[[float], None]:
+    """A callback for amounts of work; it calls ``on_progress`` with the share of ``total`` that is done, in [0, 1]."""
+    done = 0.0
+
+    def advance(more: float) -> None:
+        nonlocal done
+        done += more
+        if on_progress:
+            on_progress(min(1.0, done / total))
+
+    return advance

@@ -1,0 +1,117 @@
+"""What `reconstruct` and `interpolate` draw: sheets of images through a tokenizer and back."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipelines.drawing.edits import blend_images, rebuild_images
+from pipelines.files.given_images import find_images, read_images
+from pipelines.files.image_files import check_output_file
+from pipelines.saved.saved_model import SavedModel
+from stage1_tokenizer.validation import psnr
+from twostage.core.data.spread import spread_over_classes
+from twostage.core.errors import InputError
+from twostage.core.images.fonts import class_labels
+from twostage.core.images.sheets import contact_sheet, save_image
+
+__all__ = ["draw_interpolations", "draw_reconstructions", "pairs_of_rows"]
+
+COLUMNS = 12
+
+
+def draw_reconstructions(
+    model: SavedModel,
+    out: Path,
+    source: str | None = None,
+    num_images: int = 12,
+    images: list[Path] | None = None,
+) -> float:
+    """Draws originals above their reconstructions into ``out``; returns the mean PSNR in dB of the images shown (8-bit
+    pixels).
+
+    Args:
+        source: of the held-out images, instead of the training source.
+        images: files and folders to show instead of ``num_images`` held-out images; at most ``num_images`` per folder.
+
+    Raises:
+        InputError: no tokenizer, no images, or an ``out`` that would overwrite one.
+    """
+    images = find_images(images or [], num_images, "--num-images")
+    check_output_file(out, images)
+    saved, tokenizer = model.open_tokenizer()
+    if images:
+        originals = read_images(images, tokenizer.config)
+    else:
+        held_out = saved.held_out_images(source)
+        originals = held_out.read(spread_over_classes(held_out.labels, len(held_out), num_images))
+    reconstructions = rebuild_images(tokenizer, originals)
+    columns, strips = min(COLUMNS, len(originals)), []
+    for part in torch.arange(len(originals)).split(columns):
+        strips += [_padded(originals[part], columns), _padded(reconstructions[part], columns)]
+    titles = ["original", "reconstruction"] * (len(strips) // 2)
+    save_image(contact_sheet(torch.cat(strips), columns, row_titles=titles), out)
+    return psnr(reconstructions, originals).mean().item()
+
+
+def draw_interpolations(
+    model: SavedModel,
+    out: Path,
+    images: list[Path] | None = None,
+    source: str | None = None,
+    num_images: int = 9,
+    num_pairs: int = 4,
+) -> int:
+    """Draws one strip of ``num_images`` images for each pair into ``out``, see :func:`blend_images`; returns the number
+    of strips.
+
+    Args:
+        images: files and folders; each two images are a pair. At most ``num_pairs`` pairs per folder. None:
+            ``num_pairs`` pairs of held-out images, of two classes each if there are classes.
+
+    Raises:
+        InputError: an odd number of images, fewer than two held-out images, and what :func:`draw_reconstructions`
+            refuses.
+    """
+    images = find_images(images or [], 2 * num_pairs, "--num-pairs")
+    if len(images) % 2:
+        raise InputError(f"--image: got {len(images)} image{'s' * (len(images) > 1)}, expected two for each strip")
+    check_output_file(out, images)
+    saved, tokenizer = model.open_tokenizer()
+    if images:
+        ends, titles = read_images(images, tokenizer.config), [file.stem for file in images]
+    else:
+        held_out = saved.held_out_images(source)
+        rows = pairs_of_rows(held_out.labels, len(held_out), num_pairs)
+        ends, labels = held_out.read(rows), held_out.read_labels(rows)
+        names = class_labels(tokenizer.config.class_names or []) if source is None else None
+        titles = [names[label] for label in labels.tolist()] if names and labels is not None else None
+    pairs = zip(ends[::2], ends[1::2], strict=True)
+    strips = [blend_images(tokenizer, first, second, num_images) for first, second in pairs]
+    row_titles = [f"{a} to {b}" for a, b in zip(titles[::2], titles[1::2], strict=True)] if titles else None
+    save_image(contact_sheet(torch.cat(strips), num_images, row_titles=row_titles), out)
+    return len(strips)
+
+
+def pairs_of_rows(labels: Tensor | None, count: int, num_pairs: int) -> Tensor:
+    """Pairs of rows, one after the other: (2 pairs,), spread over the classes of ``labels`` (count,). The two rows of a
+    pair are of different classes as long as there are such rows.
+
+    Raises:
+        InputError: fewer than two rows.
+    """
+    if count < 2:
+        raise InputError(f"{count} held-out images, expected at least 2, the ends of a strip. Give --image twice")
+    left, pairs = spread_over_classes(labels, count, 2 * num_pairs).tolist(), []
+    while len(left) > 1:
+        first = left.pop(0)
+        other = (row for row in left if labels is not None and labels[row] != labels[first])
+        second = next(other, left[0])
+        left.remove(second)
+        pairs += [first, second]
+    return torch.tensor(pairs)
+
+
+def _padded(strip: Tensor, columns: int) -> Tensor:
+    """A row filled up with white images."""
+    return torch.cat([strip, strip.new_full((columns - len(strip), *strip.shape[1:]), 255)])
