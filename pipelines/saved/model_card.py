@@ -188,8 +188,8 @@ class ModelCard:
     def _about_data(self) -> list[str]:
         source = self._source()
         trained = f"Trained on `{source}`." if source else "What it was trained on is not recorded here."
-        licence = self.fields.data_license or "not stated; whoever shares this model should say it here"
-        return ["## Data", f"{trained} Licence of the data: {licence}."]
+        license = self.fields.data_license or "not stated; whoever shares this model should state it here"
+        return ["## Data", f"{trained} License of the data: {license}."]
 
     def _about_training(self) -> list[str]:
         files = [f"[{name}]({name})" for name in self.records if name.startswith("training/")]

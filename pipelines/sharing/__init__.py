@@ -1,1 +1,1 @@
-"""What `export` and `import` are made of: programs, the model card, others' tokenizers."""
+"""Sharing models: importing tokenizers of other projects, exporting folders and programs."""

@@ -1,5 +1,5 @@
-"""A tokenizer as two programs that run without this project: images to codes, and codes to images, as ONNX and by
-`torch.export`. Each is compared with PyTorch as soon as it is written, and a wrong one is not kept."""
+"""A tokenizer as two programs that run without twostage, images to codes and codes to images: as ONNX and by
+`torch.export`. Each is compared with PyTorch as soon as it is written, and a wrong one is removed."""
 
 import copy
 import importlib.util
@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +17,25 @@ from twostage.core.data.shapes import draw_shapes
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
 
-__all__ = ["Decoder", "Encoder", "Format", "check_libraries", "export_programs"]
+__all__ = ["FORMATS", "Decoder", "Encoder", "Format", "export_programs"]
 
 Format = Literal["onnx", "torch_export"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 Run = Callable[[Tensor], Tensor]
 
 SUFFIX = {"onnx": "onnx", "torch_export": "pt2"}
 BATCHES = (1, 5, *[16] * 4)
-"""Sizes that are tried: 70 images in all."""
+"""The batch sizes of the comparison: 70 images in all."""
 TOLERANCE = 1e-4
-"""Of pixels in [-1, 1], and of latents beside their largest value."""
+"""For pixels in [-1, 1]; for latents, relative to the largest value."""
 ROUNDING = 1e-5
-"""Of the encoder's largest output: where so much noise changes a code, two codes are equally near within rounding."""
+"""Relative to the encoder's largest output. If so little noise changes a code, two codes are equally near."""
 NOISE_DRAWS = 16
 
 
 class Encoder(nn.Module):
     """Images (B, C, H, W) float32 in [-1, 1] -> codes (B, h, w) int64, or z (B, latent_channels, h, w) of a continuous
-    family. A copy without the decoder's weights."""
+    family. A copy of the model without its decoder."""
 
     def __init__(self, model: Autoencoder) -> None:
         super().__init__()
@@ -47,7 +48,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What :class:`Encoder` gives -> images (B, C, H, W) float32 in [-1, 1]. A copy without the encoder's weights."""
+    """:class:`Encoder`'s output -> images (B, C, H, W) float32 in [-1, 1]. A copy of the model without its encoder."""
 
     def __init__(self, model: Autoencoder) -> None:
         super().__init__()
@@ -58,28 +59,21 @@ class Decoder(nn.Module):
         return self.model.decode(codes) if self.model.codebook_size is None else self.model.decode_indices(codes)
 
 
-def check_libraries() -> None:
-    """Refuses to write ONNX where its libraries are missing.
-
-    Raises:
-        InputError: names those that are missing.
-    """
-    names = ("onnx", "onnxscript", "onnxruntime")
-    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
-        raise InputError(f"--onnx: needs {' and '.join(missing)}; run pip install 'twostage[export]'")
-
-
 @torch.no_grad()
 def export_programs(model: Autoencoder, folder: Path, formats: Sequence[Format]) -> list[str]:
-    """Writes `onnx/encoder.onnx`, `onnx/decoder.onnx`, `torch_export/encoder.pt2`, `torch_export/decoder.pt2`, those
-    of the ``formats``; any batch size fits. ``model`` is on the CPU.
+    """Write `onnx/encoder.onnx` and `onnx/decoder.onnx`, or `torch_export/encoder.pt2` and `torch_export/decoder.pt2`,
+    for any batch size. ``model`` is on the CPU.
 
     Returns:
-        For each, a sentence: how it was compared and how well it agrees.
+        A sentence for each program: how it was compared and how well it agrees.
 
     Raises:
-        InputError: one cannot be written, or does not compute what PyTorch does; that one is removed.
+        InputError: libraries are missing, a program cannot be written, or it does not compute what PyTorch does. A
+            program that fails is removed.
     """
+    libraries = ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats else ()
+    if missing := [name for name in libraries if importlib.util.find_spec(name) is None]:
+        raise InputError(f"--onnx: {' and '.join(missing)} not installed. Run pip install 'twostage[export]'.")
     size, channels = model.config.image_size, model.config.channels
     images = to_float(torch.from_numpy(draw_shapes(0, sum(BATCHES), size, channels)))
     encoder, decoder = Encoder(model), Decoder(model)
@@ -93,12 +87,12 @@ def export_programs(model: Autoencoder, folder: Path, formats: Sequence[Format])
             file.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of the exporters' own making: nothing that a user can mend
+                    warnings.simplefilter("ignore")  # the exporters' own, which users cannot fix
                     run = _write(exported, file, form, given, made)
                 agreement = _compare(module, run, values)
             except InputError as error:
                 file.unlink(missing_ok=True)
-                raise InputError(f"{form}/{file.name}: {error}; the file was removed") from None
+                raise InputError(f"{form}/{file.name}: {error}. The file was removed.") from None
             sentences.append(f"{form}/{file.name}: {given} to {made}, {agreement}")
     return sentences
 
@@ -106,12 +100,12 @@ def export_programs(model: Autoencoder, folder: Path, formats: Sequence[Format])
 def _trace(module: nn.Module, example: Tensor, name: str) -> torch.export.ExportedProgram:
     try:
         return torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    except Exception as error:  # the tracer's errors have no common family
-        raise InputError(f"the {name} cannot be exported by this torch ({_first_line(error)})") from None
+    except Exception as error:  # the tracer raises errors of many kinds
+        raise InputError(f"this torch cannot export the {name} ({_first_line(error)})") from None
 
 
 def _write(exported: torch.export.ExportedProgram, file: Path, form: Format, given: str, made: str) -> Run:
-    """Writes the program, and reads it back: what runs it."""
+    """Write the program, and read it back: a function that runs it."""
     try:
         if form == "torch_export":
             torch.export.save(exported, file)
@@ -128,10 +122,10 @@ def _write(exported: torch.export.ExportedProgram, file: Path, form: Format, giv
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors alone
+        options.log_severity_level = 3  # errors only
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # nor have the exporters' and the runtime's
-        raise InputError(f"cannot be written by this torch and onnxruntime ({_first_line(error)})") from None
+    except Exception as error:  # so do the exporters and the runtime
+        raise InputError(f"this torch or onnxruntime cannot write it ({_first_line(error)})") from None
     return lambda values: torch.from_numpy(session.run([made], {given: values.numpy()})[0])
 
 
@@ -143,14 +137,14 @@ def _compare(module: Encoder | Decoder, run: Run, values: Tensor) -> str:
     """How well ``run`` agrees with ``module``, batch by batch, in words.
 
     Raises:
-        InputError: it does not.
+        InputError: it does not agree.
     """
     worst, limit, flips, cells = 0.0, TOLERANCE, 0, 0
     for part in values.split(list(BATCHES)):
         expected, found = module(part), run(part)
         if (found.shape, found.dtype) != (expected.shape, expected.dtype):
             raise InputError(
-                f"gives {tuple(found.shape)} {found.dtype} for {len(part)} at a time where PyTorch gives "
+                f"returns {tuple(found.shape)} {found.dtype} for a batch of {len(part)}, PyTorch returns "
                 f"{tuple(expected.shape)} {expected.dtype}"
             )
         if expected.is_floating_point():
@@ -160,20 +154,21 @@ def _compare(module: Encoder | Decoder, run: Run, values: Tensor) -> str:
         differing = found != expected
         cells, flips = cells + differing.numel(), flips + int(differing.sum())
         if differing.any() and (differing & ~_within_rounding(module.model, part, found)).any():
-            raise InputError(f"gives other codes than PyTorch in {int(differing.sum())} of {differing.numel()} cells")
+            raise InputError(f"{int(differing.sum())} of {differing.numel()} codes differ from PyTorch's")
     if worst > limit:
         raise InputError(f"differs from PyTorch by up to {worst:.2g}, expected at most {limit:.2g}")
-    how = f"compared with PyTorch on {len(values)} drawn images, 1, 5 and 16 at a time"
+    how = f"compared with PyTorch on {len(values)} images in batches of 1, 5 and 16"
     if not cells:
-        return f"{how}: the same to {worst:.1e}"
+        return f"{how}: largest difference {worst:.1e}"
     if not flips:
-        return f"{how}: the same in all {cells:,} cells"
-    return f"{how}: the same in all of {cells:,} cells but {flips}, where two codes are equally near within rounding"
+        return f"{how}: all {cells:,} codes equal"
+    return (
+        f"{how}: {cells - flips:,} of {cells:,} codes equal; at the others, two codes are equally near within rounding"
+    )
 
 
 def _within_rounding(model: Autoencoder, images: Tensor, found: Tensor) -> Tensor:
-    """Where noise of the size of rounding errors gives the codes ``found`` (B, h, w): bool, for all codes of a cell
-    together."""
+    """(B, h, w) bool: where noise as small as rounding errors leads to the codes ``found``, in all codes of a cell."""
     encoded, depth = model.run_encoder(images), model.bottleneck.depth
     reached, generator = torch.zeros_like(found, dtype=torch.bool), torch.Generator().manual_seed(0)
     for _ in range(NOISE_DRAWS):

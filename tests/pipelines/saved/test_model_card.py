@@ -52,7 +52,7 @@ def test_what_is_not_known_is_not_said(pipeline, runs, tmp_path):
     assert "license" not in head
     assert "datasets" not in head
     assert_names(card, "`twostage evaluate runs/TOKENIZER`", "`twostage evaluate runs/PRIOR`")
-    assert_names(card, "not recorded", "Licence of the data: not stated")
+    assert_names(card, "not recorded", "License of the data: not stated")
     assert pipeline.tokenizer.content_hash() in card
     assert (tmp_path / "samples.png").is_file()
 
@@ -70,7 +70,7 @@ def test_what_is_known_is_said(pipeline, runs, tmp_path):
     assert "| PSNR | 21.25 dB |" in card
     assert "SSIM" not in card
     assert "`test`: 64 images (all), sha256 `ffffffffffff`" in card
-    assert "Trained on `ylecun/mnist`. Licence of the data: CC BY-SA 3.0." in card
+    assert "Trained on `ylecun/mnist`. License of the data: CC BY-SA 3.0." in card
     assert 'from_pretrained("me/mine")' in card
     for name in records:
         assert f"[{name}]({name})" in card

@@ -1,0 +1,93 @@
+"""The folder that `twostage export` writes: a pipeline with its model card, and programs that run without twostage."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipelines.drawing.two_stage import TwoStagePipeline
+from pipelines.saved.model_card import CardFields, is_as_written
+from pipelines.saved.pipeline_folder import DOCUMENT, is_pipeline_folder
+from pipelines.sharing.exported_programs import FORMATS, Format, export_programs
+from stage1_tokenizer.autoencoder import Autoencoder
+from twostage.core.errors import InputError
+
+__all__ = ["export_pipeline", "export_tokenizer"]
+
+CARD, NEW_CARD = "README.md", "README.new.md"
+
+
+def export_pipeline(
+    pipeline: TwoStagePipeline, out: Path, formats: Sequence[Format], fields: CardFields, records: dict[str, bytes]
+) -> list[str]:
+    """Write a pipeline folder with a model card, and the tokenizer's programs in ``formats``, into ``out``.
+
+    If ``out`` contains the same pipeline already, it is replaced, but a README.md that somebody changed is kept. After
+    a failure, ``out`` is as it was before.
+
+    Returns:
+        A sentence about each program, and about a README.md that was kept.
+
+    Raises:
+        InputError: ``out`` contains something else, or a program does not compute what it should.
+    """
+    is_empty = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not is_pipeline_folder(out) and not is_empty:
+        raise InputError(f"--out {out}: exists but is not a pipeline. Nothing was changed. Choose another --out.")
+    with _beside(out) as partial:
+        pipeline.save_pretrained(partial)
+        if is_pipeline_folder(out) and _hashes(out) != _hashes(partial):
+            raise InputError(f"--out {out}: contains another pipeline. Nothing was changed. Choose another --out.")
+        sentences = export_programs(pipeline.tokenizer, partial, formats)
+        pipeline.write_card(partial, records, fields)
+        card = out / CARD
+        if card.is_file() and not is_as_written(card.read_text(encoding="utf-8")):
+            (partial / CARD).replace(partial / NEW_CARD)
+            sentences.append(f"{CARD} was changed by hand and is kept; the new one is {NEW_CARD}")
+    return sentences
+
+
+def export_tokenizer(model: Autoencoder, out: Path, formats: Sequence[Format]) -> list[str]:
+    """Write only the programs of a tokenizer that cannot generate images by itself; returns a sentence about each.
+
+    Raises:
+        InputError: no formats, ``out`` contains something else, or a program does not compute what it should.
+    """
+    if not formats:
+        raise InputError(
+            f"a tokenizer with the bottleneck {model.config.model.bottleneck.type!r} cannot generate images by itself, "
+            "so it is not a pipeline. Give the run of a prior, or export only its encoder and decoder with --onnx or "
+            "--torch-export."
+        )
+    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - set(FORMATS)):
+        raise InputError(f"--out {out}: contains other files. Nothing was changed. Choose another --out.")
+    with _beside(out) as partial:
+        return export_programs(model, partial, formats)
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A new folder beside ``out``, moved there after the block; removed after an error."""
+    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a call that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if not out.exists():
+            partial.replace(out)
+            return
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        for file in sorted(files, key=lambda path: path.name == DOCUMENT):  # last: it marks the folder as complete
+            target = out / file.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _hashes(folder: Path) -> dict[str, str] | None:
+    try:
+        return json.loads((folder / DOCUMENT).read_text(encoding="utf-8")).get("sha256")
+    except (OSError, ValueError, AttributeError):
+        return None
