@@ -38,7 +38,7 @@ def command(
     private: Annotated[bool, typer.Option("--private", help="With --push: make the repository private.")] = False,
     tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, if it was moved.")] = None,
 ) -> None:
-    """Write a model as a folder to share, and as ONNX and torch.export programs."""
+    """Export a model as a folder to share, and as ONNX and torch.export programs."""
     share_cores()
     formats: list[Format] = [form for form, asked in zip(FORMATS, (onnx, torch_export), strict=True) if asked]
     if private and not push:

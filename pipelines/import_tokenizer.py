@@ -29,7 +29,7 @@ def command(
     kind: Annotated[str | None, typer.Option(help="taming, diffusers or llamagen; detected by default.")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Replaces the size it was trained with.")] = None,
 ) -> None:
-    """Import a published VQ tokenizer: taming-transformers, diffusers or LlamaGen."""
+    """Import a pretrained VQ tokenizer from taming-transformers, diffusers or LlamaGen."""
     model, weights = import_tokenizer(source, out, config, kind, image_size)
     backbone, quantizer = model.config.model.backbone, model.config.model.bottleneck
     assert isinstance(backbone, VQGANConfig)
