@@ -1,6 +1,8 @@
-"""python -m benchmarks.reliability [PART ...]: the whole harness; docs/reliability.md is written from what it finds.
+"""Run the reliability harness and write its figures into docs/reliability.md.
 
-Parts: kills images layouts configs soak; all of them by default. What others have found before stays.
+python -m benchmarks.reliability [PART ...]
+
+Parts: kills images layouts configs soak; all by default. Rows of other parts stay as they are.
 """
 
 import argparse
@@ -39,7 +41,7 @@ def main() -> None:
     arguments.add_argument("--images", type=int, default=500)
     arguments.add_argument("--layouts", type=int, default=3000)
     arguments.add_argument("--configs", type=int, default=1000)
-    arguments.add_argument("--minutes", type=float, default=120, help="of the soak")
+    arguments.add_argument("--minutes", type=float, default=120, help="length of the soak")
     asked = arguments.parse_args()
     runs: dict[str, Callable[[Path], dict[str, Any]]] = {
         "kills": lambda folder: kill_everywhere(folder, asked.kills, asked.seed),
@@ -59,7 +61,7 @@ def main() -> None:
 
 
 def record(part: str, figures: dict[str, Any]) -> None:
-    """Keeps the figures of a part and writes the page anew."""
+    """Store the figures of a part and rewrite the page."""
     known = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
     known[part] = figures
     FIGURES.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
@@ -68,7 +70,7 @@ def record(part: str, figures: dict[str, Any]) -> None:
 
 
 def write_page(known: dict[str, Any]) -> None:
-    """docs/reliability.md: the table, then the page's own text, which stays."""
+    """Replace the table of docs/reliability.md; the text below it stays."""
     page = DOCS / "reliability.md"
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     _, marker, below = text.partition("## How each promise is tested")
@@ -80,7 +82,7 @@ def write_page(known: dict[str, Any]) -> None:
 
 
 def where() -> str:
-    """When and with what."""
+    """The date, commit and machine."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=DOCS, capture_output=True, text=True, check=False
     ).stdout.strip()

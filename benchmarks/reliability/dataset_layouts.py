@@ -1,7 +1,7 @@
-"""Datasets as people lay them out: folders and tables x names of splits x label columns x modes of images.
+"""Datasets in the layouts that people use: folders and tables x split names x label columns x image modes.
 
-Every image is one shade, which tells its split, its class and its number without its name. So for every dataset: the
-right splits and labels, every file used or named, and nothing held out in training.
+Every image has one shade that encodes its split, class and number. So for every dataset this verifies the splits and
+the labels, that every file is used or reported, and that no held-out image is used for training.
 """
 
 import io
@@ -73,18 +73,18 @@ def draw(value: int, mode: str) -> Image.Image:
 
 @dataclass
 class Layout:
-    """What was drawn, and how to read it."""
+    """A random layout, and how to read it."""
 
     description: str
     source: Path
     options: dict[str, Any]
     labelled: bool
     files: set[Path]
-    """All that has to be used or named."""
+    """All files that must be used or reported."""
 
 
 def write(root: Path, seed: int) -> Layout:
-    """Writes a dataset below ``root``."""
+    """Write a dataset below ``root``."""
     draws = random.Random(seed)
     layout = draws.choice(FOLDERS + TABLES)
     mode, labels, extra = draws.choice(MODES), draws.choice(LABELS), draws.choice(EXTRAS)
@@ -204,12 +204,11 @@ def _add(root: Path, extra: str, is_folder: bool) -> None:
 
 
 def check(layout: Layout) -> None:
-    """Reads the dataset.
+    """Read the dataset and compare it with what was written.
 
     Raises:
-        AssertionError: an image in another split or of another class than it was drawn for, or lost; a file that is
-            neither used nor named.
-        InputError: it is refused, though all that is drawn here has a meaning.
+        AssertionError: an image has the wrong split or class or is missing, or a file is neither used nor reported.
+        InputError: the dataset is refused, although every layout here is valid.
     """
     data = load_images(DataConfig.model_validate({"source": str(layout.source), **layout.options}))
     counts: dict[str, int] = {}
@@ -220,17 +219,19 @@ def check(layout: Layout) -> None:
             assert where == name, f"{layout.description}: an image of {where} is in {name}"
             counts[expected] = counts.get(expected, 0) + 1
             if layout.labelled:
-                assert split.labels is not None, f"{layout.description}: the labels of {name} are lost"
+                assert split.labels is not None, f"{layout.description}: the labels of {name} are missing"
                 label = data.class_names[split.labels[row]]
-                assert CLASSES.index(expected) == _class(label), f"{layout.description}: {label} for {expected}"
+                assert CLASSES.index(expected) == _class(label), (
+                    f"{layout.description}: label {label}, expected {expected}"
+                )
             else:
-                assert split.labels is None, f"{layout.description}: labels out of nothing"
-    assert counts == dict.fromkeys(CLASSES, PER_CLASS * len(data.splits)), f"{layout.description}: images are lost"
+                assert split.labels is None, f"{layout.description}: labels although there are none"
+    assert counts == dict.fromkeys(CLASSES, PER_CLASS * len(data.splits)), f"{layout.description}: images are missing"
     _check_named(layout, data)
 
 
 def fuzz_layouts(count: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Checks ``count`` datasets, each drawn from its own number; returns what the page shows."""
+    """Check ``count`` random datasets; returns the figures of the page."""
     datasets.disable_progress_bars()
     for number in range(seed * count, (seed + 1) * count):
         root = folder / str(number)
@@ -240,7 +241,7 @@ def fuzz_layouts(count: int, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def _class(name: str) -> int:
-    """The class that a name of any label column stands for."""
+    """The class of a name from any label column."""
     if name in CLASSES:
         return CLASSES.index(name)
     return int(name) if len(name) == 1 else (int(name) + 7) // 10**8
@@ -253,4 +254,4 @@ def _check_named(layout: Layout, data: ImageData) -> None:
         named |= {str(file) for file in split.records.files or []}
     used = {file for file in layout.files if file.suffix in (".parquet", ".arrow") and file.stem != "extra"}
     lost = [str(file) for file in layout.files - used if str(file) not in named]
-    assert not lost, f"{layout.description}: neither used nor named: {lost}"
+    assert not lost, f"{layout.description}: neither used nor reported: {lost}"

@@ -1,4 +1,4 @@
-"""A folder of pictures for the harness."""
+"""A folder of images for the harness."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ __all__ = ["draw_images"]
 
 
 def draw_images(folder: Path, count: int, side: int = 32) -> Path:
-    """RGB PNGs of shapes, a folder a class."""
+    """Write RGB PNGs of shapes, one folder per class."""
     for i, pixels in enumerate(draw_shapes(0, count, (side, side), 3, 0)):
         file = folder / f"class_{i % 8}" / f"{i:05d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Commands that are killed at random instants and started again end with the bytes of commands that never were."""
+"""Commands that are killed at random moments and restarted end with the same bytes as uninterrupted ones."""
 
 import random
 import time
@@ -34,21 +34,21 @@ model: {type: causal_transformer, hidden_size: 32, depth: 2, num_heads: 2, dropo
 loss: {replace_prob: 0.3, class_dropout_prob: 0.1}
 train: {max_steps: 200, lr: 3.0e-3}
 """
-EVENTS = "events.out.tfevents"  # TensorBoard's names hold the time
+EVENTS = "events.out.tfevents"  # TensorBoard's file names contain the time
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A command that is killed."""
+    """A command to kill."""
 
     words: list[str]
     """After `python`."""
     made: str
-    """The folder that it makes."""
+    """The folder that it writes."""
     begun: str
-    """What is there once the work has begun; a pattern, as `writing`."""
+    """A pattern of files that exist once the work has started."""
     writing: str
-    """What is there while something is written that is to be there wholly or not at all."""
+    """A pattern of files that exist while something is written that must appear completely or not at all."""
 
 
 SCENARIOS = {
@@ -72,11 +72,11 @@ SCENARIOS = {
 
 
 class KillHarness:
-    """Prepares a folder once, then kills.
+    """Prepares a folder once, then kills commands in copies of it.
 
     Args:
-        folder: empty, or not there.
-        seed: of the instants.
+        folder: empty or missing.
+        seed: of the random moments.
     """
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
@@ -84,7 +84,7 @@ class KillHarness:
         self.whole: dict[tuple[str, int], Path] = {}
         self.seconds: dict[tuple[str, int], float] = {}
         self.single_deaths: list[float] = []
-        """Seconds until all processes of a command had ended after one of two was killed."""
+        """Seconds until all processes of a command had exited after one of two was killed."""
         folder.mkdir(parents=True, exist_ok=True)
         draw_images(folder / "pictures", 1200, 16)
         (folder / "tokenizer.yaml").write_text(TOKENIZER, encoding="utf-8")
@@ -99,11 +99,11 @@ class KillHarness:
                 run(["-m", "pipelines.encode_dataset", folder / name / "run", "--out", "../codes"], folder / name)
 
     def chain(self, name: str, processes: int, kills: int) -> int:
-        """Starts the command in a new folder, kills it and starts it again, as often as asked or until it has ended by
-        itself; then compares. Returns how often it was killed.
+        """Start the command in a new folder, kill it and restart it, up to ``kills`` times or until it finishes; then
+        compare. Returns the number of kills.
 
         Raises:
-            AssertionError: it does not go on, or ends otherwise than the uninterrupted one.
+            AssertionError: it does not resume, or does not end like the uninterrupted command.
         """
         whole = self._uninterrupted(name, processes)
         scenario, folder = SCENARIOS[name], self._new_folder(name, processes)
@@ -132,10 +132,10 @@ class KillHarness:
         return {"SEEN": str(folder / "seen")}
 
     def _start_and_kill(self, scenario: Scenario, folder: Path, processes: int, whole: float) -> bool:
-        """Whether it was killed before it ended by itself.
+        """Kill the command at a random moment; returns False if it finished before that.
 
-        The instant is drawn from the whole time of the command, from the time that it works, or from the time that
-        something is being written.
+        The moment is drawn from the whole time of the command, from its working time, or from the time in which it
+        writes something.
         """
         there = dict.fromkeys(folder.rglob("*"))
         command = Command(scenario.words, folder, processes, self._seen(folder))
@@ -155,7 +155,7 @@ class KillHarness:
         workers = command.workers() if processes > 1 and self.chance.random() < 0.3 else []
         if len(workers) == processes:
             start = time.monotonic()
-            self.chance.choice(workers).kill()  # one of them; the others have to end by themselves
+            self.chance.choice(workers).kill()  # kill one; the others have to exit on their own
             command.wait(60)
             for worker in workers:
                 worker.wait(max(0.0, 60 - (time.monotonic() - start)))
@@ -167,17 +167,17 @@ class KillHarness:
         expected, found = _contents(whole / made), _contents(folder / made)
         assert found.keys() == expected.keys(), f"{folder}: {sorted(found.keys() ^ expected.keys())}"
         different = [name for name in expected if found[name] != expected[name]]
-        assert not different, f"{folder}: other bytes than {whole}: {different}"
+        assert not different, f"{folder}: bytes differ from {whole}: {different}"
         for file in whole.glob("seen_*"):
-            assert _batches(folder / file.name) == _batches(file), f"{folder}: other images were seen"
+            assert _batches(folder / file.name) == _batches(file), f"{folder}: it trained on other images"
 
 
 def kill_everywhere(folder: Path, kills: int, seed: int = 0, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Kills each command, as one and as two processes, until ``kills`` are reached.
+    """Kill each command, with one and with two processes, until ``kills`` is reached.
 
     Returns:
-        The figures: kills, by command and number of processes, and the longest time that a command took to end after
-        one of its processes had died.
+        The figures: kills by command and number of processes, and the longest time that a command took to exit after
+        one of its processes died.
     """
     harness = KillHarness(folder, seed)
     variants = [(name, processes) for name in SCENARIOS for processes in (1, 2)]
@@ -188,7 +188,7 @@ def kill_everywhere(folder: Path, kills: int, seed: int = 0, say: Callable[[str]
         say(f"{sum(made.values())} of {kills} kills; {variant[0]} in {variant[1]}: same bytes")
     return {
         "kills": sum(made.values()),
-        "bit_equal": sum(made.values()),  # or an AssertionError has ended it
+        "bit_equal": sum(made.values()),  # otherwise an AssertionError was raised
         "by_command": {f"{name}, {n} process{'es' * (n > 1)}": count for (name, n), count in made.items()},
         "single_deaths": len(harness.single_deaths),
         "slowest_end_s": max(harness.single_deaths, default=0.0),
@@ -200,7 +200,7 @@ def _appeared(folder: Path, pattern: str, there: dict[Path, None]) -> Callable[[
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    """Every file below ``folder``; where it says in which folder it lies, that is left out."""
+    """The content of every file below ``folder``, without the folder's own path where a file contains it."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and EVENTS not in path.name)
     above = str(folder.absolute().parent).encode()
     return {
@@ -210,16 +210,16 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def _batches(file: Path) -> dict[int, str]:
-    """The rows of each step; a step that was worked on again has to have had the same ones."""
+    """The rows of each step; a repeated step must have used the same rows."""
     seen: dict[int, str] = {}
     for line in _whole_lines(file):
         step, _, rows = line.partition(" ")
-        assert seen.setdefault(int(step), rows) == rows, f"{file}: step {step} was worked on with other images"
+        assert seen.setdefault(int(step), rows) == rows, f"{file}: step {step} was repeated with other images"
     return seen
 
 
 def _whole_lines(file: Path) -> Sequence[str]:
-    """Without those that a kill has cut short, onto which the next start wrote its first."""
+    """The lines without those that a kill truncated and the next start continued."""
     text = file.read_text(encoding="utf-8")
     lengths = [len(line.split()) for line in text.splitlines()]
     usual = max(set(lengths), key=lengths.count)

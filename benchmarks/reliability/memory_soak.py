@@ -1,5 +1,5 @@
-"""A long soak: one process trains stage one and stage two in turns, over and over, with everything that belongs to
-them. Its resident memory and its open files must not grow."""
+"""A long soak: one process trains stage one and stage two alternately, with everything that belongs to them. Its
+resident memory and its open files must not grow."""
 
 import gc
 import shutil
@@ -32,12 +32,12 @@ STEPS = 150
 
 
 def soak(minutes: float, folder: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Trains in turns for so long, below ``folder``.
+    """Train alternately for this many minutes, below ``folder``.
 
     Returns:
-        The figures: rounds, and of resident memory (MiB) and of open files the mean of the first and of the last
-        quarter and how much the one is above the other, in percent. The first round, in which everything is loaded and
-        allocated for the first time, is not counted.
+        The figures: the number of rounds, and for resident memory (MiB) and open files the means of the first and the
+        last quarter, with the growth in percent. The first round is not counted, because it loads and allocates
+        everything for the first time.
     """
     pictures = draw_images(folder / "pictures", 600)
     process, samples, ended = psutil.Process(), [], threading.Event()
@@ -65,7 +65,7 @@ def soak(minutes: float, folder: Path, say: Callable[[str], None] = print) -> di
 
 
 def _round(folder: Path, source: str) -> None:
-    """A VQ-GAN, its codes, a prior, images of it; pictures of a folder are read from the disk for each batch."""
+    """A VQ-GAN, its codes, a prior and its images; the images of a folder are read from disk for each batch."""
     shutil.rmtree(folder, ignore_errors=True)
     tokenizer = {
         "run": {"dir": str(folder / "tokenizer")},
@@ -87,4 +87,4 @@ def _round(folder: Path, source: str) -> None:
     pipeline = TwoStagePipeline.from_runs(folder / "prior")
     request = GenerateRequest(num_images=32, sampling=SamplingConfig(guidance_scale=2.0), batch_size=16)
     generate_folder(pipeline, request, folder / "generated")
-    gc.collect()  # a run holds itself in circles; in one process after another that would not matter
+    gc.collect()  # a run contains reference cycles, which would not matter with one process per run

@@ -1,5 +1,5 @@
-"""Configurations with mistakes of every kind: each trains one step as it says, or is refused in one sentence that names
-the key."""
+"""Configurations with mistakes of every kind: each either trains one step with its settings, or is refused with one
+sentence that names the key."""
 
 import contextlib
 import copy
@@ -33,7 +33,7 @@ from twostage.core.data.shapes import CLASS_NAMES
 __all__ = ["fuzz_configs"]
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SECONDS = 60  # that a command may take
+SECONDS = 60  # time limit of a command
 MEMORY = 10 * 2**30  # bytes of address space
 TINY = {
     "data": {"source": "shapes", "image_size": 16, "num_images": 32},
@@ -58,7 +58,7 @@ PLAUSIBLE = [
 VALUES = st.sampled_from(WRONG) | st.sampled_from(PLAUSIBLE)
 EXECUTED = "!!python/object/apply:os.system ['true']"
 TEXTS = ["- 1\n- 2\n", "\t", "{", "a: b: c", "\xff\xfe", "run: &a {dir: run, seed: *a}", "7", EXECUTED, "a: 1\na: 2"]
-"""Files that are no configuration at all."""
+"""Files that are not configurations."""
 TYPES = [
     "vector",
     "gaussian",
@@ -76,13 +76,13 @@ MISSING = object()
 
 
 def fuzz_configs(count: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Runs ``count`` mutated configurations of the files in configs/.
+    """Run ``count`` mutated configurations of the files in configs/.
 
     Returns:
         The figures: how many trained and how many were refused.
 
     Raises:
-        AssertionError: another end, with the smallest such configuration that was found.
+        AssertionError: anything else happened, with the smallest such configuration found.
     """
     figures = {"trained": 0, "refused": 0}
     bases = _tiny_configs(folder)
@@ -128,7 +128,7 @@ def _check_one(data: st.DataObject, base: dict[str, Any], name: str, folder: Pat
         found = _at(resolved, path)
         if _is_replaced(path, overrides):
             continue
-        if not any(path != other and path == other[: len(path)] for other in changes):  # a later change is within it
+        if not any(path != other and path == other[: len(path)] for other in changes):  # a later change lies inside it
             assert _same(value, found), f"{'.'.join(path)}: {value!r} became {found!r}\n{shown}"
     return True
 
@@ -136,7 +136,7 @@ def _check_one(data: st.DataObject, base: dict[str, Any], name: str, folder: Pat
 def _mutate(
     data: st.DataObject, document: dict[str, Any], kind: str, changes: dict[tuple[str, ...], Any], overrides: list[str]
 ) -> None:
-    """Changes one thing of the document, or adds an override; notes what is now to be found where."""
+    """Change one thing in the document, or add an override; record what should be where."""
     paths = [path for path in _paths(document) if not any(other == path[: len(other)] for other in changes)]
     groups = [(), *(path for path in paths if isinstance(_at(document, path), dict))]
     what = data.draw(st.sampled_from(["replace", "replace", "schema", "schema", "delete", "misspell", "add", "type",
@@ -179,31 +179,31 @@ def _mutate(
 
 
 def _check_sentence(said: str, names: list[str]) -> None:
-    """One error, in few words, that names one of the keys."""
+    """Assert that there is one short error that names one of the keys."""
     assert said.count("error: ") == 1, said
     assert "Traceback" not in said, said
     assert any(name in said for name in names), f"none of {names} in: {said}"
 
 
 def _names(document: dict[str, Any], path: tuple[str, ...], value: Any) -> list[str]:
-    """What a sentence may call a change: its key; within a group that was replaced, one of the group's own keys; where
-    the group became of another type, a key beside the type that does not go with it."""
+    """The names that a message may use for a change: its key; in a replaced group, one of the group's own keys; if the
+    group got another type, a key that does not fit that type."""
     group = value if isinstance(value, dict) else _at(document, path[:-1]) if path[-1] == "type" else {}
     return [str(path[-1]), *(map(str, group) if isinstance(group, dict) else [])]
 
 
 def _plain(value: Any) -> str:
-    """As YAML writes it, on one line."""
+    """The value as YAML on one line."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("\n...")
 
 
 def _text(value: Any) -> str:
-    """What a key of text takes a value for: YAML's binary text is text, too."""
+    """The value that a text key reads; YAML's binary text counts as text, too."""
     return value.decode() if isinstance(value, bytes) else value if isinstance(value, str) else _plain(value)
 
 
 def _is_replaced(path: tuple[str, ...], overrides: list[str]) -> bool:
-    """Whether an override may drop what the file has there: of a group of another type, or one of two lengths."""
+    """Whether an override may drop what the file has there: in a group of another type, or one of two lengths."""
     given = {override.partition("=")[0] for override in overrides}
     others = {"max_steps": "train.epochs", "epochs": "train.max_steps"}
     types = {".".join((*path[:depth], "type")) for depth in range(1, len(path))}
@@ -211,10 +211,10 @@ def _is_replaced(path: tuple[str, ...], overrides: list[str]) -> bool:
 
 
 def _same(given: Any, found: Any) -> bool:
-    """Whether the resolved configuration has what was given, or the default of what was taken away."""
+    """Whether the resolved configuration has the given value, or the default if the key was removed."""
     if given is MISSING:
         return True
-    if isinstance(found, str) and not isinstance(given, str | bytes):  # of a key of text
+    if isinstance(found, str) and not isinstance(given, str | bytes):  # of a text key
         return found == _plain(given)
     if isinstance(given, dict):
         return isinstance(found, dict) and all(_same(value, found.get(key, MISSING)) for key, value in given.items())
@@ -244,7 +244,7 @@ def _at(document: Any, path: tuple[str, ...]) -> Any:
 
 
 def _values(kind: str, document: dict[str, Any], path: tuple[str, ...]) -> st.SearchStrategy[Any]:
-    """What a key may be given: anything, or, half of the time, what is of its own type."""
+    """A random value for a key: anything, or, half of the time, a value of its own type."""
     models = _known(kind, document, path[:-1])
     fitting = [value for model in models if path[-1] in model.model_fields
                for value in _fitting(model.model_fields[path[-1]].annotation)]  # fmt: skip
@@ -259,12 +259,12 @@ def _fitting(annotation: Any) -> list[Any]:
 
 
 def _fields(kind: str, document: dict[str, Any], path: tuple[str, ...]) -> set[str]:
-    """The keys that the group at ``path`` knows."""
+    """The keys of the group at ``path``."""
     return {name for model in _known(kind, document, path) for name in model.model_fields}
 
 
 def _known(kind: str, document: dict[str, Any], path: tuple[str, ...]) -> list[type[BaseModel]]:
-    """What the group at ``path`` may be; by its type where there are several."""
+    """The classes that the group at ``path`` can have, by type if there are several."""
     models: list[type[BaseModel]] = [TokenizerConfig if kind == "tokenizer" else PriorTrainingConfig]
     for depth, key in enumerate(path):
         annotations = [model.model_fields[key].annotation for model in models if key in model.model_fields]
@@ -286,7 +286,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _tiny_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """The files of configs/, made small; their codes and feature network are made here."""
+    """Small versions of the files in configs/, with codes and a feature network for them."""
     (folder / "work").mkdir(parents=True)
     network = FeatureNetworkConfig(image_size=(16, 16), channels=3, class_names=list(CLASS_NAMES), widths=[4])
     for channels in (1, 3):
@@ -330,12 +330,12 @@ SLOW = ("epochs", "validate_every", "checkpoint_every", "warmup_steps", "mixed_p
 
 
 def _command(kind: str, content: bytes, overrides: list[str], folder: Path) -> tuple[int, str]:
-    """How the training of that file ends, in a folder of its own, and what it says on the error stream."""
+    """Train with the file in a new folder; returns how it ends and its error output."""
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     (work / "config.yaml").write_bytes(content)
-    # However many steps are asked for, it stops after the first one.
+    # Stop after the first step, whatever the configuration asks for.
     status, said = _run([f"train-{kind}", "config.yaml", "--time-limit", "0", *overrides], work)
     return (0, "") if status == 75 else (status, said)
 
@@ -363,7 +363,7 @@ def _run(words: list[str], folder: Path) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def _guarded(folder: Path) -> Iterator[None]:
-    """A command that hangs is stopped, one that asks for too much memory gets none; no data of the machine are seen."""
+    """Run a command with limits of time and memory, and without the machine's data."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"still running after {SECONDS} s")

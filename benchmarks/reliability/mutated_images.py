@@ -1,4 +1,4 @@
-"""Pictures of every kind, damaged in every way: `inspect` and training read the same ones, name all others, and neither
+"""Images of every kind, damaged in every way: `inspect` and training read the same ones, report all others, and neither
 crashes."""
 
 import io
@@ -18,7 +18,7 @@ from PIL import Image
 
 __all__ = ["fuzz_images"]
 
-MEMORY = 6 * 2**30  # bytes of address space that a command may ask for; torch's libraries take most of it
+MEMORY = 6 * 2**30  # address space of a command in bytes; torch's libraries use most of it
 NAMES = [
     "a b",
     "new\nline",
@@ -44,14 +44,14 @@ train: {batch_size: 4, max_steps: 1}
 
 
 def fuzz_images(count: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Writes ``count`` mutated pictures and a tenth as many whole ones, then reads them by real commands.
+    """Write ``count`` mutated images and a tenth as many intact ones, then read them with real commands.
 
     Returns:
         The figures: mutated files, all files, used and skipped ones, crashes (0).
 
     Raises:
-        AssertionError: a crash, a remark on the screen that is none of the program's own, files that are neither used
-            nor skipped, or others used in training than `inspect` says.
+        AssertionError: a crash, output that is not the program's own, files that are neither used nor skipped, or
+            training uses other files than `inspect` reports.
     """
     chance = random.Random(seed)
     total = _write_sheets(folder / "pictures", count, chance)
@@ -65,7 +65,7 @@ def fuzz_images(count: int, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def _write_sheets(folder: Path, count: int, chance: random.Random) -> int:
-    """How many files were written."""
+    """Write the files; returns their number."""
     parents = [(suffix, write()) for suffix, write in _parents().items()]
     number = 0
     for i in range(count + max(8, count // 10)):
@@ -92,7 +92,7 @@ def _inspect(folder: Path) -> dict[str, Any]:
 
 
 def _train(folder: Path, in_memory_gb: float) -> list[str]:
-    """The names of the pictures that a training reads, train and held out: those whose identity it remembers."""
+    """The names of the images that training reads, held-out ones included: those in the run's fingerprint."""
     run = folder / f"trained_{in_memory_gb}"
     run.mkdir()
     (run / "config.yaml").write_text(TRAIN, encoding="utf-8")
@@ -107,14 +107,14 @@ def _train(folder: Path, in_memory_gb: float) -> list[str]:
         "print(json.dumps([data.identity(), names]))"
     )
     identity, names = json.loads(_run(["-c", script], run).stdout)
-    assert identity == sources["sources"]["data.source"]["facts"], "the training has read other pictures"
+    assert identity == sources["sources"]["data.source"]["facts"], "training has read other images"
     return sorted(name.removeprefix("../") for name in names)
 
 
 def _command(words: list[str], folder: Path) -> None:
     done = _run(["-m", "pipelines.cli", *words], folder)
     assert done.returncode == 0, f"status {done.returncode}: {done.stderr[-3000:]}"
-    for word in ("Warning", "Traceback", "Error"):  # libtiff's own remarks cannot be kept from the screen
+    for word in ("Warning", "Traceback", "Error"):  # libtiff prints its own messages, which cannot be suppressed
         assert word not in done.stderr, done.stderr[-3000:]
 
 
@@ -127,11 +127,11 @@ def _run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-# --- whole pictures -------------------------------------------------------------------------------------------------
+# --- intact images --------------------------------------------------------------------------------------------------
 
 
 def _parents() -> dict[str, Callable[[], bytes]]:
-    """Ways to write a picture of each kind."""
+    """Functions that write an image of each kind."""
     noise = np.random.default_rng(0)
     rgb = Image.fromarray(noise.integers(0, 256, (24, 20, 3), dtype=np.uint8))
     grey16 = Image.fromarray(noise.integers(0, 65536, (16, 16), dtype=np.uint16))
@@ -139,7 +139,7 @@ def _parents() -> dict[str, Callable[[], bytes]]:
     palette = rgb.quantize(16)
     frames = [rgb, rgb.rotate(90), rgb.rotate(180)]
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
 
     def saved(image: Image.Image, **options: Any) -> Callable[[], bytes]:
         def write() -> bytes:
@@ -226,12 +226,12 @@ def _empty(content: bytes, chance: random.Random) -> bytes:
 
 
 def _other_kind(content: bytes, chance: random.Random) -> bytes:
-    """What Pillow knows, but what is no picture here, with what programs it may start."""
+    """Formats that Pillow knows but twostage does not accept as images, with the programs that they may start."""
     return chance.choice([b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"GIF89a", b"<svg/>", b"P6 9 9 255\n"])
 
 
 def _change_size(content: bytes, chance: random.Random) -> bytes:
-    """Another size in the header, with a right checksum where it is a PNG; up to a bomb."""
+    """Another size in the header (with a correct checksum for PNG), up to a decompression bomb."""
     sides = [chance.choice([0, 1, 7, 10_000, 60_000, 2**31 - 1, 2**32 - 1]) for _ in range(2)]
     if content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 33:
         chunk = b"IHDR" + struct.pack(">II", *sides) + content[24:29]

@@ -1,4 +1,4 @@
-"""Real commands in processes of their own, one or two of them, and how to end them."""
+"""Run real commands in one or two processes of their own, and kill them."""
 
 import os
 import socket
@@ -22,9 +22,9 @@ class Command:
     """A running command and all the processes that belong to it.
 
     Args:
-        words: after `python`, as one process, or after `accelerate launch`.
-        processes: that work on it; with several of them they are the launcher's.
-        folder: the working directory; what is said goes to `said.txt` in it.
+        words: the arguments after `python` (one process) or after `accelerate launch`.
+        processes: the number of working processes; several are started by the launcher.
+        folder: the working directory; output goes to its `said.txt`.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Command:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             launcher = [*LAUNCH, "--num_processes", str(processes), "--main_process_port", str(port)]
-        # One thread a process: sums do not depend on how many cores are free.
+        # One thread per process, so that sums do not depend on how many cores are free.
         settings = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         settings |= {"LOCAL_WORLD_SIZE": "1000"} if processes == 1 else {}
         with self.said_file.open("a", encoding="utf-8") as said:
@@ -53,7 +53,7 @@ class Command:
 
     @property
     def said(self) -> str:
-        """All that was said in this folder so far."""
+        """All output in this folder so far."""
         return self.said_file.read_text(encoding="utf-8", errors="replace")
 
     @property
@@ -69,24 +69,24 @@ class Command:
             raise AssertionError(f"still running after {seconds:.0f} s:\n{self.said[-3000:]}") from None
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = TIME_LIMIT) -> bool:
-        """Whether ``condition()`` came to be true before the command ended."""
+        """Wait for ``condition()``; returns False if the command ended first."""
         deadline = time.monotonic() + seconds
         while not condition():
             if not self.running:
                 return False
-            assert time.monotonic() < deadline, f"never came so far:\n{self.said[-3000:]}"
+            assert time.monotonic() < deadline, f"never got that far:\n{self.said[-3000:]}"
             time.sleep(0.001)
         return True
 
     def workers(self) -> list[psutil.Process]:
-        """The processes that do the work, the launcher not among them."""
+        """The processes that do the work, without the launcher."""
         if self.num_processes == 1:
             return [psutil.Process(self.process.pid)]
         children = psutil.Process(self.process.pid).children()
         return [child for child in children if "RANK" in child.environ()]
 
     def kill(self) -> None:
-        """SIGKILL to all its processes at once."""
+        """Send SIGKILL to all its processes at once."""
         try:
             everything = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
         except psutil.NoSuchProcess:
@@ -101,7 +101,7 @@ class Command:
 
 
 def run(words: Sequence[object], folder: Path, processes: int = 1, environment: dict[str, str] | None = None) -> str:
-    """What the command says, which has to end well."""
+    """The output of a command that has to succeed."""
     command = Command(words, folder, processes, environment)
     status = command.wait()
     assert status == 0, command.said[-4000:]

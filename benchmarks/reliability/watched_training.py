@@ -1,5 +1,5 @@
-"""python watched_training.py MODULE WORDS...: the module, and a line in a file for each batch that this process reads:
-the step and the rows of the whole batch. The file is $SEEN_RANK."""
+"""python watched_training.py MODULE WORDS...: run the module and write one line per batch that this process reads: the
+step and the rows of the whole batch. The file is $SEEN_RANK."""
 
 import os
 import runpy
