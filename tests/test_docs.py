@@ -61,7 +61,7 @@ def test_every_family_has_an_equation_an_image_and_a_config():
 
 def test_the_api_reference_can_be_generated():
     text = runpy.run_path(str(REPOSITORY / "docs" / "make_api.py"))["api"]()
-    for name in ("class `TwoStagePipeline`", "load_images(", "class `VectorConfig(", "- `lr: "):
+    for name in ("class `TwoStagePipeline(", "load_images(", "class `VectorConfig(", "- `lr: "):
         assert name in text
 
 
