@@ -1,4 +1,7 @@
-"""Changes to training images that leave what they show as it is. Axes: B images, C channels, H and W pixels."""
+"""Random changes to training images that do not change what they show.
+
+Axes: B images, C channels, H and W pixels.
+"""
 
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ def flip_half(images: Tensor, random: BatchRandom) -> Tensor:
 
 
 def shift(images: Tensor, max_shift: int, random: BatchRandom) -> Tensor:
-    """Moves each image (B, C, H, W) by up to ``max_shift`` pixels along both sides; its border is repeated."""
+    """Shifts each image (B, C, H, W) by up to ``max_shift`` pixels along each side, repeating its border."""
     if max_shift == 0:
         return images
     batch, _, height, width = images.shape

@@ -30,51 +30,57 @@ AdversarialLoss = Literal["hinge", "non_saturating", "vanilla"]
 
 
 class AdversarialConfig(Section):
-    """A discriminator of patches, and how much the autoencoder listens to it."""
+    """A patch discriminator, and how it enters the autoencoder's loss."""
 
     loss: AdversarialLoss = "hinge"
-    """`hinge`: margins; `non_saturating`: logistic for both nets; `vanilla`: a logistic discriminator and a linear
-    generator loss, as in taming-transformers."""
+    """`hinge`: margins; `non_saturating`: logistic losses for both networks; `vanilla`: a logistic discriminator loss
+    and a linear generator loss, as in taming-transformers."""
     weight: Number = Field(default=0.1, ge=0)
-    """Of the generator's adversarial term, times the adaptive ratio where that is on (alias: disc_weight)."""
+    """Weight of the generator's adversarial term, multiplied by the adaptive ratio if `adaptive` (alias:
+    disc_weight)."""
     adaptive: Flag = False
-    """Scales the weight by the ratio of the norms of both losses' gradients at the decoder's last layer."""
+    """Scales the weight by a ratio of gradient norms at the decoder's last layer: that of the reconstruction loss over
+    that of the adversarial term."""
     max_weight: Number = Field(default=1e4, gt=0)
-    """The adaptive ratio is clamped to this."""
+    """Upper limit of the adaptive ratio."""
     start: Share = 0.2
-    """The share of the run after which the discriminator begins to train (alias: disc_start, in steps)."""
+    """The share of the run after which the discriminator starts to train (alias: disc_start, in steps)."""
     ramp: Share = 0.1
-    """The share of the run over which the generator's term then rises from 0 to its weight."""
+    """The share of the run during which the generator's term then rises from 0 to its weight."""
     channels: Width = 64
-    """Width of the first layer; doubled at each further one, up to 8 times."""
+    """Width of the first layer; each further layer doubles it, up to 8 times."""
     num_layers: Annotated[Count, Field(le=16)] = 3
     """Halvings: with 3, a logit sees 70x70 pixels (Isola et al., section 3.2.2)."""
     norm: Literal["group", "sync_batch", "none"] = "group"
-    """`sync_batch` has one set of statistics for all processes and needs GPUs where there are several."""
+    """`sync_batch` shares its statistics among all processes; with several processes it needs GPUs."""
     lr: Number | None = Field(default=None, gt=0)
-    """Of the discriminator; None: `train.lr`."""
+    """Learning rate of the discriminator; null: `train.lr`."""
     betas: tuple[Beta, Beta] = (0.5, 0.9)
-    """Adam's, of the discriminator."""
+    """The discriminator's Adam betas."""
     lecam_weight: Number = Field(default=0.0, ge=0)
-    """Holds the logits near the averages of the other kind (LeCam, Tseng et al. 2021, arXiv 2104.03310)."""
+    """Weight of the LeCam term, which keeps the logits near the average logits of the other kind of images (Tseng et
+    al. 2021, arXiv 2104.03310)."""
     r1_weight: Number = Field(default=0.0, ge=0)
-    """Of half the squared gradient at real images (R1, Mescheder et al. 2018, arXiv 1801.04406)."""
+    """Weight of half the squared gradient at real images (R1, Mescheder et al. 2018, arXiv 1801.04406)."""
 
     @model_validator(mode="after")
     def _differentiable_twice(self) -> "AdversarialConfig":
         if self.norm == "sync_batch" and self.r1_weight:
-            raise ValueError("r1_weight: needs a second derivative, which norm 'sync_batch' does not have; use 'group'")
+            raise ValueError(
+                f"r1_weight {self.r1_weight}: needs second derivatives, which norm 'sync_batch' does not have. Set "
+                "loss.adversarial.norm=group."
+            )
         return self
 
 
 class Discriminator(nn.Module):
-    """Images (B, C, H, W) in [-1, 1] -> a logit a patch (B, 1, p, q), above 0 for real.
+    """Images (B, C, H, W) in [-1, 1] -> one logit per patch (B, 1, p, q), above 0 for real.
 
     Args:
-        image_size: (H, W); each side needs 3 * 2^num_layers pixels.
+        image_size: (H, W); each side needs at least 3 * 2^num_layers pixels.
 
     Raises:
-        InputError: images too small for so many halvings.
+        InputError: the images are too small for so many halvings.
     """
 
     ema_logits: Tensor
@@ -82,11 +88,11 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: AdversarialConfig, channels: int, image_size: tuple[int, int]) -> None:
         super().__init__()
-        smallest = 3 * 2**config.num_layers  # what leaves a patch after two convolutions that each lose a cell
+        smallest = 3 * 2**config.num_layers  # leaves one patch after two convolutions that lose a cell each
         if min(image_size) < smallest:
             raise InputError(
                 f"loss.adversarial.num_layers {config.num_layers}: images of {image_size[0]}x{image_size[1]} are too "
-                f"small to be halved so often; each side needs {smallest} pixels. Use fewer layers"
+                f"small, expected at least {smallest} pixels on each side. Use fewer layers."
             )
         self.config = config
         widths = [config.channels * min(2**i, 8) for i in range(config.num_layers + 1)]
@@ -103,18 +109,18 @@ class Discriminator(nn.Module):
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):  # as in pix2pix and VQGAN
                 nn.init.normal_(layer.weight, std=0.02)
-        # What LeCam compares with: the mean logits of real and of fake images, averaged over updates.
+        # For LeCam: the mean logits of real and of fake images, averaged over updates.
         self.register_buffer("ema_logits", torch.zeros(2))
         self.register_buffer("pending_logits", torch.zeros(3), persistent=False)
 
     def forward(self, *images: Tensor) -> tuple[Tensor, ...]:
-        """Logits of each of several batches, each normalised for itself."""
+        """The logits of each batch; each batch is normalised separately."""
         return tuple(self.layers(batch).float() for batch in images)
 
     @torch.no_grad()
     def observe(self, loss: Tensor, logits_real: Tensor, logits_fake: Tensor) -> dict[str, Tensor]:
-        """Notes the mean logits of a part of a batch. Gives the metrics by name; `discriminator_accuracy` is the share
-        of patches told right, which is 1/2 by chance."""
+        """Collects the mean logits of a part of a batch, and returns metrics by name. `discriminator_accuracy` is the
+        share of correctly classified patches; chance is 1/2."""
         real, fake = logits_real.mean(), logits_fake.mean()
         seen = torch.stack([real, fake, real.new_ones(())])
         self.pending_logits += torch.where(seen.isfinite().all(), seen, 0.0)
@@ -124,7 +130,7 @@ class Discriminator(nn.Module):
 
     @torch.no_grad()
     def update_statistics(self, reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        """Takes them in, once an update, summed over the processes."""
+        """Applies the collected logits, summed over the processes; called once per update."""
         total = reduce_sum(self.pending_logits)
         self.ema_logits.lerp_(total[:2] / total[2].clamp(min=1), 0.01)
         self.pending_logits.zero_()
@@ -141,17 +147,17 @@ def _norm(kind: Literal["group", "sync_batch", "none"], channels: int) -> list[n
 
 
 def generator_loss(logits_fake: Tensor, kind: AdversarialLoss) -> Tensor:
-    """What the autoencoder minimises of its reconstructions' logits: it falls as they rise."""
+    """The autoencoder's loss on the logits of its reconstructions: it falls as they rise."""
     return F.softplus(-logits_fake).mean() if kind == "non_saturating" else -logits_fake.mean()
 
 
 def discriminator_loss(
     logits_real: Tensor, logits_fake: Tensor, config: AdversarialConfig, ema_logits: Tensor | None = None
 ) -> Tensor:
-    """What the discriminator minimises: it falls as real logits rise and fake ones fall.
+    """The discriminator's loss: it falls as real logits rise and fake logits fall.
 
     Args:
-        ema_logits: (2,) the averages of real and of fake logits, for the LeCam term (equation 5 of that paper,
+        ema_logits: (2,) average logits of real and of fake images, for the LeCam term (equation 5 of that paper,
             one-sided as in its code).
     """
     if config.loss == "hinge":
@@ -167,13 +173,13 @@ def discriminator_loss(
 
 
 def r1_penalty(logits_real: Tensor, images: Tensor) -> Tensor:
-    """1/2 E |d logits / d image|^2 at real images that require a gradient; differentiable."""
+    """1/2 E |d logits / d image|^2 at real images, which must require gradients; differentiable."""
     (gradient,) = torch.autograd.grad(logits_real.sum(), images, create_graph=True)
     return 0.5 * gradient.square().flatten(1).sum(1).mean()
 
 
 def adversarial_weight(config: AdversarialConfig, progress: float) -> float:
-    """The generator's weight at ``progress`` in [0, 1] of the run: 0 up to ``start``, then a ramp."""
+    """The generator's weight at ``progress`` in [0, 1] of the run: 0 before ``start``, then a ramp."""
     if progress < config.start:
         return 0.0
     return config.weight * min(1.0, (progress - config.start) / config.ramp if config.ramp else 1.0)

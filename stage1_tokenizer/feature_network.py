@@ -1,7 +1,7 @@
-"""A feature network of one's own: a small classifier, for where no downloaded weights are at hand.
+"""A feature network that you train yourself: a small classifier that needs no downloaded weights.
 
-One component with three uses: the perceptual term for small images, the features of the Frechet distance, and the class
-accuracy of conditional samples. Axes: B images, C channels, H and W pixels.
+It has three uses: the perceptual loss for small images, the features for the Frechet distance, and the class accuracy
+of conditional samples. Axes: B images, C channels, H and W pixels.
 """
 
 import itertools
@@ -19,24 +19,24 @@ from twostage.core.runs.model_folder import filled, hash_tensors, load_model_fol
 __all__ = ["WIDTHS", "FeatureNetwork", "FeatureNetworkConfig"]
 
 WIDTHS = [32, 64, 128]
-"""Channels at each resolution, the full one first."""
+"""Channels at each resolution, full resolution first."""
 
 
 class FeatureNetworkConfig(Section):
-    """All that a trained feature network needs to be built again: what its `config.json` holds."""
+    """Everything needed to rebuild a trained feature network: the content of its `config.json`."""
 
     image_size: tuple[Count, Count]
     """[height, width] of the images."""
     channels: Count
     class_names: list[str] = Field(min_length=1)
     widths: list[Count] = Field(default=WIDTHS, min_length=1)
-    """Channels at each resolution, the full one first; each next one halves the sides, rounded up."""
+    """Channels at each resolution, full resolution first; each further one halves the sides, rounded up."""
 
 
 class FeatureNetwork(nn.Module):
-    """Images -> class logits; the maps and the pooled features on the way are what it is for.
+    """Images -> class logits; its purpose is the feature maps and the pooled features on the way.
 
-    Group instead of batch normalisation: an image's features depend on that image alone, at any number of processes.
+    Group normalisation instead of batch normalisation, so that an image's features depend on that image alone.
     """
 
     def __init__(self, config: FeatureNetworkConfig) -> None:
@@ -44,9 +44,9 @@ class FeatureNetwork(nn.Module):
         self.config = config
         self.num_features = config.widths[-1]
         width = config.widths[0]
-        layers = [nn.Sequential(nn.Conv2d(config.channels, width, 3, padding=1), _group_norm(width), nn.GELU())]
+        layers = [nn.Sequential(nn.Conv2d(config.channels, width, 3, padding=1), _norm(width), nn.GELU())]
         for narrow, wide in itertools.pairwise(config.widths):
-            layers.append(nn.Sequential(nn.Conv2d(narrow, wide, 3, stride=2, padding=1), ResBlock(wide), nn.GELU()))
+            layers.append(nn.Sequential(nn.Conv2d(narrow, wide, 3, stride=2, padding=1), FeatureBlock(wide), nn.GELU()))
         self.layers = nn.ModuleList(layers)
         self.head = nn.Linear(self.num_features, len(config.class_names))
 
@@ -55,20 +55,20 @@ class FeatureNetwork(nn.Module):
         return self.head(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] -> what the last layer decides by, (B, num_features)."""
-        return self.stages(images)[-1].amax(dim=(2, 3))  # on `shapes`, two epochs: 100%, by a mean 83%
+        """Images (B, C, H, W) in [-1, 1] -> the features before the last layer, (B, num_features)."""
+        return self.stages(images)[-1].amax(dim=(2, 3))  # on `shapes`, two epochs: accuracy 100%; with a mean 83%
 
     def stages(self, images: Tensor) -> list[Tensor]:
-        """Images (B, C, H, W) in [-1, 1] -> a map (B, widths[i], H / 2^i, W / 2^i) of each resolution i.
+        """Images (B, C, H, W) in [-1, 1] -> one map (B, widths[i], H / 2^i, W / 2^i) per resolution i.
 
         Raises:
-            InputError: images of another size or other channels than it was trained on.
+            InputError: the images have another size or other channels than its training images.
         """
         got, expected = tuple(images.shape[1:]), (self.config.channels, *self.config.image_size)
         if got != expected:
             raise InputError(
-                f"this feature network sees images of {_form(expected)}, got {_form(got)}; bring them to that form, or "
-                "train one of theirs (twostage train-features DATA --image-size --channels)"
+                f"feature network: got images of {_form(got)}, expected {_form(expected)}. Convert the images, or "
+                "train a network for them: twostage train-features DATA --image-size N --channels N"
             )
         maps = []
         for layer in self.layers:
@@ -77,42 +77,46 @@ class FeatureNetwork(nn.Module):
         return maps
 
     def content_hash(self) -> str:
-        """A hash of the configuration and the weights: two networks of one hash measure the same."""
+        """A hash of the configuration and the weights: networks with the same hash measure the same."""
         weights = sorted(self.state_dict().items())
         labelled = [(f"{name} {tuple(tensor.shape)} {tensor.dtype}", tensor) for name, tensor in weights]
         return hash_tensors(labelled, json.dumps(self.config.model_dump(mode="json"), sort_keys=True))
 
     def features_hash(self) -> str:
-        """A hash of the weights that the features come from, without the head and the class names: two networks of one
-        hash see images alike, wherever their folders are."""
+        """A hash of the weights behind the features, without the head and the class names: networks with the same hash
+        give the same features, wherever their folders are."""
         return hash_tensors(
             (f"{name} {tuple(tensor.shape)}", tensor) for name, tensor in sorted(self.layers.state_dict().items())
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors."""
+        """Writes config.json and model.safetensors into ``folder``."""
         save_model_folder(Path(folder), "features", self.config.model_dump(mode="json"), self.state_dict())
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "FeatureNetwork":
-        """Reads a model folder, or a run folder's `model/`; in evaluation mode, on the CPU."""
+        """Loads a model folder, or a run folder's `model/`, in evaluation mode on the CPU.
+
+        Raises:
+            InputError: no such model, or a damaged one.
+        """
         document, state = load_model_folder(path, "features")
         config = parse_config(FeatureNetworkConfig, document, f"{path}: config.json")
         return filled(lambda: cls(config), state, path)
 
 
-class ResBlock(nn.Module):
+class FeatureBlock(nn.Module):
     """x + conv(gelu(norm(x))) (He et al. 2016, pre-activation)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(_group_norm(width), nn.GELU(), nn.Conv2d(width, width, 3, padding=1))
+        self.layers = nn.Sequential(_norm(width), nn.GELU(), nn.Conv2d(width, width, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)
 
 
-def _group_norm(width: int) -> nn.GroupNorm:
+def _norm(width: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(width, 8), width)
 
 

@@ -1,4 +1,4 @@
-"""The nearest code of each vector, and k-means, without ever holding a matrix of all vectors by all codes.
+"""The nearest code of each vector, and k-means, without a matrix of all vectors by all codes.
 
 Axes: N vectors, D dimensions, K codes.
 """
@@ -12,25 +12,25 @@ from twostage.core.machine.onednn import has_onednn, pack, product
 
 __all__ = ["k_means", "nearest_codes"]
 
-TILE = 1 << 20  # scores held at a time on a CPU: 4 MiB, which stays in its cache
-TILE_ELSEWHERE = 1 << 26  # on a GPU, where few large products are faster than many small ones
-CODES = 1 << 13  # codes of a tile at most: 2 MiB of them at 64 dimensions, read again for every tile of vectors
+CPU_TILE = 1 << 20  # scores computed at a time on a CPU: 4 MiB, which stays in its cache
+GPU_TILE = 1 << 26  # a GPU is faster with few large products than with many small ones
+MAX_TILE_CODES = 1 << 13  # 2 MiB of codes at 64 dimensions, which every tile of vectors reads
 
 
 @torch.no_grad()
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """The index of the nearest code of each vector, (N, D) and (K, D) -> (N,) int64.
+    """The index of each vector's nearest code, (N, D) and (K, D) -> (N,) int64.
 
-    argmin |v - e|^2 = argmax v.e - |e|^2 / 2, worked on in tiles: no (N, K) matrix is ever held, and no |v|^2 drowns
-    the differences between close codes. An exported program (ONNX, torch.export) does it in one product: its batch is
-    not known while it is traced.
+    Computes argmin |v - e|^2 = argmax v.e - |e|^2 / 2 in tiles. This needs no (N, K) matrix, and no |v|^2, whose
+    rounding would hide the differences between close codes. An exported program (ONNX, torch.export) computes it in
+    one product, because the size of its batch is unknown during tracing.
     """
     if torch.compiler.is_exporting():
         return torch.addmm(codebook.square().sum(1) * -0.5, vectors, codebook.t()).argmax(1)
-    tile = TILE if vectors.device.type == "cpu" else TILE_ELSEWHERE
+    tile = CPU_TILE if vectors.device.type == "cpu" else GPU_TILE
     best, indices = None, torch.zeros(len(vectors), dtype=torch.long, device=vectors.device)
-    for first in range(0, len(codebook), CODES):
-        codes = codebook[first : first + CODES]
+    for first in range(0, len(codebook), MAX_TILE_CODES):
+        codes = codebook[first : first + MAX_TILE_CODES]
         score = _scorer(codes)
         size = max(16, tile // len(codes))
         for start in range(0, len(vectors), size):
@@ -57,8 +57,8 @@ def _scorer(codes: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _row_maxima(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each row (n, K) and where it is; on a CPU `amax` is fifteen times as fast as `argmax`, so only one
-    block of each row is searched."""
+    """The largest value of each row (n, K) and its index. On a CPU `amax` is fifteen times as fast as `argmax`, so
+    `argmax` only searches the best block of each row."""
     rows, size = scores.shape
     block = 64
     if scores.device.type != "cpu" or size % block or size == block:
@@ -73,7 +73,8 @@ def _row_maxima(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def k_means(vectors: Tensor, num_centres: int, generator: torch.Generator, iterations: int = 10) -> Tensor:
-    """Lloyd's algorithm from random vectors, (N, D) -> (num_centres, D); an empty cluster starts again at a vector."""
+    """Lloyd's algorithm, (N, D) -> centres (num_centres, D). It starts at random vectors; an empty cluster restarts at
+    a random vector."""
     device = vectors.device
     order = torch.randperm(len(vectors), generator=generator, device=generator.device).to(device)
     centres = vectors[order[torch.arange(num_centres, device=device) % len(vectors)]].clone()

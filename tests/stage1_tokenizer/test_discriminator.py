@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from messages import refuses
 from torch import nn
 
 from stage1_tokenizer.discriminator import (
@@ -12,7 +13,6 @@ from stage1_tokenizer.discriminator import (
     r1_penalty,
 )
 from twostage.core.config.sections import parse_config
-from twostage.core.errors import InputError
 
 LOSSES = ["hinge", "non_saturating", "vanilla"]
 
@@ -62,7 +62,7 @@ def test_losses_by_hand():
     assert with_lecam == pytest.approx(0.625 + expected)
 
 
-def test_non_saturating_is_the_cross_entropy_for_being_taken_for_real():
+def test_non_saturating_is_the_cross_entropy_of_fakes_labelled_real():
     fake = logits(1)
     expected = F.binary_cross_entropy_with_logits(fake, torch.ones_like(fake))
     torch.testing.assert_close(generator_loss(fake, "non_saturating"), expected)
@@ -81,7 +81,7 @@ def test_r1_is_half_the_squared_gradient_and_can_be_trained():
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("size", [(16, 16), (17, 24)])
 @pytest.mark.parametrize("norm", ["group", "sync_batch", "none"])
-def test_a_logit_a_patch(norm, size, channels):
+def test_each_patch_has_a_logit(norm, size, channels):
     net = Discriminator(config(norm=norm), channels, size)
     real, fake = net(torch.randn(2, channels, *size), torch.randn(3, channels, *size))
     assert real.shape[:2] == (2, 1)
@@ -106,7 +106,7 @@ def test_the_first_convolutions_start_as_in_pix2pix():
 
 
 def test_images_too_small_are_refused():
-    with pytest.raises(InputError, match=r"num_layers 3: images of 23x40 .* each side needs 24 pixels"):
+    with refuses("loss.adversarial.num_layers 3", "23x40", "24 pixels", "fewer layers"):
         Discriminator(AdversarialConfig(), 3, (23, 40))
 
 
@@ -124,7 +124,7 @@ def test_the_weight_starts_late_and_ramps():
     assert adversarial_weight(config(weight=0.5, start=0.2, ramp=0.0), 0.2) == 0.5
 
 
-def test_lecams_averages_are_of_the_parts_and_the_processes():
+def test_lecam_averages_over_the_parts_of_a_batch_and_the_processes():
     net = Discriminator(config(), 1, (16, 16))
     for real, fake in [(1.0, -1.0), (3.0, -5.0)]:
         metrics = net.observe(torch.tensor(0.5), torch.full((2, 1, 3, 3), real), torch.full((2, 1, 3, 3), fake))

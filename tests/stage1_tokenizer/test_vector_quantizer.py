@@ -57,7 +57,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 @pytest.mark.parametrize(("count", "size", "dim"), [(1, 2, 1), (16, 5, 3), (333, 50, 8)])
 def test_nearest_codes_equal_brute_force_in_tiles(count, size, dim, scale, monkeypatch):
-    monkeypatch.setattr(nearest, "TILE", 20 * 50)  # 20 rows or fewer at a time: 333 is no multiple
+    monkeypatch.setattr(nearest, "CPU_TILE", 20 * 50)  # 20 rows or fewer at a time: 333 is no multiple
     vectors = torch.randn(count, dim, generator=generator(1))
     codebook = torch.randn(size, dim, generator=generator(2)) * scale
     assert torch.equal(nearest_codes(vectors, codebook), brute_force(vectors, codebook))
