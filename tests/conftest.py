@@ -1,5 +1,5 @@
-"""What several tests use: the real data where it is at hand, one thread a process, a training by its configuration, and
-the whole program: its command, and one small tokenizer, its codes and a prior, trained once."""
+"""Shared fixtures: real data if available, one thread per process, trainings by configuration, and the whole program
+with one small tokenizer, its codes and a prior, trained once."""
 
 import io
 import os
@@ -28,7 +28,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """The folder of real data sets: $TWOSTAGE_DATA, or `../shared/data` beside the checkout."""
+    """The folder of real datasets: $TWOSTAGE_DATA, or `../shared/data` beside the checkout."""
     folder = Path(os.environ.get("TWOSTAGE_DATA", REPOSITORY.parent / "shared" / "data"))
     if not (folder / "mnist" / "train.parquet").is_file():
         pytest.skip(f"no real data: {folder / 'mnist' / 'train.parquet'} is missing (set TWOSTAGE_DATA)")
@@ -37,16 +37,18 @@ def data_folder() -> Path:
 
 @pytest.fixture
 def new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    """Accelerate's state is one a process; calling this (as the test's end does) lets a training start anew."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")  # one thread a training
+    """Accelerate has one state per process; call this to reset it for another training (the test's end resets it)."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")  # one thread per training
     yield lambda: AcceleratorState._reset_state(reset_partial_state=True)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
 def start(new_process, request: pytest.FixtureRequest) -> Callable[[dict], Path]:
-    """``start(document)``: trains as a new process would, by the `TRAINING` of the test's module: the function and the
-    class of its configuration. Returns the run folder."""
+    """``start(document)`` trains as a new process would and returns the run folder.
+
+    The test's module has a `TRAINING`: the function and the class of its configuration.
+    """
     train, config = request.module.TRAINING
 
     def start(document: dict) -> Path:
@@ -79,7 +81,7 @@ PRIOR = {
 
 @dataclass
 class Ended:
-    """How a command ended."""
+    """The exit status and output of a command."""
 
     code: int
     out: str
@@ -88,7 +90,7 @@ class Ended:
 
 @dataclass
 class Runs:
-    """The folders of what was trained."""
+    """The folders of trained models and their codes."""
 
     tokenizer: Path
     codes: Path
@@ -96,7 +98,7 @@ class Runs:
 
 
 def _twostage(*words: object) -> Ended:
-    """Runs `twostage WORDS` as a new process would, in this one."""
+    """Run `twostage WORDS` in this process, as a new process would."""
     out, err = io.StringIO(), io.StringIO()
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
@@ -110,13 +112,13 @@ def _twostage(*words: object) -> Ended:
 
 @pytest.fixture(scope="session")
 def twostage() -> Callable[..., Ended]:
-    """``twostage("generate", run, "--out", folder)``: how that command ends (code, out, err)."""
+    """``twostage("generate", run, "--out", folder)``: its exit status and output."""
     return _twostage
 
 
 @pytest.fixture(scope="session")
 def works(twostage: Callable[..., Ended]) -> Callable[..., str]:
-    """``works(*words)``: what `twostage WORDS`, which has to succeed, prints on the way."""
+    """``works(*words)``: the output of `twostage WORDS`, which must succeed."""
 
     def works(*words: object) -> str:
         ended = twostage(*words)
@@ -129,7 +131,7 @@ def works(twostage: Callable[..., Ended]) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `tokenizer.yaml` and `prior.yaml`, both of a few small steps."""
+    """A folder with `tokenizer.yaml` and `prior.yaml`, each with a few small steps."""
     folder = tmp_path_factory.mktemp("configs")
     for name, document in {"tokenizer": TOKENIZER, "prior": PRIOR}.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
@@ -138,7 +140,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> Runs:
-    """A tokenizer, its codes and a prior, trained once; nobody writes into them."""
+    """A tokenizer, its codes and a prior, trained once; tests do not write into them."""
     root = tmp_path_factory.mktemp("whole_program")
     runs = Runs(root / "runs" / "tokenizer", root / "codes" / "tokenizer", root / "runs" / "prior")
     for words in [

@@ -1,4 +1,4 @@
-"""How tests check a message: it names the field, the value that it got, and the remedy. The words between are free."""
+"""How tests check a message: it must name the field, the value and the remedy, in any wording."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from twostage import InputError
 
 
 def assert_names(message: str, *parts: object) -> None:
-    """Fails unless ``message`` contains each of ``parts``: the field, the value, the remedy."""
+    """Fail unless ``message`` contains each of ``parts``: the field, the value, the remedy."""
     missing = [str(part) for part in parts if str(part) not in message]
     assert not missing, f"the message lacks {missing}:\n{message}"
     assert "Traceback" not in message
@@ -17,7 +17,7 @@ def assert_names(message: str, *parts: object) -> None:
 
 @contextmanager
 def refuses(*parts: object) -> Iterator[pytest.ExceptionInfo[InputError]]:
-    """``with refuses("train.lr", "'fast'", "expected"): ...`` fails unless an `InputError` names all of these."""
+    """``with refuses("train.lr", "'fast'", "expected"): ...`` checks that an `InputError` names all of these."""
     with pytest.raises(InputError) as refused:
         yield refused
     assert_names(str(refused.value), *parts)

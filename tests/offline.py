@@ -1,5 +1,5 @@
-"""python tests/offline.py COMMAND...: the command in a network that holds nothing but this machine's loopback, so that
-none of its processes can reach any other. Where the system does not allow that, it says so and runs it as it is."""
+"""python tests/offline.py COMMAND...: run a command in a network with only this machine's loopback, so that none of its
+processes can reach another machine. If the system does not allow that, print a warning and run it anyway."""
 
 import ctypes
 import fcntl
@@ -13,7 +13,7 @@ SET_FLAGS, UP = 0x8914, 0x1  # SIOCSIFFLAGS, IFF_UP
 
 
 def leave_the_network() -> bool:
-    """Whether it is left."""
+    """Move this process to an empty network; return whether that worked."""
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "unshare") or library.unshare(NEW_NETWORK):
         return False
@@ -24,8 +24,8 @@ def leave_the_network() -> bool:
 
 if __name__ == "__main__":
     if leave_the_network():
-        print("offline: nothing but this machine can be reached")
+        print("offline: only this machine can be reached")
     else:
-        print("not offline: this system lets nobody but root leave the network", file=sys.stderr)
+        print("not offline: only root may leave the network on this system", file=sys.stderr)
     sys.stdout.flush()
     os.execvp(sys.argv[1], sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The files of configs/accelerate/, read by accelerate's own launcher, and launched where that needs no GPU."""
+"""The files of configs/accelerate/: accelerate's own launcher reads them, and those without a GPU are launched."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 PROCESSES = {"cpu_2": 2, "gpu_8": 8, "two_machines": 16, "fsdp_8": 8, "fsdp_cpu_2": 2}
 
-# Every process joins, and adds its number to those of the others.
+# Every process joins, and all add up their numbers.
 ADD = """
 import sys
 import torch

@@ -1,4 +1,4 @@
-"""A mistake costs one clear sentence and status 2; what was there before is there afterwards, untouched."""
+"""A mistake gives one clear message and status 2, and changes no file."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def _own_machine(monkeypatch, tmp_path):
 
 @pytest.fixture
 def refused(twostage, runs) -> Callable[..., str]:
-    """``refused(*words)``: what `twostage WORDS` says; it has to be one error, and to change nothing."""
+    """``refused(*words)``: the one error message of `twostage WORDS`, which must not change a file."""
 
     def refused(*words: object) -> str:
         folders = [Path.cwd(), *vars(runs).values()]
@@ -59,7 +59,7 @@ def other_tokenizer(runs, tmp_path) -> Path:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Every file below ``folder``, its content and when it was last written."""
+    """Every file below ``folder``, with its content and the time of its last change."""
     return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
@@ -67,14 +67,14 @@ def short_hash(tokenizer: Path) -> str:
     return Autoencoder.from_pretrained(tokenizer).content_hash()[:12]
 
 
-def pictures(folder: Path, count: int = 20, mode: str = "RGB") -> Path:
+def write_images(folder: Path, count: int = 20, mode: str = "RGB") -> Path:
     folder.mkdir()
     for i in range(count):
         Image.new(mode, (16, 16), (10 * i, 90, 200) if mode == "RGB" else 10 * i).save(folder / f"{i:02d}.png")
     return folder
 
 
-# --- a training that cannot begin -----------------------------------------------------------------------------------
+# --- a training that cannot start -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -109,14 +109,14 @@ def pictures(folder: Path, count: int = 20, mode: str = "RGB") -> Path:
         (["train.batch_size=15", "train.gradient_accumulation_steps=2"], ["cannot be shared equally", "multiple of 2"]),
     ],
 )
-def test_a_wrong_config_says_so_and_blocks_nothing(refused, works, configs, overrides, said):
+def test_a_wrong_config_is_an_error_and_blocks_nothing(refused, works, configs, overrides, said):
     words = ["train-tokenizer", configs / "tokenizer.yaml", "run.dir=run", *FEW]
     error = refused(*words, *overrides)
     assert [part for part in said if part not in error] == []
     assert "run: finished" not in works(*words), "the corrected command works in the same folder"
 
 
-def test_a_config_that_is_not_there(refused, configs):
+def test_a_missing_config(refused, configs):
     assert "tokenizer.yaml" in refused("train-tokenizer", configs / "tokeniser.yaml")
 
 
@@ -127,10 +127,10 @@ def test_an_empty_folder(refused, configs, tmp_path):
     assert "expected images" in refused("inspect", "./empty")
 
 
-def test_an_unreadable_picture_is_named_or_skipped(refused, works, configs, tmp_path):
-    folder = pictures(tmp_path / "pictures")
+def test_an_unreadable_image_is_named_or_skipped(refused, works, configs, tmp_path):
+    folder = write_images(tmp_path / "images")
     (folder / "07.png").write_bytes((folder / "06.png").read_bytes()[:40])
-    (folder / "broken.jpg").write_bytes(b"no picture")
+    (folder / "broken.jpg").write_bytes(b"no image")
     words = ["train-tokenizer", configs / "tokenizer.yaml", "run.dir=run", f"data.source={folder}", *FEW]
     error = refused(*words)
     assert "2 unreadable images" in error
@@ -146,14 +146,14 @@ def test_an_unreadable_picture_is_named_or_skipped(refused, works, configs, tmp_
     ("L", 3, "1 of 21 images are grey and are copied to all colours (data.channels=3)"),
     ("RGB", 1, "1 of 21 images have colour and are converted to grey (data.channels=1)"),
 ])  # fmt: skip
-def test_a_picture_of_another_mode_is_converted_and_said(works, configs, tmp_path, mode, channels, said):
-    folder = pictures(tmp_path / "pictures", mode="L" if mode == "RGB" else "RGB")
+def test_an_image_of_another_mode_is_converted_with_a_notice(works, configs, tmp_path, mode, channels, said):
+    folder = write_images(tmp_path / "images", mode="L" if mode == "RGB" else "RGB")
     Image.new(mode, (16, 16)).save(folder / "other.png")
     words = ["train-tokenizer", configs / "tokenizer.yaml", "run.dir=run", f"data.source={folder}", *FEW]
     assert said in works(*words, f"data.channels={channels}")
 
 
-def test_a_run_with_another_config_is_left_alone(refused, runs, configs):
+def test_a_run_with_another_config_is_refused(refused, runs, configs):
     words = ["train-tokenizer", configs / "tokenizer.yaml", f"run.dir={runs.tokenizer}"]
     error = refused(*words, "train.lr=0.5", "model.latent_channels=8")
     assert "train.lr: was 0.003, now 0.5" in error
@@ -163,8 +163,8 @@ def test_a_run_with_another_config_is_left_alone(refused, runs, configs):
     assert "loss.replace_prob: was 0.0, now 0.2" in refused(*words, "loss.replace_prob=0.2")
 
 
-def test_a_folder_of_other_things_is_no_run(refused, configs, tmp_path):
-    pictures(tmp_path / "run", 2)
+def test_a_folder_of_other_files_is_refused_as_a_run(refused, configs, tmp_path):
+    write_images(tmp_path / "run", 2)
     error = refused("train-tokenizer", configs / "tokenizer.yaml", "run.dir=run")
     assert_names(error, "run.dir run", "run.dir=")
 
@@ -219,15 +219,15 @@ def test_codes_are_not_written_over_others(refused, runs, other_tokenizer, tmp_p
     assert short_hash(other_tokenizer) in error
     assert short_hash(runs.tokenizer) in error
     assert "Nothing was changed" in error
-    source = pictures(tmp_path / "pictures")
+    source = write_images(tmp_path / "images")
     error = refused("encode", runs.tokenizer, "--data", source, "--out", runs.codes)
     assert f"'shapes' instead of '{source}'" in error
 
 
-def test_codes_are_not_written_beside_other_things(refused, runs, tmp_path):
+def test_codes_are_not_written_next_to_other_files(refused, runs, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")  # no folder can be renamed to it
-    for out in (pictures(tmp_path / "pictures"), tmp_path / "pictures" / "00.png", tmp_path / "link"):
+    for out in (write_images(tmp_path / "images"), tmp_path / "images" / "00.png", tmp_path / "link"):
         error = refused("encode", runs.tokenizer, "--out", out)
         assert error.startswith(f"error: --out {out}: exists but contains no codes")
 
@@ -254,7 +254,7 @@ def test_images_of_other_settings_are_not_mixed(refused, works, runs, tmp_path):
     error = refused(*words, "--seed", 1, "--top-k", 3)
     assert "seed: was 0, now 1" in error
     assert "top_k: was None, now 3" in error
-    pictures(tmp_path / "holiday", 2)
+    write_images(tmp_path / "holiday", 2)
     assert "holds no generated images" in refused("generate", runs.prior, "--out", "holiday")
 
 
@@ -275,7 +275,7 @@ def test_wrong_sampling_settings_block_nothing(refused, works, runs, tmp_path, o
     works(*words)  # the corrected command works in the same folder
 
 
-def test_weights_that_there_are_no_products_with_block_nothing(refused, works, runs, monkeypatch):
+def test_unsupported_rounded_weights_block_nothing(refused, works, runs, monkeypatch):
     words = ["generate", runs.prior, "--num-images", 2, "--out", "out"]
     with monkeypatch.context() as patch:
         patch.setattr("stage2_prior.fast_linear.has_bfloat16", lambda: False)
@@ -298,10 +298,10 @@ def test_a_prior_is_not_measured_on_another_tokenizers_codes(refused, works, run
     assert short_hash(runs.tokenizer) in error
 
 
-# --- models that are not there, or not whole ------------------------------------------------------------------------
+# --- missing and damaged models -------------------------------------------------------------------------------------
 
 
-def test_a_model_that_is_not_there(refused, tmp_path):
+def test_a_missing_model(refused, tmp_path):
     assert "runs/nothing: no such folder" in refused("reconstruct", "runs/nothing")
     assert "runs/nothing: no such folder" in refused("encode", "runs/nothing")
     assert "runs/nothing: no such folder" in refused("generate", "runs/nothing", "--out", "out")
@@ -309,7 +309,7 @@ def test_a_model_that_is_not_there(refused, tmp_path):
     assert "empty: no trained model" in refused("reconstruct", "./empty")
 
 
-def test_one_kind_of_model_is_not_taken_for_the_other(refused, runs):
+def test_a_wrong_kind_of_model_is_refused(refused, runs):
     assert "is a prior, expected a tokenizer" in refused("encode", runs.prior)
     assert "makes no images by itself" in refused("generate", runs.tokenizer, "--out", "out")
 

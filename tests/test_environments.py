@@ -1,4 +1,4 @@
-"""What surrounds a command (variables, launchers, terminals, fonts of other scripts) does not change what it does."""
+"""The environment of a command (variables, launchers, terminals, fonts) does not change what it does."""
 
 import io
 import os
@@ -34,7 +34,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def child(words: list[str], folder: Path | None = None, **variables: str) -> subprocess.CompletedProcess[bytes]:
-    """A real process with ``variables`` and nothing else of the kind."""
+    """A real process with only ``variables`` of the `VARIABLES`."""
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     environment |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"} | variables
     command = [sys.executable, *words]
@@ -51,7 +51,7 @@ def says(code: str, **variables: str) -> str:
 
 
 @pytest.mark.parametrize("package", ["twostage", "stage1_tokenizer", "stage2_prior", "pipelines"])
-def test_every_package_limits_spinning_before_torch_is_there(package):
+def test_every_package_limits_spinning_before_torch_is_loaded(package):
     code = f"import os, sys, {package}; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
     count, torch_is_there = says(code).split()
     assert count.isdecimal()
@@ -67,14 +67,14 @@ def test_every_package_limits_spinning_before_torch_is_there(package):
         ({"OMP_WAIT_POLICY": "passive"}, "None"),
     ],
 )
-def test_spinning_that_the_person_has_set_stays(variables, expected):
+def test_a_spin_count_that_the_user_set_stays(variables, expected):
     assert says("import os, twostage; print(os.environ.get('GOMP_SPINCOUNT'))", **variables) == expected
 
 
 @pytest.mark.parametrize(
     "value", ["1", "3", " 3 ", "+3", "03", "3,2", "", "0", "-1", "1.5", "many", "0x1", "1,", "1;2", "3 threads"]
 )
-def test_a_number_of_threads_is_what_openmp_takes_for_one(value):
+def test_thread_counts_are_read_as_openmp_reads_them(value):
     import torch
 
     places = [Path(torch.__file__).parent / "lib", Path(torch.__file__).parents[1] / "torch.libs"]
@@ -82,7 +82,7 @@ def test_a_number_of_threads_is_what_openmp_takes_for_one(value):
     if library is None:
         pytest.skip("this build of torch has no libgomp")
     code = f"import ctypes; print(ctypes.CDLL({str(library)!r}).omp_get_max_threads())"
-    default = "77"  # libgomp ignores what it cannot read, and takes the processors
+    default = "77"  # libgomp ignores what it cannot read, and uses the number of processors
     assert is_thread_count("OMP_NUM_THREADS", default)
     taken = says(code, OMP_NUM_THREADS=value) != says(code) or value.strip(" +0").split(",")[0] == says(code)
     assert is_thread_count("OMP_NUM_THREADS", value) == taken
@@ -97,12 +97,12 @@ def test_a_number_of_threads_is_what_openmp_takes_for_one(value):
         ({"MKL_NUM_THREADS": "1", "OMP_NUM_THREADS": "4"}, None, "torch", "MKL_NUM_THREADS"),
         ({"OMP_NUM_THREADS": "many"}, None, None, None),
         ({"OPENBLAS_NUM_THREADS": "1"}, None, None, None),
-        ({"OMP_NUM_THREADS": "1"}, {}, None, None),  # the launcher's own
+        ({"OMP_NUM_THREADS": "1"}, {}, None, None),  # set by the launcher
         ({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "2"}, {}, "torch", "MKL_NUM_THREADS"),
         ({"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "1"}, "torch", "OMP_NUM_THREADS"),
     ],
 )
-def test_who_has_set_the_threads(monkeypatch, variables, launched_with, threads, variable):
+def test_whether_the_user_set_the_threads(monkeypatch, variables, launched_with, threads, variable):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     found = None if launched_with is None else Launch(launched_with, None)
@@ -142,7 +142,7 @@ THREADS = (
 )
 
 
-@pytest.mark.skipif(processes.available_cores() < 2, reason="needs two cores to tell one thread from all")
+@pytest.mark.skipif(processes.available_cores() < 2, reason="needs two cores to distinguish one thread from all")
 @pytest.mark.parametrize(
     ("words", "variables", "single"),
     [
@@ -151,7 +151,7 @@ THREADS = (
         (["-m", "torch.distributed.run", "--nproc-per-node", "1"], {"OMP_NUM_THREADS": "1"}, True),
     ],
 )
-def test_a_number_that_the_launcher_made_up_does_not_count(tmp_path, words, variables, single):
+def test_a_thread_count_set_by_the_launcher_does_not_count(tmp_path, words, variables, single):
     script = tmp_path / "script.py"
     script.write_text(THREADS)
     ended = child([*words, str(script)], **variables)
@@ -194,7 +194,7 @@ def metrics(folder: Path) -> str:
     return (folder / "metrics.jsonl").read_text()
 
 
-def test_the_configuration_decides_over_variables_of_accelerate(twostage, configs, tmp_path, monkeypatch):
+def test_the_configuration_overrides_variables_of_accelerate(twostage, configs, tmp_path, monkeypatch):
     words = ["train-tokenizer", configs / "tokenizer.yaml", "train.max_steps=4", "train.gradient_accumulation_steps=2"]
     plain = twostage(*words, f"run.dir={tmp_path / 'plain'}")
     assert "the launch option" not in plain.out
@@ -212,9 +212,9 @@ def test_the_configuration_decides_over_variables_of_accelerate(twostage, config
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("ACCELERATE_MIXED_PRECISION", "no", 0),  # what the launcher sets by itself
+        ("ACCELERATE_MIXED_PRECISION", "no", 0),  # the launcher sets it on its own
         ("ACCELERATE_MIXED_PRECISION", "", 0),
-        ("ACCELERATE_MIXED_PRECISION", "bf16", 0),  # as the configuration has it
+        ("ACCELERATE_MIXED_PRECISION", "bf16", 0),  # the same as in the configuration
         ("ACCELERATE_MIXED_PRECISION", "fp8", 1),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2", 0),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", 1),
@@ -224,14 +224,14 @@ def test_the_configuration_decides_over_variables_of_accelerate(twostage, config
         ("ACCELERATE_DYNAMO_BACKEND", "nonsense", 1),
     ],
 )
-def test_what_is_said_of_a_launch(monkeypatch, name, value, said):
+def test_notices_about_a_launch(monkeypatch, name, value, said):
     monkeypatch.setenv(name, value)
     monkeypatch.setattr(launch, "find_launch", lambda: None)
     assert len(launch.overruled("bf16", 2)) == said
 
 
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
-def test_other_ways_of_sharing_the_work_are_refused(twostage, configs, tmp_path, monkeypatch, kind):
+def test_deepspeed_and_others_are_refused(twostage, configs, tmp_path, monkeypatch, kind):
     monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
     ended = twostage("train-tokenizer", configs / "tokenizer.yaml", f"run.dir={tmp_path / 'run'}")
     assert ended.code == 2
@@ -257,7 +257,7 @@ def test_a_tracker_that_is_not_installed_is_refused(twostage, configs, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tracker_that_cannot_start_ends_the_run_before_it_begins(configs, tmp_path):
+def test_a_tracker_that_cannot_start_prevents_the_run(configs, tmp_path):
     package = tmp_path / "packages" / "wandb"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("def init(**_): raise RuntimeError('No API key\\nconfigured')\n")
@@ -271,14 +271,14 @@ def test_a_tracker_that_cannot_start_ends_the_run_before_it_begins(configs, tmp_
     assert ended.returncode == 2, said
     assert "run.trackers wandb: could not be started (No API key configured)" in said
     assert "Traceback" not in said
-    assert not (tmp_path / "run").exists(), "another run.trackers could not go on in it"
+    assert not (tmp_path / "run").exists(), "or the run could not start with other run.trackers"
 
 
 # --- everything at once, under a launcher -----------------------------------------------------------------------------
 
 
 def test_a_launch_in_a_strange_environment(tmp_path, configs):
-    """A notebook's backend, a proxy that cannot be used, a terminal of few characters, classes in other scripts."""
+    """A notebook's backend, an unusable proxy, a terminal with few characters, classes in other scripts."""
     for label, name in enumerate(["猫", "собака", "größe", "قطة"]):
         folder = tmp_path / "data" / name
         folder.mkdir(parents=True)
@@ -318,7 +318,7 @@ def test_a_launch_in_a_strange_environment(tmp_path, configs):
         {"PYTHONIOENCODING": "latin-1:strict", "MPLBACKEND": "nonsense"},
     ],
 )
-def test_a_terminal_of_few_characters(tmp_path, variables):
+def test_a_terminal_with_few_characters(tmp_path, variables):
     code = (
         "from twostage.core.machine.command import run_command\nfrom twostage.core.errors import InputError\n"
         "def command() -> None:\n    '''猫 …'''\n    print('猫 \\ud800'); raise InputError('нет')\n"
@@ -342,7 +342,7 @@ def test_a_terminal_of_few_characters(tmp_path, variables):
         ("", False),
     ],
 )
-def test_any_backend_of_matplotlib(backend, kept):
+def test_any_matplotlib_backend(backend, kept):
     code = """
 import os
 from twostage.core.images.fonts import load_matplotlib
@@ -353,7 +353,7 @@ FigureCanvasAgg(Figure()).draw()
 print(os.environ["MPLBACKEND"] + "|" + str(matplotlib.rcParams._get("backend")))
 """
     asked, backend_there = says(code, MPLBACKEND=backend).split("|")
-    assert asked == backend, "the person's variable stays as it is"
+    assert asked == backend, "the user's variable does not change"
     assert (backend_there.lower() == backend.lower()) == kept
 
 
@@ -365,7 +365,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_bar_is_drawn_on_a_terminal_alone(monkeypatch):
+def test_a_bar_is_only_drawn_on_a_terminal(monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     seen = {}
     for stream in (Terminal(), io.StringIO()):
@@ -381,13 +381,13 @@ def test_a_bar_is_drawn_on_a_terminal_alone(monkeypatch):
     assert all(line.startswith("part: ") and " left" in line for line in lines)
 
 
-def test_a_short_work_needs_no_line(monkeypatch):
+def test_short_work_prints_nothing(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert list(ProgressBar(range(5), desc="part", leave=False)) == [0, 1, 2, 3, 4]
     assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
 
 
-def test_a_log_has_a_line_every_log_every(twostage, configs, tmp_path):
+def test_a_log_has_one_line_per_log_every(twostage, configs, tmp_path):
     words = ["train-tokenizer", configs / "tokenizer.yaml", f"run.dir={tmp_path / 'run'}", "train.log_every=5"]
     ended = twostage(*words, "train.max_steps=20", "train.validate_every=20", "train.checkpoint_every=20")
     assert ended.code == 0
@@ -416,10 +416,10 @@ def test_a_log_has_a_line_every_log_every(twostage, configs, tmp_path):
         ("no_proxy", "::::", "expected http://HOST:PORT"),
     ],
 )
-def test_proxies_that_cannot_be_used(monkeypatch, name, value, expected):
+def test_unusable_proxies(monkeypatch, name, value, expected):
     monkeypatch.setenv(name, value)
     found = broken_proxy()
-    if expected is None or (expected == "SOCKS" and found is None):  # where httpx[socks] is installed, it can be
+    if expected is None or (expected == "SOCKS" and found is None):  # httpx[socks] may be installed
         assert found is None
         return
     assert found is not None
@@ -428,7 +428,7 @@ def test_proxies_that_cannot_be_used(monkeypatch, name, value, expected):
     assert "secret" not in found
 
 
-def test_the_page_starts_behind_a_proxy_that_cannot_be_used(runs, tmp_path):
+def test_the_page_starts_behind_an_unusable_proxy(runs, tmp_path):
     pytest.importorskip("gradio")
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     environment |= {"PYTHONPATH": str(ROOT), "ALL_PROXY": "foo://proxy", "no_proxy": "::::", "MPLBACKEND": "nonsense"}

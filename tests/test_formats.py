@@ -1,4 +1,4 @@
-"""What earlier versions wrote to disk is read, and goes on; what a later one might write is refused in a sentence."""
+"""Files of earlier versions are read, and their runs resume; files of later versions are refused with one message."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def test_a_finished_run_is_finished(written, works):
         assert "finished at step 4 (all steps done); nothing left to do" in works(*words)
 
 
-def test_an_interrupted_run_goes_on(written, works):
+def test_an_interrupted_run_resumes(written, works):
     said = works("train-tokenizer", "tokenizer.yaml", "run.dir=interrupted")
     assert "Resuming from step 2 " in said
     there, here = (Autoencoder.from_pretrained(name).state_dict() for name in ("tokenizer", "interrupted"))
@@ -42,7 +42,7 @@ def test_an_interrupted_run_goes_on(written, works):
         torch.testing.assert_close(here[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_that_was_moved_and_is_spelled_otherwise_goes_on(written, works, twostage):
+def test_a_moved_run_resumes_with_another_path(written, works, twostage):
     Path("interrupted").rename("moved")
     assert "Resuming from step 2 " in works("train-tokenizer", "tokenizer.yaml", "run.dir=./moved/")
     Path("prior").rename("moved prior")
@@ -57,23 +57,23 @@ def test_a_run_that_was_moved_and_is_spelled_otherwise_goes_on(written, works, t
 
 
 def test_codes_mean_what_they_meant(written):
-    """The stored codes are those that the stored tokenizer gives to the pictures that it was trained on."""
+    """The stored codes are what the stored tokenizer makes of its training images."""
     tokenizer = Autoencoder.from_pretrained("tokenizer")
     images = to_float(torch.from_numpy(draw_shapes(0, 32, (8, 8), 3, 0)))
     with torch.no_grad():
         found = tokenizer.encode(images).indices
     stored = np.load("codes/train.codes.npy", allow_pickle=False)
-    assert (found.numpy() == stored).mean() > 0.99, "up to the rounding of another processor"
+    assert (found.numpy() == stored).mean() > 0.99, "except for rounding on another processor"
     assert json.loads(Path("codes/manifest.json").read_text())["tokenizer"]["hash"] == tokenizer.content_hash()
 
 
-def test_codes_are_taken_as_they_are_and_a_begun_encoding_goes_on(written, works):
+def test_codes_are_used_and_an_interrupted_encoding_resumes(written, works):
     assert "already contains the codes of this tokenizer" in works("encode", "tokenizer", "--out", "codes")
     assert ".begun.partial: resuming, 0 of 96 rows" in works("encode", "tokenizer", "--out", "begun")
     assert "1 steps an epoch" not in works("train-prior", "prior.yaml", "run.dir=new", "codes=begun")
 
 
-def test_images_are_gone_on_with(written, works):
+def test_generating_resumes(written, works):
     for name, file_format in (("generated", "png"), ("generated_parquet", "parquet")):
         words = ["generate", "prior", "--num-images", 3, "--format", file_format, "--out", name]
         assert "3 were already there" in works(*words)
@@ -81,7 +81,7 @@ def test_images_are_gone_on_with(written, works):
 
 
 @pytest.mark.parametrize("source", ["pipeline", "pipeline without hashes", "runs"])
-def test_a_pipeline_draws_the_images_that_it_drew(written, source):
+def test_a_pipeline_generates_the_same_images(written, source):
     if source == "runs":
         pipeline = TwoStagePipeline.from_runs("prior")
     else:

@@ -32,9 +32,9 @@ PRIORS = {
                "train.gradient_accumulation_steps=2", "train.max_grad_norm=0.1", "train.batch_size=24"],
     "bf16": [f"model={{type: causal_transformer, {SHAPE}}}", "train.mixed_precision=bf16", "train.ema_decay=0.9"],
 }  # fmt: skip
-LOGITS_AT_ONCE = 5 * 16 * 16  # five images: the processes do not get equally many parts of the held-out ones
+LOGITS_AT_ONCE = 5 * 16 * 16  # five images, so that the processes get different numbers of held-out parts
 
-# Each prior twice: to the end, and again from step 4, as if it had been killed after it.
+# Each prior trains twice: to the end, and again from step 4, as if it had been killed there.
 TRAIN = f"""
 import json, runpy, shutil, sys
 from pathlib import Path
@@ -79,7 +79,7 @@ def losses(run: Path, split: str) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def trained(runs, configs, tmp_path_factory) -> tuple[Path, dict[str, list[str]]]:
-    """A folder with NAME (killed and resumed) and NAME_whole of each of the `PRIORS`, and their command lines."""
+    """A folder with NAME (killed and resumed) and NAME_whole for each of the `PRIORS`, and their command lines."""
     folder = tmp_path_factory.mktemp("fsdp")
     words = {name: [str(configs / "prior.yaml"), f"codes={runs.codes}", *STEPS, *each] for name, each in PRIORS.items()}
     (folder / "train.py").write_text(TRAIN, encoding="utf-8")
@@ -104,7 +104,7 @@ def alone(twostage, monkeypatch):
 
 
 def assert_same(ours: Path, theirs: Path, rtol: float, atol: float) -> None:
-    """The losses, the model that inference loads and all that the last checkpoint holds."""
+    """The losses, the model for inference, and the content of the last checkpoint."""
     for split in ("train", "val"):
         torch.testing.assert_close(losses(ours, split), losses(theirs, split), rtol=rtol, atol=0)
     files = [*(theirs / "checkpoints").rglob("*.safetensors"), theirs / "model" / "model.safetensors"]
@@ -131,7 +131,7 @@ def test_the_same_command_resumes_bit_for_bit(trained, name):
 
 
 @pytest.mark.parametrize("name", PRIORS)
-def test_the_model_is_whole(trained, name):
+def test_the_model_has_whole_tensors(trained, name):
     prior = Prior.from_pretrained(trained[0] / name)
     seeds = image_seeds(seed=0, first=0, count=3)
     codes = prior.sample(torch.tensor([0, 1, 2]), SamplingConfig(), seeds)
@@ -139,8 +139,8 @@ def test_the_model_is_whole(trained, name):
     assert ((codes >= 0) & (codes < 16)).all()
 
 
-def test_one_process_goes_on_where_two_stopped(trained, alone, tmp_path):
-    """Checkpoints hold whole tensors: how they were trained is all the same."""
+def test_one_process_resumes_where_two_stopped(trained, alone, tmp_path):
+    """Checkpoints hold whole tensors, so the number of processes does not matter."""
     folder, words = trained
     run = shutil.copytree(folder / "causal_whole", tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "step_00000008")
@@ -151,7 +151,7 @@ def test_one_process_goes_on_where_two_stopped(trained, alone, tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["train-tokenizer", "train-prior"])
-def test_what_cannot_be_shared_out_is_refused(runs, configs, twostage, monkeypatch, tmp_path, verb):
+def test_unshardable_trainings_are_refused(runs, configs, twostage, monkeypatch, tmp_path, verb):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     pixelcnn = [configs / "prior.yaml", f"codes={runs.codes}", "model={type: pixelcnn, channels: 8, depth: 3}"]
     words = pixelcnn if verb == "train-prior" else [configs / "tokenizer.yaml"]
@@ -168,7 +168,7 @@ def test_what_cannot_be_shared_out_is_refused(runs, configs, twostage, monkeypat
     ("FSDP_RESHARD_AFTER_FORWARD", "false", "fsdp_reshard_after_forward must be true"),
     ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP"),
 ])  # fmt: skip
-def test_settings_that_are_not_supported_are_named(monkeypatch, variable, value, wanted):
+def test_unsupported_settings_are_named(monkeypatch, variable, value, wanted):
     launched = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
                 "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block"}  # fmt: skip
     for key, setting in launched.items():

@@ -1,4 +1,4 @@
-"""Files that were made to do harm: nothing in them is run, nothing outside is read, and each costs one sentence."""
+"""Malicious files: nothing in them is executed, nothing outside is read, and each gives one error message."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def _own_machine(monkeypatch, tmp_path):
 
 
 class _Bomb:
-    """Makes the file `executed` when it is unpickled."""
+    """Creates `executed` when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -37,7 +37,7 @@ class _Bomb:
 
 @pytest.fixture
 def bomb(tmp_path) -> dict[str, bytes]:
-    """The same pickle in the wrappings that weights come in."""
+    """The same pickle in each of the file formats of weights."""
     marker = tmp_path / "executed"
     plain = pickle.dumps({"state_dict": _Bomb(marker)})
     torch.save({"state_dict": _Bomb(marker), "model": _Bomb(marker)}, tmp_path / "saved")
@@ -50,7 +50,7 @@ def bomb(tmp_path) -> dict[str, bytes]:
 
 @pytest.fixture
 def refused(twostage, tmp_path) -> Callable[..., str]:
-    """``refused(*words)``: the one sentence that `twostage WORDS` says; nothing was executed."""
+    """``refused(*words)``: the one error message of `twostage WORDS`; nothing was executed."""
 
     def refused(*words: object) -> str:
         ended = twostage(*words)
@@ -80,7 +80,7 @@ def test_weights_that_are_a_pickle(refused, runs, bomb, wrapping, tmp_path):
     TwoStagePipeline.from_runs(runs.prior).save_pretrained(tmp_path / "pipeline")
     (tmp_path / "pipeline/prior/model.safetensors").write_bytes(bomb[wrapping])
     assert "prior/model.safetensors has the hash" in refused("generate", "./pipeline", "--out", "out")
-    document = json.loads((tmp_path / "pipeline/pipeline.json").read_text())  # even where it lists that hash
+    document = json.loads((tmp_path / "pipeline/pipeline.json").read_text())  # even if it lists that hash
     from twostage.core.runs.model_folder import file_sha256
 
     document["sha256"]["prior/model.safetensors"] = file_sha256(tmp_path / "pipeline/prior/model.safetensors")
@@ -124,7 +124,7 @@ def test_arrays_that_are_a_pickle(refused, runs, configs, bomb, tmp_path):
 
 
 def test_an_interrupted_encode_that_is_a_pickle(twostage, runs, bomb, tmp_path):
-    """It is begun anew, or is a sentence; it is not loaded."""
+    """It is discarded and never loaded."""
     partial = tmp_path / ".codes.partial"
     shutil.copytree(runs.codes, partial / "codes")
     (partial / "identity.json").write_text("{}")
@@ -165,7 +165,7 @@ def test_yaml_that_would_run_something(refused, runs, text, tmp_path):
     assert "config.yaml" in refused("encode", "./run", "--out", "codes")
 
 
-# --- names that lead elsewhere --------------------------------------------------------------------------------------
+# --- paths that leave a folder --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "tokenizer/../../secret", "a\0b", "..\\secret"])
@@ -180,7 +180,7 @@ def test_a_pipeline_that_lists_files_outside(refused, runs, name, tmp_path):
     assert "has the hash" not in said, "it was not read"
 
 
-def test_codes_that_are_said_to_be_outside(refused, runs, configs, tmp_path):
+def test_a_manifest_with_codes_outside(refused, runs, configs, tmp_path):
     shutil.copytree(runs.codes, tmp_path / "codes")
     (tmp_path / "codes/train.codes.npy").rename(tmp_path / "train.codes.npy")
     document = json.loads((tmp_path / "codes/manifest.json").read_text())
@@ -214,7 +214,7 @@ def test_a_table_whose_paths_lead_outside(twostage, path, tmp_path):
     ]
 
 
-# --- documents and headers that lie ---------------------------------------------------------------------------------
+# --- documents and headers with wrong values ------------------------------------------------------------------------
 
 LIES = [None, True, -1, 2**70, 1.5, "x", "", [], {}, [[]], {"a": 1}, float("nan")]
 
@@ -231,13 +231,13 @@ def places(document: dict, prefix: tuple = ()) -> list[tuple]:
 @pytest.mark.parametrize("file", ["tokenizer/model/config.json", "prior/model/config.json", "codes/manifest.json",
                                   "pipeline/pipeline.json", "out/settings.json"])  # fmt: skip
 def test_every_key_of_every_document_may_lie(twostage, runs, configs, file, tmp_path):
-    """Whatever stands at one of its keys, or if it is missing: it works, or it is one sentence."""
+    """Whatever the value of a key, even a missing one: the command works, or gives one error message."""
     for name in ("tokenizer", "prior", "codes"):
         shutil.copytree(getattr(runs, name), tmp_path / name)
     TwoStagePipeline.from_runs(runs.prior).save_pretrained(tmp_path / "pipeline")
     generate = ["--num-images", 2, "--out", "out"]
     words = {
-        "tokenizer": ["reconstruct", "./tokenizer", "--data", "shapes", "--out", "picture.png"],
+        "tokenizer": ["reconstruct", "./tokenizer", "--data", "shapes", "--out", "image.png"],
         "prior": ["generate", "./prior", *generate],
         "codes": ["train-prior", configs / "prior.yaml", "codes=codes", "run.dir=run", "train.max_steps=1"],
         "pipeline": ["generate", "./pipeline", *generate],
@@ -262,7 +262,7 @@ def test_every_key_of_every_document_may_lie(twostage, runs, configs, file, tmp_
     refused = 0
     for content in contents:
         (tmp_path / file).write_text(content)
-        for made in ("run", "picture.png", *([] if file.startswith("out") else ["out"])):
+        for made in ("run", "image.png", *([] if file.startswith("out") else ["out"])):
             shutil.rmtree(tmp_path / made, ignore_errors=True)
         ended = twostage(*words)
         assert ended.code in (0, 2), content[:300]
@@ -308,8 +308,8 @@ def test_a_run_of_a_newer_version_says_so(refused, runs, tmp_path):
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_serves_its_own_files_alone_and_this_machine_alone(runs, tmp_path):
-    """Raw requests, so that nothing is made harmless on the way."""
+def test_the_page_only_serves_its_own_files_and_this_machine(runs, tmp_path):
+    """Raw requests: no client cleans up the paths."""
     import subprocess
     import sys
 
@@ -336,7 +336,7 @@ def test_the_page_serves_its_own_files_alone_and_this_machine_alone(runs, tmp_pa
             ]:  # fmt: skip
                 found = answer(port, path)
                 status = found.split(b" ", 2)[1]
-                # A redirection serves nothing either.
+                # A redirection does not serve a file either.
                 assert status[:1] in (b"3", b"4") or (status == b"200" and b"<html" in found), (path, found[:200])
                 for secret in (b"the secret", b"root:x:", b"LOCAL_WORLD_SIZE", b"run:\n", b"# twostage"):
                     assert secret not in found, (path, secret)
@@ -351,7 +351,7 @@ def test_the_page_serves_its_own_files_alone_and_this_machine_alone(runs, tmp_pa
 
 
 def answer(port: int, path: str) -> bytes:
-    """What the server says to a GET of exactly that path; b"" where it does not listen yet."""
+    """The server's answer to a GET of exactly this path; b"" if it does not listen yet."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
             connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n".encode())

@@ -1,5 +1,5 @@
-"""A run is what lies in its folder: however its paths are spelled, from whatever folder, and wherever it was moved, it
-goes on to the same end bit for bit, and trained models find what they were trained with. Other content is refused."""
+"""Runs resume bit for bit after a move, from any folder, and with paths written in any way; trained models find their
+data. Other content is refused."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ train: {batch_size: 8, max_steps: 4, lr: 1.0e-2, log_every: 1, checkpoint_every:
 
 
 def write_sheets(folder: Path, seed: int, plain: bool = False) -> Path:
-    """24 pictures of 8 x 8 in two classes; plain ones have files of one size."""
+    """24 images of 8 x 8 in two classes; plain images have files of one size."""
     for i in range(24):
         file = folder / "ab"[i % 2] / f"{i:02d}.{'bmp' if plain else 'png'}"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def trained(twostage, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def project(trained, tmp_path, monkeypatch) -> Iterator[Path]:
-    """A copy of it, interrupted after step 2, which is the current folder; its original is out of the way."""
+    """A copy of it, interrupted after step 2, as the current folder; the original is moved away."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("TWOSTAGE_DATA", raising=False)
@@ -116,7 +116,7 @@ def nothing(project: Path) -> None:
     pass
 
 
-# --- the same command, spelled in another way -----------------------------------------------------------------------
+# --- the same command, with paths written in another way ------------------------------------------------------------
 
 SPELLINGS: list[tuple[Callable[[Path], None], list[str]]] = [
     (nothing, ["run.dir=runs/tok/", "data.source=zh/"]),
@@ -136,7 +136,7 @@ SPELLINGS: list[tuple[Callable[[Path], None], list[str]]] = [
 
 
 @pytest.mark.parametrize(("before", "overrides"), SPELLINGS)
-def test_a_tokenizer_goes_on_however_its_paths_are_spelled(project, ended, works, before, overrides):
+def test_a_tokenizer_resumes_however_its_paths_are_written(project, ended, works, before, overrides):
     before(project)
     overrides = [override.format(root=project) for override in overrides]
     said = works("train-tokenizer", "tokenizer.yaml", *overrides)
@@ -161,7 +161,7 @@ def test_a_tokenizer_goes_on_however_its_paths_are_spelled(project, ended, works
         (move("codes/tok > ../codes of tok", "runs/gpt > gpt 2"), ["codes=../codes of tok", "run.dir=gpt 2"]),
     ],
 )
-def test_a_prior_goes_on_however_its_paths_are_spelled(project, ended, works, before, overrides):
+def test_a_prior_resumes_however_its_paths_are_written(project, ended, works, before, overrides):
     before(project)
     overrides = [override.format(root=project) for override in overrides]
     assert "Resuming from step 2" in works("train-prior", "prior.yaml", *overrides)
@@ -169,7 +169,7 @@ def test_a_prior_goes_on_however_its_paths_are_spelled(project, ended, works, be
     assert weights(run) == ended["gpt"]
 
 
-def test_a_moved_project_goes_on_and_ends_the_same(project, ended, works, tmp_path, monkeypatch):
+def test_a_moved_project_resumes_and_ends_the_same(project, ended, works, tmp_path, monkeypatch):
     moved = project.rename(tmp_path / "Another Place")
     monkeypatch.chdir(moved)
     works("train-tokenizer", "tokenizer.yaml")
@@ -177,7 +177,7 @@ def test_a_moved_project_goes_on_and_ends_the_same(project, ended, works, tmp_pa
     assert {run: weights(moved / "runs" / run) for run in ("tok", "gpt")} == ended
 
 
-def test_codes_made_again_of_images_spelled_otherwise_are_the_same(project, ended, works):
+def test_codes_of_the_same_images_at_another_path_are_the_same(project, ended, works):
     shutil.rmtree("codes")
     works("encode", "runs/tok/", "--data", project / "zh", "--out", "codes/tok")
     works("train-prior", "prior.yaml")
@@ -208,7 +208,7 @@ def test_other_images_are_refused(project, refused, tmp_path, monkeypatch, sourc
     assert snapshot(project / "runs/tok") == before
 
 
-def test_images_of_the_same_names_and_sizes_on_disk_are_told_apart(project, works, refused):
+def test_other_images_with_the_same_names_and_file_sizes_are_refused(project, works, refused):
     write_sheets(project / "red", 1, plain=True)
     write_sheets(project / "blue", 2, plain=True)
     words = ["train-tokenizer", "tokenizer.yaml", "run.dir=run", "data.in_memory_gb=0"]
@@ -243,7 +243,7 @@ def test_other_codes_of_the_same_tokenizer_are_refused(project, works, refused):
 
 
 @pytest.mark.parametrize("begun", [True, False])
-def test_a_feature_network_and_a_start_count_by_their_weights(project, works, refused, begun):
+def test_feature_networks_and_initial_models_count_by_their_weights(project, works, refused, begun):
     for seed in (0, 1):
         works(
             "train-features",
@@ -279,8 +279,8 @@ def test_a_feature_network_and_a_start_count_by_their_weights(project, works, re
     )
 
 
-def test_a_run_without_a_memory_of_its_sources_goes_by_its_checkpoints_and_spelling(project, works, refused):
-    """Of a run whose sources.json is gone nothing is known but its configuration."""
+def test_a_run_without_sources_json_uses_its_checkpoints_and_paths(project, works, refused):
+    """Without sources.json, only the configuration of a run is known."""
     Path("runs/tok/sources.json").unlink()
     shutil.rmtree("runs/tok/checkpoints")
     write_sheets(project / "other", 1)
@@ -304,7 +304,7 @@ def test_a_run_without_a_memory_of_its_sources_goes_by_its_checkpoints_and_spell
         ({"sources": {"data.source": {"place": "\0", "facts": {}}}}, "holds different images than when"),
     ],
 )
-def test_a_damaged_memory_is_one_sentence(project, refused, change, said):
+def test_a_damaged_sources_json_is_one_message(project, refused, change, said):
     file = Path("runs/tok/sources.json")
     file.write_text(change if isinstance(change, str) else json.dumps(json.loads(file.read_text()) | change))
     for words in (["train-tokenizer", "tokenizer.yaml"], ["reconstruct", "runs/tok", "--out", "r.png"]):
@@ -312,12 +312,12 @@ def test_a_damaged_memory_is_one_sentence(project, refused, change, said):
         assert said in error or "--data SOURCE" in error
 
 
-# --- trained models, from elsewhere ---------------------------------------------------------------------------------
+# --- trained models, used from another folder -----------------------------------------------------------------------
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch, project) -> Path:
-    """Another folder, now the current one, in which `zh`, `runs/tok` and `codes/tok` are others of the same names."""
+    """Another folder, now the current one, with other content at `zh`, `runs/tok` and `codes/tok`."""
     folder = tmp_path / "elsewhere"
     (folder / "runs").mkdir(parents=True)
     write_sheets(folder / "zh", 7)
@@ -331,7 +331,7 @@ def elsewhere(tmp_path, monkeypatch, project) -> Path:
 
 
 def test_every_command_finds_what_a_model_was_trained_with(elsewhere, project, works, refused):
-    """The project is moved, too, after it was trained."""
+    """The project was moved after training."""
     project = project.rename(project.with_name("moved"))
     gpt, tok = project / "runs/gpt", project / "runs/tok"
     works("generate", gpt, "--num-images", 2, "--out", "there")
@@ -376,7 +376,7 @@ def test_a_wrong_tokenizer_of_the_right_name_is_never_used(elsewhere, project, r
 
 
 @pytest.mark.parametrize("others", [1, 2])
-def test_images_that_are_gone_are_not_replaced_by_others_of_the_name(elsewhere, project, refused, others):
+def test_missing_images_are_not_replaced_by_others_of_the_same_name(elsewhere, project, refused, others):
     shutil.rmtree(project / "zh")
     if others == 2:
         write_sheets(project / "runs/zh", 8)
@@ -385,7 +385,7 @@ def test_images_that_are_gone_are_not_replaced_by_others_of_the_name(elsewhere, 
     assert not Path("r.png").exists()
 
 
-def test_a_run_of_an_earlier_version_does_not_say_which_of_two_it_means(elsewhere, project, refused, works):
+def test_a_run_of_an_earlier_version_with_two_candidates_needs_an_option(elsewhere, project, refused, works):
     (project / "runs/tok/sources.json").unlink()
     error = refused("reconstruct", project / "runs/tok", "--out", "r.png")
     assert_names(error, "data.source zh", f"{project}/runs/tok", f"zh or {project}/zh", "--data SOURCE")
@@ -393,14 +393,14 @@ def test_a_run_of_an_earlier_version_does_not_say_which_of_two_it_means(elsewher
     works("reconstruct", project / "runs/tok", "--out", "r.png")
 
 
-def test_images_that_were_added_since_are_encoded_too(project, works):
+def test_images_added_after_training_are_encoded_too(project, works):
     works("train-tokenizer", "tokenizer.yaml")  # the project was moved
     Image.new("RGB", (8, 8)).save("zh/a/new.png")
     works("encode", "runs/tok", "--out", "codes/new")
     assert json.loads(Path("codes/new/manifest.json").read_text())["splits"]["train"]["rows"] == 23
 
 
-def test_codes_are_named_after_their_run_however_it_is_spelled(project, works, monkeypatch):
+def test_codes_are_named_after_their_run_however_it_is_written(project, works, monkeypatch):
     shutil.rmtree("codes")
     monkeypatch.chdir("runs/tok")
     works("encode", ".")

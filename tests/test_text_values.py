@@ -1,4 +1,4 @@
-"""Folders whose names look like something else to YAML are the ones that are trained on and written to."""
+"""Folder names that YAML would read as something else are used as written."""
 
 import json
 from pathlib import Path
@@ -33,8 +33,8 @@ def facts_of(source: str) -> dict:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_training_reads_and_writes_the_folders_that_were_named(name, works, configs):
-    for other in {name.partition("#")[0].strip(), name.strip()} - {name, ""}:  # what YAML would make of it
+def test_a_training_uses_the_folders_as_written(name, works, configs):
+    for other in {name.partition("#")[0].strip(), name.strip()} - {name, ""}:  # how YAML would read it
         write_sheets(Path(other), "red")
     write_sheets(Path(name), "blue")
     words = ["train-tokenizer", configs / "tokenizer.yaml", *SHORT, f"run.dir=try {name}", "data.num_images=null"]
@@ -60,7 +60,7 @@ def test_commands_that_take_a_source_as_an_option(works, runs):
     assert yaml.safe_load(Path("net #2/config.yaml").read_text())["data"]["source"] == "my pics #2"
 
 
-def test_what_overrides_replace_is_said_at_the_start(works, configs):
+def test_replaced_keys_are_printed_at_the_start(works, configs):
     words = ["train-tokenizer", configs / "tokenizer.yaml", *SHORT[:3], "run.dir=run", "data.num_images=32"]
     said = works(*words, "model.bottleneck.type=lookup_free", "train.epochs=1").splitlines()
     assert said[:2] == [
@@ -69,7 +69,7 @@ def test_what_overrides_replace_is_said_at_the_start(works, configs):
     ]
 
 
-def test_one_process_says_it(monkeypatch, capsys):
+def test_only_one_process_prints(monkeypatch, capsys):
     for rank in ("0", "1", "2"):
         monkeypatch.setenv("RANK", rank)
         print_once(f"of {rank}")

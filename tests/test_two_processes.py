@@ -17,7 +17,7 @@ from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfi
 from twostage.core.data.shapes import CLASS_NAMES
 
 ROOT = Path(__file__).parents[1]
-# `--cpu` starts one process whatever their number is; `--multi_gpu` starts them, ACCELERATE_USE_CPU keeps them there.
+# `--cpu` always starts one process; `--multi_gpu` starts several, and ACCELERATE_USE_CPU keeps them on the CPU.
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
           "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
 STEPS = ["train.max_steps=20", "train.log_every=1", "train.validate_every=10", "train.checkpoint_every=20"]
@@ -41,7 +41,7 @@ PRIORS = {
     "pixelcnn": ["model={type: pixelcnn, channels: 8, depth: 3}"],
 }
 
-# Trains once for each list of overrides; each process writes the hash of the codebook that it ends with.
+# Train once for each list of overrides; each process writes the hash of its final codebook.
 WATCH = """
 import hashlib, json, os, sys
 from pathlib import Path
@@ -64,7 +64,7 @@ for name, overrides in runs.items():
     train_tokenizer.train(load_config(train_tokenizer.TokenizerConfig, config, overrides))
     assert PartialState().num_processes == 2
     digest = hashlib.sha256()
-    # The last one: one before it is made to count the weights alone. Codebooks and their statistics:
+    # The last model: an earlier one only counts the weights. Codebooks and their statistics:
     for key, tensor in trained[-1].bottleneck.state_dict().items():
         digest.update(tensor.numpy().tobytes())
     hashes[name] = digest.hexdigest()
@@ -87,7 +87,7 @@ for sys.argv in json.loads(sys.argv[1]):
 
 
 def launch(*words: object) -> None:
-    """Starts ``words`` (a script or -m MODULE, and its arguments) as two processes, and waits."""
+    """Start ``words`` (a script or -m MODULE, and its arguments) as two processes, and wait."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Real images and tables, written small; the scan cache and $TWOSTAGE_DATA of the machine are never used."""
+"""Small real images and tables; the machine's own scan cache and $TWOSTAGE_DATA are never used."""
 
 import io
 import json
@@ -47,7 +47,7 @@ def images(tmp_path: Path) -> WriteSheets:
 
 @pytest.fixture
 def table(tmp_path: Path) -> WriteTable:
-    """``table("train.parquet", labels=[0, 1])`` writes one image a label; the red of the i-th is 10 i."""
+    """``table("train.parquet", labels=[0, 1])`` writes one image per label; the red of the i-th is 10 i."""
 
     def write(name: str, labels: list | None = None, *, count: int | None = None, column: str = "image",
               class_names: list[str] | None = None, as_struct: bool = True) -> Path:  # fmt: skip
