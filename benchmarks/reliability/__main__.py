@@ -74,10 +74,10 @@ def write_page(known: dict[str, Any]) -> None:
     page = DOCS / "reliability.md"
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     _, marker, below = text.partition("## How each promise is tested")
-    rows = [ROWS[part](known[part]) for part in ROWS if part in known]
     table = "| what | asked | found | when |\n|---|---|---|---|\n"
-    table += "".join(f"| {' | '.join(row)} | {known[part]['where']}, {known[part]['took_minutes']:.1f} min |\n"
-                     for part, row in zip([part for part in ROWS if part in known], rows, strict=True))  # fmt: skip
+    for part, figures in ((part, known[part]) for part in ROWS if part in known):
+        when = f"{figures['where']}, {figures['took_minutes']:.1f} min"
+        table += f"| {' | '.join([*ROWS[part](figures), when])} |\n"
     page.write_text(f"{HEAD}{table}\n{marker}{below}", encoding="utf-8")
 
 

@@ -192,13 +192,13 @@ def _add(root: Path, extra: str, is_folder: bool) -> None:
         folder = near if not near.name.lower().strip("-_. 0123456789") or near == root or near.name == "data" else root
         pq.write_table(pa.table({"image": [{"bytes": image.getvalue(), "path": None}]}), folder / "extra.parquet")
     elif extra == "notes":
-        (root / "notes.txt").write_text("no picture")
+        (root / "notes.txt").write_text("no image")
     elif extra == "hidden image":
         draw(255, "L").save(root / ".hidden.png")
     elif extra == "broken image" and is_folder:
         near = next(path for path in root.rglob("*") if path.suffix in (".png", ".tif")).parent
         name = next(path for path in near.iterdir()).stem
-        (near / f"{name}-broken.png").write_bytes(b"\x89PNG no picture")
+        (near / f"{name}-broken.png").write_bytes(b"\x89PNG no image")
     elif extra == "empty folder":
         (root / "nothing").mkdir()
 

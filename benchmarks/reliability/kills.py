@@ -19,7 +19,7 @@ TRAIN = [
 ]
 TOKENIZER = """
 run: {dir: run}
-data: {source: ../pictures, image_size: 16, horizontal_flip: true, validation_share: 0.1}
+data: {source: ../images, image_size: 16, horizontal_flip: true, validation_share: 0.1}
 model:
   latent_channels: 4
   backbone: {type: conv, channels: 8, channel_mult: [1, 1, 1], num_res_blocks: [0, 0, 0]}
@@ -61,7 +61,7 @@ SCENARIOS = {
         *("run", "run/metrics.jsonl", "run/checkpoints/.*.partial"),
     ),
     "encode": Scenario(
-        ["-m", "pipelines.encode_dataset", "../tokenizer/run", "--data", "../pictures", "--crops", "3", "--out", "out"],
+        ["-m", "pipelines.encode_dataset", "../tokenizer/run", "--data", "../images", "--crops", "3", "--out", "out"],
         *("out", ".out.partial", ".out.partial/codes/manifest.json"),
     ),
     "generate": Scenario(
@@ -86,7 +86,7 @@ class KillHarness:
         self.single_deaths: list[float] = []
         """Seconds until all processes of a command had exited after one of two was killed."""
         folder.mkdir(parents=True, exist_ok=True)
-        draw_images(folder / "pictures", 1200, 16)
+        draw_images(folder / "images", 1200, 16)
         (folder / "tokenizer.yaml").write_text(TOKENIZER, encoding="utf-8")
         (folder / "prior.yaml").write_text(PRIOR, encoding="utf-8")
         for name, words in {
@@ -172,7 +172,7 @@ class KillHarness:
             assert _batches(folder / file.name) == _batches(file), f"{folder}: it trained on other images"
 
 
-def kill_everywhere(folder: Path, kills: int, seed: int = 0, say: Callable[[str], None] = print) -> dict[str, Any]:
+def kill_everywhere(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     """Kill each command, with one and with two processes, until ``kills`` is reached.
 
     Returns:
@@ -185,7 +185,7 @@ def kill_everywhere(folder: Path, kills: int, seed: int = 0, say: Callable[[str]
     while sum(made.values()) < kills:
         variant = min(variants, key=lambda each: made[each])
         made[variant] += harness.chain(*variant, kills=min(4, kills - sum(made.values())))
-        say(f"{sum(made.values())} of {kills} kills; {variant[0]} in {variant[1]}: same bytes")
+        print(f"{sum(made.values())} of {kills} kills; {variant[0]} in {variant[1]}: same bytes")
     return {
         "kills": sum(made.values()),
         "bit_equal": sum(made.values()),  # otherwise an AssertionError was raised
@@ -212,13 +212,13 @@ def _contents(folder: Path) -> dict[str, bytes]:
 def _batches(file: Path) -> dict[int, str]:
     """The rows of each step; a repeated step must have used the same rows."""
     seen: dict[int, str] = {}
-    for line in _whole_lines(file):
+    for line in _complete_lines(file):
         step, _, rows = line.partition(" ")
         assert seen.setdefault(int(step), rows) == rows, f"{file}: step {step} was repeated with other images"
     return seen
 
 
-def _whole_lines(file: Path) -> Sequence[str]:
+def _complete_lines(file: Path) -> Sequence[str]:
     """The lines without those that a kill truncated and the next start continued."""
     text = file.read_text(encoding="utf-8")
     lengths = [len(line.split()) for line in text.splitlines()]

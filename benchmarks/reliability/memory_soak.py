@@ -6,7 +6,6 @@ import shutil
 import statistics
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ TRAIN = {"batch_size": 32, "log_every": 10, "validate_every": 50, "checkpoint_ev
 STEPS = 150
 
 
-def soak(minutes: float, folder: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+def soak(minutes: float, folder: Path) -> dict[str, Any]:
     """Train alternately for this many minutes, below ``folder``.
 
     Returns:
@@ -39,7 +38,7 @@ def soak(minutes: float, folder: Path, say: Callable[[str], None] = print) -> di
         last quarter, with the growth in percent. The first round is not counted, because it loads and allocates
         everything for the first time.
     """
-    pictures = draw_images(folder / "pictures", 600)
+    images = draw_images(folder / "images", 600)
     process, samples, ended = psutil.Process(), [], threading.Event()
 
     def watch() -> None:
@@ -51,9 +50,9 @@ def soak(minutes: float, folder: Path, say: Callable[[str], None] = print) -> di
     watcher.start()
     start, rounds = time.monotonic(), 0
     while time.monotonic() - start < 60 * minutes or rounds % 2:
-        _round(folder / "round", str(pictures) if rounds % 2 else "shapes")
+        _round(folder / "round", str(images) if rounds % 2 else "shapes")
         rounds += 1
-        say(f"{(time.monotonic() - start) / 60:.1f} minutes, {rounds} rounds: {process.memory_info().rss >> 20} MiB")
+        print(f"{(time.monotonic() - start) / 60:.1f} minutes, {rounds} rounds: {process.memory_info().rss >> 20} MiB")
     ended.set()
     watcher.join()
     quarter = len(samples) // 4

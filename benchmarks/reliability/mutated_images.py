@@ -34,7 +34,7 @@ NAMES = [
 ]
 TRAIN = """
 run: {dir: run, trackers: []}
-data: {source: ../pictures, image_size: 8, on_bad_image: skip}
+data: {source: ../images, image_size: 8, on_bad_image: skip}
 model:
   latent_channels: 2
   backbone: {type: conv, channels: 2, channel_mult: [1, 1], num_res_blocks: [0, 0]}
@@ -54,7 +54,7 @@ def fuzz_images(count: int, seed: int, folder: Path) -> dict[str, Any]:
             training uses other files than `inspect` reports.
     """
     chance = random.Random(seed)
-    total = _write_sheets(folder / "pictures", count, chance)
+    total = _write_images(folder / "images", count, chance)
     document = _inspect(folder)
     used = sorted(name for names in document["used"].values() for name in names)
     assert document["files"] == len(used) + len(document["skipped"]) == total, (document["files"], total)
@@ -64,7 +64,7 @@ def fuzz_images(count: int, seed: int, folder: Path) -> dict[str, Any]:
     return {"mutated": count, "files": total, "used": len(used), "skipped": len(document["skipped"]), "crashes": 0}
 
 
-def _write_sheets(folder: Path, count: int, chance: random.Random) -> int:
+def _write_images(folder: Path, count: int, chance: random.Random) -> int:
     """Write the files; returns their number."""
     parents = [(suffix, write()) for suffix, write in _parents().items()]
     number = 0
@@ -86,7 +86,7 @@ def _write_sheets(folder: Path, count: int, chance: random.Random) -> int:
 
 
 def _inspect(folder: Path) -> dict[str, Any]:
-    words = ["inspect", "pictures", "--json", "found.json", "--out", "sheet.png", "--image-size", "8"]
+    words = ["inspect", "images", "--json", "found.json", "--out", "sheet.png", "--image-size", "8"]
     _command(words, folder)
     return json.loads((folder / "found.json").read_text(encoding="utf-8"))
 
