@@ -119,7 +119,7 @@ def tokenizer_rows() -> list[Row]:
     images = TOKENIZER_BATCH // GPUS
     fake = FakeTensorMode()  # the decoder's autocast does not support the meta device
     with fake:
-        encoder, decoder = VQGANConfig().build(3, (SIDE, SIDE), LATENT, LATENT)
+        encoder, decoder = VQGANConfig().build((3, SIDE, SIDE), LATENT, LATENT)
         opponent = Discriminator(AdversarialConfig(), 3, (SIDE, SIDE))
         trunk: nn.Module = vgg16(weights=None).features.requires_grad_(False)
         batch = torch.zeros(images, 3, SIDE, SIDE)

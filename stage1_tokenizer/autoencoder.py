@@ -14,38 +14,19 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+# These modules register the types of `model.backbone` and `model.bottleneck`.
+from stage1_tokenizer import continuous, finite_scalar, lookup_free, mlp_backbone, residual_quantizer, vqgan_backbone  # noqa: F401
 from stage1_tokenizer.backbone import BackboneConfig
 from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput
-from stage1_tokenizer.continuous import ClassGaussianConfig, GaussianConfig, IdentityConfig
 from stage1_tokenizer.conv_backbone import ConvConfig
-from stage1_tokenizer.finite_scalar import FiniteScalarConfig
-from stage1_tokenizer.lookup_free import LookupFreeConfig
 from stage1_tokenizer.losses import ObjectiveConfig, corrupt, negative_log_likelihood, reconstruction_loss
-from stage1_tokenizer.mlp_backbone import MLPConfig
-from stage1_tokenizer.residual_quantizer import ResidualConfig
 from stage1_tokenizer.vector_quantizer import VectorConfig
-from stage1_tokenizer.vqgan_backbone import VQGANConfig
 from twostage.core.config.sections import Count, Flag, Section, Width, parse_config
 from twostage.core.errors import InputError
 from twostage.core.runs.model_folder import filled, hash_tensors, load_model_folder, save_model_folder
 from twostage.core.training.random import BatchRandom
 
 __all__ = ["Autoencoder", "AutoencoderConfig", "AutoencoderOutput", "ModelConfig", "PerceptualNetwork"]
-
-BACKBONES = (MLPConfig, ConvConfig, VQGANConfig)
-BOTTLENECKS = (
-    IdentityConfig,
-    GaussianConfig,
-    ClassGaussianConfig,
-    VectorConfig,
-    FiniteScalarConfig,
-    LookupFreeConfig,
-    ResidualConfig,
-)
-for backbone in BACKBONES:
-    BackboneConfig.register(backbone)
-for bottleneck in BOTTLENECKS:
-    BottleneckConfig.register(bottleneck)
 
 TOLERANCE = 1e-3  # of pixels outside of [-1, 1]
 LATER_KEYS = {"untrained_classes", "value_range", "trained_against", "adversarial"}
@@ -144,7 +125,7 @@ class Autoencoder(nn.Module):
         self._range_known = config.loss.reconstruction != "bce"
         self.bottleneck = model.bottleneck.build((model.latent_channels, *self.grid), len(config.class_names or []))
         self.encoder, self.decoder = model.backbone.build(
-            config.channels, config.image_size, self.bottleneck.encoded_channels, model.latent_channels
+            (config.channels, *config.image_size), self.bottleneck.encoded_channels, model.latent_channels
         )
 
     @property

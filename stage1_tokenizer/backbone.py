@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from twostage.core.config.registry import OpenUnion
 from twostage.core.config.sections import Section
 
-__all__ = ["BackboneConfig", "ResBlock", "group_norm"]
+__all__ = ["BackboneConfig", "Networks", "ResBlock", "group_norm"]
+
+Networks = tuple[nn.Module, nn.Module]
+"""The encoder and the decoder."""
 
 
 class BackboneConfig(OpenUnion, Section):
@@ -27,13 +30,14 @@ class BackboneConfig(OpenUnion, Section):
         """The latent grid (h, w) of images of ``image_size`` (H, W)."""
         return (math.ceil(image_size[0] / self.factor), math.ceil(image_size[1] / self.factor))
 
-    def build(
-        self, channels: int, image_size: tuple[int, int], encoded_channels: int, latent_channels: int
-    ) -> tuple[nn.Module, nn.Module]:
-        """An encoder (B, C, H, W) -> (B, encoded_channels, h, w) and a decoder (B, latent_channels, h, w) ->
-        (B, C, H, W), for sides that are multiples of ``factor``.
+    def build(self, image_shape: tuple[int, int, int], encoded_channels: int, latent_channels: int) -> Networks:
+        """An encoder: images (B, C, H, W) -> (B, encoded_channels, h, w); and a decoder: (B, latent_channels, h, w) ->
+        images (B, C, H, W).
 
         The decoder's last layer is linear: pixels in [-1, 1], or logits for a Bernoulli likelihood.
+
+        Args:
+            image_shape: (C, H, W); H and W are multiples of ``factor``.
         """
         raise NotImplementedError
 

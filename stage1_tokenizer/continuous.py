@@ -15,6 +15,7 @@ from twostage.core.training.random import BatchRandom
 __all__ = ["ClassGaussianConfig", "Gaussian", "GaussianConfig", "Identity", "IdentityConfig"]
 
 
+@BottleneckConfig.register
 class IdentityConfig(BottleneckConfig):
     """A plain autoencoder."""
 
@@ -24,6 +25,7 @@ class IdentityConfig(BottleneckConfig):
         return Identity(shape[0])
 
 
+@BottleneckConfig.register
 class GaussianConfig(BottleneckConfig):
     """A variational autoencoder: a diagonal Gaussian posterior and a standard normal prior."""
 
@@ -33,6 +35,7 @@ class GaussianConfig(BottleneckConfig):
         return Gaussian(shape)
 
 
+@BottleneckConfig.register
 class ClassGaussianConfig(BottleneckConfig):
     """A class-conditional variational autoencoder: each class has a unit Gaussian prior around a learned mean."""
 

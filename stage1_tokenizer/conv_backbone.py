@@ -11,12 +11,13 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from stage1_tokenizer.backbone import BackboneConfig, ResBlock, group_norm
+from stage1_tokenizer.backbone import BackboneConfig, Networks, ResBlock, group_norm
 from twostage.core.config.sections import Count, Size, Width
 
 __all__ = ["ConvConfig"]
 
 
+@BackboneConfig.register
 class ConvConfig(BackboneConfig):
     """Residual blocks at halving resolutions (alias in other projects: `ch`, `ch_mult`)."""
 
@@ -48,11 +49,9 @@ class ConvConfig(BackboneConfig):
         """Pixels per cell along each side."""
         return 2 ** (len(self.channel_mult) - 1)
 
-    def build(
-        self, channels: int, image_size: tuple[int, int], encoded_channels: int, latent_channels: int
-    ) -> tuple[nn.Module, nn.Module]:
+    def build(self, image_shape: tuple[int, int, int], encoded_channels: int, latent_channels: int) -> Networks:
         """(B, C, H, W) -> (B, encoded_channels, h, w), and (B, latent_channels, h, w) -> (B, C, H, W)."""
-        return ConvEncoder(self, channels, encoded_channels), ConvDecoder(self, channels, latent_channels)
+        return ConvEncoder(self, image_shape[0], encoded_channels), ConvDecoder(self, image_shape[0], latent_channels)
 
 
 class AttentionBlock(nn.Module):

@@ -20,6 +20,7 @@ MAX_CODES = 2**20  # counting their usage takes 4 MiB
 Levels = Annotated[int, Field(strict=True, ge=3)]  # two levels would saturate tanh: use lookup_free for bits
 
 
+@BottleneckConfig.register
 class FiniteScalarConfig(BottleneckConfig):
     """All combinations of the levels as codes: [8, 5, 5, 5] has 1,000 codes."""
 

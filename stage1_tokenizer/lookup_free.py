@@ -22,6 +22,7 @@ __all__ = ["LookupFree", "LookupFreeConfig"]
 MAX_BITS = 20  # counting the usage of 2^20 codes takes 4 MiB
 
 
+@BottleneckConfig.register
 class LookupFreeConfig(BottleneckConfig):
     """A codebook of 2^`model.latent_channels` codes."""
 

@@ -4,17 +4,19 @@ Axes: B images, C channels, H and W pixels.
 """
 
 import itertools
+import math
 from typing import Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from stage1_tokenizer.backbone import BackboneConfig
+from stage1_tokenizer.backbone import BackboneConfig, Networks
 from twostage.core.config.sections import Width
 
 __all__ = ["MLPConfig"]
 
 
+@BackboneConfig.register
 class MLPConfig(BackboneConfig):
     """Fully connected layers with ReLU: 784-400-20 is ``hidden_sizes: [400]`` with 20 latent channels."""
 
@@ -31,16 +33,14 @@ class MLPConfig(BackboneConfig):
         """One cell for the whole image."""
         return (1, 1)
 
-    def build(
-        self, channels: int, image_size: tuple[int, int], encoded_channels: int, latent_channels: int
-    ) -> tuple[nn.Module, nn.Module]:
+    def build(self, image_shape: tuple[int, int, int], encoded_channels: int, latent_channels: int) -> Networks:
         """(B, C, H, W) -> (B, encoded_channels, 1, 1), and (B, latent_channels, 1, 1) -> (B, C, H, W)."""
-        pixels = channels * image_size[0] * image_size[1]
+        pixels = math.prod(image_shape)
         encoder = _mlp([pixels, *self.hidden_sizes, encoded_channels])
         decoder = _mlp([latent_channels, *reversed(self.hidden_sizes), pixels])
         return (
             nn.Sequential(UnitRange(), nn.Flatten(), encoder, nn.Unflatten(1, (encoded_channels, 1, 1))),
-            nn.Sequential(nn.Flatten(), decoder, nn.Unflatten(1, (channels, *image_size))),
+            nn.Sequential(nn.Flatten(), decoder, nn.Unflatten(1, image_shape)),
         )
 
 

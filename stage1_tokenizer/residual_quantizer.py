@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from stage1_tokenizer.bottleneck import Bottleneck, BottleneckOutput, pass_gradient
+from stage1_tokenizer.bottleneck import Bottleneck, BottleneckConfig, BottleneckOutput, pass_gradient
 from stage1_tokenizer.vector_quantizer import CodebookConfig, VectorQuantizer
 from twostage.core.config.sections import Depth
 from twostage.core.training.random import BatchRandom
@@ -18,6 +18,7 @@ from twostage.core.training.random import BatchRandom
 __all__ = ["ResidualConfig", "ResidualQuantizer"]
 
 
+@BottleneckConfig.register
 class ResidualConfig(CodebookConfig):
     """``depth`` codes per cell, coarse to fine, each from a codebook of its own."""
 

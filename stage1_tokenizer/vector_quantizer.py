@@ -42,6 +42,7 @@ class CodebookConfig(BottleneckConfig):
     """A code used less than this share of the average moves onto a vector of the current batch; 0: never."""
 
 
+@BottleneckConfig.register
 class VectorConfig(CodebookConfig):
     """One code per cell."""
 

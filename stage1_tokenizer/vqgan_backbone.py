@@ -14,12 +14,13 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from stage1_tokenizer.backbone import BackboneConfig, ResBlock
+from stage1_tokenizer.backbone import BackboneConfig, Networks, ResBlock
 from twostage.core.config.sections import Count, Depth, Flag, Width
 
 __all__ = ["VQGANConfig", "VQGANDecoder", "VQGANEncoder"]
 
 
+@BackboneConfig.register
 class VQGANConfig(BackboneConfig):
     """Residual blocks at halving resolutions and attention at the coarsest: wide, deep and slow. The architecture of
     taming-transformers, of diffusers' `VQModel` and of LlamaGen."""
@@ -86,10 +87,9 @@ class VQGANConfig(BackboneConfig):
         """The group normalisation of all layers."""
         return nn.GroupNorm(self.norm_groups, channels, eps=1e-6)
 
-    def build(
-        self, channels: int, image_size: tuple[int, int], encoded_channels: int, latent_channels: int
-    ) -> tuple[nn.Module, nn.Module]:
+    def build(self, image_shape: tuple[int, int, int], encoded_channels: int, latent_channels: int) -> Networks:
         """(B, C, H, W) -> (B, encoded_channels, h, w), and (B, latent_channels, h, w) -> (B, C, H, W)."""
+        channels = image_shape[0]
         return VQGANEncoder(self, channels, encoded_channels), VQGANDecoder(self, channels, latent_channels)
 
 

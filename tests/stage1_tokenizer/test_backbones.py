@@ -16,7 +16,7 @@ MLP = MLPConfig(hidden_sizes=[16, 12])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("config", [CONV, MLP], ids=["conv", "mlp"])
 def test_images_become_latents_and_latents_images(config, channels, size):
-    encoder, decoder = config.build(channels, size, encoded_channels=10, latent_channels=5)
+    encoder, decoder = config.build((channels, *size), encoded_channels=10, latent_channels=5)
     grid = (1, 1) if config is MLP else (size[0] // 4, size[1] // 4)
     assert config.grid(size) == grid
     assert encoder(torch.zeros(2, channels, *size)).shape == (2, 10, *grid)
@@ -34,7 +34,7 @@ def test_attention_sees_every_cell_and_convolutions_only_near_ones(attention_fac
     config = ConvConfig(
         channels=8, channel_mult=[1, 1, 1], num_res_blocks=[0, 0, 0], attention_factors=attention_factors
     )
-    encoder, decoder = config.build(1, (64, 64), 2, 2)
+    encoder, decoder = config.build((1, 64, 64), 2, 2)
     assert sum(isinstance(m, AttentionBlock) for m in encoder.modules()) == len(attention_factors)
     assert sum(isinstance(m, AttentionBlock) for m in decoder.modules()) == len(attention_factors)
     images = torch.randn(1, 1, 64, 64, requires_grad=True)
@@ -62,7 +62,7 @@ def test_lists_of_unequal_lengths_are_refused():
 
 
 def test_the_mlp_decoder_mirrors_the_encoder():
-    encoder, decoder = MLP.build(1, (4, 4), encoded_channels=6, latent_channels=3)
+    encoder, decoder = MLP.build((1, 4, 4), encoded_channels=6, latent_channels=3)
     widths = [[layer.out_features for layer in part.modules() if isinstance(layer, nn.Linear)]
               for part in (encoder, decoder)]  # fmt: skip
     assert widths == [[16, 12, 6], [12, 16, 16]]
@@ -72,13 +72,13 @@ def test_the_mlp_is_fed_pixels_from_0_to_1():
     images = torch.tensor([-1.0, 0.0, 1.0])
     assert UnitRange()(images).tolist() == [0.0, 0.5, 1.0]
     assert images.tolist() == [-1.0, 0.0, 1.0]  # the caller's images stay as they are
-    encoder, _ = MLP.build(1, (2, 2), 4, 4)
+    encoder, _ = MLP.build((1, 2, 2), 4, 4)
     assert isinstance(encoder[0], UnitRange)
 
 
 @pytest.mark.parametrize("config", [CONV, MLP], ids=["conv", "mlp"])
 def test_nothing_bounds_what_the_decoder_gives(config):
-    _, decoder = config.build(1, (8, 8), 4, 4)
+    _, decoder = config.build((1, 8, 8), 4, 4)
     last = [layer for layer in decoder.modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
     nn.init.zeros_(last.weight)
     for value in (-7.0, 7.0):

@@ -30,7 +30,7 @@ def tiny(**changes) -> VQGANConfig:
 @pytest.mark.parametrize(("channel_mult", "factor"), [([1], 1), ([2, 1], 2), ([1, 2, 1], 4)])
 def test_images_become_latents_and_latents_images(channel_mult, factor, channels):
     config = tiny(channel_mult=channel_mult)
-    encoder, decoder = config.build(channels, (8, 12), encoded_channels=10, latent_channels=5)
+    encoder, decoder = config.build((channels, 8, 12), encoded_channels=10, latent_channels=5)
     assert config.factor == factor
     assert encoder(torch.zeros(2, channels, 8, 12)).shape == (2, 10, 8 // factor, 12 // factor)
     assert decoder(torch.zeros(2, 5, 8 // factor, 12 // factor)).shape == (2, channels, 8, 12)
