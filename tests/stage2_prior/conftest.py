@@ -1,4 +1,4 @@
-"""What the tests of stage two share: codes on disk, written by hand, and tiny priors."""
+"""Shared by the tests of stage two: codes on disk and tiny priors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +74,7 @@ def _tiny_prior(codebook_size: int = 5, grid: tuple[int, int] = (2, 3), class_na
             unigram_nats_per_code=1.0,
         )
     )
-    if trained:  # predictions that depend on the class and on all codes, as those of a trained prior do
+    if trained:  # so that predictions depend on the class and on all codes, like those of a trained prior
         for parameter in prior.parameters():
             nn.init.normal_(parameter, std=0.4)
     return prior
@@ -90,8 +90,8 @@ def _whole_batch(size: int, seed: int = 0) -> BatchRandom:
 
 @pytest.fixture(scope="session")
 def write_codes() -> Callable[..., Manifest]:
-    """``write_codes(folder, splits, codebook_size, class_names, labels, **changes)``: what stage one hands over;
-    ``changes`` overwrite what the manifest says."""
+    """``write_codes(folder, splits, codebook_size, class_names, labels, **changes)``: writes a code cache;
+    ``changes`` overwrite fields of its manifest."""
     return _write_codes
 
 
@@ -109,5 +109,5 @@ def random_codes() -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def whole_batch() -> Callable[..., BatchRandom]:
-    """``whole_batch(size, seed=0)``: the random numbers of a batch that one process works on."""
+    """``whole_batch(size, seed=0)``: the random numbers of a batch in a single process."""
     return _whole_batch

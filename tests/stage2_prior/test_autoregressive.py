@@ -28,7 +28,7 @@ def test_places_in_a_grid_of_three_by_five(order, expected):
 
 @pytest.mark.parametrize("grid", [(3, 5), (4, 4), (6, 3)], ids=str)
 @pytest.mark.parametrize("order", ["snake", "spiral"])
-def test_each_cell_touches_the_one_before(order, grid):
+def test_each_cell_is_adjacent_to_the_one_before(order, grid):
     cells = cell_order(order, grid)
     places = torch.stack([cells // grid[1], cells % grid[1]], 1)
     assert (places.diff(dim=0).abs().sum(1) == 1).all()
@@ -40,7 +40,7 @@ def test_a_single_row_is_written_from_left_to_right(order):
 
 
 @pytest.mark.parametrize(("grid", "centre"), [((3, 3), 4), ((5, 5), 12), ((3, 5), 8)], ids=str)
-def test_a_spiral_begins_inside(grid, centre):
+def test_a_spiral_starts_at_the_centre(grid, centre):
     assert cell_order("spiral", grid)[0] == centre
 
 

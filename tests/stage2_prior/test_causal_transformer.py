@@ -47,8 +47,8 @@ def labels() -> Tensor:
 def plain_sample(
     model: CausalTransformer, labels: Tensor, sampling: SamplingConfig, noise: Tensor, known: Tensor | None = None
 ) -> Tensor:
-    """Guided sampling as it is written in papers: nothing is kept from one cell to the next."""
-    codes = torch.zeros(len(labels), CELLS, dtype=torch.long)  # in the order they are written in
+    """Guided sampling as papers write it: nothing is cached from one cell to the next."""
+    codes = torch.zeros(len(labels), CELLS, dtype=torch.long)  # in the order in which they are written
     for place, cell in enumerate(model.order.tolist()):
         branches = (labels, torch.full_like(labels, NO_CLASS))
         conditional, unconditional = (model(codes, classes)[:, place] for classes in branches)
@@ -69,7 +69,7 @@ def plain_sample(
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("order", ORDERS)
-def test_logits_depend_on_all_earlier_codes_and_on_no_other(codes, labels, order, positions):
+def test_logits_depend_on_all_earlier_codes_and_on_no_others(codes, labels, order, positions):
     model = build(order=order, positions=positions)
     embedded: list[Tensor] = []
     model.code_embedding.register_forward_hook(lambda *call: embedded.append(call[-1]))  # pyright: ignore[reportArgumentType]
@@ -84,9 +84,9 @@ def test_logits_depend_on_all_earlier_codes_and_on_no_other(codes, labels, order
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("order", ORDERS)
-def test_changing_a_code_changes_what_is_written_later_alone(codes, labels, order, positions):
+def test_changing_a_code_changes_only_later_logits(codes, labels, order, positions):
     model = build(order=order, positions=positions)
-    before = model.nats(codes, labels, codes)  # (B, N): in the order they are written in
+    before = model.nats(codes, labels, codes)  # (B, N), in the order in which they are written
     for place, cell in enumerate(model.order.tolist()):
         changed = codes.clone()
         changed[:, cell] = (changed[:, cell] + 1) % CODES
@@ -96,8 +96,8 @@ def test_changing_a_code_changes_what_is_written_later_alone(codes, labels, orde
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_each_cell_has_a_place_of_its_own(codes, labels, positions):
-    """Two earlier codes that change places change the prediction."""
+def test_each_cell_has_its_own_position(codes, labels, positions):
+    """Swapping two earlier codes changes the prediction."""
     model, swapped = build(positions=positions), codes.clone()
     swapped[:, 0], swapped[:, 1] = codes[:, 1], codes[:, 0]
     different = codes[:, 0] != codes[:, 1]
@@ -178,7 +178,7 @@ def test_only_codes_that_come_first_in_its_order_can_be_kept():
 
 @pytest.mark.parametrize("weights", ["float32", "int8"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_an_image_depends_on_its_seed_and_label_alone(model, guidance_scale, weights):
+def test_an_image_depends_on_its_seed_and_label_only(model, guidance_scale, weights):
     labels, seeds = torch.arange(12) % CLASSES, image_seeds(7, 0, 12)
     sampling = SamplingConfig(guidance_scale=guidance_scale, weights=weights)
     together = model.sample(labels, sampling, seeds)
@@ -190,7 +190,7 @@ def test_an_image_depends_on_its_seed_and_label_alone(model, guidance_scale, wei
     assert torch.equal(model.sample(labels, sampling, seeds), together)
 
 
-def test_frequencies_of_the_first_code_are_the_models(model):
+def test_the_first_code_has_the_frequencies_of_the_model(model):
     labels = torch.zeros(2000, dtype=torch.long)
     first = model.sample(labels, SamplingConfig(), image_seeds(0, 0, 2000))[:, 0]
     shares = model(torch.zeros(1, CELLS, dtype=torch.long), labels[:1])[0, 0].softmax(0)
@@ -218,7 +218,7 @@ def test_rounded_weights_predict_nearly_the_same(codes, labels, weights, toleran
 
 
 @pytest.mark.parametrize("option", [{"order": "z_curve", "positions": "rotary"}, {"tied_head": True}])
-def test_saved_and_loaded_it_is_the_same(tmp_path: Path, tiny_prior, codes, option):
+def test_saving_and_loading_changes_nothing(tmp_path: Path, tiny_prior, codes, option):
     prior = tiny_prior(CODES, GRID, ["a", "b", "c"])
     model = prior.config.model.model_copy(update=option)
     prior = Prior(prior.config.model_copy(update={"model": model})).eval()
@@ -237,7 +237,7 @@ def test_the_first_prediction_is_uniform(codes, labels):
     assert (CausalTransformer(config, CODES, GRID, CLASSES)(codes, labels) == 0).all()
 
 
-def test_two_built_alike_are_alike(codes, labels):
+def test_the_same_seed_builds_the_same_model(codes, labels):
     logits = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -247,13 +247,13 @@ def test_two_built_alike_are_alike(codes, labels):
     assert logits[0].std() > 0
 
 
-def test_dropout_is_of_training_alone(model, codes, labels):
+def test_dropout_only_applies_in_training(model, codes, labels):
     noisy = build(dropout=0.5)
     assert torch.equal(noisy(codes, labels), model(codes, labels))
     assert not torch.equal(noisy.train()(codes, labels), model(codes, labels))
 
 
-def test_a_single_cell_is_enough(labels):
+def test_a_grid_may_have_a_single_cell(labels):
     config = CausalTransformerConfig(hidden_size=4, depth=1, num_heads=1)
     model = CausalTransformer(config, CODES, (1, 1), CLASSES).eval()
     assert model(torch.zeros(4, 1, dtype=torch.long), labels).shape == (4, 1, CODES)

@@ -21,7 +21,7 @@ def folder(tmp_path, write_codes, splits) -> Path:
     return tmp_path / "codes"
 
 
-def test_rows_come_back_as_they_were_written(folder, splits):
+def test_rows_are_read_as_they_were_written(folder, splits):
     cache = CodeCache(folder)
     codes, labels = cache.splits["train"].read(torch.tensor([7, 0, 7]))
     assert codes.dtype == labels.dtype == torch.int64
@@ -37,7 +37,7 @@ def test_codes_stay_on_disk(folder):
     assert codes.dtype == np.uint16
 
 
-def test_rows_that_are_read_are_copies(folder, splits):
+def test_reading_returns_copies(folder, splits):
     split = CodeCache(folder).splits["train"]
     codes, labels = split.read(torch.tensor([1, 2]))
     codes.zero_()
@@ -47,7 +47,7 @@ def test_rows_that_are_read_are_copies(folder, splits):
     assert labels.tolist() == [1, 0]
 
 
-def test_large_codes_come_back_whole(tmp_path, write_codes, splits):
+def test_large_codes_are_read_without_overflow(tmp_path, write_codes, splits):
     codes = {name: array + 60_000 for name, array in splits.items()}  # above what int16 holds
     write_codes(tmp_path / "codes", codes, 2**16)
     assert torch.equal(CodeCache(tmp_path / "codes").validation.read(torch.arange(4))[0], torch.tensor(codes["val"]))
@@ -69,7 +69,7 @@ def test_the_smallest_type_that_holds_the_codes(size, dtype):
     assert np.iinfo(dtype).max >= size - 1
 
 
-def test_the_manifest_says_how_the_rows_came_about(tmp_path, write_codes, splits):
+def test_the_manifest_records_the_augmentation(tmp_path, write_codes, splits):
     write_codes(tmp_path / "codes", splits, 5, augmentation=Augmentation(horizontal_flip=True, crops=2))
     augmentation = CodeCache(tmp_path / "codes").manifest.augmentation
     assert augmentation == Augmentation(horizontal_flip=True, crops=2)
@@ -77,7 +77,7 @@ def test_the_manifest_says_how_the_rows_came_about(tmp_path, write_codes, splits
     assert [Augmentation(crops=n).variants for n in (0, 3)] == [1, 4]
 
 
-def test_an_older_manifest_has_plain_rows(folder):
+def test_an_older_manifest_means_no_augmentation(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["augmentation"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -133,7 +133,7 @@ def test_a_manifest_without_the_training_split(folder):
         CodeCache(folder)
 
 
-def test_statistics_of_counts_that_can_be_done_by_hand(monkeypatch):
+def test_statistics_match_a_calculation_by_hand(monkeypatch):
     monkeypatch.setattr("stage2_prior.codes._ROWS_AT_ONCE", 2)  # the three rows are read in two parts
     train, held_out = np.array([[[0, 0]], [[0, 2]], [[2, 2]]]), np.array([[[1, 1]], [[1, 2]]])
     statistics = code_statistics({"train": train, "val": held_out}, 4)
@@ -170,7 +170,7 @@ def test_a_truncated_array_shows_how_many_rows_it_has(name, length, expected, fo
         CodeCache(folder)
 
 
-def test_a_header_of_another_version_is_read(folder, splits):
+def test_headers_of_another_version_are_read(folder, splits):
     with (folder / "train.codes.npy").open("wb") as file:
         np.lib.format.write_array(file, splits["train"].astype(np.uint16), version=(2, 0))
     read = CodeCache(folder).splits["train"].read(torch.arange(10))[0]
@@ -178,14 +178,14 @@ def test_a_header_of_another_version_is_read(folder, splits):
 
 
 @pytest.mark.parametrize("shape", [(9, 2, 3), (10, 3, 2), (10, 6)])
-def test_another_shape_than_the_manifests_is_shown(shape, folder):
+def test_an_array_of_another_shape_is_refused(shape, folder):
     np.save(folder / "train.codes.npy", np.zeros(shape, dtype=np.uint16))
     with refuses("train.codes.npy", "(10, 2, 3)", f"found {shape}"):
         CodeCache(folder)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.bool_])
-def test_another_type_than_integers_is_shown(dtype, folder):
+def test_an_array_that_is_not_of_integers_is_refused(dtype, folder):
     np.save(folder / "train.codes.npy", np.zeros((10, 2, 3), dtype=dtype))
     with refuses("train.codes.npy", "integers", f"found {np.dtype(dtype)}"):
         CodeCache(folder)

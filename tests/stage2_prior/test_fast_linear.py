@@ -38,7 +38,7 @@ def error(result: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("rows", [1, 7])
-def test_equals_the_layer(layer, rows, gelu, worth_packing):
+def test_fast_linear_equals_the_layer(layer, rows, gelu, worth_packing):
     x, added = torch.randn(rows, 24), torch.randn(rows, 40)
     product = fast_linear(layer.weight, layer.bias, gelu=gelu)
     expected = F.gelu(layer(x), approximate="tanh").detach() if gelu else layer(x).detach()
@@ -59,7 +59,7 @@ def test_large_layers_are_packed_and_small_ones_are_not(monkeypatch):
 
 
 @pytest.mark.parametrize("weights", [w for w in ("bfloat16", "int8") if supported(w)])
-def test_rounded_weights_come_close_and_round(layer, weights):
+def test_rounded_weights_give_close_but_different_results(layer, weights):
     x, added = torch.randn(50, 24), torch.randn(50, 40)
     product = fast_linear(layer.weight, layer.bias, weights)
     tolerance = {"bfloat16": 0.006, "int8": 0.02}[weights]
@@ -78,7 +78,7 @@ def test_with_int8_weights_no_row_depends_on_another(layer):
     for row in range(5):
         assert torch.equal(product(x[row : row + 1])[0], together[row])
     without_bias = fast_linear(layer.weight, None, "int8")(x)
-    for row in (0, 1, 3, 4):  # each has a scale of its own: none is drowned by the largest
+    for row in (0, 1, 3, 4):  # each has a scale of its own: a small row keeps its precision beside a large one
         assert error(without_bias[row], F.linear(x[row], layer.weight).detach()) < 0.03
     torch.testing.assert_close(together[2], expected[2])
 
@@ -94,7 +94,7 @@ def test_the_largest_weights_and_inputs_do_not_overflow():
 @pytest.mark.parametrize(
     ("weights", "missing"), [("bfloat16", "has_bfloat16"), ("int8", None)], ids=["bfloat16", "int8"]
 )
-def test_a_torch_without_such_products_says_so(weights, missing, monkeypatch):
+def test_without_such_products_the_message_names_alternatives(weights, missing, monkeypatch):
     if missing:
         monkeypatch.setattr(module, missing, lambda: False)
     else:
@@ -120,7 +120,7 @@ def test_gradients_equal_those_of_the_layer(layer, shape, worth_packing):
 
 
 @needs_onednn
-def test_weights_alone_can_be_trained(layer, monkeypatch):
+def test_gradients_of_the_weights_only(layer, monkeypatch):
     monkeypatch.setattr(module, "MIN_PACKED", 0)
     x = torch.randn(3, 24)
     linear(x, layer.weight, layer.bias).sum().backward()
@@ -129,7 +129,7 @@ def test_weights_alone_can_be_trained(layer, monkeypatch):
 
 
 @needs_onednn
-def test_training_rounds_the_same_each_time_and_leaves_autocast_and_double_to_torch(monkeypatch):
+def test_training_is_deterministic_and_leaves_autocast_and_float64_to_torch(monkeypatch):
     monkeypatch.setattr(module, "MIN_PACKED", 0)
     torch.manual_seed(0)
     layer, x = TrainedLinear(24, 40), torch.randn(9, 24)

@@ -31,7 +31,7 @@ def make_model(codebook_size: int = CODES, grid: tuple[int, int] = GRID, std: fl
     model = MaskedTransformer(MaskedTransformerConfig(**(defaults | config)), codebook_size, grid, CLASSES).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=std)
-    return model.double()  # ties and near-ties are then out of the question
+    return model.double()  # in float64 no two logits tie
 
 
 @pytest.fixture
@@ -44,13 +44,13 @@ def random_codes(count: int, codes: int = CODES, cells: int = CELLS, seed: int =
 
 
 def some_known(count: int) -> Tensor:
-    """Codes of which each image knows another number, from none of them to all."""
+    """Known codes, a different number in each image, from none to all."""
     given = torch.rand(count, CELLS, generator=torch.Generator().manual_seed(5)).argsort(1).argsort(1)
     return random_codes(count, seed=7).masked_fill(given >= torch.linspace(0, CELLS, count).long()[:, None], -1)
 
 
 def watch_inputs(model: MaskedTransformer) -> list[Tensor]:
-    """The codes (B, N) that the model is given from now on, a tensor a forward pass."""
+    """The codes (B, N) that the model receives from now on, one tensor for each forward pass."""
     inputs: list[Tensor] = []
     model.code_embedding.register_forward_hook(lambda _, given, __: inputs.append(given[0]))
     return inputs
@@ -65,7 +65,7 @@ def test_the_masked_share_falls_from_all_to_none_and_is_concave(schedule):
     torch.testing.assert_close(share[[0, -1]], torch.tensor([1.0, 0.0], dtype=torch.double), atol=1e-12, rtol=0)
     steps = share.diff()
     assert (steps < 0).all()
-    assert (steps.diff() < 0).all()  # what filling an image in its last step and not before rests on
+    assert (steps.diff() < 0).all()  # so an image is filled in exactly its last step
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "arccos"])
@@ -75,7 +75,7 @@ def test_the_mean_masked_share_is_two_over_pi(schedule):
     assert pytest.approx(2 / math.pi) == MEAN_MASKED_SHARE
 
 
-def test_the_two_mask_schedules_are_each_others_mirror_image():
+def test_the_two_mask_schedules_are_inverse_functions():
     progress = torch.linspace(0, 1, 11, dtype=torch.double)
     back = masked_share(masked_share(progress, "cosine"), "arccos")
     torch.testing.assert_close(back, progress)
@@ -117,7 +117,7 @@ def test_the_loss_equals_a_plain_implementation(schedule, predict_replaced, whol
     assert masked.any(1).all()
 
 
-def test_which_codes_are_masked_changes_from_step_to_step_and_is_even(model, whole_batch):
+def test_masks_change_with_each_step_and_cover_all_cells_evenly(model, whole_batch):
     codes, labels, watched = random_codes(8), torch.zeros(8, dtype=torch.long), watch_inputs(model)
     for seed in range(200):
         model.loss(codes, labels, codes, whole_batch(8, seed))
@@ -128,7 +128,7 @@ def test_which_codes_are_masked_changes_from_step_to_step_and_is_even(model, who
 
 
 @pytest.mark.parametrize("predict_replaced", [False, True])
-def test_the_loss_is_on_masked_codes_alone_and_on_replaced_ones_where_asked_for(predict_replaced, whole_batch):
+def test_the_loss_covers_masked_codes_and_if_asked_replaced_codes(predict_replaced, whole_batch):
     model = make_model(predict_replaced=predict_replaced)
     codes, labels = random_codes(8), torch.zeros(8, dtype=torch.long)
     inputs = codes.clone()
@@ -154,7 +154,7 @@ def test_two_halves_of_a_batch_average_to_the_whole(model):
     torch.testing.assert_close(torch.cat(bounds[:2]), bounds[2])
 
 
-def test_an_untrained_model_costs_about_the_logarithm_of_the_codebook_a_code(whole_batch):
+def test_an_untrained_model_has_about_log_codebook_size_nats_per_code(whole_batch):
     model = MaskedTransformer(MaskedTransformerConfig(hidden_size=16, depth=1, num_heads=2), CODES, GRID, CLASSES)
     codes, labels = random_codes(64), torch.zeros(64, dtype=torch.long)
     assert model.loss(codes, labels, codes, whole_batch(64)).item() == pytest.approx(math.log(CODES), rel=0.03)
@@ -197,7 +197,7 @@ def test_the_bound_of_an_image_masks_every_number_of_codes_equally_often(model, 
 
 @pytest.mark.parametrize("schedule", ["cosine", "arccos"])
 @pytest.mark.parametrize("num_steps", [1, 2, 8, 37, 64])
-def test_every_number_of_codes_is_filled_in_its_last_step_and_not_before(schedule, num_steps):
+def test_images_are_filled_in_exactly_their_last_step(schedule, num_steps):
     unknown = torch.arange(65)
     steps = unknown.clamp(max=num_steps)
     masked = unknown
@@ -218,7 +218,7 @@ def test_the_number_of_masked_codes_follows_the_schedule():
     assert [image for _, image in counts] == [3, 2, 1, 0, 0, 0, 0, 0]
 
 
-def test_gumbel_noise_has_its_mean_and_variance_and_is_finite_at_the_ends():
+def test_gumbel_noise_has_the_right_mean_and_variance_and_is_finite():
     noise = gumbel(uniform_noise([0], 100_000)[0])
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.05)
@@ -232,7 +232,7 @@ def test_gumbel_noise_has_its_mean_and_variance_and_is_finite_at_the_ends():
 def plain_sample(
     model: MaskedTransformer, labels: Tensor, sampling: SamplingConfig, seeds: list[int], known: Tensor
 ) -> Tensor:
-    """An image at a time, a cell at a time, and the whole grid predicted at every step."""
+    """One image and one cell at a time; every step predicts the whole grid."""
     most, schedule = sampling.num_steps or 8, sampling.mask_schedule or model.config.mask_schedule
     heat = 4.5 if sampling.choice_temperature is None else sampling.choice_temperature
     images = []
@@ -289,7 +289,7 @@ def test_samples_equal_those_of_a_plain_implementation(model, sampling, known):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize("known", [False, True])
-def test_an_image_depends_on_its_seed_label_and_known_codes_alone(model, guidance_scale, known):
+def test_an_image_depends_on_its_seed_label_and_known_codes_only(model, guidance_scale, known):
     labels, seeds = torch.arange(12) % CLASSES, image_seeds(7, 0, 12)
     given = some_known(12) if known else torch.full((12, CELLS), -1)
     sampling = SamplingConfig(guidance_scale=guidance_scale)
@@ -303,7 +303,7 @@ def test_an_image_depends_on_its_seed_label_and_known_codes_alone(model, guidanc
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 8, CELLS])
-def test_each_step_masks_as_many_codes_as_the_schedule_says_and_what_is_filled_stays(model, num_steps):
+def test_each_step_follows_the_schedule_and_never_changes_filled_codes(model, num_steps):
     known = some_known(6)
     predictor = MaskedPredictor(model, torch.zeros(6, dtype=torch.long))
     noise = uniform_noise(image_seeds(0, 0, 6), num_steps * 2 * CELLS).view(6, num_steps, 2, CELLS)
@@ -330,7 +330,7 @@ def test_each_step_masks_as_many_codes_as_the_schedule_says_and_what_is_filled_s
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-def test_known_codes_are_kept_and_looked_at(model, guidance_scale):
+def test_known_codes_are_kept_and_influence_the_others(model, guidance_scale):
     labels, seeds, known = torch.zeros(12, dtype=torch.long), image_seeds(0, 0, 12), some_known(12)
     sampling = SamplingConfig(guidance_scale=guidance_scale)
     codes = model.sample(labels, sampling, seeds, known)
@@ -344,20 +344,20 @@ def test_known_codes_are_kept_and_looked_at(model, guidance_scale):
     assert changed.any(1).sum() > 6
 
 
-def test_images_that_are_all_known_come_back(model):
+def test_images_whose_codes_are_all_known_stay_the_same(model):
     codes, told = random_codes(3), []
     sampled = model.sample(torch.zeros(3, dtype=torch.long), SamplingConfig(), [1, 2, 3], codes, told.append)
     assert torch.equal(sampled, codes)
     assert not told
 
 
-def test_known_codes_are_not_written_to(model):
+def test_sampling_does_not_change_the_known_codes_it_receives(model):
     known = some_known(4)
     model.sample(torch.zeros(4, dtype=torch.long), SamplingConfig(), [1, 2, 3, 4], known)
     assert torch.equal(known, some_known(4))
 
 
-def test_frequencies_of_a_single_step_are_the_models(model):
+def test_a_single_step_has_the_frequencies_of_the_model(model):
     labels = torch.zeros(2000, dtype=torch.long)
     codes = model.sample(labels, SamplingConfig(num_steps=1), image_seeds(0, 0, 2000))
     with torch.no_grad():
@@ -372,7 +372,7 @@ def test_logits_of_masked_codes_equal_those_of_the_whole_grid(config, dtype, tol
     model = make_model(**config).to(dtype)
     codes, labels = random_codes(6), torch.tensor([0, 1, 1, 2, NO_CLASS, 1])
     codes[torch.rand(6, CELLS, generator=torch.Generator().manual_seed(2)) < 0.5] = MASK
-    codes[5], codes[3] = codes[1], random_codes(1)[0]  # an image twice with one class, and one with nothing to predict
+    codes[5], codes[3] = codes[1], random_codes(1)[0]  # two equal images, and one with nothing to predict
     with torch.no_grad():
         expected = model(codes, labels)[codes == MASK]
     logits = MaskedPredictor(model, labels)(codes)
@@ -381,7 +381,7 @@ def test_logits_of_masked_codes_equal_those_of_the_whole_grid(config, dtype, tol
 
 
 @pytest.mark.parametrize(("weights", "tolerance"), [("bfloat16", 0.05), ("int8", 0.1)])
-def test_coarser_weights_change_logits_by_little(weights, tolerance):
+def test_rounded_weights_change_logits_only_slightly(weights, tolerance):
     model = make_model(hidden_size=32).float()
     codes, labels = random_codes(4), torch.tensor([0, 1, 2, NO_CLASS])
     codes[:, ::2] = MASK
@@ -394,7 +394,7 @@ def test_coarser_weights_change_logits_by_little(weights, tolerance):
     assert (coarse - exact).norm() < tolerance * exact.norm()
 
 
-def test_a_single_cell_is_enough():
+def test_a_grid_may_have_a_single_cell():
     model = make_model(grid=(1, 1), hidden_size=4, depth=1, num_heads=1)
     labels = torch.tensor([0, 1, 2, NO_CLASS])
     assert model.sample(labels, SamplingConfig(), image_seeds(0, 0, 4)).shape == (4, 1)
@@ -403,7 +403,7 @@ def test_a_single_cell_is_enough():
 # --- learning -------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_that_is_learned_by_heart_is_sampled(whole_batch):
+def test_an_overfitted_batch_is_sampled(whole_batch):
     torch.manual_seed(0)
     config = MaskedTransformerConfig(hidden_size=32, depth=2, num_heads=2, dropout=0.0)
     model = MaskedTransformer(config, 8, GRID, num_classes=4)

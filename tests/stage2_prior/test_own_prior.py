@@ -43,7 +43,7 @@ class Unigram(Autoregressive):
 
 @pytest.fixture
 def config(monkeypatch, tmp_path, runs):
-    """The file of a training of it."""
+    """A config file that trains it."""
     monkeypatch.setattr(NetworkConfig, "registered", dict(NetworkConfig.registered))
     NetworkConfig.register(UnigramConfig)
     train = {"batch_size": 16, "max_steps": 60, "lr": 0.1, "validate_every": 30, "checkpoint_every": 30}

@@ -18,7 +18,7 @@ NO_CLASS = CLASSES
 
 
 def make_model(codes: int = CODES, grid: tuple[int, int] = GRID, **config) -> PixelCNN:
-    """Predictions that depend on the class and on all codes, as those of a trained model do."""
+    """A model whose predictions depend on the class and on all codes, like those of a trained model."""
     torch.manual_seed(0)
     options = {"channels": 8, "depth": 4, "first_kernel": 5, "head_channels": 32} | config
     model = PixelCNN(PixelCNNConfig(**options), codes, grid, CLASSES).eval()
@@ -55,7 +55,7 @@ def touched(model: PixelCNN, codes: Tensor, labels: Tensor, cell: int) -> Tensor
 def plain_sample(
     model: PixelCNN, labels: Tensor, sampling: SamplingConfig, noise: Tensor, known: Tensor | None = None
 ) -> Tensor:
-    """Guided sampling as it is written in papers: a full forward pass for each code."""
+    """Guided sampling as papers write it: one full forward pass for each code."""
     codes = torch.zeros(noise.shape, dtype=torch.long)
     cells = noise.shape[1]
     for cell in range(cells):
@@ -76,7 +76,7 @@ def plain_sample(
 
 @pytest.mark.parametrize("kernels", [(5, 3), (3, 3), (7, 5)])
 @pytest.mark.parametrize("cell", range(CELLS))
-def test_logits_depend_on_all_earlier_codes_and_on_no_other(codes, labels, cell, kernels):
+def test_logits_depend_on_all_earlier_codes_and_on_no_others(codes, labels, cell, kernels):
     model = make_model(depth=5, first_kernel=kernels[0], kernel=kernels[1])  # its field covers the grid
     seen = touched(model, codes, labels, cell).flatten(1)
     assert seen[:, :cell].all()  # no blind spot
@@ -105,7 +105,7 @@ def test_the_receptive_field_has_no_blind_spot_in_a_large_grid():
 
 
 @pytest.mark.parametrize("cell", range(CELLS))
-def test_changing_a_code_changes_later_logits_alone(model, codes, labels, cell):
+def test_changing_a_code_changes_only_later_logits(model, codes, labels, cell):
     changed = codes.clone()
     changed[:, cell] = (changed[:, cell] + 1) % CODES
     before, after = model(codes, labels), model(changed, labels)
@@ -143,7 +143,7 @@ def test_the_probabilities_of_all_grids_sum_to_one():
     assert model.exact_likelihood
 
 
-def test_the_loss_is_of_the_true_codes_given_the_inputs(model, codes, labels, whole_batch):
+def test_the_loss_predicts_the_true_codes_from_the_inputs(model, codes, labels, whole_batch):
     inputs = codes.roll(1, 0)
     expected = F.cross_entropy(model(inputs, labels).flatten(0, 1), codes.flatten())
     torch.testing.assert_close(model.loss(codes, labels, inputs, whole_batch(4)), expected)
@@ -158,7 +158,7 @@ def test_the_first_prediction_is_uniform(codes, labels, whole_batch):
     assert model.loss(codes, labels, codes, whole_batch(4)).item() == pytest.approx(math.log(CODES))
 
 
-def test_a_deep_model_learns_a_batch_by_heart(codes, labels, whole_batch):
+def test_a_deep_model_overfits_a_batch(codes, labels, whole_batch):
     torch.manual_seed(0)
     model = PixelCNN(PixelCNNConfig(channels=16, depth=8, first_kernel=5), CODES, GRID, CLASSES)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
@@ -170,7 +170,7 @@ def test_a_deep_model_learns_a_batch_by_heart(codes, labels, whole_batch):
     assert loss.item() < 0.02
 
 
-def test_dropout_is_of_training_alone(model, codes, labels):
+def test_dropout_only_applies_in_training(model, codes, labels):
     noisy = make_model(dropout=0.5)
     noisy.load_state_dict(model.state_dict())
     assert torch.equal(noisy.eval()(codes, labels), model(codes, labels))
@@ -201,7 +201,7 @@ def test_incremental_logits_equal_those_of_the_whole_grid(codes, labels, config,
     ],
 )
 @pytest.mark.parametrize("known_cells", [0, 7])
-def test_samples_equal_those_of_a_full_forward_pass_a_code(sampling, known_cells):
+def test_samples_equal_those_of_one_full_forward_pass_per_code(sampling, known_cells):
     model, options = make_model().double(), SamplingConfig(**sampling)
     labels, seeds = torch.tensor([0, 1, 2, NO_CLASS] * 8), image_seeds(1, 0, 32)
     known = torch.full((32, CELLS), -1)
@@ -211,7 +211,7 @@ def test_samples_equal_those_of_a_full_forward_pass_a_code(sampling, known_cells
     assert len(expected.unique(dim=0)) == 32
 
 
-def test_dropout_is_not_of_sampling():
+def test_sampling_uses_no_dropout():
     labels, seeds = torch.zeros(8, dtype=torch.long), image_seeds(0, 0, 8)
     model = make_model(dropout=0.5)
     expected = model.sample(labels, SamplingConfig(), seeds)
@@ -219,7 +219,7 @@ def test_dropout_is_not_of_sampling():
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_an_image_depends_on_its_seed_and_label_alone(model, guidance_scale):
+def test_an_image_depends_on_its_seed_and_label_only(model, guidance_scale):
     labels, seeds = torch.arange(12) % CLASSES, image_seeds(7, 0, 12)
     sampling = SamplingConfig(guidance_scale=guidance_scale)
     together = model.sample(labels, sampling, seeds)
@@ -231,14 +231,14 @@ def test_an_image_depends_on_its_seed_and_label_alone(model, guidance_scale):
     assert not torch.equal(model.sample((labels + 1) % CLASSES, sampling, seeds), together)
 
 
-def test_frequencies_of_the_first_code_are_the_models(model):
+def test_the_first_code_has_the_frequencies_of_the_model(model):
     labels = torch.zeros(2000, dtype=torch.long)
     first = model.sample(labels, SamplingConfig(), image_seeds(0, 0, 2000))[:, 0]
     shares = model(torch.zeros(1, CELLS, dtype=torch.long), labels[:1])[0, 0].softmax(0)
     torch.testing.assert_close(first.bincount(minlength=CODES) / 2000, shares.detach(), atol=0.04, rtol=0)
 
 
-def test_known_codes_must_come_first(model):
+def test_only_codes_that_come_first_can_be_kept(model):
     known = torch.full((2, CELLS), -1)
     known[:, :4] = 1
     assert model.can_keep(known >= 0)
@@ -250,7 +250,7 @@ def test_known_codes_must_come_first(model):
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 4), (4, 1), (2, 2)])
-def test_grids_smaller_than_the_kernels(labels, grid):
+def test_grids_may_be_smaller_than_the_kernels(labels, grid):
     model, cells = make_model(grid=grid, first_kernel=7, kernel=5), grid[0] * grid[1]
     codes = torch.randint(CODES, (4, cells), generator=torch.Generator().manual_seed(0))
     logits = model(codes, labels)

@@ -20,7 +20,7 @@ PETS = ["cat", "dog"]
 # --- replacement of codes -------------------------------------------------------------------------------------------
 
 
-def test_the_wanted_share_is_replaced_by_uniform_codes(whole_batch):
+def test_the_requested_share_is_replaced_by_uniform_codes(whole_batch):
     codes = torch.full((5000, 10), 3)
     shares = replace_codes(codes, 0.4, 8, whole_batch(5000)).flatten().bincount(minlength=8) / codes.numel()
     expected = torch.full((8,), 0.4 / 8)  # 3 itself is among the replacements
@@ -28,7 +28,7 @@ def test_the_wanted_share_is_replaced_by_uniform_codes(whole_batch):
     torch.testing.assert_close(shares, expected, rtol=0, atol=0.005)
 
 
-def test_replacements_cover_the_codebook_and_stay_in_it(whole_batch):
+def test_replacements_cover_exactly_the_codebook(whole_batch):
     replaced = replace_codes(torch.zeros(500, 10, dtype=torch.long), 1.0, 7, whole_batch(500))
     assert replaced.unique().tolist() == list(range(7))
     assert replaced.dtype == torch.long
@@ -39,7 +39,7 @@ def test_nothing_is_replaced_at_0(whole_batch):
     assert replace_codes(codes, 0.0, 12, whole_batch(2)) is codes
 
 
-def test_replacement_belongs_to_the_image_not_to_the_process(random_codes, whole_batch):
+def test_replacement_depends_on_the_image_not_on_the_process(random_codes, whole_batch):
     codes = random_codes(8).flatten(1)
     whole = replace_codes(codes, 0.5, 5, whole_batch(8))
     halves = [replace_codes(codes[rows], 0.5, 5, BatchRandom(0, rows, 8)) for rows in (slice(0, 4), slice(4, 8))]
@@ -48,7 +48,7 @@ def test_replacement_belongs_to_the_image_not_to_the_process(random_codes, whole
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
-def test_a_constant_replacement_stays(progress):
+def test_a_constant_replacement_does_not_change(progress):
     assert replace_prob_at(progress, 0.2) == 0.2
 
 
@@ -110,7 +110,7 @@ def test_replacement_follows_its_schedule(tiny_prior, random_codes, whole_batch)
 
 
 @pytest.mark.parametrize("prob", [0.0, 0.3, 1.0])
-def test_the_wanted_share_of_images_is_trained_without_its_class(prob, tiny_prior, random_codes, whole_batch):
+def test_the_requested_share_of_images_is_trained_without_its_class(prob, tiny_prior, random_codes, whole_batch):
     count = 300
     prior = tiny_prior(class_names=[f"class {i}" for i in range(count)], class_dropout_prob=prob)
     prior(random_codes(count), torch.arange(count), whole_batch(count), 0.0).loss.backward()
@@ -119,14 +119,14 @@ def test_the_wanted_share_of_images_is_trained_without_its_class(prob, tiny_prio
     assert used[count] == (prob > 0)
 
 
-def test_images_without_labels_are_of_no_class(tiny_prior, random_codes):
+def test_images_without_labels_have_no_class(tiny_prior, random_codes):
     prior, codes = tiny_prior(class_names=PETS).eval(), random_codes(4)
     no_class = torch.full((4,), prior.num_classes)
     assert torch.equal(prior.log_likelihood(codes, None), prior.log_likelihood(codes, no_class))
     assert not torch.equal(prior.log_likelihood(codes, None), prior.log_likelihood(codes, torch.zeros(4).long()))
 
 
-def test_a_prior_without_classes_takes_no_notice_of_labels(tiny_prior, random_codes):
+def test_a_prior_without_classes_ignores_labels(tiny_prior, random_codes):
     prior, codes = tiny_prior().eval(), random_codes(4)
     assert torch.equal(prior.log_likelihood(codes, torch.tensor([0, 1, 5, 9])), prior.log_likelihood(codes, None))
 
@@ -134,7 +134,7 @@ def test_a_prior_without_classes_takes_no_notice_of_labels(tiny_prior, random_co
 # --- the likelihood -------------------------------------------------------------------------------------------------
 
 
-def test_log_likelihood_is_the_sum_of_the_codes_logarithms(tiny_prior, random_codes, whole_batch):
+def test_log_likelihood_is_the_sum_over_the_codes(tiny_prior, random_codes, whole_batch):
     prior, codes, labels = tiny_prior(class_names=PETS).eval(), random_codes(4), torch.tensor([0, 1, 1, 0])
     log_probabilities = prior.network(codes.flatten(1), labels).double().log_softmax(-1)
     expected = log_probabilities.gather(2, codes.flatten(1)[..., None]).flatten(1).sum(1)
@@ -153,7 +153,7 @@ def test_the_probabilities_of_all_grids_sum_to_1(tiny_prior):
         assert probabilities.max() > 1.3 / 16
 
 
-def test_a_masked_transformer_has_a_bound_and_no_likelihood(tiny_prior, random_codes, whole_batch):
+def test_a_masked_transformer_has_a_bound_but_no_exact_likelihood(tiny_prior, random_codes, whole_batch):
     prior = tiny_prior(model="masked_transformer").eval()
     assert not prior.exact_likelihood
     assert prior.nats_per_image(random_codes(4), None, whole_batch(4)).shape == (4,)
@@ -164,7 +164,7 @@ def test_a_masked_transformer_has_a_bound_and_no_likelihood(tiny_prior, random_c
 # --- learning and sampling ------------------------------------------------------------------------------------------
 
 
-def test_one_batch_can_be_learned_by_heart_and_sampled(tiny_prior, random_codes, whole_batch):
+def test_an_overfitted_batch_is_sampled(tiny_prior, random_codes, whole_batch):
     names = [f"class {i}" for i in range(6)]
     prior, codes = tiny_prior(trained=False, class_names=names, class_dropout_prob=0.0), random_codes(6)
     optimizer = torch.optim.Adam(prior.parameters(), lr=1e-2)
@@ -178,7 +178,7 @@ def test_one_batch_can_be_learned_by_heart_and_sampled(tiny_prior, random_codes,
     assert torch.equal(samples, codes)
 
 
-def test_samples_are_grids_that_depend_on_seed_and_label_alone(tiny_prior):
+def test_samples_are_grids_that_depend_on_seed_and_label_only(tiny_prior):
     prior = tiny_prior(grid=(3, 2), class_names=PETS).eval()
     labels, seeds, sampling = torch.tensor([0, 1] * 4), image_seeds(0, 0, 8), SamplingConfig(guidance_scale=2.0)
     samples = prior.sample(labels, sampling, seeds)
@@ -188,7 +188,7 @@ def test_samples_are_grids_that_depend_on_seed_and_label_alone(tiny_prior):
     assert not torch.equal(prior.sample(labels, sampling, image_seeds(1, 0, 8)), samples)
 
 
-def test_samples_without_labels_are_of_no_class(tiny_prior):
+def test_samples_without_labels_have_no_class(tiny_prior):
     prior, seeds = tiny_prior(class_names=PETS).eval(), image_seeds(0, 0, 20)
     unlabelled = prior.sample(None, SamplingConfig(), seeds)
     assert torch.equal(unlabelled, prior.sample(torch.full((20,), 2), SamplingConfig(), seeds))
@@ -210,7 +210,7 @@ def test_guidance_needs_classes(tiny_prior):
         ("masked_transformer", {"num_steps": 7}, ("num_steps 7", "6", "grid")),
     ],
 )
-def test_settings_of_other_priors_or_beyond_this_one_are_refused(model, sampling, named, tiny_prior):
+def test_settings_that_this_prior_cannot_use_are_refused(model, sampling, named, tiny_prior):
     tiny_prior(model=model).check_sampling(SamplingConfig(top_k=5))
     with refuses(*named):
         tiny_prior(model=model).check_sampling(SamplingConfig(**sampling))
@@ -229,7 +229,7 @@ def test_labels_out_of_range_are_refused(tiny_prior):
 
 
 @pytest.mark.parametrize("model", ["causal_transformer", "masked_transformer", "pixelcnn"])
-def test_known_codes_that_come_first_are_kept_by_every_prior(model, tiny_prior, random_codes):
+def test_every_prior_keeps_codes_that_come_first(model, tiny_prior, random_codes):
     prior, given, seeds = tiny_prior(model=model).eval(), random_codes(6, seed=3), image_seeds(0, 0, 6)
     known = torch.where(torch.arange(6).view(2, 3) < torch.arange(6)[:, None, None], given, -1)  # 0 ... 5 of them
     codes = prior.sample(None, SamplingConfig(), seeds, known)
@@ -241,7 +241,7 @@ def test_known_codes_that_come_first_are_kept_by_every_prior(model, tiny_prior, 
     assert torch.equal(prior.sample(None, SamplingConfig(), seeds, given), given)
 
 
-def test_only_a_masked_transformer_keeps_codes_anywhere(tiny_prior, random_codes):
+def test_only_a_masked_transformer_keeps_any_codes(tiny_prior, random_codes):
     known = torch.where(torch.tensor([[True, False, True], [False, True, True]]), random_codes(2), -1)
     codes = tiny_prior(model="masked_transformer").eval().sample(None, SamplingConfig(), [0, 1], known)
     assert torch.equal(codes[known >= 0], known[known >= 0])
@@ -250,7 +250,7 @@ def test_only_a_masked_transformer_keeps_codes_anywhere(tiny_prior, random_codes
             tiny_prior(model=model).sample(None, SamplingConfig(), [0, 1], known)
 
 
-def test_known_codes_of_another_form_are_refused(tiny_prior, random_codes):
+def test_known_codes_of_another_shape_or_codebook_are_refused(tiny_prior, random_codes):
     prior = tiny_prior()
     with refuses("known codes", "(2, 2, 3)", "got (1, 2, 3)"):
         prior.sample(None, SamplingConfig(), [0, 1], random_codes(1))
@@ -277,7 +277,7 @@ def test_guidance_needs_class_dropout(tiny_prior):
 
 
 @pytest.mark.parametrize("model", ["causal_transformer", "masked_transformer", "pixelcnn"])
-def test_every_prior_is_the_same_after_a_round_trip(model, tiny_prior, tmp_path):
+def test_every_prior_samples_the_same_after_saving_and_loading(model, tiny_prior, tmp_path):
     prior = tiny_prior(model=model, class_names=PETS).eval()
     prior.save_pretrained(tmp_path)
     samples = prior.sample(torch.tensor([0, 1]), SamplingConfig(), [0, 1])
@@ -315,7 +315,7 @@ def test_weights_of_another_grid_are_refused(saved):
         Prior.from_pretrained(saved)
 
 
-def test_the_stored_config_is_what_the_codes_are(tiny_prior, write_codes, random_codes, tmp_path):
+def test_the_stored_config_describes_the_codes(tiny_prior, write_codes, random_codes, tmp_path):
     splits = {"train": random_codes(10).numpy(), "val": random_codes(4, seed=1).numpy()}
     labels = {name: codes[:, 0, 0] % 2 for name, codes in splits.items()}
     manifest = write_codes(tmp_path / "codes", splits, 5, PETS, labels)

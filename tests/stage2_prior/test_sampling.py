@@ -5,7 +5,7 @@ from messages import refuses
 from stage2_prior.sampling import SamplingConfig, choose, filter_logits, guidance_at, guide, image_seeds, uniform_noise
 from twostage.core.config.sections import parse_config
 
-ALMOST_1 = 1 - 2**-53  # the largest number that is ever drawn
+ALMOST_1 = 1 - 2**-53  # the largest number that the noise can have
 
 
 def random_logits(rows: int = 6, codes: int = 9) -> torch.Tensor:
@@ -13,7 +13,7 @@ def random_logits(rows: int = 6, codes: int = 9) -> torch.Tensor:
 
 
 def draw(logits: torch.Tensor, count: int, **sampling: object) -> torch.Tensor:
-    """``count`` draws from one row of logits, with evenly spaced noise."""
+    """``count`` samples from one row of logits, with evenly spaced noise."""
     filtered = filter_logits(logits.expand(count, -1), SamplingConfig(**sampling))
     return choose(filtered, (torch.arange(count, dtype=torch.double) + 0.5) / count)
 
@@ -26,7 +26,7 @@ def test_an_images_seed_does_not_depend_on_where_a_batch_begins():
     assert len({*image_seeds(3, 0, 100), *image_seeds(4, 0, 100)}) == 200
 
 
-def test_noise_is_uniform_and_each_rows_own():
+def test_noise_is_uniform_and_depends_only_on_a_rows_seed():
     seeds = image_seeds(0, 0, 50)
     noise = uniform_noise(seeds, 400)
     assert torch.equal(uniform_noise(seeds[10:12], 400), noise[10:12])
@@ -66,7 +66,7 @@ def test_guidance_grows_by_its_schedule(schedule, expected):
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}])
-def test_the_safest_settings_take_the_most_likely_code(sampling):
+def test_the_safest_settings_choose_the_most_likely_code(sampling):
     for row in random_logits():
         assert (draw(row, 50, **sampling) == row.argmax()).all()
 
@@ -98,11 +98,11 @@ def test_top_p_keeps_the_fewest_codes_that_hold_the_probability(top_p, kept):
     assert torch.equal(filtered[0, kept], logits[0, kept])
 
 
-def test_top_k_keeps_no_ties():
+def test_top_k_keeps_exactly_k_codes_despite_ties():
     assert filter_logits(torch.zeros(3, 9), SamplingConfig(top_k=2)).isfinite().sum(1).tolist() == [2, 2, 2]
 
 
-def test_top_p_works_on_what_temperature_and_top_k_leave():
+def test_top_p_applies_after_temperature_and_top_k():
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
     for sampling, kept in [({"top_k": 2, "top_p": 0.55}, [0]), ({"top_p": 0.55}, [0, 1]),
                            ({"temperature": 0.1, "top_p": 0.55}, [0])]:  # fmt: skip
@@ -110,7 +110,7 @@ def test_top_p_works_on_what_temperature_and_top_k_leave():
         assert filtered.isfinite()[0].nonzero().flatten().tolist() == kept
 
 
-def test_filtering_leaves_its_argument_alone():
+def test_filtering_does_not_change_its_argument():
     logits = random_logits()
     filter_logits(logits, SamplingConfig(temperature=0.5, top_k=3, top_p=0.5))
     assert torch.equal(logits, random_logits())
@@ -122,7 +122,7 @@ def test_zero_is_refused(key):
         parse_config(SamplingConfig, {key: 0}, "sampling")
 
 
-# --- the draw -------------------------------------------------------------------------------------------------------
+# --- choosing -------------------------------------------------------------------------------------------------------
 
 
 def test_frequencies_follow_the_distribution():
@@ -136,21 +136,21 @@ def test_frequencies_follow_the_distribution():
 
 @pytest.mark.parametrize("noise", [0.0, ALMOST_1])
 @pytest.mark.parametrize("impossible", [[], [0], [4], [0, 1, 3, 4]])
-def test_what_cannot_be_drawn_is_not_even_at_the_ends(noise, impossible):
+def test_excluded_codes_are_not_chosen_even_at_the_ends(noise, impossible):
     logits = torch.zeros(1, 5)
     logits[:, impossible] = -torch.inf
     possible = [code for code in range(5) if code not in impossible]
     assert choose(logits, torch.tensor([noise], dtype=torch.double)).item() == possible[0 if noise == 0 else -1]
 
 
-def test_the_largest_noise_never_meets_an_impossible_code():
+def test_the_largest_noise_never_chooses_an_excluded_code():
     logits = random_logits(200, 50)
     logits[:, 40:] = -torch.inf
     noise = torch.full((200,), ALMOST_1, dtype=torch.double)
     assert (choose(logits, noise) == 39).all()
 
 
-def test_a_rows_draw_depends_on_its_own_noise_alone():
+def test_a_rows_code_depends_on_its_own_noise_only():
     logits, noise = random_logits(), uniform_noise(image_seeds(0, 0, 6), 1)[:, 0]
     alone = [choose(logits[row : row + 1], noise[row : row + 1]).item() for row in range(6)]
     assert choose(logits, noise).tolist() == alone
@@ -189,7 +189,7 @@ def test_an_impossible_setting_names_what_to_use_instead(given, named):
 
 
 @pytest.mark.parametrize("given", [{"temperature": 1e-6}, {"temperature": 1e6}, {"guidance_scale": 1e6}, {"top_p": 1}])
-def test_the_outermost_settings_still_draw_numbers(given):
+def test_extreme_settings_give_finite_probabilities(given):
     sampling = parse_config(SamplingConfig, given, "the sampling options")
     logits = 40 * random_logits()
     guided = guide(logits, logits.flip(-1), sampling.guidance_scale)

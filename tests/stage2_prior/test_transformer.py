@@ -28,13 +28,13 @@ def build(**options: object) -> Transformer:
     return Transformer(config, CODES, CODES + 1, GRID, num_classes=2, causal=False)
 
 
-def test_rotated_heads_see_how_far_apart_two_cells_are_and_nothing_else():
+def test_rotated_heads_see_only_the_distance_between_two_cells():
     grid, width = (5, 6), 8
     rotation = rotations(grid, width)
     q, k = (torch.randn(width, generator=torch.Generator().manual_seed(i)).expand(30, -1) for i in range(2))
-    scores = (rotate(q, rotation) @ rotate(k, rotation).T).view(*grid, *grid)  # of one head, from cell to cell
+    scores = (rotate(q, rotation) @ rotate(k, rotation).T).view(*grid, *grid)  # one head's, from cell to cell
     torch.testing.assert_close(scores[1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1], rtol=1e-4, atol=1e-5)
-    turned = rotate(q, rotation)  # (30, 8): another direction at every cell
+    turned = rotate(q, rotation)  # (30, 8): a different direction at every cell
     assert (torch.cdist(turned, turned) + torch.eye(30)).min() > 0.1
     torch.testing.assert_close(turned.norm(dim=1), q.norm(dim=1))
 
@@ -83,7 +83,7 @@ def test_a_tied_head_has_no_weights_of_its_own_and_predicts_no_mask():
     assert (gradient[CODES:] == 0).all()
 
 
-def test_code_dropout_hides_whole_codes_and_in_training_only():
+def test_code_dropout_hides_whole_codes_in_training_only():
     model, codes = build(code_dropout=0.25), torch.randint(CODES, (200, 6))
     random = BatchRandom(0, slice(0, 200), 200)
     assert model.eval().hide(codes, random) is None
@@ -94,21 +94,21 @@ def test_code_dropout_hides_whole_codes_and_in_training_only():
     assert (embedded[hidden] == 0).all()
     assert torch.equal(embedded[~hidden], model.embed(codes)[~hidden])
     half = model.hide(codes[100:], BatchRandom(0, slice(100, 200), 200))
-    assert torch.equal(half, hidden[100:])  # it belongs to the image, not to the process
+    assert torch.equal(half, hidden[100:])  # depends on the image, not on the process
 
 
 @pytest.mark.parametrize(
     ("positions", "learned", "rotary"), [("learned", True, False), ("rotary", False, True), ("both", True, True)]
 )
-def test_positions_are_what_they_are_called(positions, learned, rotary):
+def test_positions_match_their_names(positions, learned, rotary):
     model = build(positions=positions)
     assert ("positions" in model.state_dict()) == learned
     assert (model.rotation is not None) == rotary
     assert "rotation" not in model.state_dict()
 
 
-def test_weights_have_the_names_they_always_had():
-    """Models on disk are loaded by them."""
+def test_weights_keep_their_names():
+    """Stored models are loaded by these names."""
     block = [f"{layer}.{kind}" for layer in ("norm1", "qkv", "attention_out", "norm2", "mlp_in", "mlp_out")
              for kind in ("weight", "bias")]  # fmt: skip
     assert list(build(depth=1).state_dict()) == [
@@ -122,7 +122,7 @@ def test_heads_must_divide_the_width():
         parse_config(CausalTransformerConfig, {"hidden_size": 10, "num_heads": 4}, "model")
 
 
-def test_heads_must_be_as_wide_as_rows_and_columns_need():
+def test_heads_must_be_wide_enough_for_rows_and_columns():
     with refuses("hidden_size 12 / num_heads 2", "multiple of 4", "positions=learned"):
         parse_config(CausalTransformerConfig, {"hidden_size": 12, "num_heads": 2}, "model")
     parse_config(CausalTransformerConfig, {"hidden_size": 12, "num_heads": 2, "positions": "learned"}, "model")

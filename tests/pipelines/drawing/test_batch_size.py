@@ -1,4 +1,4 @@
-"""Batches fit the memory that is free, by an estimate that lies above what is taken."""
+"""Batches fit in the free memory, by an estimate above what sampling really takes."""
 
 import psutil
 import pytest
@@ -14,7 +14,7 @@ from stage2_prior.sampling import SamplingConfig
 CPU = torch.device("cpu")
 MODELS = {
     "pixelcnn": PixelCNNConfig(channels=32, depth=4, head_channels=64),
-    "causal": None,  # as trained
+    "causal": None,  # the trained one, wider
     "masked": MaskedTransformerConfig(hidden_size=96, depth=4, num_heads=4, dropout=0.0),
 }
 
@@ -26,21 +26,21 @@ def with_model(pipeline, name: str) -> Prior:
 
 
 def peak_bytes(prior: Prior, count: int, sampling: SamplingConfig) -> int:
-    """What sampling so many images held at most, beside what was there before."""
-    # acc_events: without it, torch 2.11 remarks on it.
+    """The peak of the memory that sampling ``count`` images allocates."""
+    # acc_events: torch 2.11 warns without it.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         prior.sample(None, sampling, list(range(count)))
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
+    held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
-        most = max(most, held)
-    return most
+        peak = max(peak, held)
+    return peak
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_estimate_lies_above_what_is_taken(pipeline, name, guidance_scale):
+def test_the_estimate_is_above_the_memory_that_sampling_takes(pipeline, name, guidance_scale):
     prior, sampling = with_model(pipeline, name), SamplingConfig(guidance_scale=guidance_scale)
     few, many = peak_bytes(prior, 8, sampling), peak_bytes(prior, 16, sampling)
     taken = (many - few) / 8  # of each further image
