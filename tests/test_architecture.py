@@ -54,6 +54,22 @@ def test_imports_go_one_way(path):
     assert imported_packages(parse(path)) & FOLDERS <= MAY_IMPORT[package]
 
 
+ROOMS = ("files", "saved", "drawing", "encoding", "evaluation", "comparison", "page", "sharing", "checks")
+"""The rooms of pipelines/, lowest first: each imports only itself and those before it."""
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipelines").rglob("*.py")), ids=lambda path: path.stem)
+def test_a_room_imports_lower_rooms_and_nobody_imports_a_verb(path):
+    room = path.relative_to(ROOT / "pipelines").parts[0]
+    allowed = ROOMS[: ROOMS.index(room) + 1] if room in ROOMS else ROOMS
+    found = {
+        node.module.split(".")[1]
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipelines.")
+    }
+    assert found <= set(allowed)
+
+
 @for_each_module
 def test_everything_public_has_a_docstring(path):
     tree = parse(path)

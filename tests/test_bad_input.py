@@ -329,6 +329,6 @@ def test_damaged_models(refused, runs, tmp_path):
 
 def test_damaged_pipelines(refused, runs, tmp_path):
     (tmp_path / "pipeline").mkdir()
-    for content, said in {"{": "pipeline.json", '{"kind": "other"}': "is of the kind 'other'"}.items():
+    for content, said in {"{": "pipeline.json", '{"kind": "other"}': "kind 'other'"}.items():
         (tmp_path / "pipeline" / "pipeline.json").write_text(content)
         assert said in refused("generate", "./pipeline", "--out", "out")

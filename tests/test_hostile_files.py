@@ -176,7 +176,7 @@ def test_a_pipeline_that_lists_files_outside(refused, runs, name, tmp_path):
     document["sha256"][name] = "0" * 64
     (tmp_path / "pipeline/pipeline.json").write_text(json.dumps(document))
     said = refused("generate", "./pipeline", "--out", "out")
-    assert "which is no file of this folder" in said
+    assert "which is not a file of this folder" in said
     assert "has the hash" not in said, "it was not read"
 
 

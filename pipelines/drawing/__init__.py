@@ -1,1 +1,1 @@
-"""Drawing images from trained models: the pipeline object, sampling in batches, edits."""
+"""Drawing images with trained models: the sampler, edits, the pipeline object, and what the commands write."""

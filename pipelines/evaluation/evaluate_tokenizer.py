@@ -157,9 +157,7 @@ def _perceptual(
 ) -> tuple[Perceptual | None, dict[str, str]]:
     """LPIPS and its protocol, or why there is none. Nothing is downloaded."""
     if min(size) < MIN_SIDE:
-        return None, {
-            "not_measured": f"images of {size[0]}x{size[1]} are smaller than VGG's {MIN_SIDE}x{MIN_SIDE}"
-        }
+        return None, {"not_measured": f"images of {size[0]}x{size[1]} are smaller than VGG's {MIN_SIDE}x{MIN_SIDE}"}
     trunk, folders = find_trunk(weights_dir)
     if trunk is None:
         return None, {"not_measured": f"no {TRUNK} in {' or '.join(map(str, folders))}; give --weights-dir DIR"}

@@ -52,7 +52,7 @@ def read_mask(mask: str | Path, image: str | Path, size: tuple[int, int]) -> Ten
     """
     if mask in MASK_NAMES:
         return named_mask(str(mask), size)
-    drawn, original = ImageOps.exif_transpose(open_given_image(mask)), ImageOps.exif_transpose(open_given_image(image))
+    drawn, original = (ImageOps.exif_transpose(open_given_image(file)) for file in (mask, image))
     if drawn.size != original.size:
         raise InputError(
             f"{mask}: has {drawn.width}x{drawn.height} pixels, expected {original.width}x{original.height} as in "

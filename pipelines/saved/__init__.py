@@ -1,1 +1,1 @@
-"""Trained models on disk: pipeline folders, and what a model remembers of its data and its tokenizer."""
+"""Trained models on disk: where they are, what they were trained on, their figures and their model card."""

@@ -1,5 +1,5 @@
-"""A pipeline on disk: `pipeline.json` beside `tokenizer/` and, where there is one, `prior/`. `pipeline.json` is written
-last and lists every file with its hash, so that a folder that was copied by half is not taken for a whole one."""
+"""A pipeline on disk: `pipeline.json` beside `tokenizer/` and, if there is one, `prior/`. `pipeline.json` is written
+last and lists every file with its hash, so that an incomplete copy is detected."""
 
 import os
 import re
@@ -25,16 +25,16 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 2
-"""1 had no hashes, and always a prior."""
+"""Format 1 had no hashes, and always a prior."""
 DOCUMENT = "pipeline.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 """`owner/name`."""
-NEEDED = ["*.json", "*.safetensors", "training/*.yaml"]
-"""What a download takes; pictures and exported programs stay on the hub."""
+DOWNLOADED = ["*.json", "*.safetensors", "training/*.yaml"]
+"""The files of a download; images and exported programs stay on the hub."""
 
 
 def is_pipeline_folder(path: str | Path) -> bool:
-    """Whether ``path`` holds a pipeline, be it a part of one: a pipeline.json, or the tokenizer beside it."""
+    """Whether ``path`` holds a pipeline, even an incomplete one: a pipeline.json, or the tokenizer beside it."""
     return any((Path(path) / file).is_file() for file in (DOCUMENT, "tokenizer/config.json"))
 
 
@@ -44,7 +44,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def write_pipeline_folder(folder: Path, tokenizer: Autoencoder, prior: Prior | None) -> None:
-    """Writes both models, then what lists them."""
+    """Writes both models, then pipeline.json."""
     (folder / DOCUMENT).unlink(missing_ok=True)
     parts = {"tokenizer": tokenizer} | ({"prior": prior} if prior else {})
     for name, model in parts.items():
@@ -64,24 +64,20 @@ def read_pipeline_folder(folder: Path) -> tuple[Autoencoder, Prior | None]:
     """Both models, in evaluation mode, on the CPU; None for a pipeline without a prior.
 
     Raises:
-        InputError: no pipeline, one of another format, or files that are missing or not those that were written (all
-            of them are named).
+        InputError: no pipeline, one in another format, or files that are missing or damaged (all of them are named).
     """
-    if not (folder / DOCUMENT).is_file():
-        what = f"holds no pipeline ({DOCUMENT} is missing)" if folder.exists() else "no such folder"
-        raise InputError(
-            f"{folder}: {what}; expected a folder that twostage export wrote, or runs/NAME of a trained model"
-        )
     file = folder / DOCUMENT
+    if not file.is_file():
+        raise InputError(f"{folder}: holds no pipeline ({DOCUMENT} is missing). Copy or export it again")
     document = read_json(file, "save the pipeline again")
     kind = document.get("kind")
     if kind != "two_stage_pipeline":
-        raise InputError(f"{file}: is of the kind {kind!r}, expected 'two_stage_pipeline'")
+        raise InputError(f"{file}: has the kind {kind!r}, expected 'two_stage_pipeline'")
     version: Any = document.get("format_version")
     check_format(version, FORMAT_VERSION, file)
     hashes = document.get("sha256", {})
     if not isinstance(hashes, dict) or (version > 1 and not hashes):
-        raise InputError(f"{file}: `sha256` is no list of files with their hashes; save the pipeline again")
+        raise InputError(f"{file}: `sha256` is not a list of files with their hashes. Save the pipeline again")
     _check_files(folder, hashes)
     has_prior = version == 1 or "prior/config.json" in hashes
     tokenizer = Autoencoder.from_pretrained(folder / "tokenizer")
@@ -89,18 +85,20 @@ def read_pipeline_folder(folder: Path) -> tuple[Autoencoder, Prior | None]:
 
 
 def _check_files(folder: Path, hashes: dict[str, str]) -> None:
-    """Names every file that is missing or damaged; only names within the folder are looked at."""
+    """Refuses missing and damaged files, and names that lead out of the folder."""
     problems = []
     for name, expected in hashes.items():
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name or "\\" in name:
-            raise InputError(f"{folder / DOCUMENT}: lists {name!r}, which is no file of this folder; save it again")
+            raise InputError(
+                f"{folder / DOCUMENT}: lists {name!r}, which is not a file of this folder. Save the pipeline again"
+            )
         if not file.is_file():
             problems.append(f"{name} is missing")
         elif (found := file_sha256(file)) != expected:
             problems.append(f"{name} has the hash {found[:12]} instead of {str(expected)[:12]}")
     if problems:
-        raise InputError(f"{folder}: the pipeline is not whole: {'; '.join(problems)}. Copy or export it again")
+        raise InputError(f"{folder}: the pipeline is incomplete: {'; '.join(problems)}. Copy or export it again")
 
 
 def download_pipeline(name: str) -> Path:
@@ -112,25 +110,25 @@ def download_pipeline(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=NEEDED))
+        return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
     except Exception as error:  # the hub's libraries raise several families of errors when offline
         kept = os.environ.get("HF_HOME", "~/.cache/huggingface")
         raise InputError(
-            f"{name}: no such folder here, and the Hugging Face hub did not give it "
-            f"({broken_proxy() or type(error).__name__}); looked also for a copy downloaded earlier, in {kept}. "
+            f"{name}: no such folder here, not available from the Hugging Face hub "
+            f"({broken_proxy() or type(error).__name__}), and not among earlier downloads in {kept}. "
             "Without a network, copy the pipeline's folder here and give that"
         ) from None
 
 
 def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
-    """Uploads a folder to the Hugging Face hub, where ``repo_id`` (`owner/name`) is made if it is not there; returns
-    its address.
+    """Uploads a folder to the Hugging Face hub and returns its address. ``repo_id`` (`owner/name`) is created if it
+    does not exist.
 
     Raises:
-        InputError: no such name, or the hub did not take it, such as when offline or not logged in.
+        InputError: an invalid id, or the hub refused the upload, for example when offline or not logged in.
     """
     if not HUB_ID.fullmatch(repo_id):
-        raise InputError(f"{repo_id!r}: no id of the Hugging Face hub; expected owner/name")
+        raise InputError(f"{repo_id!r}: not an id of the Hugging Face hub; expected owner/name")
     from huggingface_hub import HfApi
 
     try:
@@ -140,7 +138,7 @@ def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
     except Exception as error:  # as above
         reason = broken_proxy() or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise InputError(
-            f"{repo_id}: the Hugging Face hub did not take it ({reason}); log in (hf auth login) as one who may write "
-            "there, check the network, and push again"
+            f"{repo_id}: the Hugging Face hub refused the upload ({reason}). Log in (hf auth login) with an account "
+            "that may write there, check the network, and push again"
         ) from None
     return str(address)
