@@ -21,6 +21,7 @@ from twostage.core.config.sections import Number, PathName, Section
 from twostage.core.errors import InputError
 from twostage.core.machine.progress import on_terminal
 from twostage.core.runs.model_folder import load_saved_tensors
+from twostage.core.wording import one_line
 
 __all__ = [
     "LPIPS",
@@ -220,7 +221,7 @@ def _fetch_trunk(weights_dir: Path | None, heads: Path) -> Path:
         places = " nor at ".join(str(folder / TRUNK) for folder in folders)
         raise InputError(
             f"loss.perceptual lpips: needs two files. The heads vgg.pth come with the package lpips ({heads}). The "
-            f"trunk {TRUNK} (528 MB) is not at {places}, and {TRUNK_URL} cannot be downloaded ({_one_line(error)}). "
+            f"trunk {TRUNK} (528 MB) is not at {places}, and {TRUNK_URL} cannot be downloaded ({one_line(error)}). "
             f"Download it on another machine, copy it into a folder DIR and add --weights-dir DIR. {ALTERNATIVE}"
         ) from None
     return cached
@@ -232,7 +233,7 @@ def _fill_trunk(trunk: nn.Module, path: Path) -> None:
     try:
         stored = load_saved_tensors(path)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path}: cannot be read ({_one_line(error)}), {wanted}") from None
+        raise InputError(f"{path}: cannot be read ({one_line(error)}), {wanted}") from None
     if not isinstance(stored, dict):
         raise InputError(f"{path}: contains a {type(stored).__name__}, {wanted}")
     # The package splits the trunk into slices and keeps the layer numbers: slice2.5.weight is features.5.weight.
@@ -249,8 +250,4 @@ def _fill_trunk(trunk: nn.Module, path: Path) -> None:
     try:
         trunk.load_state_dict({slices[name]: tensor for name, tensor in given.items()})
     except RuntimeError as error:
-        raise InputError(f"{path}: {_one_line(error)}, {wanted}") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{path}: {one_line(error)}, {wanted}") from None

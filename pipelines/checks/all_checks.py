@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pipelines.checks.disk_checks import check_data, check_run_folder, check_weights
+from pipelines.checks.disk_checks import check_data, check_run_folder, check_weight_files
 from pipelines.checks.environment_checks import check_accelerate_file, check_environment
 from pipelines.checks.findings import Finding, problem
 from pipelines.checks.machine_checks import check_cpu, check_gpus, check_packages
@@ -33,7 +33,7 @@ def run_checks(run_dir: Path, time_limit: float) -> Iterator[Finding]:
         check_accelerate_file,
         lambda: check_run_folder(run_dir),
         check_data,
-        check_weights,
+        check_weight_files,
         lambda: check_two_processes(time_limit),
     ]
     for check in checks:

@@ -12,8 +12,9 @@ import psutil
 from pipelines.checks.environment_checks import hugging_face_home
 from pipelines.checks.findings import Finding, ok, problem, warning
 from twostage.core.files import expand_home, flush
+from twostage.core.wording import some_of
 
-__all__ = ["check_data", "check_run_folder", "check_weights"]
+__all__ = ["check_data", "check_run_folder", "check_weight_files"]
 
 TEST_FILE = 64  # MB written to measure the speed
 MIN_SPEED = 20.0  # MB a second: a checkpoint of 500 MB takes half a minute
@@ -122,12 +123,11 @@ def check_data() -> Iterator[Finding]:
         yield ok("data", f"$TWOSTAGE_DATA {root}: {', '.join(sets) or 'empty'}")
     cache = Path(expand_home(os.environ.get("HF_HUB_CACHE") or str(hugging_face_home() / "hub")))
     kept = sorted(path.name for path in cache.glob("*--*--*"))
-    shown = ", ".join(name.replace("--", " ", 1).replace("--", "/") for name in kept[:5])
-    more = f" and {len(kept) - 5} more" if len(kept) > 5 else ""
-    yield ok("data", f"Hugging Face cache {cache}: {shown + more or 'empty'}")
+    shown = some_of(name.replace("--", " ", 1).replace("--", "/") for name in kept)
+    yield ok("data", f"Hugging Face cache {cache}: {shown or 'empty'}")
 
 
-def check_weights() -> Iterator[Finding]:
+def check_weight_files() -> Iterator[Finding]:
     """The pretrained weights that losses and distances use."""
     import torch
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import psutil
 import yaml
 
-from pipelines.checks.findings import Finding, first_line, ok, problem, warning
+from pipelines.checks.findings import Finding, ok, problem, warning
 from pipelines.saved.proxies import broken_proxy
 from twostage.core.files import expand_home
 from twostage.core.machine.launch import is_thread_count
+from twostage.core.wording import one_line
 
 __all__ = ["check_accelerate_file", "check_environment", "hugging_face_home"]
 
@@ -123,7 +124,7 @@ def check_accelerate_file() -> Iterator[Finding]:
         if not isinstance(settings, dict):
             raise ValueError("expected keys and values")
     except (OSError, ValueError, yaml.YAMLError) as error:
-        message = f"{file} cannot be read ({first_line(error)}), so `accelerate launch` stops"
+        message = f"{file} cannot be read ({one_line(error)}), so `accelerate launch` stops"
         yield problem("accelerate", message, "Remove it, or write a new one: accelerate config")
         return
     keys = ("distributed_type", "num_processes", "num_machines", "mixed_precision", "use_cpu")

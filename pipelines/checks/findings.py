@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Finding", "first_line", "ok", "problem", "warning"]
+__all__ = ["Finding", "ok", "problem", "warning"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,3 @@ def warning(topic: str, message: str, advice: str) -> Finding:
 def problem(topic: str, message: str, advice: str) -> Finding:
     """A finding that stops a training or makes it wrong."""
     return Finding(topic, "problem", message, advice)
-
-
-def first_line(error: BaseException) -> str:
-    """At most 200 characters of an error's text, on one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -11,7 +11,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from pipelines.checks.findings import Finding, first_line, ok, problem, warning
+from pipelines.checks.findings import Finding, ok, problem, warning
+from twostage.core.wording import one_line
 
 __all__ = ["check_cpu", "check_gpus", "check_packages"]
 
@@ -51,7 +52,7 @@ def check_packages() -> Iterator[Finding]:
         try:
             importlib.import_module(name)
         except Exception as error:  # a broken build can raise almost anything
-            message = f"{name} cannot be imported: {first_line(error)}"
+            message = f"{name} cannot be imported: {one_line(error)}"
             yield problem("packages", message, "Install torch and torchvision together, so that their builds match.")
 
 
@@ -136,7 +137,7 @@ def _no_gpu(built_for: str | None) -> Finding:
         torch.cuda.init()
         reason = "torch finds no GPU (CUDA_VISIBLE_DEVICES hides them, or this container has none)"
     except (RuntimeError, AssertionError) as error:
-        reason = first_line(error)
+        reason = one_line(error)
     advice = f"Run nvidia-smi. The driver must support CUDA {built_for}, for which this torch is built."
     return problem("GPU", f"this machine has an NVIDIA driver, but: {reason}", advice)
 
@@ -159,7 +160,7 @@ def _check_gpu(kind: str, index: int) -> Finding:
     except RuntimeError as error:  # no kernels for this GPU in this build, no memory, a driver that is too old
         built_for = " ".join(torch.cuda.get_arch_list()) or "other devices"
         advice = f"Install a build of torch for this GPU and its driver (torch {torch.__version__} is for {built_for})."
-        return problem("GPU", f"{device}: a matrix product fails: {first_line(error)}", advice)
+        return problem("GPU", f"{device}: a matrix product fails: {one_line(error)}", advice)
     if not right:
         return problem("GPU", f"{name}: a matrix product is wrong", "The driver or the GPU is broken: replace it.")
     return ok("GPU", f"{name}{memory}; a matrix product is correct")

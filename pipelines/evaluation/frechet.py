@@ -17,6 +17,7 @@ from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
 from twostage.core.runs.model_folder import file_sha256, load_saved_tensors
 from twostage.core.training.random import seed_for
+from twostage.core.wording import one_line
 
 __all__ = [
     "FeatureDistance",
@@ -80,16 +81,14 @@ class InceptionFeatures(nn.Module):
         try:
             load_saved_tensors(path)  # the library itself would run what is in it
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            raise InputError(
-                f"--inception {path}: no file of weights ({_first_line(error)}); expected {wanted}"
-            ) from None
+            raise InputError(f"--inception {path}: no file of weights ({one_line(error)}); expected {wanted}") from None
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         try:
             # Without antialiasing, as TensorFlow 1 resizes: published distances are so.
             self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)
         except (RuntimeError, TypeError, AttributeError) as error:
-            raise InputError(f"--inception {path}: other weights ({_first_line(error)}); expected {wanted}") from None
+            raise InputError(f"--inception {path}: other weights ({one_line(error)}); expected {wanted}") from None
         digest = file_sha256(path)
         known = "as published" if digest.startswith(PUBLISHED) else "NOT the published weights: compare with care"
         self.protocol = {
@@ -279,7 +278,3 @@ class _Given(nn.Module):
 
 def _with_channels(pixels: Tensor, channels: int) -> Tensor:
     return pixels.expand(-1, channels, -1, -1) if pixels.shape[1] == 1 else pixels
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:120]

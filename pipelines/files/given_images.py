@@ -14,6 +14,7 @@ from twostage.core.data.image_folder import IMAGE_SUFFIXES
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import image_to_uint8, open_image
 from twostage.core.images.pixel_values import UsedValues, ValueRange
+from twostage.core.wording import some_of
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "find_images", "open_given_image", "read_image", "read_images"]
 
@@ -93,12 +94,12 @@ def _images_of(folder: Path, max_images: int, option: str) -> list[Path]:
     if len(unreadable) > MAX_NAMED:
         print(f"{folder}: {len(unreadable) - MAX_NAMED} more unreadable images are skipped")
     if others:
-        print(f"{folder}: not images: {_some_of(others)}")
+        print(f"{folder}: not images: {some_of(others)}")
     if not used:
-        below = f", only the folders {_some_of(folders)}. Give one of them, or --data {folder}" if folders else ""
+        below = f", only the folders {some_of(folders)}. Give one of them, or --data {folder}" if folders else ""
         raise InputError(f"{folder}: no readable image in this folder{below or f'; expected {FILE_TYPES}'}")
     if folders:
-        print(f"{folder}: subfolders are not searched: {_some_of(folders)}")
+        print(f"{folder}: subfolders are not searched: {some_of(folders)}")
     if len(used) + len(unreadable) < len(files):
         print(f"{folder}: the first {len(used)} of {len(files)} images; {option} shows more")
     return used
@@ -107,10 +108,6 @@ def _images_of(folder: Path, max_images: int, option: str) -> list[Path]:
 def _natural_order(path: Path) -> list[tuple[int, str]]:
     """2 before 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name) if part]
-
-
-def _some_of(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def read_images(files: list[Path], config: AutoencoderConfig) -> Tensor:

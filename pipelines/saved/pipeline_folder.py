@@ -12,6 +12,7 @@ from stage2_prior.prior import Prior
 from twostage.core.errors import InputError
 from twostage.core.files import read_json
 from twostage.core.runs.model_folder import check_format, file_sha256, write_json
+from twostage.core.wording import one_line
 
 __all__ = [
     "FORMAT_VERSION",
@@ -136,7 +137,7 @@ def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
         address = hub.create_repo(repo_id, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="twostage export")
     except Exception as error:  # as above
-        reason = broken_proxy() or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = broken_proxy() or f"{type(error).__name__}: {one_line(error)}"
         raise InputError(
             f"{repo_id}: the Hugging Face hub refused the upload ({reason}). Log in (hf auth login) with an account "
             "that may write there, check the network, and push again"

@@ -15,11 +15,11 @@ from pipelines.sharing.foreign_weights import (
     find_vq_model,
     read_diffusers_weights,
     read_weights,
-    some_of,
 )
 from twostage.core.config.sections import Count, Flag, Section, load_config, parse_config
 from twostage.core.errors import InputError
 from twostage.core.files import read_json
+from twostage.core.wording import some_of
 
 __all__ = ["KINDS", "ForeignTokenizer", "read_tokenizer"]
 

@@ -5,7 +5,6 @@ Only tensors are read. Nothing in a file is ever executed.
 
 import re
 import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from twostage.core.errors import InputError
 from twostage.core.files import read_json
+from twostage.core.wording import some_of
 
-__all__ = ["State", "Weights", "find_vq_model", "read_diffusers_weights", "read_weights", "some_of"]
+__all__ = ["State", "Weights", "find_vq_model", "read_diffusers_weights", "read_weights"]
 
 State = dict[str, Tensor]
 
@@ -39,12 +39,6 @@ class Weights:
     """By their original names. Floating-point tensors are float32."""
     source: str
     """The file they come from, with a remark if they were converted or if other files were ignored."""
-
-
-def some_of(names: Iterable[str]) -> str:
-    """At most five of the names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def read_weights(path: Path) -> Weights:

@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 
 from pipelines.sharing.foreign_tokenizers import ForeignTokenizer, read_tokenizer
-from pipelines.sharing.foreign_weights import some_of
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.vqgan_backbone import VQGANConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.errors import InputError
+from twostage.core.wording import some_of
 
 __all__ = ["import_tokenizer"]
 

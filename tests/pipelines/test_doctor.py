@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from messages import assert_names
 
-from pipelines.checks.disk_checks import check_data, check_run_folder, check_weights
+from pipelines.checks.disk_checks import check_data, check_run_folder, check_weight_files
 from pipelines.checks.environment_checks import LAUNCH_VARIABLES, RULES, check_accelerate_file, check_environment
 from pipelines.checks.findings import Finding
 from pipelines.checks.machine_checks import _cgroup_cores, check_cpu, check_gpus, check_packages
@@ -253,12 +253,12 @@ def test_datasets_and_cache(tmp_path, monkeypatch):
 
 
 def test_weights_are_searched_where_they_are_loaded_from(tmp_path):
-    assert [finding.status for finding in check_weights()] == ["warning", "warning"]
+    assert [finding.status for finding in check_weight_files()] == ["warning", "warning"]
     folder = tmp_path / "torch" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     for name in ("vgg16-397923af.pth", "weights-inception-2015-12-05-6726825d.pth"):
         (folder / name).write_bytes(b"weights")
-    lpips, inception = check_weights()
+    lpips, inception = check_weight_files()
     assert (lpips.status, inception.status) == ("ok", "ok")
     assert_names(lpips.message, folder / "vgg16-397923af.pth")
     assert_names(inception.message, f"--inception {folder}")

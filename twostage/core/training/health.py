@@ -15,6 +15,7 @@ from twostage.core.errors import InputError
 from twostage.core.runs.run_folder import RunFolder
 from twostage.core.training.running_means import Means
 from twostage.core.training.train_config import TrainConfig
+from twostage.core.wording import some_of
 
 __all__ = ["Health", "check_gradient"]
 
@@ -67,8 +68,8 @@ class Health:
         note = self.folder.path / "not_finite.txt"
         if self.accelerator.is_main_process:
             self.folder.write_note(note.name, [f"step {first + 1}: {', '.join(names)}", *samples])
-        more = f" and {len(samples) - 3} more (all in {note})" if len(samples) > 3 else ""
-        return f"step {first + 1}: {', '.join(causes)} is not finite for the batch of {', '.join(samples[:3])}{more}"
+        where = f" (all in {note})" if len(samples) > 3 else ""
+        return f"step {first + 1}: {', '.join(causes)} is not finite for the batch of {some_of(samples, 3)}{where}"
 
     def check_finite(self, metrics: Mapping[str, float], step: int) -> None:
         """Refuses numbers that are not finite.
@@ -101,9 +102,8 @@ class Health:
         assert isinstance(gathered, Tensor)
         differs = (gathered != gathered[0]).any(0).tolist()
         if names := [name for name, other in zip(common, differs, strict=True) if other]:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise self.stop(
-                f"step {step}: the processes no longer have the same {', '.join(names[:3])}{more}",
+                f"step {step}: the processes no longer have the same {some_of(names, 3)}",
                 "Run the same command again to resume; if this happens again, suspect a device or its memory",
             )
 
