@@ -26,7 +26,6 @@ from twostage.core.config.sections import load_config
 from twostage.core.data.dataset import ImageData, ImageSplit, load_images
 from twostage.core.images.conversion import to_float
 from twostage.core.training.batches import Batches
-from twostage.core.training.ema import averaged_copy
 from twostage.core.training.optimizer import TrainedNetwork
 from twostage.core.training.run import TrainingRun
 
@@ -84,9 +83,8 @@ def our_epochs(config: TokenizerConfig, data: ImageData):
     accelerator = run.accelerator
     batches = Batches(len(split), config.train, run.seed, accelerator, "images")
     autoencoder = Autoencoder(autoencoder_config(config, data))
-    averaged = averaged_copy(autoencoder, config.train.ema_decay) if config.train.ema_decay else None
-    network = TrainedNetwork(autoencoder, config.train, accelerator)
-    run.attach(batches, [network])
+    network = TrainedNetwork(autoencoder, config.train, accelerator, ema_decay=config.train.ema_decay)
+    run.attach(batches, [network], {})
     start = time.perf_counter()
     for batch in run.steps(split.read, read_ahead=False):
         for pixels, random in batch:
@@ -94,8 +92,7 @@ def our_epochs(config: TokenizerConfig, data: ImageData):
                 output = network.wrapped(to_float(pixels), None, random)
                 run.update(network, output.loss)
             run.record(output.metrics)
-        if averaged:
-            averaged.update_parameters(autoencoder)
+        network.update_average()
         run.advance()
         if run.step % batches.steps_per_epoch == 0:
             yield time.perf_counter() - start

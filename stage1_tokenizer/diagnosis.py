@@ -1,4 +1,4 @@
-"""Says in words what goes wrong in a training, once, when it has held for a while. The metrics always show it."""
+"""Warnings about a training that goes wrong: each once, after the problem has lasted for a while."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Rule:
-    """What is wrong where ``holds``, and what to try."""
+    """A problem, how to detect it, and what to try."""
 
     name: str
     needs: str
-    """The metric that it looks at."""
+    """The metric that it depends on."""
     patience: int
-    """Lines of metrics in a row."""
+    """Consecutive lines of metrics before the warning."""
     holds: Callable[[Metrics], bool]
     advice: str
-    """Formatted with the metrics."""
+    """A format string for the metrics."""
 
 
 CODEBOOK = Rule(
@@ -36,7 +36,7 @@ RULES = [
         "discriminator_accuracy",
         10,
         lambda m: abs(m["discriminator_accuracy"] - 0.5) < 0.02,
-        "the discriminator is at chance (it tells {discriminator_accuracy:.0%} right), so its term is noise. Try a "
+        "the discriminator is at chance ({discriminator_accuracy:.0%} accuracy), so its term is noise. Try a "
         "higher loss.adversarial.lr, more loss.adversarial.channels, or a lower loss.adversarial.weight",
     ),
     Rule(
@@ -44,7 +44,7 @@ RULES = [
         "discriminator_accuracy",
         10,
         lambda m: m["discriminator_accuracy"] > 0.99,
-        "the discriminator wins outright (it tells {discriminator_accuracy:.1%} right), so its gradient says little. "
+        "the discriminator wins ({discriminator_accuracy:.1%} accuracy), so its gradient carries little. "
         "Try loss.adversarial.lecam_weight=0.001, loss.adversarial.r1_weight=1, or a lower loss.adversarial.lr",
     ),
     Rule(
@@ -60,31 +60,31 @@ RULES = [
         "active_share",
         3,
         lambda m: m["active_share"] < 0.1,
-        "posterior collapse: {active_share:.0%} of the latent's units vary with the image. Try a lower loss.kl_weight "
-        "or fewer model.latent_channels",
+        "posterior collapse: only {active_share:.0%} of the latent units vary with the image. Try a lower "
+        "loss.kl_weight or fewer model.latent_channels",
     ),
 ]
 
 
 class Diagnosis:
-    """Watches the lines of metrics of a run.
+    """Watches the metrics of a run.
 
     Args:
-        remedy: what to try about a collapsing codebook: the settings of this run's quantizer.
-        facts: what a restart must know; plain JSON, kept up to date here.
-        say: how a sentence reaches the person who watches.
+        remedy: what to try if the codebook collapses: settings of this run's quantizer.
+        facts: what a resumed run must know; plain JSON, updated here.
+        report: prints a warning.
     """
 
-    def __init__(self, remedy: str, facts: dict[str, Any], say: Callable[[str], None]) -> None:
+    def __init__(self, remedy: str, facts: dict[str, Any], report: Callable[[str], None]) -> None:
         self.rules = [Rule(**{**vars(CODEBOOK), "advice": f"{CODEBOOK.advice} {remedy}"}), *RULES]
         self.seen: dict[str, int] = facts.setdefault("diagnosis", {})
-        self.say = say
+        self.report = report
 
     def observe(self, step: int, metrics: Metrics) -> None:
-        """Takes in one line of metrics; what has held for its patience is said then and never again."""
+        """Checks one line of metrics, and reports a problem the moment its patience is reached."""
         for rule in self.rules:
             if rule.needs not in metrics or self.seen.get(rule.name, 0) >= rule.patience:
                 continue
             self.seen[rule.name] = self.seen.get(rule.name, 0) + 1 if rule.holds(metrics) else 0
             if self.seen[rule.name] == rule.patience:
-                self.say(f"step {step}: {rule.advice.format(**metrics)}")
+                self.report(f"step {step}: {rule.advice.format(**metrics)}")

@@ -1,5 +1,4 @@
-"""The pictures of a training: the same held-out images every time, of all classes in turn, and what the latent space
-looks like."""
+"""The sample sheets of a training: the same held-out images of all classes each time, and views of the latent space."""
 
 from typing import Any
 
@@ -21,26 +20,25 @@ __all__ = ["draw_images"]
 COLUMNS = 12
 INTERPOLATIONS = 2
 MANIFOLD_SIDE = 20
-LEGEND = 160  # pixels of a class name in the legend
-SCATTERED = 5000
+LEGEND_WIDTH = 160  # pixels of a class name in the legend
+MAX_POINTS = 5000  # in the scatter plot
 
 
 @torch.no_grad()
 def draw_images(model: Autoencoder, data: ImageData, seed: int) -> dict[str, Image.Image]:
-    """The pictures of a model by name.
+    """Sheets of a model by name.
 
-    "": originals (and corrupted ones) over reconstructions; samples from its own prior, where it has one;
-    interpolations, where the latent is continuous. "classes": samples, a class a column. "manifold" and "scatter":
-    of a latent of two numbers.
+    "": originals, corrupted originals and reconstructions; samples, if the model is variational; interpolations, if the
+    latent is continuous. "classes": samples, one column per class. "manifold" and "scatter": a two-dimensional latent.
     """
     model.eval()
-    pictures = {"": _overview(model, data, seed)}
+    sheets = {"": _overview(model, data, seed)}
     if model.class_conditional and data.class_names:
-        pictures["classes"] = _classes(model, data, seed)
+        sheets["classes"] = _classes(model, data, seed)
     if model.codebook_size is None and model.config.model.latent_channels == 2 and model.grid == (1, 1):
-        pictures["manifold"] = _manifold(model)
-        pictures["scatter"] = _scatter(model, data.validation, data.class_names)
-    return pictures
+        sheets["manifold"] = _manifold(model)
+        sheets["scatter"] = _scatter(model, data.validation, data.class_names)
+    return sheets
 
 
 def _overview(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
@@ -78,15 +76,15 @@ def _classes(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
 
 
 def _manifold(model: Autoencoder) -> Image.Image:
-    """Decoded from a lattice of the plane: even steps in probability under N(0, 1), as in Kingma and Welling 2014."""
+    """Decodes a lattice of the plane with even steps in probability under N(0, 1) (Kingma and Welling 2014)."""
     shares = torch.linspace(0.02, 0.98, MANIFOLD_SIDE)
     steps = torch.special.ndtri(shares)
-    lattice = torch.cartesian_prod(-steps, steps).flip(1)[..., None, None]  # the second number grows upwards
+    lattice = torch.cartesian_prod(-steps, steps).flip(1)[..., None, None]  # the second dimension grows upwards
     return contact_sheet(to_uint8(model.decode(lattice.to(model.last_layer.device))).cpu(), columns=MANIFOLD_SIDE)
 
 
 def _scatter(model: Autoencoder, split: ImageSplit, class_names: list[str] | None) -> Image.Image:
-    rows = spread_over_classes(split.labels, len(split), SCATTERED)
+    rows = spread_over_classes(split.labels, len(split), MAX_POINTS)
     device = model.last_layer.device
     z = torch.cat([model.encode(to_float(split.read(part).to(device))).z.flatten(1).cpu() for part in rows.split(500)])
     labels = split.read_labels(rows)
@@ -94,11 +92,11 @@ def _scatter(model: Autoencoder, split: ImageSplit, class_names: list[str] | Non
     axes = figure.subplots()
     groups: list[tuple[str | None, Tensor]] = [(None, z)]
     if labels is not None and class_names:
-        names = class_labels(class_names, max_width=LEGEND, complex_scripts=False)
+        names = class_labels(class_names, max_width=LEGEND_WIDTH, complex_scripts=False)
         groups = [(name, z[labels == i]) for i, name in enumerate(names)]
     for i, (name, points) in enumerate(groups):
         axes.scatter(points[:, 0], points[:, 1], s=3, alpha=0.6, label=name, color=f"C{i % 10}")
-    axes.set(xlabel="first latent number", ylabel="second", title=f"{len(z):,} held-out images in the latent plane")
+    axes.set(xlabel="first latent dimension", ylabel="second", title=f"{len(z):,} held-out images in the latent plane")
     if len(groups) > 1:
         families = figure_families(name for name, _ in groups if name)
         place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}

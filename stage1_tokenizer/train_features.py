@@ -1,4 +1,4 @@
-"""Trains a feature network on labelled pictures.
+"""Trains a feature network on labelled images.
 
 accelerate launch -m stage1_tokenizer.train_features cifar10 [--out runs/features_cifar10]
 """
@@ -40,14 +40,14 @@ __all__ = ["FeaturesTrainingConfig", "features_config", "train"]
 
 
 class FeaturesTrainingConfig(Section):
-    """What `twostage train-features` makes of its options."""
+    """The configuration that `twostage train-features` builds from its options."""
 
     run: RunConfig
     data: DataConfig = DataConfig()
     widths: list[Count] = Field(default=WIDTHS, min_length=1)
-    """Of the network: channels at each resolution."""
+    """Channels of the network at each resolution."""
     max_shift: Size = 2
-    """Pixels that a training image is moved by at most, up or down and left or right."""
+    """Maximum shift of a training image in pixels, vertically and horizontally."""
     train: TrainConfig
 
 
@@ -72,17 +72,11 @@ def train(
     run.report(data.description, *data.notices)
     class_names = check_labels(data, config.data.source)
     split = data.splits["train"]
-    run.name_rows = split.names
     batches = Batches(len(split), config.train, run.seed, accelerator, "images (data.num_images)")
 
     # 2. The network and its optimizer, as new or from the latest checkpoint.
-    form = FeatureNetworkConfig(
-        image_size=config.data.size, channels=config.data.channels, class_names=class_names, widths=config.widths
-    )
-    network = TrainedNetwork(FeatureNetwork(form).to(accelerator.device), config.train, accelerator)
-    parameters = sum(p.numel() for p in network.module.parameters())
-    run.report(f"{parameters:,} parameters, {batches.steps_per_epoch} steps per epoch, {batches.max_steps} in total")
-    run.attach(batches, [network], sources={"data.source": data.contents()})
+    network = TrainedNetwork(make_network(config, class_names).to(accelerator.device), config.train, accelerator)
+    run.attach(batches, [network], {"data.source": data.contents()}, split.names)
     if isinstance(run, TrainingRun) and (checkpoint := run.latest_checkpoint()):
         run.load(checkpoint)
 
@@ -116,29 +110,37 @@ def train(
     if isinstance(run, DryRun):
         run.end(num_held_out=len(data.validation))
     else:
-        run.report(
-            f"held-out accuracy {run.facts['accuracy']:.2%} ({len(data.validation):,} images of "
-            f"`{data.validation_name}`); model: {run.folder.model}; curves: {run.folder.curves}"
-        )
+        images = f"{len(data.validation):,} images of `{data.validation_name}`"
+        run.report(f"held-out accuracy {run.facts['accuracy']:.2%} ({images}); {run.folder.results}")
     return run
 
 
+def make_network(config: FeaturesTrainingConfig, class_names: list[str]) -> FeatureNetwork:
+    """The untrained network."""
+    form = {"image_size": config.data.size, "channels": config.data.channels, "widths": config.widths}
+    return FeatureNetwork(FeatureNetworkConfig(class_names=class_names, **form))
+
+
 def check_labels(data: ImageData, source: str) -> list[str]:
-    """The class names; refuses pictures that there is nothing to learn to tell apart of."""
+    """The class names.
+
+    Raises:
+        InputError: images without labels, or all of one class.
+    """
     if data.class_names is None or any(split.labels is None for split in (data.splits["train"], data.validation)):
         raise InputError(
-            f"data.source {source}: its pictures have no labels, and a feature network learns by telling classes "
-            "apart; give one folder a class, or a table with a column of classes (--label-column)"
+            f"data.source {source}: its images have no labels, and a feature network learns to tell classes apart. "
+            "Use one folder per class, or a table with a column of classes (--label-column)"
         )
     if len(data.class_names) < 2:
         raise InputError(
-            f"data.source {source}: all pictures are of the class {data.class_names[0]!r}; expected at least 2 classes"
+            f"data.source {source}: all images have the class {data.class_names[0]!r}; expected at least 2 classes"
         )
     return data.class_names
 
 
 def read_labels(split: ImageSplit, rows: Tensor) -> Tensor:
-    """(len(rows),) int64, of a split that has labels."""
+    """The labels (len(rows),) int64 of a split that has labels."""
     labels = split.read_labels(rows)
     assert labels is not None
     return labels
@@ -146,7 +148,7 @@ def read_labels(split: ImageSplit, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def validate(network: FeatureNetwork, split: ImageSplit, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
-    """The mean cross-entropy (nats) and the accuracy over a split, the batches shared by the processes."""
+    """Mean cross-entropy (nats) and accuracy over a split; the processes share the batches."""
     network.eval()
     sums = torch.zeros(2, device=accelerator.device)
     parts = list(torch.arange(len(split)).split(batch_size))
@@ -174,7 +176,7 @@ def features_config(
     label_column: str = AUTO,
     value_range: tuple[float, float] | None = None,
 ) -> FeaturesTrainingConfig:
-    """The recipe that the command's options fill in; the form of the images is the first one's by default."""
+    """The recipe with the command's options; size and channels default to those of the first image."""
     size, found_channels = first_form(data)
     document = {
         "run": {"dir": str(out), "seed": seed},
@@ -202,16 +204,18 @@ def features_config(
 
 
 def command(
-    data: Annotated[str, typer.Argument(help="shapes, a folder, parquet files, a name, or owner/name; with labels.")],
+    data: Annotated[
+        str, typer.Argument(help="Labelled images: shapes, a folder, parquet files, a name, or owner/name.")
+    ],
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/features_NAME by default.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; the first picture's by default.")] = None,
-    channels: Annotated[int | None, typer.Option(help="1, 3 or 4; the first picture's by default.")] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training pictures.")] = 5,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images an update.")] = 64,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; the first image's by default.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1, 3 or 4; the first image's by default.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per update.")] = 64,
     horizontal_flip: Annotated[bool, typer.Option("--horizontal-flip", help="Mirror half of the images.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Every random number follows from it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
     width: Annotated[
-        int, typer.Option(min=1, help="Channels at the full resolution, doubled at both others.")
+        int, typer.Option(min=1, help="Channels at full resolution; doubled at each of the two others.")
     ] = WIDTHS[0],
     label_column: LabelColumnOption = AUTO,
     value_range: ValueRangeOption = None,
@@ -219,7 +223,7 @@ def command(
     time_limit: TimeLimitOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Train a feature network: for perceptual losses, Frechet distances, class accuracy. The same command resumes."""
+    """Train a network for perceptual losses, Frechet distances and class accuracy. Run it again to resume."""
     out = out or Path("runs") / f"features_{Path(data).resolve().stem}"
     config = features_config(
         data, out, image_size, channels, epochs, batch_size, horizontal_flip, seed, width, label_column, value_range

@@ -1,4 +1,4 @@
-"""Trains a tokenizer, or one of the baselines that it grew out of.
+"""Trains a tokenizer or another autoencoder.
 
 accelerate launch -m stage1_tokenizer.train_tokenizer configs/tokenizer/vqvae_cifar10.yaml [key=value ...]
 """
@@ -34,7 +34,6 @@ from twostage.core.runs.model_folder import fill, load_model_folder
 from twostage.core.runs.places import Contents, weights_at
 from twostage.core.training.batches import Batches
 from twostage.core.training.dry_run import DryRun, DryRunOption, JsonOption, run_training
-from twostage.core.training.ema import averaged_copy
 from twostage.core.training.optimizer import TrainedNetwork
 from twostage.core.training.random import seed_for
 from twostage.core.training.run import BaseRun, TrainingRun
@@ -42,16 +41,18 @@ from twostage.core.training.train_config import TrainConfig
 
 __all__ = ["TokenizerConfig", "TokenizerTrainConfig", "autoencoder_config", "train"]
 
-VECTORS_PER_CODE = 32  # what k-means starts the codebook from
-MAX_DISTANCES = 1 << 30  # and of how many distances it may work out a round
+VECTORS_PER_CODE = 32
+"""Encoded vectors per code from which k-means starts the codebook."""
+MAX_DISTANCES = 1 << 30
+"""Distances that one round of k-means may compute."""
 
 
 class TokenizerTrainConfig(TrainConfig):
-    """As of every training, and which part is trained."""
+    """The `train` group of tokenizers."""
 
     parts: Literal["all", "decoder"] = "all"
-    """`decoder`: encoder and codebook stay as `init_from` has them, so the codes and the priors trained on them stay
-    valid."""
+    """Which parts are trained. `decoder` keeps the encoder and the codebook of `init_from`, so that its codes and the
+    priors trained on them stay valid."""
 
 
 class TokenizerConfig(Section):
@@ -59,8 +60,8 @@ class TokenizerConfig(Section):
 
     run: RunConfig
     init_from: PathName | None = None
-    """A trained model (a run, or a model folder, such as `twostage import` makes) to start from; its `model` group is
-    taken over where none is given."""
+    """A trained model to start from: a run, or a model folder, for example from `twostage import`. If the config has no
+    `model` group, this model's group is used."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
@@ -74,14 +75,14 @@ class TokenizerConfig(Section):
         return document
 
     @model_validator(mode="after")
-    def _decoder_of_something(self) -> "TokenizerConfig":
+    def _needs_init_from(self) -> "TokenizerConfig":
         if self.train.parts == "decoder" and self.init_from is None:
-            raise ValueError("train.parts 'decoder': needs init_from=RUN, whose encoder and codes are kept")
+            raise ValueError("train.parts 'decoder': needs a trained encoder; set init_from=RUN")
         return self
 
 
 def autoencoder_config(config: TokenizerConfig, data: ImageData) -> AutoencoderConfig:
-    """What the trained model keeps of a training's configuration and of its data."""
+    """What the trained model keeps from the configuration and the data."""
     return AutoencoderConfig(
         image_size=config.data.size,
         channels=config.data.channels,
@@ -117,28 +118,20 @@ def train(
     data = load_images(config.data)
     run.report(data.description, *data.notices)
     split = data.splits["train"]
-    run.name_rows = split.names
     batches = Batches(len(split), config.train, run.seed, accelerator, "images (data.num_images)")
 
     # 2. The autoencoder, its average, its discriminator, and their optimizers.
     autoencoder = make_autoencoder(config, data, accelerator)
-    averaged = averaged_copy(autoencoder, config.train.ema_decay) if config.train.ema_decay else None
-    final = averaged.module if averaged else autoencoder  # validation measures it, and inference loads it
-    assert isinstance(final, Autoencoder)
-    network = TrainedNetwork(autoencoder, config.train, accelerator)
+    network = TrainedNetwork(autoencoder, config.train, accelerator, ema_decay=config.train.ema_decay)
     discriminator = make_discriminator(config, accelerator) if config.loss.adversarial else None
     networks = [network, discriminator] if discriminator else [network]
     image_losses = ImageLosses(
         config.loss, autoencoder, discriminator and discriminator.module, weights_dir, accelerator
     )
-    parameters = sum(p.numel() for p in autoencoder.parameters())
-    run.report(
-        f"{parameters:,} parameters, latent grid {autoencoder.grid[0]}x{autoencoder.grid[1]}, "
-        f"{batches.steps_per_epoch} steps per epoch, {batches.max_steps} in total"
-    )
+    run.report(f"latent grid {autoencoder.grid[0]}x{autoencoder.grid[1]}")
 
     # 3. The weights: those of the latest checkpoint, or new ones.
-    run.attach(batches, networks, averaged, {"data.source": data.contents(), **other_sources(config)})
+    run.attach(batches, networks, {"data.source": data.contents(), **other_sources(config)}, split.names)
     if isinstance(run, TrainingRun) and (checkpoint := run.latest_checkpoint()):
         run.load(checkpoint)
     else:
@@ -147,10 +140,10 @@ def train(
             run.facts["trained_against"] = [perceptual.model_dump() for perceptual in earlier]
         else:
             initialize_codebook(autoencoder, split, batches, accelerator)
-        if averaged:
-            averaged.module.load_state_dict(autoencoder.state_dict())
+        network.restart_average()
     trained_against = [PerceptualNetwork(**perceptual) for perceptual in run.facts.get("trained_against", [])]
     trained_against += [perceptual for perceptual in image_losses.networks() if perceptual not in trained_against]
+    final = network.final
     final.config = final.config.model_copy(update={"trained_against": trained_against})
     diagnosis = Diagnosis(config.model.bottleneck.collapse_remedy, run.facts, run.report)
 
@@ -183,8 +176,7 @@ def train(
             autoencoder.bottleneck.update_codebook(run.sum)
         if adversary:
             adversary.module.update_statistics(run.sum)
-        if averaged:
-            averaged.update_parameters(autoencoder)
+        network.update_average()
         if metrics := run.advance():
             diagnosis.observe(run.step, metrics)
         if isinstance(run, DryRun):
@@ -208,7 +200,7 @@ def train(
     if isinstance(run, DryRun):
         run.end(num_held_out=len(data.validation))
     else:
-        run.report(f"model: {run.folder.model}; samples: {run.folder.samples}; curves: {run.folder.curves}")
+        run.report(f"samples: {run.folder.samples}; {run.folder.results}")
     return run
 
 
@@ -228,9 +220,9 @@ def make_autoencoder(config: TokenizerConfig, data: ImageData, accelerator: Acce
 
 
 def other_sources(config: TokenizerConfig) -> dict[str, Contents]:
-    """What the paths of a configuration besides `data.source` lead to."""
+    """What the paths in a configuration other than `data.source` lead to."""
     sources = {}
-    if config.init_from and Path(config.init_from).exists():  # a run that has begun no longer needs it
+    if config.init_from and Path(config.init_from).exists():  # a resumed run no longer needs it
         sources["init_from"] = weights_at(config.init_from, only_to_begin=True)
     if isinstance(config.loss.perceptual, FeaturePerceptualConfig):
         sources["loss.perceptual.path"] = weights_at(config.loss.perceptual.path)
@@ -238,7 +230,7 @@ def other_sources(config: TokenizerConfig) -> dict[str, Contents]:
 
 
 def open_source(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the weights of `init_from`."""
+    """The config and the weights at `init_from`."""
     try:
         return load_model_folder(source, "tokenizer")
     except InputError as error:
@@ -246,20 +238,19 @@ def open_source(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def start_from(autoencoder: Autoencoder, source: str, parts: Literal["all", "decoder"]) -> list[PerceptualNetwork]:
-    """Fills a new autoencoder with the weights of a trained one; returns the networks that this was trained against.
+    """Loads a trained model's weights into a new autoencoder; returns the perceptual networks that it was trained with.
 
     Raises:
-        InputError: another architecture; the differences are named.
+        InputError: a different architecture; lists the differences.
     """
     document, state = open_source(source)
     own = autoencoder.config.model_dump(mode="json")
     compared = ["model"]
-    compared += ["image_size", "channels"] if parts == "decoder" else []  # the codes are of images of one form
+    compared += ["image_size", "channels"] if parts == "decoder" else []  # codes belong to images of one form
     compared += ["class_names"] if autoencoder.class_conditional else []
-    there, here = ({key: group[key] for key in compared} for group in (document, own))
-    differences = describe_differences(there, here)
-    if differences:
-        raise InputError(f"init_from {source}: is another model:\n  " + "\n  ".join(differences))
+    source_form, own_form = ({key: group[key] for key in compared} for group in (document, own))
+    if differences := describe_differences(source_form, own_form):
+        raise InputError(f"init_from {source}: holds a different model:\n  " + "\n  ".join(differences))
     fill(autoencoder, state, f"init_from {source}")
     document.pop("hash", None)
     return parse_config(AutoencoderConfig, document, f"init_from {source}: config.json").trained_against
@@ -307,7 +298,7 @@ def adversary_loss(
 
 
 def with_terms(metrics: dict[str, Tensor], terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All metrics of a step; `loss` is what the autoencoder minimised."""
+    """All metrics of a step; `loss` is what the autoencoder minimizes."""
     loss = metrics["loss"] + terms.get("perceptual", 0)
     if "adversarial" in terms:
         loss = loss + terms["adversarial_weight"] * terms["adversarial"]
@@ -318,7 +309,7 @@ def with_terms(metrics: dict[str, Tensor], terms: dict[str, Tensor]) -> dict[str
 def initialize_codebook(
     autoencoder: Autoencoder, split: ImageSplit, batches: Batches, accelerator: Accelerator
 ) -> None:
-    """Starts a codebook from the first training images, the same ones in every process."""
+    """Starts a codebook from randomly chosen training images, the same in every process."""
     quantizer = autoencoder.bottleneck
     if not quantizer.starts_from_data:
         return
@@ -334,7 +325,7 @@ def initialize_codebook(
         for rows in order[:wanted].split(batches.batch_size)
     ]
     quantizer.initialize(torch.cat(encoded), torch.Generator().manual_seed(seed_for(batches.seed, "k-means")))
-    for tensor in quantizer.state_dict().values():  # on a GPU sums may differ in the last bit between processes
+    for tensor in quantizer.state_dict().values():  # sums on GPUs may differ in the last bit between processes
         tensor.copy_(broadcast(tensor))
 
 

@@ -1,4 +1,4 @@
-"""What is measured on held-out images while training."""
+"""Measurements on held-out images during training."""
 
 import torch
 from accelerate import Accelerator
@@ -26,8 +26,11 @@ def psnr(images: Tensor, originals: Tensor) -> Tensor:
 def validate(
     model: Autoencoder, split: ImageSplit, batch_size: int, seed: int, accelerator: Accelerator
 ) -> dict[str, float]:
-    """The mean metrics over a split, the batches shared by the processes; PSNR in dB of 8-bit images; for codes the
-    share of the codebook in use and its perplexity, for a posterior the share of active units, over the whole split."""
+    """Mean metrics over a split; the processes share the batches.
+
+    Adds PSNR in dB of 8-bit images, the share of the codebook in use and its perplexity (for codes), and the share of
+    active units (for a posterior), each over the whole split.
+    """
     model.eval()
     device, depth = accelerator.device, model.code_grid[1] // model.grid[1]
     parts = list(torch.arange(len(split)).split(batch_size))
@@ -35,7 +38,7 @@ def validate(
     counts = torch.zeros(depth * (model.codebook_size or 1), device=device)
     moments: Tensor | None = None
     sums: dict[str, Tensor] = {}
-    # A process without a batch of its own still takes part in the sums: it works on one that counts nothing.
+    # A process without a batch must still take part in the sums: it processes one with weight 0.
     for rows, weight in [(rows, 1) for rows in own] or [(parts[0], 0)]:
         pixels = split.read(rows).to(device)
         labels = split.read_labels(rows)

@@ -22,11 +22,10 @@ from twostage.core.config.sections import Count, PathName, RunConfig, Section, l
 from twostage.core.errors import InputError
 from twostage.core.machine.command import print_once, run_command
 from twostage.core.machine.memory import check_model
-from twostage.core.machine.sharding import full_tensors, shard
+from twostage.core.machine.sharding import full_tensors
 from twostage.core.machine.stopping import TimeLimitOption
 from twostage.core.training.batches import Batches
 from twostage.core.training.dry_run import DryRun, DryRunOption, JsonOption, run_training
-from twostage.core.training.ema import averaged_copy
 from twostage.core.training.optimizer import TrainedNetwork
 from twostage.core.training.random import BatchRandom, seed_for
 from twostage.core.training.run import BaseRun, TrainingRun
@@ -34,15 +33,17 @@ from twostage.core.training.train_config import TrainConfig
 
 __all__ = ["PriorTrainConfig", "PriorTrainingConfig", "train"]
 
-MIN_ENTROPY = 0.05  # nats per code; below it the images are all the same to the tokenizer
-OVERFITTING_AFTER = 2  # validations without a better one; a single one may be chance
+MIN_ENTROPY = 0.05
+"""Nats per code; below this, all images look the same to the tokenizer."""
+OVERFITTING_PATIENCE = 2
+"""Validations without improvement that count as overfitting; a single one may be chance."""
 
 
 class PriorTrainConfig(TrainConfig):
-    """A training with an end before its last step."""
+    """The `train` group of priors."""
 
     patience: Count | None = None
-    """Validations without a better held-out loss after which training stops; None: never."""
+    """Validations without improvement of the held-out loss after which training stops; None: never."""
 
 
 class PriorTrainingConfig(Section):
@@ -84,19 +85,19 @@ def train(
     batches = Batches(len(split), config.train, run.seed, accelerator, "code grids")
 
     # 2. The prior, its average, its optimizer.
-    prior = make_prior(config, cache, run)
-    averaged = averaged_copy(prior, config.train.ema_decay) if config.train.ema_decay else None
-    final = averaged.module if averaged else prior  # validation measures it, and inference loads it
-    assert isinstance(final, Prior)
     if run.units_to_shard:
         run.report(f"FSDP: the weights are sharded over {accelerator.num_processes} processes")
-        register_dataclass(PriorOutput)  # before torch 2.14, FSDP did not look for tensors in others
-        for sharded in dict.fromkeys((prior, final)):
-            shard(sharded, run.units_to_shard, config.train.mixed_precision, "nats_per_image")
-    network = TrainedNetwork(prior, config.train, accelerator, is_sharded=bool(run.units_to_shard))
-    parameters = sum(p.numel() for p in prior.parameters())
-    run.report(f"{parameters:,} parameters, {batches.steps_per_epoch} steps per epoch, {batches.max_steps} in total")
-    run.attach(batches, [network], averaged, {"codes": cache.contents()})
+        register_dataclass(PriorOutput)  # before torch 2.14, FSDP only found tensors in registered classes
+    network = TrainedNetwork(
+        make_prior(config, cache, run),
+        config.train,
+        accelerator,
+        ema_decay=config.train.ema_decay,
+        units_to_shard=run.units_to_shard,
+        sharded_methods=["nats_per_image"],
+    )
+    final = network.final
+    run.attach(batches, [network], {"codes": cache.contents()})
     if isinstance(run, TrainingRun) and (checkpoint := run.latest_checkpoint()):
         run.load(checkpoint, config.model.per_process_setting())
     else:
@@ -112,8 +113,7 @@ def train(
                 output = network.wrapped(indices, labels, random, run.progress)
                 run.update(network, output.loss)
             run.record(output.metrics)
-        if averaged:
-            averaged.update_parameters(prior)
+        network.update_average()
         run.advance()
         if isinstance(run, DryRun):
             continue  # it measures the lines above, and neither validates nor saves
@@ -147,17 +147,17 @@ def make_prior(config: PriorTrainingConfig, cache: CodeCache, run: BaseRun[Prior
 
 
 def check_entropy(manifest: Manifest, codes: str) -> None:
-    """Refuses codes that are nearly all the same: there is nothing to learn from them."""
+    """Refuses codes that are nearly all the same."""
     if manifest.entropy_nats_per_code < MIN_ENTROPY:
         raise InputError(
             f"codes {codes}: their entropy is {manifest.entropy_nats_per_code:.3f} nats per code "
-            f"({manifest.codes_used} of {manifest.codebook_size} codes are used): the tokenizer's codebook has "
-            "collapsed. Train the tokenizer further, or with a lower train.lr, and encode again"
+            f"({manifest.codes_used} of {manifest.codebook_size} codes are used), so the tokenizer's codebook has "
+            "collapsed. Train the tokenizer longer or with a lower train.lr, then encode again"
         )
 
 
 def describe_codes(cache: CodeCache, run: BaseRun[PriorTrainingConfig]) -> float:
-    """Says what the codes are; returns the held-out unigram baseline in nats per code."""
+    """Reports what the codes are; returns the held-out unigram baseline in nats per code."""
     manifest = cache.manifest
     baseline = manifest.unigram_nats_per_code[manifest.validation_split]
     rows = ", ".join(f"{files.rows:,} {name}" for name, files in manifest.splits.items())
@@ -178,10 +178,10 @@ def describe_codes(cache: CodeCache, run: BaseRun[PriorTrainingConfig]) -> float
 
 @torch.no_grad()
 def validate(prior: Prior, split: CodeSplit, batch_size: int, accelerator: Accelerator) -> float:
-    """Held-out nats per code (of a masked transformer: the upper bound), the batches shared by the processes."""
+    """Held-out nats per code, or an upper bound of them; the processes share the batches."""
     prior.eval()
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    if prior.exact_likelihood:  # parts that are not divided further: FSDP wants as many forward passes of each process
+    if prior.exact_likelihood:  # no batch is split further: FSDP needs equally many forward passes in each process
         batch_size = min(batch_size, images_at_once(split.codes[0].size, prior.config.codebook_size))
     parts = list(torch.arange(len(split)).split(batch_size))
     for first in range(0, len(parts), accelerator.num_processes):
@@ -189,7 +189,7 @@ def validate(prior: Prior, split: CodeSplit, batch_size: int, accelerator: Accel
         rows = parts[min(part, len(parts) - 1)]
         indices, labels = split.read(rows)
         labels = None if labels is None else labels.to(accelerator.device)
-        # A bound draws the same numbers at every validation, so that two of them can be compared.
+        # A bound draws the same random numbers at every validation, so that validations can be compared.
         random = BatchRandom(seed_for("validation", int(rows[0])), slice(0, len(rows)), len(rows))
         nats = prior.nats_per_image(indices.to(accelerator.device), labels, random).sum()
         total += nats if part < len(parts) else 0
@@ -199,8 +199,8 @@ def validate(prior: Prior, split: CodeSplit, batch_size: int, accelerator: Accel
 
 
 def keep_best(run: TrainingRun[PriorTrainingConfig], prior: Prior, loss: float) -> None:
-    """Writes `model/` where the held-out loss is the best so far; says where it rises, and ends the run where it has
-    not been better for long."""
+    """Writes `model/` if the held-out loss is the best so far; otherwise warns of overfitting, and ends the run if
+    `train.patience` is exceeded."""
     facts, patience = run.facts, run.config.train.patience
     if loss < facts["best_loss"]:
         run.facts |= {"best_loss": loss, "best_step": run.step, "validations_since_best": 0}
@@ -209,46 +209,44 @@ def keep_best(run: TrainingRun[PriorTrainingConfig], prior: Prior, loss: float) 
             prior.save_pretrained(run.folder.model, state)
         return
     facts["validations_since_best"] += 1
-    if facts["validations_since_best"] == OVERFITTING_AFTER:
+    if facts["validations_since_best"] == OVERFITTING_PATIENCE:
         run.report(
-            f"overfitting: {OVERFITTING_AFTER} validations in a row were no better than that of step "
-            f"{facts['best_step']} ({held_out_loss(prior)} {facts['best_loss']:.4f} nats per code, now {loss:.4f}), "
-            "whose weights model/ holds. Try more model.dropout or loss.replace_prob, codes of cropped and flipped "
-            "images (twostage encode --crops 4 --horizontal-flip), or a smaller model"
+            f"overfitting: no improvement in {OVERFITTING_PATIENCE} validations since step {facts['best_step']} "
+            f"({held_out_loss(prior)} {facts['best_loss']:.4f} nats per code, now {loss:.4f}). model/ keeps the best "
+            "weights. Try a higher model.dropout or loss.replace_prob, codes of cropped and flipped images "
+            "(twostage encode --crops 4 --horizontal-flip), or a smaller model"
         )
     if facts["validations_since_best"] == patience:
         run.finish(f"the {held_out_loss(prior)} has not improved since step {facts['best_step']}")
 
 
 def held_out_loss(prior: Prior) -> str:
-    """What :func:`validate` returns, in words."""
+    """What to call the result of :func:`validate`."""
     return "held-out loss" if prior.exact_likelihood else "held-out upper bound"
 
 
 def report_result(run: TrainingRun[PriorTrainingConfig], prior: Prior, baseline: float) -> None:
-    """The last word: the best loss, when it was, and whether the prior went on to overfit."""
+    """Reports the best loss, its step, and whether the loss rose again."""
     best, step = run.facts["best_loss"], run.facts["best_step"]
     run.report(
         f"best {held_out_loss(prior)} {best:.4f} nats per code at step {step} (unigram baseline {baseline:.4f}); "
-        f"model: {run.folder.model}; curves: {run.folder.path / 'losses.png'}"
+        f"{run.folder.results}"
     )
     if step < run.step:
         run.report(
-            f"the {held_out_loss(prior)} was not better at step {run.step}, the last; model/ holds the weights of step "
-            f"{step}"
+            f"the {held_out_loss(prior)} did not improve from step {step} to step {run.step}, the last; model/ holds the "
+            f"weights of step {step}"
         )
 
 
 def command(
-    config: Annotated[Path, typer.Argument(help="A file of configs/prior/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="codes=DIR and further key=value; paths and words as they stand.")
-    ] = None,
+    config: Annotated[Path, typer.Argument(help="A config file, for example from configs/prior/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="codes=DIR and other settings as key=value.")] = None,
     dry_run: DryRunOption = False,
     time_limit: TimeLimitOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Train a prior over a tokenizer's codes. The same command resumes."""
+    """Train a prior over a tokenizer's codes. Run the same command again to resume."""
     run_training(
         lambda: train(load_config(PriorTrainingConfig, config, overrides, print_once), dry_run, time_limit),
         dry_run,

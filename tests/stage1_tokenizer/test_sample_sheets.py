@@ -1,10 +1,10 @@
-"""The pictures of a training show all classes, and the same images every time."""
+"""The sample sheets of a training show all classes, and the same images every time."""
 
 import numpy as np
 import torch
 
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
-from stage1_tokenizer.sample_sheets import SCATTERED, draw_images
+from stage1_tokenizer.sample_sheets import MAX_POINTS, draw_images
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit
 
@@ -12,7 +12,7 @@ CLASSES = 5
 
 
 class Watched(ImageSplit):
-    """Keeps the rows that are read."""
+    """Records the rows that are read."""
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
@@ -24,7 +24,7 @@ class Watched(ImageSplit):
 
 
 def sorted_data(each: int) -> ImageData:
-    """Held-out images of 8x8, class after class; an image is as bright as the number of its class."""
+    """Held-out images of 8x8, sorted by class; the brightness of an image encodes its class."""
     labels = np.arange(CLASSES).repeat(each)
     pixels = np.empty((len(labels), 1, 8, 8), dtype=np.uint8)
     pixels[:] = (20 * labels)[:, None, None, None]
@@ -40,7 +40,7 @@ def autoencoder(bottleneck: str) -> Autoencoder:
     return Autoencoder(parse_config(AutoencoderConfig, document, "test"))
 
 
-def test_twelve_held_out_images_are_of_all_classes_and_always_the_same():
+def test_twelve_held_out_images_cover_all_classes_and_stay_the_same():
     model, data = autoencoder("vector"), sorted_data(100)
     shown = np.asarray(draw_images(model, data, seed=0)[""])
     left = shown.shape[1] - 12 * (88 + 4) - 4
@@ -50,11 +50,11 @@ def test_twelve_held_out_images_are_of_all_classes_and_always_the_same():
 
 
 def test_the_latent_plane_shows_every_class_of_a_large_split():
-    """The first `SCATTERED` rows would be of two of the classes."""
-    model, data = autoencoder("identity"), sorted_data(SCATTERED // 2)
+    """The first `MAX_POINTS` rows would only cover two of the classes."""
+    model, data = autoencoder("identity"), sorted_data(MAX_POINTS // 2)
     assert "scatter" in draw_images(model, data, seed=0)
     split = data.validation
     assert isinstance(split, Watched)
     assert split.labels is not None
     counts = torch.bincount(split.labels[split.rows[12:]])
-    assert counts.tolist() == [SCATTERED // CLASSES] * CLASSES
+    assert counts.tolist() == [MAX_POINTS // CLASSES] * CLASSES

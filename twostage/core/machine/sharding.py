@@ -5,7 +5,7 @@ An accelerate file asks for it (`configs/accelerate/fsdp_8.yaml`). Accelerate's 
 model (not its average), and silently does something else on CPUs (accelerate 1.15).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import PartialState
@@ -64,7 +64,7 @@ def units_to_shard(shardable: bool) -> list[str]:
     return names
 
 
-def shard(model: nn.Module, units: list[str], precision: MixedPrecision, *methods: str) -> None:
+def shard(model: nn.Module, units: Sequence[str], precision: MixedPrecision, *methods: str) -> None:
     """Shards the weights of ``model`` over the processes, in place; call it before making the optimizer.
 
     With bf16, everything is computed in bfloat16, but shares and sums of gradients stay float32. (Autocast would keep a

@@ -55,6 +55,11 @@ class RunFolder:
         self.curves = self.path / "losses.png"
         self._lock: int | None = None  # a file descriptor
 
+    @property
+    def results(self) -> str:
+        """Where the results are, for a message."""
+        return f"model: {self.model}; curves: {self.curves}"
+
     def stored_config(self) -> dict[str, Any] | None:
         """The configuration that the run was started with, or None for a new folder.
 

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights: what validation measures and inference loads."""
+"""Exponential moving average of the weights, which validation measures and inference loads."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ __all__ = ["averaged_copy"]
 
 
 def averaged_copy(model: nn.Module, decay: float) -> AveragedModel:
-    """An :class:`AveragedModel` whose ``update_parameters(model)`` keeps the average; buffers are copied as they are.
+    """An :class:`AveragedModel` whose ``update_parameters(model)`` keeps the average; buffers are copied.
 
     The decay warms up as (1 + t) / (10 + t) until it reaches ``decay`` (as TensorFlow's ExponentialMovingAverage does),
-    so that a short run is not held back by its first weights.
+    so that the first weights do not hold back a short run.
     """
 
     @torch.no_grad()

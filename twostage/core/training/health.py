@@ -68,8 +68,8 @@ class Health:
         note = self.folder.path / "not_finite.txt"
         if self.accelerator.is_main_process:
             self.folder.write_note(note.name, [f"step {first + 1}: {', '.join(names)}", *samples])
-        where = f" (all in {note})" if len(samples) > 3 else ""
-        return f"step {first + 1}: {', '.join(causes)} is not finite for the batch of {some_of(samples, 3)}{where}"
+        batch = some_of(samples, 3) + (f" (all in {note})" if len(samples) > 3 else "")
+        return f"step {first + 1}: {', '.join(causes)} is not finite for the batch of {batch}"
 
     def check_finite(self, metrics: Mapping[str, float], step: int) -> None:
         """Refuses numbers that are not finite.

@@ -19,6 +19,7 @@ from twostage.core.runs.checkpoint import Checkpoints
 from twostage.core.runs.run_folder import RunFolder, read_metrics
 from twostage.core.training.batches import Batches
 from twostage.core.training.running_means import Means, RunningMeans
+from twostage.core.wording import one_line
 
 __all__ = ["Journal", "check_trackers", "print_above_bar"]
 
@@ -71,8 +72,7 @@ class Journal:
             self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
         except Exception as error:  # a tracker can raise anything: no login, no network, a broken installation
             raise InputError(
-                f"run.trackers {', '.join(names)}: could not be started "
-                f"({' '.join(str(error).split()) or type(error).__name__}). Log in (wandb login), set "
+                f"run.trackers {', '.join(names)}: could not be started ({one_line(error)}). Log in (wandb login), set "
                 "WANDB_MODE=offline, or remove the tracker: run.trackers=[]"
             ) from error
 

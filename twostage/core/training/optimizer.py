@@ -1,12 +1,15 @@
-"""A network's optimizer, and what Accelerate makes of the two."""
+"""A network together with its optimizer and the average of its weights."""
 
-from typing import Generic, TypeVar
+from collections.abc import Sequence
+from typing import Generic, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
+from twostage.core.machine.sharding import shard
+from twostage.core.training.ema import averaged_copy
 from twostage.core.training.train_config import TrainConfig
 
 __all__ = ["FUSED_DEVICES", "TrainedNetwork", "make_optimizer"]
@@ -40,11 +43,13 @@ def make_optimizer(
 
 
 class TrainedNetwork(Generic[ModuleT]):
-    """A network and its optimizer, each also as Accelerate wraps it.
+    """A network, the average of its weights, and its optimizer, as Accelerate or FSDP wraps them.
 
     Args:
-        name: `model`, or a second network's name, which then prefixes its optimizer's checkpoint and its metrics.
-        is_sharded: FSDP has wrapped the module already.
+        name: `model`, or the name of a second network, which prefixes its optimizer's checkpoint and its metrics.
+        ema_decay: None: no average.
+        units_to_shard: class names for FSDP; none: no FSDP.
+        sharded_methods: see :func:`twostage.core.machine.sharding.shard`.
         lr: None: `train.lr`.
         betas: None: `train.betas`.
     """
@@ -56,12 +61,31 @@ class TrainedNetwork(Generic[ModuleT]):
         accelerator: Accelerator,
         *,
         name: str = "model",
-        is_sharded: bool = False,
+        ema_decay: float | None = None,
+        units_to_shard: Sequence[str] = (),
+        sharded_methods: Sequence[str] = (),
         lr: float | None = None,
         betas: tuple[float, float] | None = None,
     ) -> None:
         self.module, self.name = module, name
         self.prefix = "" if name == "model" else f"{name}_"
+        self.averaged = averaged_copy(module, ema_decay) if ema_decay else None
+        self.final: ModuleT = cast("ModuleT", self.averaged.module) if self.averaged else module
+        """The averaged weights, if there are any: validation measures them, and inference loads them."""
+        if units_to_shard:
+            for each in dict.fromkeys((module, self.final)):
+                shard(each, units_to_shard, train.mixed_precision, *sharded_methods)
         self.optimizer = make_optimizer(module, train, lr=lr, betas=betas)
-        self.wrapped: nn.Module = module if is_sharded else accelerator.prepare(module)
+        self.wrapped: nn.Module = module if units_to_shard else accelerator.prepare(module)
+        """What training calls."""
         self.wrapped_optimizer: Optimizer = accelerator.prepare(self.optimizer)
+
+    def update_average(self) -> None:
+        """Averages in the weights of a finished update."""
+        if self.averaged:
+            self.averaged.update_parameters(self.module)
+
+    def restart_average(self) -> None:
+        """Sets the average to the current weights."""
+        if self.averaged:
+            self.averaged.module.load_state_dict(self.module.state_dict())

@@ -1,7 +1,7 @@
-"""Random numbers as a function of what they are for, never of when or where they are drawn.
+"""Random numbers that depend on their purpose, never on when or where they are drawn.
 
 A run keeps no random state: every draw follows from (seed, purpose, step), and within a step from a sample's place in
-the global batch. So a resumed run draws what the uninterrupted one drew, and two processes draw what one does.
+the global batch. So a resumed run draws the same numbers as an uninterrupted one, and two processes the same as one.
 """
 
 from hashlib import blake2b
@@ -18,11 +18,11 @@ def seed_for(*parts: int | str) -> int:
 
 
 class BatchRandom:
-    """Draws for some rows of a global batch: each process draws for the whole batch and keeps its own rows.
+    """Random numbers for rows of a global batch: each process draws for the whole batch and keeps its own rows.
 
     Args:
-        seed: of the step, from :func:`seed_for`.
-        rows: the places in the global batch that this process works on.
+        seed: the seed of the step, from :func:`seed_for`.
+        rows: the part of the global batch that this process works on.
         batch_size: samples in the global batch.
     """
 
@@ -30,7 +30,7 @@ class BatchRandom:
         self.seed, self.rows, self.batch_size = seed, rows, batch_size
 
     def generator(self, purpose: str, device: torch.device) -> torch.Generator:
-        """The generator of one purpose, the same in every process."""
+        """The generator for a purpose, the same in every process."""
         return torch.Generator(device).manual_seed(seed_for(self.seed, purpose))
 
     def uniform(self, purpose: str, shape: tuple[int, ...], device: torch.device) -> Tensor:

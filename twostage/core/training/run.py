@@ -97,8 +97,6 @@ class BaseRun(Generic[ConfigT]):
         self.step = 0
         self.facts: dict[str, Any] = {}
         """What a resumed run must know beside the tensors; plain JSON."""
-        self.name_rows: Callable[[Tensor], list[str]] = lambda rows: [f"row {row}" for row in rows.tolist()]
-        """Names rows of the training split in messages."""
         self._end_times: deque[float] = deque(maxlen=100)  # of the last steps
         self._lr = 0.0
         self._gradient_norms: dict[str, Tensor] = {}  # of the current update
@@ -111,19 +109,25 @@ class BaseRun(Generic[ConfigT]):
         self,
         batches: Batches,
         networks: Sequence[TrainedNetwork[Any]],
-        averaged: nn.Module | None = None,
-        sources: Mapping[str, Contents] | None = None,
+        sources: Mapping[str, Contents],
+        name_rows: Callable[[Tensor], list[str]] | None = None,
     ) -> None:
         """Hands the run what it trains, before anything is loaded.
 
         Args:
-            averaged: the average of the first network's weights.
+            networks: the main one first.
             sources: what the paths in the configuration lead to, by their keys.
+            name_rows: names rows of the training split in messages; `row 7` by default.
         """
-        self.batches, self._networks, self._sources = batches, list(networks), sources or {}
-        self._modules = {network.name: network.module for network in networks}
-        if averaged is not None:
+        self.batches, self._networks, self._sources = batches, list(networks), sources
+        self._name_rows = name_rows or (lambda rows: [f"row {row}" for row in rows.tolist()])
+        self._modules: dict[str, nn.Module] = {network.name: network.module for network in networks}
+        if (averaged := networks[0].averaged) is not None:
             self._modules["ema"] = averaged
+        parameters = sum(p.numel() for p in networks[0].module.parameters())
+        self.report(
+            f"{parameters:,} parameters, {batches.steps_per_epoch} steps per epoch, {batches.max_steps} in total"
+        )
 
     @property
     def progress(self) -> float:
@@ -342,7 +346,7 @@ class TrainingRun(BaseRun[ConfigT]):
     def _log_training(self) -> dict[str, float]:
         means = self.journal.means.take(self.journal.gather)
         if means.first_broken:
-            problem = self.health.describe_not_finite(means, lambda step: self.name_rows(self.batches.rows(step)))
+            problem = self.health.describe_not_finite(means, lambda step: self._name_rows(self.batches.rows(step)))
             if self.config.train.on_not_finite == "stop":
                 raise self.health.stop(problem, f"{ADVICE}; train.on_not_finite=skip skips such updates")
             skipped = sum(means.num_broken.get(name, 0) for name in GRADIENT_NORMS)

@@ -1,4 +1,4 @@
-"""Means of a training's metrics between two lines of metrics.jsonl, kept on the device: looking at them in every step
+"""Means of the training metrics between two lines of metrics.jsonl. They stay on the device: reading them in every step
 would make the step wait."""
 
 from collections.abc import Callable
@@ -9,33 +9,33 @@ from torch import Tensor
 
 __all__ = ["Means", "RunningMeans"]
 
-_ROWS = ("sum of what was finite", "how many were", "how many were not", "first step of those + 1, or 0")
+_ROWS = ("sum of finite values", "count of finite values", "count of others", "first step of others + 1, or 0")
 
 
 @dataclass
 class Means:
-    """What was recorded since the last time, over all processes."""
+    """What all processes recorded since the last :meth:`RunningMeans.take`."""
 
     values: dict[str, float]
-    """The mean of what was finite; nan where nothing was."""
+    """By name: the mean of the finite values; nan if there were none."""
     first_broken: dict[str, int]
-    """By name: the first step whose value was not finite, for those that had one."""
+    """By name: the first step with a value that was not finite; only names with such a step."""
     num_broken: dict[str, int]
-    """By name: how many values of a process were not finite; the most of any process."""
+    """By name: how many values were not finite, the maximum over the processes."""
 
 
 class RunningMeans:
-    """Sums, counts and the first broken step of scalars by name, some names at a time."""
+    """Sums, counts and the first broken step of scalars by name."""
 
     def __init__(self) -> None:
-        self._parts: dict[tuple[str, ...], Tensor] = {}  # (4, names): what _ROWS says
+        self._parts: dict[tuple[str, ...], Tensor] = {}  # by names recorded together: (4, names), see _ROWS
 
     def begins(self, metrics: dict[str, Tensor]) -> bool:
-        """Whether these names are of another set than those recorded so far, because a term begins here."""
+        """Whether these names overlap with a different set recorded before, because a new term begins."""
         return tuple(metrics) not in self._parts and any(set(metrics) & set(names) for names in self._parts)
 
     def add(self, metrics: dict[str, Tensor], step: int) -> None:
-        """Takes scalars."""
+        """Adds scalars."""
         values = torch.stack([value.detach() for value in metrics.values()]).float()
         part = self._parts.get(tuple(metrics))
         if part is None:
@@ -47,10 +47,10 @@ class RunningMeans:
         part[3].masked_fill_(~finite & (part[3] == 0), step + 1)
 
     def take(self, gather: Callable[[Tensor], Tensor]) -> Means:
-        """The means, and begins anew.
+        """Returns the means, and starts over.
 
         Args:
-            gather: (4, names) of this process -> (processes, 4, names).
+            gather: (4, names) from each process -> (processes, 4, names).
         """
         names = [name for part in self._parts for name in part]
         if not names:
@@ -67,12 +67,12 @@ class RunningMeans:
         )
 
     def state(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """What :meth:`restore` takes: by place and names, each process's part, (processes, 4, names)."""
+        """What :meth:`restore` takes: each process's part by position and names, (processes, 4, names)."""
         return {f"{i:03d} {' '.join(names)}": gather(part) for i, (names, part) in enumerate(self._parts.items())}
 
     def restore(self, state: dict[str, Tensor], process: int, processes: int) -> None:
-        """The inverse of :meth:`state`; the first process takes all where their number is another, with the weight that
-        its own later values have."""
+        """The inverse of :meth:`state`. If the number of processes has changed, the first one takes all parts, weighted
+        like its own later values."""
         for place, parts in sorted(state.items()):
             if len(parts) == processes:
                 part = parts[process]

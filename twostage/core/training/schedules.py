@@ -1,4 +1,4 @@
-"""Schedules as pure functions of the step: nothing to save, nothing to prepare, the same at any number of processes."""
+"""Schedules as pure functions of the step: nothing to save, and the same for any number of processes."""
 
 import math
 from typing import Literal
@@ -9,8 +9,8 @@ Schedule = Literal["constant", "cosine"]
 
 
 def lr_at(step: int, *, lr: float, max_steps: int, warmup_steps: int = 0, schedule: Schedule = "constant") -> float:
-    """The learning rate of the update that follows ``step`` finished ones: a linear warm-up over ``warmup_steps``
-    updates, then ``lr`` ("constant") or half a cosine from ``lr`` down to 0 at ``max_steps`` ("cosine")."""
+    """The learning rate after ``step`` finished updates: a linear warm-up over ``warmup_steps`` updates, then ``lr``
+    ("constant") or half a cosine from ``lr`` down to 0 at ``max_steps`` ("cosine")."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     if schedule == "constant":

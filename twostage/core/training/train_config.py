@@ -1,4 +1,4 @@
-"""The `train` group that both trainings have."""
+"""The `train` group of all trainings."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -14,41 +14,41 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class TrainConfig(Section):
-    """How long, how fast, and what is written when. Steps are updates of the weights."""
+    """Length, optimizer, and how often to log, validate and save. A step is one update of the weights."""
 
     exclusive_keys: ClassVar[tuple[tuple[str, ...], ...]] = (("max_steps", "epochs"),)
 
     batch_size: Count = 128
-    """Samples an update, over all processes and accumulation steps together."""
+    """Samples per update, in total over all processes and accumulation steps."""
     max_steps: Count | None = None
-    """Updates; or give `epochs`."""
+    """Number of updates; the alternative is `epochs`."""
     epochs: Count | None = None
-    """Passes over the training split; a last batch that is not full is left out."""
+    """Passes over the training split; an incomplete last batch is skipped."""
     lr: Number = Field(default=3e-4, gt=0)
     lr_schedule: Schedule = "constant"
     warmup_steps: Size = 0
     """Updates over which the learning rate rises from 0."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Adam's."""
+    """Adam's decay rates."""
     weight_decay: Number = Field(default=0.0, ge=0)
-    """Decoupled (AdamW), on matrices and convolution kernels."""
+    """Decoupled weight decay (AdamW) of matrices and convolution kernels."""
     max_grad_norm: Number | None = Field(default=None, gt=0)
     """Gradients are clipped to this norm; None: never."""
     gradient_accumulation_steps: Count = 1
-    """Parts that an update's batch is worked on in, one after another."""
+    """Parts into which the batch of an update is split to save memory."""
     ema_decay: Number | None = Field(default=None, gt=0, lt=1)
-    """Of the averaged weights that validation measures and inference loads; None: the weights themselves."""
+    """Decay of the averaged weights, which validation measures and inference loads; None: no averaging."""
     mixed_precision: MixedPrecision = "no"
-    """`auto` takes bf16 where the GPU has it or the processor is fast in it (AMX; AVX512-BF16 of AMD), else `no`."""
+    """`auto`: bf16 if the GPU has it or the processor is fast with it (AMX, or AMD's AVX512-BF16), else `no`."""
     on_not_finite: Literal["stop", "skip"] = "stop"
-    """What to do about a loss or a gradient that is not finite: end the run, whose last checkpoint is kept, or leave
-    the update out and count. Either names the term, the step and the images."""
+    """What to do if a loss or a gradient is not finite: stop the run and keep its last checkpoint, or skip the update
+    and count it. Both name the term, the step and the images."""
     log_every: Count = 50
-    """Steps between training lines in metrics.jsonl (each the mean since the one before)."""
+    """Steps between training lines in metrics.jsonl; each line is the mean since the previous one."""
     validate_every: Count | None = None
-    """Steps between validations and sample pictures; None: once an epoch."""
+    """Steps between validations and sample sheets; None: once per epoch."""
     checkpoint_every: Count | None = None
-    """Steps between checkpoints; None: once an epoch."""
+    """Steps between checkpoints; None: once per epoch."""
     keep_checkpoints: Count = 2
 
     @model_validator(mode="after")
