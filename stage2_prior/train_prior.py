@@ -234,8 +234,8 @@ def report_result(run: TrainingRun[PriorTrainingConfig], prior: Prior, baseline:
     )
     if step < run.step:
         run.report(
-            f"the {held_out_loss(prior)} did not improve from step {step} to step {run.step}, the last; model/ holds the "
-            f"weights of step {step}"
+            f"the {held_out_loss(prior)} did not improve from step {step} to step {run.step}, the last; model/ holds "
+            f"the weights of step {step}"
         )
 
 
