@@ -64,7 +64,7 @@ def test_beta_1_is_exactly_the_bound(reconstruction, tiny_autoencoder, random_im
     torch.testing.assert_close(metrics["bits_per_dim"], expected)
 
 
-def test_beta_scales_the_kl_alone(tiny_autoencoder, random_images, whole_batch):
+def test_beta_scales_only_the_kl(tiny_autoencoder, random_images, whole_batch):
     images = random_images(4)
     metrics = tiny_autoencoder("gaussian", kl_weight=4.0)(images, None, whole_batch(4)).metrics
     plain = tiny_autoencoder("gaussian")(images, None, whole_batch(4)).metrics
@@ -106,7 +106,7 @@ def test_bce_pixels_are_the_sigmoid_of_the_logits(tiny_autoencoder, random_image
 
 
 @pytest.mark.parametrize("family", DISCRETE)
-def test_codes_alone_give_the_reconstruction(family, tiny_autoencoder, random_images):
+def test_codes_determine_the_reconstruction(family, tiny_autoencoder, random_images):
     model, images = tiny_autoencoder(family), random_images(4)
     indices = model.encode(images).indices
     assert len(indices.unique()) > 1
@@ -137,7 +137,7 @@ def test_a_continuous_latent_has_no_codes(family, tiny_autoencoder):
 
 
 @pytest.mark.parametrize("family", ["identity", "vector"])
-def test_codes_have_no_prior_of_their_own(family, tiny_autoencoder):
+def test_other_bottlenecks_have_no_prior_of_their_own(family, tiny_autoencoder):
     with refuses("model.bottleneck.type", f"'{family}'", "no prior", "twostage train-prior"):
         tiny_autoencoder(family).sample(1)
 
@@ -147,7 +147,7 @@ def test_codes_have_no_prior_of_their_own(family, tiny_autoencoder):
     ("backbone", "family"),
     [(b, f) for b in ("mlp", "conv") for f in FAMILIES if (b, f) != ("mlp", "lookup_free")],
 )
-def test_one_batch_can_be_learned_by_heart(family, backbone, tiny_autoencoder, random_images, whole_batch):
+def test_every_family_can_memorise_one_batch(family, backbone, tiny_autoencoder, random_images, whole_batch):
     model, images = tiny_autoencoder(family, backbone), random_images(2).sign() * 0.5
     labels = torch.tensor([0, 2])
     if model.bottleneck.starts_from_data:
@@ -166,7 +166,7 @@ def test_one_batch_can_be_learned_by_heart(family, backbone, tiny_autoencoder, r
 # --- the content hash -----------------------------------------------------------------------------------------------
 
 
-def test_the_hash_is_of_what_decides_the_codes(tiny_autoencoder):
+def test_the_hash_covers_what_determines_the_codes(tiny_autoencoder):
     model = tiny_autoencoder("vector")
     original = model.content_hash()
     assert len(original) == 64
@@ -187,7 +187,7 @@ def test_the_hash_is_of_what_decides_the_codes(tiny_autoencoder):
     assert hash_after_changing(model.bottleneck.codebook) != original
 
 
-def test_the_hash_is_of_the_form_of_the_images(tiny_autoencoder):
+def test_the_hash_covers_the_size_of_the_images(tiny_autoencoder):
     hashes = [tiny_autoencoder("vector", size=size).content_hash() for size in [(8, 8), (8, 12), (12, 8)]]
     assert len(set(hashes)) == 3
 
@@ -258,7 +258,7 @@ def test_missing_weights_are_named(saved):
 
 
 @pytest.mark.parametrize("length", [0, 4, 100, -1])
-def test_weights_that_were_cut_short_are_one_sentence(saved, length):
+def test_truncated_weights_cost_one_sentence(saved, length):
     weights = saved / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:length])
     with pytest.raises(InputError) as refusal:
@@ -283,6 +283,6 @@ def test_an_unknown_key_is_refused(saved):
         Autoencoder.from_pretrained(saved)
 
 
-def test_no_folder_is_said(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     with refuses("nowhere", "no such folder"):
         Autoencoder.from_pretrained(tmp_path / "nowhere")

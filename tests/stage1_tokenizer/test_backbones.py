@@ -24,7 +24,7 @@ def test_images_become_latents_and_latents_images(config, channels, size):
 
 
 @pytest.mark.parametrize(("size", "grid"), [((10, 12), (3, 3)), ((2, 8), (1, 2)), ((1, 1), (1, 1))])
-def test_a_grid_covers_images_that_are_no_multiple_of_the_factor(size, grid):
+def test_a_grid_covers_images_of_any_size(size, grid):
     assert CONV.factor == 4
     assert CONV.grid(size) == grid
 
@@ -42,7 +42,7 @@ def test_attention_sees_every_cell_and_convolutions_only_near_ones(attention_fac
     assert bool(gradient[0, 0, 40:, 40:].abs().sum() > 0) == bool(attention_factors)
 
 
-def test_attention_at_a_resolution_that_is_not_there_is_refused():
+def test_attention_at_an_unknown_resolution_is_refused():
     with refuses("attention_factors [3]", "expected", "[1, 2]"):
         parse_config(ConvConfig, {"channel_mult": [1, 1], "num_res_blocks": [0, 0], "attention_factors": [2, 3]}, "b")
 
@@ -77,7 +77,7 @@ def test_the_mlp_is_fed_pixels_from_0_to_1():
 
 
 @pytest.mark.parametrize("config", [CONV, MLP], ids=["conv", "mlp"])
-def test_nothing_bounds_what_the_decoder_gives(config):
+def test_the_decoders_output_is_unbounded(config):
     _, decoder = config.build((1, 8, 8), 4, 4)
     last = [layer for layer in decoder.modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
     nn.init.zeros_(last.weight)
@@ -86,11 +86,12 @@ def test_nothing_bounds_what_the_decoder_gives(config):
         assert (decoder(torch.zeros(1, 4, *config.grid((8, 8)))) == value).all()
 
 
-@pytest.mark.parametrize("width", [1, 6, 64])
-def test_a_residual_block_adds_to_its_input(width):
-    block, x = ResBlock(width, width, group_norm), torch.randn(2, width, 4, 4)
-    assert block(x).shape == x.shape
-    assert not torch.equal(block(x), x)
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (6, 6), (64, 64), (8, 12), (12, 8)])
+def test_a_residual_block_adds_to_its_shortcut(inputs, outputs):
+    block, x = ResBlock(inputs, outputs, group_norm), torch.randn(2, inputs, 4, 4)
+    assert isinstance(block.shortcut, nn.Identity) == (inputs == outputs)
+    assert block(x).shape == (2, outputs, 4, 4)
+    assert not torch.equal(block(x), block.shortcut(x))
     nn.init.zeros_(block.conv2.weight)
     nn.init.zeros_(block.conv2.bias)
-    assert torch.equal(block(x), x)
+    assert torch.equal(block(x), block.shortcut(x))

@@ -69,7 +69,7 @@ def test_samples_of_a_class_lie_around_its_mean():
         assert (z[labels == label].std(0) - 1).abs().max() < 0.05
 
 
-def test_identity_is_the_latent_as_it_is(encoded, whole_batch):
+def test_identity_passes_the_latent_on(encoded, whole_batch):
     identity = IdentityConfig().build((6, 2, 2), num_classes=0)
     for output in (identity(encoded, None, whole_batch(8)), identity.encode(encoded)):
         assert torch.equal(output.z, encoded)
@@ -111,7 +111,7 @@ def test_encode_gives_the_mean_without_noise(encoded):
     assert torch.equal(Gaussian((3, 2, 2)).encode(encoded).z, encoded[:, :3])
 
 
-def test_noise_belongs_to_the_image_not_to_the_process(encoded, whole_batch):
+def test_noise_depends_on_the_image_not_on_the_process(encoded, whole_batch):
     gaussian = Gaussian((3, 2, 2))
     whole = gaussian(encoded, None, whole_batch(8, seed=1)).z
     halves = [gaussian(encoded[rows], None, BatchRandom(1, rows, 8)).z for rows in (slice(0, 4), slice(4, 8))]

@@ -50,7 +50,7 @@ def test_gradients_reach_every_weight_and_the_images(random_images):
 
 
 @pytest.mark.parametrize("method", ["__call__", "features", "stages"])
-def test_images_of_another_form_are_refused(method, random_images):
+def test_images_of_another_size_are_refused(method, random_images):
     look = getattr(tiny_network((8, 12)), method)
     with refuses("3 channels and 12x8 pixels", "3 channels and 8x12 pixels", "twostage train-features"):
         look(random_images(2, 3, (12, 8)))

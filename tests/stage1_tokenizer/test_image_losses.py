@@ -77,7 +77,7 @@ def test_the_adaptive_ratio_is_clamped(features, tiny_autoencoder, random_images
     assert terms["adversarial_weight"].item() == pytest.approx(0.3 * 0.01)
 
 
-def test_before_its_start_the_discriminator_has_no_say(
+def test_the_discriminator_has_no_effect_before_its_start(
     features, tiny_autoencoder, random_images, whole_batch, new_process
 ):
     _, model, _, losses = build(tiny_autoencoder, new_process, features)
@@ -95,7 +95,7 @@ def test_without_image_losses_there_is_nothing(tiny_autoencoder, random_images, 
 
 
 @pytest.mark.parametrize("backbone", ["mlp", "conv"])
-def test_the_last_layer_is_what_makes_the_pixels(backbone, tiny_autoencoder):
+def test_the_last_layer_makes_the_pixels(backbone, tiny_autoencoder):
     model = tiny_autoencoder("identity", backbone)
     with torch.no_grad():
         before = model.decoder(torch.ones(1, 4, *model.grid))

@@ -68,7 +68,7 @@ def test_bits_per_dim_are_those_of_the_8_bit_levels(kind, decoded, images):
     assert bits == pytest.approx(-mass.log2().mean().item(), abs=1e-4)
 
 
-def test_the_bernoulli_is_no_density(decoded, images):
+def test_the_bernoulli_is_not_a_density(decoded, images):
     assert negative_log_likelihood(decoded, images, ObjectiveConfig(reconstruction="bce"))[1] == 0
 
 
@@ -88,7 +88,7 @@ def test_impossible_settings_are_refused(key, value):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
-def test_exactly_the_share_of_each_images_values_is_black(share, whole_batch, random_images):
+def test_exactly_the_masked_share_of_each_image_is_black(share, whole_batch, random_images):
     images = random_images(6, size=(8, 10))
     corrupted = corrupt(images, CorruptionConfig(masked_share=share), whole_batch(6))
     black = (corrupted == -1).flatten(1).sum(1)
@@ -106,14 +106,14 @@ def test_noise_has_its_standard_deviation(whole_batch, random_images):
     assert abs(noise.mean().item()) < 0.01
 
 
-def test_corruption_belongs_to_the_image_not_to_the_process(whole_batch, random_images):
+def test_corruption_depends_on_the_image_not_on_the_process(whole_batch, random_images):
     images, config = random_images(8), CorruptionConfig(masked_share=0.3, noise_std=0.1)
     whole = corrupt(images, config, whole_batch(8))
     halves = [corrupt(images[rows], config, BatchRandom(0, rows, 8)) for rows in (slice(0, 4), slice(4, 8))]
     assert torch.equal(torch.cat(halves), whole)
 
 
-def test_a_denoising_autoencoder_sees_the_corrupted_and_is_compared_with_the_clean(
+def test_a_denoising_autoencoder_gets_the_corrupted_image_and_targets_the_clean_one(
     tiny_autoencoder, random_images, whole_batch
 ):
     images = random_images(4)

@@ -88,7 +88,7 @@ def offline(monkeypatch, tmp_path) -> Path:
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
-def test_gradients_reach_the_decoded_images_alone(distance, random_images):
+def test_only_the_decoded_images_get_gradients(distance, random_images):
     decoded, images = random_images(2, 3, SIZE).requires_grad_(), random_images(3, 3, SIZE)[:2].requires_grad_()
     value = distance(decoded, images)
     assert value.shape == ()
@@ -108,7 +108,7 @@ def test_descent_along_the_gradient_lowers_it(distance, random_images):
 
 
 @pytest.mark.parametrize("make", [torch.zeros, torch.ones, lambda *shape: -torch.ones(*shape)])
-def test_no_distance_has_a_finite_gradient(make, distance, random_images):
+def test_a_distance_of_zero_has_a_finite_gradient(make, distance, random_images):
     for images in (make(2, 3, *SIZE), random_images(2, 3, SIZE)):
         decoded = images.clone().requires_grad_()
         value = distance(decoded, images)
@@ -125,7 +125,7 @@ def test_it_is_a_mean_over_the_batch(distance, random_images):
     assert alone.std() > 0
 
 
-def test_autocast_is_left_outside(distance, random_images):
+def test_distances_are_float32_under_autocast(distance, random_images):
     decoded, images = random_images(2, 3, SIZE), random_images(3, 3, SIZE)[:2]
     with torch.autocast("cpu", torch.bfloat16):
         value = distance(decoded, images)
@@ -135,12 +135,12 @@ def test_autocast_is_left_outside(distance, random_images):
     assert torch.equal(halved, distance(decoded.bfloat16().float(), images))
 
 
-def test_values_out_of_range_are_compared_as_they_are(distance, random_images):
+def test_values_out_of_range_are_not_clamped(distance, random_images):
     images = random_images(2, 3, SIZE)
     assert distance(images * 3, images.clamp(-0.1, 0.1)) != distance((images * 3).clamp(-1, 1), images.clamp(-0.1, 0.1))
 
 
-def test_nothing_of_it_is_trained_averaged_or_saved(distance, random_images):
+def test_the_network_is_not_trained_averaged_or_saved(distance, random_images):
     model = nn.Sequential(nn.Conv2d(3, 3, 1), distance)
     model.train()
     model.requires_grad_(True)
@@ -158,7 +158,7 @@ def test_its_network_moves_with_the_model(features_distance):
 
 
 @pytest.mark.parametrize("kind", ["lpips", "features"])
-def test_building_it_draws_nothing(kind, weights_dir, features_run):
+def test_building_it_keeps_the_random_state(kind, weights_dir, features_run):
     torch.manual_seed(0)
     before = torch.get_rng_state()
     config = LPIPSConfig() if kind == "lpips" else FeaturePerceptualConfig(path=features_run)
@@ -189,13 +189,13 @@ def test_a_feature_vector_of_zeros_has_a_finite_gradient(features_distance, rand
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, SIZE), (3, (20, 16))])
-def test_a_feature_network_of_another_form_is_refused(channels, size, features_run):
+def test_a_feature_network_for_other_images_is_refused(channels, size, features_run):
     got = [f"data.image_size is {size[0]}x{size[1]}", f"data.channels is {channels}"]
     with refuses(f"loss.perceptual.path {features_run}", "16x20", "3 channels", *got, "twostage train-features"):
         build_perceptual(FeaturePerceptualConfig(path=features_run), channels, size)
 
 
-def test_a_feature_network_that_is_not_there(tmp_path):
+def test_a_missing_feature_network_is_named(tmp_path):
     with refuses("loss.perceptual.path", "nowhere", "no such folder"):
         build_perceptual(FeaturePerceptualConfig(path=str(tmp_path / "nowhere")), 3, SIZE)
 
@@ -235,7 +235,7 @@ def test_the_smallest_image(weights_dir, random_images):
         build_perceptual(LPIPSConfig(), 3, (16, 15), weights_dir)
 
 
-def test_without_the_trunk_both_files_and_the_way_out_are_named(offline, tmp_path):
+def test_without_the_trunk_both_files_and_the_alternatives_are_named(offline, tmp_path):
     with refuses(
         "vgg16-397923af.pth (528 MB)", "https://download.pytorch.org/models/vgg16-397923af.pth", "vgg.pth",
         tmp_path / "mine" / TRUNK, offline / TRUNK, "--weights-dir", "network is unreachable",
@@ -278,7 +278,7 @@ def test_a_trunk_of_another_network_is_refused(change, complaint, weights_dir, t
         build_perceptual(LPIPSConfig(), 3, SIZE, tmp_path)
 
 
-def test_the_classifier_in_the_file_is_left_out(weights_dir, tmp_path, lpips_distance, random_images):
+def test_the_classifier_in_the_file_is_ignored(weights_dir, tmp_path, lpips_distance, random_images):
     stored = torch.load(weights_dir / TRUNK, weights_only=True)
     torch.save(stored | {"classifier.6.bias": torch.zeros(1000)}, tmp_path / TRUNK)
     decoded, images = random_images(2, 3, SIZE), random_images(3, 3, SIZE)[:2]

@@ -58,7 +58,7 @@ def rotation_matrix(encoded: Tensor, quantized: Tensor) -> Tensor:
     return quantized.norm() / encoded.norm() * turn
 
 
-def test_the_rotation_trick_turns_the_gradient_as_the_vector():
+def test_the_rotation_trick_rotates_the_gradient_like_the_vector():
     encoded = torch.randn(5, 6, generator=generator(), dtype=torch.double, requires_grad=True)
     quantized = torch.randn(5, 6, generator=generator(1), dtype=torch.double)
     gradient = torch.randn(5, 6, generator=generator(2), dtype=torch.double)
@@ -72,7 +72,7 @@ def test_the_rotation_trick_turns_the_gradient_as_the_vector():
 
 
 @pytest.mark.parametrize("quantized", [[0.0, 0.0], [-1.0, -2.0], [1.0, 2.0]])
-def test_the_rotation_trick_is_finite_where_directions_are_degenerate(quantized):
+def test_the_rotation_trick_is_finite_for_degenerate_directions(quantized):
     for start in ([1.0, 2.0], [0.0, 0.0]):
         encoded = torch.tensor([start], requires_grad=True)
         z = pass_gradient(encoded, torch.tensor([quantized]), "rotation")
@@ -159,7 +159,7 @@ def test_simvq_starts_on_the_data_under_any_map():
 
 
 @pytest.mark.parametrize("name", CODEBOOKS)
-def test_every_codebook_recovers_from_equal_codes_far_from_the_data(name, whole_batch):
+def test_every_codebook_recovers_from_identical_distant_codes(name, whole_batch):
     quantizer = build(name, size=32, ema_decay=0.95)
     levels = quantizer.quantizers if isinstance(quantizer, ResidualQuantizer) else [quantizer]
     far = torch.tensor([[100.0, 90.0, 80.0, 70.0]])
@@ -213,7 +213,7 @@ def test_finite_scalar_rounds_to_the_nearest_level_and_back(levels, whole_batch)
     assert quantizer.encode(torch.zeros(1, len(levels), 1, 1)).z.abs().max() == 0
 
 
-def test_finite_scalars_gradient_is_that_of_the_bound(whole_batch):
+def test_finite_scalar_passes_the_gradient_of_the_bound(whole_batch):
     quantizer = FiniteScalar(FiniteScalarConfig(levels=[8, 5]))
     encoded = encodings(2, 2).requires_grad_()
     quantizer(encoded, None, whole_batch(2)).z.sum().backward()
@@ -224,7 +224,7 @@ def test_finite_scalars_gradient_is_that_of_the_bound(whole_batch):
     torch.testing.assert_close(encoded.grad, expected.expand_as(encoded))
 
 
-def test_finite_scalar_needs_a_channel_a_level():
+def test_finite_scalar_needs_one_channel_per_level():
     document = {"latent_channels": 4, "bottleneck": {"type": "finite_scalar", "levels": [8, 5]}}
     with refuses("latent_channels 4", "[8, 5]", "set latent_channels to 2"):
         parse_config(ModelConfig, document, "model")
@@ -243,7 +243,7 @@ def test_lookup_free_codes_are_signs(whole_batch):
 
 
 @pytest.mark.parametrize(("dim", "temperature"), [(1, 1.0), (4, 0.5), (5, 2.0)])
-def test_lookup_free_entropies_are_those_of_the_whole_codebook(dim, temperature, whole_batch):
+def test_lookup_free_entropies_equal_those_over_the_whole_codebook(dim, temperature, whole_batch):
     """p(c) ~ exp(-|z - c|^2 / T) over all 2^D codes, in float64; values and gradients."""
     config = LookupFreeConfig(temperature=temperature, entropy_weight=0.3, diversity_weight=2.0)
     quantizer, encoded = LookupFree(config, dim), encodings(3, dim).requires_grad_()
@@ -297,7 +297,7 @@ def test_residual_losses_are_summed_over_depths(whole_batch):
     torch.testing.assert_close(losses, {"commitment": expected})
 
 
-def test_each_depth_starts_on_what_the_ones_before_leave(whole_batch):
+def test_each_depth_starts_on_what_earlier_depths_leave_over(whole_batch):
     quantizer, encoded = build("residual", size=8), encodings(64)
     quantizer.initialize(encoded, generator())
     one = (quantizer.quantizers[0].encode(encoded).z - encoded).square().mean()
@@ -315,7 +315,7 @@ QUANTIZERS = {
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_two_processes_have_the_statistics_of_one(name):
+def test_two_processes_get_the_same_statistics_as_one(name):
     whole, *halves = (QUANTIZERS[name]() for _ in range(3))
     for step in range(3):
         encoded = encodings(8, seed=step)
@@ -354,7 +354,7 @@ def test_quantizers_work_in_float32_under_autocast(name, whole_batch):
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_usage_is_counted_in_training_alone(name, whole_batch):
+def test_usage_is_counted_only_in_training(name, whole_batch):
     quantizer = QUANTIZERS[name]()
     levels = [m for m in quantizer.modules() if isinstance(m, Quantizer)]
     quantizer.eval()(encodings(), None, whole_batch(8))

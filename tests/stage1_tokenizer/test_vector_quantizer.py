@@ -63,7 +63,7 @@ def test_nearest_codes_equal_brute_force_in_tiles(count, size, dim, scale, monke
     assert torch.equal(nearest_codes(vectors, codebook), brute_force(vectors, codebook))
 
 
-def test_long_vectors_do_not_drown_the_differences_between_codes():
+def test_long_vectors_do_not_hide_the_differences_between_codes():
     codebook = torch.randn(64, 4, generator=generator()) * 1e-4
     vectors = torch.randn(500, 4, generator=generator(1)) * 100
     assert torch.equal(nearest_codes(vectors, codebook), brute_force(vectors, codebook))
@@ -94,7 +94,7 @@ def test_encode_gives_the_codes_of_forward_and_exactly_their_vectors(whole_batch
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 2.0])
-def test_the_commitment_weight_scales_the_encoders_gradient_alone(weight, whole_batch):
+def test_the_commitment_weight_scales_only_the_encoders_gradient(weight, whole_batch):
     quantizer = make_quantizer(codebook="learned", commitment_weight=weight)
     encoded = encodings().requires_grad_()
     output = quantizer(encoded, None, whole_batch(8))
@@ -123,7 +123,7 @@ def test_the_decoders_gradient_goes_straight_through(codebook, whole_batch):
     assert quantizer.codebook.grad is None
 
 
-def test_an_ema_codebook_is_no_parameter(whole_batch):
+def test_an_ema_codebook_is_not_a_parameter(whole_batch):
     quantizer = make_quantizer(codebook="ema")
     output = quantizer(encodings().requires_grad_(), None, whole_batch(8))
     assert list(quantizer.parameters()) == []
@@ -131,7 +131,7 @@ def test_an_ema_codebook_is_no_parameter(whole_batch):
     assert not quantizer.codebook.requires_grad
 
 
-def test_a_learned_codebook_is_the_one_parameter():
+def test_a_learned_codebook_is_the_only_parameter():
     assert [name for name, _ in make_quantizer(codebook="learned").named_parameters()] == ["codebook"]
 
 
@@ -148,7 +148,7 @@ def test_float32_under_autocast(whole_batch):
     assert torch.equal(low.indices.flatten(), brute_force(as_vectors(encoded.bfloat16()), quantizer.codebook))
 
 
-def test_perplexity_is_the_number_of_codes_in_even_use(whole_batch):
+def test_perplexity_is_the_number_of_equally_used_codes(whole_batch):
     quantizer = make_quantizer(size=6)
     quantizer.ema_counts.copy_(torch.tensor([3.0, 3.0, 3.0, 0.0, 0.0, 0.0]))
     assert quantizer(encodings(), None, whole_batch(8)).metrics["perplexity"].item() == pytest.approx(3.0)
@@ -185,7 +185,7 @@ def test_the_ema_update_is_the_papers_formula(whole_batch):
         torch.testing.assert_close(quantizer.ema_counts, counts.float())
 
 
-def test_an_update_of_a_learned_codebook_moves_no_living_code(whole_batch):
+def test_updating_a_learned_codebook_moves_only_dead_codes(whole_batch):
     quantizer = make_quantizer(codebook="learned", revive_below=0.0)
     codes = quantizer.codebook.detach().clone()
     quantizer(encodings(), None, whole_batch(8))
@@ -195,7 +195,7 @@ def test_an_update_of_a_learned_codebook_moves_no_living_code(whole_batch):
 
 
 @pytest.mark.parametrize("codebook", ["ema", "learned"])
-def test_a_dead_code_gets_a_vector_of_the_batch_and_lives_on(codebook, whole_batch):
+def test_a_dead_code_moves_onto_a_vector_of_the_batch_and_stays_alive(codebook, whole_batch):
     quantizer = make_quantizer(codebook=codebook, ema_decay=0.5, revive_below=0.2)
     with torch.no_grad():
         quantizer.codebook[0] = 1e3
@@ -228,7 +228,7 @@ def test_revive_below_0_never_revives(whole_batch):
     assert (quantizer.codebook[0] == 1e3).all()
 
 
-def test_usage_recovers_from_equal_far_away_codes(whole_batch):
+def test_usage_recovers_from_identical_distant_codes(whole_batch):
     quantizer = make_quantizer(size=32)
     quantizer.initialize(torch.full((8, 4, *GRID), 100.0), generator())
     clusters = 3 * torch.randn(32, 4, generator=generator())
@@ -260,7 +260,7 @@ def exchange(one: VectorQuantizer, other: VectorQuantizer) -> None:
 
 
 @pytest.mark.parametrize("codebook", ["ema", "learned"])
-def test_two_processes_have_the_codebook_of_one(codebook):
+def test_two_processes_get_the_same_codebook_as_one(codebook):
     whole = make_quantizer(size=24, codebook=codebook, ema_decay=0.5, revive_below=0.5)
     halves = [copy.deepcopy(whole), copy.deepcopy(whole)]
     initial = whole.codebook.detach().clone()

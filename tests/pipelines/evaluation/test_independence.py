@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipelines.sharing.model_card import CardFields, write_model_card
 from safetensors.torch import load_file, save_file
 
 from pipelines.evaluation.frechet import OwnFeatures
 from pipelines.evaluation.independence import not_evidence
+from pipelines.saved.model_card import CardFields
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, PerceptualNetwork
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from twostage.core.config.sections import parse_config
@@ -245,7 +245,7 @@ def test_a_model_card_warns_beside_the_figures(pipeline, tmp_path):
         protocol |= {"not_evidence": doubts} if doubts is not None else {}  # as an earlier version wrote it
         document = {"figures": {"psnr": 20.0, "rfid": 2.1}, "protocol": protocol}
         records = {"evaluation/tokenizer.json": json.dumps(document).encode()}
-        write_model_card(tmp_path, pipeline, records, CardFields(None, None, "me/mine"))
+        pipeline.write_card(tmp_path, records, CardFields(None, None, "me/mine"))
         card = (tmp_path / "README.md").read_text()
         warning = (
             "Warning: rFID: not evidence of quality, because runs/critic is the network that it was trained against."
