@@ -99,7 +99,7 @@ def write_images(folder: Path, count: int = 20, mode: str = "RGB") -> Path:
         (["model.bottleneck={type: lookup_free}", "model.latent_channels=21"], ["latent_channels 21", "at most 20"]),
         (["model.bottleneck.codebook_size=4294967296"], ["codebook_size", "2147483647"]),
         (["loss.adversarial={num_layers: 3}"], ["loss.adversarial.num_layers 3", "16x16", "Use fewer layers"]),
-        (["loss.adversarial={norm: sync_batch, r1_weight: 1}"], ["r1_weight", "second derivative", "loss.adversarial.norm=group"]),
+        (["loss.adversarial={norm: sync_batch, r1_weight: 1}"], ["r1_weight", "derivatives", "adversarial.norm=group"]),
         (["loss.adversarial={betas: [0.5, 1.0]}"], ["loss.adversarial.betas", "less than 1"]),
         (["train.mixed_precision=fp16"], ["fp16", "needs a GPU"]),
         (["loss.perceptual={type: features, path: runs/none}"], ["runs/none: no such folder"]),
