@@ -36,10 +36,10 @@ COMMANDS = [
     ["evaluate", "tokenizer"],
     ["export", "prior", "--out", "pipeline"],
 ]
-# Stops the training right after the checkpoint of step 2, as a power failure would.
+# Stops training right after the checkpoint of step 2, as a power failure would.
 INTERRUPTED = """
 import sys
-from core.training import TrainingRun
+from twostage.core.training.run import TrainingRun
 from pipelines.cli import main
 save = TrainingRun.save
 def save_and_end(run, *args, **options):
@@ -49,24 +49,20 @@ TrainingRun.save = save_and_end
 sys.argv = ["twostage", "train-tokenizer", "tokenizer.yaml", "run.dir=interrupted"]
 main()
 """
-# The folder of an encoding that has begun.
+# Stops encoding when its folder exists but holds no codes yet.
 ENCODING = """
-import numpy as np
-from pathlib import Path
-from core.data import load_images
-from pipelines.encode_dataset import training_data
-from pipelines.encoding.image_variants import image_variants
+import sys
+from pipelines.cli import main
 from pipelines.encoding.partial_codes import PartialCodes
-from stage1_tokenizer.autoencoder import Autoencoder
-from stage2_prior.codes import Augmentation
-config, augmentation = training_data("tokenizer", None), Augmentation()
-model = Autoencoder.from_pretrained("tokenizer")
-identity = {"tokenizer": model.content_hash(), "data": config.model_dump(mode="json"),
-            "augmentation": augmentation.model_dump(mode="json")}
-splits = image_variants(load_images(config), config, augmentation)
-PartialCodes(Path("begun"), identity, splits).begin(model.code_grid, np.uint16)
+begin = PartialCodes.begin
+def begin_and_stop(codes, *args):
+    begin(codes, *args)
+    raise SystemExit(0)
+PartialCodes.begin = begin_and_stop
+sys.argv = ["twostage", "encode", "tokenizer", "--out", "begun"]
+main()
 """
-LEFT_OUT = ["losses.png", "worst.png", "typical.png", "evaluation.html", "grid.png", "samples", "README.md",
+UNREAD = ["losses.png", "worst.png", "typical.png", "evaluation.html", "grid.png", "samples", "README.md",
             "samples.png", "reconstructions.png", "tensorboard"]  # fmt: skip
 
 
@@ -78,7 +74,7 @@ def main() -> None:
     environment = os.environ | {"PYTHONPATH": str(checkout), "LOCAL_WORLD_SIZE": "1000"}
     for words in [*(["-m", "pipelines.cli", *command] for command in COMMANDS), ["-c", INTERRUPTED], ["-c", ENCODING]]:
         subprocess.run([sys.executable, *words], cwd=out, env=environment, check=True)
-    for name in LEFT_OUT:  # pictures and reports, which nothing reads again
+    for name in UNREAD:  # images and reports, which no command reads
         for path in list(out.rglob(name)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
