@@ -1,4 +1,4 @@
-"""What the tests of the pipelines share: the trained pipeline, and a tokenizer of which one part is another."""
+"""Fixtures of the pipelines' tests: the trained pipeline, and a tokenizer with one part changed."""
 
 import shutil
 from collections.abc import Callable

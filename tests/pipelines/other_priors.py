@@ -1,5 +1,4 @@
-"""Pipelines whose prior is another kind of network over the same codes: what only some kinds can do is tested with
-these."""
+"""Pipelines with other kinds of priors over the same codes, to test what only some kinds can do."""
 
 from typing import Any
 
@@ -21,7 +20,7 @@ def causal(order: str) -> CausalTransformerConfig:
 
 
 def with_prior(pipeline: TwoStagePipeline, model: Any, **changed: Any) -> TwoStagePipeline:
-    """The pipeline with an untrained prior, of which no two codes are equally likely.
+    """The pipeline with an untrained prior, for which no two codes are equally likely.
 
     Args:
         changed: other fields of the prior's configuration.

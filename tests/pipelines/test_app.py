@@ -1,4 +1,4 @@
-"""What the buttons of the page do, without a browser; and how `twostage app` says that it cannot start."""
+"""The handlers of the page, without a browser; and what `twostage app` reports if it cannot start."""
 
 import json
 import socket
@@ -36,7 +36,7 @@ def handlers(pipeline) -> Handlers:
 
 @pytest.fixture
 def masked(pipeline) -> Handlers:
-    """Of a masked transformer, untrained but not uniform."""
+    """The handlers for a masked transformer, untrained but not uniform."""
     torch.manual_seed(0)
     model = MaskedTransformerConfig(hidden_size=32, depth=2, num_heads=2, dropout=0.0)
     prior = Prior(pipeline.prior.config.model_copy(update={"model": model}))
@@ -46,7 +46,7 @@ def masked(pipeline) -> Handlers:
 
 
 @pytest.fixture
-def picture(pipeline) -> PageImage:
+def page_image(pipeline) -> PageImage:
     return PageImage(pipeline(num_images=1, output_type="pt").images[0], pipeline.class_names[0])
 
 
@@ -63,10 +63,10 @@ def brushed(height: int, width: int, rows: slice, columns: slice) -> np.ndarray:
 def test_generates_what_the_pipeline_does(handlers, pipeline):
     shares: list[float] = []
     sampling = {"temperature": 0.9, "top_k": None, "guidance_scale": 2.0}
-    pictures = handlers.generate(10, ALL_CLASSES, 3, sampling, shares.append)
+    generated = handlers.generate(10, ALL_CLASSES, 3, sampling, shares.append)
     expected = pipeline(10, seed=3, temperature=0.9, guidance_scale=2.0, output_type="pt").images
-    assert torch.equal(torch.stack([p.pixels for p in pictures]), expected)
-    assert [p.class_name for p in pictures] == [*pipeline.class_names, *pipeline.class_names[:2]]
+    assert torch.equal(torch.stack([p.pixels for p in generated]), expected)
+    assert [p.class_name for p in generated] == [*pipeline.class_names, *pipeline.class_names[:2]]
     assert shares[-1] == pytest.approx(1)
     assert {p.class_name for p in handlers.generate(3, "star", 0, {}, silent)} == {"star"}
 
@@ -79,15 +79,15 @@ def test_generates_what_the_pipeline_does(handlers, pipeline):
         (ALL_CLASSES, -1, "seed -1: expected a whole number, at least 0"),
     ],
 )
-def test_what_cannot_be_generated_gets_a_sentence(handlers, class_name, seed, sentence):
+def test_bad_generate_input_is_refused(handlers, class_name, seed, sentence):
     with pytest.raises(InputError) as raised:
         handlers.generate(1, class_name, seed, {}, silent)
     assert sentence in str(raised.value)
 
 
-def test_uploads_pass_one_gate(handlers, tmp_path):
+def test_bad_uploads_are_refused(handlers, tmp_path):
     Image.new("L", (8000, 6250)).save(tmp_path / "large.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     for name, sentence in {
         "large.png": "large.png: has 8000 x 6250 pixels, expected at most 25 million. Make it smaller",
         "text.png": "text.png: not a readable image; expected PNG, JPEG, WebP, GIF, TIFF or BMP",
@@ -96,24 +96,26 @@ def test_uploads_pass_one_gate(handlers, tmp_path):
             handlers.read(str(tmp_path / name))
         assert str(raised.value) == sentence, "without the server's folder"
     Image.new("L", (30, 40), 200).save(tmp_path / "grey.png")
-    picture = handlers.read(str(tmp_path / "grey.png"))
-    assert (picture.pixels.shape, picture.class_name) == ((3, 16, 16), None)
-    assert picture.note == "grey.png: 30x40 cropped at its centre and resized to 16x16 pixels; mode L converted to RGB."
+    page_image = handlers.read(str(tmp_path / "grey.png"))
+    assert (page_image.pixels.shape, page_image.class_name) == ((3, 16, 16), None)
+    assert (
+        page_image.note == "grey.png: 30x40 cropped at its centre and resized to 16x16 pixels; mode L converted to RGB."
+    )
 
 
-def test_reconstructs_with_the_codes(handlers, pipeline, picture):
-    pixels, codes, quality = handlers.reconstruct(picture)
-    assert torch.equal(pixels, pipeline.reconstruct(picture.pixels[None])[0])
+def test_reconstructs_with_the_codes(handlers, pipeline, page_image):
+    pixels, codes, quality = handlers.reconstruct(page_image)
+    assert torch.equal(pixels, pipeline.reconstruct(page_image.pixels[None])[0])
     assert torch.equal(pipeline.decode(codes[None])[0], pixels), "the codes are those of the reconstruction"
     assert quality.startswith("PSNR of the reconstruction: ")
 
 
 def test_a_variational_autoencoder_has_no_codes_to_show(variational):
     handlers = Handlers(TwoStagePipeline.from_pretrained(variational("gaussian")))
-    (picture,) = handlers.generate(1, None, 0, {"temperature": 0.5}, silent)
-    assert picture.class_name is None
-    assert handlers.reconstruct(picture)[1] is None
-    assert len(handlers.interpolate(picture, picture, 3)) == 3
+    (page_image,) = handlers.generate(1, None, 0, {"temperature": 0.5}, silent)
+    assert page_image.class_name is None
+    assert handlers.reconstruct(page_image)[1] is None
+    assert len(handlers.interpolate(page_image, page_image, 3)) == 3
 
 
 def test_any_brushed_pixel_masks_its_pixel():
@@ -123,43 +125,43 @@ def test_any_brushed_pixel_masks_its_pixel():
     assert not brushed_mask([], (16, 16)).any()
 
 
-def test_inpaints_what_is_brushed_and_nothing_else(masked, picture):
+def test_only_the_brushed_part_is_inpainted(masked, page_image):
     layers = [brushed(384, 384, slice(0, 100), slice(0, 384))]  # rows 0 to 4 of 16, so codes 0 and 1 of 4
     options = {"guidance_scale": 2.0, "num_steps": 2}
-    images = masked.inpaint(picture, layers, BRUSHED, 6, "star", 0, 0, options, silent)
-    assert torch.equal(images[:, :, 5:], picture.pixels[:, 5:].expand(6, -1, -1, -1))
+    images = masked.inpaint(page_image, layers, BRUSHED, 6, "star", 0, 0, options, silent)
+    assert torch.equal(images[:, :, 5:], page_image.pixels[:, 5:].expand(6, -1, -1, -1))
     assert len({image.numpy().tobytes() for image in images}) > 1
-    free = masked.inpaint(picture, layers, BRUSHED, 6, NO_CLASS, 0, 0, options, silent)
+    free = masked.inpaint(page_image, layers, BRUSHED, 6, NO_CLASS, 0, 0, options, silent)
     assert not torch.equal(free, images), "without a class, and so without guidance"
-    halves = masked.inpaint(picture, [], "right", 6, "star", 0, 0, options, silent)
-    assert torch.equal(halves[..., :8], picture.pixels[..., :8].expand(6, -1, -1, -1))
+    halves = masked.inpaint(page_image, [], "right", 6, "star", 0, 0, options, silent)
+    assert torch.equal(halves[..., :8], page_image.pixels[..., :8].expand(6, -1, -1, -1))
 
 
-def test_what_cannot_be_inpainted_gets_a_sentence(handlers, picture):
-    def inpaint(picture: PageImage | None, layers: list[np.ndarray], part: str = BRUSHED) -> torch.Tensor:
-        return handlers.inpaint(picture, layers, part, 2, NO_CLASS, 0, 0, {}, silent)
+def test_bad_inpaint_input_is_refused(handlers, page_image):
+    def inpaint(page_image: PageImage | None, layers: list[np.ndarray], part: str = BRUSHED) -> torch.Tensor:
+        return handlers.inpaint(page_image, layers, part, 2, NO_CLASS, 0, 0, {}, silent)
 
     with refuses("no image", "upload"):
         inpaint(None, [])
     with refuses("nothing is brushed"):
-        inpaint(picture, [])
+        inpaint(page_image, [])
     with refuses("this prior is a causal_transformer", "(bottom)"):
-        inpaint(picture, [brushed(16, 16, slice(0, 4), slice(0, 4))])
-    assert inpaint(picture, [], "bottom").shape == (2, 3, 16, 16)
+        inpaint(page_image, [brushed(16, 16, slice(0, 4), slice(0, 4))])
+    assert inpaint(page_image, [], "bottom").shape == (2, 3, 16, 16)
 
 
-def test_interpolates_between_two(handlers, picture):
-    images = handlers.interpolate(picture, PageImage(255 - picture.pixels), 5)
+def test_interpolates_between_two(handlers, page_image):
+    images = handlers.interpolate(page_image, PageImage(255 - page_image.pixels), 5)
     assert images.shape == (5, 3, 16, 16)
-    assert torch.equal(images[0], handlers.reconstruct(picture)[0])
+    assert torch.equal(images[0], handlers.reconstruct(page_image)[0])
     with refuses("two images are needed"):
-        handlers.interpolate(picture, None, 5)
+        handlers.interpolate(page_image, None, 5)
 
 
-def test_small_pictures_are_enlarged_with_square_pixels(picture):
-    shown = enlarge(picture.pixels)
+def test_small_images_are_enlarged_with_square_pixels(page_image):
+    shown = enlarge(page_image.pixels)
     assert shown.size == (384, 384)
-    assert np.array_equal(np.asarray(shown)[::24, ::24], np.asarray(to_pil(picture.pixels)))
+    assert np.array_equal(np.asarray(shown)[::24, ::24], np.asarray(to_pil(page_image.pixels)))
     assert enlarge(torch.zeros(1, 400, 200, dtype=torch.uint8)).size == (200, 400)
 
 
@@ -209,8 +211,8 @@ for model in sys.argv[1:]:
 """
 
 
-def test_the_page_has_what_the_model_has(runs, masked, variational, tmp_path):
-    """In a process of its own: importing Gradio leaves open sockets to the garbage collector, which warns."""
+def test_the_page_has_the_controls_that_apply_to_the_model(runs, masked, variational, tmp_path):
+    """In its own process: importing Gradio leaves open sockets to the garbage collector, which warns about them."""
     masked.pipeline.save_pretrained(tmp_path / "masked")
     words = [sys.executable, "-c", LABELS, runs.prior, tmp_path / "masked", variational("gaussian")]
     root = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""Inpainting: what is kept comes back bit for bit, what is masked has no influence, what cannot be is said."""
+"""Inpainting: kept pixels stay bit for bit, masked pixels have no influence, and bad requests are refused."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def masked(pipeline) -> TwoStagePipeline:
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
-    """Two pictures (2, 3, 16, 16)."""
+    """Two images (2, 3, 16, 16)."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(2, 3, 5, 5, generator=generator) * 255
     return torch.nn.functional.interpolate(noise, SIZE, mode="bilinear").to(torch.uint8)
@@ -35,13 +35,13 @@ def images() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def free_form() -> torch.Tensor:
-    """A mask of no simple form."""
+    """An irregular mask."""
     mask = torch.zeros(SIZE, dtype=torch.bool)
     mask[2:5, 1:9] = mask[9, 3:] = mask[13:, 6] = True
     return mask
 
 
-def test_kept_pixels_come_back_exactly(masked, images, free_form):
+def test_kept_pixels_stay_exactly_the_same(masked, images, free_form):
     found = masked.inpaint(images[0], free_form, num_images=5)
     assert found.images.shape == (5, 3, 16, 16)
     assert found.labels is None
@@ -59,7 +59,7 @@ def test_codes_of_cells_without_a_masked_pixel_are_kept(masked, images, free_for
     assert not (codes == codes[0])[:, redrawn].all()
 
 
-def test_what_lies_below_the_mask_has_no_influence(masked, images, free_form):
+def test_masked_pixels_have_no_influence(masked, images, free_form):
     other = torch.where(free_form, images[1], images[0])
     assert not torch.equal(other, images[0])
     first, second = (masked.inpaint(image, free_form, 3, class_name="star", feather=3) for image in (images[0], other))
@@ -75,7 +75,7 @@ def test_a_completion_depends_on_the_seed_and_its_number_alone(masked, images, f
     assert not torch.equal(masked.inpaint(images[0], free_form, 3, seed=1).images, expected[:3])
 
 
-def test_the_class_and_the_settings_are_heard(masked, images):
+def test_the_class_and_the_settings_take_effect(masked, images):
     mask = named_mask("right", SIZE)
     free, star, guided = (
         masked.inpaint(images[0], mask, 8, class_name=name, guidance_scale=scale)
@@ -92,7 +92,7 @@ def test_the_class_and_the_settings_are_heard(masked, images):
         masked.inpaint(images[0], mask, class_name="strar")
 
 
-def test_a_feather_leaves_farther_pixels_as_they_are(masked, images):
+def test_a_feather_does_not_change_farther_pixels(masked, images):
     mask = named_mask("right", SIZE)
     hard, soft = (masked.inpaint(images[0], mask, 2, feather=feather).images for feather in (0, 3))
     assert torch.equal(soft[..., 8:], hard[..., 8:])
@@ -103,7 +103,7 @@ def test_a_feather_leaves_farther_pixels_as_they_are(masked, images):
 
 
 @pytest.mark.parametrize("mask", [torch.ones(SIZE, dtype=torch.bool), named_mask("bottom", SIZE)])
-def test_the_callback_hears_of_the_work_done(masked, pipeline, images, mask):
+def test_progress_is_reported(masked, pipeline, images, mask):
     for each in (masked, pipeline):
         shares: list[float] = []
         each.inpaint(images[0], mask, 3, on_progress=shares.append)
@@ -160,7 +160,7 @@ def test_a_variational_autoencoder_has_no_codes_to_redraw(variational, images):
         TwoStagePipeline.from_pretrained(variational("gaussian")).inpaint(images[0], named_mask("top", SIZE))
 
 
-def test_what_cannot_be_redrawn_is_refused(masked, images):
+def test_bad_images_masks_and_counts_are_refused(masked, images):
     mask = named_mask("top", SIZE)
     with refuses("image: expected uint8", "(3, 16, 16)"):
         masked.inpaint(images[0, :, :8], mask)
@@ -180,9 +180,9 @@ def folder(masked, tmp_path_factory):
     """The saved pipeline, `image.png` of its size, and `large.png`, which is wider than it is high."""
     root = tmp_path_factory.mktemp("inpaint")
     masked.save_pretrained(root / "pipeline")
-    picture = to_pil(torch.from_numpy(draw_shapes(4, 1, SIZE, 3)[0]))
-    save_image(picture, root / "image.png")
-    picture.resize((96, 48)).save(root / "large.png")
+    original = to_pil(torch.from_numpy(draw_shapes(4, 1, SIZE, 3)[0]))
+    save_image(original, root / "image.png")
+    original.resize((96, 48)).save(root / "large.png")
     return root
 
 
@@ -196,8 +196,8 @@ def test_the_command_writes_completions_and_a_sheet(twostage, folder, masked, tm
     image = torch.from_numpy(np.asarray(Image.open(folder / "image.png")).transpose(2, 0, 1).copy())
     expected = masked.inpaint(image, named_mask("left", SIZE), 3, class_name="star", seed=5, top_k=4).images
     for number, completion in enumerate(expected):
-        with Image.open(out / f"{number:06d}.png") as picture:
-            assert np.array_equal(np.asarray(picture), completion.permute(1, 2, 0))
+        with Image.open(out / f"{number:06d}.png") as found:
+            assert np.array_equal(np.asarray(found), completion.permute(1, 2, 0))
     with Image.open(out / "grid.png") as sheet:
         assert sheet.size == (5 * (96 + 4) + 4, 96 + 18 + 2 * 4)
 
@@ -206,7 +206,7 @@ def test_the_command_writes_completions_and_a_sheet(twostage, folder, masked, tm
     assert_names(again.err, f"--out {out}", "new folder")
 
 
-def test_the_mask_is_cropped_as_the_picture_is(twostage, folder, tmp_path):
+def test_the_mask_is_cropped_with_the_image(twostage, folder, tmp_path):
     mask = Image.new("L", (96, 48))
     mask.paste(255, (48, 0, 96, 48))
     mask.save(tmp_path / "mask.png")
@@ -221,7 +221,7 @@ def test_the_mask_is_cropped_as_the_picture_is(twostage, folder, tmp_path):
     assert not torch.equal(found[..., 8:], seen[..., 8:])
 
 
-def test_what_cannot_be_is_said_before_anything_is_written(twostage, folder, runs, tmp_path):
+def test_bad_input_is_refused_before_anything_is_written(twostage, folder, runs, tmp_path):
     image, out = folder / "image.png", tmp_path / "out"
     Image.new("L", (8, 16), 255).save(tmp_path / "narrow.png")
     for words, sentence in [

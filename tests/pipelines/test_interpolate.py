@@ -1,4 +1,4 @@
-"""Strips between two images: held-out ones of two classes, or those that are given."""
+"""Strips between two images: held-out images of two classes, or given images."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from twostage.core.images.conversion import to_pil
 from twostage.core.images.sheets import save_image
 
 
-def test_pairs_are_of_two_classes_while_there_are_such():
+def test_pairs_have_two_classes_as_long_as_possible():
     labels = torch.tensor([3, 3, 3, 1, 2, 2, 2])
     assert pairs_of_rows(labels, 7, 2).tolist() == [3, 4, 0, 5], "the classes in turn"
     assert pairs_of_rows(labels, 7, 9).tolist() == [3, 4, 0, 5, 1, 6], "one is left over"
@@ -32,12 +32,12 @@ def test_the_command_draws_strips_of_held_out_images(runs, twostage, tmp_path, o
     ended = twostage("interpolate", getattr(runs, of), "--num-images", 5, "--num-pairs", 3, "--out", out)
     assert ended.code == 0, ended.err
     assert ended.out == f"{out}: 3 strips of 5 images; both ends are reconstructions\n"
-    with Image.open(out) as picture:
-        assert picture.height == 3 * (6 * 16 + 4) + 4
-        assert picture.width > 5 * 100
+    with Image.open(out) as sheet:
+        assert sheet.height == 3 * (6 * 16 + 4) + 4
+        assert sheet.width > 5 * 100
 
 
-def test_given_pictures_are_the_ends(runs, pipeline, tmp_path, capsys):
+def test_given_images_are_the_ends(runs, pipeline, tmp_path, capsys):
     ends = torch.from_numpy(draw_shapes(0, 2, (16, 16), 3))
     files = [tmp_path / "first.png", tmp_path / "second.png"]
     for image, file in zip(ends, files, strict=True):
@@ -48,9 +48,9 @@ def test_given_pictures_are_the_ends(runs, pipeline, tmp_path, capsys):
     assert torch.equal(expected[[0, -1]], pipeline.reconstruct(ends))
     strip = np.asarray(Image.open(tmp_path / "strip.png"))
     left = strip.shape[1] - 4 * 100 - 4  # of the title
-    for number, picture in enumerate(expected):
+    for number, image in enumerate(expected):
         tile = strip[4:100, left + 4 + number * 100 :][:, :96]
-        assert np.array_equal(tile[::6, ::6], picture.permute(1, 2, 0))
+        assert np.array_equal(tile[::6, ::6], image.permute(1, 2, 0))
     with refuses("--image: got 1 image, expected two for each strip"):
         draw_interpolations(SavedModel.find(tmp_path / "pipeline"), tmp_path / "strip.png", files[:1])
     with refuses(tmp_path / "pipeline", "--image FILE", "--data SOURCE"):

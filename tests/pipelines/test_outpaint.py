@@ -1,4 +1,4 @@
-"""Outpainting: the original stays in its place, every side grows, and what a prior cannot do it says."""
+"""Outpainting: the original stays in its place, every side grows, and priors refuse sides that they cannot extend."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def masked(pipeline) -> TwoStagePipeline:
 
 @pytest.fixture(scope="module")
 def image() -> torch.Tensor:
-    """A picture (3, 16, 16)."""
+    """An image (3, 16, 16)."""
     return torch.from_numpy(draw_shapes(4, 1, (16, 16), 3)[0])
 
 
@@ -43,7 +43,7 @@ def test_the_original_stays_in_its_place_and_every_side_grows(masked, image):
         assert side.float().std() > 0, "something was drawn there"
 
 
-def test_a_window_is_an_inpainting_of_what_is_not_known(masked, image):
+def test_a_window_is_inpainted_where_pixels_are_missing(masked, image):
     wide = masked.outpaint(image, right=8, num_images=2, seed=3).images
     moved = torch.cat([image[..., 8:], torch.zeros_like(image[..., :8])], -1)
     window = masked.inpaint(moved, named_mask("right", (16, 16)), 2, seed=seed_for(3, "window", 0)).images
@@ -57,7 +57,7 @@ def test_an_image_depends_on_the_seed_and_its_number_alone(masked, image):
     assert not torch.equal(masked.outpaint(image, right=12, num_images=2, seed=1).images, expected[:2])
 
 
-def test_the_callback_hears_of_all_windows(masked, image):
+def test_progress_covers_all_windows(masked, image):
     shares: list[float] = []
     masked.outpaint(image, bottom=20, on_progress=shares.append)
     assert shares == sorted(shares)
@@ -79,7 +79,7 @@ def test_other_priors_extend_the_sides_that_their_order_allows(pipeline, image, 
             other.outpaint(image, **sides)
 
 
-def test_what_cannot_be_extended_is_refused(masked, variational, image):
+def test_bad_requests_are_refused(masked, variational, image):
     with refuses("left 0, right 0, top 0, bottom 0", "expected a number of pixels"):
         masked.outpaint(image)
     with refuses("left 4, right -1,", "none below 0"):
@@ -90,7 +90,7 @@ def test_what_cannot_be_extended_is_refused(masked, variational, image):
         TwoStagePipeline.from_pretrained(variational("gaussian")).outpaint(image, left=4)
 
 
-def test_the_command_writes_pictures_and_a_sheet(twostage, masked, image, tmp_path):
+def test_the_command_writes_images_and_a_sheet(twostage, masked, image, tmp_path):
     masked.save_pretrained(tmp_path / "pipeline")
     save_image(to_pil(image), tmp_path / "image.png")
     words = ("outpaint", tmp_path / "pipeline", tmp_path / "image.png", "--num-images", 2, "--out", tmp_path / "out")
@@ -101,6 +101,6 @@ def test_the_command_writes_pictures_and_a_sheet(twostage, masked, image, tmp_pa
     assert ended.code == 0, ended.err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000000.png", "000001.png", "grid.png"]
     expected = masked.outpaint(image, right=9, top=4, num_images=2, top_k=3).images
-    for number, picture in enumerate(expected):
+    for number, extended in enumerate(expected):
         with Image.open(tmp_path / "out" / f"{number:06d}.png") as found:
-            assert np.array_equal(np.asarray(found), picture.permute(1, 2, 0))
+            assert np.array_equal(np.asarray(found), extended.permute(1, 2, 0))

@@ -1,4 +1,4 @@
-"""Originals over reconstructions, and the PSNR of what is shown."""
+"""Originals above reconstructions, and the PSNR of the images shown."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ from twostage.core.data.spread import spread_over_classes
 from twostage.core.images.conversion import to_float
 
 
-def test_psnr_is_that_of_the_pictures(runs, tmp_path):
-    found = draw_reconstructions(SavedModel.find(runs.tokenizer), tmp_path / "pictures.png", num_images=5)
+def test_psnr_is_that_of_the_images_shown(runs, tmp_path):
+    found = draw_reconstructions(SavedModel.find(runs.tokenizer), tmp_path / "images.png", num_images=5)
     split = load_images(DataConfig(image_size=16, num_images=320)).validation
     originals = split.read(spread_over_classes(split.labels, len(split), 5))
     model = Autoencoder.from_pretrained(runs.tokenizer)
@@ -23,29 +23,29 @@ def test_psnr_is_that_of_the_pictures(runs, tmp_path):
     pixels = np.clip(np.round((decoded + 1) * 127.5), 0, 255)
     error = ((originals.numpy() - pixels) ** 2).reshape(5, -1).mean(1)
     assert found == pytest.approx((10 * np.log10(255**2 / error)).mean(), rel=1e-3)
-    tile = np.asarray(Image.open(tmp_path / "pictures.png"))[4:100, -100:-4]  # the last original
+    tile = np.asarray(Image.open(tmp_path / "images.png"))[4:100, -100:-4]  # the last original
     assert np.array_equal(tile, originals[4].permute(1, 2, 0).numpy().repeat(6, 0).repeat(6, 1))
 
 
 @pytest.mark.parametrize(("num_images", "columns", "rows"), [(3, 3, 2), (12, 12, 2), (14, 12, 4)])
-def test_the_command_writes_a_picture(runs, twostage, tmp_path, num_images, columns, rows):
-    out = tmp_path / "pictures.png"
+def test_the_command_writes_a_sheet(runs, twostage, tmp_path, num_images, columns, rows):
+    out = tmp_path / "images.png"
     ended = twostage("reconstruct", runs.tokenizer, "--num-images", num_images, "--out", out)
     assert ended.code == 0, ended.err
     assert ended.out.startswith(f"{out}: PSNR ")
-    with Image.open(out) as picture:
-        assert picture.height == rows * (6 * 16 + 4) + 4
-        assert columns * 100 < picture.width < (columns + 1) * 100 + 50
+    with Image.open(out) as sheet:
+        assert sheet.height == rows * (6 * 16 + 4) + 4
+        assert columns * 100 < sheet.width < (columns + 1) * 100 + 50
 
 
-def test_the_picture_goes_beside_the_model(runs, twostage, changed_tokenizer):
+def test_the_sheet_goes_beside_the_model(runs, twostage, changed_tokenizer):
     run = changed_tokenizer("decoder")
     assert twostage("reconstruct", run).code == 0
     assert (run / "reconstructions.png").is_file()
 
 
-def test_pictures_of_another_source(runs, twostage, tmp_path):
-    folder = tmp_path / "pictures"
+def test_images_of_another_source(runs, twostage, tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(4):
         Image.new("L", (30, 20), 60 * i).save(folder / f"{i}.png")
@@ -54,8 +54,8 @@ def test_pictures_of_another_source(runs, twostage, tmp_path):
     assert (tmp_path / "out.png").is_file()
 
 
-def test_own_pictures_are_converted_and_shown(runs, pipeline, twostage, tmp_path, monkeypatch):
-    """With a prior's run and with a pipeline folder, whose picture goes into the current folder."""
+def test_own_images_are_converted_and_shown(runs, pipeline, twostage, tmp_path, monkeypatch):
+    """With a prior's run and with a pipeline folder, whose sheet goes into the current folder."""
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "own.png")
     Image.fromarray(pixels).resize((40, 30)).convert("L").save(tmp_path / "other.png")
@@ -74,32 +74,32 @@ def test_own_pictures_are_converted_and_shown(runs, pipeline, twostage, tmp_path
         (tmp_path / "reconstructions.png").unlink()
 
 
-def test_a_pipeline_folder_knows_no_held_out_images(pipeline, twostage, tmp_path):
+def test_a_pipeline_folder_has_no_held_out_images(pipeline, twostage, tmp_path):
     pipeline.save_pretrained(tmp_path / "pipeline")
     ended = twostage("reconstruct", tmp_path / "pipeline", "--out", tmp_path / "out.png")
     assert ended.code == 2
     assert_names(ended.err, tmp_path / "pipeline", "--image FILE", "--data SOURCE")
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for i in range(4):
-        Image.new("L", (30, 20), 60 * i).save(tmp_path / "pictures" / f"{i}.png")
-    words = ("--data", tmp_path / "pictures", "--out", tmp_path / "out.png")
+        Image.new("L", (30, 20), 60 * i).save(tmp_path / "images" / f"{i}.png")
+    words = ("--data", tmp_path / "images", "--out", tmp_path / "out.png")
     ended = twostage("reconstruct", tmp_path / "pipeline", *words)
     assert ended.code == 0, ended.err
 
 
-def test_held_out_images_of_a_priors_run_are_its_tokenizers(runs, tmp_path):
+def test_a_priors_run_shows_the_held_out_images_of_its_tokenizer(runs, tmp_path):
     assert draw_reconstructions(SavedModel.find(runs.prior), tmp_path / "a.png") == draw_reconstructions(
         SavedModel.find(runs.tokenizer), tmp_path / "b.png"
     )
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_pictures_that_are_given_are_not_overwritten(runs, twostage, tmp_path):
-    picture = tmp_path / "mine.png"
-    Image.new("RGB", (16, 16)).save(picture)
-    before = picture.read_bytes()
-    ended = twostage("reconstruct", runs.tokenizer, "--image", picture, "--out", picture)
-    assert (ended.code, picture.read_bytes()) == (2, before)
+def test_given_images_are_not_overwritten(runs, twostage, tmp_path):
+    image = tmp_path / "mine.png"
+    Image.new("RGB", (16, 16)).save(image)
+    before = image.read_bytes()
+    ended = twostage("reconstruct", runs.tokenizer, "--image", image, "--out", image)
+    assert (ended.code, image.read_bytes()) == (2, before)
     assert "is one of the images given with --image" in ended.err
     ended = twostage("interpolate", runs.tokenizer, "--out", tmp_path)
     assert ended.code == 2
@@ -141,7 +141,7 @@ def test_verbs_of_one_image_refuse_a_folder(runs, twostage, tmp_path, verb):
 
 
 def test_a_sorted_folder_is_shown_over_all_its_classes(runs, twostage, tmp_path):
-    """Also where the first rows of the held-out split are all of one class."""
+    """Even if the first rows of the held-out split all belong to one class."""
     colours = {"a": (250, 0, 0), "b": (0, 250, 0), "c": (0, 0, 250)}
     for split, count in {"train": 4, "test": 40}.items():
         for name, colour in colours.items():

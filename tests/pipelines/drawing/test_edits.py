@@ -1,4 +1,4 @@
-"""Edits over every kind of bottleneck: which codes a mask asks for, that what is masked has no influence, where an
+"""Edits with every kind of bottleneck: which codes a mask redraws, that masked pixels have no influence, and where an
 interpolation ends."""
 
 import numpy as np
@@ -44,15 +44,15 @@ def make(name: str, size: tuple[int, int] = (16, 16), channels: int = 3) -> Auto
     return model
 
 
-def pictures(count: int, size: tuple[int, int] = (16, 16), channels: int = 3) -> torch.Tensor:
-    """Smooth random pictures, (count, channels, *size) uint8."""
+def random_images(count: int, size: tuple[int, int] = (16, 16), channels: int = 3) -> torch.Tensor:
+    """Smooth random images, (count, channels, *size) uint8."""
     noise = torch.rand(count, channels, 5, 5, generator=torch.Generator().manual_seed(1)) * 255
     return torch.nn.functional.interpolate(noise, size, mode="bilinear").to(torch.uint8)
 
 
 @pytest.mark.parametrize("name", BOTTLENECKS)
-def test_a_reconstruction_is_the_models_whatever_stands_beside_it(name):
-    model, images = make(name), pictures(11)
+def test_a_reconstruction_does_not_depend_on_the_batch(name):
+    model, images = make(name), random_images(11)
     found = edits.rebuild_images(model, images)
     assert torch.equal(found[:8], to_uint8(model.reconstruct(to_float(images[:8]))))
     assert torch.equal(edits.rebuild_images(model, images[3:5]), found[3:5])
@@ -60,7 +60,7 @@ def test_a_reconstruction_is_the_models_whatever_stands_beside_it(name):
 
 @pytest.mark.parametrize("name", BOTTLENECKS)
 def test_an_interpolation_ends_in_the_reconstructions(name):
-    model, images = make(name), pictures(2)
+    model, images = make(name), random_images(2)
     between = edits.blend_images(model, images[0], images[1], 9)
     assert between.shape == (9, 3, 16, 16)
     assert torch.equal(between[[0, -1]], edits.rebuild_images(model, images))
@@ -70,8 +70,8 @@ def test_an_interpolation_ends_in_the_reconstructions(name):
 
 
 @pytest.mark.parametrize("name", ["vector", "normalized", "finite_scalar", "lookup_free", "residual"])
-def test_pictures_between_are_ones_that_codes_can_say(name):
-    model, images = make(name), pictures(2)
+def test_images_between_two_are_made_of_codes(name):
+    model, images = make(name), random_images(2)
     both = model.run_encoder(to_float(images))
     latent = model.bottleneck.encode(torch.lerp(both[:1], both[1:], 0.5))
     found = edits.blend_images(model, images[0], images[1], 5)[2]
@@ -81,15 +81,15 @@ def test_pictures_between_are_ones_that_codes_can_say(name):
 
 
 def test_continuous_latents_are_blended_as_they_are():
-    model, images = make("gaussian"), pictures(2)
+    model, images = make("gaussian"), random_images(2)
     means = model.encode(to_float(images)).z
     found = edits.blend_images(model, images[0], images[1], 3)[1].int()
     assert (found - to_uint8(model.decode(means.mean(0, keepdim=True)))[0].int()).abs().max() <= 1
 
 
-def test_one_picture_is_no_interpolation():
+def test_an_interpolation_needs_two_images():
     with refuses("num_images 1", "at least 2"):
-        edits.blend_images(make("identity"), *pictures(2), 1)
+        edits.blend_images(make("identity"), *random_images(2), 1)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_the_one_code_of_a_fully_connected_tokenizer_is_redrawn():
 
 @pytest.mark.parametrize("name", ["vector", "finite_scalar", "lookup_free", "residual"])
 @pytest.mark.parametrize("size", [(16, 16), (9, 14)])
-def test_what_is_masked_has_no_influence_on_the_codes_that_are_kept(name, size):
-    model, (image, other) = make(name, size), pictures(2, size)
+def test_masked_pixels_do_not_influence_kept_codes(name, size):
+    model, (image, other) = make(name, size), random_images(2, size)
     random = torch.rand(size, generator=torch.Generator().manual_seed(2)) < 0.1
     for mask in (random, masks.named_mask("left", size), masks.named_mask("center", size)):
         found = redraw.known_codes(model, torch.where(mask, other, image)[None], mask)
@@ -147,8 +147,8 @@ def test_masked_pixels_are_filled_by_the_nearest_kept_ones():
     assert filled[0, 1:].tolist() == [1, 2, 3, 4]
 
 
-def test_what_is_kept_is_pasted_exactly():
-    images, drawn = pictures(2), 255 - pictures(2)
+def test_kept_pixels_stay_exactly_the_same():
+    images, drawn = random_images(2), 255 - random_images(2)
     mask = masks.named_mask("center", (16, 16))
     found = redraw.paste(images, drawn, mask)
     assert torch.equal(found[..., ~mask], images[..., ~mask])
@@ -156,7 +156,7 @@ def test_what_is_kept_is_pasted_exactly():
     assert torch.equal(redraw.paste(images, drawn, mask, 1), found), "no pixel is nearer than 1"
 
 
-def test_a_feather_blends_the_pixels_nearer_than_it_and_no_others():
+def test_a_feather_blends_only_closer_pixels():
     images, drawn = torch.zeros(1, 1, 1, 12, dtype=torch.uint8), torch.full((1, 1, 1, 12), 200, dtype=torch.uint8)
     mask = torch.zeros(1, 12, dtype=torch.bool)
     mask[:, :3] = True
@@ -198,20 +198,20 @@ def test_windows_go_outwards_and_cover_everything_once():
     ]
 
 
-def test_half_a_window_is_whole_cells():
+def test_windows_advance_by_whole_cells():
     (window,) = redraw.extension_windows(make("vector", (28, 28), 1), left=0, right=0, top=0, bottom=12)
     assert (window.rows, window.mask.sum()) == (slice(12, 40), 12 * 28), "14 is no multiple of 4"
 
 
-def test_images_and_masks_of_another_form_are_refused():
+def test_images_and_masks_of_another_shape_are_refused():
     model = make("vector")
     with refuses("image: expected uint8", "(3, 16, 16)", "got torch.float32"):
         edits.check_image(model, torch.zeros(3, 16, 16))
     with refuses("first image:", "got torch.uint8", "(1, 3, 16, 16)"):
-        edits.check_image(model, pictures(1), "first image")
+        edits.check_image(model, random_images(1), "first image")
     with refuses("images:", "got torch.uint8", "(1, 16, 16)"):
-        edits.check_image(model, pictures(1)[0, :1], "images", batch=True)
-    edits.check_image(model, pictures(1), "images", batch=True)
+        edits.check_image(model, random_images(1)[0, :1], "images", batch=True)
+    edits.check_image(model, random_images(1), "images", batch=True)
     with refuses("mask: expected bool", "(16, 16)", "int64"):
         redraw.check_mask(torch.ones(16, 16, dtype=torch.int64), (16, 16))
     with refuses("mask:", "got torch.bool", "(1, 16, 16)"):
@@ -222,7 +222,7 @@ def test_images_and_masks_of_another_form_are_refused():
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_the_mask_is_shown_in_colour(channels):
-    images, mask = pictures(1, channels=channels), masks.named_mask("top", (16, 16))
+    images, mask = random_images(1, channels=channels), masks.named_mask("top", (16, 16))
     shown = masks.mark_masked(images, mask)
     assert shown.shape == (1, max(3, channels), 16, 16)
     assert len(np.unique(shown[0, :, mask].numpy(), axis=1).T) == 1

@@ -1,4 +1,4 @@
-"""A pipeline makes the same images wherever it is loaded from, and refuses a tokenizer that its prior does not know."""
+"""A pipeline makes the same images wherever it is loaded from, and refuses a tokenizer that its prior was not trained on."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_another_tokenizer_is_refused_with_both_hashes(pipeline, changed_tokeniz
     assert pipeline.tokenizer.content_hash()[:12] in str(raised.value)
 
 
-def test_another_decoder_is_taken(pipeline, changed_tokenizer):
+def test_another_decoder_is_accepted(pipeline, changed_tokenizer):
     other = TwoStagePipeline(Autoencoder.from_pretrained(changed_tokenizer("decoder")), pipeline.prior)
     assert not torch.equal(images(other), images(pipeline))
     assert torch.equal(other(num_images=4).codes, pipeline(num_images=4).codes)
@@ -73,13 +73,13 @@ def test_output_types(pipeline):
         pipeline(num_images=1, output_type="jpeg")
 
 
-def test_codes_are_what_the_images_show(pipeline):
+def test_images_are_the_decoded_codes(pipeline):
     output = pipeline(num_images=8, output_type="pt")
     assert (output.codes.shape, output.codes.dtype) == ((8, 4, 4), torch.int64)
     assert torch.equal(to_uint8(pipeline.tokenizer.decode_indices(output.codes)), output.images)
 
 
-def test_classes_take_turns(pipeline):
+def test_images_cycle_through_the_classes(pipeline):
     names = pipeline.class_names
     assert pipeline(num_images=len(names) + 1).labels == [*range(len(names)), 0]
     by_name = pipeline(num_images=5, class_names=[names[2], names[0]], output_type="pt")
@@ -89,7 +89,7 @@ def test_classes_take_turns(pipeline):
     assert not torch.equal(by_name.codes, pipeline(num_images=5, labels=[5]).codes)
 
 
-def test_classes_given_twice_or_wrongly_are_refused(pipeline):
+def test_bad_classes_are_refused(pipeline):
     names = pipeline.class_names
     with refuses("labels, class_names"):
         pipeline(class_names=names[:1], labels=[0])
@@ -111,13 +111,13 @@ def test_classes_given_twice_or_wrongly_are_refused(pipeline):
         (None, "class name None: not a class of this model. Its classes: "),
     ],
 )
-def test_an_unknown_class_is_named_beside_the_known_ones(pipeline, name, said):
+def test_an_unknown_class_is_refused_with_the_known_ones(pipeline, name, said):
     with pytest.raises(InputError) as refused:
         pipeline(class_names=[name])
     assert str(refused.value) == said + ", ".join(pipeline.class_names)
 
 
-def test_one_name_for_a_list_of_names_is_not_read_letter_by_letter(pipeline):
+def test_a_name_instead_of_a_list_is_refused(pipeline):
     with refuses("class_names 'star': expected a list of names, such as ['star']"):
         pipeline(class_names="star")
 
@@ -140,7 +140,7 @@ def test_an_image_depends_on_the_seed_and_its_number_alone(pipeline, options):
     ],
     ids=["pixelcnn", "masked"],
 )
-def test_so_it_does_with_the_other_priors(pipeline, model, options):
+def test_images_of_other_priors_depend_on_the_seed_and_their_number_alone(pipeline, model, options):
     prior = of_another_model(pipeline.prior, model)
     other = TwoStagePipeline(pipeline.tokenizer, prior)
     expected = other(16, batch_size=32, **options).codes
@@ -201,7 +201,7 @@ def test_a_tokenizer_alone_makes_no_images(runs):
         TwoStagePipeline.from_pretrained(runs.tokenizer)
 
 
-def test_the_callback_hears_of_the_work_done(pipeline):
+def test_progress_is_reported(pipeline):
     shares: list[float] = []
     pipeline(num_images=5, batch_size=2, on_progress=shares.append)
     assert shares == sorted(shares)

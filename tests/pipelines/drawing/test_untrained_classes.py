@@ -61,7 +61,7 @@ def test_inspect_counts_them(trained):
     assert (found["class_names"], found["untrained_classes"]) == (["ant", "bee", "cow"], ["bee"])
 
 
-def test_such_a_class_is_neither_offered_nor_drawn(trained):
+def test_an_untrained_class_is_neither_offered_nor_drawn(trained):
     pipeline = TwoStagePipeline.from_runs(trained[0] / "prior")
     assert pipeline.class_names == ["ant", "cow"]
     assert pipeline.label_names == ["ant", "bee", "cow"]
@@ -72,7 +72,7 @@ def test_such_a_class_is_neither_offered_nor_drawn(trained):
             pipeline(num_images=2, **asked)
 
 
-def test_a_pipeline_folder_remembers(trained, tmp_path):
+def test_a_pipeline_folder_knows_its_untrained_classes(trained, tmp_path):
     TwoStagePipeline.from_runs(trained[0] / "prior").save_pretrained(tmp_path / "pipeline")
     assert TwoStagePipeline.from_pretrained(tmp_path / "pipeline").class_names == ["ant", "cow"]
 

@@ -1,4 +1,4 @@
-"""Pictures and masks that people give: brought to the model's form, or refused with a sentence."""
+"""Image and mask files that users give: converted to the model's form, or refused with a clear message."""
 
 import numpy as np
 import pytest
@@ -13,8 +13,8 @@ from twostage.core.images.conversion import image_to_uint8
 
 
 @pytest.fixture
-def picture(tmp_path):
-    """``picture("a.png", array)``: the file with these pixels."""
+def image_file(tmp_path):
+    """``image_file("a.png", array)``: the file with these pixels."""
 
     def save(name: str, pixels: np.ndarray):
         Image.fromarray(pixels).save(tmp_path / name)
@@ -23,39 +23,39 @@ def picture(tmp_path):
     return save
 
 
-def test_a_picture_is_converted_and_it_is_said_how(picture):
+def test_an_image_is_converted_and_the_changes_are_named(image_file):
     pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
-    found, said = read_image(picture("a.png", pixels), (12, 20), 3)
+    found, said = read_image(image_file("a.png", pixels), (12, 20), 3)
     assert np.array_equal(found.permute(1, 2, 0), pixels)
     assert said is None
-    found, said = read_image(picture("a.png", pixels), (8, 8), 1)
+    found, said = read_image(image_file("a.png", pixels), (8, 8), 1)
     assert np.array_equal(found, image_to_uint8(Image.fromarray(pixels), (8, 8), 1))
     assert said == "20x12 cropped at its centre and resized to 8x8 pixels; mode RGB converted to L"
 
 
-def test_values_of_more_than_8_bits_are_seen_as_the_model_was_trained(picture):
-    twelve = picture("a.png", np.full((8, 8), 2048, dtype=np.uint16))
+def test_values_of_more_than_8_bits_are_read_as_in_training(image_file):
+    twelve = image_file("a.png", np.full((8, 8), 2048, dtype=np.uint16))
     assert read_image(twelve, (8, 8), 1, (0, 4095))[0].unique().tolist() == [128]
-    twelve = picture("b.png", np.linspace(0, 4095, 64).astype(np.uint16).reshape(8, 8))
+    twelve = image_file("b.png", np.linspace(0, 4095, 64).astype(np.uint16).reshape(8, 8))
     found, said = read_image(twelve, (8, 8), 1)
     assert found.max() == 16
     assert said.endswith("has 16-bit values from 0 to 4095, which is little of the range from 0 to 65535")
-    eight = picture("e.png", np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8))
+    eight = image_file("e.png", np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8))
     assert_names(read_image(eight, (8, 8), 1, (0, 4095))[1], "8-bit values from 0 to 255", "range from 0 to 4095")
     floats = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
-    assert read_image(picture("c.tif", floats), (8, 8), 1)[0].max() == 255
+    assert read_image(image_file("c.tif", floats), (8, 8), 1)[0].max() == 255
     with refuses("d.tif", "float values from 0 to 255", "from 0 to 1", "data.value_range"):
-        read_image(picture("d.tif", floats * 255), (8, 8), 1)
-    assert read_image(picture("d.tif", floats * 255), (8, 8), 1, (0, 255))[0].max() == 255
+        read_image(image_file("d.tif", floats * 255), (8, 8), 1)
+    assert read_image(image_file("d.tif", floats * 255), (8, 8), 1, (0, 255))[0].max() == 255
 
 
-def test_what_is_no_picture_is_refused(tmp_path, picture):
+def test_a_file_that_is_not_an_image_is_refused(tmp_path, image_file):
     with refuses("gone.png: no such file", "PNG"):
         read_image(tmp_path / "gone.png", (8, 8), 1)
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("not an image")
     with refuses("text.png: not a readable image; expected PNG"):
         read_image(tmp_path / "text.png", (8, 8), 1)
-    whole = picture("whole.png", np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).read_bytes()
+    whole = image_file("whole.png", np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     with refuses("half.png: cannot be decoded"):
         read_image(tmp_path / "half.png", (8, 8), 1)
@@ -64,19 +64,19 @@ def test_what_is_no_picture_is_refused(tmp_path, picture):
         read_image(tmp_path / "huge.png", (8, 8), 1)
 
 
-def test_a_mask_is_what_is_white(picture):
+def test_white_is_masked(image_file):
     pixels = np.random.default_rng(0).integers(0, 256, (12, 20), dtype=np.uint8)
-    image = picture("image.png", pixels)
-    assert np.array_equal(read_mask(picture("mask.png", pixels), image, (12, 20)), pixels >= 128)
-    assert np.array_equal(read_mask(picture("bits.png", pixels >= 128), image, (12, 20)), pixels >= 128)
+    image = image_file("image.png", pixels)
+    assert np.array_equal(read_mask(image_file("mask.png", pixels), image, (12, 20)), pixels >= 128)
+    assert np.array_equal(read_mask(image_file("bits.png", pixels >= 128), image, (12, 20)), pixels >= 128)
     layers = np.full((12, 20, 4), 255, dtype=np.uint8)
     layers[..., 3] = pixels
-    assert np.array_equal(read_mask(picture("layer.png", layers), image, (12, 20)), pixels >= 128), (
+    assert np.array_equal(read_mask(image_file("layer.png", layers), image, (12, 20)), pixels >= 128), (
         "transparent is black"
     )
     layers[..., :3] = [255, 100, 0]
     with refuses("layer.png: masks nothing", "Paint white"):
-        read_mask(picture("layer.png", layers), image, (12, 20))
+        read_mask(image_file("layer.png", layers), image, (12, 20))
 
 
 @pytest.mark.parametrize("name", MASK_NAMES)
@@ -84,27 +84,27 @@ def test_a_mask_may_be_a_word(name, tmp_path):
     assert torch.equal(read_mask(name, tmp_path / "not looked at", (6, 9)), named_mask(name, (6, 9)))
 
 
-def test_no_thin_mask_vanishes(picture):
+def test_no_thin_mask_vanishes(image_file):
     pixels = np.zeros((300, 500), dtype=np.uint8)
     pixels[151, :] = pixels[:, 297] = 255
-    found = read_mask(picture("mask.png", pixels), picture("image.png", pixels), (8, 8))
+    found = read_mask(image_file("mask.png", pixels), image_file("image.png", pixels), (8, 8))
     expected = torch.zeros(8, 8, dtype=torch.bool)
     expected[151 * 8 // 300, :] = expected[:, (297 - 100) * 8 // 300] = True
     assert torch.equal(found, expected)
 
 
-def test_a_mask_that_fits_no_picture_is_refused(picture):
+def test_a_mask_of_another_size_is_refused(image_file):
     white = np.full((30, 50), 255, dtype=np.uint8)
-    image = picture("image.png", white)
+    image = image_file("image.png", white)
     with refuses("mask.png: has 50x20 pixels, expected 50x30", "image.png", "center"):
-        read_mask(picture("mask.png", white[:20]), image, (8, 8))
+        read_mask(image_file("mask.png", white[:20]), image, (8, 8))
     edge = white.copy()
     edge[:, 5:] = 0
     with refuses("mask.png: masks nothing", "centre"):
-        read_mask(picture("mask.png", edge), image, (8, 8))
+        read_mask(image_file("mask.png", edge), image, (8, 8))
 
 
-def test_a_mask_is_turned_as_its_picture_is(tmp_path):
+def test_a_mask_is_rotated_with_its_image(tmp_path):
     """A photo is stored on its side and turned by its EXIF tag; an editor saves the mask upright."""
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn to the right
@@ -115,11 +115,11 @@ def test_a_mask_is_turned_as_its_picture_is(tmp_path):
     assert np.array_equal(read_mask(tmp_path / "mask.png", tmp_path / "photo.jpg", (20, 12)), upright > 0)
 
 
-def test_other_decoders_than_those_named_are_never_tried(tmp_path):
-    """EPS, for one, starts a program."""
-    file = tmp_path / "picture.png"
-    Image.new("RGB", (4, 4)).save(tmp_path / "picture.eps")
-    (tmp_path / "picture.eps").rename(file)
+def test_only_the_named_decoders_are_tried(tmp_path):
+    """For example, decoding EPS starts a program."""
+    file = tmp_path / "image.png"
+    Image.new("RGB", (4, 4)).save(tmp_path / "image.eps")
+    (tmp_path / "image.eps").rename(file)
     with refuses("not a readable image"):
         open_given_image(file)
 
@@ -129,7 +129,7 @@ def test_other_decoders_than_those_named_are_never_tried(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twelve images, and what else lies in a folder of images."""
+    """Twelve images, and other things that lie in folders of images."""
     for number in range(1, 13):
         Image.new("RGB", (20, 20), (20 * number, 0, 0)).save(tmp_path / f"img {number}.png")
     (tmp_path / "img 3.png").write_bytes(b"no image")
@@ -144,7 +144,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_the_images_of_a_folder_in_order_with_what_is_not_used(folder, capsys):
+def test_the_images_of_a_folder_are_in_order_and_unused_files_are_named(folder, capsys):
     used = find_images([folder], 4, "--num-images")
     assert [file.name for file in used] == ["img 1.png", "img 2.png", "img 5.png", "img 6.png"]
     said = capsys.readouterr().out
@@ -199,6 +199,6 @@ def test_a_folder_without_images(tmp_path, name, said):
     assert f"{folder}: {said}" in str(refused.value)
 
 
-def test_where_one_image_is_wanted_a_folder_is_refused(folder):
+def test_a_folder_instead_of_one_image_is_refused(folder):
     with refuses("cats: is a folder; expected one image, such as", "image.png"):
         read_image(folder / "cats", (8, 8), 1)

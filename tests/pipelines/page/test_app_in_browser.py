@@ -43,7 +43,7 @@ ASK_ELSEWHERE = """() => new Promise(done => {
     fetch("http://localhost:1/").catch(() => {});
 })"""
 MINUTES = 3
-"""What anything may take on a machine that is busy; nothing waits that long on one that is not."""
+"""A timeout for busy machines; idle machines are much faster."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Server:
     process: subprocess.Popen
     address: str
     proxy: socket.socket
-    """What its environment names as the way to the outside; a connection to it would wait here."""
+    """The proxy in its environment; a connection to it would wait here."""
     folder: Path
     """Where it keeps its temporary files."""
 
@@ -101,7 +101,7 @@ def server(masked, tmp_path_factory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def asked() -> list[str]:
-    """All addresses that the page asked for."""
+    """All addresses that the page requested."""
     return []
 
 
@@ -125,7 +125,7 @@ def page(server, asked):
 
 
 def tab(page, name: str):
-    """Goes to a tab; what is on it."""
+    """Opens a tab and returns its panel."""
     page.get_by_role("tab", name=name).click()
     panel = page.get_by_role("tabpanel").filter(visible=True)
     panel.wait_for()
@@ -133,25 +133,25 @@ def tab(page, name: str):
 
 
 def gallery(panel, count: int, unlike: list[str] | None = None) -> tuple[list[str], np.ndarray]:
-    """The addresses and the pixels of the ``count`` pictures of a gallery, when they are others than before."""
+    """The addresses and the pixels of the ``count`` images of a gallery, once they have changed."""
     thumbnails = panel.locator(".grid-wrap img")
     deadline = time.monotonic() + MINUTES * 60
     while True:
         addresses = thumbnails.evaluate_all("images => images.map(image => image.src)")
         if len(addresses) == count and addresses != unlike:
-            return addresses, np.stack([picture(address) for address in addresses])
-        assert time.monotonic() < deadline, f"{count} pictures were to come, there are {len(addresses)}"
+            return addresses, np.stack([fetched(address) for address in addresses])
+        assert time.monotonic() < deadline, f"expected {count} images, found {len(addresses)}"
         panel.page.wait_for_timeout(100)
 
 
 @functools.lru_cache
-def picture(address: str) -> np.ndarray:
+def fetched(address: str) -> np.ndarray:
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address) as answer:
         return np.asarray(Image.open(io.BytesIO(answer.read())).convert("RGB"))
 
 
 def said(page, words: str) -> str:
-    """The message on the page that holds these words; it is closed."""
+    """The text of the message on the page with these words; closes it."""
     message = page.get_by_test_id("toast-body").filter(has_text=words)
     message.wait_for()
     text = message.inner_text()
@@ -167,7 +167,7 @@ def as_array(images: torch.Tensor) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def star(masked, tmp_path_factory) -> Path:
-    """A picture to upload, with more pixels than the model's and another form."""
+    """An image to upload, larger than the model's and not square."""
     file = tmp_path_factory.mktemp("uploads") / "star.png"
     to_pil(masked(1, ["star"], seed=5, output_type="pt").images[0]).resize((60, 40)).save(file)
     return file
@@ -186,7 +186,7 @@ def test_generate(page, masked):
     assert np.array_equal(pixels, as_array(masked(16, seed=7, guidance_scale=2.0, output_type="pt").images))
 
 
-def test_a_wrong_class_gets_a_sentence(page, masked):
+def test_an_unknown_class_shows_a_message(page, masked):
     panel = tab(page, "Generate")
     before, _ = gallery(panel, 16)
     field = panel.get_by_label("Class", exact=True)
@@ -201,13 +201,13 @@ def test_a_wrong_class_gets_a_sentence(page, masked):
     assert np.array_equal(pixels, as_array(masked(16, ["star"], seed=7, guidance_scale=2.0, output_type="pt").images))
 
 
-def test_bad_uploads_get_a_sentence_and_good_ones_are_reconstructed(page, masked, star, tmp_path):
+def test_bad_uploads_show_a_message_and_good_ones_are_reconstructed(page, masked, star, tmp_path):
     panel = tab(page, "Reconstruct")
     upload = panel.locator("input[type=file]").first
     Image.new("L", (8000, 6250)).save(tmp_path / "fifty_megapixels.png")
     upload.set_input_files(tmp_path / "fifty_megapixels.png")
     assert "has 8000 x 6250 pixels, expected at most 25 million. Make it smaller" in said(page, "fifty_megapixels.png:")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     upload.set_input_files(tmp_path / "text.png")
     assert "not a readable image; expected PNG, JPEG, WebP, GIF, TIFF or BMP" in said(page, "text.png:")
     upload.set_input_files(star)
@@ -215,7 +215,7 @@ def test_bad_uploads_get_a_sentence_and_good_ones_are_reconstructed(page, masked
     panel.get_by_text("PSNR of the reconstruction").wait_for()
     shown = panel.locator(".shown img")
     assert shown.count() == 3
-    given, back, codes = (picture(image.get_attribute("src")) for image in shown.all())
+    given, back, codes = (fetched(image.get_attribute("src")) for image in shown.all())
     pixels, _ = read_image(star, (16, 16), 3)
     assert np.array_equal(given[::24, ::24], as_array(pixels[None])[0])
     assert np.array_equal(back[::24, ::24], as_array(masked.reconstruct(pixels[None]))[0])
@@ -235,7 +235,7 @@ def test_interpolate(page, masked, star):
     panel.locator(".shown img").nth(1).wait_for()
     panel.get_by_role("button", name="Interpolate", exact=True).click()
     _, pixels = gallery(panel, 9)
-    second = torch.from_numpy(picture(taken[1]).copy()).permute(2, 0, 1)
+    second = torch.from_numpy(fetched(taken[1]).copy()).permute(2, 0, 1)
     expected = masked.interpolate(read_image(star, (16, 16), 3)[0], second, 9)
     assert np.array_equal(pixels, as_array(expected))
 

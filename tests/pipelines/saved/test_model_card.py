@@ -44,7 +44,7 @@ def evaluation(run: Path, **figures: float) -> bytes:
     return json.dumps(document).encode()
 
 
-def test_what_is_not_known_is_not_said(pipeline, runs, tmp_path):
+def test_unknown_facts_are_not_shown(pipeline, runs, tmp_path):
     card = card_of(pipeline, tmp_path, {}, CardFields())
     head = front_matter(card)
     assert head["library_name"] == "twostage"
@@ -57,7 +57,7 @@ def test_what_is_not_known_is_not_said(pipeline, runs, tmp_path):
     assert (tmp_path / "samples.png").is_file()
 
 
-def test_what_is_known_is_said(pipeline, runs, tmp_path):
+def test_known_facts_are_shown(pipeline, runs, tmp_path):
     records = gather_records(SavedModel.find(runs.prior))
     assert set(records) == {"training/tokenizer.yaml", "training/prior.yaml"}
     records["evaluation/tokenizer.json"] = evaluation(runs.tokenizer)
@@ -77,11 +77,11 @@ def test_what_is_known_is_said(pipeline, runs, tmp_path):
         assert (tmp_path / name).is_file()
 
 
-def test_figures_of_other_weights_are_left_out(runs, changed_tokenizer):
+def test_figures_of_other_weights_are_omitted(runs, changed_tokenizer):
     run = changed_tokenizer("decoder")
     (run / "evaluation").mkdir(exist_ok=True)
     (run / "evaluation" / "evaluation.json").write_bytes(evaluation(run))
-    (run / "evaluation" / "typical.png").write_bytes(b"picture")
+    (run / "evaluation" / "typical.png").write_bytes(b"image")
     records = gather_records(SavedModel.find(runs.prior), run)
     assert {"evaluation/tokenizer.json", "reconstructions.png"} < set(records)
     (run / "evaluation" / "evaluation.json").write_bytes(evaluation(runs.tokenizer))
@@ -96,7 +96,7 @@ def test_the_example_in_the_card_runs(pipeline, tmp_path):
     assert (tmp_path / "image.png").is_file()
 
 
-def test_a_change_by_hand_is_seen(pipeline, tmp_path):
+def test_edits_by_hand_are_detected(pipeline, tmp_path):
     card = card_of(pipeline, tmp_path, {}, CardFields())
     assert is_as_written(card)
     assert not is_as_written(card.replace("not stated", "public domain"))
@@ -107,7 +107,7 @@ def test_a_change_by_hand_is_seen(pipeline, tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as an upload asks for; keeps what it gets."""
+    """The parts of the hub that an upload needs; keeps what it receives."""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -141,7 +141,7 @@ class Hub(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing."""
+        """Prints nothing."""
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ print(TwoStagePipeline.from_pretrained(sys.argv[1]).push_to_hub("me/mine", priva
 
 
 def test_push_to_a_hub(pipeline, hub, tmp_path):
-    """In a process of its own: the hub's library reads its address once."""
+    """In its own process: the hub's library reads its address only once."""
     pipeline.save_pretrained(tmp_path / "shared")
     address = f"http://127.0.0.1:{hub.server_address[1]}"
     environment = os.environ | NEEDS_NO_NETWORK | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
