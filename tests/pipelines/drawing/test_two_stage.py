@@ -1,4 +1,4 @@
-"""A pipeline makes the same images wherever it is loaded from, and refuses a tokenizer that its prior was not trained on."""
+"""A pipeline makes the same images wherever it is loaded from, and refuses tokenizers unknown to its prior."""
 
 import numpy as np
 import pytest
