@@ -30,10 +30,11 @@ from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
 from twostage.core.machine.command import run_command
 from twostage.core.machine.stopping import TimeLimitOption
+from twostage.core.training.base_run import BaseRun
 from twostage.core.training.batches import Batches
 from twostage.core.training.dry_run import DryRun, DryRunOption, JsonOption, run_training
 from twostage.core.training.optimizer import TrainedNetwork
-from twostage.core.training.run import BaseRun, TrainingRun
+from twostage.core.training.run import TrainingRun
 from twostage.core.training.train_config import TrainConfig
 
 __all__ = ["FeaturesTrainingConfig", "features_config", "train"]

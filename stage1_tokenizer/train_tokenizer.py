@@ -32,11 +32,12 @@ from twostage.core.machine.memory import check_model
 from twostage.core.machine.stopping import TimeLimitOption
 from twostage.core.runs.model_folder import fill, load_model_folder
 from twostage.core.runs.places import Contents, weights_at
+from twostage.core.training.base_run import BaseRun
 from twostage.core.training.batches import Batches
 from twostage.core.training.dry_run import DryRun, DryRunOption, JsonOption, run_training
 from twostage.core.training.optimizer import TrainedNetwork
 from twostage.core.training.random import seed_for
-from twostage.core.training.run import BaseRun, TrainingRun
+from twostage.core.training.run import TrainingRun
 from twostage.core.training.train_config import TrainConfig
 
 __all__ = ["TokenizerConfig", "TokenizerTrainConfig", "autoencoder_config", "train"]

@@ -70,7 +70,7 @@ def test_codes_mean_what_they_meant(written):
 def test_codes_are_used_and_an_interrupted_encoding_resumes(written, works):
     assert "already contains the codes of this tokenizer" in works("encode", "tokenizer", "--out", "codes")
     assert ".begun.partial: resuming, 0 of 96 rows" in works("encode", "tokenizer", "--out", "begun")
-    assert "1 steps an epoch" not in works("train-prior", "prior.yaml", "run.dir=new", "codes=begun")
+    assert "1 steps per epoch" not in works("train-prior", "prior.yaml", "run.dir=new", "codes=begun")
 
 
 def test_generating_resumes(written, works):

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from twostage.core.training.run import BaseRun
+from twostage.core.training.base_run import BaseRun
 
 __all__ = ["TIMED_STEPS", "seconds_per_step"]
 

@@ -56,7 +56,7 @@ from twostage.core.machine.processes import join_processes
 from twostage.core.runs.model_folder import write_json
 from twostage.core.runs.places import same_place
 from twostage.core.runs.run_folder import RunFolder, read_metrics
-from twostage.core.training.run import BaseRun
+from twostage.core.training.base_run import BaseRun
 
 __all__ = ["MINUTES", "tour"]
 

@@ -18,8 +18,8 @@ from twostage.core.machine.processes import join_processes
 from twostage.core.machine.sharding import units_to_shard
 from twostage.core.machine.stopping import resumable
 from twostage.core.runs.model_folder import write_json
+from twostage.core.training.base_run import BaseRun, ConfigT, DataT, resolve_precision
 from twostage.core.training.random import BatchRandom
-from twostage.core.training.run import BaseRun, ConfigT, DataT, resolve_precision
 
 __all__ = ["DryRun", "DryRunOption", "JsonOption", "count_flops", "run_training"]
 
