@@ -22,7 +22,7 @@ def command(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
     tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, if it has moved.")] = None,
 ) -> None:
-    """Open a page in the browser to play with a trained model."""
+    """Open a page in the browser to try a trained model."""
     check_server(host, port)
     pipeline = TwoStagePipeline.from_pretrained(model, tokenizer).to(join_processes().device or "cpu")
     name = Path(model).resolve().name if Path(model).exists() else model

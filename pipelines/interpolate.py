@@ -27,7 +27,7 @@ def command(
     num_pairs: Annotated[int, typer.Option(min=1, help="Strips between held-out images, or images of a folder.")] = 4,
     out: Annotated[Path | None, typer.Option(help="A PNG; by default interpolations.png in the run folder.")] = None,
 ) -> None:
-    """Show what lies between two images: held-out images, or your own."""
+    """Blend between two images: held-out images, or your own."""
     share_cores()
     saved = SavedModel.find(model)
     out = out or saved.default_output("interpolations.png")

@@ -224,7 +224,9 @@ def command(
     time_limit: TimeLimitOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Train a network for perceptual losses, Frechet distances and class accuracy. Run it again to resume."""
+    """Train a feature network for perceptual losses, Frechet distances and class accuracy.
+
+    Run the same command again to resume."""
     out = out or Path("runs") / f"features_{Path(data).resolve().stem}"
     config = features_config(
         data, out, image_size, channels, epochs, batch_size, horizontal_flip, seed, width, label_column, value_range
