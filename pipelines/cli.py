@@ -9,7 +9,10 @@ __all__ = ["main"]
 
 VERBS = {
     "inspect": ("pipelines.inspect_data", "Show what a data source holds: splits, classes, sizes, unreadable files."),
-    "train-tokenizer": ("stage1_tokenizer.train_tokenizer", "Train a tokenizer (or AE, VAE ...) from a config."),
+    "train-tokenizer": (
+        "stage1_tokenizer.train_tokenizer",
+        "Train a tokenizer or another autoencoder from a config file.",
+    ),
     "train-features": (
         "stage1_tokenizer.train_features",
         "Train a feature network for perceptual losses, Frechet distances and class accuracy.",
