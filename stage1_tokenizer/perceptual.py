@@ -181,7 +181,7 @@ def _build_features(config: FeaturePerceptualConfig, channels: int, image_size: 
 
 def _build_lpips(channels: int, image_size: tuple[int, int], weights_dir: Path | None) -> LPIPS:
     if channels not in (1, 3, 4):
-        raise InputError(f"loss.perceptual lpips: needs images of 1, 3 or 4 channels, got data.channels {channels}")
+        raise InputError(f"loss.perceptual lpips: expected data.channels 1, 3 or 4, got {channels}")
     if min(image_size) < MIN_SIDE:
         raise InputError(
             f"loss.perceptual lpips: images of {image_size[0]}x{image_size[1]} pixels are too small for VGG-16, "

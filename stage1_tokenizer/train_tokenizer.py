@@ -251,7 +251,11 @@ def start_from(autoencoder: Autoencoder, source: str, parts: Literal["all", "dec
     compared += ["class_names"] if autoencoder.class_conditional else []
     source_form, own_form = ({key: group[key] for key in compared} for group in (document, own))
     if differences := describe_differences(source_form, own_form):
-        raise InputError(f"init_from {source}: holds a different model:\n  " + "\n  ".join(differences))
+        raise InputError(
+            f"init_from {source}: is a different model:\n  "
+            + "\n  ".join(differences)
+            + "\nSet the same values, or choose another init_from="
+        )
     fill(autoencoder, state, f"init_from {source}")
     document.pop("hash", None)
     return parse_config(AutoencoderConfig, document, f"init_from {source}: config.json").trained_against

@@ -195,8 +195,8 @@ def _check_request(sampler: ImageSampler, request: RedrawRequest) -> list[int] |
     """Refuses what the sampler cannot do; returns the label as the ``cycle`` of :meth:`ImageSampler.draw`."""
     if sampler.prior is None:
         raise InputError(
-            "this pipeline is a variational autoencoder, which has no codes to redraw. Inpainting and outpainting need "
-            "a tokenizer with a prior over its codes"
+            "pipeline: a variational autoencoder, which has no codes to redraw. To inpaint or outpaint, use a "
+            "tokenizer with a prior over its codes"
         )
     if request.num_images < 1:
         raise InputError(f"num_images {request.num_images}: expected at least 1")
@@ -228,7 +228,7 @@ def check_mask(mask: Tensor, size: tuple[int, int]) -> None:
             f"{tuple(mask.shape)}. Set True where the image is to be redrawn"
         )
     if not mask.any():
-        raise InputError("mask: masks no pixel. Set True where the image is to be redrawn")
+        raise InputError("mask: masks no pixel, expected at least one. Set True where the image is to be redrawn")
 
 
 def _order_refusal(sampler: ImageSampler, what: str, possible: Iterable[str]) -> InputError:

@@ -109,7 +109,9 @@ class ImageSampler:
         known, every = self.class_names, self.label_names
         if not known or not every:
             if class_names:
-                raise InputError(f"class name {class_names[0]!r}: this model was trained without classes")
+                raise InputError(
+                    f"class name {class_names[0]!r}: this model was trained without classes. Omit the class name"
+                )
             return None
         if isinstance(class_names, str):
             raise InputError(f"class_names {class_names!r}: expected a list of names, such as [{class_names!r}]")

@@ -119,7 +119,7 @@ class Handlers:
             class_name: None and `NO_CLASS` draw without a class, and so without guidance.
         """
         if image is None:
-            raise InputError("no image: upload one, or use a generated one, before you inpaint")
+            raise InputError("no image: upload one, or use a generated one")
         size = self.pipeline.image_size
         mask = brushed_mask(layers, size) if part == BRUSHED else named_mask(part, size)
         if not mask.any():

@@ -303,7 +303,7 @@ def _gallery(label: str, columns: int, height: int) -> gr.Gallery:
 def _taken(images: list[PageImage], index: int | None, place: int) -> PageImage:
     """The generated image that is selected, or the one at ``place``."""
     if not images:
-        raise InputError("no generated images yet: generate some on the Generate tab")
+        raise InputError("no generated images yet: create some on the Generate tab")
     return images[min(place if index is None else index, len(images) - 1)]
 
 

@@ -43,7 +43,7 @@ class SavedModel:
 
     @classmethod
     def find(cls, path: str | Path) -> "SavedModel":
-        """The model at ``path``. A hub id that is no folder here is downloaded.
+        """The model at ``path``. If it is a hub id and not a local folder, it is downloaded.
 
         Raises:
             InputError: no model there, or the hub cannot be reached.

@@ -101,7 +101,9 @@ def _trace(module: nn.Module, example: Tensor, name: str) -> torch.export.Export
     try:
         return torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except Exception as error:  # the tracer raises errors of many kinds
-        raise InputError(f"this torch cannot export the {name} ({_first_line(error)})") from None
+        raise InputError(
+            f"this torch cannot export the {name} ({_first_line(error)}). Try another version of torch"
+        ) from None
 
 
 def _write(exported: torch.export.ExportedProgram, file: Path, form: Format, given: str, made: str) -> Run:
@@ -125,7 +127,9 @@ def _write(exported: torch.export.ExportedProgram, file: Path, form: Format, giv
         options.log_severity_level = 3  # errors only
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # so do the exporters and the runtime
-        raise InputError(f"this torch or onnxruntime cannot write it ({_first_line(error)})") from None
+        raise InputError(
+            f"this torch or onnxruntime cannot write it ({_first_line(error)}). Try other versions"
+        ) from None
     return lambda values: torch.from_numpy(session.run([made], {given: values.numpy()})[0])
 
 
@@ -154,7 +158,7 @@ def _compare(module: Encoder | Decoder, run: Run, values: Tensor) -> str:
         differing = found != expected
         cells, flips = cells + differing.numel(), flips + int(differing.sum())
         if differing.any() and (differing & ~_within_rounding(module.model, part, found)).any():
-            raise InputError(f"{int(differing.sum())} of {differing.numel()} codes differ from PyTorch's")
+            raise InputError(f"{int(differing.sum())} of {differing.numel()} codes differ from PyTorch, expected none")
     if worst > limit:
         raise InputError(f"differs from PyTorch by up to {worst:.2g}, expected at most {limit:.2g}")
     how = f"compared with PyTorch on {len(values)} images in batches of 1, 5 and 16"

@@ -58,7 +58,7 @@ def read_tokenizer(source: Path, config: str | Path | None = None, kind: str | N
     folder = source.is_dir()
     if kind is not None and folder != (kind == "diffusers"):
         wanted = "a folder with config.json" if kind == "diffusers" else "a checkpoint file"
-        raise InputError(f"{source}: is a {'folder' if folder else 'file'}, but --kind {kind} needs {wanted}.")
+        raise InputError(f"{source}: is a {'folder' if folder else 'file'}, but for --kind {kind} expected {wanted}.")
     weights = None if folder else read_weights(source)
     if weights and (kind or _recognise(source, weights.state)) == "taming":
         return _taming(source, weights, config)

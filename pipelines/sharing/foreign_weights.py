@@ -165,7 +165,7 @@ def _read_checkpoint(path: Path) -> State:
     state = {name: tensor for name, tensor in (*nested, content)[0].items() if isinstance(tensor, Tensor)}
     if not state:
         raise InputError(
-            f"{path}: no weights under state_dict, ema or model, only {some_of(map(str, content)) or 'nothing'}."
+            f"{path}: expected weights under state_dict, ema or model, got {some_of(map(str, content)) or 'nothing'}."
         )
     return state
 

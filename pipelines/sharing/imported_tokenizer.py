@@ -108,9 +108,9 @@ def _load(model: Autoencoder, found: ForeignTokenizer, where: Path) -> None:
         if ours.startswith(("encoder.", "decoder.")) or ours == "bottleneck.codebook"
     }
     if missing := [name for name in names if name not in found.state]:
-        raise InputError(f"{where}: lacks weights that its configuration needs: {some_of(missing)}")
+        raise InputError(f"{where}: lacks weights of its configuration: expected {some_of(missing)}")
     if unknown := [name for name in found.state if name not in names]:
-        raise InputError(f"{where}: has weights that do not belong to its configuration: {some_of(unknown)}")
+        raise InputError(f"{where}: expected only its own weights; these do not belong to it: {some_of(unknown)}")
     for name, ours in names.items():
         shape, weights = state[ours].shape, found.state[name]
         if not weights.is_floating_point():
@@ -119,7 +119,7 @@ def _load(model: Autoencoder, found: ForeignTokenizer, where: Path) -> None:
             weights = weights[:, :, None, None]
         if weights.shape != shape:
             raise InputError(
-                f"{where}: {name} has the shape {tuple(weights.shape)}, its configuration needs {tuple(shape)}"
+                f"{where}: {name} has the shape {tuple(weights.shape)}, expected {tuple(shape)} from its configuration"
             )
         state[ours] = weights
     model.load_state_dict(state)

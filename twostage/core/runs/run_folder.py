@@ -24,6 +24,7 @@ from twostage.core.errors import InputError
 from twostage.core.files import read_json, replacing
 from twostage.core.runs.model_folder import check_format, write_json
 from twostage.core.runs.places import Contents, Record, same_place
+from twostage.core.wording import one_line
 
 __all__ = ["STOPPED", "RunFolder", "read_metrics"]
 
@@ -76,7 +77,7 @@ class RunFolder:
         try:
             document = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise InputError(f"{self.config_file}: not valid YAML: {' '.join(str(error).split())}") from None
+            raise InputError(f"{self.config_file}: not valid YAML: {one_line(error)}. Restore the file") from None
         if not isinstance(document, dict):
             raise InputError(f"{self.config_file}: damaged: expected a configuration, got {document!r}")
         return document
