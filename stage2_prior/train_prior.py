@@ -218,7 +218,7 @@ def keep_best(run: TrainingRun[PriorTrainingConfig], prior: Prior, loss: float) 
             "(twostage encode --crops 4 --horizontal-flip), or a smaller model"
         )
     if facts["validations_since_best"] == patience:
-        run.finish(f"the {held_out_loss(prior)} has not improved since step {facts['best_step']}")
+        run.finished = f"the {held_out_loss(prior)} has not improved since step {facts['best_step']}"
 
 
 def held_out_loss(prior: Prior) -> str:

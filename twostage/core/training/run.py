@@ -50,7 +50,7 @@ class TrainingRun(BaseRun[ConfigT]):
         self.health = Health(self.accelerator, self.folder)
         self.journal = Journal(self.folder, self.accelerator, config.train.keep_checkpoints)
         self.finished: str | None = None
-        """Why the run has finished; None: it has not."""
+        """Why the run ends after this step; None: it continues."""
         self._stop: StopAsked | None = None
 
     # --- beginning ----------------------------------------------------------------------------------------------------
@@ -209,10 +209,6 @@ class TrainingRun(BaseRun[ConfigT]):
         self.health.check_finite(metrics, self.step)
         self.journal.write_validation(metrics, self.step, label)
 
-    def finish(self, reason: str) -> None:
-        """Ends the run after this step."""
-        self.finished = reason
-
     def save(
         self,
         title: str,
@@ -231,7 +227,7 @@ class TrainingRun(BaseRun[ConfigT]):
             InputError: weights are not finite or not the same in all processes, or the checkpoint cannot be written.
         """
         if self.step == self.batches.max_steps and not self.finished:
-            self.finish("all steps done")
+            self.finished = "all steps done"
         self._check_weights()
         tensors = {name: module.state_dict() for name, module in self._modules.items()}
         for network in self._networks:

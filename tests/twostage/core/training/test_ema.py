@@ -1,4 +1,4 @@
-"""The average is the one that a person would compute."""
+"""The average equals one computed by hand."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_the_decay_warms_up():
     assert weights_over_time(0.999, [0.0, 11.0])[1] == pytest.approx(9.0)  # 2/11 of the old, 9/11 of the new
 
 
-def test_the_average_is_apart_from_the_model():
+def test_the_average_is_separate_from_the_model():
     model = nn.Linear(2, 2)
     averaged = averaged_copy(model, 0.5)
     averaged.update_parameters(model)
@@ -39,7 +39,7 @@ def test_the_average_is_apart_from_the_model():
     assert torch.equal(averaged.module.weight, before)
 
 
-def test_buffers_are_copied_as_they_are():
+def test_buffers_are_copied():
     model = nn.BatchNorm1d(2)
     averaged = averaged_copy(model, 0.9)
     for value in (1.0, 5.0):

@@ -1,4 +1,4 @@
-"""Random numbers follow from what they are for, and from a sample's place in the global batch."""
+"""Random numbers depend on their purpose and on a sample's place in the global batch."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from twostage.core.training.random import BatchRandom, seed_for
 CPU = torch.device("cpu")
 
 
-def test_seeds_stay_as_they_are():
-    # A resumed run draws what the interrupted one would have drawn, also after an update of this library.
+def test_seeds_do_not_change_between_versions():
+    # A resumed run draws the same numbers as an uninterrupted one, even after an update of this library.
     assert seed_for(0, "order", 3) == 386106667988085106
 
 
@@ -31,7 +31,7 @@ def test_different_parts_give_different_seeds():
 
 @pytest.mark.parametrize("draw", ["uniform", "normal"])
 @pytest.mark.parametrize("cut", [4, 1, 7])
-def test_parts_of_a_batch_join_to_the_whole(draw, cut):
+def test_parts_of_a_batch_add_up_to_the_whole(draw, cut):
     def drawn(rows: slice) -> torch.Tensor:
         return getattr(BatchRandom(5, rows, 8), draw)("noise", (3, 2), CPU)
 
@@ -40,7 +40,7 @@ def test_parts_of_a_batch_join_to_the_whole(draw, cut):
     assert torch.equal(torch.cat([drawn(slice(0, cut)), drawn(slice(cut, 8))]), whole)
 
 
-def test_draws_depend_on_seed_and_purpose_and_not_on_their_order():
+def test_draws_depend_on_seed_and_purpose_but_not_on_order():
     random = BatchRandom(5, slice(0, 8), 8)
     noise = random.normal("noise", (4,), CPU)
     assert torch.equal(random.normal("noise", (4,), CPU), noise)
