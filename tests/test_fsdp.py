@@ -32,7 +32,7 @@ PRIORS = {
                "train.gradient_accumulation_steps=2", "train.max_grad_norm=0.1", "train.batch_size=24"],
     "bf16": [f"model={{type: causal_transformer, {SHAPE}}}", "train.mixed_precision=bf16", "train.ema_decay=0.9"],
 }  # fmt: skip
-LOGITS_AT_ONCE = 5 * 16 * 16  # five images, so that the processes get different numbers of held-out parts
+MAX_LOGITS = 5 * 16 * 16  # five images, so that the processes get different numbers of held-out parts
 
 # Each prior trains twice: to the end, and again from step 4, as if it had been killed there.
 TRAIN = f"""
@@ -41,7 +41,7 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from stage2_prior import autoregressive
-autoregressive.LOGITS_AT_ONCE = {LOGITS_AT_ONCE}
+autoregressive.MAX_LOGITS = {MAX_LOGITS}
 PartialState.destroy_process_group = lambda *_: None  # the next training needs it
 def train(words):
     AcceleratorState._reset_state()  # another precision
@@ -94,7 +94,7 @@ def trained(runs, configs, tmp_path_factory) -> tuple[Path, dict[str, list[str]]
 @pytest.fixture
 def alone(twostage, monkeypatch):
     """``alone(*words)``: the same training by one ordinary process."""
-    monkeypatch.setattr(autoregressive, "LOGITS_AT_ONCE", LOGITS_AT_ONCE)
+    monkeypatch.setattr(autoregressive, "MAX_LOGITS", MAX_LOGITS)
 
     def alone(*words: object) -> None:
         ended = twostage("train-prior", *words)
