@@ -122,9 +122,8 @@ def check_data() -> Iterator[Finding]:
         sets = sorted(path.name for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith("."))
         yield ok("data", f"$TWOSTAGE_DATA {root}: {', '.join(sets) or 'empty'}")
     cache = Path(expand_home(os.environ.get("HF_HUB_CACHE") or str(hugging_face_home() / "hub")))
-    kept = sorted(path.name for path in cache.glob("*--*--*"))
-    shown = some_of(name.replace("--", " ", 1).replace("--", "/") for name in kept)
-    yield ok("data", f"Hugging Face cache {cache}: {shown or 'empty'}")
+    kept = (path.name.replace("--", " ", 1).replace("--", "/") for path in sorted(cache.glob("*--*--*")))
+    yield ok("data", f"Hugging Face cache {cache}: {some_of(kept) or 'empty'}")
 
 
 def check_weight_files() -> Iterator[Finding]:

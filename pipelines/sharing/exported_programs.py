@@ -16,6 +16,7 @@ from stage1_tokenizer.autoencoder import Autoencoder
 from twostage.core.data.shapes import draw_shapes
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
+from twostage.core.wording import one_line
 
 __all__ = ["FORMATS", "Decoder", "Encoder", "Format", "export_programs"]
 
@@ -102,7 +103,7 @@ def _trace(module: nn.Module, example: Tensor, name: str) -> torch.export.Export
         return torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except Exception as error:  # the tracer raises errors of many kinds
         raise InputError(
-            f"this torch cannot export the {name} ({_first_line(error)}). Try another version of torch"
+            f"this torch cannot export the {name} ({type(error).__name__}: {one_line(error)}). Try another version of torch"
         ) from None
 
 
@@ -128,13 +129,9 @@ def _write(exported: torch.export.ExportedProgram, file: Path, form: Format, giv
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # so do the exporters and the runtime
         raise InputError(
-            f"this torch or onnxruntime cannot write it ({_first_line(error)}). Try other versions"
+            f"this torch or onnxruntime cannot write it ({type(error).__name__}: {one_line(error)}). Try other versions"
         ) from None
     return lambda values: torch.from_numpy(session.run([made], {given: values.numpy()})[0])
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def _compare(module: Encoder | Decoder, run: Run, values: Tensor) -> str:

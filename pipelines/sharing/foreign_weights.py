@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twostage.core.errors import InputError
 from twostage.core.files import read_json
-from twostage.core.wording import some_of
+from twostage.core.wording import one_line, some_of
 
 __all__ = ["State", "Weights", "find_vq_model", "read_diffusers_weights", "read_weights"]
 
@@ -142,7 +142,7 @@ def _read_safetensors(path: Path) -> State:
     try:
         state = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: damaged ({' '.join(str(error).split())}). Download it again.") from None
+        raise InputError(f"{path}: damaged ({one_line(error)}). Download it again.") from None
     if not state:
         raise InputError(f"{path}: contains no weights. Download it again.")
     return state
@@ -165,7 +165,7 @@ def _read_checkpoint(path: Path) -> State:
     state = {name: tensor for name, tensor in (*nested, content)[0].items() if isinstance(tensor, Tensor)}
     if not state:
         raise InputError(
-            f"{path}: expected weights under state_dict, ema or model, got {some_of(map(str, content)) or 'nothing'}."
+            f"{path}: expected weights under state_dict, ema or model, got {some_of(content) or 'nothing'}."
         )
     return state
 
