@@ -1,14 +1,14 @@
-"""Full, read-only and lying disks: one sentence, the last good checkpoint kept, and the same command goes on."""
+"""Full, read-only and faulty disks: one sentence, the last good checkpoint is kept, and the same command resumes."""
 
 import json
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from messages import assert_names
 
 from benchmarks.reliability.processes import Command, run
 
@@ -18,7 +18,7 @@ WIDE = ["model.backbone={type: conv, channels: 48, channel_mult: [1, 1, 1], num_
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """``small_disk("3m")``: an empty folder on a disk of that size."""
+    """``small_disk("3m")``: an empty folder on a disk of 3 MB."""
     mounted = []
 
     def mount(size: str) -> Path:
@@ -26,7 +26,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         folder.mkdir()
         command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
         if subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("a small disk cannot be mounted here: that needs root and a tmpfs")
+            pytest.skip("cannot mount a small disk: that needs root and tmpfs")
         mounted.append(folder)
         return folder
 
@@ -45,12 +45,12 @@ def steps(run_dir: Path) -> list[int]:
 
 
 def one_sentence(command: Command) -> str:
-    """The error of a command that ended with one."""
+    """The error message of a command that fails with exactly one."""
     assert command.wait() == 2, command.said[-3000:]
     assert "Traceback" not in command.said, command.said[-3000:]
-    said = [line for line in command.said.splitlines() if "error: " in line]
-    assert len(said) == 1, command.said[-3000:]
-    return said[0]
+    errors = [line for line in command.said.splitlines() if "error: " in line]
+    assert len(errors) == 1, command.said[-3000:]
+    return errors[0]
 
 
 def weights(run_dir: Path) -> bytes:
@@ -58,26 +58,25 @@ def weights(run_dir: Path) -> bytes:
 
 
 def test_a_disk_that_fills_up_while_training(configs, small_disk, tmp_path):
-    """It has room for a checkpoint or two and no more; another program's file takes the rest, then goes away."""
+    """The disk has space for one or two checkpoints. The file of another program fills the rest, then disappears."""
     disk = small_disk("24m")
     run(tokenizer_words(configs, tmp_path / "whole", *WIDE), tmp_path)
     words = tokenizer_words(configs, disk / "run", *WIDE)
     command = Command(words, tmp_path)
     assert command.wait_until(lambda: steps(disk / "run") == [10, 20])
-    with (disk / "other").open("wb") as other:  # all that is left
+    with (disk / "other").open("wb") as other:  # fills the disk
         try:
             while True:
                 other.write(bytes(1 << 14))
                 other.flush()
         except OSError:
             pass
-    said = one_sentence(command)
-    assert "No space left on device" in said
-    assert steps(disk / "run")[:1] >= [10], "a checkpoint is still there"
-    assert not list(disk.glob("run/checkpoints/.*")), "what was half written has made room again"
-    assert "No space left on device" in one_sentence_again(words, tmp_path), "still full: still one sentence"
+    assert_names(one_sentence(command), "No space left on device")
+    assert steps(disk / "run")[:1] >= [10], "no checkpoint is left"
+    assert not list(disk.glob("run/checkpoints/.*")), "a partial checkpoint still takes space"
+    assert_names(one_sentence_again(words, tmp_path), "No space left on device")  # the disk is still full
     (disk / "other").unlink()
-    assert "Resuming from step" in run(words, tmp_path)
+    assert_names(run(words, tmp_path), "Resuming from step")
     assert weights(disk / "run") == weights(tmp_path / "whole")
 
 
@@ -89,21 +88,19 @@ def one_sentence_again(words: list[str], folder: Path) -> str:
 @pytest.mark.parametrize("size", ["1m", "3m"])
 def test_a_disk_that_is_too_small_from_the_start(configs, small_disk, tmp_path, size):
     disk = small_disk(size)
-    said = one_sentence(Command(tokenizer_words(configs, disk / "run", *WIDE), tmp_path))
-    assert "No space left on device" in said
-    assert re.search(r"error: /\S*run\S*: ", said), "the place is named"
+    message = one_sentence(Command(tokenizer_words(configs, disk / "run", *WIDE), tmp_path))
+    assert_names(message, "No space left on device", f"error: {disk / 'run'}")
 
 
 def test_codes_and_images_on_a_full_disk(runs, small_disk, tmp_path):
     disk = small_disk("200k")
     words = ["-m", "pipelines.encode_dataset", str(runs.tokenizer), "--crops", "60", "--out", str(disk / "codes")]
-    said = one_sentence(Command(words, tmp_path))
-    assert "No space left on device" in said
+    assert_names(one_sentence(Command(words, tmp_path)), "No space left on device")
     (tmp_path / "said.txt").unlink()
-    assert not list(disk.iterdir()), "what was begun has made room again"
+    assert not list(disk.iterdir()), "partial codes still take space"
     (disk / "other").write_bytes(bytes(150 << 10))
     words = ["-m", "pipelines.generate", str(runs.prior), "--num-images", "500", "--out", str(disk / "out")]
-    assert "No space left on device" in one_sentence(Command(words, tmp_path))
+    assert_names(one_sentence(Command(words, tmp_path)), "No space left on device")
     kept = {path: path.read_bytes() for path in disk.glob("out/images/*.png")}
     assert kept
     (disk / "other").unlink()
@@ -118,18 +115,17 @@ def test_a_read_only_folder(configs, small_disk, tmp_path):
     (tmp_path / "said.txt").unlink()
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     for name in ("run", "new"):
-        said = one_sentence(Command(tokenizer_words(configs, disk / name, "train.max_steps=20"), tmp_path))
-        assert "Read-only file system" in said
-        assert str(disk / name) in said
+        message = one_sentence(Command(tokenizer_words(configs, disk / name, "train.max_steps=20"), tmp_path))
+        assert_names(message, "Read-only file system", disk / name)
         (tmp_path / "said.txt").unlink()
 
 
-# --- checkpoints that are not what they were ------------------------------------------------------------------------
+# --- damaged checkpoints ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def stopped(configs, tmp_path_factory) -> Path:
-    """A run that was stopped at step 45, with the checkpoints of steps 40 and 45; and beside it one that was not."""
+    """`run`: stopped after step 40, with two checkpoints; `whole`: the same run, uninterrupted."""
     folder = tmp_path_factory.mktemp("stopped")
     run(tokenizer_words(configs, Path("whole")), folder)
     command = Command([*tokenizer_words(configs, Path("run")), "--time-limit", "60"], folder)
@@ -155,48 +151,46 @@ def edit_manifest(file: Path, change: Callable[[dict], object]) -> None:
 
 
 HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a flipped bit": (lambda folder: flip(folder / "optimizer.safetensors"), "optimizer.safetensors is not what was"),
-    "cut short": (lambda folder: os.truncate(folder / "model.safetensors", 1000), "model.safetensors is not what was"),
-    "a file is missing": (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
+    "a flipped bit": (lambda folder: flip(folder / "optimizer.safetensors"), "optimizer.safetensors"),
+    "cut short": (lambda folder: os.truncate(folder / "model.safetensors", 1000), "model.safetensors"),
+    "a file is missing": (lambda folder: (folder / "state.json").unlink(), "state.json"),
     "not in the manifest": (
         lambda folder: edit_manifest(folder / "manifest.json", lambda m: m["files"].pop("optimizer.safetensors")),
-        "optimizer.safetensors is not in manifest.json",
+        "optimizer.safetensors",
     ),
     "a wrong hash": (
         lambda folder: edit_manifest(
             folder / "manifest.json", lambda m: m["files"]["state.json"].update(sha256="0" * 64)
         ),
-        "state.json is not what was written",
+        "state.json",
     ),
     "a path outside": (
         lambda folder: edit_manifest(folder / "manifest.json", lambda m: m["files"].update({"../../config.yaml": {}})),
-        "../../config.yaml is missing",
+        "../../config.yaml",
     ),
-    "no JSON": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json cannot be read"),
-    "another JSON": (lambda folder: (folder / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
+    "invalid JSON": (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json"),
+    "JSON of something else": (lambda folder: (folder / "manifest.json").write_text("[1]"), "manifest.json"),
 }
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(configs, stopped, tmp_path, harm):
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(configs, stopped, tmp_path, harm):
     shutil.copytree(stopped / "run", tmp_path / "run")
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
-    change, said = HARMS[harm]
+    change, file = HARMS[harm]
     change(newest)
-    found = run(tokenizer_words(configs, Path("run")), tmp_path)
-    assert f"{newest.relative_to(tmp_path)}: damaged ({said}" in found
-    assert "Resuming from step 40 " in found
+    output = run(tokenizer_words(configs, Path("run")), tmp_path)
+    assert_names(output, f"{newest.relative_to(tmp_path)}: damaged ({file}", "step 40 ")
     assert weights(tmp_path / "run") == weights(stopped / "whole")
 
 
-def test_only_damaged_checkpoints_stop_the_run_and_stay(configs, stopped, tmp_path):
+def test_if_all_checkpoints_are_damaged_the_run_stops_and_keeps_them(configs, stopped, tmp_path):
     shutil.copytree(stopped / "run", tmp_path / "run")
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
         flip(folder / "model.safetensors")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    said = one_sentence(Command(tokenizer_words(configs, Path("run")), tmp_path))
-    assert "run/checkpoints: no checkpoint to resume from: " in said
-    assert "Put back a copy of one, or remove the run's folder to begin anew" in said
+    message = one_sentence(Command(tokenizer_words(configs, Path("run")), tmp_path))
+    assert_names(message, "run/checkpoints", "copy", "remove the run's folder")
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
@@ -204,5 +198,5 @@ def test_a_newer_checkpoint_is_refused(configs, stopped, tmp_path):
     shutil.copytree(stopped / "run", tmp_path / "run")
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
     edit_manifest(newest / "manifest.json", lambda m: m.update(format_version=99))
-    said = one_sentence(Command(tokenizer_words(configs, Path("run")), tmp_path))
-    assert "written in format 99, but this version of twostage reads at most 2. Update twostage" in said
+    message = one_sentence(Command(tokenizer_words(configs, Path("run")), tmp_path))
+    assert_names(message, newest.name, "format 99", "at most 2", "Update twostage")

@@ -1,4 +1,4 @@
-"""The short form; the whole one is `make soak`'s."""
+"""The short form of the kills of `make soak`."""
 
 import pytest
 
@@ -12,6 +12,6 @@ def harness(tmp_path_factory) -> KillHarness:
 
 @pytest.mark.parametrize(("name", "processes", "kills"), [("VQ-GAN", 1, 2), ("prior", 2, 1), ("encode", 1, 1),
                                                           ("generate", 2, 1)])  # fmt: skip
-def test_a_killed_command_ends_as_if_it_had_not_been(harness, name, processes, kills):
+def test_a_killed_command_resumes_to_the_same_bytes(harness, name, processes, kills):
     while kills > 0:
         kills -= harness.chain(name, processes, kills)
