@@ -173,7 +173,7 @@ class ModelCard:
         height, width = config.image_size
         codes = "a continuous latent"
         if tokenizer.codebook_size:
-            codes = f"{'x'.join(map(str, tokenizer.code_grid))} codes from {tokenizer.codebook_size:,}"
+            codes = f"{'x'.join(map(str, tokenizer.code_grid))} codes from a codebook of {tokenizer.codebook_size:,}"
         kinds = f"backbone `{config.model.backbone.type}`, bottleneck `{config.model.bottleneck.type}`"
         rows = [
             ["images", f"{height}x{width}, {({1: 'grey', 3: 'RGB', 4: 'RGBA'})[config.channels]}"],

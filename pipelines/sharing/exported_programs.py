@@ -81,7 +81,7 @@ def export_programs(model: Autoencoder, folder: Path, formats: Sequence[Format])
     continuous = model.codebook_size is None
     sentences = []
     for name, module, values in (("encoder", encoder, images), ("decoder", decoder, encoder(images))):
-        given, made = ("images", "z" if continuous else "codes")[:: 1 if name == "encoder" else -1]
+        input_name, output_name = ("images", "z" if continuous else "codes")[:: 1 if name == "encoder" else -1]
         exported = _trace(module, values[:2], name)
         for form in formats:
             file = folder / form / f"{name}.{SUFFIX[form]}"
@@ -89,12 +89,12 @@ def export_programs(model: Autoencoder, folder: Path, formats: Sequence[Format])
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # the exporters' own, which users cannot fix
-                    run = _write(exported, file, form, given, made)
+                    run = _write(exported, file, form, input_name, output_name)
                 agreement = _compare(module, run, values)
             except InputError as error:
                 file.unlink(missing_ok=True)
                 raise InputError(f"{form}/{file.name}: {error}. The file was removed.") from None
-            sentences.append(f"{form}/{file.name}: {given} to {made}, {agreement}")
+            sentences.append(f"{form}/{file.name}: {input_name} to {output_name}, {agreement}")
     return sentences
 
 
@@ -107,7 +107,7 @@ def _trace(module: nn.Module, example: Tensor, name: str) -> torch.export.Export
         ) from None
 
 
-def _write(exported: torch.export.ExportedProgram, file: Path, form: Format, given: str, made: str) -> Run:
+def _write(exported: torch.export.ExportedProgram, file: Path, form: Format, input_name: str, output_name: str) -> Run:
     """Write the program, and read it back: a function that runs it."""
     try:
         if form == "torch_export":
@@ -116,8 +116,8 @@ def _write(exported: torch.export.ExportedProgram, file: Path, form: Format, giv
         torch.onnx.export(
             exported,
             f=file,
-            input_names=[given],
-            output_names=[made],
+            input_names=[input_name],
+            output_names=[output_name],
             dynamo=True,
             external_data=False,
             verbose=False,
@@ -131,7 +131,7 @@ def _write(exported: torch.export.ExportedProgram, file: Path, form: Format, giv
         raise InputError(
             f"this torch or onnxruntime cannot write it ({type(error).__name__}: {one_line(error)}). Try other versions"
         ) from None
-    return lambda values: torch.from_numpy(session.run([made], {given: values.numpy()})[0])
+    return lambda values: torch.from_numpy(session.run([output_name], {input_name: values.numpy()})[0])
 
 
 def _compare(module: Encoder | Decoder, run: Run, values: Tensor) -> str:

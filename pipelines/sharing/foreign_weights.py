@@ -1,4 +1,4 @@
-"""Weights files of other projects: `torch.save` and safetensors, whole or in shards, in any floating-point precision.
+"""Weight files of other projects: `torch.save` and safetensors, whole or in shards, in any floating-point precision.
 
 Only tensors are read. Nothing in a file is ever executed.
 """
