@@ -104,7 +104,7 @@ def train_and_measure(family: str, name: str, steps: int, folder: Path) -> Row:
     train_tokenizer(configured(family, name, folder, extra))
     file = run / "evaluation" / "evaluation.json"
     if not file.is_file():
-        evaluate_tokenizer(run, features=folder / "features_1", out=file.parent)
+        evaluate_tokenizer(run, features=folder / "features_1").write(file.parent)
     figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
     return {"name": family, "steps": steps} | {key: figures[key] for key in COLUMNS if key in figures}
 

@@ -127,7 +127,7 @@ def main() -> None:
             begun, start = (folder / name).exists(), time.process_time()
             train(training(model, steps, folder / name, folder / "codes"))
             seconds = time.process_time() - start
-            figures = evaluate_prior(folder / name, batch_size=500)["figures"]
+            figures = evaluate_prior(folder / name, batch_size=500).figures
             bound = "nats_per_code" not in figures
             nats = figures["nats_per_code_bound" if bound else "nats_per_code"]
             rows.append(

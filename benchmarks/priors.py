@@ -20,6 +20,7 @@ from pipelines.comparison.step_budget import TIMED_STEPS, seconds_per_step
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.encoding.dataset_codes import encode_dataset
 from pipelines.evaluation.evaluate_prior import evaluate_prior
+from pipelines.evaluation.samples import SampleRequest
 from stage1_tokenizer.feature_network import WIDTHS
 from stage1_tokenizer.train_features import features_config
 from stage1_tokenizer.train_features import train as train_features
@@ -110,9 +111,10 @@ def train_and_measure(
     for scale in guidance_scales:
         file = run / f"evaluation_{scale:g}" / "evaluation.json"
         if not file.is_file():
-            sampling = SamplingConfig(guidance_scale=scale)
+            samples = SampleRequest(sampling=SamplingConfig(guidance_scale=scale))
             held_out = FEW_IMAGES if rows else None
-            evaluate_prior(run, codes=codes, features=judge, sampling=sampling, num_images=held_out, out=file.parent)
+            found = evaluate_prior(run, codes=codes, features=judge, samples=samples, num_images=held_out)
+            found.write(file.parent)
         figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
         rows.append(
             {"name": prior, "parameters": figures["parameters"], "steps": steps, "guidance": f"{scale:g}",

@@ -12,7 +12,6 @@ from pathlib import Path
 from benchmarks.priors import check_length, configured, prepare
 from benchmarks.reporting import markdown_table, parser, report, write_section
 from pipelines.evaluation.evaluate_prior import evaluate_prior
-from stage2_prior.sampling import SamplingConfig
 from stage2_prior.train_prior import train
 from twostage.core.runs.run_folder import read_metrics
 
@@ -48,7 +47,7 @@ def main() -> None:
         train(configured("gpt", "mnist", codes, run, f"loss.replace_prob={share}", *length))
         file = run / "evaluation" / "evaluation.json"
         if not file.is_file():
-            evaluate_prior(run, codes=codes, features=judge, sampling=SamplingConfig(), out=file.parent)
+            evaluate_prior(run, codes=codes, features=judge).write(file.parent)
         figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
         training = [line["loss"] for line in read_metrics(run / "metrics.jsonl") if line["split"] == "train"]
         rows.append(

@@ -1,4 +1,4 @@
-"""Measures a trained model: a tokenizer (`evaluate_tokenizer`) or a prior (`evaluate_prior`).
+"""Measures a trained model: a tokenizer or a prior.
 
 accelerate launch -m pipelines.evaluate runs/NAME [--features runs/features_NAME] [--json FILE]
 """
@@ -11,9 +11,8 @@ from accelerate import PartialState
 
 from pipelines.drawing.sampling_options import with_sampling_options
 from pipelines.evaluation.evaluate_prior import evaluate_prior
-from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer, tokenizer_table
-from pipelines.evaluation.evaluation_report import PICTURES
-from pipelines.evaluation.prior_table import prior_table
+from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
+from pipelines.evaluation.samples import SampleRequest
 from pipelines.saved.saved_model import SavedModel
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.errors import InputError
@@ -22,89 +21,83 @@ from twostage.core.runs.model_folder import write_json
 
 __all__ = ["command"]
 
+FOR_TOKENIZERS, FOR_PRIORS = "For tokenizers", "For priors"
+
 
 @with_sampling_options
 def command(
     model: Annotated[str, typer.Argument(help="runs/NAME of a trained tokenizer (or AE, VAE ...) or prior.")],
-    data: Annotated[str | None, typer.Option(help="Another source of images than it was made for.")] = None,
-    split: Annotated[str | None, typer.Option(help="val, test or train; what its training validated on.")] = None,
-    features: Annotated[str | None, typer.Option(help="runs/NAME of a feature network, for Frechet distances.")] = None,
-    inception: Annotated[Path | None, typer.Option(help="Inception weights (torch-fidelity's .pth) instead.")] = None,
-    num_images: Annotated[int | None, typer.Option(min=1, help="Evenly spread over the split; all by default.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Another file for what is measured.")] = None,
+    data: Annotated[str | None, typer.Option(help="Source of the images; by default the model's own.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="val, test or train; by default the one that training validated on.")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="runs/NAME of a feature network (twostage train-features) that judges images.")
+    ] = None,
+    inception: Annotated[
+        Path | None, typer.Option(help="Inception weights (torch-fidelity's .pth) to judge with instead.")
+    ] = None,
+    num_images: Annotated[
+        int | None, typer.Option(min=1, help="Images to measure, spread evenly over the split; by default all.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 64,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write evaluation.json to this file too.")] = None,
     weights_dir: Annotated[
-        Path | None, typer.Option(help="Where the VGG weights of LPIPS lie.", rich_help_panel="Of tokenizers")
+        Path | None, typer.Option(help="Folder with the VGG weights for LPIPS.", rich_help_panel=FOR_TOKENIZERS)
     ] = None,
     codes: Annotated[
-        str | None, typer.Option(help="Other codes than it was trained on.", rich_help_panel="Of priors")
+        str | None, typer.Option(help="Codes; by default those it was trained on.", rich_help_panel=FOR_PRIORS)
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="runs/TOKENIZER, where it has moved.", rich_help_panel="Of priors")
+        str | None, typer.Option(help="runs/TOKENIZER, if it has moved.", rich_help_panel=FOR_PRIORS)
     ] = None,
     num_samples: Annotated[
-        int | None, typer.Option(min=1, help="1,000 by default; needs a network.", rich_help_panel="Of priors")
+        int | None,
+        typer.Option(min=1, help="Samples to judge; by default 1,000. Needs a network.", rich_help_panel=FOR_PRIORS),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the samples; 0 by default.", rich_help_panel="Of priors")
+        int | None, typer.Option(min=0, help="Seed of the samples; by default 0.", rich_help_panel=FOR_PRIORS)
     ] = None,
     *,
     sampling: SamplingConfig,
 ) -> None:
-    """Measure a tokenizer, and say whether it is ready for stage two; or measure a prior."""
+    """Measure a tokenizer and judge whether it is ready for stage two, or measure a prior."""
     if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
-        raise InputError(f"--json {json_file}: expected a file in a folder that is there")
+        raise InputError(f"--json {json_file}: expected a file in an existing folder.")
     saved = SavedModel.find_run(model)
-    out = saved.home / "evaluation"
-    common: dict[str, Any] = {
-        "features": features,
-        "inception": inception,
-        "num_images": num_images,
-        "batch_size": batch_size,
-        "out": out,
-    }
-    of_samples: dict[str, Any] = {"--num-samples": num_samples, "--seed": seed} | {
+    common: dict[str, Any] = {"features": features, "inception": inception, "num_images": num_images}
+    for_samples: dict[str, Any] = {"--num-samples": num_samples, "--seed": seed} | {
         f"--{name.replace('_', '-')}": value for name, value in sampling.model_dump(exclude_defaults=True).items()
     }
     if saved.kind == "prior":
-        _refuse_other(model, "prior", "tokenizers", {"--weights-dir": weights_dir})
-        given = [f"{option} {value}" for option, value in of_samples.items() if value is not None]
+        _refuse_others(model, "prior", "tokenizers", {"--weights-dir": weights_dir})
+        given = [f"{option} {value}" for option, value in for_samples.items() if value is not None]
         if given and not (features or inception):
             raise InputError(
-                f"{', '.join(given)}: samples are drawn only where a network judges them; give --features runs/NAME "
-                "(twostage train-features) or --inception FILE, or leave this out"
+                f"{', '.join(given)}: samples are only drawn if a network judges them. Add --features runs/NAME "
+                "(twostage train-features) or --inception FILE, or remove these options."
             )
-        document = evaluate_prior(
-            model,
-            codes,
-            tokenizer,
-            data,
-            split,
-            num_samples=num_samples or 1000,
-            seed=seed or 0,
-            sampling=sampling,
-            **common,
-        )
-        shown = prior_table(document)
+        samples = SampleRequest(num_samples or 1000, seed or 0, sampling)
+        found = evaluate_prior(model, codes, tokenizer, data, split, samples=samples, batch_size=batch_size, **common)
     else:
-        _refuse_other(model, "tokenizer", "priors", {"--codes": codes, "--tokenizer": tokenizer, **of_samples})
-        document = evaluate_tokenizer(model, data, split, weights_dir=weights_dir, **common)
-        shown = tokenizer_table(document)
+        _refuse_others(model, "tokenizer", "priors", {"--codes": codes, "--tokenizer": tokenizer, **for_samples})
+        found = evaluate_tokenizer(model, data, split, weights_dir=weights_dir, batch_size=batch_size, **common)
+    out = saved.home / "evaluation"
     if PartialState().is_main_process:
         if json_file:
-            write_json(json_file, document)
-        print(shown)
-        files = [out / f"{name}.png" for name in PICTURES]
-        print(f"{out}: {', '.join(['evaluation.json', 'evaluation.html', *(f.name for f in files if f.exists())])}")
-    if refused := document["protocol"].get("samples", {}).get("refused"):
-        raise InputError(f"{refused}; the other figures are in {out / 'evaluation.json'}")
+            write_json(json_file, found.document())
+        files = found.write(out)
+        print(f"{found.table()}\n{out}: {', '.join(files)}")
+    PartialState().wait_for_everyone()
+    if found.refusal:
+        raise InputError(f"{found.refusal}. The other figures are in {out / 'evaluation.json'}.")
 
 
-def _refuse_other(model: str, kind: str, others: str, options: dict[str, Any]) -> None:
-    """Refuses options of the other kind of model."""
+def _refuse_others(model: str, kind: str, others: str, options: dict[str, Any]) -> None:
+    """Refuses options that only apply to the other kind of model."""
     for option, value in options.items():
         if value is not None:
-            raise InputError(f"{option} {value}: is of {others}, {model} holds a {kind}; leave it out")
+            raise InputError(f"{option} {value}: only applies to {others}, but {model} is a {kind}. Remove it.")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What `compare` is made of: models side by side, and the tour."""
+"""Trained models side by side, and the tour, which trains every family and compares them."""

@@ -1,4 +1,4 @@
-"""How many steps of a training fit a budget of time: measured by a few steps of it on this machine."""
+"""How many steps of a training fit a budget of time: a few steps of it are timed on this machine."""
 
 import math
 import time
@@ -13,9 +13,9 @@ TIMED_STEPS = 12
 
 
 def seconds_per_step(train: Callable[[], BaseRun[Any]], clock: Callable[[], float] = time.perf_counter) -> float:
-    """What a step costs by ``clock``; ``train`` runs `TIMED_STEPS` of them in a folder of their own.
+    """How long a step takes by ``clock``; ``train`` runs `TIMED_STEPS` of them in a folder of their own.
 
-    `time.process_time` is not lengthened by other programs on the machine; `time.perf_counter` is what a person waits.
+    `time.perf_counter` measures wall time; `time.process_time` leaves out what other programs on the machine use.
     """
     before = BaseRun.clock
     BaseRun.clock = staticmethod(clock)

@@ -1,4 +1,4 @@
-"""The families of the tour in the order of their story: what each is, and how its configuration differs."""
+"""The families of the tour in order: what each one is, and how its configuration differs from the one before."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,21 +9,19 @@ __all__ = ["FAMILIES", "Family", "document_of", "merged"]
 
 @dataclass(frozen=True)
 class Family:
-    """One station of the tour."""
+    """One stop of the tour."""
 
     title: str
-    what: str
-    """In one sentence."""
+    summary: str
     equation: str
-    """In plain text."""
     change: str
-    """Against the one before, or ``parent``."""
+    """What is new compared with an earlier family."""
     file: str
     """Where it is implemented."""
     parent: str | None
-    """The family whose configuration it starts from."""
+    """The family whose configuration this one changes; None: it starts from nothing."""
     document: Mapping[str, Any] = field(default_factory=dict)
-    """What it changes of that."""
+    """The changes."""
     is_prior: bool = False
 
 
@@ -51,69 +49,64 @@ PRIOR = {
 TRANSFORMER = {"hidden_size": 128, "depth": 4, "num_heads": 4, "dropout": 0.0}
 
 
-def one_type(there: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
-    """Whether a group stays of its type."""
-    return there.get("type") == changes.get("type", there.get("type"))
-
-
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes``, group by group; a group of another `type` is taken whole."""
+    """``base`` with ``changes``, group by group; a group whose `type` changes is replaced as a whole."""
     document = dict(base)
     for key, value in changes.items():
         there = document.get(key)
-        if isinstance(there, Mapping) and isinstance(value, Mapping) and one_type(there, value):
-            document[key] = merged(there, value)
-        else:
-            document[key] = value
+        if isinstance(there, Mapping) and isinstance(value, Mapping):
+            same_type = value.get("type", there.get("type")) == there.get("type")
+            value = merged(there, value) if same_type else value
+        document[key] = value
     return document
 
 
 FAMILIES = {
     "ae": Family(
         "Autoencoder (AE)",
-        "An encoder squeezes an image into a short vector z, a decoder makes the image of it again.",
+        "An encoder compresses an image into a short vector z, and a decoder restores the image from it.",
         "z = E(x);  minimise |x - D(z)|^2",
-        "It is where the story begins: 32 numbers for an image, and nothing is asked of them but that they suffice.",
+        "The starting point: 32 numbers per image, whose only task is to be enough for the decoder.",
         "stage1_tokenizer/autoencoder.py",
         None,
         TOKENIZER,
     ),
     "dae": Family(
         "Denoising autoencoder (DAE)",
-        "It sees a damaged image and has to give back the clean one, so it must learn what images look like.",
-        "z = E(damaged x);  minimise |x - D(z)|^2",
-        "Against the AE: its inputs are noisy and a third of their values is missing; the target stays clean.",
+        "It gets a corrupted image and must restore the clean one, so it has to learn what images look like.",
+        "z = E(corrupted x);  minimise |x - D(z)|^2",
+        "Compared with the AE: its inputs are noisy and a third of their values is missing; the target stays clean.",
         "stage1_tokenizer/losses.py",
         "ae",
         {"loss": {"corruption": {"masked_share": 0.3, "noise_std": 0.2}}},
     ),
     "vae": Family(
         "Variational autoencoder (VAE)",
-        "The encoder gives a distribution instead of a point, and all of them together are pressed towards N(0, 1), so "
-        "that a draw from N(0, 1) is something that the decoder knows.",
+        "The encoder returns a distribution instead of a point. Training pulls these distributions towards N(0, 1), so "
+        "the decoder can decode a draw from N(0, 1).",
         "minimise E_q[-log p(x | z)] + KL(q(z | x) || N(0, 1)),  q(z | x) = N(mean(x), std(x)^2)",
-        "Against the AE: noise in z and the KL term. It is the first that makes new images; they are blurry, since one "
-        "z stands for many images and the best answer to all of them is their mean.",
+        "Compared with the AE: noise in z, and the KL term. It is the first family that makes new images. They are "
+        "blurry, because one z stands for many images and the best guess for all of them is their mean.",
         "stage1_tokenizer/continuous.py",
         "ae",
         {"model": {"bottleneck": {"type": "gaussian"}}, "train": {"max_grad_norm": 1000.0}},
     ),
     "cvae": Family(
         "Class-conditional VAE (CVAE)",
-        "A VAE whose z of a class is pressed towards a learned mean of that class: one can ask for a class.",
+        "A VAE that pulls z towards a learned mean of the image's class, so you can ask for a class.",
         "minimise E_q[-log p(x | z)] + KL(q(z | x) || N(m_class, 1))",
-        "Against the VAE: the prior's mean belongs to the class. Its samples are of the class; they are as blurry.",
+        "Compared with the VAE: each class has its own mean in the prior. Samples show the class, but are as blurry.",
         "stage1_tokenizer/continuous.py",
         "vae",
         {"model": {"bottleneck": {"type": "class_gaussian"}}},
     ),
     "vqvae": Family(
         "VQ-VAE",
-        "An image becomes a grid of codes: each vector of the encoder is replaced by the nearest one of a codebook.",
+        "An image becomes a grid of codes: the nearest vector of a codebook replaces each vector of the encoder.",
         "k = argmin_j |E(x) - e_j|;  minimise |x - D(e_k)|^2 + beta |E(x) - sg(e_k)|^2",
-        "Against the AE: a convolutional network that keeps a grid of cells, and 256 codes instead of numbers. Nothing "
-        "presses the codes towards a distribution, so nothing blurs them; but which grids are images it cannot say: "
-        "that is the second stage's part.",
+        "Compared with the AE: a convolutional network that keeps a grid of cells, and 256 codes instead of numbers. "
+        "Nothing pulls the codes towards a distribution, so nothing blurs them. But the model cannot tell which grids "
+        "are images: that is the task of stage two.",
         "stage1_tokenizer/vector_quantizer.py",
         "ae",
         {
@@ -127,11 +120,11 @@ FAMILIES = {
     ),
     "vqgan": Family(
         "VQ-GAN",
-        "A VQ-VAE that is judged by how images look: by the features of a network, and by a discriminator.",
+        "A VQ-VAE that is trained by how images look: by the features of a network, and by a discriminator.",
         "minimise |x - D(e_k)| + w1 |F(x) - F(D(e_k))|^2 - w2 C(D(e_k)) + the codebook's terms;  C learns to tell x "
         "from D(e_k)",
-        "Against the VQ-VAE: L1, a perceptual and an adversarial term. A mean of several sharp edges is a grey one, "
-        "which the squared error likes and a discriminator recognises. Its steps cost more, so it gets fewer of them.",
+        "Compared with the VQ-VAE: L1, a perceptual and an adversarial term. The mean of several sharp edges is a grey "
+        "edge. The squared error rewards it, but a discriminator recognises it. Steps take longer, so fewer fit.",
         "stage1_tokenizer/discriminator.py, stage1_tokenizer/perceptual.py",
         "vqvae",
         {
@@ -152,9 +145,9 @@ FAMILIES = {
     ),
     "pixelcnn": Family(
         "Gated PixelCNN",
-        "Stage two: a convolutional network writes the grid of codes, one after another, each given those before.",
+        "Stage two: a convolutional network samples the codes of the grid one by one, each given the codes before it.",
         "p(k | class) = product over i of p(k_i | k_1 ... k_(i-1), class)",
-        "Against the VAEs: the distribution of z is learned after the codes and not pressed upon them.",
+        "Compared with the VAEs: the distribution of the codes is learned afterwards instead of being imposed on them.",
         "stage2_prior/pixelcnn.py",
         None,
         merged(
@@ -168,9 +161,9 @@ FAMILIES = {
     ),
     "gpt": Family(
         "GPT (causal transformer)",
-        "The same, written by a transformer: each code sees all those before it and not its neighbours alone.",
+        "The same with a transformer: each code depends on all codes before it, not only on its neighbours.",
         "p(k | class) = product over i of p(k_i | k_1 ... k_(i-1), class), by attention",
-        "Against the PixelCNN: attention instead of convolutions. It must learn what a neighbour is, which takes time.",
+        "Compared with the PixelCNN: attention instead of convolutions. It has to learn what a neighbour is.",
         "stage2_prior/causal_transformer.py",
         "pixelcnn",
         {
@@ -182,20 +175,20 @@ FAMILIES = {
     ),
     "maskgit": Family(
         "Masked transformer (MaskGIT)",
-        "A transformer that sees all cells fills in masked codes, in a few parallel steps, the surest ones first.",
+        "A transformer that sees all cells fills in masked codes in a few parallel steps, the most certain ones first.",
         "minimise the sum over masked i of -log p(k_i | the codes not masked, class)",
-        "Against the GPT: no order, a whole image in 8 steps instead of one for each code, and any part can be given. "
-        "Its nats are an upper bound.",
+        "Compared with the GPT: no order, a whole image in 8 steps instead of one step per code, and any part of the "
+        "image can be given. Its nats are an upper bound.",
         "stage2_prior/masked_transformer.py",
         "gpt",
         {"model": {"type": "masked_transformer", **TRANSFORMER}, "loss": {"replace_prob": 0.0}},
         is_prior=True,
     ),
 }
-"""By the name of their run folder."""
+"""By the names of their run folders."""
 
 
 def document_of(name: str) -> dict[str, Any]:
-    """The configuration of a family: what its parents say, changed by what it says itself."""
+    """The configuration of a family: that of its parent with its own changes."""
     family = FAMILIES[name]
     return merged(document_of(family.parent) if family.parent else {}, family.document)

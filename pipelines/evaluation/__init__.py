@@ -1,1 +1,1 @@
-"""What `evaluate` is made of: measurements, their protocol, the table and the report."""
+"""Measuring trained models: what is measured, the networks that judge, and the report."""

@@ -1,51 +1,29 @@
-"""Measures a trained tokenizer (or AE, VAE ...) on held-out images, and says whether it is ready for stage two."""
+"""Measures a trained tokenizer (or AE, VAE ...) on held-out images, and judges whether it is ready for stage two."""
 
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.evaluation_document import (
-    DIGESTS_OF_IMAGES,
-    NO_NETWORK,
-    choose_split,
-    described_rows,
-    described_weights,
-    figure_lines,
-    sorted_figures,
-    versions,
-)
-from pipelines.evaluation.evaluation_report import Picture, write_evaluation
-from pipelines.evaluation.frechet import ReconstructionJudge, open_features
-from pipelines.evaluation.independence import LPIPS_REASON, not_evidence
-from pipelines.evaluation.measurements import measure, ssim_window
+from pipelines.evaluation.evaluation_report import Evaluation, Sheet, describe_machine, describe_weights
+from pipelines.evaluation.feature_networks import Judge, not_evidence, open_judge
+from pipelines.evaluation.measurement import HeldOutImages, figures_of
+from pipelines.evaluation.reconstructions import Lpips, Reconstructions, measure_reconstructions
+from pipelines.evaluation.shared_work import SharedWork
 from pipelines.evaluation.verdict import verdict
-from pipelines.saved.figures import TOKENIZER_ROWS, evidence_warnings
+from pipelines.saved.figures import TOKENIZER_ROWS
 from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.perceptual import MIN_SIDE, TRUNK, LPIPSConfig, Perceptual, build_perceptual, find_trunk
-from stage1_tokenizer.validation import ACTIVE_VARIANCE
-from twostage.core.data.dataset import ImageSplit, load_images
-from twostage.core.data.spread import spread, spread_over_classes
+from twostage.core.data.dataset import load_images
+from twostage.core.data.spread import spread_over_classes
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float, to_uint8
 from twostage.core.images.sheets import contact_sheet
-from twostage.core.machine.processes import join_processes
-from twostage.core.runs.model_folder import file_sha256
 
-__all__ = ["evaluate_tokenizer", "tokenizer_table", "typical"]
+__all__ = ["evaluate_tokenizer", "typical_images"]
 
 NUM_SHOWN = 12
-CAPTIONS = {
-    "worst": "The images with the worst reconstructions, by PSNR.",
-    "typical": "Typical images: those whose PSNR is nearest to the median{}.",
-}
-OF_JUDGE = ("recognised", "rfid")
-SEED = 0  # of the posterior's noise, and of a denoising autoencoder's corruption
-ROWS = TOKENIZER_ROWS
+LPIPS_REASON = "the tokenizer was trained to lower LPIPS itself (loss.perceptual)"
 
 
 def evaluate_tokenizer(
@@ -58,138 +36,76 @@ def evaluate_tokenizer(
     weights_dir: str | Path | None = None,
     num_images: int | None = None,
     batch_size: int = 64,
-    out: str | Path | None = None,
-) -> dict[str, Any]:
-    """Measures a trained stage-one model, the images shared by the processes.
+) -> Evaluation:
+    """Measures a trained stage-one model; processes share the images.
 
     Args:
-        source: of the images; by default what it was trained on.
-        split: `val`, `test` or `train`; by default what its training validated on.
-        features: a feature network's run folder, for rFID.
-        inception: the Inception weights of published FIDs, a file of torch-fidelity.
-        weights_dir: where the VGG weights of LPIPS lie.
+        source: of the images; by default what the model was trained on.
+        split: `val`, `test` or `train`; by default the one that training validated on.
+        features: the run folder of a feature network that judges the reconstructions.
+        inception: torch-fidelity's file with the Inception weights of published FIDs, to judge with them instead.
+        weights_dir: the folder with the VGG weights for LPIPS.
         num_images: spread evenly over the split; None: all.
-        out: a folder for evaluation.json, evaluation.html, worst.png and typical.png; None: nothing is written.
-
-    Returns:
-        `figures` (numbers by name; None: not measured), `protocol` (how they came about, in plain JSON) and `verdict`
-        (`ready` and `sentences`).
 
     Raises:
-        InputError: no tokenizer there, no such split, or a network that is asked for and cannot be used.
+        InputError: there is no tokenizer or no such split, the images have other classes, or a network cannot be used.
     """
-    state = join_processes()
-    model = Autoencoder.from_pretrained(tokenizer).to(state.device)
-    size, channels = model.config.image_size, model.config.channels
-    network = open_features(inception, features, channels)
-    data_config = SavedModel.find_run(tokenizer).training_data(source)
-    data = load_images(data_config)
-    name, images = choose_split(data, split, data_config)
-    if model.class_conditional and images.labels is None:
+    work = SharedWork(batch_size)
+    model = Autoencoder.from_pretrained(tokenizer).to(work.device)
+    network = open_judge(inception, features, model.config.channels)
+    images = _held_out_images(model, tokenizer, source, split, num_images)
+    lpips = Lpips.find(model, weights_dir, work.device)
+    found = measure_reconstructions(model, images, work, network, lpips)
+    figures = figures_of(found.measurements)
+    doubts = _doubts(model, tokenizer, network, images.config.source, figures)
+    return Evaluation(
+        tokenizer,
+        TOKENIZER_ROWS,
+        found.measurements,
+        models={"tokenizer": describe_weights(tokenizer, hash=model.content_hash())},
+        settings={
+            "trained_against": [net.model_dump() for net in model.config.trained_against],
+            "batch_size": batch_size,
+            **describe_machine(work),
+        },
+        not_evidence=doubts,
+        verdict=verdict(figures, doubts),
+        sheets=_sheets(model, images, found) if work.state.is_main_process else (),
+    )
+
+
+def _held_out_images(
+    model: Autoencoder, tokenizer: str | Path, source: str | None, split: str | None, num_images: int | None
+) -> HeldOutImages:
+    config = SavedModel.find_run(tokenizer).training_data(source)
+    data = load_images(config)
+    images = HeldOutImages.choose(config, data, split, num_images)
+    if model.class_conditional and images.split.labels is None:
         raise InputError(
-            f"--split {name}: has no labels, but {tokenizer} was trained with classes; choose another split"
+            f"--split {images.split_name}: has no labels, but {tokenizer} was trained with classes. Choose another "
+            "split."
         )
     if model.class_conditional and data.class_names != model.config.class_names:
         raise InputError(
-            f"{tokenizer}: was trained on the classes {model.config.class_names}, data.source {data_config.source} has "
-            f"{data.class_names}; give images of the same classes"
+            f"{tokenizer}: was trained on the classes {model.config.class_names}, but data.source {config.source} has "
+            f"{data.class_names}. Use --data with images of the same classes."
         )
-    rows = spread(len(images), num_images)
-    perceptual, about_lpips = _perceptual(channels, size, weights_dir)
-    found = measure(
-        model,
-        images,
-        rows,
-        batch_size,
-        SEED,
-        state,
-        perceptual.to(state.device) if perceptual else None,
-        ReconstructionJudge(network, len(rows), torch.device(state.device or "cpu"), data.class_names)
-        if network
-        else None,
-    )
-    about = {"lpips": about_lpips, "rfid": found.judged or {}}
-    missing = found.missing | ({"lpips": about_lpips["not_measured"]} if "not_measured" in about_lpips else {})
-    missing |= {} if network else {"rfid": NO_NETWORK}
-    figures, missing = sorted_figures(found.figures, missing, ROWS)
-    measured = [name for name in OF_JUDGE if figures.get(name) is not None]
-    doubts = not_evidence(model.config, tokenizer, network, features, data_config.source, measured)
-    if figures.get("lpips") is not None and any(net.type == "lpips" for net in model.config.trained_against):
+    return images
+
+
+def _doubts(
+    model: Autoencoder, tokenizer: str | Path, network: Judge | None, source: str, figures: dict[str, float]
+) -> dict[str, str]:
+    """Why some figures are not evidence of quality: the model was trained to improve them."""
+    judged = [name for name in ("recognised", "rfid") if name in figures]
+    doubts = not_evidence(model.config, tokenizer, network, source, judged)
+    if "lpips" in figures and any(net.type == "lpips" for net in model.config.trained_against):
         doubts["lpips"] = LPIPS_REASON
-    document = {
-        "figures": figures,
-        "protocol": {
-            "tokenizer": described_weights(tokenizer, hash=model.content_hash()),
-            "data": {
-                "source": data_config.source,
-                "split": name,
-                "images": len(rows),
-                "chosen": described_rows(len(rows), len(images)),
-                "sha256": found.sha256,
-                "sha256_of": DIGESTS_OF_IMAGES,
-                "duplicates": found.duplicates,
-            },
-            "image_size": list(size),
-            "channels": channels,
-            "resize": "cropped at the centre, then Lanczos with antialiasing",
-            "pixels": "reconstructions are clipped and rounded to 8 bits before PSNR, SSIM, LPIPS and rFID",
-            **_methods(model, size),
-            **about,
-            "trained_against": [net.model_dump() for net in model.config.trained_against],
-            "not_evidence": doubts,
-            "not_measured": missing,
-            "batch_size": batch_size,
-            "device": torch.device(state.device or "cpu").type,
-            "versions": versions(),
-        },
-        "verdict": asdict(verdict(figures, doubts)),
-    }
-    if out and state.is_main_process:
-        notes = [*_measured_on(document), *_notes(document)]
-        pictures = _pictures(model, images, rows, found.psnr)
-        write_evaluation(Path(out), f"Evaluation of {tokenizer}", document, ROWS, notes, pictures)
-    state.wait_for_everyone()
-    return document
+    return doubts
 
 
-def _perceptual(
-    channels: int, size: tuple[int, int], weights_dir: str | Path | None
-) -> tuple[Perceptual | None, dict[str, str]]:
-    """LPIPS and its protocol, or why there is none. Nothing is downloaded."""
-    if min(size) < MIN_SIDE:
-        return None, {"not_measured": f"images of {size[0]}x{size[1]} are smaller than VGG's {MIN_SIDE}x{MIN_SIDE}"}
-    trunk, folders = find_trunk(weights_dir)
-    if trunk is None:
-        return None, {"not_measured": f"no {TRUNK} in {' or '.join(map(str, folders))}; give --weights-dir DIR"}
-    try:
-        perceptual = build_perceptual(LPIPSConfig(), channels, size, trunk.parent)
-    except InputError as error:
-        return None, {"not_measured": str(error)}
-    return perceptual, {"network": f"VGG-16, heads of lpips {version('lpips')}", "hash": file_sha256(trunk)}
-
-
-def _methods(model: Autoencoder, size: tuple[int, int]) -> dict[str, Any]:
-    window = ssim_window(size)
-    narrow = "" if window == 11 else " (the images have no room for the usual 11)"
-    methods: dict[str, Any] = {
-        "psnr": "of each image's mean squared error, peak 255; mean over the images",
-        "ssim": f"Gaussian window {window}x{window}{narrow}, borders reflected, data range 255; mean over the images",
-    }
-    if model.config.loss.corruption:
-        methods["psnr_corrupted"] = f"of images corrupted as in its training, seed {SEED}"
-    if model.variational:
-        methods["reconstruction"] = "from the posterior's mean"
-        methods["elbo"] = f"one sample of the posterior an image, seed {SEED}; the loss's own likelihood, KL weight 1"
-        if model.config.loss.corruption:
-            methods["elbo"] += "; of corrupted images, as in its training"
-        methods["active_units"] = (
-            f"variance of the posterior's mean over the images above {ACTIVE_VARIANCE} (Burda et al. 2016)"
-        )
-    return methods
-
-
-def typical(ratios: Tensor, labels: Tensor | None, count: int) -> Tensor:
-    """Which of n images are typical: of each class in turn those whose PSNR is nearest to the class's median.
+def typical_images(ratios: Tensor, labels: Tensor | None, count: int) -> Tensor:
+    """Which of n images are typical: for each class in turn, those whose PSNR is closest to the median of the class.
 
     Args:
         ratios: (n,) dB.
@@ -199,47 +115,36 @@ def typical(ratios: Tensor, labels: Tensor | None, count: int) -> Tensor:
         (min(count, n),) int64.
     """
 
-    def nearest_to_median(places: Tensor, wanted: int) -> Tensor:
+    def closest_to_median(places: Tensor, wanted: int) -> Tensor:
         return places[(ratios[places] - ratios[places].median()).abs().argsort(stable=True)[:wanted]]
 
-    return spread_over_classes(labels, len(ratios), count, nearest_to_median)
+    return spread_over_classes(labels, len(ratios), count, closest_to_median)
 
 
-def _pictures(model: Autoencoder, images: ImageSplit, rows: Tensor, ratios: Tensor) -> list[Picture]:
-    pictures = []
-    worst, labels = torch.sort(ratios, stable=True).indices[:NUM_SHOWN], images.read_labels(rows)
-    shown = {"worst": worst, "typical": typical(ratios, labels, NUM_SHOWN)}
-    of_class = "" if labels is None else " of their class, the classes in turn"
-    for name, places in shown.items():
-        originals = images.read(rows[places])
-        device = next(model.parameters()).device
-        images_back = to_uint8(model.reconstruct(to_float(originals.to(device)))).cpu()
-        captions = [f"row {row}" for row in rows[places].tolist()]
-        captions += [f"{ratio:.1f} dB" for ratio in ratios[places].tolist()]
-        titles = ["original", "reconstruction"]
-        sheet = contact_sheet(torch.cat([originals, images_back]), len(places), captions, titles)
-        pictures.append((name, sheet, CAPTIONS[name].format(of_class)))
-    return pictures
+def _sheets(model: Autoencoder, images: HeldOutImages, found: Reconstructions) -> list[Sheet]:
+    labels = images.split.read_labels(images.rows)
+    of_class = "" if labels is None else " of their class; the classes alternate"
+    worst = torch.sort(found.psnr, stable=True).indices[:NUM_SHOWN]
+    typical = typical_images(found.psnr, labels, NUM_SHOWN)
+    return [
+        _sheet(model, images, found.psnr, "worst", worst, "The images with the worst reconstructions, by PSNR."),
+        _sheet(
+            model,
+            images,
+            found.psnr,
+            "typical",
+            typical,
+            f"Typical images: those whose PSNR is closest to the median{of_class}.",
+        ),
+    ]
 
 
-def tokenizer_table(document: dict[str, Any]) -> str:
-    """What the command prints of :func:`evaluate_tokenizer`'s result."""
-    figures = {name: value for name, value in document["figures"].items() if (name, value) != ("codebooks", 1)}
-    lines = figure_lines(figures, document["protocol"], ROWS)
-    return "\n".join([*_measured_on(document), *lines, *_notes(document)])
-
-
-def _measured_on(document: dict[str, Any]) -> list[str]:
-    data = document["protocol"]["data"]
-    lines = [f"{data['source']}, {data['split']}: {data['images']:,} images ({data['chosen']}), {data['sha256'][:12]}"]
-    return lines + ([f"{data['duplicates']} of them are copies of others among them"] if data["duplicates"] else [])
-
-
-def _notes(document: dict[str, Any]) -> list[str]:
-    """How to read the figures, and the verdict."""
-    protocol, notes = document["protocol"], []
-    for name in ("lpips", "rfid"):
-        if "network" in protocol[name]:
-            notes.append(f"{ROWS[name][0]} in {protocol[name]['network']}, {protocol[name]['hash'][:12]}")
-        notes += [protocol[name]["warning"]] if "warning" in protocol[name] else []
-    return [*notes, *evidence_warnings(protocol["not_evidence"], ROWS), *document["verdict"]["sentences"]]
+def _sheet(model: Autoencoder, images: HeldOutImages, ratios: Tensor, name: str, places: Tensor, caption: str) -> Sheet:
+    """Originals above their reconstructions."""
+    rows = images.rows[places]
+    originals = images.split.read(rows)
+    device = next(model.parameters()).device
+    decoded = to_uint8(model.reconstruct(to_float(originals.to(device)))).cpu()
+    captions = [f"row {row}" for row in rows.tolist()] + [f"{ratio:.1f} dB" for ratio in ratios[places].tolist()]
+    tiles = torch.cat([originals, decoded])
+    return Sheet(name, contact_sheet(tiles, len(places), captions, ["original", "reconstruction"]), caption)

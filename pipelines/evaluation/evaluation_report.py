@@ -1,88 +1,153 @@
-"""What an evaluation leaves on disk: its figures as JSON, its pictures, and all of it as one HTML report."""
+"""A finished evaluation: as evaluation.json, as the table that the command prints, and as a page with images."""
 
 import json
-from collections.abc import Iterable
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from pipelines.drawing.two_stage import TwoStagePipeline
-from pipelines.evaluation.neighbours import neighbours_sheet
-from pipelines.evaluation.prior_measurements import SampleFigures
-from pipelines.files.class_sheet import class_sheet
+from pipelines.evaluation.measurement import Measurement, figures_of
+from pipelines.evaluation.shared_work import SharedWork
+from pipelines.evaluation.verdict import Verdict
 from pipelines.files.report import Report
-from pipelines.saved.figures import NO_EVIDENCE, Rows
+from pipelines.saved.figures import NO_EVIDENCE, Rows, evidence_warnings
 from twostage.core.images.sheets import save_image
-from twostage.core.runs.model_folder import write_json
+from twostage.core.runs.model_folder import file_sha256, find_model_folder, write_json
 
-__all__ = ["PICTURES", "Picture", "sample_sheets", "write_evaluation"]
+__all__ = ["Evaluation", "Sheet", "describe_machine", "describe_weights"]
 
-Picture = tuple[str, Image.Image, str]
-"""What it is called, the picture, its caption."""
-PICTURES = ("worst", "typical", "samples", "neighbours")
-NEIGHBOURS_CAPTION = (
-    "Samples, each followed by the training images that are nearest to it by their features. The number is how far: 1 "
-    "is as far as held-out images are from their nearest training image (the median), 0 is a copy."
-)
+SHEET_NAMES = ("worst", "typical", "samples", "neighbours")
+PACKAGES = ("torch", "torchmetrics", "numpy", "pillow")
 
 
-def write_evaluation(
-    out: Path, title: str, document: dict[str, Any], rows: Rows, notes: Iterable[str], pictures: list[Picture]
-) -> None:
-    """Writes evaluation.json, the pictures and evaluation.html; pictures of an earlier evaluation go.
-
-    Args:
-        document: `figures` and `protocol`.
-        rows: what the figures are called and mean.
-        notes: what is said about them in words, a paragraph each.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    for name in PICTURES:
-        (out / f"{name}.png").unlink(missing_ok=True)
-    for name, picture, _ in pictures:
-        save_image(picture, out / f"{name}.png")
-    _write_report(out / "evaluation.html", title, document, rows, notes, pictures)
-    write_json(out / "evaluation.json", document)
+def describe_weights(path: str | Path, **more: str) -> dict[str, str]:
+    """A model in the protocol."""
+    weights = file_sha256(find_model_folder(path) / "model.safetensors")
+    return {"path": str(path), **more, "weights_sha256": weights}
 
 
-def sample_sheets(samples: SampleFigures, pipeline: TwoStagePipeline) -> list[Picture]:
-    """The samples of a pipeline, and their neighbours where there are any."""
-    classes = pipeline.class_names, pipeline.labels_for(None)
-    pictures = [("samples", class_sheet(samples.pictures, *classes), "The first samples.")]
-    if samples.neighbours:
-        pictures.append(("neighbours", neighbours_sheet(samples.neighbours, *classes), NEIGHBOURS_CAPTION))
-    return pictures
+def describe_machine(work: SharedWork) -> dict[str, Any]:
+    """The device and the versions in the protocol."""
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    return {"device": work.device.type, "versions": versions}
 
 
-def _write_report(
-    path: Path, title: str, document: dict[str, Any], rows: Rows, notes: Iterable[str], pictures: list[Picture]
-) -> None:
-    figures, missing = document["figures"], document["protocol"]["not_measured"]
-    doubts = document["protocol"]["not_evidence"]
-    report = Report(title)
-    for note in notes:
-        report.text(note)
-    report.heading("Figures")
-    lines = []
-    for name, value in figures.items():
-        heading, form, meaning = rows[name]
-        if value is not None:
-            meaning = f"{meaning}; {NO_EVIDENCE}, see above" if name in doubts else meaning
-            lines.append({"figure": f"{_indented(heading)}: {meaning}", "value": form.format(value)})
-    report.table({"figure": "figure", "value": "value"}, lines)
-    for reason in dict.fromkeys(missing.values()):
-        titles = [rows[name][0].strip() for name in figures if missing.get(name) == reason]
-        report.text(f"Not measured: {', '.join(titles)}: {reason}.")
-    if pictures:
-        report.heading("Pictures")
-    for _, picture, caption in pictures:
-        report.image(picture, caption)
-    report.heading("Protocol")
-    report.details("How the figures came about", json.dumps(document["protocol"], indent=2, ensure_ascii=False))
-    report.save(path)
+@dataclass(frozen=True)
+class Sheet:
+    """A sheet of images beside the figures."""
+
+    name: str
+    """Of its file: one of `SHEET_NAMES`."""
+    image: Image.Image
+    caption: str
 
 
-def _indented(heading: str) -> str:
-    """With spaces that a browser keeps."""
-    return heading.replace("  ", "\u00a0\u00a0\u00a0\u00a0")
+@dataclass(frozen=True)
+class Evaluation:
+    """All that was measured of a model."""
+
+    path: str | Path
+    """Of the model."""
+    rows: Rows
+    """How tables show the figures."""
+    measurements: Sequence[Measurement]
+    models: Mapping[str, Any]
+    """The beginning of the protocol: what was measured."""
+    settings: Mapping[str, Any]
+    """The end of the protocol: how it was measured."""
+    not_evidence: Mapping[str, str]
+    """Why some figures are not evidence of quality, by their keys."""
+    verdict: Verdict | None = None
+    refusal: str | None = None
+    """Why the samples are not measured."""
+    sheets: Sequence[Sheet] = field(default=(), repr=False)
+
+    @cached_property
+    def missing(self) -> dict[str, str]:
+        """Why figures are missing, by their keys."""
+        missing = {name: reason for found in self.measurements for name, reason in found.missing.items()}
+        values = figures_of(self.measurements)
+        return missing | {name: "not finite" for name, value in values.items() if not math.isfinite(value)}
+
+    @cached_property
+    def figures(self) -> dict[str, float | None]:
+        """The figures in the order of the table, by their keys; None: missing."""
+        found: dict[str, float | None] = {**figures_of(self.measurements), **dict.fromkeys(self.missing)}
+        return {name: found[name] for name in self.rows if name in found}
+
+    @cached_property
+    def protocol(self) -> dict[str, Any]:
+        """How the figures were measured, as plain JSON."""
+        about = {name: value for found in self.measurements for name, value in found.protocol.items()}
+        doubts = {"not_evidence": dict(self.not_evidence), "not_measured": self.missing}
+        return {**self.models, **about, **doubts, **self.settings}
+
+    def document(self) -> dict[str, Any]:
+        """The content of evaluation.json: `figures`, `protocol` and, for tokenizers, `verdict`."""
+        verdict = {"verdict": asdict(self.verdict)} if self.verdict else {}
+        return {"figures": self.figures, "protocol": self.protocol, **verdict}
+
+    def table(self) -> str:
+        """What the command prints: the figures with what was measured above and how to read them below."""
+        lines, given = [], set()
+        for name, value in self.figures.items():
+            if (name, value) == ("codebooks", 1):
+                continue
+            if value is not None:
+                text = self.rows[name].form.format(value) + f" ({NO_EVIDENCE})" * (name in self.not_evidence)
+            else:
+                reason = self.missing[name]
+                text = "not measured: " + ("as above" if reason in given else reason)
+                given.add(reason)
+            lines.append(f"  {self.rows[name].title:<27} {text}")
+        return "\n".join([*self._subjects(), *lines, *self._notes()])
+
+    def write(self, out: Path) -> list[str]:
+        """Writes evaluation.json, evaluation.html and the sheets into ``out``, and removes the sheets of an earlier
+        evaluation. Returns the names of the files."""
+        out.mkdir(parents=True, exist_ok=True)
+        for name in SHEET_NAMES:
+            (out / f"{name}.png").unlink(missing_ok=True)
+        for sheet in self.sheets:
+            save_image(sheet.image, out / f"{sheet.name}.png")
+        self._page().save(out / "evaluation.html")
+        write_json(out / "evaluation.json", self.document())
+        return ["evaluation.json", "evaluation.html", *(f"{sheet.name}.png" for sheet in self.sheets)]
+
+    def _subjects(self) -> list[str]:
+        return [line for found in self.measurements for line in found.subject]
+
+    def _notes(self) -> list[str]:
+        notes = [note for found in self.measurements for note in found.notes]
+        sentences = self.verdict.sentences if self.verdict else []
+        return [*notes, *evidence_warnings(self.not_evidence, self.rows), *sentences]
+
+    def _page(self) -> Report:
+        report = Report(f"Evaluation of {self.path}")
+        for paragraph in [*self._subjects(), *([self.refusal] if self.refusal else []), *self._notes()]:
+            report.text(paragraph)
+        report.heading("Figures")
+        lines = []
+        for name, value in self.figures.items():
+            title, form, meaning = self.rows[name]
+            if value is not None:
+                title = title.replace("  ", "\u00a0" * 4)  # which a browser keeps
+                meaning += f"; {NO_EVIDENCE}, see above" if name in self.not_evidence else ""
+                lines.append({"figure": f"{title}: {meaning}", "value": form.format(value)})
+        report.table({"figure": "figure", "value": "value"}, lines)
+        for reason in dict.fromkeys(self.missing.values()):
+            titles = [self.rows[name].title.strip() for name in self.figures if self.missing.get(name) == reason]
+            report.text(f"Not measured: {', '.join(titles)}: {reason}.")
+        if self.sheets:
+            report.heading("Images")
+        for sheet in self.sheets:
+            report.image(sheet.image, sheet.caption)
+        report.heading("Protocol")
+        report.details("How the figures were measured", json.dumps(self.protocol, indent=2, ensure_ascii=False))
+        return report

@@ -1,7 +1,7 @@
-"""Whether a tokenizer is ready for stage two, in words: a pure function of the figures that `evaluate` measures.
+"""The verdict: whether a tokenizer is ready for stage two, as a pure function of the figures of `evaluate`.
 
-PSNR and the use of the codes can only show that something is wrong. That a tokenizer is ready takes an independent
-network that looked at its reconstructions, too.
+PSNR and the use of the codebook can only show that something is wrong. That a tokenizer is ready takes an independent
+network that judged its reconstructions too.
 """
 
 import math
@@ -13,35 +13,35 @@ __all__ = ["Verdict", "verdict"]
 MIN_PSNR = 18.0
 """dB; a judgement. Below it, shapes are wrong and not only textures."""
 MIN_USAGE = 0.5
-"""Of the codebook. A healthy one is used nearly in full; below half, training has lost codes faster than it revived."""
+"""Of the codebook. A healthy one is almost fully used; below half, training lost codes faster than it revived them."""
 MIN_ENTROPY_SHARE = 0.1
-"""Of log(codebook_size). Below a tenth the grid says next to nothing about its image."""
+"""Of log(codebook_size). Below a tenth, the grid says almost nothing about its image."""
 MIN_EVENNESS = 0.25
-"""Perplexity over the codes used. Below a quarter, a few codes do nearly all the work."""
+"""Perplexity divided by the codes used. Below a quarter, a few codes do nearly all the work."""
 MIN_CODES_SEEN = 10
-"""Cells read per codebook entry. With fewer, entries stay unused by chance."""
+"""Cells per codebook entry. With fewer cells, entries can be unused by chance."""
 MIN_ACTIVE_SHARE = 0.2
-"""Of the latent's units; a judgement. Some inactive ones are usual (Burda et al. 2016), nearly all a collapse."""
+"""Of the latent units; a judgement. Some inactive units are usual (Burda et al. 2016), almost only inactive ones are a
+collapse."""
 MIN_BITS_PER_PIXEL = 0.02
-"""The coarsest grids that priors are commonly trained on, 16x16 codes of 1024 for 256x256 pixels, have 0.04."""
+"""The coarsest grids that priors are usually trained on, 16x16 codes of 1024 for 256x256 pixels, have 0.04."""
 MAX_BITS_PER_PIXEL = 2.0
-"""A quarter of a grey image's 8 bits: above it a prior has nearly as much to learn as one over pixels."""
+"""A quarter of a grey image's 8 bits: above it, a prior has almost as much to learn as a prior over pixels."""
 MIN_RECOGNISED = 0.8
-"""Of the share of the originals; a judgement. Below it, reconstructions have lost much of what makes their class."""
+"""Of the share for the originals; a judgement. Below it, reconstructions lost much of what makes their class."""
 MIN_RECOGNISED_ORIGINALS = 0.5
-"""A judgement: a network that does not know even the originals cannot tell what is missing from reconstructions."""
-MAX_HALVES = 10.0
-"""rFID over the distance between two halves of the originals; a judgement. Above it, the network tells reconstructions
-from originals easily."""
+"""A judgement: a network that does not recognise the originals cannot tell what reconstructions lack."""
+MAX_DISTANCE_RATIO = 10.0
+"""rFID divided by the distance between two halves of the originals; a judgement. Above it, the network easily tells
+reconstructions from originals."""
 MAX_CELLS = 1024
-"""Attention costs the square of the sequence; 32x32 codes are what a prior on one GPU still learns well."""
+"""Attention costs the square of the sequence; a prior on one GPU still learns 32x32 codes well."""
 
-
-NEXT = "twostage encode, then twostage train-prior."
-SAME_JUDGE = "the network that judged is the one that it was trained against"
-WEAK_JUDGE = "the network that judged hardly knows the originals"
-NO_JUDGE = "no independent network judged whether its reconstructions still show what the originals show"
-JUDGE = (
+NEXT_STEPS = "Next: twostage encode, then twostage train-prior."
+SAME_JUDGE = "the judging network is one that the tokenizer was trained against"
+WEAK_JUDGE = "the judging network hardly recognises the originals"
+NO_JUDGE = "no independent network judged whether reconstructions still show what the originals show"
+JUDGE_ADVICE = (
     "Have another network judge it: --features runs/NAME (twostage train-features, with another --seed and --width "
     "than the network of loss.perceptual) or --inception FILE."
 )
@@ -52,52 +52,53 @@ class Verdict:
     """What the figures mean for stage two."""
 
     ready: bool | None
-    """Whether a prior over its codes is worth training; None: nothing speaks against it, but no independent network
+    """Whether a prior over its codes is worth training. None: nothing speaks against it, but no independent network
     judged the reconstructions."""
     sentences: list[str]
-    """The outcome first, then each finding with what to try."""
+    """The outcome, then each finding with what to try."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found."""
+    """A weakness that the figures show."""
 
     blocks: bool
-    """Whether it stands in the way of stage two."""
+    """Whether the tokenizer is not ready because of it."""
     sentence: str
 
 
 def verdict(figures: Mapping[str, float | None], not_evidence: Mapping[str, str] | None = None) -> Verdict:
-    """Judges the figures of `evaluate`; every threshold is named above.
+    """Judges the figures of `evaluate` by the thresholds above.
 
     Args:
-        figures: by name; missing and None alike are not judged.
-        not_evidence: the figures that training has lowered or raised by itself, with the reason: they are not judged.
+        figures: by their keys; missing figures are not judged.
+        not_evidence: why some figures are not evidence of quality, by their keys; they are not judged.
     """
     not_evidence = not_evidence or {}
     known = {name: value for name, value in figures.items() if value is not None and name not in not_evidence}
-    findings = [*(_codes(known) if "codebook_size" in known else _continuous(known)), *_quality(known)]
+    of_latent = [*_code_findings(known)] if "codebook_size" in known else [*_continuous_findings(known)]
+    findings = [*of_latent, *_judge_findings(known), *_psnr_findings(known)]
     blockers = [finding.sentence for finding in findings if finding.blocks]
     remarks = [finding.sentence for finding in findings if not finding.blocks]
     if blockers:
         return Verdict(False, ["Not ready for stage two.", *blockers, *remarks])
-    judged, weak = list(_judged(known)), known.get("recognised_originals", 1) < MIN_RECOGNISED_ORIGINALS
+    judged, weak = list(_judged_by(known)), known.get("recognised_originals", 1) < MIN_RECOGNISED_ORIGINALS
     if judged and not weak:
-        outcome = f"Ready for stage two by {_listed([*_basis(known), *judged])}: {NEXT}"
+        outcome = f"Ready for stage two by {_listed([*_basis(known), *judged])}. {NEXT_STEPS}"
         return Verdict(True, [outcome, *remarks])
-    flattering = any(name in not_evidence for name in ("recognised", "rfid"))
-    lacking = SAME_JUDGE if flattering else WEAK_JUDGE if weak else NO_JUDGE
-    outcome = f"No verdict on stage two: {_listed(_basis(known))} show nothing against it, but {lacking}."
-    return Verdict(None, [outcome, f"{JUDGE} To go on without: {NEXT}", *remarks])
+    same = any(name in not_evidence for name in ("recognised", "rfid"))
+    reason = SAME_JUDGE if same else WEAK_JUDGE if weak else NO_JUDGE
+    outcome = f"No verdict on stage two: {_listed(_basis(known))} show no problem, but {reason}."
+    return Verdict(None, [outcome, f"{JUDGE_ADVICE} To continue without: {NEXT_STEPS[6:]}", *remarks])
 
 
 def _basis(figures: dict[str, float]) -> list[str]:
-    """What was looked at, without a network."""
+    """What was judged without a network."""
     return [*([f"PSNR {figures['psnr']:.1f} dB"] if "psnr" in figures else []), "the use of its codes"]
 
 
-def _judged(figures: dict[str, float]) -> Iterator[str]:
-    """What an independent network has to say."""
+def _judged_by(figures: dict[str, float]) -> Iterator[str]:
+    """What an independent network judged."""
     if "recognised" in figures:
         yield (
             f"{figures['recognised']:.1%} recognised reconstructions ({figures['recognised_originals']:.1%} of the "
@@ -112,102 +113,108 @@ def _listed(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _quality(figures: dict[str, float]) -> Iterator[Finding]:
+def _judge_findings(figures: dict[str, float]) -> Iterator[Finding]:
+    """By what the judging network sees."""
     if "recognised" in figures:
         share, originals = figures["recognised"], figures["recognised_originals"]
         if originals < MIN_RECOGNISED_ORIGINALS:
             yield Finding(
                 False,
-                f"The judging network recognises {originals:.1%} of the originals, below "
-                f"{MIN_RECOGNISED_ORIGINALS:.0%}: whether it recognises reconstructions says little; train it for "
-                "longer.",
+                f"The judging network only recognises {originals:.1%} of the originals, below "
+                f"{MIN_RECOGNISED_ORIGINALS:.0%}, so it says little about reconstructions. Train it longer.",
             )
         elif share < MIN_RECOGNISED * originals:
             yield Finding(
                 True,
                 f"The judging network recognises {share:.1%} of the reconstructions and {originals:.1%} of the "
-                f"originals, less than {MIN_RECOGNISED:.0%} of that: images have lost what makes their class; train "
-                "longer, widen model.backbone.channels, or halve the image's sides once less.",
+                f"originals, a ratio below {MIN_RECOGNISED:.0%}: reconstructions lost what makes their class. Train "
+                "longer, widen model.backbone.channels, or downsample once less (model.backbone.channel_mult).",
             )
-    if "rfid" in figures and figures["rfid"] > MAX_HALVES * figures.get("rfid_of_halves", math.inf):
+    if "rfid" in figures and figures["rfid"] > MAX_DISTANCE_RATIO * figures.get("rfid_of_halves", math.inf):
         yield Finding(
             False,
-            f"rFID is more than {MAX_HALVES:g} times the distance between halves of the originals: the network tells "
-            "reconstructions from originals easily; look at worst.png and typical.png, and train longer if detail "
-            "matters.",
+            f"rFID is more than {MAX_DISTANCE_RATIO:g} times the distance between two halves of the originals: the "
+            "network easily tells reconstructions from originals. Look at worst.png and typical.png, and train longer "
+            "if detail matters.",
         )
+
+
+def _psnr_findings(figures: dict[str, float]) -> Iterator[Finding]:
     if "psnr" in figures and figures["psnr"] < MIN_PSNR:
         yield Finding(
             True,
-            f"PSNR is {figures['psnr']:.1f} dB, below {MIN_PSNR:g}: generated images can be no better than "
-            "reconstructions; train longer, widen model.backbone.channels, or halve the image's sides once less.",
+            f"PSNR is {figures['psnr']:.1f} dB, below {MIN_PSNR:g}, and generated images cannot be better than "
+            "reconstructions. Train longer, widen model.backbone.channels, or downsample once less "
+            "(model.backbone.channel_mult).",
         )
 
 
-def _continuous(figures: dict[str, float]) -> Iterator[Finding]:
+def _continuous_findings(figures: dict[str, float]) -> Iterator[Finding]:
     yield Finding(
         True,
-        "Its latent is continuous, and priors are trained over codes: it cannot be used for stage two; train one with "
-        "codes (model.bottleneck.type=vector).",
+        "The latent is continuous, but priors are trained on codes. For stage two, train a tokenizer with codes "
+        "(model.bottleneck.type=vector).",
     )
-    if "active_units" not in figures:
-        return
-    active, units = figures["active_units"], figures["latent_units"]
+    active, units = figures.get("active_units", math.inf), figures.get("latent_units", 0)
     if active < MIN_ACTIVE_SHARE * units:
         yield Finding(
             False,
-            f"Posterior collapse: {active:.0f} of {units:.0f} latent units are active, below {MIN_ACTIVE_SHARE:.0%}; "
-            "lower loss.kl_weight, or take fewer model.latent_channels.",
+            f"Posterior collapse: {active:.0f} of {units:.0f} latent units are active, below {MIN_ACTIVE_SHARE:.0%}. "
+            "Lower loss.kl_weight or model.latent_channels.",
         )
 
 
-def _codes(figures: dict[str, float]) -> Iterator[Finding]:
+def _code_findings(figures: dict[str, float]) -> Iterator[Finding]:
+    """By the use of the codebook and the size of the grid."""
     size, used, books = figures["codebook_size"], figures["codes_used"], figures["codebooks"]
-    seen = figures["images"] * figures["cells"]  # as many in each codebook, over all of them
+    codes = f"{used:.0f} of {size * books:.0f} codes"
     if used < MIN_USAGE * size * books:
+        seen = figures["images"] * figures["cells"]
         if seen < MIN_CODES_SEEN * size * books:
             yield Finding(
                 False,
-                f"{used:.0f} of {size * books:.0f} codes are used, but only {seen:.0f} cells were read: evaluate at "
-                f"least {math.ceil(MIN_CODES_SEEN * size * books / figures['cells'])} images to judge the codebook.",
+                f"Only {codes} are used, but {seen:.0f} cells are too few to judge that. Evaluate at least "
+                f"{math.ceil(MIN_CODES_SEEN * size * books / figures['cells'])} images (--num-images).",
             )
         else:
             yield Finding(
                 True,
-                f"The codebook is collapsing: {used:.0f} of {size * books:.0f} codes are used, below {MIN_USAGE:.0%}; "
-                "raise model.bottleneck.revive_below (0.05 is usual), take a smaller codebook_size or l2_normalize "
-                "with few model.latent_channels (8), or change commitment_weight (0.25 to 1) and ema_decay (0.99); of "
-                "lookup_free raise entropy_weight, of finite_scalar take fewer levels.",
+                f"The codebook is collapsing: only {codes} are used, below {MIN_USAGE:.0%}. Raise "
+                "model.bottleneck.revive_below (0.05 is usual), lower codebook_size, set l2_normalize=true with few "
+                "model.latent_channels (8), or change commitment_weight (0.25 to 1) or ema_decay (0.99). For "
+                "lookup_free, raise entropy_weight. For finite_scalar, use fewer levels.",
             )
     if figures["entropy_nats_per_code"] < MIN_ENTROPY_SHARE * math.log(size):
         yield Finding(
             True,
-            f"The codes say next to nothing: {figures['entropy_nats_per_code']:.3f} nats each of at most "
-            f"{math.log(size):.3f}; check that the loss falls, and start the codebook anew with another run.seed or a "
-            "lower train.lr.",
+            f"The codes say almost nothing: {figures['entropy_nats_per_code']:.3f} nats each, of at most "
+            f"{math.log(size):.3f}. Check that the loss falls, and retrain with another run.seed or a lower train.lr.",
         )
     elif figures["perplexity"] < MIN_EVENNESS * used / books:
         yield Finding(
             False,
-            f"Few codes do most of the work: perplexity {figures['perplexity']:.1f} with {used / books:.0f} codes "
-            "used; raise model.bottleneck.revive_below or train longer.",
+            f"A few codes do most of the work: perplexity {figures['perplexity']:.1f} with {used / books:.0f} codes "
+            "used. Raise model.bottleneck.revive_below or train longer.",
         )
-    if figures["cells"] > MAX_CELLS:
+    yield from _grid_findings(figures["cells"], figures["code_bits_per_pixel"])
+
+
+def _grid_findings(cells: float, bits: float) -> Iterator[Finding]:
+    if cells > MAX_CELLS:
         yield Finding(
             True,
-            f"Its grid has {figures['cells']:.0f} cells, above {MAX_CELLS}: too long a sequence for a prior; add a "
-            "number to model.backbone.channel_mult, which quarters the cells.",
+            f"The grid has {cells:.0f} cells, above {MAX_CELLS}, which is too long a sequence for a prior. Add a "
+            "number to model.backbone.channel_mult, which divides the cells by four.",
         )
-    bits = figures["code_bits_per_pixel"]
     if bits > MAX_BITS_PER_PIXEL:
         yield Finding(
             False,
-            f"The codes hold {bits:.2f} bits per pixel, above {MAX_BITS_PER_PIXEL:g}: they hardly compress, and the "
-            "prior has much to learn; take a coarser grid (model.backbone.channel_mult) or a smaller codebook_size.",
+            f"The codes hold {bits:.2f} bits per pixel, above {MAX_BITS_PER_PIXEL:g}: they hardly compress, so the "
+            "prior has much to learn. Use a coarser grid (model.backbone.channel_mult) or a smaller codebook_size.",
         )
     if bits < MIN_BITS_PER_PIXEL:
         yield Finding(
             False,
-            f"The codes hold {bits:.3f} bits per pixel, below {MIN_BITS_PER_PIXEL:g}: detail is lost that no prior "
-            "brings back; take a finer grid (model.backbone.channel_mult) or a larger codebook_size.",
+            f"The codes hold {bits:.3f} bits per pixel, below {MIN_BITS_PER_PIXEL:g}: they lose detail that no prior "
+            "can restore. Use a finer grid (model.backbone.channel_mult) or a larger codebook_size.",
         )

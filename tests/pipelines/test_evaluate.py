@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from messages import assert_names
 from PIL import Image
 from scipy.linalg import sqrtm
 from torch.nn import functional as F
 
 from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
-from pipelines.evaluation.measurements import ssim
+from pipelines.evaluation.reconstructions import ssim
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from twostage.core.data.dataset import DataConfig, load_images
@@ -64,7 +65,7 @@ def features(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def document(runs, features) -> dict:
-    return evaluate_tokenizer(runs.tokenizer, features=features)
+    return evaluate_tokenizer(runs.tokenizer, features=features).document()
 
 
 @pytest.fixture
@@ -142,8 +143,8 @@ def test_codes_are_counted_over_the_whole_set(runs, document, originals):
 @pytest.mark.parametrize("batch_size", [7, 100])
 def test_the_batch_size_changes_nothing(runs, features, document, batch_size):
     again = evaluate_tokenizer(runs.tokenizer, features=features, batch_size=batch_size)
-    assert numbers(again) == pytest.approx(numbers(document), rel=1e-4)
-    assert again["protocol"]["data"] == document["protocol"]["data"]
+    assert numbers(again.document()) == pytest.approx(numbers(document), rel=1e-4)
+    assert again.protocol["data"] == document["protocol"]["data"]
 
 
 def test_lpips_of_8_bit_images(runs, monkeypatch, tmp_path, originals, pictures):
@@ -157,12 +158,12 @@ def test_lpips_of_8_bit_images(runs, monkeypatch, tmp_path, originals, pictures)
             return (decoded - images).abs().mean()
 
     (tmp_path / "vgg16-397923af.pth").write_bytes(b"weights")
-    monkeypatch.setattr("pipelines.evaluation.evaluate_tokenizer.build_perceptual", build)
+    monkeypatch.setattr("pipelines.evaluation.reconstructions.build_perceptual", build)
     found = evaluate_tokenizer(runs.tokenizer, weights_dir=tmp_path, batch_size=10)
     expected = np.abs(pictures - originals.numpy()).mean() * 2 / 255
-    assert found["figures"]["lpips"] == pytest.approx(expected, rel=1e-5)
-    assert found["protocol"]["lpips"]["hash"] == hashlib.sha256(b"weights").hexdigest()
-    assert "lpips" not in found["protocol"]["not_measured"]
+    assert found.figures["lpips"] == pytest.approx(expected, rel=1e-5)
+    assert found.protocol["lpips"]["hash"] == hashlib.sha256(b"weights").hexdigest()
+    assert "lpips" not in found.protocol["not_measured"]
 
 
 # --- the protocol ---------------------------------------------------------------------------------------------------
@@ -195,18 +196,17 @@ def test_copies_are_counted_and_make_no_distance(runs, features, tmp_path):
         Image.new("RGB", (16, 16), (10 * (i % 9), 90, 200)).save(folder / f"{i:02d}.png")
         Image.new("RGB", (16, 16), (10 * i, 0, 0)).save(tmp_path / "pictures" / "train" / f"{i:02d}.png")
     found = evaluate_tokenizer(runs.tokenizer, str(tmp_path / "pictures"), features=features)
-    assert found["protocol"]["data"]["duplicates"] == 11
-    assert found["figures"]["rfid"] is None
-    reason = found["protocol"]["not_measured"]["rfid"]
-    assert reason == "9 different images, at least 13 are needed for 12 features"
+    assert found.protocol["data"]["duplicates"] == 11
+    assert found.figures["rfid"] is None
+    assert_names(found.protocol["not_measured"]["rfid"], "9 different images", "12 features", "13")
 
 
 def test_some_of_the_images_are_spread_over_the_split(runs, originals):
-    data = evaluate_tokenizer(runs.tokenizer, num_images=16)["protocol"]["data"]
+    data = evaluate_tokenizer(runs.tokenizer, num_images=16).protocol["data"]
     digests = [hashlib.sha256(image.numpy().tobytes()).digest() for image in originals[::4]]
     assert data["sha256"] == hashlib.sha256(b"".join(digests)).hexdigest()
     assert (data["images"], data["chosen"]) == (16, "spread evenly over 64")
-    assert evaluate_tokenizer(runs.tokenizer, split="train", num_images=500)["protocol"]["data"]["images"] == 320
+    assert evaluate_tokenizer(runs.tokenizer, split="train", num_images=500).protocol["data"]["images"] == 320
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_the_command_writes_and_says_everything(run, features, document, twostag
 def test_without_a_network_it_says_what_to_do(run, twostage):
     ended = twostage("evaluate", run, "--num-images", 5)
     assert ended.code == 0, ended.err
-    assert "not measured: give --features runs/NAME (twostage train-features), or --inception FILE" in ended.out
+    assert_names(ended.out, "not measured", "--features runs/NAME", "twostage train-features", "--inception FILE")
     with Image.open(run / "evaluation" / "worst.png") as picture:
         assert 500 < picture.width < 650, "five columns"
 
@@ -244,7 +244,7 @@ def tile(sheet: np.ndarray, row: int, column: int) -> np.ndarray:
 
 
 def test_the_worst_are_the_worst_and_the_typical_are_of_median_psnr(run, originals, pictures):
-    evaluate_tokenizer(run, out=run / "evaluation", batch_size=9)
+    evaluate_tokenizer(run, batch_size=9).write(run / "evaluation")
     error = ((originals.numpy() - pictures) ** 2).reshape(64, -1).mean(1)
     ratios, classes = 10 * np.log10(255**2 / error), np.arange(64) % len(CLASS_NAMES)
     nearest = []  # of each class: its images by how far their PSNR is from the class's median
@@ -306,17 +306,17 @@ def test_mistakes_cost_one_sentence(runs, features, twostage, tmp_path):
     FeatureNetwork(
         FeatureNetworkConfig(image_size=(16, 16), channels=1, class_names=["a"], widths=[8])
     ).save_pretrained(grey)
-    for words, said in {
-        (tmp_path / "nothing",): "no such folder",
-        (tokenizer, "--split", "val"): "--split val: data.source shapes has train and test",
-        (tokenizer, "--inception", tmp_path / "no.pth"): "no such file; expected pt_inception",
-        (tokenizer, "--inception", tmp_path / "code.pth"): "code.pth: no file of weights",
-        (tokenizer, "--inception", tmp_path / "other.pth"): "other.pth: other weights",
-        (tokenizer, "--inception", "x", "--features", features): "give one of them",
-        (tokenizer, "--features", runs.tokenizer): "holds a tokenizer",
-        (tokenizer, "--features", grey): "sees images of 1 channels, the tokenizer's have 3",
-        (tokenizer, "--json", tmp_path): "expected a file in a folder that is there",
-    }.items():
-        assert said in refused(*words)
+    for words, parts in (
+        ((tmp_path / "nothing",), (tmp_path / "nothing", "no such folder")),
+        ((tokenizer, "--split", "val"), ("--split val", "shapes", "train", "test")),
+        ((tokenizer, "--inception", tmp_path / "no.pth"), ("no.pth: no such file", "pt_inception", "--features")),
+        ((tokenizer, "--inception", tmp_path / "code.pth"), ("code.pth: not a file of weights", "pt_inception")),
+        ((tokenizer, "--inception", tmp_path / "other.pth"), ("other.pth: other weights", "pt_inception")),
+        ((tokenizer, "--inception", "x", "--features", features), ("--inception x", "--features", features)),
+        ((tokenizer, "--features", runs.tokenizer), (runs.tokenizer, "tokenizer")),
+        ((tokenizer, "--features", grey), ("--features", grey, "1 channels", "3", "data.channels=3")),
+        ((tokenizer, "--json", tmp_path), ("--json", tmp_path, "expected a file")),
+    ):
+        assert_names(refused(*words), *parts)
     assert not (tokenizer / "evaluation").exists()
     assert not (tmp_path / "owned").exists()

@@ -9,22 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from messages import assert_names, refuses
 from PIL import Image
 from torch.nn import functional as F
 
 from pipelines.drawing.two_stage import TwoStagePipeline
-from pipelines.evaluation.evaluate_prior import SCALE_IMAGES, evaluate_prior
-from pipelines.evaluation.frechet import OwnFeatures
-from pipelines.evaluation.prior_measurements import (
-    MIN_SCALE,
-    OF_SAMPLES,
-    SampleFigures,
-    Watch,
-    fit_likelihood,
-    measure_samples,
-    standard_error,
-)
-from pipelines.evaluation.prior_table import prior_table
+from pipelines.evaluation.evaluate_prior import evaluate_prior
+from pipelines.evaluation.evaluation_report import Evaluation
+from pipelines.evaluation.feature_networks import OwnFeatures
+from pipelines.evaluation.likelihood import MIN_SCALE, NUM_SCALE_IMAGES, fit_likelihood, standard_error
+from pipelines.evaluation.measurement import HeldOutImages, figures_of
+from pipelines.evaluation.samples import SAMPLE_FIGURES, SampleRequest, Samples, Stopwatch, measure_samples
+from pipelines.evaluation.shared_work import SharedWork
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage1_tokenizer.losses import ObjectiveConfig
@@ -33,9 +29,7 @@ from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.data.dataset import DataConfig, load_images
-from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
-from twostage.core.machine.processes import join_processes
 
 CELLS, PIXELS = 16, 3 * 16 * 16
 NUM_SAMPLES = 37  # not a whole number of batches
@@ -75,21 +69,14 @@ def features(tmp_path_factory, data) -> Path:
 
 
 @pytest.fixture(scope="module")
-def document(runs, features, tmp_path_factory) -> dict:
-    return evaluate_prior(
-        runs.prior,
-        features=features,
-        num_samples=NUM_SAMPLES,
-        seed=3,
-        sampling=SAMPLING,
-        batch_size=16,
-        out=tmp_path_factory.mktemp("evaluation"),
-    )
+def evaluation(runs, features) -> Evaluation:
+    request = SampleRequest(NUM_SAMPLES, 3, SAMPLING)
+    return evaluate_prior(runs.prior, features=features, samples=request, batch_size=16)
 
 
 @pytest.fixture(scope="module")
-def figures(document) -> dict:
-    return document["figures"]
+def figures(evaluation) -> dict:
+    return evaluation.figures
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +125,7 @@ def test_the_cost_of_held_out_codes(runs, figures):
 
 @pytest.mark.parametrize("batch_size", [7, 100])
 def test_the_batch_size_changes_no_exact_figure(runs, figures, batch_size):
-    again = evaluate_prior(runs.prior, batch_size=batch_size)["figures"]
+    again = evaluate_prior(runs.prior, batch_size=batch_size).figures
     for name in ("nats_per_code", "chain_rule_nats_per_image"):
         assert again[name] == pytest.approx(figures[name], rel=1e-5)
 
@@ -148,16 +135,16 @@ def test_some_of_the_codes_are_spread_over_the_split(runs):
     cache = CodeCache(runs.codes)
     indices, labels = cache.validation.read(torch.arange(0, 64, 4))
     nats = -Prior.from_pretrained(runs.prior).log_likelihood(indices, labels).mean().item()
-    assert found["figures"]["nats_per_image"] == pytest.approx(nats, rel=1e-5)
-    assert found["protocol"]["codes"]["chosen"] == "spread evenly over 64"
-    assert found["protocol"]["data"]["images"] == 16
+    assert found.figures["nats_per_image"] == pytest.approx(nats, rel=1e-5)
+    assert found.protocol["codes"]["chosen"] == "spread evenly over 64"
+    assert found.protocol["data"]["images"] == 16
 
 
 def test_a_masked_transformer_has_a_bound_and_says_so(runs, masked):
     found = evaluate_prior(masked, runs.codes, batch_size=16)
-    figures, prior = found["figures"], Prior.from_pretrained(masked)
+    figures, prior = found.figures, Prior.from_pretrained(masked)
     assert "nats_per_code" not in figures
-    assert found["protocol"]["likelihood"]["kind"].startswith("upper bound")
+    assert found.protocol["likelihood"]["kind"].startswith("upper bound")
     indices, labels = CodeCache(runs.codes).validation.read(torch.arange(64))
     nats, generator = [], torch.Generator().manual_seed(1)
     for _ in range(150):  # the sum over one random order, written out
@@ -186,8 +173,8 @@ def test_the_standard_error_is_that_of_independent_batches():
 # --- images ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_whole_model_costs_codes_and_what_they_leave_open(runs, data, document):
-    figures, model = document["figures"], Autoencoder.from_pretrained(runs.tokenizer)
+def test_the_whole_model_costs_codes_and_what_they_leave_open(runs, data, evaluation):
+    figures, model = evaluation.figures, Autoencoder.from_pretrained(runs.tokenizer)
 
     def errors(split: str) -> np.ndarray:
         images = to_float(data.splits[split].read(torch.arange(len(data.splits[split]))))
@@ -203,22 +190,22 @@ def test_the_whole_model_costs_codes_and_what_they_leave_open(runs, data, docume
     bits = total / math.log(2) / PIXELS + math.log2(255 / 2)
     assert figures["chain_rule_bits_per_dim"] == pytest.approx(bits, rel=1e-9)
     assert 0 < bits < 9, "8 are enough for any image, but its tokenizer has seen 40 steps"
-    about = document["protocol"]["chain_rule"]
+    about = evaluation.protocol["chain_rule"]
     assert about["likelihood"] == "Gaussian"
     assert about["scale"] == pytest.approx(math.sqrt(variance), rel=1e-5)
     assert "320 training images" in about["scale_of"]
     assert about["bound"].startswith("-log p(x | class) <=")
-    said = "whole model: of the images given their class; a density at the grey levels"
-    assert said in prior_table(document)
-    assert "not comparable with likelihoods of discrete pixels" in about["note"]
-    assert SCALE_IMAGES > 320
+    assert "the images given their class" in evaluation.table()
+    assert about["note"] in evaluation.table()
+    assert_names(about["note"], "density", "discrete pixels")
+    assert NUM_SCALE_IMAGES > 320
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("l1", "mean"), ("bce", None)])
 def test_the_scale_of_other_likelihoods(runs, data, kind, expected):
     model, split = Autoencoder.from_pretrained(runs.tokenizer), data.splits["test"]
     model.config = model.config.model_copy(update={"loss": ObjectiveConfig(reconstruction=kind)})
-    fitted = fit_likelihood(model, split, torch.arange(64), 10, join_processes())
+    fitted = fit_likelihood(model, split, torch.arange(64), SharedWork(10))
     if expected is None:
         assert fitted == model.config.loss
         return
@@ -235,24 +222,24 @@ def test_without_the_tokenizer_codes_are_measured_and_the_reason_is_said(runs, t
     prior.config = prior.config.model_copy(update={"tokenizer": gone})
     prior.save_pretrained(tmp_path / "run" / "model")
     found = evaluate_prior(tmp_path / "run", runs.codes)
-    assert found["figures"]["nats_per_code"] > 0
-    assert found["figures"]["chain_rule_nats_per_image"] is None
-    assert f"{tmp_path / 'gone'}" in found["protocol"]["not_measured"]["chain_rule_nats_per_image"]
-    assert "weights_sha256" not in found["protocol"]["tokenizer"]
+    assert found.figures["nats_per_code"] > 0
+    assert found.figures["chain_rule_nats_per_image"] is None
+    assert f"{tmp_path / 'gone'}" in found.protocol["not_measured"]["chain_rule_nats_per_image"]
+    assert "weights_sha256" not in found.protocol["tokenizer"]
     again = evaluate_prior(tmp_path / "run", runs.codes, runs.tokenizer)
-    assert again["figures"]["chain_rule_nats_per_image"] > 0
+    assert again.figures["chain_rule_nats_per_image"] > 0
 
 
 def test_without_the_images_samples_are_still_judged(runs, cache, features, tmp_path):
     rewrite(cache, source=str(tmp_path / "gone"))
-    found = evaluate_prior(runs.prior, cache, features=features, num_samples=8)
-    assert found["figures"]["class_accuracy"] is not None
-    assert len(found["protocol"]["tokenizer"]["weights_sha256"]) == 64, "its decoder made the samples"
-    assert found["figures"]["inception_score"] > 1
+    found = evaluate_prior(runs.prior, cache, features=features, samples=SampleRequest(8))
+    assert found.figures["class_accuracy"] is not None
+    assert len(found.protocol["tokenizer"]["weights_sha256"]) == 64, "its decoder made the samples"
+    assert found.figures["inception_score"] > 1
     for name in ("chain_rule_nats_per_image", "frechet_distance", "precision", "neighbour_distance_ratio"):
-        assert found["figures"][name] is None
-        assert "gone" in found["protocol"]["not_measured"][name]
-    with pytest.raises(InputError, match="gone"):
+        assert found.figures[name] is None
+        assert "gone" in found.protocol["not_measured"][name]
+    with refuses(tmp_path / "gone"):
         evaluate_prior(runs.prior, cache, source=str(tmp_path / "gone"))
 
 
@@ -268,8 +255,8 @@ def reference_distance(x: np.ndarray, y: np.ndarray) -> float:
     return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a + b) - 2 * shared
 
 
-def test_samples_are_judged_as_a_plain_computation_judges_them(runs, data, features, document):
-    figures, network = document["figures"], FeatureNetwork.from_pretrained(features)
+def test_samples_are_judged_as_a_plain_computation_judges_them(runs, data, features, evaluation):
+    figures, network = evaluation.figures, FeatureNetwork.from_pretrained(features)
     options = SAMPLING.model_dump(exclude_defaults=True)
     output = TwoStagePipeline.from_runs(runs.prior)(NUM_SAMPLES, seed=3, output_type="pt", **options)
 
@@ -299,24 +286,26 @@ def test_samples_are_judged_as_a_plain_computation_judges_them(runs, data, featu
 
 
 def test_more_copies_than_one_in_a_hundred_are_refused(pipeline, data, features):
-    network, surest = OwnFeatures(features), SamplingConfig(top_k=1)  # the same grid for each image of a class
+    network, greedy = OwnFeatures(features), SamplingConfig(top_k=1)  # the same grid for each image of a class
+    images = HeldOutImages.choose(DataConfig(image_size=16, num_images=320), data, "test", None)
 
-    def measured(num_samples: int, sampling: SamplingConfig) -> SampleFigures:
-        splits = data.splits["train"], data.splits["test"]
-        return measure_samples(pipeline, network, num_samples, sampling, 0, 100, join_processes(), *splits)
+    def measured(num_samples: int, sampling: SamplingConfig) -> Samples:
+        return measure_samples(pipeline, network, SampleRequest(num_samples, 0, sampling), SharedWork(100), images)
 
-    refused = measured(24, surest)
-    assert refused.figures.keys() == {"samples", "distinct_samples", "codes_per_s"}
-    assert refused.figures["distinct_samples"] <= 8
-    copies = 24 - refused.figures["distinct_samples"]
-    assert refused.missing == dict.fromkeys(OF_SAMPLES, f"{copies} of the samples are copies of others")
-    assert f"{copies} of the 24 samples are copies of others, more than 1%" in refused.refused
-    assert "too low (here top_k 1), the same seeds in several processes" in refused.refused
+    refused = measured(24, greedy)
+    figures = figures_of(refused.measurements)
+    assert figures.keys() == {"samples", "distinct_samples", "codes_per_s"}
+    assert figures["distinct_samples"] <= 8
+    copies = 24 - figures["distinct_samples"]
+    (counts,) = refused.measurements
+    assert counts.missing == dict.fromkeys(SAMPLE_FIGURES, f"{copies} of the samples are copies of others")
+    assert_names(refused.refusal, f"{copies} of the 24 samples", "1%", "here top_k 1", "Try a higher temperature")
     assert refused.neighbours is None
     for temperature in (1.0, 1.15, 1.3):
         found = measured(100, SamplingConfig(temperature=temperature))
-        assert (found.refused is None) == (found.figures["distinct_samples"] >= 99)
-        assert (found.refused is None) == ("frechet_distance" in found.figures)
+        figures = figures_of(found.measurements)
+        assert (found.refusal is None) == (figures["distinct_samples"] >= 99)
+        assert (found.refusal is None) == ("frechet_distance" in figures)
 
 
 def test_too_many_copies_end_the_command_and_codes_are_still_measured(runs, features, twostage, tmp_path):
@@ -325,34 +314,34 @@ def test_too_many_copies_end_the_command_and_codes_are_still_measured(runs, feat
     assert ended.code == 2
     [sentence] = [line for line in ended.err.split("\r")[-1].splitlines() if "error" in line]
     assert "of the 24 samples are copies of others" in sentence
-    assert sentence.endswith(f"the other figures are in {run / 'evaluation' / 'evaluation.json'}")
+    assert_names(sentence, run / "evaluation" / "evaluation.json")
     written = json.loads((run / "evaluation" / "evaluation.json").read_text())
     assert written["figures"]["nats_per_code"] > 0
     assert written["figures"]["chain_rule_nats_per_image"] > 0
-    assert {name for name, value in written["figures"].items() if value is None} == set(OF_SAMPLES)
+    assert {name for name, value in written["figures"].items() if value is None} == set(SAMPLE_FIGURES)
     assert written["protocol"]["samples"]["refused"] in sentence
     assert written["protocol"]["samples"]["duplicates"] >= 16
     assert (run / "evaluation" / "samples.png").exists(), "to see what is wrong"
     assert not (run / "evaluation" / "neighbours.png").exists()
-    assert "copies of others, more than 1%" in (run / "evaluation" / "evaluation.html").read_text()
+    assert "copies of others" in (run / "evaluation" / "evaluation.html").read_text()
 
 
 def test_a_network_of_other_classes_gives_distances_alone(runs, tmp_path):
     config = FeatureNetworkConfig(image_size=(8, 8), channels=3, class_names=["a", "b"], widths=[8])
     torch.manual_seed(0)
     FeatureNetwork(config).save_pretrained(tmp_path)
-    found = evaluate_prior(runs.prior, features=tmp_path, num_samples=20, num_images=8)
-    assert found["figures"]["class_accuracy"] is None
-    assert "knows the classes a, b; those of the model are" in found["protocol"]["not_measured"]["class_accuracy"]
-    assert found["figures"]["frechet_distance"] > 0
-    assert 1 <= found["figures"]["inception_score"] <= 2, "its own two classes"
-    assert "the network's own 2" in found["protocol"]["inception_score"]["classes"]
+    found = evaluate_prior(runs.prior, features=tmp_path, samples=SampleRequest(20), num_images=8)
+    assert found.figures["class_accuracy"] is None
+    assert_names(found.protocol["not_measured"]["class_accuracy"], "a, b", "circle")
+    assert found.figures["frechet_distance"] > 0
+    assert 1 <= found.figures["inception_score"] <= 2, "its own two classes"
+    assert "the network's own 2" in found.protocol["inception_score"]["classes"]
 
 
 def test_the_watch_stops_when_the_last_code_is_drawn(monkeypatch):
     clock = iter([1.0, 3.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    watch = Watch(10, torch.device("cpu"))
+    watch = Stopwatch(10, torch.device("cpu"))
     for _ in range(3):
         watch(3.1)
     assert watch.seconds == 0
@@ -363,8 +352,8 @@ def test_the_watch_stops_when_the_last_code_is_drawn(monkeypatch):
 # --- the protocol and the command -----------------------------------------------------------------------------------
 
 
-def test_the_protocol_says_how_it_was_measured(runs, features, data, document):
-    protocol = document["protocol"]
+def test_the_protocol_says_how_it_was_measured(runs, features, data, evaluation):
+    protocol = evaluation.protocol
     digest = lambda path: hashlib.sha256((path / "model" / "model.safetensors").read_bytes()).hexdigest()  # noqa: E731
     assert protocol["prior"] == {
         "path": str(runs.prior), "type": "causal_transformer", "weights_sha256": digest(runs.prior)
@@ -431,8 +420,9 @@ def test_without_a_network_it_says_what_to_do(runs, twostage, tmp_path):
     run = shutil.copytree(runs.prior, tmp_path / "run")
     ended = twostage("evaluate", run, "--num-images", 5)
     assert ended.code == 0, ended.err
-    assert "drawn at                  not measured: give --features runs/NAME" in ended.out
-    assert "class accuracy              not measured: as above" in ended.out
+    lines = {line[:28].strip(): line[28:] for line in ended.out.splitlines()}
+    assert_names(lines["class accuracy"], "not measured: as above")
+    assert_names(lines["drawn at"], "not measured", "--features runs/NAME", "--inception FILE")
     assert not (run / "evaluation" / "samples.png").exists()
 
 
@@ -446,35 +436,29 @@ def test_mistakes_cost_one_sentence(runs, cache, features, changed_tokenizer, tw
 
     prior, other = runs.prior, changed_tokenizer("encoder")
     found, expected = (Autoencoder.from_pretrained(path).content_hash()[:12] for path in (other, runs.tokenizer))
-    for words, said in {
-        (prior, "--codes", cache / "no"): "no such folder",
-        (prior / "model" / "..", "--codes", runs.tokenizer): "not a code cache",
-        (prior, "--split", "val"): "--split val: codes",
-        (prior, "--weights-dir", cache): "is of tokenizers",
-        (runs.tokenizer, "--codes", cache): "is of priors",
-        (runs.tokenizer, "--top-k", 3): "--top-k 3: is of priors",
-        (prior, "--top-k", 99, "--features", features): "top_k 99: expected at most 16,",
-        (prior, "--num-samples", 500, "--seed", 3, "--temperature", 0.8): (
-            "--num-samples 500, --seed 3, --temperature 0.8: samples are drawn only where a network judges them; give "
-            "--features runs/NAME"
-        ),
-        (prior, "--features", features, "--inception", "x"): "give one of them",
-    }.items():
-        assert said in refused(*words)
-    sentence = refused(prior, "--tokenizer", other)
-    assert found in sentence
-    assert expected in sentence
+    needs_network = ("--num-samples 500", "--seed 3", "--temperature 0.8", "--features runs/NAME")
+    for words, parts in (
+        ((prior, "--codes", cache / "no"), (cache / "no", "twostage encode")),
+        ((prior / "model" / "..", "--codes", runs.tokenizer), ("no code cache",)),
+        ((prior, "--split", "val"), ("--split val", "train", "test")),
+        ((prior, "--weights-dir", cache), ("--weights-dir", cache, "tokenizers", prior)),
+        ((runs.tokenizer, "--codes", cache), ("--codes", cache, "priors", runs.tokenizer)),
+        ((runs.tokenizer, "--top-k", 3), ("--top-k 3", "priors")),
+        ((prior, "--top-k", 99, "--features", features), ("top_k 99", "16")),
+        ((prior, "--num-samples", 500, "--seed", 3, "--temperature", 0.8), needs_network),
+        ((prior, "--features", features, "--inception", "x"), ("--features", features, "--inception x")),
+        ((prior, "--tokenizer", other), (found, expected)),
+    ):
+        assert_names(refused(*words), *parts)
     hashes = {"hash": "f" * 64, "path": "runs/other"}
-    for changes, said in {
-        ("tokenizer", json.dumps(hashes)): f"made by the tokenizer ffffffffffff, but the prior {prior} was trained on",
-        ("codebook_size", "32"): "have a codebook of 32, but the prior",
-        ("class_names", '["a"]'): "have the classes ['a'], but the prior",
-    }.items():
+    for key, value, parts in (
+        ("tokenizer", hashes, ("f" * 12, prior, expected)),
+        ("codebook_size", 32, ("codebook_size 32", prior)),
+        ("class_names", ["a"], ("class_names ['a']", prior)),
+    ):
         shutil.copy(runs.codes / "manifest.json", cache)
-        rewrite(cache, **{changes[0]: json.loads(changes[1])})
-        sentence = refused(prior, "--codes", cache)
-        assert said in sentence
-        assert changes[0] != "tokenizer" or expected in sentence
+        rewrite(cache, **{key: value})
+        assert_names(refused(prior, "--codes", cache), *parts, "--codes DIR")
     assert not (prior / "evaluation").exists()
 
 
@@ -482,7 +466,7 @@ def test_damaged_codes_are_refused(runs, cache):
     codes = np.load(cache / "train.codes.npy")
     codes[5, 0, 1] = 16
     np.save(cache / "train.codes.npy", codes)
-    with pytest.raises(InputError, match="row 5 holds the code 16, expected codes from 0 to 15"):
+    with refuses("row 5", "code 16", "0 to 15"):
         evaluate_prior(runs.prior, cache)
 
 
@@ -490,5 +474,5 @@ def test_codes_of_another_grid_are_refused(runs, cache):
     for file in cache.glob("*.codes.npy"):
         np.save(file, np.load(file)[:, :, :2])
     rewrite(cache, grid=[4, 2])
-    with pytest.raises(InputError, match=r"have a grid of 4x2, but the prior .* was trained on 4x4"):
+    with refuses("grid 4x2", runs.prior, "4x4", "--codes DIR"):
         evaluate_prior(runs.prior, cache)

@@ -1,4 +1,4 @@
-"""The tour, whole, with trainings of a few steps: it is resumed without training again, and tells of every family."""
+"""The whole tour with trainings of a few steps: it resumes without training again, and describes every family."""
 
 import json
 from pathlib import Path
@@ -6,18 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from messages import refuses
 
 from pipelines.comparison import tour_families
-from pipelines.comparison.tour import open_plan, random_latents, steps_for, tour
+from pipelines.comparison.tour import open_plan, steps_for, take_tour
 from pipelines.comparison.tour_families import FAMILIES, document_of, merged
+from pipelines.comparison.tour_page import random_latents
+from pipelines.evaluation.samples import SampleRequest
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage2_prior.train_prior import PriorTrainingConfig
 from twostage.core.config.sections import parse_config
-from twostage.core.errors import InputError
 from twostage.core.runs.run_folder import read_metrics
 
 DATA = {"image_size": [16, 16], "num_images": 160}
-SHORT: dict[str, Any] = {"minutes": 10, "num_images": 3, "num_samples": 40, "most_steps": 3, "data": DATA}
+SHORT: dict[str, Any] = {"minutes": 10, "num_images": 3, "request": SampleRequest(40), "max_steps": 3, "data": DATA}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +33,7 @@ def _one_process():
 def told(tmp_path_factory):
     """The folder of a tour, and what was found on it."""
     out = tmp_path_factory.mktemp("tour") / "tour"
-    return out, tour(out, **SHORT)
+    return out, take_tour(out, **SHORT)
 
 
 def written(out: Path) -> dict[str, float]:
@@ -39,7 +41,7 @@ def written(out: Path) -> dict[str, float]:
     return {file.parts[-3]: file.stat().st_mtime_ns for file in out.glob("*/model/model.safetensors")}
 
 
-def test_every_family_is_trained_measured_and_told_of(told):
+def test_every_family_is_trained_measured_and_described(told):
     out, comparison = told
     assert set(written(out)) == {"judge", "critic", *FAMILIES}
     assert not (out / "timing").exists()
@@ -65,7 +67,7 @@ def test_the_same_tour_again_trains_nothing_again(told, capsys):
     out, _ = told
     before, steps = written(out), json.loads((out / "tour.json").read_text())["steps"]
     (out / "compare.html").unlink()
-    tour(out, **SHORT)
+    take_tour(out, **SHORT)
     assert written(out) == before
     assert json.loads((out / "tour.json").read_text())["steps"] == steps
     assert (out / "compare.html").is_file()
@@ -74,20 +76,20 @@ def test_the_same_tour_again_trains_nothing_again(told, capsys):
 
 def test_another_tour_in_the_same_folder_is_refused(told):
     out, _ = told
-    with pytest.raises(InputError, match=r"holds a tour with minutes 10, not 2"):
-        tour(out, minutes=2, data=DATA)
+    with refuses("--out", out, "minutes 10", "not 2", "another --out"):
+        take_tour(out, minutes=2, data=DATA)
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="exists and holds no tour"):
-        tour(tmp_path, data=DATA)
+    with refuses("--out", tmp_path, "not a tour"):
+        take_tour(tmp_path, data=DATA)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_too_little_time_for_a_step(tmp_path, new_process):
     plan = open_plan(tmp_path / "tour", {"source": "shapes", **DATA}, 1e-9, 0, 3)
-    with pytest.raises(InputError, match=r"--minutes 1e-09: a step of Autoencoder \(AE\) takes .* give at least"):
+    with refuses("--minutes 1e-09", "Autoencoder (AE)", "at least --minutes"):
         steps_for(plan, "ae")
 
 

@@ -6,16 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import refuses
 from safetensors.torch import load_file, save_file
 
-from pipelines.evaluation.frechet import OwnFeatures
-from pipelines.evaluation.independence import not_evidence
+from pipelines.evaluation.feature_networks import OwnFeatures, not_evidence
 from pipelines.saved.model_card import CardFields
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, PerceptualNetwork
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.data.shapes import CLASS_NAMES
-from twostage.core.errors import InputError
 
 NAMES = ["recognised", "rfid"]
 
@@ -61,7 +60,7 @@ def config_of(*networks: PerceptualNetwork, perceptual: dict | None = None) -> A
 
 
 def found(config: AutoencoderConfig, features: Path, run: Path | str = "runs/tokenizer") -> dict[str, str]:
-    return not_evidence(config, run, OwnFeatures(features), features, "my images", NAMES)
+    return not_evidence(config, run, OwnFeatures(features), "my images", NAMES)
 
 
 # --- what a model remembers -----------------------------------------------------------------------------------------
@@ -146,7 +145,7 @@ def test_the_same_weights_are_known_wherever_they_lie(critic, judge, trained, tm
     wider = make_network(tmp_path / "wider", 0, (48, 12))
     for features in (judge, slightly, wider):
         assert found(config, features) == {}, features
-    assert not_evidence(config, trained, None, None, "x", NAMES) == {}
+    assert not_evidence(config, trained, None, "x", NAMES) == {}
 
 
 def test_another_network_put_in_the_place_of_the_first_is_another(critic, trained, tmp_path):
@@ -261,7 +260,7 @@ def test_lpips_that_was_optimised_is_no_evidence(runs, twostage, monkeypatch, tm
         def forward(self, decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
             return (decoded - images).abs().mean()
 
-    monkeypatch.setattr("pipelines.evaluation.evaluate_tokenizer.build_perceptual", lambda *_: Distance())
+    monkeypatch.setattr("pipelines.evaluation.reconstructions.build_perceptual", lambda *_: Distance())
     (tmp_path / "vgg16-397923af.pth").write_bytes(b"weights")
     for networks, expected in (([], set()), ([{"type": "lpips"}], {"lpips"})):
         file = run / "model" / "config.json"
@@ -281,5 +280,5 @@ def test_a_damaged_record_is_a_sentence(runs, tmp_path, value):
     run = shutil.copytree(runs.tokenizer, tmp_path / "run")
     file = run / "model" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"trained_against": value}))
-    with pytest.raises(InputError, match="trained_against"):
+    with refuses("trained_against"):
         Autoencoder.from_pretrained(run)

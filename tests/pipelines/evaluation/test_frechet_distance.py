@@ -8,7 +8,10 @@ import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from pipelines.evaluation.frechet import InceptionFeatures, OwnFeatures, ReconstructionJudge, frechet_distance
+from pipelines.evaluation.distances import frechet_distance
+from pipelines.evaluation.feature_networks import InceptionFeatures, OwnFeatures
+from pipelines.evaluation.reconstructions import ReconstructionJudge
+from pipelines.evaluation.shared_work import SharedWork
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from twostage.core.data.shapes import draw_shapes
 
@@ -24,7 +27,7 @@ def reference_distance(x: np.ndarray, y: np.ndarray) -> float:
 class Pixels(torch.nn.Module):
     """Takes the pixels themselves for features."""
 
-    num_features, channels, protocol = 40, 1, {}
+    num_features, channels, protocol = 40, 1, {"network": "the pixels", "hash": "0" * 64}
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return pixels.flatten(1).double()
@@ -32,26 +35,26 @@ class Pixels(torch.nn.Module):
 
 def test_the_distance_has_the_precision_of_float64():
     x, y = torch.randint(0, 256, (2, 300, 1, 5, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    distances = ReconstructionJudge(Pixels(), 300, torch.device("cpu"))
+    distances = ReconstructionJudge(Pixels(), 300, SharedWork())
     for places in torch.arange(300).split(77):
         distances.update(x[places], y[places], places)
-    figures, _, protocol = distances.compute(300, lambda tensor: tensor)
-    assert figures["rfid"] == pytest.approx(
+    found = distances.compute(300)
+    assert found.figures.rfid == pytest.approx(
         reference_distance(*(z.flatten(1).double().numpy() for z in (x, y))), rel=1e-9
     )
-    assert "warning" in protocol
-    few = ReconstructionJudge(Pixels(), 81, torch.device("cpu"))
+    assert "warning" in found.protocol["rfid"]
+    few = ReconstructionJudge(Pixels(), 81, SharedWork())
     few.update(x[:81], y[:81], torch.arange(81))
-    assert few.compute(81, lambda tensor: tensor)[0].keys() == {"rfid"}, "a half has fewer images than it needs"
+    assert few.compute(81).figures.by_key().keys() == {"rfid"}, "a half has fewer images than it needs"
 
 
 def test_images_that_come_back_as_they_were_have_no_distance():
     x = torch.randint(0, 256, (300, 1, 5, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    distances = ReconstructionJudge(Pixels(), 300, torch.device("cpu"))
+    distances = ReconstructionJudge(Pixels(), 300, SharedWork())
     distances.update(x, x, torch.arange(300))
-    figures, _, _ = distances.compute(300, lambda tensor: tensor)
-    assert figures["rfid"] == pytest.approx(0, abs=1e-6)
-    assert figures["rfid_of_halves"] > 100, "of 255 levels"
+    figures = distances.compute(300).figures
+    assert figures.rfid == pytest.approx(0, abs=1e-6)
+    assert figures.rfid_of_halves > 100, "of 255 levels"
 
 
 def test_inception_features_are_those_of_torch_fidelity(tmp_path, monkeypatch):

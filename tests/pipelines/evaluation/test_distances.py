@@ -7,19 +7,19 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kernel_mmd, kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from pipelines.evaluation.sample_quality import (
-    SUBSETS,
+from pipelines.evaluation.distances import (
+    NUM_SUBSETS,
     inception_score,
     kernel_distance,
     num_splits,
     precision_recall,
     subset_size,
 )
+from pipelines.evaluation.shared_work import SharedWork
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from twostage.core.data.dataset import DataConfig, load_images
 from twostage.core.data.shapes import CLASS_NAMES
 from twostage.core.images.conversion import to_float
-from twostage.core.machine.processes import join_processes
 from twostage.core.training.random import seed_for
 
 
@@ -38,20 +38,20 @@ def sets() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_the_kernel_distance_is_that_of_torch_fidelity(sets):
     images, real = (features.double() for features in sets)
-    found, deviation = kernel_distance(*sets, size=100, state=join_processes())
+    found, deviation = kernel_distance(*sets, size=100, work=SharedWork())
     options = {"kid_subset_size": 100, "kid_kernel": "poly", "kid_kernel_poly_degree": 3, "verbose": False}
     options |= {"kid_kernel_poly_gamma": None, "kid_kernel_poly_coef0": 1.0, "rng_seed": 1}
     peer = kid_features_to_metric(images, real, kid_subsets=100, **options)
     assert abs(found - peer["kernel_inception_distance_mean"]) < peer["kernel_inception_distance_std"]
     each = []
-    for subset in range(SUBSETS):  # and on the same subsets to the last digits
+    for subset in range(NUM_SUBSETS):  # and on the same subsets to the last digits
         generator = torch.Generator().manual_seed(seed_for("kernel distance", subset))
         chosen = [x[torch.randperm(len(x), generator=generator)[:100]].numpy() for x in (real, images)]
         each.append(kernel_mmd(*chosen, **options))
     assert found == pytest.approx(np.mean(each), rel=1e-9)
     assert deviation == pytest.approx(np.std(each), rel=1e-9)
     assert found > deviation, "noise was not seen"
-    alike, deviation = kernel_distance(sets[1][:200], sets[1][200:], 100, join_processes())
+    alike, deviation = kernel_distance(sets[1][:200], sets[1][200:], 100, SharedWork())
     assert abs(alike) < deviation
 
 
@@ -63,12 +63,12 @@ def test_subsets_differ(images, expected):
 def test_precision_and_recall_are_those_of_torch_fidelity(sets):
     options = {"prc_neighborhood": 3, "prc_batch_size": 64, "verbose": False}
     for images, real in (sets, sets[::-1]):
-        found = precision_recall(images, real, join_processes())
+        found = precision_recall(images, real, SharedWork())
         peer = prc_features_to_metric(images.double(), real.double(), save_cpu_ram=True, **options)
         assert found == pytest.approx((peer["precision"], peer["recall"]), abs=1e-6)
         assert 0.05 < min(found) < 0.95, "a figure that says nothing"
-    assert precision_recall(sets[0], sets[0].flip(0), join_processes()) == (1.0, 1.0)
-    assert precision_recall(sets[0], sets[1] + 1e4, join_processes()) == (0.0, 0.0)
+    assert precision_recall(sets[0], sets[0].flip(0), SharedWork()) == (1.0, 1.0)
+    assert precision_recall(sets[0], sets[1] + 1e4, SharedWork()) == (0.0, 0.0)
 
 
 def test_the_inception_score_is_that_of_torch_fidelity():

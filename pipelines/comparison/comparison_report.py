@@ -1,0 +1,164 @@
+"""A finished comparison: its table, its contact sheet, compare.json and the page compare.html."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipelines.comparison.compared_models import ComparedModel
+from pipelines.comparison.side_by_side import Comparison
+from pipelines.files.report import Report
+from pipelines.saved.figures import NO_EVIDENCE
+from twostage.core.images.fonts import class_labels
+from twostage.core.images.sheets import contact_sheet, save_image
+from twostage.core.runs.model_folder import write_json
+
+__all__ = [
+    "COLUMNS",
+    "column_labels",
+    "comparison_document",
+    "comparison_sheet",
+    "doubt_notes",
+    "figure_rows",
+    "strip_sheet",
+    "text_table",
+    "write_comparison",
+]
+
+COLUMNS = {
+    "name": "model",
+    "parameters": "parameters",
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "recognised": "recognised reconstructions",
+    "rfid": "Frechet distance of reconstructions",
+    "codes": "codes in use",
+    "nats_per_image": "nats per image",
+    "nats_per_code": "nats per code",
+    "images_per_s": "images/s",
+    "frechet_distance": "Frechet distance of samples",
+    "class_accuracy": "class accuracy",
+}
+"""The titles of the table, by figure."""
+FORMATS = {
+    "parameters": "{:,.0f}",
+    "psnr": "{:.2f}",
+    "ssim": "{:.3f}",
+    "recognised": "{:.1%}",
+    "rfid": "{:.3g}",
+    "nats_per_image": "at most {:.1f}",
+    "nats_per_code": "{:.3f}",
+    "images_per_s": "{:,.1f}",
+    "frechet_distance": "{:.3g}",
+    "class_accuracy": "{:.1%}",
+}
+DOUBT_MARK = " *"
+"""After a figure that is not evidence of quality; :func:`doubt_notes` gives the reason."""
+
+
+def figure_rows(models: Sequence[ComparedModel]) -> list[dict[str, str]]:
+    """The rows of the table, by the keys of `COLUMNS`; a figure that does not apply has no key."""
+    rows = []
+    for model in models:
+        figures = model.figures
+        row = {
+            key: form.format(figures[key]) + DOUBT_MARK * (key in model.not_evidence)
+            for key, form in FORMATS.items()
+            if key in figures
+        }
+        if "codebook_size" in figures:
+            codes = figures["codebook_size"] * figures["codebooks"]
+            row["codes"] = f"{figures['codes_used']:.0f} of {codes:.0f}"
+        if model.pipeline and model.pipeline.prior and not model.pipeline.prior.exact_likelihood:
+            row["nats_per_code"] = f"at most {row['nats_per_code']}"
+        rows.append({"name": model.name, **row})
+    return rows
+
+
+def doubt_notes(models: Sequence[ComparedModel]) -> list[str]:
+    """Why marked figures are not evidence of quality, one sentence per model and reason."""
+    return [
+        f"{DOUBT_MARK.strip()} {model.name}: {NO_EVIDENCE}, because {reason}."
+        for model in models
+        for reason in dict.fromkeys(model.not_evidence.values())
+    ]
+
+
+def text_table(comparison: Comparison) -> str:
+    """What the command prints: the rows with the columns that any of them fills, and the notes."""
+    rows = figure_rows(comparison.models)
+    columns = {key: title for key, title in COLUMNS.items() if any(key in row for row in rows)}
+    cells = [list(columns.values()), *([row.get(key, "") for key in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return "\n".join([*(line.rstrip() for line in lines), *doubt_notes(comparison.models)])
+
+
+def strip_sheet(
+    strips: Mapping[str, Tensor], classes: list[str] | None = None, with_classes: Sequence[str] = ()
+) -> Image.Image:
+    """A contact sheet: rows of images (n, C, H, W) uint8 by their titles.
+
+    Args:
+        classes: of the columns.
+        with_classes: the titles of the rows that show these classes.
+    """
+    columns = len(next(iter(strips.values())))
+    captions = None
+    if classes and with_classes:
+        captions = [name for title in strips for name in (classes if title in with_classes else [""] * columns)]
+    return contact_sheet(torch.cat(list(strips.values())), columns, captions, list(strips))
+
+
+def column_labels(comparison: Comparison) -> list[str] | None:
+    """What stands below the columns for their classes."""
+    if comparison.classes is None:
+        return None
+    known = next(m.pipeline.label_names for m in comparison.models if m.pipeline and m.pipeline.label_names)
+    return class_labels(comparison.classes, [known.index(name) for name in comparison.classes])
+
+
+def comparison_sheet(comparison: Comparison, more: Mapping[str, Tensor] | None = None) -> Image.Image:
+    """The reconstructions of every model, ``more`` rows if there are any, and the samples of every model."""
+    strips = {"original": comparison.originals}
+    strips |= {m.name: m.reconstructions for m in comparison.models if m.reconstructions is not None}
+    strips |= more or {}
+    strips |= {f"{m.name}: new": m.samples for m in comparison.models if m.samples is not None}
+    named = [f"{m.name}: new" for m in comparison.models if m.samples is not None and m.shows_classes]
+    return strip_sheet(strips, column_labels(comparison), named)
+
+
+def comparison_document(comparison: Comparison) -> dict[str, Any]:
+    """The content of compare.json."""
+    models = [
+        {
+            "name": model.name,
+            "path": model.path,
+            "figures": model.figures,
+            "not_evidence": model.not_evidence,
+            "not_measured": model.missing,
+        }
+        for model in comparison.models
+    ]
+    return {"models": models, "protocol": comparison.protocol}
+
+
+def write_comparison(comparison: Comparison, out: Path) -> None:
+    """Writes compare.html, compare.png and compare.json into ``out``."""
+    sheet = comparison_sheet(comparison)
+    report = Report("Models side by side")
+    report.table(COLUMNS, figure_rows(comparison.models))
+    for note in doubt_notes(comparison.models):
+        report.text(note)
+    about = comparison.protocol["data"]
+    report.text(f"Measured on {about['images']:,} images of `{about['split']}` of {about['source']}.")
+    report.heading("The same images, the same classes and seeds")
+    report.image(sheet, "Held-out images and their reconstructions by every tokenizer, and new images.")
+    report.details("How this was measured", json.dumps(comparison.protocol, indent=2))
+    report.save(out / "compare.html")
+    save_image(sheet, out / "compare.png")
+    write_json(out / "compare.json", comparison_document(comparison))

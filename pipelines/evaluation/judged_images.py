@@ -1,0 +1,99 @@
+"""Sets of images as a judging network sees them: their features and their digests.
+
+Axes: n images, B of them in a batch, F features, K classes, C channels, H and W pixels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipelines.evaluation.feature_networks import Judge
+from pipelines.evaluation.measurement import HeldOutImages
+from pipelines.evaluation.shared_work import RowDigests, SharedWork
+from twostage.core.data.dataset import ImageSplit
+from twostage.core.data.spread import spread
+
+__all__ = ["JudgedImages", "RealImages"]
+
+MAX_REFERENCES = 50_000
+"""Training images that samples are compared with."""
+
+
+class JudgedImages:
+    """The features and the digests of a set of images, collected batch by batch.
+
+    Args:
+        count: images, over all processes.
+    """
+
+    def __init__(self, network: Judge, count: int, work: SharedWork) -> None:
+        self.network, self._work = network, work
+        self.features = torch.zeros(count, network.num_features)
+        """(n, F) float32, on the CPU."""
+        self.digests = RowDigests(count)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @classmethod
+    def read(cls, network: Judge, split: ImageSplit, rows: Tensor, work: SharedWork, name: str) -> "JudgedImages":
+        """The images ``rows`` of a split, under a progress bar called ``name``."""
+        judged = cls(network, len(rows), work)
+        for places in work.batches(len(rows), name):
+            judged.update(places, split.read(rows[places]))
+        judged.gather()
+        return judged
+
+    def update(self, places: Tensor, pixels: Tensor) -> None:
+        """Adds uint8 images (B, C, H, W) at the ``places`` (B,) that they have among all images."""
+        self.digests.update(places, pixels)
+        self.features[places] = self.network(pixels.to(self._work.device)).float().cpu()
+
+    def gather(self) -> None:
+        """Combines what the processes collected."""
+        self.features = self._work.total(self.features)
+        self.digests.gather(self._work)
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """The network's logits, (n, K) float32."""
+        return self.network.logits(self.features.to(self._work.device)).float().cpu()
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The real images that ``num_samples`` samples are compared with."""
+
+    source: HeldOutImages
+    num_samples: int
+    training: JudgedImages
+    training_rows: Tensor
+    """The rows of the training split that ``training`` holds."""
+    held_out: JudgedImages
+    """As many images as there are samples, if the split has as many."""
+    held_out_rows: Tensor
+
+    @classmethod
+    def judge(cls, network: Judge, source: HeldOutImages, num_samples: int, work: SharedWork) -> "RealImages":
+        """Looks at training images and at held-out images with a network."""
+        rows, held_out_rows = spread(len(source.train), MAX_REFERENCES), spread(len(source.split), num_samples)
+        training = JudgedImages.read(network, source.train, rows, work, "training images")
+        held_out = JudgedImages.read(network, source.split, held_out_rows, work, "held-out images")
+        return cls(source, num_samples, training, rows, held_out, held_out_rows)
+
+    @property
+    def num_compared(self) -> int:
+        """The size of the smallest set."""
+        return min(self.num_samples, len(self.held_out), len(self.training))
+
+    @property
+    def ball_rows(self) -> Tensor:
+        """The places in ``training`` that precision and recall use: as many as samples, because the balls shrink with
+        the number of images."""
+        return spread(len(self.training), self.num_samples)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The numbers of images, for the protocol."""
+        return {"training_images": len(self.training), "held_out_images": len(self.held_out)}

@@ -1,0 +1,270 @@
+"""What held-out codes cost under a prior, and what held-out images cost under the prior and its tokenizer together.
+
+Axes: n rows, B of them in a batch, h and w cells of the code grid, C channels, H and W pixels, D draws.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.evaluation.measurement import HeldOutImages, Measurement, chosen_rows
+from pipelines.evaluation.shared_work import RowDigests, SharedWork
+from pipelines.saved.figures import CodeCost, Cost, ImageCost
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.losses import ObjectiveConfig, negative_log_likelihood, reconstruction_loss
+from stage2_prior.codes import CodeCache, CodeSplit
+from stage2_prior.prior import Prior
+from twostage.core.data.dataset import ImageSplit
+from twostage.core.data.spread import spread
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_float
+from twostage.core.training.random import BatchRandom, seed_for
+
+__all__ = [
+    "MIN_SCALE",
+    "NUM_SCALE_IMAGES",
+    "HeldOutCodes",
+    "PerImageCosts",
+    "fit_likelihood",
+    "image_costs",
+    "measure_codes",
+    "measure_images",
+    "standard_error",
+]
+
+NUM_BOUND_DRAWS, BOUND_SEED = 2, 0
+"""Draws per image that an upper bound is averaged over: at least two, to tell how far they are apart."""
+NUM_SCALE_IMAGES = 4096
+"""Training images that the likelihood's scale is fitted on."""
+MIN_SCALE = 2 / 255 / math.sqrt(12)
+"""Of a pixel's likelihood, in units of [-1, 1]: the standard deviation of rounding to 8 bits. A narrower density says
+nothing about grey levels."""
+
+
+# --- codes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeldOutCodes:
+    """The code grids that a prior is measured on."""
+
+    cache: CodeCache
+    split_name: str
+    rows: Tensor
+    """(n,) int64: the rows of the split that are measured."""
+
+    @classmethod
+    def choose(cls, cache: CodeCache, split: str | None, num_images: int | None) -> "HeldOutCodes":
+        """Chooses the grids of ``num_images`` images, spread evenly over a split (None: all); by default the split that
+        training validated on.
+
+        Raises:
+            InputError: there is no such split (the message lists the existing ones).
+        """
+        name = split or cache.manifest.validation_split
+        if name not in cache.splits:
+            choices = " or ".join(cache.splits)
+            raise InputError(f"--split {name}: codes {cache.path} have no such split. Choose {choices}.")
+        return cls(cache, name, spread(len(cache.splits[name]), num_images))
+
+    @property
+    def split(self) -> CodeSplit:
+        """The split that the grids come from."""
+        return self.cache.splits[self.split_name]
+
+
+@torch.no_grad()
+def measure_codes(prior: Prior, codes: HeldOutCodes, work: SharedWork) -> Measurement[CodeCost]:
+    """Measures what held-out codes cost under ``prior``."""
+    split, rows, manifest = codes.split, codes.rows, codes.cache.manifest
+    # One row per grid, and each process fills in its own rows: so the means do not depend on which process did what.
+    nats = torch.zeros(len(rows), _num_draws(prior), dtype=torch.float64)
+    digests = RowDigests(len(rows))
+    for places in work.batches(len(rows), "codes"):
+        indices, labels = split.read(rows[places])
+        digests.update(places, indices)
+        labels = None if labels is None else labels.to(work.device)
+        nats[places] = _prior_nats(prior, indices.to(work.device), labels, int(rows[places[0]]))
+    nats = work.total(nats)
+    digests.gather(work)
+    config, cells = prior.config, math.prod(prior.config.grid)
+    error = None if prior.exact_likelihood else Cost.of(standard_error(nats, work.batch_size), config)
+    figures = CodeCost(
+        parameters=sum(parameter.numel() for parameter in prior.parameters()),
+        images=len(rows),
+        cost=Cost.of(nats.mean().item(), config),
+        unigram=Cost.of(manifest.unigram_nats_per_code[codes.split_name] * cells, config),
+        uniform=Cost.of(math.log(config.codebook_size) * cells, config),
+        standard_error=error,
+    )
+    chosen = chosen_rows(len(rows), len(split))
+    about = {
+        "path": str(codes.cache.path),
+        "split": codes.split_name,
+        "rows": len(rows),
+        "chosen": chosen,
+        "sha256": digests.sha256,
+        "sha256_of": "the sha256 digests of the grids (int64, height x width), in order",
+    }
+    likelihood = _likelihood_protocol(prior)
+    notes = [] if prior.exact_likelihood else [f"The cost of the codes is an {likelihood['kind']}."]
+    subject = f"{codes.cache.path}, {codes.split_name}: {len(rows):,} code grids ({chosen}), {digests.sha256[:12]}"
+    return Measurement(figures, {}, {"codes": about, "likelihood": likelihood}, [subject], notes)
+
+
+def _likelihood_protocol(prior: Prior) -> dict[str, Any]:
+    config = prior.config
+    dimensions = " x ".join(map(str, (*config.image_size, config.channels)))
+    kind: dict[str, Any] = {"kind": "exact"}
+    if not prior.exact_likelihood:
+        kind = {
+            "kind": "upper bound (any-order autoregression): do not compare it with exact figures as if it were exact",
+            "draws": NUM_BOUND_DRAWS,
+            "seed": BOUND_SEED,
+            "standard_error": "from the draws alone, for these code grids",
+        }
+    return kind | {
+        "of": "the codes given the image's class" if prior.num_classes else "the codes",
+        "bits_per_dim": f"nats per image / (ln 2 x {dimensions}): the cost of the codes per value of the image",
+        "unigram": "code frequencies of the training split, add-one smoothing; cost of the whole held-out split",
+        "uniform": f"ln {config.codebook_size} nats per code",
+    }
+
+
+def standard_error(nats: Tensor, batch_size: int) -> float:
+    """The standard error of the mean of nats (n, D) that the draws alone cause, for these rows.
+
+    The draws of one batch may depend on each other (a masked transformer spreads its masks evenly over it), but those
+    of different batches do not.
+    """
+    sums = torch.stack([part.sum(0) for part in nats.split(batch_size)])  # (batches, D)
+    return (sums.var(1).sum() / nats.shape[1]).sqrt().item() / len(nats)
+
+
+def _num_draws(prior: Prior) -> int:
+    return 1 if prior.exact_likelihood else NUM_BOUND_DRAWS
+
+
+def _prior_nats(prior: Prior, indices: Tensor, labels: Tensor | None, first_row: int) -> Tensor:
+    """-log p(codes | class) of a batch of codes (B, h, w) in nats, (B, D). The draws for a bound belong to the batch,
+    whichever process works on it."""
+    nats = []
+    for draw in range(_num_draws(prior)):
+        random = BatchRandom(seed_for(BOUND_SEED, draw, first_row), slice(0, len(indices)), len(indices))
+        nats.append(prior.nats_per_image(indices, labels, random).cpu().double())
+    return torch.stack(nats, 1)
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PerImageCosts:
+    """Both parts of the cost of each image, the same in every process."""
+
+    reconstruction: Tensor
+    """(n,) -log p(image | its codes) in nats per image."""
+    prior: Tensor
+    """(n, D) nats per image of these codes."""
+    level_bits: float
+    """Added to the bits per dimension: the width of a grey level."""
+    digests: RowDigests
+
+
+@torch.no_grad()
+def image_costs(
+    prior: Prior, tokenizer: Autoencoder, likelihood: ObjectiveConfig, images: HeldOutImages, work: SharedWork
+) -> PerImageCosts:
+    """Both parts of the bound -log p(x) <= -log p(x | codes(x)) - log p(codes(x)): one of the terms of
+    p(x) = sum over codes of p(x | codes) p(codes)."""
+    split, rows = images.split, images.rows
+    table = torch.zeros(len(rows), 1 + _num_draws(prior), dtype=torch.float64)
+    digests = RowDigests(len(rows))
+    for places in work.batches(len(rows), "images"):
+        pixels, labels = split.read(rows[places]), split.read_labels(rows[places])
+        digests.update(places, pixels)
+        originals, labels = to_float(pixels.to(work.device)), None if labels is None else labels.to(work.device)
+        latent = tokenizer.encode(originals)
+        assert latent.indices is not None
+        decoded = tokenizer.run_decoder(latent.z)
+        for place, one, original in zip(places.tolist(), decoded.split(1), originals.split(1), strict=True):
+            table[place, 0] = negative_log_likelihood(one, original, likelihood)[0].cpu().double()
+        table[places, 1:] = _prior_nats(prior, latent.indices, labels, int(rows[places[0]]))
+    table = work.total(table)
+    digests.gather(work)
+    nothing = torch.zeros(1, 1, 1, 1)
+    _, level_bits = negative_log_likelihood(nothing, nothing, likelihood)
+    return PerImageCosts(table[:, 0], table[:, 1:], level_bits, digests)
+
+
+def measure_images(
+    prior: Prior, tokenizer: Autoencoder, images: HeldOutImages, work: SharedWork
+) -> Measurement[ImageCost]:
+    """Measures what held-out images cost under the tokenizer and the prior together."""
+    scale_rows = spread(len(images.train), NUM_SCALE_IMAGES)
+    likelihood = fit_likelihood(tokenizer, images.train, scale_rows, work)
+    costs = image_costs(prior, tokenizer, likelihood, images, work)
+    reconstruction, codes = costs.reconstruction.mean().item(), costs.prior.mean().item()
+    total = reconstruction + codes
+    bits = Cost.of(total, prior.config).bits_per_dim + costs.level_bits
+    protocol = _chain_rule_protocol(prior, tokenizer, likelihood, len(scale_rows), costs.level_bits)
+    return Measurement(
+        ImageCost(total, reconstruction, codes, bits),
+        protocol={"data": images.protocol(costs.digests), "chain_rule": protocol},
+        subject=[images.sentence(costs.digests)],
+        notes=[f"The cost of the whole model is that of {protocol['of']}: {protocol['note']}."],
+    )
+
+
+@torch.no_grad()
+def fit_likelihood(model: Autoencoder, split: ImageSplit, rows: Tensor, work: SharedWork) -> ObjectiveConfig:
+    """The tokenizer's reconstruction loss with the scale that makes the images of ``rows`` most likely: the root of the
+    mean squared error for a Gaussian, the mean absolute error for a Laplace. A Bernoulli has no scale."""
+    loss = model.config.loss
+    if loss.reconstruction == "bce":
+        return loss
+    errors = torch.zeros(len(rows), dtype=torch.float64)
+    for places in work.batches(len(rows), "scale"):
+        images = to_float(split.read(rows[places]).to(work.device))
+        decoded = model.run_decoder(model.encode(images).z)
+        pairs = zip(decoded.split(1), images.split(1), strict=True)
+        errors[places] = torch.stack([reconstruction_loss(*pair, loss.reconstruction) for pair in pairs]).cpu().double()
+    error = work.total(errors).mean().item()
+    scale = error if loss.reconstruction == "l1" else math.sqrt(error)
+    return loss.model_copy(update={"likelihood_scale": max(scale, MIN_SCALE)})
+
+
+def _chain_rule_protocol(
+    prior: Prior, tokenizer: Autoencoder, likelihood: ObjectiveConfig, num_scale_images: int, level_bits: float
+) -> dict[str, Any]:
+    given = " | class" if prior.num_classes else ""
+    about: dict[str, Any] = {
+        "of": "the images given their class" if given else "the images",
+        "bound": (
+            f"-log p(x{given}) <= -log p(x | decoder(codes(x))) - log p(codes(x){given}); held-out images are encoded "
+            "without noise"
+        ),
+        "likelihood": {"bce": "Bernoulli", "l1": "Laplace", "l2": "Gaussian"}[likelihood.reconstruction],
+        "level_bits": level_bits,
+    }
+    if likelihood.reconstruction == "bce":
+        about["note"] = "a grey value counts as a probability, so only compare it with other Bernoulli figures"
+    else:
+        about |= {
+            "scale": likelihood.likelihood_scale,
+            "scale_of": (
+                f"maximum likelihood on {num_scale_images} training images, spread evenly, in units of [-1, 1]; the "
+                "tokenizer was trained without a scale"
+            ),
+            "note": (
+                "a density at the grey levels (in bits: times the width of a level) without dequantisation noise, not "
+                "comparable with likelihoods of discrete pixels"
+            ),
+            "level": "the density is over [-1, 1], where a grey level is 2/255 wide; level_bits account for that",
+        }
+    if tokenizer.config.adversarial or tokenizer.config.trained_against:
+        about["decoder"] = "trained with more than the reconstruction loss, so it does not aim to make images likely"
+    return about

@@ -1,0 +1,303 @@
+"""What a tokenizer's reconstructions show, measured in one pass over held-out images.
+
+Image quality, the likelihood bound, active latent units, the use of the codebook, and what a judging network sees.
+Axes: n images, B of them in a batch, C channels, H and W pixels, K codes in a codebook.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.evaluation.distances import FrechetDistance, bias_warning, too_few
+from pipelines.evaluation.feature_networks import NO_NETWORK, Judge, class_mismatch
+from pipelines.evaluation.measurement import HeldOutImages, Measurement
+from pipelines.evaluation.shared_work import RowDigests, RowRandom, SharedWork
+from pipelines.saved.figures import CodebookUse, ImageQuality, JudgedReconstructions, LatentUnits, LikelihoodBound
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.perceptual import MIN_SIDE, TRUNK, LPIPSConfig, build_perceptual, find_trunk
+from stage1_tokenizer.validation import ACTIVE_VARIANCE, psnr
+from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_float, to_uint8
+from twostage.core.runs.model_folder import file_sha256
+from twostage.core.training.random import seed_for
+
+__all__ = ["Lpips", "ReconstructionJudge", "Reconstructions", "measure_reconstructions", "ssim", "ssim_window"]
+
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+NOISE_SEED = 0
+"""Of the posterior's noise, and of the corruption of a denoising autoencoder's input."""
+BOUND_COLUMNS = ("nats_per_image", "bits_per_dim", "kl")
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """The result of :func:`measure_reconstructions`, the same in every process."""
+
+    measurements: list[Measurement]
+    psnr: Tensor
+    """(n,) dB, of each image."""
+
+
+# --- the pass over the images ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lpips:
+    """The network for LPIPS, or why it is not available."""
+
+    network: Callable[[Tensor, Tensor], Tensor] | None = None
+    """(decoded, images) in [-1, 1] -> the mean over the batch."""
+    protocol: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def find(cls, model: Autoencoder, weights_dir: str | Path | None, device: torch.device) -> "Lpips":
+        """Looks for the weights in ``weights_dir`` and torch's cache; nothing is downloaded."""
+        size, channels = model.config.image_size, model.config.channels
+        if min(size) < MIN_SIDE:
+            reason = f"images of {size[0]}x{size[1]} are smaller than VGG's {MIN_SIDE}x{MIN_SIDE}"
+            return cls(None, {"not_measured": reason})
+        trunk, folders = find_trunk(weights_dir)
+        if trunk is None:
+            reason = f"no {TRUNK} in {' or '.join(map(str, folders))}; use --weights-dir DIR"
+            return cls(None, {"not_measured": reason})
+        try:
+            network = build_perceptual(LPIPSConfig(), channels, size, trunk.parent).to(device)
+        except InputError as error:
+            return cls(None, {"not_measured": str(error)})
+        about = {"network": f"VGG-16, heads of lpips {version('lpips')}", "hash": file_sha256(trunk)}
+        return cls(network, about)
+
+
+@torch.no_grad()
+def measure_reconstructions(
+    model: Autoencoder,
+    images: HeldOutImages,
+    work: SharedWork,
+    network: Judge | None = None,
+    lpips: Lpips = Lpips(),
+) -> Reconstructions:
+    """Encodes and decodes held-out images once, and measures everything that applies to the model.
+
+    Args:
+        network: judges the reconstructions; None: they are not judged.
+    """
+    split, rows = images.split, images.rows
+    columns = ["psnr", "ssim", *["psnr_corrupted"] * _corrupts(model), *["lpips"] * bool(lpips.network)]
+    columns += BOUND_COLUMNS if model.variational else ()
+    # One row per image, and each process fills in its own rows: so the means do not depend on which process did what.
+    table = torch.zeros(len(rows), len(columns), dtype=torch.float64)
+    digests = RowDigests(len(rows))
+    judge = ReconstructionJudge(network, len(rows), work, images.data.class_names) if network else None
+    codes = torch.zeros(model.bottleneck.depth, model.codebook_size or 0, dtype=torch.long)
+    moments = torch.zeros(2, math.prod(model.latent_shape), dtype=torch.float64)  # sums of means and of their squares
+    for places in work.batches(len(rows), "evaluate"):
+        pixels, labels = split.read(rows[places]), split.read_labels(rows[places])
+        digests.update(places, pixels)
+        originals, labels = pixels.to(work.device), None if labels is None else labels.to(work.device)
+        latent = model.encode(to_float(originals))
+        decoded = to_uint8(model.decode(latent.z))
+        values = _image_values(model, originals, decoded, labels, rows[places], lpips)
+        for column, name in enumerate(columns):
+            table[places, column] = values[name].cpu().double()
+        if model.variational:
+            means = latent.z.flatten(1).cpu().double()
+            moments += torch.stack([means.sum(0), means.square().sum(0)])
+        if latent.indices is not None:
+            _count_codes(codes, latent.indices.cpu())
+        if judge:
+            judge.update(originals, decoded, places, labels)
+    table = work.total(table)
+    digests.gather(work)
+    means = dict(zip(columns, table.mean(0).tolist(), strict=True))
+    found: list[Measurement] = [_image_quality(model, images, digests, means, lpips)]
+    if model.variational:
+        bound = LikelihoodBound(**{name: means[name] for name in BOUND_COLUMNS})
+        found += [Measurement(bound, protocol=_bound_protocol(model)), _latent_units(work.total(moments) / len(rows))]
+    if model.codebook_size:
+        found.append(_codebook_use(work.total(codes), len(rows), model))
+    no_judge = Measurement(JudgedReconstructions(), {"rfid": NO_NETWORK}, {"rfid": {}})
+    found.append(judge.compute(digests.distinct) if judge else no_judge)
+    return Reconstructions(found, table[:, 0])
+
+
+def _image_values(
+    model: Autoencoder, originals: Tensor, decoded: Tensor, labels: Tensor | None, rows: Tensor, lpips: Lpips
+) -> dict[str, Tensor]:
+    """What is measured of each image, by the column of the table."""
+    images = to_float(originals)
+    values = {"psnr": psnr(decoded, originals), "ssim": ssim(decoded, originals)}
+    if lpips.network:
+        values["lpips"] = lpips.network(to_float(decoded), images)
+    if model.variational or _corrupts(model):
+        output = model(images, labels, RowRandom(NOISE_SEED, rows))
+        values |= output.metrics
+        if _corrupts(model):
+            values["psnr_corrupted"] = psnr(to_uint8(model.to_images(output.decoded)), originals)
+    return values
+
+
+def _corrupts(model: Autoencoder) -> bool:
+    return model.config.loss.corruption is not None
+
+
+def _count_codes(counts: Tensor, indices: Tensor) -> None:
+    """Adds the codes (B, h, w x codebooks) to the counts (codebooks, K)."""
+    for codes, part in zip(counts, indices.unflatten(-1, (-1, len(counts))).unbind(-1), strict=True):
+        codes += torch.bincount(part.flatten(), minlength=len(codes))
+
+
+# --- the measurements -----------------------------------------------------------------------------------------------
+
+
+def _image_quality(
+    model: Autoencoder, images: HeldOutImages, digests: RowDigests, means: dict[str, float], lpips: Lpips
+) -> Measurement[ImageQuality]:
+    size, window = model.config.image_size, ssim_window(model.config.image_size)
+    narrow = "" if window == SSIM_WINDOW else f" (the images are too small for the usual {SSIM_WINDOW})"
+    protocol: dict[str, Any] = {
+        "data": images.protocol(digests),
+        "image_size": list(size),
+        "channels": model.config.channels,
+        "resize": "cropped at the centre, then Lanczos with antialiasing",
+        "pixels": "reconstructions are clipped and rounded to 8 bits before PSNR, SSIM, LPIPS and rFID",
+        "psnr": "from each image's mean squared error, peak 255; averaged over the images",
+        "ssim": (
+            f"Gaussian window {window}x{window}{narrow}, borders reflected, data range 255; averaged over the images"
+        ),
+    }
+    if _corrupts(model):
+        protocol["psnr_corrupted"] = f"from images corrupted as during training, seed {NOISE_SEED}"
+    if model.variational:
+        protocol["reconstruction"] = "from the posterior's mean"
+    protocol["lpips"] = lpips.protocol
+    subject, notes = [images.sentence(digests)], []
+    if digests.duplicates:
+        subject.append(f"{digests.duplicates} of these images are copies of others among them")
+    if lpips.network:
+        notes.append(f"LPIPS is measured with {lpips.protocol['network']} ({lpips.protocol['hash'][:12]}).")
+    figures = ImageQuality(
+        images=len(images.rows), **{name: mean for name, mean in means.items() if name not in BOUND_COLUMNS}
+    )
+    missing = {"lpips": reason} if (reason := lpips.protocol.get("not_measured")) else {}
+    return Measurement(figures, missing, protocol, subject, notes)
+
+
+def _bound_protocol(model: Autoencoder) -> dict[str, str]:
+    bound = f"one sample of the posterior per image, seed {NOISE_SEED}; the loss's own likelihood, KL weight 1"
+    return {"elbo": f"{bound}; of images corrupted as during training" if _corrupts(model) else bound}
+
+
+def _latent_units(moments: Tensor) -> Measurement[LatentUnits]:
+    """From the mean (units,) and the mean square (units,) of the posterior's means."""
+    variance = moments[1] - moments[0].square()
+    rule = f"variance of the posterior's mean over the images above {ACTIVE_VARIANCE} (Burda et al. 2016)"
+    figures = LatentUnits(int((variance > ACTIVE_VARIANCE).sum()), len(variance))
+    return Measurement(figures, protocol={"active_units": rule})
+
+
+def _codebook_use(counts: Tensor, num_images: int, model: Autoencoder) -> Measurement[CodebookUse]:
+    """From how often each code of each codebook occurs, (codebooks, K)."""
+    shares = counts.double() / counts.sum(1, keepdim=True)
+    entropy = torch.special.entr(shares).sum(1).mean().item()
+    used, cells = int((counts > 0).sum()), int(counts.sum()) // num_images
+    bits_per_pixel = math.log2(counts.shape[1]) * cells / math.prod(model.config.image_size)
+    figures = CodebookUse(
+        codebook_size=counts.shape[1],
+        codebooks=len(counts),
+        codes_used=used,
+        dead_codes=counts.numel() - used,
+        codebook_usage=used / counts.numel(),
+        perplexity=math.exp(entropy),
+        entropy_nats_per_code=entropy,
+        cells=cells,
+        code_bits_per_pixel=bits_per_pixel,
+        code_bits_per_dim=bits_per_pixel / model.config.channels,
+    )
+    return Measurement(figures)
+
+
+class ReconstructionJudge:
+    """Looks at originals and at their reconstructions with a network, batch by batch.
+
+    Args:
+        num_images: over all processes.
+        class_names: of the images; None: recognition is not measured.
+    """
+
+    def __init__(self, network: Judge, num_images: int, work: SharedWork, class_names: list[str] | None = None) -> None:
+        self._network, self._num_images, self._work = network.to(work.device), num_images, work
+        self._mismatch = class_mismatch(network, class_names, "data") if class_names else None
+        self._knows_classes = bool(class_names) and self._mismatch is None
+        self._recognised = torch.zeros(3, dtype=torch.long)  # originals, reconstructions; images that were judged
+        self._reconstructions, self._halves = (
+            FrechetDistance(network.num_features, work.float64_device) for _ in range(2)
+        )
+        # At random, because classes often alternate.
+        generator = torch.Generator().manual_seed(seed_for("halves"))
+        self._first_half = torch.randperm(num_images, generator=generator) < num_images // 2
+
+    def update(self, originals: Tensor, decoded: Tensor, places: Tensor, labels: Tensor | None = None) -> None:
+        """Adds uint8 images (B, C, H, W), their 8-bit reconstructions, the places (B,) of the images among all of
+        them, and their classes (B,) int64 if there are any."""
+        features, of_decoded = self._network(originals), self._network(decoded)
+        self._reconstructions.update(features, real=True)
+        self._reconstructions.update(of_decoded, real=False)
+        if self._knows_classes and labels is not None:
+            correct = [(self._network.logits(each).argmax(1) == labels).sum() for each in (features, of_decoded)]
+            self._recognised += torch.stack([*correct, torch.full_like(correct[0], len(labels))]).cpu()
+        first = self._first_half[places].to(features.device)
+        self._halves.update(features[first], real=True)
+        self._halves.update(features[~first], real=False)
+
+    def compute(self, distinct: int) -> Measurement[JudgedReconstructions]:
+        """What the network says, given that ``distinct`` of the originals differ from each other."""
+        num_features, protocol = self._network.num_features, dict(self._network.protocol)
+        originals, reconstructions, judged = self._work.total(self._recognised).tolist()
+        shares = (reconstructions / judged, originals / judged) if judged else (None, None)
+        missing = {"recognised": self._mismatch} if self._mismatch else {}
+        notes = [f"rFID is measured with {protocol['network']} ({protocol['hash'][:12]})."]
+        if reason := too_few(distinct, num_features):
+            return Measurement(
+                JudgedReconstructions(*shares), missing | {"rfid": reason}, {"rfid": protocol}, (), notes
+            )
+        if warning := bias_warning(self._num_images, num_features):
+            protocol["warning"] = warning
+            notes.append(f"rFID: {warning}.")
+        rfid, halves = self._reconstructions.compute(self._work), None
+        if self._num_images // 2 > num_features:
+            halves = self._halves.compute(self._work)
+            protocol["halves"] = (
+                "rfid_of_halves: a random half of the originals against the other half, so with half as many images"
+            )
+        return Measurement(JudgedReconstructions(*shares, rfid, halves), missing, {"rfid": protocol}, (), notes)
+
+
+# --- structural similarity ------------------------------------------------------------------------------------------
+
+
+def ssim_window(size: tuple[int, int]) -> int:
+    """The side of SSIM's window: 11 pixels, or the largest odd number that fits into images of ``size``."""
+    side = min(size)
+    return min(SSIM_WINDOW, side - 1 + side % 2)
+
+
+def ssim(decoded: Tensor, originals: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of each of (B, C, H, W) uint8 images to its original, (B,), at most 1.
+
+    A Gaussian window of sigma 1.5 (smaller in proportion if the window is), borders reflected.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    # torchmetrics derives the window's side from sigma.
+    sigma = SSIM_SIGMA * ssim_window((originals.shape[-2], originals.shape[-1])) / SSIM_WINDOW
+    similarity = structural_similarity_index_measure(
+        decoded.float(), originals.float(), sigma=sigma, data_range=255.0, reduction="none"
+    )
+    assert isinstance(similarity, Tensor)
+    return similarity.reshape(len(originals))
