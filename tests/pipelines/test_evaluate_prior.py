@@ -439,7 +439,7 @@ def test_mistakes_cost_one_sentence(runs, cache, features, changed_tokenizer, tw
     needs_network = ("--num-samples 500", "--seed 3", "--temperature 0.8", "--features runs/NAME")
     for words, parts in (
         ((prior, "--codes", cache / "no"), (cache / "no", "twostage encode")),
-        ((prior / "model" / "..", "--codes", runs.tokenizer), ("no code cache",)),
+        ((prior / "model" / "..", "--codes", runs.tokenizer), (runs.tokenizer, "not a code cache", "twostage encode")),
         ((prior, "--split", "val"), ("--split val", "train", "test")),
         ((prior, "--weights-dir", cache), ("--weights-dir", cache, "tokenizers", prior)),
         ((runs.tokenizer, "--codes", cache), ("--codes", cache, "priors", runs.tokenizer)),
