@@ -103,7 +103,8 @@ def _trace(module: nn.Module, example: Tensor, name: str) -> torch.export.Export
         return torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except Exception as error:  # the tracer raises errors of many kinds
         raise InputError(
-            f"this torch cannot export the {name} ({type(error).__name__}: {one_line(error)}). Try another torch"
+            f"this torch cannot export the {name} ({type(error).__name__}: {one_line(error)}). "
+            "Install another version of torch"
         ) from None
 
 
