@@ -215,7 +215,7 @@ def measure_images(
         ImageCost(total, reconstruction, codes, bits),
         protocol={"data": images.protocol(costs.digests), "chain_rule": protocol},
         subject=[images.sentence(costs.digests)],
-        notes=[f"The cost of the whole model is that of {protocol['of']}: {protocol['note']}."],
+        notes=[f"Whole model: cost of {protocol['of']}, {protocol['note']}."],
     )
 
 
