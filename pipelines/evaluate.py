@@ -71,12 +71,7 @@ def command(
     }
     if saved.kind == "prior":
         _refuse_others(model, "prior", "tokenizers", {"--weights-dir": weights_dir})
-        given = [f"{option} {value}" for option, value in for_samples.items() if value is not None]
-        if given and not (features or inception):
-            raise InputError(
-                f"{', '.join(given)}: samples are only drawn if a network judges them. Add --features runs/NAME "
-                "(twostage train-features) or --inception FILE, or remove these options."
-            )
+        _check_judge(features or inception, for_samples)
         samples = SampleRequest(num_samples or 1000, seed or 0, sampling)
         found = evaluate_prior(model, codes, tokenizer, data, split, samples=samples, batch_size=batch_size, **common)
     else:
@@ -86,11 +81,19 @@ def command(
     if PartialState().is_main_process:
         if json_file:
             write_json(json_file, found.document())
-        files = found.write(out)
-        print(f"{found.table()}\n{out}: {', '.join(files)}")
+        print(f"{found.table()}\n{out}: {', '.join(found.write(out))}")
     PartialState().wait_for_everyone()
     if found.refusal:
         raise InputError(f"{found.refusal}. The other figures are in {out / 'evaluation.json'}.")
+
+
+def _check_judge(network: str | Path | None, for_samples: dict[str, Any]) -> None:
+    given = [f"{option} {value}" for option, value in for_samples.items() if value is not None]
+    if given and not network:
+        raise InputError(
+            f"{', '.join(given)}: samples are only drawn if a network judges them. Add --features runs/NAME "
+            "(twostage train-features) or --inception FILE, or remove these options."
+        )
 
 
 def _refuse_others(model: str, kind: str, others: str, options: dict[str, Any]) -> None:

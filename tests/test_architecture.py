@@ -25,6 +25,7 @@ FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob
 VERB_MODULES = {module for module, _ in VERBS.values()}
 ROOMS = ("files", "saved", "drawing", "encoding", "evaluation", "comparison", "page", "sharing", "checks")
 """The rooms of pipelines/, lowest first: each only imports itself and those before it."""
+MAX_LINES, MAX_TRAINING_LINES = 60, 120
 SHARED_NAMES = {"command", "train", "validate"}
 """Functions that each training or each verb has."""
 for_each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -122,6 +123,17 @@ def test_no_verb_imports_another():
 
 
 # --- functions and names --------------------------------------------------------------------------------------------
+
+
+@for_each_file
+def test_functions_are_short(path):
+    long = {}
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+            lines = node.end_lineno - node.lineno + 1
+            if lines > (MAX_TRAINING_LINES if node.name == "train" else MAX_LINES):
+                long[node.name] = lines
+    assert long == {}
 
 
 def test_public_functions_have_different_names():

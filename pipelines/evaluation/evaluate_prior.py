@@ -58,8 +58,7 @@ def evaluate_prior(
         features: the run folder of a feature network that judges samples.
         inception: torch-fidelity's file with the Inception weights of published FIDs, to judge with them instead.
         num_images: code grids and images, spread evenly over the split; None: all.
-        samples: what to draw if a network judges samples. If more than 1% of the samples are copies of others, they are
-            not measured, and the result's `refusal` says so.
+        samples: what to draw for a network; the result's `refusal` says if over 1% of the samples are copies of others.
 
     Raises:
         InputError: there is no prior; the codes have another tokenizer, codebook, grid or other classes; the prior does
@@ -70,10 +69,8 @@ def evaluate_prior(
     model.check_sampling(samples.sampling)
     network = open_judge(inception, features, model.config.channels)
     held_out = _held_out_codes(saved, model, codes, split, num_images)
-    pipeline, reason = _open(
-        lambda: TwoStagePipeline.from_prior(model, saved, tokenizer).to(work.device),
-        required=tokenizer is not None or network is not None,
-    )
+    required = tokenizer is not None or network is not None
+    pipeline, reason = _open(lambda: TwoStagePipeline.from_prior(model, saved, tokenizer).to(work.device), required)
     images = None
     if pipeline:
         images, reason = _open(

@@ -46,7 +46,7 @@ def measure_novelty(
 
     Args:
         images: the first samples, (at least `MAX_SHOWN` if there are as many, C, H, W) uint8.
-        num_classes: of the samples, which take turns.
+        num_classes: the classes that the samples cycle through.
     """
     training, name = real.training, real.source.split_name
     distances, rows = nearest(samples.features, training.features, min(NUM_NEIGHBOURS, len(training)), work)
@@ -87,7 +87,7 @@ def memorisation_warning(figures: SampleNovelty, num_samples: int) -> str | None
 
 
 def num_shown(num_samples: int, num_classes: int) -> int:
-    """How many of the first samples, whose classes take turns, are shown: equally many of each class if that fits."""
+    """How many of the first samples (their classes cycle) are shown: equally many of each class if that fits."""
     of_each = MAX_SHOWN // num_classes if num_classes else 0
     return min(num_samples, of_each * num_classes or MAX_SHOWN)
 

@@ -24,7 +24,7 @@ ItemT = TypeVar("ItemT")
 
 @dataclass(frozen=True)
 class SharedWork:
-    """The processes that measure together, and the size of the batches that they take turns with."""
+    """The processes that measure together, and the size of the batches that they share out."""
 
     batch_size: int = 64
     state: PartialState = field(default_factory=join_processes)
