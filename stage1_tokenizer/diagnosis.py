@@ -20,17 +20,18 @@ class Rule:
     """Consecutive lines of metrics before the warning."""
     holds: Callable[[Metrics], bool]
     advice: str
-    """A format string for the metrics."""
+    """A format string for the metrics and the ``remedy``."""
 
 
-CODEBOOK = Rule(
-    "codebook",
-    "codebook_usage",
-    5,
-    lambda m: m["codebook_usage"] < 0.5,
-    "the codebook is collapsing: {codebook_usage:.0%} of the codes are in use (perplexity {perplexity:.1f}). Try",
-)
 RULES = [
+    Rule(
+        "codebook",
+        "codebook_usage",
+        5,
+        lambda m: m["codebook_usage"] < 0.5,
+        "the codebook is collapsing: {codebook_usage:.0%} of the codes are in use (perplexity {perplexity:.1f}). Try "
+        "{remedy}",
+    ),
     Rule(
         "discriminator at chance",
         "discriminator_accuracy",
@@ -76,15 +77,14 @@ class Diagnosis:
     """
 
     def __init__(self, remedy: str, facts: dict[str, Any], report: Callable[[str], None]) -> None:
-        self.rules = [Rule(**{**vars(CODEBOOK), "advice": f"{CODEBOOK.advice} {remedy}"}), *RULES]
         self.seen: dict[str, int] = facts.setdefault("diagnosis", {})
-        self.report = report
+        self.remedy, self.report = remedy, report
 
     def observe(self, step: int, metrics: Metrics) -> None:
         """Checks one line of metrics, and reports a problem the moment its patience is reached."""
-        for rule in self.rules:
+        for rule in RULES:
             if rule.needs not in metrics or self.seen.get(rule.name, 0) >= rule.patience:
                 continue
             self.seen[rule.name] = self.seen.get(rule.name, 0) + 1 if rule.holds(metrics) else 0
             if self.seen[rule.name] == rule.patience:
-                self.report(f"step {step}: {rule.advice.format(**metrics)}")
+                self.report(f"step {step}: {rule.advice.format(**metrics, remedy=self.remedy)}")

@@ -38,11 +38,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "temperature": (1 / MAX_SCALE, MAX_SCALE, f"more than 0 (at least {1 / MAX_SCALE:g}, at most {MAX_SCALE:g})"),
     "top_k": (1, math.inf, "at least 1. Omit it to sample from all codes"),
     "top_p": (SMALLEST, 1, "a share above 0 and at most 1, such as 0.9"),
-    "guidance_scale": (
-        0,
-        MAX_SCALE,
-        f"0 (ignores the class) to {MAX_SCALE:g}; 1 follows it as trained",
-    ),
+    "guidance_scale": (0, MAX_SCALE, f"0 (ignores the class) to {MAX_SCALE:g}; 1 follows it as trained"),
     "num_steps": (1, math.inf, "at least 1. Omit it for the default, 8"),
     "choice_temperature": (0, MAX_SCALE, f"0 (no randomness) to {MAX_SCALE:g}. Omit it for the default, 4.5"),
 }

@@ -12,13 +12,12 @@ from accelerate.utils import broadcast_object_list
 
 from pipelines.drawing.batch_size import fitting_batch_size
 from pipelines.drawing.sampler import ImageSampler
-from pipelines.files.class_sheet import class_sheet
 from pipelines.files.image_files import FileFormat, ImageFiles, image_files
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.config.sections import describe_differences
 from twostage.core.errors import InputError
 from twostage.core.files import read_json
-from twostage.core.images.sheets import save_image
+from twostage.core.images.sheets import class_sheet, save_image
 from twostage.core.machine.processes import join_processes
 from twostage.core.machine.progress import ProgressBar
 from twostage.core.runs.model_folder import check_format, hash_tensors, write_json

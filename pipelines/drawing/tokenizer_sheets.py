@@ -21,11 +21,7 @@ COLUMNS = 12
 
 
 def draw_reconstructions(
-    model: SavedModel,
-    out: Path,
-    source: str | None = None,
-    num_images: int = 12,
-    images: list[Path] | None = None,
+    model: SavedModel, out: Path, source: str | None = None, num_images: int = 12, images: list[Path] | None = None
 ) -> float:
     """Draws originals above their reconstructions into ``out``; returns the mean PSNR in dB of the images shown (8-bit
     pixels).

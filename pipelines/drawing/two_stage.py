@@ -17,7 +17,6 @@ from torch import Tensor
 from pipelines.drawing.edits import blend_images, check_image, rebuild_images
 from pipelines.drawing.redraw import InpaintRequest, OutpaintRequest, inpaint, outpaint
 from pipelines.drawing.sampler import ImageSampler, PipelineOutput, in_shares
-from pipelines.files.class_sheet import class_sheet
 from pipelines.saved.model_card import CardFields, ModelCard, gather_records
 from pipelines.saved.pipeline_folder import push_folder, read_pipeline_folder, write_pipeline_folder
 from pipelines.saved.saved_model import SavedModel
@@ -27,6 +26,7 @@ from stage2_prior.sampling import SamplingConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
+from twostage.core.images.sheets import class_sheet
 
 __all__ = ["TwoStagePipeline"]
 

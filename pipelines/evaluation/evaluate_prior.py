@@ -18,13 +18,13 @@ from pipelines.evaluation.samples import (
     unmeasured_samples,
 )
 from pipelines.evaluation.shared_work import SharedWork
-from pipelines.files.class_sheet import class_sheet
 from pipelines.saved.figures import PRIOR_ROWS, ImageCost
 from pipelines.saved.saved_model import SavedModel, find_data
 from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Prior
 from twostage.core.data.dataset import load_images
 from twostage.core.errors import InputError
+from twostage.core.images.sheets import class_sheet
 
 __all__ = ["evaluate_prior"]
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -24,8 +24,6 @@ from twostage.core.images.sheets import save_image
 __all__ = [
     "FileFormat",
     "ImageFiles",
-    "ParquetShards",
-    "PngFiles",
     "check_new_folder",
     "check_output_file",
     "image_files",
@@ -34,36 +32,6 @@ __all__ = [
 
 FileFormat = Literal["png", "parquet"]
 SHARD_IMAGES = 1000
-
-
-class ImageFiles(Protocol):
-    """Images 0, 1, 2 ... in a folder."""
-
-    def missing(self, num_images: int) -> list[int]:
-        """Which of the first images are missing or damaged."""
-        ...
-
-    def part_size(self, batch_size: int) -> int:
-        """How many images are written at once."""
-        ...
-
-    def write(self, part: range, pixels: Tensor, labels: list[int] | None) -> None:
-        """Writes the images of a part, (n, C, H, W) uint8, so that a reader only finds complete files. Intact files
-        stay as they are."""
-        ...
-
-    def read(self, count: int) -> Tensor:
-        """The first ``count`` images, (count, C, H, W) uint8."""
-        ...
-
-
-def image_files(
-    file_format: FileFormat, folder: Path, image_size: tuple[int, int], channels: int, class_names: list[str] | None
-) -> ImageFiles:
-    """The images of ``folder`` in that format."""
-    if file_format == "png":
-        return PngFiles(folder, image_size, channels)
-    return ParquetShards(folder, image_size, channels, class_names)
 
 
 @dataclass(frozen=True)
@@ -145,6 +113,18 @@ class ParquetShards:
         except (OSError, pa.ArrowException, KeyError, TypeError):  # missing, or not a shard
             return False
         return len(images) >= len(part) and all(_is_intact(io.BytesIO(file), self.image_size) for file in images)
+
+
+ImageFiles = PngFiles | ParquetShards
+
+
+def image_files(
+    file_format: FileFormat, folder: Path, image_size: tuple[int, int], channels: int, class_names: list[str] | None
+) -> ImageFiles:
+    """The images of ``folder`` in that format."""
+    if file_format == "png":
+        return PngFiles(folder, image_size, channels)
+    return ParquetShards(folder, image_size, channels, class_names)
 
 
 def _png(image: Tensor) -> bytes:

@@ -106,10 +106,9 @@ class ImageSplit:
         self.labels = None if labels is None else torch.from_numpy(labels)
         self.pixels = None if pixels is None else torch.from_numpy(pixels)
         self.records, self.config = records, config
-        self._length = len(pixels) if pixels is not None else len(records or [])
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.records or [] if self.pixels is None else self.pixels)
 
     @property
     def in_memory(self) -> bool:
@@ -245,11 +244,7 @@ def load_images(config: DataConfig) -> ImageData:
     for name, split in splits.items():
         if not len(split):
             raise InputError(f"data.source {config.source}: expected readable images in `{name}`, got {some_of(bad)}")
-    notices = [
-        *source.notices,
-        *_value_notices(total.values, config),
-        *_mode_notices(total.modes, config.channels),
-    ]
+    notices = [*source.notices, *_value_notices(total.values, config), *_mode_notices(total.modes, config.channels)]
     if total.animated:
         notices.append(f"{total.animated} images have several frames; only the first is used")
     data = ImageData(

@@ -20,7 +20,7 @@ ValueRange = tuple[float, float]
 """The values of black and of white."""
 
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
-UNSIGNED, SIGNED, FLOAT = 1, 2, 3
+UNSIGNED, SIGNED = 1, 2
 MIN_USED_SHARE = 0.3
 """If all images use less of their range, they were probably meant for another range."""
 TOLERANCE = 0.01

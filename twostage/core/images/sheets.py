@@ -11,9 +11,9 @@ from torch import Tensor
 
 from twostage.core.files import replacing
 from twostage.core.images.conversion import to_pil
-from twostage.core.images.fonts import figure_families, fit_width, font_for, legible, load_matplotlib
+from twostage.core.images.fonts import class_labels, figure_families, fit_width, font_for, legible, load_matplotlib
 
-__all__ = ["contact_sheet", "draw_curves", "figure_canvas", "save_image", "to_image"]
+__all__ = ["class_sheet", "contact_sheet", "draw_curves", "figure_canvas", "save_image", "to_image"]
 
 MARGIN = 4
 MAX_TITLE = 300
@@ -68,6 +68,19 @@ def contact_sheet(
     return sheet
 
 
+def class_sheet(pixels: Tensor, names: list[str] | None, numbers: Sequence[int] | None = None) -> Image.Image:
+    """A contact sheet of images (n, C, H, W) uint8, where image i belongs to the class ``names[i % len(names)]``. Each
+    class gets a column of its own if there are 4 to 12 of them.
+
+    Args:
+        numbers: the labels of the classes, if ``names`` are not all classes.
+    """
+    columns = len(names) if names and 4 <= len(names) <= 12 else 8
+    labels = class_labels(names, numbers) if names else []
+    captions = [labels[i % len(labels)] for i in range(len(pixels))] if labels else None
+    return contact_sheet(pixels, min(columns, len(pixels)), captions)
+
+
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG; other processes never see half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,11 +89,7 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 
 def draw_curves(
-    lines: list[dict[str, Any]],
-    path: Path,
-    title: str,
-    baselines: dict[str, float] | None = None,
-    metric: str = "loss",
+    lines: list[dict[str, Any]], path: Path, title: str, baselines: dict[str, float] | None = None, metric: str = "loss"
 ) -> None:
     """Plot a metric over the steps for both splits; ``baselines`` become horizontal lines."""
     canvas, figure = figure_canvas((6.4, 4.0))

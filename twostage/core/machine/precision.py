@@ -4,18 +4,13 @@ from typing import Literal
 
 import torch
 
-__all__ = ["MixedPrecision", "fastest_precision", "reason_for_precision"]
+__all__ = ["MixedPrecision", "reason_for_precision"]
 
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 
 
-def fastest_precision(device: torch.device) -> Literal["no", "bf16"]:
-    """`bf16` if the device is faster with it than with float32, else `no`."""
-    return reason_for_precision(device)[0]
-
-
 def reason_for_precision(device: torch.device) -> tuple[Literal["no", "bf16"], str]:
-    """The choice of :func:`fastest_precision`, and why; docs/scaling.md has the measurements."""
+    """`bf16` if the device is faster with it than with float32, else `no`; and why (measured in docs/scaling.md)."""
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "the GPU has bf16"

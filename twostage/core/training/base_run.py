@@ -17,14 +17,13 @@ from torch.optim import Optimizer
 from twostage.core.config.sections import RunConfig
 from twostage.core.errors import InputError
 from twostage.core.machine.launch import overruled
-from twostage.core.machine.precision import fastest_precision
+from twostage.core.machine.precision import reason_for_precision
 from twostage.core.runs.places import Contents
 from twostage.core.training.batches import Batches
 from twostage.core.training.health import check_gradient
 from twostage.core.training.journal import print_above_bar
 from twostage.core.training.optimizer import FUSED_DEVICES, TrainedNetwork
 from twostage.core.training.random import seed_for
-from twostage.core.training.schedules import lr_at
 from twostage.core.training.train_config import TrainConfig
 
 __all__ = ["BaseRun", "ConfigT", "DataT", "resolve_precision"]
@@ -120,18 +119,11 @@ class BaseRun(Generic[ConfigT]):
 
     def begin_step(self) -> None:
         """Sets the learning rate and the seeds of the next step."""
-        train = self.config.train
-        factor = lr_at(
-            self.step,
-            lr=1.0,
-            max_steps=self.batches.max_steps,
-            warmup_steps=train.warmup_steps,
-            schedule=train.lr_schedule,
-        )
+        share = self.config.train.lr_share(self.step, self.batches.max_steps)
         for network in self._networks:
             for group in network.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-        self._lr = train.lr * factor
+                group["lr"] = group["initial_lr"] * share
+        self._lr = self.config.train.lr * share
         # Dropout draws from torch's own stream. Seeded by step and process, it is the same after a restart.
         seed, device = seed_for(self.seed, "torch", self.step, self.accelerator.process_index), self.accelerator.device
         # torch.manual_seed would queue a call for CUDA at each step of a process that never uses it.
@@ -186,7 +178,7 @@ def resolve_precision(
         raise InputError("train.mixed_precision 'fp16': does not work with FSDP. Set it to bf16 or no")
     if precision != "auto":
         return config
-    choice = [(stored_config or {}).get("train", {}).get("mixed_precision") or fastest_precision(device)]
+    choice = [(stored_config or {}).get("train", {}).get("mixed_precision") or reason_for_precision(device)[0]]
     if state.num_processes > 1:
         broadcast_object_list(choice)
     return config.model_copy(update={"train": config.train.model_copy(update={"mixed_precision": choice[0]})})

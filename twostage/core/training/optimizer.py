@@ -1,18 +1,18 @@
 """A network together with its optimizer and the average of its weights."""
 
 from collections.abc import Sequence
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from twostage.core.machine.sharding import shard
-from twostage.core.training.ema import averaged_copy
 from twostage.core.training.train_config import TrainConfig
 
-__all__ = ["FUSED_DEVICES", "TrainedNetwork", "make_optimizer"]
+__all__ = ["FUSED_DEVICES", "TrainedNetwork", "averaged_copy", "make_optimizer"]
 
 FUSED_DEVICES = ("cpu", "cuda")
 """Devices whose optimizer updates all weights at once, and can skip an update by a flag on the device."""
@@ -40,6 +40,21 @@ def make_optimizer(
         group["initial_lr"] = lr or train.lr
     fused = trainable[0].device.type in FUSED_DEVICES
     return torch.optim.AdamW(groups, lr=lr or train.lr, betas=betas or train.betas, fused=fused)
+
+
+def averaged_copy(model: nn.Module, decay: float) -> AveragedModel:
+    """An :class:`AveragedModel` whose ``update_parameters(model)`` keeps the average; buffers are copied.
+
+    The decay warms up as (1 + t) / (10 + t) until it reaches ``decay`` (as TensorFlow's ExponentialMovingAverage does),
+    so that the first weights do not hold back a short run.
+    """
+
+    @torch.no_grad()
+    def update(averaged: Any, current: Any, num_averaged: Tensor | int) -> None:
+        count = float(num_averaged)
+        get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(averaged, current, num_averaged)
+
+    return AveragedModel(model, multi_avg_fn=update)
 
 
 class TrainedNetwork(Generic[ModuleT]):

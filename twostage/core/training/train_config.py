@@ -1,12 +1,12 @@
 """The `train` group of all trainings."""
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from twostage.core.config.sections import Count, Number, Section, Size
 from twostage.core.machine.precision import MixedPrecision
-from twostage.core.training.schedules import Schedule
 
 __all__ = ["Beta", "TrainConfig"]
 
@@ -25,7 +25,7 @@ class TrainConfig(Section):
     epochs: Count | None = None
     """Passes over the training split; an incomplete last batch is skipped."""
     lr: Number = Field(default=3e-4, gt=0)
-    lr_schedule: Schedule = "constant"
+    lr_schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: Size = 0
     """Updates over which the learning rate rises from 0."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -56,3 +56,13 @@ class TrainConfig(Section):
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError(f"give either max_steps or epochs, got max_steps={self.max_steps}, epochs={self.epochs}")
         return self
+
+    def lr_share(self, step: int, max_steps: int) -> float:
+        """The share of `lr` after ``step`` finished updates: a linear warm-up, then 1 ("constant") or half a cosine
+        from 1 down to 0 at ``max_steps`` ("cosine")."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.lr_schedule == "constant":
+            return 1.0
+        progress = (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from twostage.core.training.ema import averaged_copy
+from twostage.core.training.optimizer import averaged_copy
 
 
 def weights_over_time(decay: float, values: list[float]) -> list[float]:

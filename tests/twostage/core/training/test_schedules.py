@@ -4,28 +4,30 @@ import math
 
 import pytest
 
-from twostage.core.training.schedules import lr_at
+from twostage.core.training.train_config import TrainConfig
 
 
 def test_constant():
-    assert {lr_at(step, lr=0.5, max_steps=10) for step in range(12)} == {0.5}
+    assert {TrainConfig(max_steps=10).lr_share(step, 10) for step in range(12)} == {1.0}
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_warmup_rises_in_equal_steps_to_the_full_rate(schedule):
-    rates = [lr_at(step, lr=0.8, max_steps=100, warmup_steps=4, schedule=schedule) for step in range(5)]
-    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
+    config = TrainConfig(max_steps=100, warmup_steps=4, lr_schedule=schedule)
+    assert [config.lr_share(step, 100) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
 
 
 def test_cosine_falls_from_the_full_rate_to_zero():
-    rates = [lr_at(step, lr=2.0, max_steps=110, warmup_steps=10, schedule="cosine") for step in (10, 35, 60, 85, 110)]
-    assert rates == pytest.approx([2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5), 0.0])
+    config = TrainConfig(max_steps=110, warmup_steps=10, lr_schedule="cosine")
+    shares = [config.lr_share(step, 110) for step in (10, 35, 60, 85, 110)]
+    assert shares == pytest.approx([1.0, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125), 0.0])
 
 
 def test_cosine_stays_at_zero_after_the_end():
-    assert lr_at(150, lr=1.0, max_steps=100, schedule="cosine") == pytest.approx(0.0)
+    assert TrainConfig(max_steps=100, lr_schedule="cosine").lr_share(150, 100) == pytest.approx(0.0)
 
 
 def test_warmup_longer_than_the_run():
-    assert lr_at(4, lr=1.0, max_steps=5, warmup_steps=10, schedule="cosine") == pytest.approx(0.5)
-    assert lr_at(5, lr=1.0, max_steps=5, warmup_steps=5, schedule="cosine") == pytest.approx(1.0)
+    for step, warmup_steps, share in ((4, 10, 0.5), (5, 5, 1.0)):
+        config = TrainConfig(max_steps=5, warmup_steps=warmup_steps, lr_schedule="cosine")
+        assert config.lr_share(step, 5) == pytest.approx(share)
