@@ -166,11 +166,7 @@ FAMILIES = {
         "Compared with the PixelCNN: attention instead of convolutions. It has to learn what a neighbour is.",
         "stage2_prior/causal_transformer.py",
         "pixelcnn",
-        {
-            "model": {"type": "causal_transformer", **TRANSFORMER},
-            "loss": {"replace_prob": 0.05},
-            "train": {"lr": 3e-3},
-        },
+        {"model": {"type": "causal_transformer", **TRANSFORMER}, "loss": {"replace_prob": 0.05}, "train": {"lr": 3e-3}},
         is_prior=True,
     ),
     "maskgit": Family(

@@ -10,13 +10,7 @@ from pipelines.evaluation.feature_networks import Judge, not_evidence, open_judg
 from pipelines.evaluation.likelihood import HeldOutCodes, measure_codes, measure_images
 from pipelines.evaluation.measurement import HeldOutImages, Measurement, figures_of
 from pipelines.evaluation.novelty import neighbours_sheet
-from pipelines.evaluation.samples import (
-    JUDGED_FIGURES,
-    SampleRequest,
-    Samples,
-    measure_samples,
-    unmeasured_samples,
-)
+from pipelines.evaluation.samples import JUDGED_FIGURES, SampleRequest, Samples, measure_samples, unmeasured_samples
 from pipelines.evaluation.shared_work import SharedWork
 from pipelines.saved.figures import PRIOR_ROWS, ImageCost
 from pipelines.saved.saved_model import SavedModel, find_data

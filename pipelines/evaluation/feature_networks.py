@@ -19,15 +19,7 @@ from twostage.core.images.conversion import to_float
 from twostage.core.runs.model_folder import file_sha256, find_model_folder, load_saved_tensors
 from twostage.core.wording import one_line
 
-__all__ = [
-    "NO_NETWORK",
-    "InceptionFeatures",
-    "Judge",
-    "OwnFeatures",
-    "class_mismatch",
-    "not_evidence",
-    "open_judge",
-]
+__all__ = ["NO_NETWORK", "InceptionFeatures", "Judge", "OwnFeatures", "class_mismatch", "not_evidence", "open_judge"]
 
 NO_NETWORK = "needs --features runs/NAME (twostage train-features) or --inception FILE"
 PUBLISHED_HASH = "6726825d"

@@ -76,11 +76,7 @@ class Lpips:
 
 @torch.no_grad()
 def measure_reconstructions(
-    model: Autoencoder,
-    images: HeldOutImages,
-    work: SharedWork,
-    network: Judge | None = None,
-    lpips: Lpips = Lpips(),
+    model: Autoencoder, images: HeldOutImages, work: SharedWork, network: Judge | None = None, lpips: Lpips = Lpips()
 ) -> Reconstructions:
     """Encodes and decodes held-out images once, and measures everything that applies to the model.
 

@@ -24,10 +24,7 @@ __all__ = ["CSS", "THEME", "build_page"]
 MAX_IMAGES = 100
 FILE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"]
 THEME = gradio.themes.Default(
-    primary_hue="indigo",
-    neutral_hue="slate",
-    font=["system-ui", "sans-serif"],
-    font_mono=["ui-monospace", "monospace"],
+    primary_hue="indigo", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 )
 """System fonts only: Gradio may fetch its other fonts from elsewhere."""
 CSS = """

@@ -83,11 +83,7 @@ def serve(pipeline: TwoStagePipeline, name: str, model: str, host: str, port: in
 
 def _set_environment(host: str, folder: str) -> None:
     """Sets what Gradio reads from the environment, some of it when it is imported."""
-    os.environ |= {
-        "GRADIO_TEMP_DIR": folder,
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "GRADIO_RUN_HISTORY": "False",
-    }
+    os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
     # Gradio calls its own server to see whether it is there. The call must not go through a proxy, and Gradio fails on
     # a proxy that cannot be used.
     exempt = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")

@@ -9,13 +9,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import AfterValidator, ConfigDict, Field
 
-from pipelines.sharing.foreign_weights import (
-    State,
-    Weights,
-    find_vq_model,
-    read_diffusers_weights,
-    read_weights,
-)
+from pipelines.sharing.foreign_weights import State, Weights, find_vq_model, read_diffusers_weights, read_weights
 from twostage.core.config.sections import Count, Flag, Section, load_config, parse_config
 from twostage.core.errors import InputError
 from twostage.core.files import read_json
