@@ -1,7 +1,7 @@
 """All checks of `twostage doctor`, one after another."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.checks.disk_checks import check_data, check_run_folder, check_weight_files
@@ -26,15 +26,11 @@ def run_checks(run_dir: Path, time_limit: float) -> Iterator[Finding]:
     except Exception:  # check_packages reports it
         yield problem("other checks", "skipped: torch cannot be imported", "Fix torch first.")
         return
-    checks: list[Callable[[], Iterator[Finding]]] = [
-        check_cpu,
-        check_gpus,
-        check_environment,
-        check_accelerate_file,
-        lambda: check_run_folder(run_dir),
-        check_data,
-        check_weight_files,
-        lambda: check_two_processes(time_limit),
-    ]
-    for check in checks:
-        yield from check()
+    yield from check_cpu()
+    yield from check_gpus()
+    yield from check_environment()
+    yield from check_accelerate_file()
+    yield from check_run_folder(run_dir)
+    yield from check_data()
+    yield from check_weight_files()
+    yield from check_two_processes(time_limit)

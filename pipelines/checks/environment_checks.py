@@ -76,7 +76,11 @@ RULES = [
 
 def check_environment() -> Iterator[Finding]:
     """Environment variables that break a training, slow it down, or hide devices from it."""
-    found = [*_leftovers_of_a_launch(), *_variables(), *_proxies()]
+    found = [*_leftovers_of_a_launch(), *_variables()]
+    if trouble := broken_proxy():
+        message = f"{trouble}; datasets and models `owner/name` cannot be downloaded"
+        advice = "Fix or unset the variable. Local data and models need no proxy."
+        found.append(warning("environment", message, advice))
     yield from found or [ok("environment", "no variable interferes with training")]
 
 
@@ -99,12 +103,6 @@ def _variables() -> Iterator[Finding]:
             value = os.environ.get(name)
             if value is not None and rule.matters(value):
                 yield rule.kind("environment", f"{name}={value!r} {rule.effect}", rule.advice)
-
-
-def _proxies() -> Iterator[Finding]:
-    if trouble := broken_proxy():
-        message = f"{trouble}; datasets and models `owner/name` cannot be downloaded"
-        yield warning("environment", message, "Fix or unset the variable. Local data and models need no proxy.")
 
 
 def hugging_face_home() -> Path:

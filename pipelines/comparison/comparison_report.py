@@ -29,33 +29,23 @@ __all__ = [
     "write_comparison",
 ]
 
-COLUMNS = {
-    "name": "model",
-    "parameters": "parameters",
-    "psnr": "PSNR, dB",
-    "ssim": "SSIM",
-    "recognised": "recognised reconstructions",
-    "rfid": "Frechet distance of reconstructions",
-    "codes": "codes in use",
-    "nats_per_image": "nats per image",
-    "nats_per_code": "nats per code",
-    "images_per_s": "images/s",
-    "frechet_distance": "Frechet distance of samples",
-    "class_accuracy": "class accuracy",
+FORMS = {
+    "name": ("model", ""),
+    "parameters": ("parameters", "{:,.0f}"),
+    "psnr": ("PSNR, dB", "{:.2f}"),
+    "ssim": ("SSIM", "{:.3f}"),
+    "recognised": ("recognised reconstructions", "{:.1%}"),
+    "rfid": ("Frechet distance of reconstructions", "{:.3g}"),
+    "codes": ("codes in use", ""),
+    "nats_per_image": ("nats per image", "at most {:.1f}"),
+    "nats_per_code": ("nats per code", "{:.3f}"),
+    "images_per_s": ("images/s", "{:,.1f}"),
+    "frechet_distance": ("Frechet distance of samples", "{:.3g}"),
+    "class_accuracy": ("class accuracy", "{:.1%}"),
 }
+"""The title of each column, and the format string of its figure; a column without one shows more than a figure."""
+COLUMNS = {key: title for key, (title, _) in FORMS.items()}
 """The titles of the table, by figure."""
-FORMATS = {
-    "parameters": "{:,.0f}",
-    "psnr": "{:.2f}",
-    "ssim": "{:.3f}",
-    "recognised": "{:.1%}",
-    "rfid": "{:.3g}",
-    "nats_per_image": "at most {:.1f}",
-    "nats_per_code": "{:.3f}",
-    "images_per_s": "{:,.1f}",
-    "frechet_distance": "{:.3g}",
-    "class_accuracy": "{:.1%}",
-}
 DOUBT_MARK = " *"
 """After a figure that is not evidence of quality; :func:`doubt_notes` gives the reason."""
 
@@ -67,7 +57,7 @@ def figure_rows(models: Sequence[ComparedModel]) -> list[dict[str, str]]:
         figures = model.figures
         row = {
             key: form.format(figures[key]) + DOUBT_MARK * (key in model.not_evidence)
-            for key, form in FORMATS.items()
+            for key, (_, form) in FORMS.items()
             if key in figures
         }
         if "codebook_size" in figures:

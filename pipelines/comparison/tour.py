@@ -205,17 +205,14 @@ def steps_for(plan: Plan, name: str) -> int:
 def _best_tokenizer(plan: Plan) -> str:
     """The tokenizer with codes whose reconstructions are closer to the originals: by the Frechet distance in the
     judging network, or by PSNR if there are too few images for a distance."""
-    network, config, work, scores = OwnFeatures(plan.out / "judge"), _parsed_data(plan), SharedWork(), {}
+    network, work, scores = OwnFeatures(plan.out / "judge"), SharedWork(), {}
+    config = parse_config(DataConfig, plan.data, "data")
     images = HeldOutImages.choose(config, load_images(config), None, NUM_MEASURED_IMAGES)
     for name in ("vqvae", "vqgan"):
         model = Autoencoder.from_pretrained(plan.out / name).to(work.device)
         figures = figures_of(measure_reconstructions(model, images, work, network).measurements)
         scores[name] = figures.get("rfid", -figures["psnr"])
     return min(scores, key=scores.__getitem__)
-
-
-def _parsed_data(plan: Plan) -> DataConfig:
-    return parse_config(DataConfig, plan.data, "data")
 
 
 # --- the trainings --------------------------------------------------------------------------------------------------

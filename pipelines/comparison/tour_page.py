@@ -78,7 +78,6 @@ def write_tour(
 def _write_model(
     report: Report, name: str, model: ComparedModel, comparison: Comparison, latents: Tensor | None
 ) -> None:
-    """The images and the figures of one model."""
     strips = {}
     if model.reconstructions is not None:
         strips["original"] = comparison.originals

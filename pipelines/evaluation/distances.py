@@ -45,12 +45,9 @@ BLOCK_POINTS, BLOCK_OTHERS = 256, 4096
 
 
 class FrechetDistance:
-    """The Frechet distance between two sets of images, whose features it takes batch by batch.
+    """The Frechet distance between two sets of images, whose features it takes batch by batch. Its sums are float64.
 
     d^2 = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), Heusel et al. 2017 (arXiv 1706.08500).
-
-    Args:
-        device: of the sums, which are float64.
     """
 
     def __init__(self, num_features: int, device: torch.device) -> None:

@@ -125,17 +125,10 @@ def _sheets(model: Autoencoder, images: HeldOutImages, found: Reconstructions) -
     labels = images.split.read_labels(images.rows)
     of_class = "" if labels is None else " of their class; the classes alternate"
     worst = torch.sort(found.psnr, stable=True).indices[:NUM_SHOWN]
-    typical = typical_images(found.psnr, labels, NUM_SHOWN)
+    typical, caption = typical_images(found.psnr, labels, NUM_SHOWN), "those whose PSNR is closest to the median"
     return [
         _sheet(model, images, found.psnr, "worst", worst, "The images with the worst reconstructions, by PSNR."),
-        _sheet(
-            model,
-            images,
-            found.psnr,
-            "typical",
-            typical,
-            f"Typical images: those whose PSNR is closest to the median{of_class}.",
-        ),
+        _sheet(model, images, found.psnr, "typical", typical, f"Typical images: {caption}{of_class}."),
     ]
 
 

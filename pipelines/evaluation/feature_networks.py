@@ -107,10 +107,7 @@ Judge = OwnFeatures | InceptionFeatures
 
 
 def open_judge(inception: str | Path | None, features: str | Path | None, channels: int) -> Judge | None:
-    """Reads the network that the options name; None: they name none.
-
-    Args:
-        channels: of the images that it will judge.
+    """Reads the network that the options name, to judge images with ``channels``; None: they name none.
 
     Raises:
         InputError: both options are given, or the network takes images with other channels.
@@ -133,11 +130,7 @@ def open_judge(inception: str | Path | None, features: str | Path | None, channe
 
 
 def class_mismatch(network: Judge, class_names: list[str] | None, owner: str) -> str | None:
-    """Why the network cannot check the class of images; None: it can.
-
-    Args:
-        class_names: the classes of the ``owner``, such as `model` or `data`.
-    """
+    """Why the network cannot check the classes of the ``owner``, `model` or `data`; None: it can."""
     if not class_names:
         return f"the {owner} has no classes"
     if network.class_names is None:

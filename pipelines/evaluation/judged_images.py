@@ -21,11 +21,7 @@ MAX_REFERENCES = 50_000
 
 
 class JudgedImages:
-    """The features and the digests of a set of images, collected batch by batch.
-
-    Args:
-        count: images, over all processes.
-    """
+    """The features and the digests of ``count`` images, over all processes, collected batch by batch."""
 
     def __init__(self, network: Judge, count: int, work: SharedWork) -> None:
         self.network, self._work = network, work

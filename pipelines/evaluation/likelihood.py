@@ -23,17 +23,7 @@ from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
 from twostage.core.training.random import BatchRandom, seed_for
 
-__all__ = [
-    "MIN_SCALE",
-    "NUM_SCALE_IMAGES",
-    "HeldOutCodes",
-    "PerImageCosts",
-    "fit_likelihood",
-    "image_costs",
-    "measure_codes",
-    "measure_images",
-    "standard_error",
-]
+__all__ = ["HeldOutCodes", "PerImageCosts", "fit_likelihood", "image_costs", "measure_codes", "measure_images"]
 
 NUM_BOUND_DRAWS, BOUND_SEED = 2, 0
 """Draws per image that an upper bound is averaged over: at least two, to tell how far they are apart."""

@@ -59,30 +59,27 @@ class Lpips:
     def find(cls, model: Autoencoder, weights_dir: str | Path | None, device: torch.device) -> "Lpips":
         """Looks for the weights in ``weights_dir`` and torch's cache; nothing is downloaded."""
         size, channels = model.config.image_size, model.config.channels
+        trunk, folders = find_trunk(weights_dir)
         if min(size) < MIN_SIDE:
             reason = f"images of {size[0]}x{size[1]} are smaller than VGG's {MIN_SIDE}x{MIN_SIDE}"
-            return cls(None, {"not_measured": reason})
-        trunk, folders = find_trunk(weights_dir)
-        if trunk is None:
+        elif trunk is None:
             reason = f"no {TRUNK} in {' or '.join(map(str, folders))}; use --weights-dir DIR"
-            return cls(None, {"not_measured": reason})
-        try:
-            network = build_perceptual(LPIPSConfig(), channels, size, trunk.parent).to(device)
-        except InputError as error:
-            return cls(None, {"not_measured": str(error)})
-        about = {"network": f"VGG-16, heads of lpips {version('lpips')}", "hash": file_sha256(trunk)}
-        return cls(network, about)
+        else:
+            try:
+                network = build_perceptual(LPIPSConfig(), channels, size, trunk.parent).to(device)
+                about = {"network": f"VGG-16, heads of lpips {version('lpips')}", "hash": file_sha256(trunk)}
+                return cls(network, about)
+            except InputError as error:
+                reason = str(error)
+        return cls(protocol={"not_measured": reason})
 
 
 @torch.no_grad()
 def measure_reconstructions(
     model: Autoencoder, images: HeldOutImages, work: SharedWork, network: Judge | None = None, lpips: Lpips = Lpips()
 ) -> Reconstructions:
-    """Encodes and decodes held-out images once, and measures everything that applies to the model.
-
-    Args:
-        network: judges the reconstructions; None: they are not judged.
-    """
+    """Encodes and decodes held-out images once, and measures everything that applies to the model; ``network``, if any,
+    judges the reconstructions."""
     split, rows = images.split, images.rows
     columns = ["psnr", "ssim", *["psnr_corrupted"] * _corrupts(model), *["lpips"] * bool(lpips.network)]
     columns += BOUND_COLUMNS if model.variational else ()

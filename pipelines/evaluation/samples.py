@@ -33,15 +33,7 @@ from pipelines.evaluation.shared_work import SharedWork
 from pipelines.saved.figures import SampleCounts, SampleNovelty, SampleQuality
 from stage2_prior.sampling import SamplingConfig
 
-__all__ = [
-    "JUDGED_FIGURES",
-    "SAMPLE_FIGURES",
-    "SampleRequest",
-    "Samples",
-    "Stopwatch",
-    "measure_samples",
-    "unmeasured_samples",
-]
+__all__ = ["JUDGED_FIGURES", "SampleRequest", "Samples", "measure_samples", "unmeasured_samples"]
 
 MAX_KEPT = 80
 """Samples on the sheet of samples."""

@@ -99,12 +99,8 @@ class RowDigests:
 
 
 class RowRandom(BatchRandom):
-    """Random draws that belong to the rows of a split, whatever batch or process they are in. They are drawn on the
-    CPU, so they are the same on every device.
-
-    Args:
-        rows: (B,) int64.
-    """
+    """Random draws that belong to the ``rows`` (B,) of a split, whatever batch or process they are in. They are drawn
+    on the CPU, so they are the same on every device."""
 
     def __init__(self, seed: int, rows: Tensor) -> None:
         super().__init__(seed, slice(0, len(rows)), len(rows))

@@ -62,9 +62,9 @@ class Verdict:
 class Finding:
     """A weakness that the figures show."""
 
-    blocks: bool
-    """Whether the tokenizer is not ready because of it."""
     sentence: str
+    blocks: bool = False
+    """Whether the tokenizer is not ready because of it."""
 
 
 def verdict(figures: Mapping[str, float | None], not_evidence: Mapping[str, str] | None = None) -> Verdict:
@@ -119,48 +119,45 @@ def _judge_findings(figures: dict[str, float]) -> Iterator[Finding]:
         share, originals = figures["recognised"], figures["recognised_originals"]
         if originals < MIN_RECOGNISED_ORIGINALS:
             yield Finding(
-                False,
                 f"The judging network only recognises {originals:.1%} of the originals, below "
-                f"{MIN_RECOGNISED_ORIGINALS:.0%}, so it says little about reconstructions. Train it longer.",
+                f"{MIN_RECOGNISED_ORIGINALS:.0%}, so it says little about reconstructions. Train it longer."
             )
         elif share < MIN_RECOGNISED * originals:
             yield Finding(
-                True,
                 f"The judging network recognises {share:.1%} of the reconstructions and {originals:.1%} of the "
                 f"originals, a ratio below {MIN_RECOGNISED:.0%}: reconstructions lost what makes their class. Train "
                 "longer, widen model.backbone.channels, or downsample once less (model.backbone.channel_mult).",
+                blocks=True,
             )
     if "rfid" in figures and figures["rfid"] > MAX_DISTANCE_RATIO * figures.get("rfid_of_halves", math.inf):
         yield Finding(
-            False,
             f"rFID is more than {MAX_DISTANCE_RATIO:g} times the distance between two halves of the originals: the "
             "network easily tells reconstructions from originals. Look at worst.png and typical.png, and train longer "
-            "if detail matters.",
+            "if detail matters."
         )
 
 
 def _psnr_findings(figures: dict[str, float]) -> Iterator[Finding]:
     if "psnr" in figures and figures["psnr"] < MIN_PSNR:
         yield Finding(
-            True,
             f"PSNR is {figures['psnr']:.1f} dB, below {MIN_PSNR:g}, and generated images cannot be better than "
             "reconstructions. Train longer, widen model.backbone.channels, or downsample once less "
             "(model.backbone.channel_mult).",
+            blocks=True,
         )
 
 
 def _continuous_findings(figures: dict[str, float]) -> Iterator[Finding]:
     yield Finding(
-        True,
         "The latent is continuous, but priors are trained on codes. For stage two, train a tokenizer with codes "
         "(model.bottleneck.type=vector).",
+        blocks=True,
     )
     active, units = figures.get("active_units", math.inf), figures.get("latent_units", 0)
     if active < MIN_ACTIVE_SHARE * units:
         yield Finding(
-            False,
             f"Posterior collapse: {active:.0f} of {units:.0f} latent units are active, below {MIN_ACTIVE_SHARE:.0%}. "
-            "Lower loss.kl_weight or model.latent_channels.",
+            "Lower loss.kl_weight or model.latent_channels."
         )
 
 
@@ -172,29 +169,27 @@ def _code_findings(figures: dict[str, float]) -> Iterator[Finding]:
         seen = figures["images"] * figures["cells"]
         if seen < MIN_CODES_SEEN * size * books:
             yield Finding(
-                False,
                 f"Only {codes} are used, but {seen:.0f} cells are too few to judge that. Evaluate at least "
-                f"{math.ceil(MIN_CODES_SEEN * size * books / figures['cells'])} images (--num-images).",
+                f"{math.ceil(MIN_CODES_SEEN * size * books / figures['cells'])} images (--num-images)."
             )
         else:
             yield Finding(
-                True,
                 f"The codebook is collapsing: only {codes} are used, below {MIN_USAGE:.0%}. Raise "
                 "model.bottleneck.revive_below (0.05 is usual), lower codebook_size, set l2_normalize=true with few "
                 "model.latent_channels (8), or change commitment_weight (0.25 to 1) or ema_decay (0.99). For "
                 "lookup_free, raise entropy_weight. For finite_scalar, use fewer levels.",
+                blocks=True,
             )
     if figures["entropy_nats_per_code"] < MIN_ENTROPY_SHARE * math.log(size):
         yield Finding(
-            True,
             f"The codes say almost nothing: {figures['entropy_nats_per_code']:.3f} nats each, of at most "
             f"{math.log(size):.3f}. Check that the loss falls, and retrain with another run.seed or a lower train.lr.",
+            blocks=True,
         )
     elif figures["perplexity"] < MIN_EVENNESS * used / books:
         yield Finding(
-            False,
             f"A few codes do most of the work: perplexity {figures['perplexity']:.1f} with {used / books:.0f} codes "
-            "used. Raise model.bottleneck.revive_below or train longer.",
+            "used. Raise model.bottleneck.revive_below or train longer."
         )
     yield from _grid_findings(figures["cells"], figures["code_bits_per_pixel"])
 
@@ -202,19 +197,17 @@ def _code_findings(figures: dict[str, float]) -> Iterator[Finding]:
 def _grid_findings(cells: float, bits: float) -> Iterator[Finding]:
     if cells > MAX_CELLS:
         yield Finding(
-            True,
             f"The grid has {cells:.0f} cells, above {MAX_CELLS}, which is too long a sequence for a prior. Add a "
             "number to model.backbone.channel_mult, which divides the cells by four.",
+            blocks=True,
         )
     if bits > MAX_BITS_PER_PIXEL:
         yield Finding(
-            False,
             f"The codes hold {bits:.2f} bits per pixel, above {MAX_BITS_PER_PIXEL:g}: they hardly compress, so the "
-            "prior has much to learn. Use a coarser grid (model.backbone.channel_mult) or a smaller codebook_size.",
+            "prior has much to learn. Use a coarser grid (model.backbone.channel_mult) or a smaller codebook_size."
         )
     if bits < MIN_BITS_PER_PIXEL:
         yield Finding(
-            False,
             f"The codes hold {bits:.3f} bits per pixel, below {MIN_BITS_PER_PIXEL:g}: they lose detail that no prior "
-            "can restore. Use a finer grid (model.backbone.channel_mult) or a larger codebook_size.",
+            "can restore. Use a finer grid (model.backbone.channel_mult) or a larger codebook_size."
         )

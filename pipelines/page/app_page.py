@@ -100,7 +100,7 @@ def _generate_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -
 
     def generate(progress: gr.Progress = PROGRESS, *given: Any) -> tuple[list[Any], list[PageImage], None]:
         count, name, number, *sampling = given
-        images = handlers.generate(count, name, number, _named(controls, sampling), _shown(progress))
+        images = handlers.generate(count, name, number, dict(zip(controls, sampling, strict=True)), _shown(progress))
         return [(to_pil(image.pixels), image.class_name) for image in images], images, None
 
     _on(button.click, generate, [num_images, class_name, seed, *controls.values()], [gallery, generated, selected])
@@ -160,7 +160,7 @@ def _inpaint_tab(handlers: Handlers, generated: gr.State, selected: gr.State) ->
     def inpaint(progress: gr.Progress = PROGRESS, *given: Any) -> list[Any]:
         chosen, edited, which, count, name, number, width, *sampling = given
         layers = edited["layers"] if edited else []
-        settings = _named(controls, sampling)
+        settings = dict(zip(controls, sampling, strict=True))
         images = handlers.inpaint(chosen, layers, which, count, name, number, width, settings, _shown(progress))
         return [to_pil(pixels) for pixels in images]
 
@@ -235,10 +235,6 @@ def _sampling_controls(pipeline: TwoStagePipeline) -> dict[str, Component]:
             )
             for name, (low, high, value, step) in ranges.items()
         }  # fmt: skip
-
-
-def _named(controls: dict[str, Component], values: list[Any]) -> dict[str, Any]:
-    return dict(zip(controls, values, strict=True))
 
 
 def _seed_box() -> gr.Number:

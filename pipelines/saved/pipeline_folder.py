@@ -51,14 +51,8 @@ def write_pipeline_folder(folder: Path, tokenizer: Autoencoder, prior: Prior | N
     for name, model in parts.items():
         model.save_pretrained(folder / name)
     files = [f"{name}/{file}" for name in parts for file in ("config.json", "model.safetensors")]
-    write_json(
-        folder / DOCUMENT,
-        {
-            "format_version": FORMAT_VERSION,
-            "kind": "two_stage_pipeline",
-            "sha256": {name: file_sha256(folder / name) for name in files},
-        },
-    )
+    hashes = {name: file_sha256(folder / name) for name in files}
+    write_json(folder / DOCUMENT, {"format_version": FORMAT_VERSION, "kind": "two_stage_pipeline", "sha256": hashes})
 
 
 def read_pipeline_folder(folder: Path) -> tuple[Autoencoder, Prior | None]:
