@@ -14,12 +14,8 @@ __all__ = ["run_checks"]
 
 
 def run_checks(run_dir: Path, time_limit: float) -> Iterator[Finding]:
-    """The findings of every check, each as soon as it is made.
-
-    Args:
-        run_dir: the folder for runs; it need not exist yet.
-        time_limit: seconds in which two processes must connect.
-    """
+    """The findings of every check, each as soon as it is made. ``run_dir`` need not exist yet; two processes must
+    connect within ``time_limit`` seconds."""
     yield from check_packages()
     try:
         importlib.import_module("torch")

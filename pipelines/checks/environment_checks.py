@@ -16,10 +16,9 @@ from twostage.core.wording import one_line
 
 __all__ = ["check_accelerate_file", "check_environment", "hugging_face_home"]
 
-ADDRESS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 """A launcher sets these. Left over in a shell, they make a command act as one of several processes."""
-LAUNCH_VARIABLES = (*RANK_VARIABLES, "LOCAL_WORLD_SIZE", *ADDRESS_VARIABLES)
+LAUNCH_VARIABLES = (*RANK_VARIABLES, "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,12 @@ RULES = [
 
 def check_environment() -> Iterator[Finding]:
     """Environment variables that break a training, slow it down, or hide devices from it."""
-    found = [*_leftovers_of_a_launch(), *_variables()]
+    found = list(_leftovers_of_a_launch())
+    for rule in RULES:
+        for name in rule.names:
+            value = os.environ.get(name)
+            if value is not None and rule.matters(value):
+                found.append(rule.kind("environment", f"{name}={value!r} {rule.effect}", rule.advice))
     if trouble := broken_proxy():
         message = f"{trouble}; datasets and models `owner/name` cannot be downloaded"
         advice = "Fix or unset the variable. Local data and models need no proxy."
@@ -95,14 +99,6 @@ def _leftovers_of_a_launch() -> Iterator[Finding]:
         yield problem("environment", f"{shown}: {effect}", advice)
     else:
         yield warning("environment", shown, advice)
-
-
-def _variables() -> Iterator[Finding]:
-    for rule in RULES:
-        for name in rule.names:
-            value = os.environ.get(name)
-            if value is not None and rule.matters(value):
-                yield rule.kind("environment", f"{name}={value!r} {rule.effect}", rule.advice)
 
 
 def hugging_face_home() -> Path:

@@ -23,10 +23,7 @@ COUNT = 4 << 20  # float32 numbers: 16 MiB
 
 def check_two_processes(time_limit: float) -> Iterator[Finding]:
     """Two processes connect as in a training and sum a tensor: with NCCL on two GPUs, otherwise with gloo on the CPU.
-
-    Args:
-        time_limit: seconds after which they are stopped.
-    """
+    After ``time_limit`` seconds they are stopped."""
     import torch
 
     on_gpus = torch.accelerator.device_count() >= 2

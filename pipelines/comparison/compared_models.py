@@ -100,7 +100,6 @@ def open_models(runs: Sequence[str | Path]) -> list[ComparedModel]:
 
 
 def _same_weights(first: Autoencoder, second: Autoencoder) -> bool:
-    """Whether two tokenizers are the same, decoder included."""
     a, b = first.state_dict(), second.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 

@@ -142,7 +142,6 @@ def _measure_pipeline(
     network: Judge | None,
     work: SharedWork,
 ) -> None:
-    """Fills in the samples and the figures of a model that makes images."""
     pipeline = model.pipeline
     assert pipeline is not None
     pipeline.to(work.device)

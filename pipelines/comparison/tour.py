@@ -236,11 +236,7 @@ def _length(steps: int) -> dict[str, int]:
 
 
 def _train_family(plan: Plan, name: str, run: Path, steps: int, changes: dict[str, Any] | None = None) -> BaseRun[Any]:
-    """Trains one model, or resumes its training.
-
-    Args:
-        changes: to its configuration.
-    """
+    """Trains one model, with ``changes`` to its configuration, or resumes its training."""
     own: dict[str, Any] = {
         "run": {"dir": str(run), "seed": plan.seed, "trackers": []},
         "train": {"warmup_steps": min(50, steps // 10)} | _length(steps),

@@ -1,7 +1,7 @@
 """The families of the tour in order: what each one is, and how its configuration differs from the one before."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 __all__ = ["FAMILIES", "Family", "document_of", "merged"]
@@ -20,7 +20,7 @@ class Family:
     """Where it is implemented."""
     parent: str | None
     """The family whose configuration this one changes; None: it starts from nothing."""
-    document: Mapping[str, Any] = field(default_factory=dict)
+    document: Mapping[str, Any]
     """The changes."""
     is_prior: bool = False
 

@@ -42,7 +42,6 @@ def write_tour(
     """Writes compare.html, compare.png and compare.json into ``out``.
 
     Args:
-        source: of the images.
         judge_seed: of the judging network's training.
         seed: of the random latents.
         decided: `minutes`, `steps` of each model, and `codes_of`: the tokenizer whose codes the priors learned.

@@ -111,7 +111,9 @@ def measure_reconstructions(
     found: list[Measurement] = [_image_quality(model, images, digests, means, lpips)]
     if model.variational:
         bound = LikelihoodBound(**{name: means[name] for name in BOUND_COLUMNS})
-        found += [Measurement(bound, protocol=_bound_protocol(model)), _latent_units(work.total(moments) / len(rows))]
+        about = f"one sample of the posterior per image, seed {NOISE_SEED}; the loss's own likelihood, KL weight 1"
+        about += "; of images corrupted as during training" if _corrupts(model) else ""
+        found += [Measurement(bound, protocol={"elbo": about}), _latent_units(work.total(moments) / len(rows))]
     if model.codebook_size:
         found.append(_codebook_use(work.total(codes), len(rows), model))
     no_judge = Measurement(JudgedReconstructions(), {"rfid": NO_NETWORK}, {"rfid": {}})
@@ -179,11 +181,6 @@ def _image_quality(
     )
     missing = {"lpips": reason} if (reason := lpips.protocol.get("not_measured")) else {}
     return Measurement(figures, missing, protocol, subject, notes)
-
-
-def _bound_protocol(model: Autoencoder) -> dict[str, str]:
-    bound = f"one sample of the posterior per image, seed {NOISE_SEED}; the loss's own likelihood, KL weight 1"
-    return {"elbo": f"{bound}; of images corrupted as during training" if _corrupts(model) else bound}
 
 
 def _latent_units(moments: Tensor) -> Measurement[LatentUnits]:

@@ -43,11 +43,7 @@ Event = Callable[..., Any]
 
 
 def build_page(pipeline: TwoStagePipeline, name: str) -> gr.Blocks:
-    """The page for a pipeline, with only the tabs and controls that apply to it.
-
-    Args:
-        name: the model's name on the page.
-    """
+    """The page for a pipeline, with its ``name`` and only the tabs and controls that apply to it."""
     handlers = Handlers(pipeline)
     with gr.Blocks(title=f"{name} - twostage", analytics_enabled=False) as page:
         gr.Markdown(f"# {name}\n{describe(pipeline)}")
@@ -251,7 +247,6 @@ def _upload_button(label: str) -> gr.UploadButton:
 
 
 def _image_box(label: str, visible: bool = True, height: int = 420) -> gr.Image:
-    """Shows an image; does not take one."""
     return gr.Image(
         label=label,
         format="png",
@@ -265,7 +260,6 @@ def _image_box(label: str, visible: bool = True, height: int = 420) -> gr.Image:
 
 
 def _editor(label: str) -> gr.ImageEditor:
-    """An image to brush on."""
     return gr.ImageEditor(
         label=label,
         type="numpy",

@@ -21,7 +21,6 @@ __all__ = [
     "JudgedReconstructions",
     "LatentUnits",
     "LikelihoodBound",
-    "Row",
     "Rows",
     "SampleCounts",
     "SampleNovelty",
@@ -286,11 +285,7 @@ PRIOR_ROWS = _rows_of(CodeCost, ImageCost) | SAMPLE_ROWS
 
 
 def evidence_warnings(not_evidence: Mapping[str, str], rows: Rows) -> list[str]:
-    """A sentence for each reason why figures are not evidence of quality.
-
-    Args:
-        not_evidence: the reasons, by the keys of the figures.
-    """
+    """A sentence for each reason why figures are not evidence of quality; ``not_evidence`` has them by figure."""
     titles = {
         reason: ", ".join(rows[name].title.strip() for name, why in not_evidence.items() if why == reason)
         for reason in not_evidence.values()

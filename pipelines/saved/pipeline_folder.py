@@ -15,8 +15,6 @@ from twostage.core.runs.model_folder import check_format, file_sha256, write_jso
 from twostage.core.wording import one_line
 
 __all__ = [
-    "FORMAT_VERSION",
-    "HUB_ID",
     "download_pipeline",
     "is_hub_id",
     "is_pipeline_folder",

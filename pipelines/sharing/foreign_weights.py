@@ -198,7 +198,6 @@ def _rank(name: str) -> tuple[int, int, bool, str] | None:
 
 
 def _read_shards(index: Path) -> State:
-    """The weights in all the files that an index lists."""
     shards = read_json(index, DOWNLOAD_AGAIN).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(file, str) for file in shards.values()):
         raise InputError(f"{index}: weight_map does not say which file has which weights. Download it again.")
