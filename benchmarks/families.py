@@ -128,19 +128,19 @@ def picture(name: str, folder: Path, data: ImageData, out: Path) -> None:
 HEAD = """## Every family of stage one
 
 Written by `python -m benchmarks.families`. Every family gets the same processor time for training on the same machine
-({machine}), so the number of steps depends on the cost of its step. {device}
+({machine}), so a family with slower steps takes fewer of them. {device}
 
 `twostage evaluate` measured all figures on the 10,000 test images: 8-bit pixels, PSNR and SSIM as means over images.
 The Frechet distance is between test images and their reconstructions, in the features of a network trained here on the
-same dataset with `twostage train-features` (seed 1). It is not FID and only compares within one table. The VQ-GAN's
-perceptual term uses another such network (seed 0). The denoising autoencoder is measured on clean inputs. CIFAR-10's
-images were re-encoded as JPEG. One run each, seed 0.
+same dataset with `twostage train-features` (seed 1). It is not FID and is only comparable within one table. The
+VQ-GAN's perceptual term uses another such network (seed 0). The denoising autoencoder is measured on clean inputs.
+CIFAR-10's images were re-encoded as JPEG. One run each, seed 0.
 """
 
 
 def as_markdown(name: str, minutes: float, rows: list[Row], accuracy: float) -> str:
     """The section of one dataset."""
-    judge = f"Accuracy of the network that judges, on the test images: {accuracy:.1%}."
+    judge = f"The feature network classifies {accuracy:.1%} of the test images correctly."
     title = f"### {set_title(name)}, {minutes:g} minutes of processor time each"
     picture = f"![The same test images through every family](images/families_{name}.png)"
     return "\n\n".join([title, markdown_table(COLUMNS, rows), judge, picture])

@@ -146,15 +146,16 @@ def picture(name: str, folder: Path, guidance_scale: float, out: Path) -> None:
 HEAD = """## The three priors of stage two
 
 Written by `python -m benchmarks.priors`. All three train on the same codes for the same processor time on the same
-machine ({machine}), so the number of steps depends on the cost of a step. {device} One run each,
+machine ({machine}), so a prior with slower steps takes fewer of them. {device} One run each,
 seed 0. Codes per second were measured while the machine did other work as well.
 
-Nats per code are those of the 10,000 held-out images' codes. They are exact for PixelCNN and GPT. A masked transformer
-has no likelihood that can be computed, so its figure is another quantity: the upper bound of any-order autoregression.
+Nats per code are measured on the codes of the 10,000 held-out images. They are exact for PixelCNN and GPT. The
+likelihood of a masked transformer cannot be computed, so its figure is a different quantity: the upper bound from
+any-order autoregression.
 A feature network trained here (`twostage train-features`, seed 1) judges 1,000 samples, 100 per class. Class accuracy
 is the fraction that it assigns to the requested class. The Frechet distance compares its features with those of the
-training images; it is not FID and only compares within one table. The masked transformer fills its grids in 8 steps,
-the others write one code after another. CIFAR-10's images were re-encoded as JPEG.
+training images; it is not FID and is only comparable within one table. The masked transformer fills its grids in 8
+steps; the others sample one code after another. CIFAR-10's images were re-encoded as JPEG.
 """
 
 
@@ -162,9 +163,10 @@ def as_markdown(name: str, minutes: float, rows: list[Row], figures: dict[str, f
     """The section of one dataset."""
     title = f"### Priors: {set_title(name)}, {minutes:g} minutes of processor time each"
     baselines = (
-        f"Predicting codes uniformly costs {figures['uniform_nats_per_code']:.3f} nats per code, by their frequency "
-        f"{figures['unigram_nats_per_code']:.3f}. The network assigns {figures['class_accuracy_real']:.1%} of the "
-        "held-out real images to their class. An equal number of real images has a Frechet distance of "
+        f"Predicting codes uniformly costs {figures['uniform_nats_per_code']:.3f} nats per code; predicting them "
+        f"by their frequency costs {figures['unigram_nats_per_code']:.3f}. "
+        f"The network assigns {figures['class_accuracy_real']:.1%} of the held-out real images to their class. "
+        "An equal number of real images has a Frechet distance of "
         f"{figures['frechet_distance_real']:.3g} to the training images."
     )
     shown = f"![Samples of the three priors, guidance {scale:g}](images/priors_{name}.png)"

@@ -26,7 +26,8 @@ COLUMNS = {
 TEXT = """## Replacing codes in a GPT's training (`loss.replace_prob`)
 
 Written by `python -m benchmarks.replacement`: `gpt_mnist.yaml` for {steps:,} steps, each time with a different
-fraction of random codes in its input. Nothing else differs. Samples without guidance, judged as above; one run each.
+fraction of random codes in its input. Nothing else differs. Samples are drawn without guidance and judged as
+above; one run each.
 """
 
 

@@ -167,8 +167,8 @@ def described(rows: list[Row]) -> str:
     fits = [row["name"] for row in rows if row.get("ddp_gb", 0) > LARGEST_GPU]
     larger = f"Of these, only {' and '.join(fits)} needs more than {LARGEST_GPU} GB with DDP." if fits else ""
     return f"""Written by `python -m benchmarks.scaling --write docs/scaling.md`. **These are estimates: nothing was
-measured on a GPU.** They assume ImageNet's {IMAGES:,} images of {SIDE}x{SIDE} pixels, {GRID[0]}x{GRID[1]} codes of
-{CODES:,}, {CLASSES:,} classes, {GPUS} GPUs, and global batches of {TOKENIZER_BATCH} for the VQ-GAN and {PRIOR_BATCH}
+measured on a GPU.** They assume ImageNet's {IMAGES:,} images of {SIDE}x{SIDE} pixels, {GRID[0]}x{GRID[1]} codes out
+of {CODES:,}, {CLASSES:,} classes, {GPUS} GPUs, and global batches of {TOKENIZER_BATCH} for the VQ-GAN and {PRIOR_BATCH}
 for the priors.
 
 {markdown_table(COLUMNS, rows)}
@@ -183,7 +183,7 @@ How they are computed:
   autograd keeps. DDP adds {DDP - STATE} bytes (gradient buckets, bfloat16 copies) and keeps activations in float32, an
   upper bound under autocast. FSDP on {GPUS} GPUs needs an {GPUS}th of the {STATE} bytes, {GATHERED} bytes per parameter
   that is gathered at a time (embeddings, head, two blocks), and activations in bfloat16. CUDA and its libraries need
-  more on top.
+  additional memory.
 - **Time:** operations / ({GPUS} x {SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s, an H100's peak in bf16). The {SHARE:.0%} is
   an assumption: convolutions and small models reach less. Validation, checkpoints and reading are not included.
 - **A checkpoint:** weights, averaged weights and AdamW's states; `train.keep_checkpoints` of them are kept."""

@@ -18,7 +18,7 @@ __all__ = ["command"]
 
 def command(
     model: Annotated[str, typer.Argument(help="A pipeline folder, runs/NAME of a prior or a VAE, or a hub id.")],
-    host: Annotated[str, typer.Option(help="The address to listen on; by default, this machine alone.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="The address to listen on; by default only this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
     tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, if it has moved.")] = None,
 ) -> None:

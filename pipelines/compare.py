@@ -24,9 +24,11 @@ __all__ = ["command"]
 
 @with_sampling_options
 def command(
-    runs: Annotated[list[str] | None, typer.Argument(help="runs/NAME of tokenizers, VAEs, priors; pipelines.")] = None,
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="runs/NAME of tokenizers, VAEs or priors, or pipelines.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Source of the images; by default the models' own.")] = None,
-    num_images: Annotated[int, typer.Option(min=1, max=32, help="Images to show of each model.")] = 12,
+    num_images: Annotated[int, typer.Option(min=1, max=32, help="Images to show for each model.")] = 12,
     features: Annotated[
         str | None, typer.Option(help="runs/NAME of a feature network, for Frechet distances and class accuracy.")
     ] = None,
@@ -35,7 +37,7 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Output folder; by default compare, or runs/tour.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write compare.json to this file too.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write compare.json to this file.")] = None,
     train_all: Annotated[
         bool,
         typer.Option("--tour", help="Train nine models, from AE to MaskGIT, and compare them (guidance scale 2)."),

@@ -25,7 +25,7 @@ WIDTH = 120
 
 def command(
     run_dir: Annotated[Path, typer.Option(help="The folder for runs.")] = Path("runs"),
-    time_limit: Annotated[float, typer.Option(min=0.0, help="Seconds in which two processes must connect.")] = 60.0,
+    time_limit: Annotated[float, typer.Option(min=0.0, help="Seconds within which two processes must connect.")] = 60.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
 ) -> None:
     """Check this machine: versions, devices, processes, disk, weights. Exits with 1 if it finds a problem."""

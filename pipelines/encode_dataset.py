@@ -20,13 +20,13 @@ __all__ = ["command"]
 def command(
     tokenizer: Annotated[str, typer.Argument(help="runs/NAME of a trained tokenizer, or its model folder.")],
     out: Annotated[str | None, typer.Option(help="The folder for the codes; codes/NAME by default.")] = None,
-    data: Annotated[str | None, typer.Option(help="Another dataset than the one it was trained on.")] = None,
+    data: Annotated[str | None, typer.Option(help="A dataset other than the one it was trained on.")] = None,
     horizontal_flip: Annotated[
         bool, typer.Option("--horizontal-flip", help="Also encode the training images mirrored.")
     ] = False,
     crops: Annotated[int, typer.Option(min=0, help="Also encode this many crops of each training image.")] = 0,
 ) -> None:
-    """Encode a dataset with a trained tokenizer. If it is interrupted, the same command resumes."""
+    """Encode a dataset with a trained tokenizer. Run the same command again to resume."""
     with resumable():
         encode_dataset(tokenizer, out, data, Augmentation(horizontal_flip=horizontal_flip, crops=crops))
 

@@ -41,19 +41,23 @@ def command(
         int | None, typer.Option(min=1, help="Images to measure, spread evenly over the split; by default all.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 64,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write evaluation.json to this file too.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write evaluation.json to this file.")] = None,
     weights_dir: Annotated[
         Path | None, typer.Option(help="Folder with the VGG weights for LPIPS.", rich_help_panel=FOR_TOKENIZERS)
     ] = None,
     codes: Annotated[
-        str | None, typer.Option(help="Codes; by default those it was trained on.", rich_help_panel=FOR_PRIORS)
+        str | None, typer.Option(help="Codes to measure; by default those of its training.", rich_help_panel=FOR_PRIORS)
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="runs/TOKENIZER, if it has moved.", rich_help_panel=FOR_PRIORS)
     ] = None,
     num_samples: Annotated[
         int | None,
-        typer.Option(min=1, help="Samples to judge; by default 1,000. Needs a network.", rich_help_panel=FOR_PRIORS),
+        typer.Option(
+            min=1,
+            help="Samples to judge; by default 1,000. Needs --features or --inception.",
+            rich_help_panel=FOR_PRIORS,
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of the samples; by default 0.", rich_help_panel=FOR_PRIORS)

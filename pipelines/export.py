@@ -36,7 +36,7 @@ def command(
     data_license: Annotated[str | None, typer.Option(help="License of the training images, in words.")] = None,
     push: Annotated[str | None, typer.Option(help="Upload to owner/name on the Hugging Face hub.")] = None,
     private: Annotated[bool, typer.Option("--private", help="With --push: make the repository private.")] = False,
-    tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, if it was moved.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, if it has moved.")] = None,
 ) -> None:
     """Export a model as a folder to share, and as ONNX and torch.export programs."""
     share_cores()

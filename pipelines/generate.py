@@ -23,13 +23,14 @@ __all__ = ["command"]
 def command(
     prior: Annotated[str, typer.Argument(help="runs/NAME of a prior or a VAE, a pipeline folder, or a hub id.")],
     out: Annotated[Path, typer.Option(help="The folder for images/, grid.png and settings.json.")],
-    num_images: Annotated[int, typer.Option(min=1)] = 64,
-    class_name: Annotated[list[str] | None, typer.Option(help="Repeat to cycle through several classes.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Image i depends on the seed and i alone.")] = 0,
+    num_images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
+    class_name: Annotated[list[str] | None, typer.Option(help="A class; repeat to cycle through several.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Image i depends only on the seed and i.")] = 0,
     *,
     sampling: SamplingConfig,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images that each process draws at a time; by default what fits memory.")
+        int | None,
+        typer.Option(min=1, help="Images that each process generates at a time; by default as many as fit in memory."),
     ] = None,
     file_format: Annotated[
         FileFormat, typer.Option("--format", help="One PNG per image, or parquet files of 1,000 images each.")

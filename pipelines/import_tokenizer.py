@@ -20,14 +20,16 @@ def command(
     source: Annotated[
         str,
         typer.Argument(
-            help="A .ckpt of taming-transformers or .pt of LlamaGen (or .safetensors), or the folder of a diffusers "
-            "VQModel or of a pipeline with one."
+            help="A .ckpt file from taming-transformers, a .pt file from LlamaGen, a .safetensors file from either, "
+            "or the folder of a diffusers VQModel or of a pipeline that contains one."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The run folder to create: runs/NAME.")],
     config: Annotated[Path | None, typer.Option(help="The YAML file of a taming-transformers checkpoint.")] = None,
     kind: Annotated[str | None, typer.Option(help="taming, diffusers or llamagen; detected by default.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Replaces the size it was trained with.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Image size, if not the one it was trained with.")
+    ] = None,
 ) -> None:
     """Import a pretrained VQ tokenizer from taming-transformers, diffusers or LlamaGen."""
     model, weights = import_tokenizer(source, out, config, kind, image_size)

@@ -29,16 +29,16 @@ def command(
     mask: Annotated[
         str,
         typer.Argument(
-            help="An image file as wide and high as the image, white (128 or more) where it is to be redrawn; or left, "
-            "right, top, bottom (a half) or center."
+            help="A half (left, right, top or bottom), center, or an image file of the same size as the image. The "
+            "file is white (128 or more) where you want to redraw."
         ),
     ],
     out: Annotated[Path, typer.Option(help="A new folder for 000000.png ... and grid.png.")],
     num_images: Annotated[int, typer.Option(min=1, help="Number of completions.")] = 4,
-    class_name: Annotated[str | None, typer.Option(help="What to draw. If omitted, the model chooses.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Completion i depends on the seed and i alone.")] = 0,
+    class_name: Annotated[str | None, typer.Option(help="Class to draw. If omitted, the model chooses.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Completion i depends only on the seed and i.")] = 0,
     feather: Annotated[
-        float, typer.Option(min=0, help="Kept pixels closer than this to the mask blend into what is drawn.")
+        float, typer.Option(min=0, help="Blend kept pixels that are closer than this to the mask.")
     ] = 0.0,
     *,
     sampling: SamplingConfig,

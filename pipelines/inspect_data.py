@@ -87,18 +87,18 @@ def _most_common(counter: Counter[str]) -> str:
 
 
 def command(
-    data: Annotated[str, typer.Argument(help="shapes, a folder, parquet files, a name, or owner/name.")],
-    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; by default those of the first image.")] = None,
-    channels: Annotated[int | None, typer.Option(help="1, 3 or 4; by default those of the first image.")] = None,
+    data: Annotated[str, typer.Argument(help="shapes, a folder, a parquet file, $TWOSTAGE_DATA/NAME, or owner/name.")],
+    image_size: Annotated[int | None, typer.Option(min=1, help="Size in pixels; by default the first image's.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1 (grey), 3 or 4; by default the first image's.")] = None,
     label_column: LabelColumnOption = AUTO,
     value_range: ValueRangeOption = None,
     out: Annotated[Path, typer.Option(help="Where to save the contact sheet.")] = Path("inspect.png"),
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", help="Also write this file, with every used and every skipped file."),
+        typer.Option("--json", help="Also write a JSON file that lists every used and every skipped file."),
     ] = None,
 ) -> None:
-    """Show what a data source holds: splits, classes, sizes, modes, unreadable files, a contact sheet."""
+    """Show what a data source holds: splits, classes, sizes, modes, unreadable files. Also save a contact sheet."""
     size, found_channels = first_form(data)
     document = {
         "source": data,

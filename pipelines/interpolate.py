@@ -16,15 +16,15 @@ __all__ = ["command"]
 def command(
     model: Annotated[
         str,
-        typer.Argument(help="runs/NAME of a tokenizer (or AE, VAE ...) or of a prior, a pipeline folder, a hub id."),
+        typer.Argument(help="runs/NAME of a tokenizer (or AE, VAE ...) or prior, a pipeline folder, or a hub id."),
     ],
     image: Annotated[
         list[Path] | None,
-        typer.Option(help="Given twice: the two ends. Or a folder of images, which are paired in order."),
+        typer.Option(help="Pass it twice for the two ends, or pass a folder, whose images are paired in order."),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Another source of held-out images.")] = None,
     num_images: Annotated[int, typer.Option(min=2, help="Images per strip, including both ends.")] = 9,
-    num_pairs: Annotated[int, typer.Option(min=1, help="Strips between held-out images, or images of a folder.")] = 4,
+    num_pairs: Annotated[int, typer.Option(min=1, help="Strips, between held-out images or images from a folder.")] = 4,
     out: Annotated[Path | None, typer.Option(help="A PNG; by default interpolations.png in the run folder.")] = None,
 ) -> None:
     """Blend between two images: held-out images, or your own."""

@@ -22,7 +22,7 @@ __all__ = ["command"]
 
 
 def _side(name: str) -> typer.models.OptionInfo:
-    return typer.Option(min=0, help=f"Pixels to add on the {name}.")
+    return typer.Option(min=0, help=f"Pixels to add at the {name}.")
 
 
 @with_sampling_options
@@ -34,9 +34,9 @@ def command(
     right: Annotated[int, _side("right")] = 0,
     top: Annotated[int, _side("top")] = 0,
     bottom: Annotated[int, _side("bottom")] = 0,
-    num_images: Annotated[int, typer.Option(min=1)] = 4,
-    class_name: Annotated[str | None, typer.Option(help="What to draw. If omitted, the model chooses.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Image i depends on the seed and i alone.")] = 0,
+    num_images: Annotated[int, typer.Option(min=1, help="Number of completions.")] = 4,
+    class_name: Annotated[str | None, typer.Option(help="Class to draw. If omitted, the model chooses.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Image i depends only on the seed and i.")] = 0,
     *,
     sampling: SamplingConfig,
     tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, if it has moved.")] = None,

@@ -16,14 +16,14 @@ __all__ = ["command"]
 def command(
     model: Annotated[
         str,
-        typer.Argument(help="runs/NAME of a tokenizer (or AE, VAE ...) or of a prior, a pipeline folder, a hub id."),
+        typer.Argument(help="runs/NAME of a tokenizer (or AE, VAE ...) or prior, a pipeline folder, or a hub id."),
     ],
     image: Annotated[
         list[Path] | None,
         typer.Option(help="An image or a folder of images, instead of held-out images. Repeat to give several."),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Another source of held-out images.")] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Held-out images, or images of a folder, to show.")] = 12,
+    num_images: Annotated[int, typer.Option(min=1, help="Images to show, held out or from a folder.")] = 12,
     out: Annotated[Path | None, typer.Option(help="A PNG; by default reconstructions.png in the run folder.")] = None,
 ) -> None:
     """Show images above their reconstructions: held-out images, or your own."""

@@ -206,17 +206,18 @@ def features_config(
 
 def command(
     data: Annotated[
-        str, typer.Argument(help="Labelled images: shapes, a folder, parquet files, a name, or owner/name.")
+        str,
+        typer.Argument(help="Labelled images: shapes, a folder, a parquet file, $TWOSTAGE_DATA/NAME, or owner/name."),
     ],
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/features_NAME by default.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; the first image's by default.")] = None,
-    channels: Annotated[int | None, typer.Option(help="1, 3 or 4; the first image's by default.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Size in pixels; by default the first image's.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1 (grey), 3 or 4; by default the first image's.")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per update.")] = 64,
     horizontal_flip: Annotated[bool, typer.Option("--horizontal-flip", help="Mirror half of the images.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
     width: Annotated[
-        int, typer.Option(min=1, help="Channels at full resolution; doubled at each of the two others.")
+        int, typer.Option(min=1, help="Channels at full resolution; doubled at each of the two lower resolutions.")
     ] = WIDTHS[0],
     label_column: LabelColumnOption = AUTO,
     value_range: ValueRangeOption = None,

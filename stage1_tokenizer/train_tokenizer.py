@@ -340,7 +340,7 @@ def command(
         list[str] | None, typer.Argument(help="Settings as key=value, for example train.lr=1e-4.")
     ] = None,
     weights_dir: Annotated[
-        Path | None, typer.Option(help="The folder with LPIPS's vgg16-397923af.pth; torch's cache by default.")
+        Path | None, typer.Option(help="The folder that holds vgg16-397923af.pth for LPIPS; by default torch's cache.")
     ] = None,
     dry_run: DryRunOption = False,
     time_limit: TimeLimitOption = None,

@@ -51,14 +51,14 @@ class SamplingConfig(Section):
     """How codes are sampled from a prior's predictions. The descriptions are also the texts of the command line and
     of the page."""
 
-    temperature: Number = Field(default=1.0, description="Below 1 is safer, above 1 is more varied.")
+    temperature: Number = Field(default=1.0, description="Below 1: more typical images; above 1: more varied.")
     top_k: _Integer | None = Field(
-        default=None, title="Top-k", description="Sample from the k most likely codes only. Default: all codes."
+        default=None, title="Top-k", description="Sample only from the k most likely codes. Default: all codes."
     )
     top_p: Number | None = Field(
         default=None,
         title="Top-p",
-        description="Sample from the most likely codes that have this probability in total. Default: all codes.",
+        description="Sample only from the likeliest codes that add up to this probability. Default: all codes.",
     )
     guidance_scale: Number = Field(
         default=1.0, description="Values above 1 follow the class more strongly; 0 ignores it (also called cfg_scale)."

@@ -27,8 +27,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 FIGURES = DOCS / "reliability.json"
 HEAD = """# Reliability
 
-`make soak` (`python -m benchmarks.reliability`) writes this page. It runs for hours what the tests run for minutes.
-If a part finds a fault, it stops there and its row stays as it was.
+`make soak` (`python -m benchmarks.reliability`) writes this page. It runs the same kinds of checks
+as the tests, for hours instead of minutes. If a part finds a fault, it stops and its row keeps the earlier result.
 
 """
 
@@ -74,7 +74,7 @@ def write_page(known: dict[str, Any]) -> None:
     page = DOCS / "reliability.md"
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     _, marker, below = text.partition("## How each promise is tested")
-    table = "| what | asked | found | when |\n|---|---|---|---|\n"
+    table = "| what | goal | result | when |\n|---|---|---|---|\n"
     for part, figures in ((part, known[part]) for part in ROWS if part in known):
         when = f"{figures['where']}, {figures['took_minutes']:.1f} min"
         table += f"| {' | '.join([*ROWS[part](figures), when])} |\n"
@@ -104,7 +104,7 @@ def kills_row(figures: dict[str, Any]) -> tuple[str, str, str]:
 def images_row(figures: dict[str, Any]) -> tuple[str, str, str]:
     return (
         "mutated images (PNG, JPEG, GIF, WebP, TIFF, BMP)",
-        f"{figures['mutated']} of {figures['mutated']} without a crash; every file used or reported",
+        f"{figures['mutated']} of {figures['mutated']} without a crash; every file is used or reported",
         (
             f"{figures['crashes']} crashes; {figures['files']} files = {figures['used']} used + {figures['skipped']} "
             "reported, the same in `inspect` and in training"
@@ -115,7 +115,7 @@ def images_row(figures: dict[str, Any]) -> tuple[str, str, str]:
 def layouts_row(figures: dict[str, Any]) -> tuple[str, str, str]:
     return (
         "datasets: layouts x split names x label columns x image modes x stray files",
-        "all: the right split and label for every image, every file used or reported, no held-out image trained on",
+        "every image has the right split and label, every file is used or reported, training sees no held-out image",
         f"{figures['layouts']:,} of {figures['layouts']:,}",
     )
 
@@ -123,7 +123,7 @@ def layouts_row(figures: dict[str, Any]) -> tuple[str, str, str]:
 def configs_row(figures: dict[str, Any]) -> tuple[str, str, str]:
     return (
         "mutated configurations",
-        f"{figures['configs']} of {figures['configs']}: one training step, or one sentence that names the key",
+        f"{figures['configs']} of {figures['configs']}: one training step, or a one-sentence error that names the key",
         f"{figures['trained']} trained, {figures['refused']} refused with one sentence, 0 anything else",
     )
 
@@ -131,7 +131,7 @@ def configs_row(figures: dict[str, Any]) -> tuple[str, str, str]:
 def soak_row(figures: dict[str, Any]) -> tuple[str, str, str]:
     return (
         "stage one and stage two alternating in one process",
-        "two hours; memory and open files constant within 3% (first against last quarter)",
+        "two hours; memory and open files change by less than 3% from the first quarter to the last",
         (
             f"{figures['minutes']:.0f} minutes, {figures['rounds']} rounds; memory {figures['memory_mib_first']:.0f} "
             f"to {figures['memory_mib_last']:.0f} MiB ({figures['memory_mib_growth']:+.1f}%), open files "

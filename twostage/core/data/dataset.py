@@ -34,7 +34,8 @@ __all__ = ["DataConfig", "ImageData", "ImageSplit", "LabelColumnOption", "ValueR
 MAX_SIDE = 65_536  # pixels
 NUM_SHAPES = 20_000
 LabelColumnOption = Annotated[
-    str, typer.Option(help="The column of a table with the classes; by default found by its name; null: no classes.")
+    str,
+    typer.Option(help="The table column that holds the classes. auto finds it by its name; null ignores the classes."),
 ]
 ValueRangeOption = Annotated[
     tuple[float, float] | None,
