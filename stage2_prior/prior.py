@@ -5,7 +5,6 @@ Axes: B images, h and w cells of the code grid.
 """
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +25,7 @@ from twostage.core.errors import InputError
 from twostage.core.runs.model_folder import filled, load_model_folder, save_model_folder
 from twostage.core.training.random import BatchRandom
 
-__all__ = ["Prior", "PriorConfig", "PriorLossConfig", "PriorOutput", "ReplaceSchedule", "prior_config"]
+__all__ = ["Prior", "PriorConfig", "PriorLossConfig", "ReplaceSchedule", "prior_config"]
 
 for network in (PixelCNNConfig, CausalTransformerConfig, MaskedTransformerConfig):
     NetworkConfig.register(network)
@@ -68,16 +67,6 @@ class PriorConfig(Section):
     """The held-out baseline, see `Manifest`."""
 
 
-@dataclass
-class PriorOutput:
-    """The result of a training step."""
-
-    loss: Tensor
-    """Scalar: nats per code."""
-    metrics: dict[str, Tensor]
-    """Scalars by name, `loss` among them, detached."""
-
-
 def prior_config(model: NetworkConfig, loss: PriorLossConfig, cache: CodeCache) -> PriorConfig:
     """The stored configuration of a prior that is trained on the codes in ``cache``."""
     manifest = cache.manifest
@@ -109,16 +98,16 @@ class Prior(nn.Module):
         """Whether :meth:`nats_per_image` is exact; otherwise it is an upper bound."""
         return self.network.exact_likelihood
 
-    def forward(self, indices: Tensor, labels: Tensor | None, random: BatchRandom, progress: float) -> PriorOutput:
-        """The training loss of codes (B, h, w) and labels (B,) or None, at ``progress`` in [0, 1] of the run."""
+    def forward(self, indices: Tensor, labels: Tensor | None, random: BatchRandom, progress: float) -> Tensor:
+        """The training loss, nats per code as a scalar, of codes (B, h, w) and labels (B,) or None, at ``progress`` in
+        [0, 1] of the run."""
         codes, classes = indices.flatten(1), self._classes(labels, indices)
         options = self.config.loss
         inputs = replace_codes(
             codes, replace_prob_at(progress, options.replace_prob), self.config.codebook_size, random
         )
         hidden = random.uniform("class dropout", (), codes.device) < options.class_dropout_prob
-        loss = self.network.loss(codes, torch.where(hidden, self.num_classes, classes), inputs, random)
-        return PriorOutput(loss, {"loss": loss.detach()})
+        return self.network.loss(codes, torch.where(hidden, self.num_classes, classes), inputs, random)
 
     @torch.no_grad()
     def nats_per_image(self, indices: Tensor, labels: Tensor | None, random: BatchRandom) -> Tensor:

@@ -11,13 +11,12 @@ import torch
 import typer
 from accelerate import Accelerator
 from torch import Tensor
-from torch.export import register_dataclass
 
 from stage2_prior.autoregressive import images_at_once
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import CodeCache, CodeSplit, Manifest
 from stage2_prior.network import NetworkConfig
-from stage2_prior.prior import Prior, PriorLossConfig, PriorOutput, prior_config
+from stage2_prior.prior import Prior, PriorLossConfig, prior_config
 from twostage.core.config.sections import Count, PathName, RunConfig, Section, load_config
 from twostage.core.errors import InputError
 from twostage.core.machine.command import print_once, run_command
@@ -88,7 +87,6 @@ def train(
     # 2. The prior, its average, its optimizer.
     if run.units_to_shard:
         run.report(f"FSDP: the weights are sharded over {accelerator.num_processes} processes")
-        register_dataclass(PriorOutput)  # before torch 2.14, FSDP only found tensors in registered classes
     network = TrainedNetwork(
         make_prior(config, cache, run),
         config.train,
@@ -111,9 +109,9 @@ def train(
             indices = indices.to(accelerator.device, non_blocking=True)
             labels = None if labels is None else labels.to(accelerator.device, non_blocking=True)
             with accelerator.accumulate(network.wrapped):
-                output = network.wrapped(indices, labels, random, run.progress)
-                run.update(network, output.loss)
-            run.record(output.metrics)
+                loss = network.wrapped(indices, labels, random, run.progress)
+                run.update(network, loss)
+            run.record({"loss": loss})
         network.update_average()
         run.advance()
         if isinstance(run, DryRun):

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from pipelines.drawing.batch_size import fitting_batch_size
 from pipelines.drawing.sampler import ImageSampler
-from pipelines.files.image_files import FileFormat, ImageFiles, image_files
+from pipelines.files.image_files import FileFormat, ImageFiles, ParquetShards, PngFiles
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.config.sections import describe_differences
 from twostage.core.errors import InputError
@@ -59,7 +59,8 @@ def generate_folder(sampler: ImageSampler, request: GenerateRequest, out: Path) 
     settings = _settings(sampler, request)
     _check_folder(out, settings)
     state.wait_for_everyone()  # nobody writes before everyone has looked
-    files = image_files(request.file_format, out / "images", sampler.image_size, sampler.channels, sampler.label_names)
+    form = (out / "images", sampler.image_size, sampler.channels)
+    files = PngFiles(*form) if request.file_format == "png" else ParquetShards(*form, sampler.label_names)
     missing, batch_size = _plan(sampler, request, files, state)
     if state.is_main_process:
         _begin(sampler, request, out, settings, names)

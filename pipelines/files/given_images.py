@@ -12,7 +12,7 @@ from torch import Tensor
 from stage1_tokenizer.autoencoder import AutoencoderConfig
 from twostage.core.data.image_folder import IMAGE_SUFFIXES
 from twostage.core.errors import InputError
-from twostage.core.images.conversion import image_to_uint8, open_image
+from twostage.core.images.conversion import MODES, image_to_uint8, open_image
 from twostage.core.images.pixel_values import UsedValues, ValueRange
 from twostage.core.wording import some_of
 
@@ -139,7 +139,13 @@ def read_image(
     image = open_given_image(path)
     used: dict[str, UsedValues] = {}
     pixels = np.array(image_to_uint8(image, size, channels, value_range, used))
-    changes = _describe_conversion(ImageOps.exif_transpose(image), size, channels)
+    upright, changes = ImageOps.exif_transpose(image), []
+    if upright.size != (size[1], size[0]):
+        changes.append(
+            f"{upright.width}x{upright.height} cropped at its centre and resized to {size[1]}x{size[0]} pixels"
+        )
+    if upright.mode != MODES[channels]:
+        changes.append(f"mode {upright.mode} converted to {MODES[channels]}")
     for kind, values in used.items():
         low, high = value_range or values.type_range
         found = f"has {kind} values from {values.low:g} to {values.high:g}"
@@ -151,14 +157,3 @@ def read_image(
         if (kind != "8-bit" or value_range) and values.low_contrast(value_range):
             changes.append(f"{found}, which is little of the range from {low:g} to {high:g}")
     return torch.from_numpy(pixels), "; ".join(changes) or None
-
-
-def _describe_conversion(image: Image.Image, size: tuple[int, int], channels: int) -> list[str]:
-    """How an image is changed for a model of images of ``size`` (height, width) and ``channels``."""
-    modes = {1: "L", 3: "RGB", 4: "RGBA"}
-    changes = []
-    if image.size != (size[1], size[0]):
-        changes.append(f"{image.width}x{image.height} cropped at its centre and resized to {size[1]}x{size[0]} pixels")
-    if image.mode != modes[channels]:
-        changes.append(f"mode {image.mode} converted to {modes[channels]}")
-    return changes

@@ -24,9 +24,10 @@ from twostage.core.images.sheets import save_image
 __all__ = [
     "FileFormat",
     "ImageFiles",
+    "ParquetShards",
+    "PngFiles",
     "check_new_folder",
     "check_output_file",
-    "image_files",
     "write_images",
 ]
 
@@ -116,15 +117,6 @@ class ParquetShards:
 
 
 ImageFiles = PngFiles | ParquetShards
-
-
-def image_files(
-    file_format: FileFormat, folder: Path, image_size: tuple[int, int], channels: int, class_names: list[str] | None
-) -> ImageFiles:
-    """The images of ``folder`` in that format."""
-    if file_format == "png":
-        return PngFiles(folder, image_size, channels)
-    return ParquetShards(folder, image_size, channels, class_names)
 
 
 def _png(image: Tensor) -> bytes:

@@ -74,10 +74,8 @@ def test_a_share_above_1_is_refused():
 
 def test_the_first_loss_is_that_of_uniform_codes(tiny_prior, random_codes, whole_batch):
     prior = tiny_prior(trained=False, class_names=PETS)
-    output = prior(random_codes(4), torch.tensor([0, 1, 0, 1]), whole_batch(4), 0.0)
-    assert output.loss.item() == pytest.approx(math.log(5), rel=1e-6)
-    assert output.metrics["loss"] == output.loss
-    assert not output.metrics["loss"].requires_grad
+    loss = prior(random_codes(4), torch.tensor([0, 1, 0, 1]), whole_batch(4), 0.0)
+    assert loss.item() == pytest.approx(math.log(5), rel=1e-6)
 
 
 def test_the_true_codes_are_predicted_from_the_replaced_ones(tiny_prior, random_codes, whole_batch):
@@ -85,7 +83,7 @@ def test_the_true_codes_are_predicted_from_the_replaced_ones(tiny_prior, random_
     inputs = replace_codes(codes.flatten(1), 0.7, 5, whole_batch(4))
     logits = prior.network(inputs, torch.zeros(4, dtype=torch.long)).flatten(0, 1)
     of_true, of_inputs = (nn.functional.cross_entropy(logits, target.flatten()) for target in (codes, inputs))
-    loss = prior.train()(codes, None, whole_batch(4), 0.0).loss
+    loss = prior.train()(codes, None, whole_batch(4), 0.0)
     torch.testing.assert_close(loss, of_true)
     assert abs(loss - of_inputs) > 0.01
 
@@ -97,23 +95,23 @@ def test_evaluation_replaces_no_code_and_hides_no_class(model, tiny_prior, rando
     plain = tiny_prior(model=model, class_names=PETS, replace_prob=0.0, class_dropout_prob=0.0).eval()
     expected = plain.nats_per_image(codes, labels, whole_batch(4))
     assert torch.equal(careless.nats_per_image(codes, labels, whole_batch(4)), expected)
-    trained_on = plain(codes, labels, whole_batch(4), 0.0).loss
-    assert not torch.equal(careless(codes, labels, whole_batch(4), 0.0).loss, trained_on)
+    trained_on = plain(codes, labels, whole_batch(4), 0.0)
+    assert not torch.equal(careless(codes, labels, whole_batch(4), 0.0), trained_on)
 
 
 def test_replacement_follows_its_schedule(tiny_prior, random_codes, whole_batch):
     codes, scheduled = random_codes(4), tiny_prior(replace_prob={"start": 0.8, "end": 0.2}, class_dropout_prob=0.0)
     for progress, share in ((0.0, 0.8), (0.5, 0.5), (1.0, 0.2)):
         constant = tiny_prior(replace_prob=share, class_dropout_prob=0.0)
-        expected = constant(codes, None, whole_batch(4), 0.3).loss
-        torch.testing.assert_close(scheduled(codes, None, whole_batch(4), progress).loss, expected)
+        expected = constant(codes, None, whole_batch(4), 0.3)
+        torch.testing.assert_close(scheduled(codes, None, whole_batch(4), progress), expected)
 
 
 @pytest.mark.parametrize("prob", [0.0, 0.3, 1.0])
 def test_the_requested_share_of_images_is_trained_without_its_class(prob, tiny_prior, random_codes, whole_batch):
     count = 300
     prior = tiny_prior(class_names=[f"class {i}" for i in range(count)], class_dropout_prob=prob)
-    prior(random_codes(count), torch.arange(count), whole_batch(count), 0.0).loss.backward()
+    prior(random_codes(count), torch.arange(count), whole_batch(count), 0.0).backward()
     used = prior.network.class_embedding.weight.grad.abs().sum(1) > 0
     assert used[:count].float().mean().item() == pytest.approx(1 - prob, abs=0.08)
     assert used[count] == (prob > 0)
@@ -169,7 +167,7 @@ def test_an_overfitted_batch_is_sampled(tiny_prior, random_codes, whole_batch):
     prior, codes = tiny_prior(trained=False, class_names=names, class_dropout_prob=0.0), random_codes(6)
     optimizer = torch.optim.Adam(prior.parameters(), lr=1e-2)
     for step in range(80):
-        loss = prior(codes, torch.arange(6), whole_batch(6, step), 0.0).loss
+        loss = prior(codes, torch.arange(6), whole_batch(6, step), 0.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

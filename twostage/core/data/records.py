@@ -1,7 +1,7 @@
 """What `data.source` holds: the images of each split, not yet decoded."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +33,13 @@ class Records:
 
     def take(self, rows: np.ndarray) -> "Records":
         """These rows, in this order."""
-        return Records(
-            [self.names[row] for row in rows],
-            None if self.labels is None else self.labels[rows],
-            lambda i: self.open(int(rows[i])),
-            lambda: self.sizes()[rows],
-            self.origin,
-            None if self.files is None else [self.files[row] for row in rows],
-            self.version,
+        return replace(
+            self,
+            names=[self.names[row] for row in rows],
+            labels=None if self.labels is None else self.labels[rows],
+            open=lambda i: self.open(int(rows[i])),
+            sizes=lambda: self.sizes()[rows],
+            files=None if self.files is None else [self.files[row] for row in rows],
         )
 
 

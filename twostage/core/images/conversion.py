@@ -19,9 +19,10 @@ from twostage.core.images.pixel_values import (
     white_is_zero,
 )
 
-__all__ = ["image_to_uint8", "open_image", "quiet_decoders", "to_float", "to_pil", "to_uint8"]
+__all__ = ["MODES", "image_to_uint8", "open_image", "quiet_decoders", "to_float", "to_pil", "to_uint8"]
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Pillow's mode for each number of channels."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
 """The image formats to read, whatever a file's name says. Other Pillow formats may start programs, as EPS does."""
 UNSOUND = {"group3", "group4", "tiff_ccitt", "jpeg", "tiff_jpeg"}

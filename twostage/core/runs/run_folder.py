@@ -1,5 +1,6 @@
 """The folder of a run: config.yaml, sources.json, metrics.jsonl, samples/, checkpoints/, model/."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -226,13 +227,9 @@ class RunFolder:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; [] if there is none yet. A last line that a kill cut short is skipped."""
     lines = []
-    if not path.exists():
-        return lines
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
-        except ValueError:
-            continue
     return lines
 
 
