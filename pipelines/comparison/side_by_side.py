@@ -80,7 +80,9 @@ def compare_models(
     network = open_judge(None, features, config.channels)
     images = HeldOutImages.choose(config, load_images(config), None, NUM_MEASURED_IMAGES)
     for model in models:
-        _check_classes(model, images)
+        own = model.tokenizer.config.class_names if model.tokenizer.class_conditional else None
+        if names := model.pipeline.label_names if model.pipeline else own:
+            images.check_classes(names, model.path)
     originals = images.split.read(spread_over_classes(images.split.labels, len(images.split), num_images))
     classes = _column_classes(models, class_names, len(originals))
     for model in models:
@@ -108,16 +110,6 @@ def compare_models(
         **describe_machine(work),
     }
     return Comparison(models, originals, classes, images.data, protocol)
-
-
-def _check_classes(model: ComparedModel, images: HeldOutImages) -> None:
-    names = model.tokenizer.config.class_names if model.tokenizer.class_conditional else None
-    names = model.pipeline.label_names if model.pipeline else names
-    if names and names != images.data.class_names:
-        raise InputError(
-            f"{model.path}: was trained on the classes {names}, but data.source {images.config.source} has "
-            f"{images.data.class_names}. Use --data with images of the same classes."
-        )
 
 
 def _column_classes(models: list[ComparedModel], class_names: list[str] | None, count: int) -> list[str] | None:

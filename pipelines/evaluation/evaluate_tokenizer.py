@@ -78,18 +78,14 @@ def _held_out_images(
     model: Autoencoder, tokenizer: str | Path, source: str | None, split: str | None, num_images: int | None
 ) -> HeldOutImages:
     config = SavedModel.find_run(tokenizer).training_data(source)
-    data = load_images(config)
-    images = HeldOutImages.choose(config, data, split, num_images)
+    images = HeldOutImages.choose(config, load_images(config), split, num_images)
     if model.class_conditional and images.split.labels is None:
         raise InputError(
             f"--split {images.split_name}: has no labels, but {tokenizer} was trained with classes. Choose another "
             "split."
         )
-    if model.class_conditional and data.class_names != model.config.class_names:
-        raise InputError(
-            f"{tokenizer}: was trained on the classes {model.config.class_names}, but data.source {config.source} has "
-            f"{data.class_names}. Use --data with images of the same classes."
-        )
+    if model.class_conditional:
+        images.check_classes(model.config.class_names, tokenizer)
     return images
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -76,6 +77,14 @@ class HeldOutImages:
     def train(self) -> ImageSplit:
         """The images that the model was trained on."""
         return self.data.splits["train"]
+
+    def check_classes(self, class_names: list[str] | None, model: str | Path) -> None:
+        """Refuses images with other classes than the ``class_names`` that ``model`` was trained on."""
+        if class_names != self.data.class_names:
+            raise InputError(
+                f"{model}: was trained on the classes {class_names}, but data.source {self.config.source} has "
+                f"{self.data.class_names}. Use --data with images of the same classes."
+            )
 
     def protocol(self, digests: RowDigests) -> dict[str, Any]:
         """The images in the protocol."""

@@ -104,11 +104,11 @@ def measure_samples(
     """
     network = network.to(work.device)
     samples, kept, codes_per_s = _draw_samples(sampler, network, request, work)
-    distinct = samples.digests.distinct
-    counts = SampleCounts(request.num_samples, distinct, codes_per_s)
-    protocol = _sample_protocol(sampler, request, samples.digests.duplicates)
+    copies = samples.digests.duplicates
+    counts = SampleCounts(request.num_samples, request.num_samples - copies, codes_per_s)
+    protocol = _sample_protocol(sampler, request, copies)
     notes = [f"The samples are judged by {network.protocol['network']} ({network.protocol['hash'][:12]})."]
-    if copies := samples.digests.duplicates:
+    if copies:
         notes.insert(0, f"{copies:,} of the samples are copies of others among them.")
     if copies > MAX_DUPLICATES * request.num_samples:
         refusal = _too_many_copies(copies, request)
