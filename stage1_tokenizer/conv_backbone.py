@@ -46,7 +46,6 @@ class ConvConfig(BackboneConfig):
 
     @property
     def factor(self) -> int:
-        """Pixels per cell along each side."""
         return 2 ** (len(self.channel_mult) - 1)
 
     def build(self, image_shape: tuple[int, int, int], encoded_channels: int, latent_channels: int) -> Networks:

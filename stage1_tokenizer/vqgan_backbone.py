@@ -63,7 +63,6 @@ class VQGANConfig(BackboneConfig):
 
     @property
     def factor(self) -> int:
-        """Pixels per cell along each side."""
         return 2 ** (len(self.channel_mult) - 1)
 
     @property
@@ -177,7 +176,6 @@ class VQGANEncoder(nn.Module):
         self.quant_conv = nn.Conv2d(config.inner_channels, encoded_channels, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> (B, encoded_channels, h, w)."""
         x = self.conv_in(images)
         for level in self.levels:
             x = level(x)
@@ -206,7 +204,6 @@ class VQGANDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """A latent (B, latent_channels, h, w) -> images (B, C, H, W)."""
         x = self.middle(self.conv_in(self.post_quant_conv(z)))  # (B, c, h, w)
         for level in self.levels:
             x = level(x)

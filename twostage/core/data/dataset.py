@@ -186,13 +186,9 @@ class ImageData:
 
     def identity(self) -> dict[str, Any]:
         """The facts by which a run recognizes its images, as plain JSON."""
-        identity: dict[str, Any] = {
-            "classes": {str(label): name for label, name in enumerate(self.class_names or [])},
-            **{
-                name: {"pictures": len(split), "fingerprint": split.fingerprint()}
-                for name, split in self.splits.items()
-            },
-        }
+        identity: dict[str, Any] = {"classes": {str(i): name for i, name in enumerate(self.class_names or [])}}
+        for name, split in self.splits.items():
+            identity[name] = {"pictures": len(split), "fingerprint": split.fingerprint()}
         on_disk = {name: split.sample_hash() for name, split in self.splits.items() if not split.in_memory}
         return identity | ({"sample": on_disk} if on_disk else {})
 
