@@ -55,6 +55,7 @@ def command(
         raise InputError(f"--out {out}: is a file. Choose a folder.")
     if minutes is not None and not minutes > 0:
         raise InputError(f"--minutes {minutes:g}: expected a number above 0, such as {DEFAULT_MINUTES:g}.")
+    request = SampleRequest(seed=seed, sampling=sampling)
     if train_all:
         for option, value in {"runs": runs, "--features": features, "--class-name": class_name}.items():
             if value:
@@ -64,7 +65,6 @@ def command(
                     "shows all classes. Remove it."
                 )
         out = out or Path("runs/tour")
-        request = SampleRequest(seed=seed, sampling=sampling)
         comparison = take_tour(out, data or "shapes", minutes or DEFAULT_MINUTES, num_images, request)
     else:
         if not runs:
@@ -73,12 +73,7 @@ def command(
             raise InputError(f"--minutes {minutes:g}: only applies to --tour, which trains. Remove it.")
         out = out or Path("compare")
         comparison = compare_models(
-            runs,
-            data,
-            num_images=num_images,
-            features=features,
-            class_names=class_name or None,
-            request=SampleRequest(seed=seed, sampling=sampling),
+            runs, data, num_images=num_images, features=features, class_names=class_name or None, request=request
         )
         write_comparison(comparison, out)
     if json_file:

@@ -22,6 +22,7 @@ from twostage.core.runs.model_folder import write_json
 __all__ = ["command"]
 
 FOR_TOKENIZERS, FOR_PRIORS = "For tokenizers", "For priors"
+SAMPLES_HELP = "Samples to judge; by default 1,000. Needs --features or --inception."
 
 
 @with_sampling_options
@@ -51,14 +52,7 @@ def command(
     tokenizer: Annotated[
         str | None, typer.Option(help="runs/TOKENIZER, if it has moved.", rich_help_panel=FOR_PRIORS)
     ] = None,
-    num_samples: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Samples to judge; by default 1,000. Needs --features or --inception.",
-            rich_help_panel=FOR_PRIORS,
-        ),
-    ] = None,
+    num_samples: Annotated[int | None, typer.Option(min=1, help=SAMPLES_HELP, rich_help_panel=FOR_PRIORS)] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of the samples; by default 0.", rich_help_panel=FOR_PRIORS)
     ] = None,
@@ -70,9 +64,7 @@ def command(
         raise InputError(f"--json {json_file}: expected a file in an existing folder.")
     saved = SavedModel.find_run(model)
     common: dict[str, Any] = {"features": features, "inception": inception, "num_images": num_images}
-    for_samples: dict[str, Any] = {"--num-samples": num_samples, "--seed": seed} | {
-        f"--{name.replace('_', '-')}": value for name, value in sampling.model_dump(exclude_defaults=True).items()
-    }
+    for_samples = _sample_options(num_samples, seed, sampling)
     if saved.kind == "prior":
         _refuse_others(model, "prior", "tokenizers", {"--weights-dir": weights_dir})
         _check_judge(features or inception, for_samples)
@@ -89,6 +81,12 @@ def command(
     PartialState().wait_for_everyone()
     if found.refusal:
         raise InputError(f"{found.refusal}. The other figures are in {out / 'evaluation.json'}.")
+
+
+def _sample_options(num_samples: int | None, seed: int | None, sampling: SamplingConfig) -> dict[str, Any]:
+    settings = sampling.model_dump(exclude_defaults=True)
+    named = {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
+    return {"--num-samples": num_samples, "--seed": seed} | named
 
 
 def _check_judge(network: str | Path | None, for_samples: dict[str, Any]) -> None:
