@@ -107,6 +107,7 @@ def _check_folder(out: Path, settings: dict[str, Any]) -> None:
     if file.is_file():
         stored = read_json(file, "the settings of these images are lost. Choose another --out")
         check_format(stored.get("format_version", 1), FORMAT_VERSION, file)
+        stored = SamplingConfig().model_dump(mode="json") | stored  # an earlier version may lack newer settings
         differences = describe_differences({key: stored.get(key) for key in settings}, settings)
         if differences:
             raise InputError(
