@@ -30,7 +30,7 @@ def train_for(seconds: float, config_file: str) -> None:
     """Print `ready` after a warm-up, then train for ``seconds`` and print the steps per second."""
     from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
     from twostage.core.config.sections import load_config
-    from twostage.core.training.run import TrainingRun
+    from twostage.core.training.training_run import TrainingRun
 
     advance, ended = TrainingRun.advance, []
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.reporting import Row, parser, report
-from pipelines.drawing.edits import rebuild_images
+from pipelines.drawing.rebuilt_images import rebuild_images
 from pipelines.drawing.redraw import known_codes, paste
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.files.masks import MASK_NAMES, mark_masked, named_mask

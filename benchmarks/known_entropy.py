@@ -27,7 +27,7 @@ from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import PriorLossConfig
 from stage2_prior.train_prior import PriorTrainConfig, PriorTrainingConfig, train
 from twostage.core.config.sections import RunConfig
-from twostage.core.runs.model_folder import write_json
+from twostage.core.files import write_json
 
 GRID, CODES, CLASSES = (6, 5), 8, 4
 ROWS = {"train": 40_000, "test": 4_000}

@@ -27,7 +27,7 @@ from twostage.core.data.dataset import ImageData, ImageSplit, load_images
 from twostage.core.images.conversion import to_float
 from twostage.core.training.batches import Batches
 from twostage.core.training.optimizer import TrainedNetwork
-from twostage.core.training.run import TrainingRun
+from twostage.core.training.training_run import TrainingRun
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tokenizer" / "vae_mnist.yaml"
 

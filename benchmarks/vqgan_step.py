@@ -21,8 +21,8 @@ from torch import Tensor
 from benchmarks.reporting import alternate, compared, parser, report
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, discriminator_loss, generator_loss
-from stage1_tokenizer.image_losses import ImageLosses, LossConfig
 from stage1_tokenizer.perceptual import TRUNK, LPIPSConfig
+from stage1_tokenizer.training_losses import ImageLosses, LossConfig
 from stage1_tokenizer.vector_quantizer import VectorConfig
 from stage1_tokenizer.vqgan_backbone import VQGANConfig
 from twostage.core.training.random import BatchRandom

@@ -16,8 +16,8 @@ from pipelines.drawing.sampling_options import with_sampling_options
 from pipelines.evaluation.samples import SampleRequest
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.errors import InputError
+from twostage.core.files import write_json
 from twostage.core.machine.command import run_command
-from twostage.core.runs.model_folder import write_json
 
 __all__ = ["command"]
 

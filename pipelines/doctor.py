@@ -16,6 +16,7 @@ import typer
 from pipelines.checks.all_checks import run_checks
 from pipelines.checks.findings import Finding
 from twostage.core.errors import InputError
+from twostage.core.files import write_json
 from twostage.core.machine.command import run_command
 
 __all__ = ["command"]
@@ -38,8 +39,6 @@ def command(
     counts = {status: sum(f.status == status for f in findings) for status in ("ok", "warning", "problem")}
     print(f"\n{counts['ok']} ok, {_number(counts['warning'], 'warning')}, {_number(counts['problem'], 'problem')}")
     if json_file:
-        from twostage.core.runs.model_folder import write_json  # imports torch
-
         write_json(json_file, {"counts": counts, "findings": [asdict(finding) for finding in findings]})
     if counts["problem"]:
         raise typer.Exit(1)

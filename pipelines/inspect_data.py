@@ -13,10 +13,10 @@ from twostage.core.data.dataset import DataConfig, ImageData, LabelColumnOption,
 from twostage.core.data.labels import AUTO
 from twostage.core.data.sources import first_form
 from twostage.core.data.spread import spread_over_classes
+from twostage.core.files import write_json
 from twostage.core.images.fonts import class_labels
 from twostage.core.images.sheets import contact_sheet, save_image
 from twostage.core.machine.command import run_command
-from twostage.core.runs.model_folder import write_json
 from twostage.core.wording import some_of
 
 __all__ = ["inspect_data"]

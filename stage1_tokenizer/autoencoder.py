@@ -19,7 +19,7 @@ from stage1_tokenizer import continuous, finite_scalar, lookup_free, mlp_backbon
 from stage1_tokenizer.backbone import BackboneConfig
 from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput
 from stage1_tokenizer.conv_backbone import ConvConfig
-from stage1_tokenizer.losses import ObjectiveConfig, corrupt, negative_log_likelihood, reconstruction_loss
+from stage1_tokenizer.objective import ObjectiveConfig, corrupt, negative_log_likelihood, reconstruction_loss
 from stage1_tokenizer.vector_quantizer import VectorConfig
 from twostage.core.config.sections import Count, Flag, Section, Width, parse_config
 from twostage.core.errors import InputError

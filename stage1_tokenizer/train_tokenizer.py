@@ -17,9 +17,9 @@ from stage1_tokenizer.augmentation import flip_half
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig, PerceptualNetwork
 from stage1_tokenizer.diagnosis import Diagnosis
 from stage1_tokenizer.discriminator import Discriminator, discriminator_loss, r1_penalty
-from stage1_tokenizer.image_losses import ImageLosses, LossConfig
 from stage1_tokenizer.perceptual import FeaturePerceptualConfig
 from stage1_tokenizer.sample_sheets import draw_images
+from stage1_tokenizer.training_losses import ImageLosses, LossConfig
 from stage1_tokenizer.validation import validate
 from twostage.core.config.sections import PathName, RunConfig, Section, describe_differences, load_config, parse_config
 from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_images
@@ -30,15 +30,15 @@ from twostage.core.images.sheets import save_image
 from twostage.core.machine.command import print_once, run_command
 from twostage.core.machine.memory import check_model
 from twostage.core.machine.stopping import TimeLimitOption
+from twostage.core.runs.contents import Contents, weights_at
 from twostage.core.runs.model_folder import fill, load_model_folder
-from twostage.core.runs.places import Contents, weights_at
 from twostage.core.training.base_run import BaseRun
 from twostage.core.training.batches import Batches
 from twostage.core.training.dry_run import DryRun, DryRunOption, JsonOption, run_training
 from twostage.core.training.optimizer import TrainedNetwork
 from twostage.core.training.random import seed_for
-from twostage.core.training.run import TrainingRun
 from twostage.core.training.train_config import TrainConfig
+from twostage.core.training.training_run import TrainingRun
 
 __all__ = ["TokenizerConfig", "TokenizerTrainConfig", "autoencoder_config", "train"]
 

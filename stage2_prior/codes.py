@@ -16,8 +16,8 @@ from twostage.core.config.sections import Count, Flag, Section, Size, parse_conf
 from twostage.core.data.spread import names_without_images
 from twostage.core.errors import InputError
 from twostage.core.files import read_json
+from twostage.core.runs.contents import Contents, Record
 from twostage.core.runs.model_folder import check_format
-from twostage.core.runs.places import Contents, Record
 
 __all__ = [
     "Augmentation",

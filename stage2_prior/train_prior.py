@@ -28,8 +28,8 @@ from twostage.core.training.batches import Batches
 from twostage.core.training.dry_run import DryRun, DryRunOption, JsonOption, run_training
 from twostage.core.training.optimizer import TrainedNetwork
 from twostage.core.training.random import BatchRandom, seed_for
-from twostage.core.training.run import TrainingRun
 from twostage.core.training.train_config import TrainConfig
+from twostage.core.training.training_run import TrainingRun
 
 __all__ = ["PriorTrainConfig", "PriorTrainingConfig", "train"]
 

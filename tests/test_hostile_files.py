@@ -81,7 +81,7 @@ def test_weights_that_are_a_pickle(refused, runs, bomb, wrapping, tmp_path):
     (tmp_path / "pipeline/prior/model.safetensors").write_bytes(bomb[wrapping])
     assert "prior/model.safetensors has the hash" in refused("generate", "./pipeline", "--out", "out")
     document = json.loads((tmp_path / "pipeline/pipeline.json").read_text())  # even if it lists that hash
-    from twostage.core.runs.model_folder import file_sha256
+    from twostage.core.files import file_sha256
 
     document["sha256"]["prior/model.safetensors"] = file_sha256(tmp_path / "pipeline/prior/model.safetensors")
     (tmp_path / "pipeline/pipeline.json").write_text(json.dumps(document))

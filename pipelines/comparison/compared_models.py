@@ -10,14 +10,14 @@ from torch import Tensor
 
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.evaluation.measurement import Measurement, figures_of
-from pipelines.saved.figures import Figures
+from pipelines.saved.evaluation_figures import Figures
 from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import DataConfig
 from twostage.core.errors import InputError
-from twostage.core.runs.places import same_place
+from twostage.core.runs.contents import same_place
 
 __all__ = ["ComparedModel", "ModelFigures", "check_settings", "find_common_data", "open_models", "settings_for"]
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from pipelines.comparison.compared_models import ComparedModel
 from pipelines.comparison.side_by_side import Comparison
 from pipelines.files.report import Report
-from pipelines.saved.figures import NO_EVIDENCE
+from pipelines.saved.evaluation_figures import NO_EVIDENCE
+from twostage.core.files import write_json
 from twostage.core.images.fonts import class_labels
 from twostage.core.images.sheets import contact_sheet, save_image
-from twostage.core.runs.model_folder import write_json
 
 __all__ = [
     "COLUMNS",

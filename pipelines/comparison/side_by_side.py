@@ -19,9 +19,9 @@ from pipelines.comparison.compared_models import (
     open_models,
     settings_for,
 )
-from pipelines.drawing.edits import rebuild_images
+from pipelines.drawing.rebuilt_images import rebuild_images
 from pipelines.evaluation.evaluation_report import describe_machine
-from pipelines.evaluation.feature_networks import Judge, not_evidence, open_judge
+from pipelines.evaluation.judges import Judge, not_evidence, open_judge
 from pipelines.evaluation.likelihood import image_costs
 from pipelines.evaluation.measurement import HeldOutImages, Measurement
 from pipelines.evaluation.reconstructions import measure_reconstructions

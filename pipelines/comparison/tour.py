@@ -15,7 +15,7 @@ from pipelines.comparison.step_budget import TIMED_STEPS, seconds_per_step
 from pipelines.comparison.tour_families import FAMILIES, document_of, merged
 from pipelines.comparison.tour_page import write_tour
 from pipelines.encoding.dataset_codes import encode_dataset
-from pipelines.evaluation.feature_networks import OwnFeatures
+from pipelines.evaluation.judges import OwnFeatures
 from pipelines.evaluation.measurement import HeldOutImages, figures_of
 from pipelines.evaluation.reconstructions import measure_reconstructions
 from pipelines.evaluation.samples import SampleRequest
@@ -33,8 +33,8 @@ from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import DataConfig, load_images
 from twostage.core.data.sources import first_form
 from twostage.core.errors import InputError
-from twostage.core.runs.model_folder import write_json
-from twostage.core.runs.places import same_place
+from twostage.core.files import write_json
+from twostage.core.runs.contents import same_place
 from twostage.core.training.base_run import BaseRun
 
 __all__ = ["DEFAULT_MINUTES", "take_tour"]

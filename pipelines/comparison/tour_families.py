@@ -76,7 +76,7 @@ FAMILIES = {
         "It gets a corrupted image and must restore the clean one, so it has to learn what images look like.",
         "z = E(corrupted x);  minimise |x - D(z)|^2",
         "Compared with the AE: its inputs are noisy and a third of their values is missing; the target stays clean.",
-        "stage1_tokenizer/losses.py",
+        "stage1_tokenizer/objective.py",
         "ae",
         {"loss": {"corruption": {"masked_share": 0.3, "noise_std": 0.2}}},
     ),

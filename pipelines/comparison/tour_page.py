@@ -19,15 +19,15 @@ from pipelines.comparison.comparison_report import (
 )
 from pipelines.comparison.side_by_side import Comparison
 from pipelines.comparison.tour_families import FAMILIES, Family
-from pipelines.drawing import edits
+from pipelines.drawing import rebuilt_images
 from pipelines.evaluation.shared_work import RowRandom
 from pipelines.files.report import Report
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.losses import corrupt
+from stage1_tokenizer.objective import corrupt
 from twostage.core.data.spread import spread
+from twostage.core.files import write_json
 from twostage.core.images.conversion import to_float, to_uint8
 from twostage.core.images.sheets import save_image
-from twostage.core.runs.model_folder import write_json
 from twostage.core.runs.run_folder import RunFolder, read_metrics
 
 __all__ = ["random_latents", "write_tour"]
@@ -83,7 +83,7 @@ def _write_model(
         if corruption := model.tokenizer.config.loss.corruption:
             random = RowRandom(0, torch.arange(len(comparison.originals)))
             strips["corrupted"] = to_uint8(corrupt(to_float(comparison.originals), corruption, random))
-            strips["restored"] = edits.rebuild_images(model.tokenizer, strips["corrupted"])
+            strips["restored"] = rebuilt_images.rebuild_images(model.tokenizer, strips["corrupted"])
         strips["reconstruction"] = model.reconstructions
     strips |= {"random latents": latents} if latents is not None else {}
     strips |= {"new images": model.samples} if model.samples is not None else {}

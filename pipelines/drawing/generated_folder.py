@@ -16,11 +16,11 @@ from pipelines.files.image_files import FileFormat, ImageFiles, ParquetShards, P
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.config.sections import describe_differences
 from twostage.core.errors import InputError
-from twostage.core.files import read_json
+from twostage.core.files import read_json, write_json
 from twostage.core.images.sheets import class_sheet, save_image
 from twostage.core.machine.processes import join_processes
 from twostage.core.machine.progress import ProgressBar
-from twostage.core.runs.model_folder import check_format, hash_tensors, write_json
+from twostage.core.runs.model_folder import check_format, hash_tensors
 
 __all__ = ["GenerateRequest", "generate_folder"]
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from pipelines.drawing.edits import check_image, encode_in_parts
+from pipelines.drawing.rebuilt_images import check_image, encode_in_parts
 from pipelines.drawing.sampler import ImageSampler, PipelineOutput, in_shares
 from pipelines.files.masks import MASK_NAMES, named_mask
 from stage1_tokenizer.autoencoder import Autoencoder

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipelines.drawing.edits import blend_images, rebuild_images
+from pipelines.drawing.rebuilt_images import blend_images, rebuild_images
 from pipelines.files.given_images import find_images, read_images
 from pipelines.files.image_files import check_output_file
 from pipelines.saved.saved_model import SavedModel

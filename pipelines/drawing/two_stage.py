@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines.drawing.edits import blend_images, check_image, rebuild_images
+from pipelines.drawing.rebuilt_images import blend_images, check_image, rebuild_images
 from pipelines.drawing.redraw import InpaintRequest, OutpaintRequest, inpaint, outpaint
 from pipelines.drawing.sampler import ImageSampler, PipelineOutput, in_shares
 from pipelines.saved.model_card import CardFields, ModelCard, gather_records
@@ -184,7 +184,7 @@ class TwoStagePipeline(ImageSampler):
 
     def interpolate(self, first: Tensor, second: Tensor, num_images: int = 9) -> Tensor:
         """Images from ``first`` to ``second``, both (C, H, W) uint8: (num_images, C, H, W) uint8, including both ends;
-        see :func:`pipelines.drawing.edits.blend_images`.
+        see :func:`pipelines.drawing.rebuilt_images.blend_images`.
 
         Raises:
             InputError: images of another shape, or fewer than 2 of them.

@@ -27,7 +27,7 @@ from twostage.core.images.conversion import to_float
 from twostage.core.machine.command import print_once
 from twostage.core.machine.processes import join_processes
 from twostage.core.machine.progress import ProgressBar
-from twostage.core.runs.places import Record, same_place
+from twostage.core.runs.contents import Record, same_place
 
 __all__ = ["encode_dataset"]
 

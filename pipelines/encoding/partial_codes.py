@@ -13,8 +13,7 @@ from stage2_prior.codes import Manifest
 from twostage.core.config.sections import summarize_differences
 from twostage.core.data.dataset import DataConfig
 from twostage.core.errors import InputError
-from twostage.core.files import read_json
-from twostage.core.runs.model_folder import write_json
+from twostage.core.files import read_json, write_json
 
 __all__ = ["CHUNK", "PartialCodes", "discard_leftover"]
 

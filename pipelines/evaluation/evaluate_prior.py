@@ -6,13 +6,13 @@ from typing import Any, TypeVar
 
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.evaluation.evaluation_report import Evaluation, Sheet, describe_machine, describe_weights
-from pipelines.evaluation.feature_networks import Judge, not_evidence, open_judge
+from pipelines.evaluation.judges import Judge, not_evidence, open_judge
 from pipelines.evaluation.likelihood import HeldOutCodes, measure_codes, measure_images
 from pipelines.evaluation.measurement import HeldOutImages, Measurement, figures_of
 from pipelines.evaluation.novelty import neighbours_sheet
 from pipelines.evaluation.samples import JUDGED_FIGURES, SampleRequest, Samples, measure_samples, unmeasured_samples
 from pipelines.evaluation.shared_work import SharedWork
-from pipelines.saved.figures import PRIOR_ROWS, ImageCost
+from pipelines.saved.evaluation_figures import PRIOR_ROWS, ImageCost
 from pipelines.saved.saved_model import SavedModel, find_data
 from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Prior

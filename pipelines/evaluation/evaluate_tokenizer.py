@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from pipelines.evaluation.evaluation_report import Evaluation, Sheet, describe_machine, describe_weights
-from pipelines.evaluation.feature_networks import Judge, not_evidence, open_judge
+from pipelines.evaluation.judges import Judge, not_evidence, open_judge
 from pipelines.evaluation.measurement import HeldOutImages, figures_of
 from pipelines.evaluation.reconstructions import Lpips, Reconstructions, measure_reconstructions
 from pipelines.evaluation.shared_work import SharedWork
 from pipelines.evaluation.verdict import verdict
-from pipelines.saved.figures import TOKENIZER_ROWS
+from pipelines.saved.evaluation_figures import TOKENIZER_ROWS
 from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from twostage.core.data.dataset import load_images

@@ -16,9 +16,10 @@ from pipelines.evaluation.measurement import Measurement, figures_of
 from pipelines.evaluation.shared_work import SharedWork
 from pipelines.evaluation.verdict import Verdict
 from pipelines.files.report import Report
-from pipelines.saved.figures import NO_EVIDENCE, Rows, evidence_warnings
+from pipelines.saved.evaluation_figures import NO_EVIDENCE, Rows, evidence_warnings
+from twostage.core.files import file_sha256, write_json
 from twostage.core.images.sheets import save_image
-from twostage.core.runs.model_folder import file_sha256, find_model_folder, write_json
+from twostage.core.runs.model_folder import find_model_folder
 
 __all__ = ["Evaluation", "Sheet", "describe_machine", "describe_weights"]
 

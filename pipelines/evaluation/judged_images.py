@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.feature_networks import Judge
+from pipelines.evaluation.judges import Judge
 from pipelines.evaluation.measurement import HeldOutImages
 from pipelines.evaluation.shared_work import RowDigests, SharedWork
 from twostage.core.data.dataset import ImageSplit

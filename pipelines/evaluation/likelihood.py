@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pipelines.evaluation.measurement import HeldOutImages, Measurement, chosen_rows
 from pipelines.evaluation.shared_work import RowDigests, SharedWork
-from pipelines.saved.figures import CodeCost, Cost, ImageCost
+from pipelines.saved.evaluation_figures import CodeCost, Cost, ImageCost
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.losses import ObjectiveConfig, negative_log_likelihood, reconstruction_loss
+from stage1_tokenizer.objective import ObjectiveConfig, negative_log_likelihood, reconstruction_loss
 from stage2_prior.codes import CodeCache, CodeSplit
 from stage2_prior.prior import Prior
 from twostage.core.data.dataset import ImageSplit

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from pipelines.evaluation.shared_work import RowDigests
-from pipelines.saved.figures import Figures
+from pipelines.saved.evaluation_figures import Figures
 from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit
 from twostage.core.data.spread import spread
 from twostage.core.errors import InputError

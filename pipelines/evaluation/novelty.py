@@ -13,7 +13,7 @@ from pipelines.evaluation.distances import NUM_NEIGHBOURS, nearest
 from pipelines.evaluation.judged_images import JudgedImages, RealImages
 from pipelines.evaluation.measurement import Measurement
 from pipelines.evaluation.shared_work import SharedWork
-from pipelines.saved.figures import SampleNovelty
+from pipelines.saved.evaluation_figures import SampleNovelty
 from twostage.core.images.fonts import class_labels
 from twostage.core.images.sheets import contact_sheet
 

@@ -15,16 +15,22 @@ import torch
 from torch import Tensor
 
 from pipelines.evaluation.distances import FrechetDistance, bias_warning, too_few
-from pipelines.evaluation.feature_networks import NO_NETWORK, Judge, class_mismatch
+from pipelines.evaluation.judges import NO_NETWORK, Judge, class_mismatch
 from pipelines.evaluation.measurement import HeldOutImages, Measurement
 from pipelines.evaluation.shared_work import RowDigests, RowRandom, SharedWork
-from pipelines.saved.figures import CodebookUse, ImageQuality, JudgedReconstructions, LatentUnits, LikelihoodBound
+from pipelines.saved.evaluation_figures import (
+    CodebookUse,
+    ImageQuality,
+    JudgedReconstructions,
+    LatentUnits,
+    LikelihoodBound,
+)
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.perceptual import MIN_SIDE, TRUNK, LPIPSConfig, build_perceptual, find_trunk
 from stage1_tokenizer.validation import ACTIVE_VARIANCE, psnr
 from twostage.core.errors import InputError
+from twostage.core.files import file_sha256
 from twostage.core.images.conversion import to_float, to_uint8
-from twostage.core.runs.model_folder import file_sha256
 from twostage.core.training.random import seed_for
 
 __all__ = ["Lpips", "ReconstructionJudge", "Reconstructions", "measure_reconstructions", "ssim", "ssim_window"]

@@ -25,12 +25,12 @@ from pipelines.evaluation.distances import (
     subset_size,
     too_few,
 )
-from pipelines.evaluation.feature_networks import NO_NETWORK, Judge, class_mismatch
 from pipelines.evaluation.judged_images import JudgedImages, RealImages
+from pipelines.evaluation.judges import NO_NETWORK, Judge, class_mismatch
 from pipelines.evaluation.measurement import HeldOutImages, Measurement
 from pipelines.evaluation.novelty import Neighbours, measure_novelty
 from pipelines.evaluation.shared_work import SharedWork
-from pipelines.saved.figures import SampleCounts, SampleNovelty, SampleQuality
+from pipelines.saved.evaluation_figures import SampleCounts, SampleNovelty, SampleQuality
 from stage2_prior.sampling import SamplingConfig
 
 __all__ = ["JUDGED_FIGURES", "SampleRequest", "Samples", "measure_samples", "unmeasured_samples"]

@@ -11,14 +11,14 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from pipelines.saved.figures import PRIOR_ROWS, SAMPLE_ROWS, TOKENIZER_ROWS, evidence_warnings
+from pipelines.saved.evaluation_figures import PRIOR_ROWS, SAMPLE_ROWS, TOKENIZER_ROWS, evidence_warnings
 from pipelines.saved.pipeline_folder import is_hub_id
 from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
 from twostage.core.errors import InputError
+from twostage.core.files import file_sha256
 from twostage.core.images.sheets import save_image
-from twostage.core.runs.model_folder import file_sha256
 
 __all__ = ["CardFields", "ModelCard", "gather_records", "is_as_written"]
 

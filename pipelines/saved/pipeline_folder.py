@@ -10,8 +10,8 @@ from pipelines.saved.proxies import broken_proxy
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
 from twostage.core.errors import InputError
-from twostage.core.files import read_json
-from twostage.core.runs.model_folder import check_format, file_sha256, write_json
+from twostage.core.files import file_sha256, read_json, write_json
+from twostage.core.runs.model_folder import check_format
 from twostage.core.wording import one_line
 
 __all__ = [

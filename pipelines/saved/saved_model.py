@@ -19,8 +19,8 @@ from twostage.core.data.labels import AUTO
 from twostage.core.data.sources import find_local
 from twostage.core.errors import InputError
 from twostage.core.files import read_json
+from twostage.core.runs.contents import Record, same_place
 from twostage.core.runs.model_folder import find_model_folder
-from twostage.core.runs.places import Record, same_place
 from twostage.core.runs.run_folder import RunFolder
 
 __all__ = ["Kind", "SavedModel", "check_tokenizer", "find_data"]

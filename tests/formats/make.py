@@ -39,7 +39,7 @@ COMMANDS = [
 # Stops training right after the checkpoint of step 2, as a power failure would.
 INTERRUPTED = """
 import sys
-from twostage.core.training.run import TrainingRun
+from twostage.core.training.training_run import TrainingRun
 from pipelines.cli import main
 save = TrainingRun.save
 def save_and_end(run, *args, **options):

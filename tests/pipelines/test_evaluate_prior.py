@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.evaluation.evaluate_prior import evaluate_prior
 from pipelines.evaluation.evaluation_report import Evaluation
-from pipelines.evaluation.feature_networks import OwnFeatures
+from pipelines.evaluation.judges import OwnFeatures
 from pipelines.evaluation.likelihood import MIN_SCALE, NUM_SCALE_IMAGES, fit_likelihood, standard_error
 from pipelines.evaluation.measurement import HeldOutImages, figures_of
 from pipelines.evaluation.samples import SAMPLE_FIGURES, SampleRequest, Samples, Stopwatch, measure_samples
 from pipelines.evaluation.shared_work import SharedWork
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
-from stage1_tokenizer.losses import ObjectiveConfig
+from stage1_tokenizer.objective import ObjectiveConfig
 from stage2_prior.codes import CodeCache
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.prior import Prior

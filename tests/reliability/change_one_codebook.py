@@ -8,7 +8,7 @@ import torch
 
 from stage1_tokenizer.train_tokenizer import command
 from twostage.core.machine.command import run_command
-from twostage.core.training.run import TrainingRun
+from twostage.core.training.training_run import TrainingRun
 
 begin = TrainingRun.begin_step
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from stage1_tokenizer import train_tokenizer
 from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
 from twostage.core.training.random import BatchRandom
-from twostage.core.training.run import TrainingRun
+from twostage.core.training.training_run import TrainingRun
 
 BROKEN = 5  # the step, counted from 0
 WORDS = ["run.dir=run", "train.max_steps=12", "train.checkpoint_every=1", "train.keep_checkpoints=20",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig
-from stage1_tokenizer.image_losses import LossConfig
+from stage1_tokenizer.training_losses import LossConfig
 from twostage.core.training.random import BatchRandom
 
 BACKBONES = {

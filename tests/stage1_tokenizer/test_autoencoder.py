@@ -7,7 +7,7 @@ from messages import assert_names, refuses
 from torch import nn
 
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.image_losses import LossConfig
+from stage1_tokenizer.training_losses import LossConfig
 from twostage.core.errors import InputError
 from twostage.core.runs.model_folder import save_model_folder
 

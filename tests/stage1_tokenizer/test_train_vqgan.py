@@ -253,7 +253,7 @@ def test_a_loss_that_is_not_finite_names_the_term_step_and_images(document, vqga
         original(run, config, **options)
 
     monkeypatch.setattr(train_tokenizer.TrainingRun, "__init__", remember)
-    monkeypatch.setattr("stage1_tokenizer.image_losses.generator_loss", broken)
+    monkeypatch.setattr("stage1_tokenizer.training_losses.generator_loss", broken)
     with refuses("step 5: adversarial", "not finite", f"last good checkpoint in {tmp_path / 'run' / 'checkpoints'}"):
         start(document(vqgan(start=0.2), log_every=6, max_steps=12, checkpoint_every=4, validate_every=12))
     note = (tmp_path / "run" / "not_finite.txt").read_text().splitlines()

@@ -15,7 +15,7 @@ from stage2_prior.codes import Augmentation, CodeCache, TokenizerReference
 from stage2_prior.prior import Prior
 from stage2_prior.train_prior import PriorTrainingConfig, command, keep_best, train
 from twostage.core.config.sections import parse_config
-from twostage.core.training.run import TrainingRun
+from twostage.core.training.training_run import TrainingRun
 
 TRANSFORMER = {"hidden_size": 16, "depth": 1, "num_heads": 2}
 SIZES = {

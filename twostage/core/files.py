@@ -1,5 +1,6 @@
 """Files that exist completely or not at all: written under another name, then renamed."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 
 from twostage.core.errors import InputError
 
-__all__ = ["expand_home", "flush", "read_json", "replacing", "write_error"]
+__all__ = ["expand_home", "file_sha256", "flush", "read_json", "replacing", "write_error", "write_json"]
 
 
 def expand_home(path: str) -> str:
@@ -84,3 +85,15 @@ def write_error(error: BaseException) -> int | None:
     if isinstance(error, SafetensorError) and "os error" in str(error):
         return int(str(error).partition("os error ")[2].split(")")[0])
     return None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON; other processes see either the old file or the new one, never half of one."""
+    with replacing(path, durable=True) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

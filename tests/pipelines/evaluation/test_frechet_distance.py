@@ -9,7 +9,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from pipelines.evaluation.distances import frechet_distance
-from pipelines.evaluation.feature_networks import InceptionFeatures, OwnFeatures
+from pipelines.evaluation.judges import InceptionFeatures, OwnFeatures
 from pipelines.evaluation.reconstructions import ReconstructionJudge
 from pipelines.evaluation.shared_work import SharedWork
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig

@@ -9,7 +9,7 @@ import torch
 from messages import refuses
 from safetensors.torch import load_file, save_file
 
-from pipelines.evaluation.feature_networks import OwnFeatures, not_evidence
+from pipelines.evaluation.judges import OwnFeatures, not_evidence
 from pipelines.saved.model_card import CardFields
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, PerceptualNetwork
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig

@@ -7,12 +7,12 @@ from messages import assert_names
 
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.evaluation.distances import BLOCK_OTHERS, BLOCK_POINTS, nearest, share_in_balls
-from pipelines.evaluation.feature_networks import OwnFeatures
+from pipelines.evaluation.judges import OwnFeatures
 from pipelines.evaluation.measurement import HeldOutImages, figures_of
 from pipelines.evaluation.novelty import Neighbours, memorisation_warning, neighbours_sheet, num_shown
 from pipelines.evaluation.samples import SampleRequest, Samples, measure_samples
 from pipelines.evaluation.shared_work import SharedWork
-from pipelines.saved.figures import SampleNovelty
+from pipelines.saved.evaluation_figures import SampleNovelty
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.data.dataset import DataConfig, ImageSplit, load_images

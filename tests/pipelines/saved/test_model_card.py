@@ -17,7 +17,7 @@ from messages import assert_names, refuses
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.saved.model_card import CardFields, gather_records, is_as_written
 from pipelines.saved.saved_model import SavedModel
-from twostage.core.runs.model_folder import file_sha256
+from twostage.core.files import file_sha256
 
 NEEDS_NO_NETWORK = {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*", "no_proxy": "*"}
 

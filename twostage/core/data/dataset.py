@@ -26,7 +26,7 @@ from twostage.core.errors import InputError
 from twostage.core.images.conversion import quiet_decoders
 from twostage.core.images.pixel_values import UsedValues, is_grey
 from twostage.core.machine.memory import check_bytes
-from twostage.core.runs.places import Contents
+from twostage.core.runs.contents import Contents
 from twostage.core.wording import some_of
 
 __all__ = ["DataConfig", "ImageData", "ImageSplit", "LabelColumnOption", "ValueRangeOption", "load_images"]

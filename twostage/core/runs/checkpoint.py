@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from twostage.core.errors import InputError
-from twostage.core.files import flush, read_json, write_error
+from twostage.core.files import file_sha256, flush, read_json, write_error
 from twostage.core.machine.sharding import share_like
-from twostage.core.runs.model_folder import check_format, file_sha256
+from twostage.core.runs.model_folder import check_format
 
 __all__ = ["Checkpoints", "optimizer_tensors", "restore_optimizer"]
 

@@ -1,7 +1,6 @@
 """A trained model on disk: `config.json` + `model.safetensors`. Nothing executable is ever loaded."""
 
 import hashlib
-import json
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,13 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from twostage.core.errors import InputError
-from twostage.core.files import read_json, replacing
+from twostage.core.files import read_json, replacing, write_json
 from twostage.core.wording import one_line, some_of
 
 __all__ = [
     "FORMAT_VERSION",
     "check_format",
-    "file_sha256",
     "fill",
     "filled",
     "find_model_folder",
@@ -27,7 +25,6 @@ __all__ = [
     "load_model_folder",
     "load_saved_tensors",
     "save_model_folder",
-    "write_json",
 ]
 
 FORMAT_VERSION = 1
@@ -45,18 +42,6 @@ def check_format(version: Any, known: int, where: str | Path) -> None:
         raise InputError(
             f"{where}: written in format {version}, but this version of twostage reads at most {known}. Update twostage"
         )
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON; other processes see either the old file or the new one, never half of one."""
-    with replacing(path, durable=True) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content, as hexadecimal text."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_tensors(labelled: Iterable[tuple[str, Tensor]], start: str = "") -> str:

@@ -22,9 +22,9 @@ from twostage.core.config.sections import (
     summarize_differences,
 )
 from twostage.core.errors import InputError
-from twostage.core.files import read_json, replacing
-from twostage.core.runs.model_folder import check_format, write_json
-from twostage.core.runs.places import Contents, Record, same_place
+from twostage.core.files import read_json, replacing, write_json
+from twostage.core.runs.contents import Contents, Record, same_place
+from twostage.core.runs.model_folder import check_format
 from twostage.core.wording import one_line
 
 __all__ = ["STOPPED", "RunFolder", "read_metrics"]

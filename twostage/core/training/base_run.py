@@ -18,7 +18,7 @@ from twostage.core.config.sections import RunConfig
 from twostage.core.errors import InputError
 from twostage.core.machine.launch import overruled
 from twostage.core.machine.precision import reason_for_precision
-from twostage.core.runs.places import Contents
+from twostage.core.runs.contents import Contents
 from twostage.core.training.batches import Batches
 from twostage.core.training.health import check_gradient
 from twostage.core.training.journal import print_above_bar

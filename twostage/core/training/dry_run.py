@@ -12,12 +12,12 @@ from torch.utils.module_tracker import ModuleTracker
 from tqdm import tqdm
 
 from twostage.core.errors import InputError
+from twostage.core.files import write_json
 from twostage.core.machine.memory import MEASURED_BY, peak_memory
 from twostage.core.machine.onednn import FLOP_FORMULAS
 from twostage.core.machine.processes import join_processes
 from twostage.core.machine.sharding import units_to_shard
 from twostage.core.machine.stopping import resumable
-from twostage.core.runs.model_folder import write_json
 from twostage.core.training.base_run import BaseRun, ConfigT, DataT, resolve_precision
 from twostage.core.training.random import BatchRandom
 

@@ -11,15 +11,8 @@ from messages import assert_names, refuses
 from torch import nn
 
 from twostage.core.errors import InputError
-from twostage.core.runs.model_folder import (
-    file_sha256,
-    fill,
-    find_model_folder,
-    hash_tensors,
-    load_model_folder,
-    save_model_folder,
-    write_json,
-)
+from twostage.core.files import file_sha256, write_json
+from twostage.core.runs.model_folder import fill, find_model_folder, hash_tensors, load_model_folder, save_model_folder
 
 CONFIG = {"grid": [4, 4], "model": {"type": "conv"}}
 

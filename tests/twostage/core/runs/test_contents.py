@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from twostage.core.config.sections import PathName, RunConfig, Section, path_values
-from twostage.core.runs.places import same_place
+from twostage.core.runs.contents import same_place
 
 
 @pytest.fixture

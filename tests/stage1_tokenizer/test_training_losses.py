@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.discriminator import Discriminator, generator_loss
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
-from stage1_tokenizer.image_losses import ImageLosses, LossConfig
+from stage1_tokenizer.training_losses import ImageLosses, LossConfig
 from twostage.core.config.sections import parse_config
 
 

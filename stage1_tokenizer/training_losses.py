@@ -13,7 +13,7 @@ from torch import Tensor
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderOutput, PerceptualNetwork
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, adversarial_weight, generator_loss
 from stage1_tokenizer.feature_network import FeatureNetwork
-from stage1_tokenizer.losses import ObjectiveConfig
+from stage1_tokenizer.objective import ObjectiveConfig
 from stage1_tokenizer.perceptual import LPIPSConfig, PerceptualConfig, build_perceptual
 
 __all__ = ["ImageLosses", "LossConfig"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Laplace, Normal
 
-from stage1_tokenizer.losses import (
+from stage1_tokenizer.objective import (
     CorruptionConfig,
     ObjectiveConfig,
     corrupt,

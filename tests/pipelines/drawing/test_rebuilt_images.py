@@ -6,7 +6,7 @@ import pytest
 import torch
 from messages import refuses
 
-from pipelines.drawing import edits, redraw
+from pipelines.drawing import rebuilt_images, redraw
 from pipelines.files import masks
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from twostage.core.config.sections import parse_config
@@ -53,20 +53,20 @@ def random_images(count: int, size: tuple[int, int] = (16, 16), channels: int = 
 @pytest.mark.parametrize("name", BOTTLENECKS)
 def test_a_reconstruction_does_not_depend_on_the_batch(name):
     model, images = make(name), random_images(11)
-    found = edits.rebuild_images(model, images)
+    found = rebuilt_images.rebuild_images(model, images)
     assert torch.equal(found[:8], to_uint8(model.reconstruct(to_float(images[:8]))))
-    assert torch.equal(edits.rebuild_images(model, images[3:5]), found[3:5])
+    assert torch.equal(rebuilt_images.rebuild_images(model, images[3:5]), found[3:5])
 
 
 @pytest.mark.parametrize("name", BOTTLENECKS)
 def test_an_interpolation_ends_in_the_reconstructions(name):
     model, images = make(name), random_images(2)
-    between = edits.blend_images(model, images[0], images[1], 9)
+    between = rebuilt_images.blend_images(model, images[0], images[1], 9)
     assert between.shape == (9, 3, 16, 16)
-    assert torch.equal(between[[0, -1]], edits.rebuild_images(model, images))
+    assert torch.equal(between[[0, -1]], rebuilt_images.rebuild_images(model, images))
     assert not torch.equal(between[0], between[-1])
-    assert torch.equal(edits.blend_images(model, images[1], images[0], 9)[[0, 8]], between[[8, 0]])
-    assert torch.equal(edits.blend_images(model, images[0], images[1], 17)[::8], between[::4])
+    assert torch.equal(rebuilt_images.blend_images(model, images[1], images[0], 9)[[0, 8]], between[[8, 0]])
+    assert torch.equal(rebuilt_images.blend_images(model, images[0], images[1], 17)[::8], between[::4])
 
 
 @pytest.mark.parametrize("name", ["vector", "normalized", "finite_scalar", "lookup_free", "residual"])
@@ -74,7 +74,7 @@ def test_images_between_two_are_made_of_codes(name):
     model, images = make(name), random_images(2)
     both = model.run_encoder(to_float(images))
     latent = model.bottleneck.encode(torch.lerp(both[:1], both[1:], 0.5))
-    found = edits.blend_images(model, images[0], images[1], 5)[2]
+    found = rebuilt_images.blend_images(model, images[0], images[1], 5)[2]
     assert torch.equal(found, to_uint8(model.decode_indices(latent.indices))[0])
     ends = [model.encode(to_float(image[None])).indices for image in images]
     assert all(not torch.equal(latent.indices, codes) for codes in ends)
@@ -83,13 +83,13 @@ def test_images_between_two_are_made_of_codes(name):
 def test_continuous_latents_are_blended_as_they_are():
     model, images = make("gaussian"), random_images(2)
     means = model.encode(to_float(images)).z
-    found = edits.blend_images(model, images[0], images[1], 3)[1].int()
+    found = rebuilt_images.blend_images(model, images[0], images[1], 3)[1].int()
     assert (found - to_uint8(model.decode(means.mean(0, keepdim=True)))[0].int()).abs().max() <= 1
 
 
 def test_an_interpolation_needs_two_images():
     with refuses("num_images 1", "at least 2"):
-        edits.blend_images(make("identity"), *random_images(2), 1)
+        rebuilt_images.blend_images(make("identity"), *random_images(2), 1)
 
 
 @pytest.mark.parametrize(
@@ -206,12 +206,12 @@ def test_windows_advance_by_whole_cells():
 def test_images_and_masks_of_another_shape_are_refused():
     model = make("vector")
     with refuses("image: expected uint8", "(3, 16, 16)", "got torch.float32"):
-        edits.check_image(model, torch.zeros(3, 16, 16))
+        rebuilt_images.check_image(model, torch.zeros(3, 16, 16))
     with refuses("first image:", "got torch.uint8", "(1, 3, 16, 16)"):
-        edits.check_image(model, random_images(1), "first image")
+        rebuilt_images.check_image(model, random_images(1), "first image")
     with refuses("images:", "got torch.uint8", "(1, 16, 16)"):
-        edits.check_image(model, random_images(1)[0, :1], "images", batch=True)
-    edits.check_image(model, random_images(1), "images", batch=True)
+        rebuilt_images.check_image(model, random_images(1)[0, :1], "images", batch=True)
+    rebuilt_images.check_image(model, random_images(1), "images", batch=True)
     with refuses("mask: expected bool", "(16, 16)", "int64"):
         redraw.check_mask(torch.ones(16, 16, dtype=torch.int64), (16, 16))
     with refuses("mask:", "got torch.bool", "(1, 16, 16)"):

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from stage1_tokenizer.autoencoder import AutoencoderConfig, PerceptualNetwork
 from stage1_tokenizer.feature_network import FeatureNetwork
 from twostage.core.errors import InputError
+from twostage.core.files import file_sha256
 from twostage.core.images.conversion import to_float
-from twostage.core.runs.model_folder import file_sha256, find_model_folder, load_saved_tensors
+from twostage.core.runs.model_folder import find_model_folder, load_saved_tensors
 from twostage.core.wording import one_line
 
 __all__ = ["NO_NETWORK", "InceptionFeatures", "Judge", "OwnFeatures", "class_mismatch", "not_evidence", "open_judge"]

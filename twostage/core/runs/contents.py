@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from twostage.core.config.sections import Section
-from twostage.core.runs.model_folder import file_sha256, find_model_folder
+from twostage.core.files import file_sha256
+from twostage.core.runs.model_folder import find_model_folder
 
 __all__ = ["Contents", "Record", "same_place", "weights_at"]
 
