@@ -28,7 +28,7 @@ from twostage.core.training.random import BatchRandom
 
 __all__ = ["Autoencoder", "AutoencoderConfig", "AutoencoderOutput", "ModelConfig", "PerceptualNetwork"]
 
-TOLERANCE = 1e-3  # of pixels outside of [-1, 1]
+TOLERANCE = 1e-3  # for pixels outside [-1, 1]
 LATER_KEYS = {"untrained_classes", "value_range", "trained_against", "adversarial"}
 """Keys that earlier versions do not know, so they are written only if they say something."""
 
@@ -93,7 +93,7 @@ class AutoencoderConfig(Section):
 
 @dataclass
 class AutoencoderOutput:
-    """What a training step needs."""
+    """The result of a training step."""
 
     loss: Tensor
     """Scalar to minimise: the reconstruction loss plus the bottleneck's losses."""
@@ -257,7 +257,7 @@ class Autoencoder(nn.Module):
 
     def content_hash(self) -> str:
         """A hash of everything that determines the codes: the images' size and channels, the encoder, the codebook. It
-        leaves out the decoder, so that training the decoder further keeps the priors valid."""
+        excludes the decoder, so that training the decoder further keeps the priors valid."""
         model = self.config.model
         form = {"image_size": self.config.image_size, "channels": self.config.channels}
         for name, part in {"backbone": model.backbone, "bottleneck": model.bottleneck}.items():

@@ -1,4 +1,4 @@
-"""What every bottleneck offers, and what all quantizers share. To write your own, see docs/extending.md.
+"""The interface of every bottleneck, and the base of all quantizers. To write your own, see docs/extending.md.
 
 Axes: B images, C latent channels, h and w cells of the latent grid, N = B h w vectors, D = C dimensions.
 """
@@ -22,7 +22,7 @@ GradientRule = Literal["straight_through", "rotation"]
 
 @dataclass
 class BottleneckOutput:
-    """What every bottleneck returns."""
+    """The result of every bottleneck."""
 
     z: Tensor
     """(B, C, h, w): the decoder's input."""
@@ -95,7 +95,7 @@ class BottleneckConfig(OpenUnion, Section):
     """The group `model.bottleneck`; its `type` selects the bottleneck."""
 
     collapse_remedy: ClassVar[str] = ""
-    """What to try if few codes are in use, as keys to set."""
+    """Keys to set if few codes are in use."""
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> Bottleneck:
         """The bottleneck for a latent of ``shape`` (C, h, w) and data of ``num_classes`` classes (0: unlabelled)."""
@@ -170,7 +170,7 @@ def pass_gradient(encoded: Tensor, quantized: Tensor, rule: GradientRule = "stra
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Avoids the arithmetic and the rounding of the usual `encoded + (quantized - encoded).detach()`."""
+    """Equals `encoded + (quantized - encoded).detach()` without its arithmetic and rounding."""
 
     @staticmethod
     def forward(ctx: object, encoded: Tensor, quantized: Tensor) -> Tensor:

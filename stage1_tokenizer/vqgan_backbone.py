@@ -39,7 +39,7 @@ class VQGANConfig(BackboneConfig):
     """Resolutions at which self-attention follows each residual block: 16 means a 16th of the image's sides. None: only
     the coarsest resolution."""
     decoder_attention_factors: list[Count] | None = None
-    """The same for the decoder; None: as in the encoder."""
+    """`attention_factors` of the decoder; None: as in the encoder."""
     middle_attention: Flag = True
     """Whether self-attention stands between the two residual blocks in the middle, at the coarsest resolution."""
     inner_channels: Width = 256

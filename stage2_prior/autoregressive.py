@@ -1,4 +1,4 @@
-"""What all priors that write one code after another share: the order of the cells, the likelihood, and sampling.
+"""The base of all priors that write one code after another: the order of the cells, the likelihood, and sampling.
 
 Axes: B images, N cells of a grid, K codes.
 """
@@ -81,7 +81,7 @@ class Autoregressive(nn.Module):
         raise NotImplementedError
 
     def decoder(self, labels: Tensor, weights: Weights) -> Step:
-        """The function that goes from cell to cell when codes are sampled for ``labels`` (B,)."""
+        """The function that predicts one cell after another when codes are sampled for ``labels`` (B,)."""
         raise NotImplementedError
 
     @property
@@ -102,7 +102,7 @@ class Autoregressive(nn.Module):
         return self.nats(codes, labels, inputs).mean()
 
     def nats_per_image(self, codes: Tensor, labels: Tensor, random: BatchRandom) -> Tensor:
-        """-log p(codes | label), (B,). Nothing random; a few images at a time if all logits would be large."""
+        """-log p(codes | label), (B,). Nothing is random. Many logits are computed a few images at a time."""
         images = images_at_once(codes.shape[1], self.codebook_size)
         parts = zip(codes.split(images), labels.split(images), strict=True)
         return torch.cat([self.nats(part, classes, part).sum(1) for part, classes in parts])

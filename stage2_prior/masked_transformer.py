@@ -44,7 +44,7 @@ __all__ = [
 NUM_STEPS, CHOICE_TEMPERATURE = 8, 4.5
 """The defaults for sampling."""
 MEAN_MASKED_SHARE = 2 / math.pi
-"""Of both mask schedules, over progress in [0, 1]."""
+"""The mean of both mask schedules over progress in [0, 1]."""
 PREDICTED_ROWS = 2048
 """Rows that a block computes at a time on a CPU: they stay in its cache."""
 SAMPLED_ROWS = 1024
@@ -186,7 +186,7 @@ def _random_cells(counts: Tensor, codes: Tensor, random: BatchRandom) -> Tensor:
 
 
 class MaskedPredictor(FastTransformer):
-    """Predicts the masked codes in sampling, and nothing twice or in vain. The weights are read now.
+    """Predicts the masked codes in sampling, without redundant computation. The weights are read now.
 
     Args:
         labels: (B,), ``num_classes`` for no class.

@@ -1,5 +1,5 @@
-"""What every prior's network and its configuration offer. Whatever uses a prior asks these questions and never looks
-at its type. So a new prior is one new file, and other packages can register priors of their own (docs/extending.md).
+"""The interface of every prior's network and its configuration. Code that uses a prior never checks its type. So a new
+prior is one new file, and other packages can register their own priors (docs/extending.md).
 
 Axes: B images, N cells of a code grid.
 """

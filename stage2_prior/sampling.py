@@ -46,7 +46,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "num_steps": (1, math.inf, "at least 1. Omit it for the default, 8"),
     "choice_temperature": (0, MAX_SCALE, f"0 (no randomness) to {MAX_SCALE:g}. Omit it for the default, 4.5"),
 }
-"""For each setting: its minimum, its maximum, and what a message says is expected."""
+"""For each setting: its minimum, its maximum, and the text after `expected` in a message."""
 
 _Integer = Annotated[int, Field(strict=True)]
 

@@ -1,4 +1,4 @@
-"""Questions to a configuration's schema: is a key text, which groups does a tagged union have?"""
+"""Look up facts in a configuration's schema: whether a key is text, which groups a tagged union has."""
 
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin

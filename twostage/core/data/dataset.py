@@ -66,7 +66,7 @@ class DataConfig(Section):
     validation_share: Share = 0.05
     """The share of `train` to hold out if the source has neither `val` nor `test`."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """What to do about unreadable images: stop before training, or skip them and report how many."""
+    """Whether unreadable images stop the run before training, or are skipped and counted."""
     in_memory_gb: Number = Field(default=4.0, ge=0.0)
     """Datasets with up to this many gigabytes of pixels are kept decoded in memory."""
 
@@ -130,8 +130,8 @@ class ImageSplit:
         return torch.from_numpy(out)
 
     def fingerprint(self) -> str:
-        """The sha256 of the content, wherever it lies: the number, names and labels of the images, and their pixels if
-        in memory, else the sizes of their files."""
+        """The sha256 of the content, independent of its location: the number, names and labels of the images, and
+        their pixels if in memory, else the sizes of their files."""
         digest = hashlib.sha256(f"{len(self)} {self.config.channels} {self.config.size}".encode())
         if self.labels is not None:
             digest.update(self.labels.numpy().tobytes())

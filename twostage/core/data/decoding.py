@@ -24,7 +24,7 @@ __all__ = ["Findings", "check", "decode"]
 
 @dataclass
 class Findings:
-    """What decoding some images found."""
+    """The findings of decoding some images."""
 
     bad: dict[int, str] = field(default_factory=dict)
     """The reason for each unreadable row."""

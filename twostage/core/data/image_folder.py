@@ -15,12 +15,12 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 @dataclass
 class FolderContent:
-    """What lies below a folder; paths are relative to it."""
+    """The files below a folder; paths are relative to it."""
 
     images: list[Path] = field(default_factory=list)
     skipped: dict[Path, str] = field(default_factory=dict)
-    """What is not an image, with the reason: other files, hidden files, broken links, links to a parent folder,
-    unreadable folders."""
+    """Paths that are not images, each with the reason: other files, hidden files, broken links, links to a parent
+    folder, unreadable folders."""
     empty: list[Path] = field(default_factory=list)
     """Folders without any image below them (only the topmost of each branch)."""
 
@@ -139,7 +139,7 @@ def _folders_at(images: list[Path], depth: int) -> set[str]:
 
 
 def _meaning(name: str) -> str | None:
-    """The split that a folder's name is or spells, if it is only one."""
+    """The split that a folder's name spells; None if it spells none or several."""
     spelled = {exact} if (exact := exact_split(name)) else spelled_splits(name)
     return next(iter(spelled)) if len(spelled) == 1 else None
 

@@ -107,10 +107,10 @@ class RunFolder:
         remembered: Mapping[str, dict[str, Any]] | None = None,
         begun: bool = True,
     ) -> None:
-        """Refuses to continue with content that differs from what the run began with.
+        """Refuses to continue if content has changed since the run began.
 
         Args:
-            sources: what the paths in ``config`` lead to now, by their keys.
+            sources: the current content behind each path in ``config``, by key.
             remembered: facts from the checkpoint of a run without sources.json; there may be fewer of them.
             begun: whether the run has a checkpoint.
 
@@ -146,11 +146,11 @@ class RunFolder:
                 )
 
     def stored_sources(self) -> dict[str, Record]:
-        """What the paths in the configuration led to when the run began, by keys such as `data.source`; {} for a new
-        folder and for runs of earlier versions."""
+        """The content behind each path in the configuration when the run began, by key, such as `data.source`; {} for a
+        new folder and for runs of earlier versions."""
         if not self.sources_file.is_file():
             return {}
-        document = read_json(self.sources_file, "put back a copy of it, or remove it")
+        document = read_json(self.sources_file, "restore a copy of it, or remove it")
         check_format(document.get("format_version"), FORMAT_VERSION, self.sources_file)
         return parse_config(_Sources, document, f"{self.sources_file}").sources
 
