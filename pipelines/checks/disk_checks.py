@@ -104,7 +104,7 @@ def _rename_failure(folder: Path) -> str | None:
 
 
 def _file_system(folder: Path) -> str:
-    """Its type, such as `ext4`, or `unknown`."""
+    """The type of the file system, such as `ext4`, or `unknown`."""
     mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
     real = folder.resolve()
     return next((mounts[path] for path in [real, *real.parents] if mounts.get(path)), "unknown")

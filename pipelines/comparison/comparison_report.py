@@ -89,7 +89,7 @@ def doubt_notes(models: Sequence[ComparedModel]) -> list[str]:
 
 
 def text_table(comparison: Comparison) -> str:
-    """What the command prints: the rows with the columns that any of them fills, and the notes."""
+    """The text that the command prints: the table without empty columns, and the notes."""
     rows = figure_rows(comparison.models)
     columns = {key: title for key, title in COLUMNS.items() if any(key in row for row in rows)}
     cells = [list(columns.values()), *([row.get(key, "") for key in columns] for row in rows)]
@@ -104,7 +104,7 @@ def strip_sheet(
     """A contact sheet: rows of images (n, C, H, W) uint8 by their titles.
 
     Args:
-        classes: of the columns.
+        classes: the class of each column.
         with_classes: the titles of the rows that show these classes.
     """
     columns = len(next(iter(strips.values())))
@@ -115,7 +115,7 @@ def strip_sheet(
 
 
 def column_labels(comparison: Comparison) -> list[str] | None:
-    """What stands below the columns for their classes."""
+    """The captions that name the classes of the columns."""
     if comparison.classes is None:
         return None
     known = next(m.pipeline.label_names for m in comparison.models if m.pipeline and m.pipeline.label_names)

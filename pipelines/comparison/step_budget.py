@@ -15,7 +15,7 @@ TIMED_STEPS = 12
 def seconds_per_step(train: Callable[[], BaseRun[Any]], clock: Callable[[], float] = time.perf_counter) -> float:
     """How long a step takes by ``clock``; ``train`` runs `TIMED_STEPS` of them in a folder of their own.
 
-    `time.perf_counter` measures wall time; `time.process_time` leaves out what other programs on the machine use.
+    `time.perf_counter` measures wall time; `time.process_time` excludes the time of other programs.
     """
     before = BaseRun.clock
     BaseRun.clock = staticmethod(clock)

@@ -1,4 +1,4 @@
-"""The families of the tour in order: what each one is, and how its configuration differs from the one before."""
+"""The families of the tour in order, each with a description and its changes to an earlier configuration."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ class Family:
     summary: str
     equation: str
     change: str
-    """What is new compared with an earlier family."""
+    """The difference from an earlier family."""
     file: str
     """Where it is implemented."""
     parent: str | None
@@ -185,7 +185,7 @@ FAMILIES = {
         is_prior=True,
     ),
 }
-"""By the names of their run folders."""
+"""The families by the names of their run folders."""
 
 
 def document_of(name: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from twostage.core.runs.run_folder import RunFolder, read_metrics
 __all__ = ["random_latents", "write_tour"]
 
 NUM_LATENTS = 2000
-"""Training images that the distribution of random latents is fitted to."""
+"""Training images to which the distribution of random latents is fitted."""
 
 
 def write_tour(
@@ -42,9 +42,9 @@ def write_tour(
     """Writes compare.html, compare.png and compare.json into ``out``.
 
     Args:
-        source: of the images.
-        judge_seed: of the judging network's training.
-        seed: of the random latents.
+        source: the source of the images.
+        judge_seed: the seed of the judging network's training.
+        seed: the seed of the random latents.
         decided: `minutes`, `steps` of each model, and `codes_of`: the tokenizer whose codes the priors learned.
     """
     models = {model.name: model for model in comparison.models}

@@ -26,13 +26,13 @@ from twostage.core.runs.model_folder import check_format, hash_tensors, write_js
 __all__ = ["GenerateRequest", "generate_folder"]
 
 FORMAT_VERSION = 1
-"""Of settings.json; the first ones did not have it."""
+"""Format of settings.json; the first versions did not record it."""
 MAX_SHOWN = 80
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """What to generate."""
+    """A request for generated images."""
 
     num_images: int
     class_names: list[str] | None = None
@@ -40,7 +40,7 @@ class GenerateRequest:
     seed: int = 0
     sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 (immutable)
     batch_size: int | None = None
-    """Images that each process draws at a time; None: as many as fit the free memory."""
+    """Images that each process draws at a time; None: as many as fit in the free memory."""
     file_format: FileFormat = "png"
 
 
@@ -59,7 +59,7 @@ def generate_folder(sampler: ImageSampler, request: GenerateRequest, out: Path) 
     sampler.check_sampling(request.sampling)
     settings = _settings(sampler, request)
     _check_folder(out, settings)
-    state.wait_for_everyone()  # nobody writes before everyone has looked
+    state.wait_for_everyone()  # no process writes before all have checked the folder
     files = image_files(request.file_format, out / "images", sampler.image_size, sampler.channels, sampler.label_names)
     missing, batch_size = _plan(sampler, request, files, state)
     if state.is_main_process:
@@ -90,7 +90,7 @@ def generate_folder(sampler: ImageSampler, request: GenerateRequest, out: Path) 
 
 
 def _settings(sampler: ImageSampler, request: GenerateRequest) -> dict[str, Any]:
-    """What decides the images, as in settings.json."""
+    """All settings that determine the images, as in settings.json."""
     models = [model for model in (sampler.prior, sampler.tokenizer) if model]
     return {
         "weights_sha256": hash_tensors(itertools.chain.from_iterable(model.state_dict().items() for model in models)),

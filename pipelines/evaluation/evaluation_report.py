@@ -43,17 +43,17 @@ class Sheet:
     """A sheet of images beside the figures."""
 
     name: str
-    """Of its file: one of `SHEET_NAMES`."""
+    """The name of its file: one of `SHEET_NAMES`."""
     image: Image.Image
     caption: str
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that was measured of a model."""
+    """All measurements of a model."""
 
     path: str | Path
-    """Of the model."""
+    """The path of the model."""
     rows: Rows
     """How tables show the figures."""
     measurements: Sequence[Measurement]
@@ -94,7 +94,7 @@ class Evaluation:
         return {"figures": self.figures, "protocol": self.protocol, **verdict}
 
     def table(self) -> str:
-        """What the command prints: the figures with what was measured above and how to read them below."""
+        """The text that the command prints: what was measured, the figures, and how to read them."""
         lines, given = [], set()
         for name, value in self.figures.items():
             if (name, value) == ("codebooks", 1):

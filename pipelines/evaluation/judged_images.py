@@ -1,4 +1,4 @@
-"""Sets of images as a judging network sees them: their features and their digests.
+"""Sets of images for a judging network: their features and their digests.
 
 Axes: n images, B of them in a batch, F features, K classes, C channels, H and W pixels.
 """
@@ -76,7 +76,7 @@ class RealImages:
 
     @classmethod
     def judge(cls, network: Judge, source: HeldOutImages, num_samples: int, work: SharedWork) -> "RealImages":
-        """Looks at training images and at held-out images with a network."""
+        """Computes the features of training images and held-out images."""
         rows, held_out_rows = spread(len(source.train), MAX_REFERENCES), spread(len(source.split), num_samples)
         training = JudgedImages.read(network, source.train, rows, work, "training images")
         held_out = JudgedImages.read(network, source.split, held_out_rows, work, "held-out images")

@@ -1,4 +1,4 @@
-"""Whether samples are copies of training images: how near those are, and a sheet that shows the nearest ones.
+"""Whether samples are copies of training images: the distances to the nearest ones, and a sheet that shows them.
 
 Axes: n samples, F features, k neighbours, C channels, H and W pixels.
 """
@@ -97,7 +97,7 @@ def neighbours_sheet(neighbours: Neighbours, names: list[str] | None, numbers: l
 
     Args:
         names: sample i has the class ``names[i % len(names)]``.
-        numbers: of the classes, if ``names`` are not all of them.
+        numbers: the labels of the classes, if ``names`` are not all of them.
     """
     tiles, captions, labels = [], [], class_labels(names or [], numbers)
     blank = torch.full_like(neighbours.samples[:1], 255)

@@ -40,11 +40,11 @@ class ImageFiles(Protocol):
     """Images 0, 1, 2 ... in a folder."""
 
     def missing(self, num_images: int) -> list[int]:
-        """Which of the first images are missing or damaged."""
+        """The numbers of missing or damaged images among the first ``num_images``."""
         ...
 
     def part_size(self, batch_size: int) -> int:
-        """How many images are written at once."""
+        """The number of images to write at once."""
         ...
 
     def write(self, part: range, pixels: Tensor, labels: list[int] | None) -> None:

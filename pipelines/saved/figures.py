@@ -82,7 +82,7 @@ class ImageQuality(Figures):
 
 @dataclass(frozen=True)
 class JudgedReconstructions(Figures):
-    """What a judging network says about reconstructions."""
+    """A judging network's figures of reconstructions."""
 
     recognised: float | None = figure(
         "recognised", "{:.1%}", "reconstructions that the network assigns to their class; higher is better"
@@ -140,7 +140,7 @@ class CodebookUse(Figures):
 
 @dataclass(frozen=True)
 class Cost:
-    """The same cost of codes in every unit."""
+    """A cost of codes in every unit."""
 
     nats_per_code: float
     nats_per_image: float
@@ -158,17 +158,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class CodeCost(Figures):
-    """What held-out codes cost under a prior."""
+    """The cost of held-out codes under a prior."""
 
     parameters: int
     images: int
     cost: Cost
     unigram: Cost
-    """By the frequencies of the codes alone."""
+    """The cost by the frequencies of the codes alone."""
     uniform: Cost
-    """With all codes equally likely."""
+    """The cost with all codes equally likely."""
     standard_error: Cost | None
-    """Of the cost if that is an upper bound; None: the cost is exact."""
+    """The standard error of the cost if that is an upper bound; None: the cost is exact."""
 
     def by_key(self) -> dict[str, float]:
         """A cost in each unit has its own key, such as `unigram_nats_per_code`; an upper bound ends in `_bound`."""
@@ -204,7 +204,7 @@ class CodeCost(Figures):
 
 @dataclass(frozen=True)
 class ImageCost(Figures):
-    """What held-out images cost under a prior and its tokenizer together."""
+    """The cost of held-out images under a prior and its tokenizer together."""
 
     chain_rule_nats_per_image: float | None = figure(
         "whole model, at most", "{:.2f} nats per image", "cost of held-out images by both stages; lower is better"
