@@ -48,12 +48,11 @@ class ModelConfig(Section):
 
 
 class PerceptualNetwork(Section):
-    """A network that a model was trained against. Training lowered the distances in it, so they are no evidence of the
-    model's quality."""
+    """A network that a model was trained against. So its distances are not evidence of the model's quality."""
 
     type: Literal["lpips", "features"]
     path: str | None = None
-    """Where a feature network was."""
+    """The folder of a feature network during training."""
     hash: str | None = None
     """A feature network's :meth:`FeatureNetwork.features_hash`; None: not recorded."""
 
@@ -66,7 +65,7 @@ class AutoencoderConfig(Section):
     class_names: list[str] | None = None
     """The classes of its training data."""
     untrained_classes: tuple[str, ...] = ()
-    """Those classes that had no training image."""
+    """The classes that had no training image."""
     value_range: tuple[float, float] | None = None
     """The values in image files that became black and white (`data.value_range`)."""
     model: ModelConfig
@@ -184,14 +183,12 @@ class Autoencoder(nn.Module):
         return AutoencoderOutput(loss, distortion, decoded, latent, metrics)
 
     def run_encoder(self, images: Tensor) -> Tensor:
-        """The encoder's raw output (B, encoded_channels, h, w) for images (B, C, H, W) of any size, which are padded
-        if needed."""
+        """The encoder's raw output (B, encoded_channels, h, w) for images (B, C, H, W), padded if needed."""
         below, right = (-side % self.factor for side in images.shape[2:])
         return self.encoder(F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images)
 
     def run_decoder(self, z: Tensor) -> Tensor:
-        """The decoder's raw output (B, C, H, W), pixels or logits, for a latent (B, latent_channels, h, w); the padding
-        is cropped."""
+        """The decoder's raw output (B, C, H, W), pixels or logits, without padding, for (B, latent_channels, h, w)."""
         height, width = self.config.image_size
         decoded = self.decoder(z)
         return decoded[..., :height, :width] if z.shape[2:] == self.grid else decoded

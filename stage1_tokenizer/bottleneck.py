@@ -47,8 +47,7 @@ class Bottleneck(nn.Module):
     depth: int = 1
     """Codes per cell. A prior sees a cell's codes side by side, as a grid (h, w * depth)."""
     variational: bool = False
-    """Whether it has a prior of its own: then ``forward`` returns the loss `kl` in nats per image, and ``sample``
-    works."""
+    """Whether it has its own prior: then ``forward`` returns the loss `kl` (nats per image) and ``sample`` works."""
     num_classes: int = 0
     """Classes that the bottleneck's own prior depends on; 0: none."""
     starts_from_data: bool = False
@@ -105,7 +104,7 @@ class BottleneckConfig(OpenUnion, Section):
         """Accepts any number by default.
 
         Raises:
-            ValueError: this bottleneck cannot have a latent of so many channels.
+            ValueError: this bottleneck does not work with that many channels.
         """
 
 

@@ -52,7 +52,7 @@ class TokenizerTrainConfig(TrainConfig):
     """The `train` group of tokenizers."""
 
     parts: Literal["all", "decoder"] = "all"
-    """Which parts are trained. `decoder` keeps the encoder and the codebook of `init_from`, so that its codes and the
+    """The parts to train. `decoder` keeps the encoder and the codebook of `init_from`, so that its codes and the
     priors trained on them stay valid."""
 
 

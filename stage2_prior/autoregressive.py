@@ -26,7 +26,7 @@ from twostage.core.training.random import BatchRandom
 __all__ = ["ORDERS", "Autoregressive", "Order", "Step", "cell_order", "code_nats", "images_at_once", "sample_in_order"]
 
 MAX_LOGITS = 2**26
-"""How many logits a likelihood computes at once."""
+"""The number of logits that a likelihood computes at once."""
 
 Step = Callable[[Tensor | None], Tensor]
 """Takes the codes (B,) of the cell before, or None at the first cell; returns the logits (B, K) of the next cell."""
@@ -129,7 +129,7 @@ def code_nats(logits: Tensor, codes: Tensor) -> Tensor:
 
 
 def images_at_once(cells: int, codebook_size: int) -> int:
-    """How many images' logits a likelihood computes at once."""
+    """The number of images whose logits a likelihood computes at once."""
     return max(1, MAX_LOGITS // (cells * codebook_size))
 
 

@@ -32,7 +32,7 @@ class CausalTransformer(Autoregressive, Transformer):
     """p(codes | class) as a product over the grid's cells, in a fixed order.
 
     Args:
-        num_classes: 0 for a prior without classes. One more class, the last, stands for "no class".
+        num_classes: 0 for a prior without classes. The label ``num_classes`` means "no class".
     """
 
     def __init__(

@@ -40,7 +40,7 @@ class TokenizerReference(Section):
     hash: str
     """Its content hash: of the image size and channels, the encoder and the codebook."""
     path: str
-    """Where it was when it wrote the codes."""
+    """Its folder when it wrote the codes."""
 
 
 class Augmentation(Section):

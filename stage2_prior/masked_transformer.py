@@ -76,7 +76,7 @@ class MaskedTransformer(Transformer):
     """p(masked codes | other codes, class), each masked code independent of the other masked ones.
 
     Args:
-        num_classes: 0 for a prior without classes. One more class, the last, stands for "no class".
+        num_classes: 0 for a prior without classes. The label ``num_classes`` means "no class".
     """
 
     exact_likelihood = False
@@ -231,7 +231,7 @@ class MaskedPredictor(FastTransformer):
 
 
 def num_left_masked(step: int, steps: Tensor, unknown: Tensor, masked: Tensor, schedule: MaskSchedule) -> Tensor:
-    """How many codes of each image are still masked after ``step``, from 1: (B,) int64.
+    """The number of codes of each image still masked after ``step`` (counted from 1): (B,) int64.
 
     The schedule's share, rounded down, but at least one fewer than before. The schedules are concave, so an image is
     filled in exactly its last step.

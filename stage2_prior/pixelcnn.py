@@ -113,7 +113,7 @@ class PixelCNN(Autoregressive):
     """p(codes | class) as a product over the grid's cells, row by row.
 
     Args:
-        num_classes: 0 for a prior without classes. One more class, the last, stands for "no class".
+        num_classes: 0 for a prior without classes. The label ``num_classes`` means "no class".
     """
 
     def __init__(self, config: PixelCNNConfig, codebook_size: int, grid: tuple[int, int], num_classes: int) -> None:

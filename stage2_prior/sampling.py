@@ -52,8 +52,7 @@ _Integer = Annotated[int, Field(strict=True)]
 
 
 class SamplingConfig(Section):
-    """How codes are sampled from a prior's predictions. The descriptions are also the texts of the command line and
-    of the page."""
+    """Settings for sampling codes from predictions. The command line and the page show the descriptions."""
 
     temperature: Number = Field(default=1.0, description="Below 1 is safer, above 1 is more varied.")
     top_k: _Integer | None = Field(

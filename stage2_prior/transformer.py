@@ -180,7 +180,7 @@ class Transformer(nn.Module):
 
     Args:
         inputs: how many different codes the input can have: the codebook's, plus one if there is a mask code.
-        num_classes: 0 for a prior without classes. One more class, the last, stands for "no class".
+        num_classes: 0 for a prior without classes. The label ``num_classes`` means "no class".
         order: (N,) the cells in the order of the sequence; by default row by row.
     """
 

@@ -42,7 +42,7 @@ MODULES = {
     "load_config": "twostage.core.config.sections",
     "load_images": "twostage.core.data.dataset",
 }
-"""Where each public name is defined."""
+"""The module that defines each public name."""
 
 # OpenMP's threads spin while they wait for each other. If other programs share the cores, spinning takes time from the
 # threads that are waited for, and a step takes many times as long. OpenMP reads this variable when torch is loaded, so

@@ -44,14 +44,13 @@ Share = Annotated[Number, Field(gt=0.0, lt=1.0)]
 
 
 class DataConfig(Section):
-    """Which images to use, and the form to bring them to."""
+    """The images to use, and their size, channels and value range."""
 
     source: PathName = "shapes"
     """`shapes`, a folder, a parquet or arrow file or a folder of them, a name under $TWOSTAGE_DATA, or a Hugging Face
     dataset `owner/name`."""
     image_size: Count | tuple[Count, Count] = 32
-    """Pixels: one number for squares, or [height, width]. Images of other shapes are cropped at the centre, then
-    resized."""
+    """Pixels: one number for squares, or [height, width]. Other images are cropped at the centre, then resized."""
     channels: Literal[1, 3, 4] = 3
     """1 grey, 3 RGB, 4 RGBA."""
     label_column: Annotated[str, Field(min_length=1)] | None = AUTO
@@ -173,9 +172,9 @@ class ImageData:
     bad: list[str] = field(default_factory=list)
     """Images skipped because they are unreadable, each with the reason."""
     modes: Counter[str] = field(default_factory=Counter)
-    """How many files have each mode."""
+    """The number of files with each mode."""
     sizes: Counter[str] = field(default_factory=Counter)
-    """How many files have each size ("width x height")."""
+    """The number of files with each size ("width x height")."""
     values: dict[str, UsedValues] = field(default_factory=dict)
     """The values in the files, by their type (`8-bit`, `16-bit`, `float` ...)."""
 
@@ -185,7 +184,7 @@ class ImageData:
         return names_without_images(self.splits["train"].labels, self.class_names)
 
     def identity(self) -> dict[str, Any]:
-        """The facts by which a run recognizes its images, as plain JSON."""
+        """The facts that identify a run's images, as plain JSON."""
         identity: dict[str, Any] = {
             "classes": {str(label): name for label, name in enumerate(self.class_names or [])},
             **{
@@ -197,7 +196,7 @@ class ImageData:
         return identity | ({"sample": on_disk} if on_disk else {})
 
     def contents(self) -> Contents:
-        """What `data.source` refers to."""
+        """The content that `data.source` refers to."""
         place = find_local(self.validation.config.source)
         return Contents("images", None if place is None else place.absolute(), self.identity())
 

@@ -87,8 +87,7 @@ def _reason(error: Exception) -> str:
 def check(
     records: Records, pixels: np.ndarray | None, form: tuple[int, int, int], value_range: ValueRange | None
 ) -> Findings:
-    """Decode every image into ``pixels``, (n, *form); None: only check that it decodes, and cache the result for later
-    runs."""
+    """Decode every image into ``pixels``, (n, *form); None: only check that images decode, and cache the result."""
     if pixels is not None:
         return decode(records, list(range(len(records))), pixels, value_range)
     cache = _scan_cache(records)

@@ -151,7 +151,7 @@ def _split_at(path: Path, depth: int) -> str:
 
 
 def _split_depth(root: Path, images: list[Path]) -> int | None:
-    """How many folders lie above the split folders (0 for `train/cat/1.png`, 1 for `cat/train/1.png`); None without
+    """The number of folders above the split folders (0 for `train/cat/1.png`, 1 for `cat/train/1.png`); None without
     split folders.
 
     The folders at a depth are splits if every image is below one of them. A folder that only contains a split's word,

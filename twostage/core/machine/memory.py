@@ -1,4 +1,4 @@
-"""How much memory a step takes, and whether a configuration can fit this machine at all."""
+"""Measure the memory of a step, and check that a configuration can fit on this machine."""
 
 import weakref
 from collections.abc import Callable, Iterator

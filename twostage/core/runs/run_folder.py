@@ -58,7 +58,7 @@ class RunFolder:
 
     @property
     def results(self) -> str:
-        """Where the results are, for a message."""
+        """The location of the results, for a message."""
         return f"model: {self.model}; curves: {self.curves}"
 
     def stored_config(self) -> dict[str, Any] | None:
@@ -187,8 +187,7 @@ class RunFolder:
             ) from None
 
     def create(self, config: Section, sources: Mapping[str, Contents] = MappingProxyType({})) -> None:
-        """Creates and locks the folder, and writes the configuration and what its paths lead to. An existing folder
-        gets the current paths."""
+        """Creates and locks the folder; writes the configuration and the records of its sources, or updates paths."""
         self.lock()
         self.samples.mkdir(parents=True, exist_ok=True)
         (self.path / STOPPED).unlink(missing_ok=True)

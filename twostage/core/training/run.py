@@ -167,8 +167,7 @@ class TrainingRun(BaseRun[ConfigT]):
         self.journal.means.add(metrics, self.step)
 
     def advance(self) -> dict[str, float] | None:
-        """Counts a finished update; returns the training metrics, the same in all processes, if a line was
-        due."""
+        """Counts a finished update; returns training metrics (the same in all processes) if a line was due."""
         self.record(self._gradient_norms)
         self._gradient_norms = {}
         super().advance()

@@ -17,11 +17,11 @@ class Means:
     """The metrics that all processes recorded since the last :meth:`RunningMeans.take`."""
 
     values: dict[str, float]
-    """By name: the mean of the finite values; nan if there were none."""
+    """The mean of the finite values by name; nan if there were none."""
     first_broken: dict[str, int]
-    """By name: the first step with a value that was not finite; only names with such a step."""
+    """The first step with a value that was not finite, only for names with such a step."""
     num_broken: dict[str, int]
-    """By name: how many values were not finite, the maximum over the processes."""
+    """The number of values that were not finite by name, the maximum over the processes."""
 
 
 class RunningMeans:
