@@ -125,7 +125,7 @@ def check_gpus() -> Iterator[Finding]:
 
 
 def _no_gpu(built_for: str | None) -> Finding:
-    """Why torch has no GPU: the machine has none, or something is missing."""
+    """The finding when torch has no GPU: the machine has none, or something is missing."""
     import torch
 
     if not (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").is_file()):

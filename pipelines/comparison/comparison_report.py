@@ -80,7 +80,7 @@ def figure_rows(models: Sequence[ComparedModel]) -> list[dict[str, str]]:
 
 
 def doubt_notes(models: Sequence[ComparedModel]) -> list[str]:
-    """Why marked figures are not evidence of quality, one sentence per model and reason."""
+    """The reasons why marked figures are not evidence of quality, one sentence per model and reason."""
     return [
         f"{DOUBT_MARK.strip()} {model.name}: {NO_EVIDENCE}, because {reason}."
         for model in models

@@ -178,7 +178,7 @@ def open_plan(out: Path, data: dict[str, Any], minutes: float, seed: int, max_st
 
 
 def steps_for(plan: Plan, name: str) -> int:
-    """How many steps of a model fit the budget of time; they are timed once.
+    """The number of a model's steps that fit the time budget; steps are timed once.
 
     Raises:
         InputError: not even one step fits.

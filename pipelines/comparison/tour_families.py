@@ -17,7 +17,7 @@ class Family:
     change: str
     """The difference from an earlier family."""
     file: str
-    """Where it is implemented."""
+    """The file that implements it."""
     parent: str | None
     """The family whose configuration this one changes; None: it starts from nothing."""
     document: Mapping[str, Any] = field(default_factory=dict)

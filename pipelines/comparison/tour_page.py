@@ -146,8 +146,7 @@ def _ranking(comparison: Comparison) -> str:
 
 @torch.no_grad()
 def random_latents(model: Autoencoder, comparison: Comparison, seed: int) -> Tensor:
-    """Decodes latents whose numbers are drawn from Gaussians fitted to the training images: one image per original,
-    (n, C, H, W) uint8."""
+    """Decodes latents drawn from Gaussians fitted to the training images: one per original, (n, C, H, W) uint8."""
     split = comparison.data.splits["train"]
     device = next(model.parameters()).device
     z = model.encode(to_float(split.read(spread(len(split), NUM_LATENTS))).to(device)).z

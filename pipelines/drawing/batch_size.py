@@ -1,4 +1,4 @@
-"""How many images a pipeline samples at a time: as many as fit in the free memory."""
+"""Choose the number of images that a pipeline samples at a time: as many as fit in the free memory."""
 
 import os
 

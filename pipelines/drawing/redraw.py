@@ -137,8 +137,7 @@ def known_codes(tokenizer: Autoencoder, images: Tensor, mask: Tensor) -> Tensor:
 
 
 def fill_masked(images: Tensor, mask: Tensor) -> Tensor:
-    """Replace each masked pixel of images (n, C, H, W) by the nearest kept pixel (arbitrary if none is kept); ``mask``
-    is (H, W)."""
+    """Replace masked pixels of images (n, C, H, W) by the nearest kept one (arbitrary if ``mask`` keeps none)."""
     nearest = np.asarray(distance_transform_edt(mask.cpu().numpy(), return_distances=False, return_indices=True))
     rows, columns = torch.from_numpy(nearest).long()
     return images[:, :, rows, columns]

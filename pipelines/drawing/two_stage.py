@@ -45,7 +45,7 @@ class TwoStagePipeline(ImageSampler):
     """
 
     saved_tokenizer: SavedModel | None = None
-    """Where the tokenizer was loaded from; None: a pipeline folder, or no folder."""
+    """The folder that the tokenizer was loaded from; None: a pipeline folder, or no folder."""
 
     # --- loading and saving -----------------------------------------------------------------------------------------
 

@@ -217,8 +217,7 @@ def share_in_balls(points: Tensor, centres: Tensor, radii: Tensor, work: SharedW
 def _distance_blocks(
     points: Tensor, others: Tensor, work: SharedWork
 ) -> Iterator[tuple[Tensor, Iterator[tuple[int, Tensor]]]]:
-    """This process's places among the points, and for them the first row and the distances (float64) of each block of
-    others."""
+    """Yield this process's points with the first row and the distances (float64) of each block of others."""
     device = work.float64_device
     for places in work.share(torch.arange(len(points)).split(BLOCK_POINTS)):
         some = points[places].to(device, torch.float64)

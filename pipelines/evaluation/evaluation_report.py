@@ -62,7 +62,7 @@ class Evaluation:
     settings: Mapping[str, Any]
     """The end of the protocol: how it was measured."""
     not_evidence: Mapping[str, str]
-    """Why some figures are not evidence of quality, by their keys."""
+    """The reason why a figure is not evidence of quality, by key."""
     verdict: Verdict | None = None
     refusal: str | None = None
     """Why the samples are not measured."""
@@ -70,7 +70,7 @@ class Evaluation:
 
     @cached_property
     def missing(self) -> dict[str, str]:
-        """Why figures are missing, by their keys."""
+        """The reason for each missing figure, by key."""
         missing = {name: reason for found in self.measurements for name, reason in found.missing.items()}
         values = figures_of(self.measurements)
         return missing | {name: "not finite" for name, value in values.items() if not math.isfinite(value)}

@@ -71,7 +71,7 @@ class RealImages:
     training_rows: Tensor
     """The rows of the training split that ``training`` holds."""
     held_out: JudgedImages
-    """As many images as there are samples, if the split has as many."""
+    """As many held-out images as samples, if the split has as many."""
     held_out_rows: Tensor
 
     @classmethod
@@ -89,8 +89,7 @@ class RealImages:
 
     @property
     def ball_rows(self) -> Tensor:
-        """The places in ``training`` that precision and recall use: as many as samples, because the balls shrink with
-        the number of images."""
+        """Places in ``training`` for precision and recall: as many as samples, as more images shrink the balls."""
         return spread(len(self.training), self.num_samples)
 
     @property

@@ -67,7 +67,7 @@ JUDGED_FIGURES = ("class_accuracy", "frechet_distance", "kernel_distance", "ince
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Which samples to draw. Image i depends on ``seed``, ``sampling`` and i alone."""
+    """The samples to draw. Image i depends on ``seed``, ``sampling`` and i alone."""
 
     num_samples: int = 1000
     seed: int = 0
@@ -302,7 +302,7 @@ def _too_many_copies(copies: int, request: SampleRequest) -> str:
     given = [f"{name} {value}" for name, value in request.sampling.model_dump(exclude_defaults=True).items()]
     return (
         f"{copies:,} of the {request.num_samples:,} samples are copies of others, more than {MAX_DUPLICATES:.0%}, so "
-        "their figures would describe fewer images than they claim and none is given. Usual causes: temperature, top_k "
+        "no figures are given: they would describe fewer images than stated. Usual causes: temperature, top_k "
         f"or top_p is too low (here {', '.join(given) or 'the defaults'}), several processes use the same seeds, or "
         "the model has memorised a few images. Try a higher temperature, no top_k and no top_p, or train on more data"
     )

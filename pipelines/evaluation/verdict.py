@@ -52,8 +52,8 @@ class Verdict:
     """The judgement of a tokenizer's figures."""
 
     ready: bool | None
-    """Whether a prior over its codes is worth training. None: nothing speaks against it, but no independent network
-    judged the reconstructions."""
+    """Whether a prior over its codes is worth training. None: no problem was found, but no independent network judged
+    the reconstructions."""
     sentences: list[str]
     """The outcome, then each finding with what to try."""
 
@@ -63,7 +63,7 @@ class Finding:
     """A weakness that the figures show."""
 
     blocks: bool
-    """Whether it makes the tokenizer not ready."""
+    """Whether it means that the tokenizer is not ready."""
     sentence: str
 
 
@@ -89,7 +89,7 @@ def verdict(figures: Mapping[str, float | None], not_evidence: Mapping[str, str]
     same = any(name in not_evidence for name in ("recognised", "rfid"))
     reason = SAME_JUDGE if same else WEAK_JUDGE if weak else NO_JUDGE
     outcome = f"No verdict on stage two: {_listed(_basis(known))} show no problem, but {reason}."
-    return Verdict(None, [outcome, f"{JUDGE_ADVICE} To continue without: {NEXT_STEPS[6:]}", *remarks])
+    return Verdict(None, [outcome, f"{JUDGE_ADVICE} To continue without a judge: {NEXT_STEPS[6:]}", *remarks])
 
 
 def _basis(figures: dict[str, float]) -> list[str]:

@@ -154,7 +154,7 @@ def read_image(
 
 
 def _describe_conversion(image: Image.Image, size: tuple[int, int], channels: int) -> list[str]:
-    """How an image is changed for a model of images of ``size`` (height, width) and ``channels``."""
+    """Describe the changes to an image for a model with images of ``size`` (height, width) and ``channels``."""
     modes = {1: "L", 3: "RGB", 4: "RGBA"}
     changes = []
     if image.size != (size[1], size[0]):

@@ -48,8 +48,7 @@ class ImageFiles(Protocol):
         ...
 
     def write(self, part: range, pixels: Tensor, labels: list[int] | None) -> None:
-        """Writes the images of a part, (n, C, H, W) uint8, so that a reader only finds complete files. Intact files
-        stay as they are."""
+        """Writes images (n, C, H, W) uint8; readers only see complete files, and intact files stay unchanged."""
         ...
 
     def read(self, count: int) -> Tensor:

@@ -71,7 +71,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class ImageQuality(Figures):
-    """How close reconstructions are to their originals, averaged over the images."""
+    """The distance of reconstructions to their originals, averaged over the images."""
 
     images: int | None = figure("images", "{:.0f}", "held-out images that were encoded and decoded")
     psnr: float | None = figure("PSNR", "{:.2f} dB", "error per pixel; higher is better")
@@ -103,13 +103,13 @@ class LikelihoodBound(Figures):
     )
     bits_per_dim: float | None = figure("  per dimension", "{:.4f} bits", "for each value of an image")
     kl: float | None = figure(
-        "  of it KL", "{:.2f} nats per image", "what the latent says about the image; 0 is a collapsed posterior"
+        "  KL part", "{:.2f} nats per image", "what the latent says about the image; 0 is a collapsed posterior"
     )
 
 
 @dataclass(frozen=True)
 class LatentUnits(Figures):
-    """How many units of a variational autoencoder's latent depend on the image."""
+    """The number of units of a variational autoencoder's latent that depend on the image."""
 
     active_units: int | None = figure("active units", "{:.0f}", "latent units that depend on the image")
     latent_units: int | None = figure("  of", "{:.0f}", "all latent units")
@@ -117,7 +117,7 @@ class LatentUnits(Figures):
 
 @dataclass(frozen=True)
 class CodebookUse(Figures):
-    """How a tokenizer uses its codebook. Entropy and perplexity are those of one code, averaged over the codebooks."""
+    """A tokenizer's use of its codebook. Entropy and perplexity are those of one code, averaged over the codebooks."""
 
     codebook_size: int | None = figure("codebook", "{:.0f} codes", "size of a codebook")
     codebooks: int | None = figure("  codebooks", "{:.0f}, one for each code of a cell", "of that size")
@@ -195,8 +195,8 @@ class CodeCost(Figures):
             rows |= {
                 unit: Row(title, form, "cost of held-out codes under the prior; lower is better"),
                 f"{unit}_bound": Row(f"{title}, at most", form, "an upper bound on that cost; lower is better"),
-                f"{unit}_standard_error": Row("  standard error of that", "{:.2g}", "from the draws alone"),
-                f"unigram_{unit}": Row("  unigram", form, "by the codes' frequencies alone; a prior must be below"),
+                f"{unit}_standard_error": Row("  standard error", "{:.2g}", "from the draws alone"),
+                f"unigram_{unit}": Row("  unigram", form, "by the codes' frequencies alone; a prior must be lower"),
                 f"uniform_{unit}": Row("  uniform", form, "with all codes equally likely"),
             }
         return rows
@@ -210,9 +210,9 @@ class ImageCost(Figures):
         "whole model, at most", "{:.2f} nats per image", "cost of held-out images by both stages; lower is better"
     )
     reconstruction_nats_per_image: float | None = figure(
-        "  of it reconstruction", "{:.2f} nats per image", "what the codes leave open"
+        "  reconstruction part", "{:.2f} nats per image", "cost of an image given its codes"
     )
-    prior_nats_per_image: float | None = figure("  of it codes", "{:.2f} nats per image", "cost of the codes")
+    prior_nats_per_image: float | None = figure("  codes part", "{:.2f} nats per image", "cost of the codes")
     chain_rule_bits_per_dim: float | None = figure("  per dimension", "{:.4f} bits", "for each value of an image")
 
 
@@ -230,7 +230,7 @@ class SampleCounts(Figures):
 
 @dataclass(frozen=True)
 class SampleQuality(Figures):
-    """How good samples are to a judging network, and held-out images for comparison."""
+    """The quality of samples by a judging network, and that of held-out images for comparison."""
 
     class_accuracy: float | None = figure(
         "class accuracy", "{:.2%}", "samples that the network assigns to their class; higher is better"
@@ -268,11 +268,11 @@ class SampleNovelty(Figures):
 
     neighbour_distance_ratio: float | None = figure(
         "nearest training image",
-        "{:.2f} times as far as of held-out images",
+        "{:.2f} times as far as held-out images",
         "median distances; about 1 for new images, far below 1 for copies",
     )
     training_copies: int | None = figure(
-        "  exact copies of one", "{:.0f}", "samples that equal a training image, pixel by pixel"
+        "  exact copies", "{:.0f}", "samples that equal a training image, pixel by pixel"
     )
 
 

@@ -37,7 +37,7 @@ class SavedModel:
     kind: Kind | None
     """None: its config.json is damaged; the error on loading the model explains how."""
     folder: Path
-    """Where config.json lies; for a pipeline, the folder of pipeline.json."""
+    """The folder of config.json; for a pipeline, that of pipeline.json."""
     home: Path
     """The run folder; or ``folder``, for a pipeline and for a model folder outside of a run."""
 
@@ -158,7 +158,7 @@ class SavedModel:
         return data.validation
 
     def default_output(self, name: str) -> Path:
-        """Where a file about this model goes by default: into its run folder; for a pipeline, the current folder."""
+        """The default path of a file about this model: in its run folder; for a pipeline, in the current folder."""
         return Path(name) if self.kind == "pipeline" else self.folder.parent / name
 
     def find_codes(self, config: PriorConfig) -> Path:

@@ -169,7 +169,7 @@ def _taming(path: Path, weights: Weights, config: str | Path | None) -> ForeignT
 
 
 def _llamagen(path: Path, weights: Weights) -> ForeignTokenizer:
-    """The shapes tell everything but the image size and that codes are normalised. LlamaGen trains with LPIPS."""
+    """Read the configuration from the shapes. Image size, normalised codes and LPIPS are LlamaGen's constants."""
     state = weights.state
 
     def sizes(name: str) -> torch.Size:
