@@ -48,7 +48,7 @@ class ModelConfig(Section):
 
 
 class PerceptualNetwork(Section):
-    """A network that a model was trained against. So its distances are not evidence of the model's quality."""
+    """A network that a model was trained against, so its distances are not evidence of the model's quality."""
 
     type: Literal["lpips", "features"]
     path: str | None = None

@@ -166,7 +166,7 @@ class VectorQuantizer(Quantizer):
         self.pending_candidates.zero_()
 
     def _place(self, vectors: Tensor, where: Tensor, count: Tensor) -> None:
-        """Moves the codes with ``where`` (K,) onto ``vectors`` (K, D), as if each was chosen ``count`` times."""
+        """Moves the codes marked in ``where`` (K,) onto ``vectors`` (K, D), each as if chosen ``count`` times."""
         if self.projection is None:
             self.codebook.copy_(torch.where(where[:, None], vectors, self.codebook))
         else:

@@ -89,7 +89,7 @@ class RealImages:
 
     @property
     def ball_rows(self) -> Tensor:
-        """Places in ``training`` for precision and recall: as many as samples, as more images shrink the balls."""
+        """Places in ``training`` for precision and recall: as many as samples, because more images shrink balls."""
         return spread(len(self.training), self.num_samples)
 
     @property
