@@ -28,7 +28,7 @@ from twostage.core.training.random import BatchRandom
 
 __all__ = ["Autoencoder", "AutoencoderConfig", "AutoencoderOutput", "ModelConfig", "PerceptualNetwork"]
 
-TOLERANCE = 1e-3  # of pixels outside of [-1, 1]
+TOLERANCE = 1e-3  # for pixels outside [-1, 1]
 LATER_KEYS = {"untrained_classes", "value_range", "trained_against", "adversarial"}
 """Keys that earlier versions do not know, so they are written only if they say something."""
 
@@ -48,12 +48,11 @@ class ModelConfig(Section):
 
 
 class PerceptualNetwork(Section):
-    """A network that a model was trained against. Training lowered the distances in it, so they are no evidence of the
-    model's quality."""
+    """A network that a model was trained against, so its distances are not evidence of the model's quality."""
 
     type: Literal["lpips", "features"]
     path: str | None = None
-    """Where a feature network was."""
+    """The folder of a feature network during training."""
     hash: str | None = None
     """A feature network's :meth:`FeatureNetwork.features_hash`; None: not recorded."""
 
@@ -66,7 +65,7 @@ class AutoencoderConfig(Section):
     class_names: list[str] | None = None
     """The classes of its training data."""
     untrained_classes: tuple[str, ...] = ()
-    """Those classes that had no training image."""
+    """The classes that had no training image."""
     value_range: tuple[float, float] | None = None
     """The values in image files that became black and white (`data.value_range`)."""
     model: ModelConfig
@@ -93,7 +92,7 @@ class AutoencoderConfig(Section):
 
 @dataclass
 class AutoencoderOutput:
-    """What a training step needs."""
+    """The result of a training step."""
 
     loss: Tensor
     """Scalar to minimise: the reconstruction loss plus the bottleneck's losses."""
@@ -184,14 +183,12 @@ class Autoencoder(nn.Module):
         return AutoencoderOutput(loss, distortion, decoded, latent, metrics)
 
     def run_encoder(self, images: Tensor) -> Tensor:
-        """The encoder's raw output (B, encoded_channels, h, w) for images (B, C, H, W) of any size, which are padded
-        if needed."""
+        """The encoder's raw output (B, encoded_channels, h, w) for images (B, C, H, W), padded if needed."""
         below, right = (-side % self.factor for side in images.shape[2:])
         return self.encoder(F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images)
 
     def run_decoder(self, z: Tensor) -> Tensor:
-        """The decoder's raw output (B, C, H, W), pixels or logits, for a latent (B, latent_channels, h, w); the padding
-        is cropped."""
+        """The decoder's raw output (B, C, H, W), pixels or logits, without padding, for (B, latent_channels, h, w)."""
         height, width = self.config.image_size
         decoded = self.decoder(z)
         return decoded[..., :height, :width] if z.shape[2:] == self.grid else decoded
@@ -257,7 +254,7 @@ class Autoencoder(nn.Module):
 
     def content_hash(self) -> str:
         """A hash of everything that determines the codes: the images' size and channels, the encoder, the codebook. It
-        leaves out the decoder, so that training the decoder further keeps the priors valid."""
+        excludes the decoder, so that training the decoder further keeps the priors valid."""
         model = self.config.model
         form = {"image_size": self.config.image_size, "channels": self.config.channels}
         for name, part in {"backbone": model.backbone, "bottleneck": model.bottleneck}.items():

@@ -1,4 +1,4 @@
-"""What every backbone offers, and the layers that several share.
+"""The interface of every backbone, and the layers that several share.
 
 Axes: B images, C channels, H and W pixels, h and w cells of the latent grid.
 """
@@ -64,6 +64,6 @@ class ResBlock(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups of at least four channels each; one group if there are too few channels for more."""
+    """Group normalisation with at most 32 groups of at least four channels; one group for few channels."""
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1))
     return nn.GroupNorm(groups, channels)

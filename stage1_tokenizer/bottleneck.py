@@ -1,4 +1,4 @@
-"""What every bottleneck offers, and what all quantizers share. To write your own, see docs/extending.md.
+"""The interface of every bottleneck, and the base of all quantizers. To write your own, see docs/extending.md.
 
 Axes: B images, C latent channels, h and w cells of the latent grid, N = B h w vectors, D = C dimensions.
 """
@@ -22,7 +22,7 @@ GradientRule = Literal["straight_through", "rotation"]
 
 @dataclass
 class BottleneckOutput:
-    """What every bottleneck returns."""
+    """The result of every bottleneck."""
 
     z: Tensor
     """(B, C, h, w): the decoder's input."""
@@ -47,8 +47,7 @@ class Bottleneck(nn.Module):
     depth: int = 1
     """Codes per cell. A prior sees a cell's codes side by side, as a grid (h, w * depth)."""
     variational: bool = False
-    """Whether it has a prior of its own: then ``forward`` returns the loss `kl` in nats per image, and ``sample``
-    works."""
+    """Whether it has its own prior: then ``forward`` returns the loss `kl` (nats per image) and ``sample`` works."""
     num_classes: int = 0
     """Classes that the bottleneck's own prior depends on; 0: none."""
     starts_from_data: bool = False
@@ -95,7 +94,7 @@ class BottleneckConfig(OpenUnion, Section):
     """The group `model.bottleneck`; its `type` selects the bottleneck."""
 
     collapse_remedy: ClassVar[str] = ""
-    """What to try if few codes are in use, as keys to set."""
+    """Keys to set if few codes are in use."""
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> Bottleneck:
         """The bottleneck for a latent of ``shape`` (C, h, w) and data of ``num_classes`` classes (0: unlabelled)."""
@@ -105,7 +104,7 @@ class BottleneckConfig(OpenUnion, Section):
         """Accepts any number by default.
 
         Raises:
-            ValueError: this bottleneck cannot have a latent of so many channels.
+            ValueError: this bottleneck does not work with that many channels.
         """
 
 
@@ -170,7 +169,7 @@ def pass_gradient(encoded: Tensor, quantized: Tensor, rule: GradientRule = "stra
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Avoids the arithmetic and the rounding of the usual `encoded + (quantized - encoded).detach()`."""
+    """Equals `encoded + (quantized - encoded).detach()` without its arithmetic and rounding."""
 
     @staticmethod
     def forward(ctx: object, encoded: Tensor, quantized: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ class Rule:
 
     name: str
     needs: str
-    """The metric that it depends on."""
+    """The metric that it checks."""
     patience: int
     """Consecutive lines of metrics before the warning."""
     holds: Callable[[Metrics], bool]

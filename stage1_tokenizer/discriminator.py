@@ -36,8 +36,7 @@ class AdversarialConfig(Section):
     """`hinge`: margins; `non_saturating`: logistic losses for both networks; `vanilla`: a logistic discriminator loss
     and a linear generator loss, as in taming-transformers."""
     weight: Number = Field(default=0.1, ge=0)
-    """Weight of the generator's adversarial term, multiplied by the adaptive ratio if `adaptive` (alias:
-    disc_weight)."""
+    """Weight of the generator's adversarial term, times the adaptive ratio if `adaptive` (alias: disc_weight)."""
     adaptive: Flag = False
     """Scales the weight by a ratio of gradient norms at the decoder's last layer: that of the reconstruction loss over
     that of the adversarial term."""
@@ -80,7 +79,7 @@ class Discriminator(nn.Module):
         image_size: (H, W); each side needs at least 3 * 2^num_layers pixels.
 
     Raises:
-        InputError: the images are too small for so many halvings.
+        InputError: the images are too small for this many halvings.
     """
 
     ema_logits: Tensor

@@ -34,7 +34,7 @@ class FeatureNetworkConfig(Section):
 
 
 class FeatureNetwork(nn.Module):
-    """Images -> class logits; its purpose is the feature maps and the pooled features on the way.
+    """A classifier, images -> class logits, that is used for its feature maps and its pooled features.
 
     Group normalisation instead of batch normalisation, so that an image's features depend on that image alone.
     """

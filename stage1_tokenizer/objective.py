@@ -19,7 +19,7 @@ Reconstruction = Literal["bce", "l1", "l2"]
 
 
 class CorruptionConfig(Section):
-    """What happens to the input of a denoising autoencoder (Vincent et al. 2008); the target stays clean."""
+    """How the input of a denoising autoencoder (Vincent et al. 2008) is corrupted; the target stays clean."""
 
     masked_share: Share = 0.0
     """The share of each image's values that become black (-1)."""

@@ -55,7 +55,7 @@ class FeaturesTrainingConfig(Section):
 def train(
     config: FeaturesTrainingConfig, dry_run: bool = False, time_limit: float | None = None
 ) -> BaseRun[FeaturesTrainingConfig]:
-    """Trains into ``config.run.dir``, and resumes from its latest checkpoint, if there is one; returns the ended run.
+    """Trains into ``config.run.dir``, or resumes from its latest checkpoint; returns the finished run.
 
     Args:
         dry_run: measure a few steps and write nothing.

@@ -52,7 +52,7 @@ class TokenizerTrainConfig(TrainConfig):
     """The `train` group of tokenizers."""
 
     parts: Literal["all", "decoder"] = "all"
-    """Which parts are trained. `decoder` keeps the encoder and the codebook of `init_from`, so that its codes and the
+    """The parts to train. `decoder` keeps the encoder and the codebook of `init_from`, so that its codes and the
     priors trained on them stay valid."""
 
 
@@ -83,7 +83,7 @@ class TokenizerConfig(Section):
 
 
 def autoencoder_config(config: TokenizerConfig, data: ImageData) -> AutoencoderConfig:
-    """What the trained model keeps from the configuration and the data."""
+    """The trained model's config, from the run's configuration and the data."""
     return AutoencoderConfig(
         image_size=config.data.size,
         channels=config.data.channels,
@@ -99,7 +99,7 @@ def autoencoder_config(config: TokenizerConfig, data: ImageData) -> AutoencoderC
 def train(
     config: TokenizerConfig, weights_dir: Path | None = None, dry_run: bool = False, time_limit: float | None = None
 ) -> BaseRun[TokenizerConfig]:
-    """Trains into ``config.run.dir``, and resumes from its latest checkpoint, if there is one.
+    """Trains into ``config.run.dir``, or resumes from its latest checkpoint.
 
     Args:
         weights_dir: the folder of LPIPS's VGG weights; None: torch's cache.
@@ -107,7 +107,7 @@ def train(
         time_limit: minutes after which the run saves and stops; None: no limit.
 
     Returns:
-        The run as it ended.
+        The finished run.
 
     Raises:
         StopAsked: the run was asked to stop, and has saved.
@@ -221,7 +221,7 @@ def make_autoencoder(config: TokenizerConfig, data: ImageData, accelerator: Acce
 
 
 def other_sources(config: TokenizerConfig) -> dict[str, Contents]:
-    """What the paths in a configuration other than `data.source` lead to."""
+    """The content behind each path in a configuration except `data.source`."""
     sources = {}
     if config.init_from and Path(config.init_from).exists():  # a resumed run no longer needs it
         sources["init_from"] = weights_at(config.init_from, only_to_begin=True)
@@ -292,7 +292,7 @@ def make_discriminator(config: TokenizerConfig, accelerator: Accelerator) -> Tra
 def adversary_loss(
     adversary: TrainedNetwork[Discriminator], images: Tensor, fake: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """What the discriminator minimises for real and fake images (B, C, H, W), and the logits of both."""
+    """The discriminator's loss for real and fake images (B, C, H, W), and the logits of both."""
     config = adversary.module.config
     real = images.requires_grad_(config.r1_weight > 0)
     logits_real, logits_fake = adversary.wrapped(real, fake)

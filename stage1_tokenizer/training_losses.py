@@ -20,7 +20,7 @@ __all__ = ["ImageLosses", "LossConfig"]
 
 
 class LossConfig(ObjectiveConfig):
-    """What training minimises."""
+    """The loss that training minimises."""
 
     perceptual: PerceptualConfig | None = None
     """A distance in the features of a frozen network, added to the reconstruction loss; null: none."""
@@ -35,7 +35,7 @@ class LossConfig(ObjectiveConfig):
 class ImageLosses:
     """The perceptual and the adversarial term of ``config``, both optional.
 
-    Not a module: checkpoints leave out LPIPS and feature networks, and the discriminator is trained separately.
+    Not a module: checkpoints do not contain LPIPS and feature networks, and the discriminator is trained separately.
 
     Args:
         autoencoder: unwrapped; the adaptive weight is measured at its last layer.

@@ -29,9 +29,9 @@ class CodebookConfig(BottleneckConfig):
     codebook_size: Annotated[int, Field(strict=True, ge=2, le=2**31 - 1)] = 512
     """The number of codes. On disk a code takes 16 bits up to 65,536 codes, 32 bits above."""
     codebook: Literal["ema", "learned", "simvq"] = "ema"
-    """What moves the codes. `ema`: a moving average of the vectors that chose them. `learned`: the optimizer. `simvq`:
-    the optimizer, through one linear map of fixed random codes, so that all codes move (SimVQ, Zhu et al. 2024,
-    arXiv 2411.02038)."""
+    """How codes are updated. `ema`: by a moving average of the vectors that chose them. `learned`: by the optimizer.
+    `simvq`: by the optimizer, through one linear map of fixed random codes, so that all codes move (SimVQ, Zhu et al.
+    2024, arXiv 2411.02038)."""
     gradient: GradientRule = "straight_through"
     """How the decoder's gradient reaches the encoder: unchanged, or rotated with the vector (the rotation trick)."""
     ema_decay: Share = 0.99
@@ -83,7 +83,7 @@ class VectorQuantizer(Quantizer):
         else:
             self.register_buffer("codebook", codes)
         self.projection = nn.Parameter(torch.eye(dim)) if config.codebook == "simvq" else None
-        # Statistics that the next update applies, beside the counts.
+        # Statistics that the next update applies, besides the counts.
         if config.codebook == "ema":
             self.register_buffer("ema_sums", codes.clone())
             self.register_buffer("pending_sums", torch.zeros(size, dim), persistent=False)
@@ -166,8 +166,7 @@ class VectorQuantizer(Quantizer):
         self.pending_candidates.zero_()
 
     def _place(self, vectors: Tensor, where: Tensor, count: Tensor) -> None:
-        """Moves the codes ``where`` (K,) is true onto ``vectors`` (K, D), as if each had been chosen ``count``
-        times."""
+        """Moves the codes marked in ``where`` (K,) onto ``vectors`` (K, D), each as if chosen ``count`` times."""
         if self.projection is None:
             self.codebook.copy_(torch.where(where[:, None], vectors, self.codebook))
         else:

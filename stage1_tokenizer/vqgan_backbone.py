@@ -29,8 +29,7 @@ class VQGANConfig(BackboneConfig):
     channels: Width = 128
     """Base width, which ``channel_mult`` multiplies (alias: `ch`)."""
     channel_mult: list[Width] = Field(default=[1, 1, 2, 2, 4], min_length=1, max_length=16)
-    """One multiplier per resolution, full resolution first: n numbers shrink each side by 2^(n-1) (alias:
-    `ch_mult`)."""
+    """One multiplier per resolution, full one first: n numbers shrink each side by 2^(n-1) (alias: `ch_mult`)."""
     input_mult: Width = 1
     """The multiplier of the encoder's first convolution."""
     num_res_blocks: Depth = 2
@@ -39,9 +38,9 @@ class VQGANConfig(BackboneConfig):
     """Resolutions at which self-attention follows each residual block: 16 means a 16th of the image's sides. None: only
     the coarsest resolution."""
     decoder_attention_factors: list[Count] | None = None
-    """The same for the decoder; None: as in the encoder."""
+    """`attention_factors` of the decoder; None: as in the encoder."""
     middle_attention: Flag = True
-    """Whether self-attention stands between the two residual blocks in the middle, at the coarsest resolution."""
+    """Self-attention between the two residual blocks in the middle, at the coarsest resolution."""
     inner_channels: Width = 256
     """Channels between the backbone and the 1x1 convolution to or from the latent (alias: `z_channels`)."""
     norm_groups: Width = 32
@@ -184,8 +183,7 @@ class VQGANEncoder(nn.Module):
 
 
 class VQGANDecoder(nn.Module):
-    """A latent (B, latent_channels, h, w) -> images (B, channels, H, W); the first layer is the `post_quant_conv`, the
-    last is linear."""
+    """(B, latent_channels, h, w) -> images (B, channels, H, W); first layer `post_quant_conv`, last layer linear."""
 
     def __init__(self, config: VQGANConfig, channels: int, latent_channels: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What all priors that write one code after another share: the order of the cells, the likelihood, and sampling.
+"""The base of all priors that write one code after another: the order of the cells, the likelihood, and sampling.
 
 Axes: B images, N cells of a grid, K codes.
 """
@@ -26,7 +26,7 @@ from twostage.core.training.random import BatchRandom
 __all__ = ["ORDERS", "Autoregressive", "Order", "Step", "cell_order", "code_nats", "images_at_once", "sample_in_order"]
 
 MAX_LOGITS = 2**26
-"""How many logits a likelihood computes at once."""
+"""The number of logits that a likelihood computes at once."""
 
 Step = Callable[[Tensor | None], Tensor]
 """Takes the codes (B,) of the cell before, or None at the first cell; returns the logits (B, K) of the next cell."""
@@ -81,7 +81,7 @@ class Autoregressive(nn.Module):
         raise NotImplementedError
 
     def decoder(self, labels: Tensor, weights: Weights) -> Step:
-        """The function that goes from cell to cell when codes are sampled for ``labels`` (B,)."""
+        """The function that predicts one cell after another when codes are sampled for ``labels`` (B,)."""
         raise NotImplementedError
 
     @property
@@ -102,7 +102,7 @@ class Autoregressive(nn.Module):
         return self.nats(codes, labels, inputs).mean()
 
     def nats_per_image(self, codes: Tensor, labels: Tensor, random: BatchRandom) -> Tensor:
-        """-log p(codes | label), (B,). Nothing random; a few images at a time if all logits would be large."""
+        """-log p(codes | label), (B,). Nothing is random. Many logits are computed a few images at a time."""
         images = images_at_once(codes.shape[1], self.codebook_size)
         parts = zip(codes.split(images), labels.split(images), strict=True)
         return torch.cat([self.nats(part, classes, part).sum(1) for part, classes in parts])
@@ -129,7 +129,7 @@ def code_nats(logits: Tensor, codes: Tensor) -> Tensor:
 
 
 def images_at_once(cells: int, codebook_size: int) -> int:
-    """How many images' logits a likelihood computes at once."""
+    """The number of images whose logits a likelihood computes at once."""
     return max(1, MAX_LOGITS // (cells * codebook_size))
 
 

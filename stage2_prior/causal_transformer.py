@@ -22,7 +22,7 @@ class CausalTransformerConfig(TransformerConfig):
 
     type: Literal["causal_transformer"] = "causal_transformer"
     order: Order = "raster"
-    """In which the cells are written."""
+    """The order in which cells are written."""
 
     def build(self, codebook_size: int, grid: tuple[int, int], num_classes: int) -> "CausalTransformer":
         return CausalTransformer(self, codebook_size, grid, num_classes)
@@ -32,7 +32,7 @@ class CausalTransformer(Autoregressive, Transformer):
     """p(codes | class) as a product over the grid's cells, in a fixed order.
 
     Args:
-        num_classes: 0 for a prior without classes. One more class, the last, stands for "no class".
+        num_classes: 0 for a prior without classes. The label ``num_classes`` means "no class".
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class CausalTransformer(Autoregressive, Transformer):
 
     @torch.no_grad()
     def decoded_nats(self, codes: Tensor, labels: Tensor, weights: Weights = "float32") -> Tensor:
-        """-log p(codes | label), (B,), by the decoder that samples: shows the cost of rounded weights."""
+        """-log p(codes | label), (B,), from the sampling decoder, so it includes the cost of rounded weights."""
         step, ordered = self.decoder(labels, weights), codes[:, self.order]
         logits = [step(ordered[:, cell - 1] if cell else None) for cell in range(self.cells)]
         return code_nats(torch.stack(logits, 1), ordered).sum(1)

@@ -40,7 +40,7 @@ class TokenizerReference(Section):
     hash: str
     """Its content hash: of the image size and channels, the encoder and the codebook."""
     path: str
-    """Where it was when it wrote the codes."""
+    """Its folder when it wrote the codes."""
 
 
 class Augmentation(Section):
@@ -74,7 +74,7 @@ class Manifest(Section):
     source: str
     """The `data.source` of the images: absolute, or relative to one of the folders above this one."""
     images: Record | None = None
-    """What the images were and where; None for codes of earlier versions."""
+    """The content and location of the images; None for codes of earlier versions."""
     image_size: tuple[Count, Count]
     channels: Count
     grid: tuple[Count, Count]
@@ -87,7 +87,7 @@ class Manifest(Section):
     codes_used: Count
     """The number of different codes in the training split."""
     entropy_nats_per_code: float
-    """Of the code frequencies in the training split; log(codebook_size) if all codes are equally frequent."""
+    """The entropy of the code frequencies in the training split; log(codebook_size) if all are equally frequent."""
     unigram_nats_per_code: dict[str, float]
     """For each split, the mean -log p of a code by its training frequency (add-one smoothing): the baseline that a
     prior has to beat."""
@@ -174,7 +174,7 @@ class CodeCache:
         return names_without_images(self.splits["train"].labels, self.manifest.class_names)
 
     def contents(self) -> Contents:
-        """What these codes are, independent of where they are and of file names."""
+        """The identity of these codes, independent of their folder and of file names."""
         manifest, digest = self.manifest, hashlib.sha256()
         for split in self.splits.values():
             for start in range(0, len(split), _ROWS_AT_ONCE):

@@ -15,9 +15,9 @@ from twostage.core.machine.onednn import add_product, has_bfloat16, has_onednn, 
 __all__ = ["Linear", "TrainedLinear", "check_weights", "fast_linear", "linear"]
 
 MIN_PACKED = 2**16
-"""Weights of a layer; below it, the 10 us that a call of oneDNN costs outweigh what it saves."""
+"""Minimum number of a layer's weights: below it, calling oneDNN (10 us) costs more time than it saves."""
 LEVELS = 63
-"""An int8 product's inputs on each side of 0. With 127, processors without VNNI overflow their int16 sums."""
+"""The largest magnitude of an int8 product's inputs. With 127, processors without VNNI overflow their int16 sums."""
 
 
 class Linear(Protocol):

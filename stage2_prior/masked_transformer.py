@@ -44,7 +44,7 @@ __all__ = [
 NUM_STEPS, CHOICE_TEMPERATURE = 8, 4.5
 """The defaults for sampling."""
 MEAN_MASKED_SHARE = 2 / math.pi
-"""Of both mask schedules, over progress in [0, 1]."""
+"""The mean of both mask schedules over progress in [0, 1]."""
 PREDICTED_ROWS = 2048
 """Rows that a block computes at a time on a CPU: they stay in its cache."""
 SAMPLED_ROWS = 1024
@@ -76,7 +76,7 @@ class MaskedTransformer(Transformer):
     """p(masked codes | other codes, class), each masked code independent of the other masked ones.
 
     Args:
-        num_classes: 0 for a prior without classes. One more class, the last, stands for "no class".
+        num_classes: 0 for a prior without classes. The label ``num_classes`` means "no class".
     """
 
     exact_likelihood = False
@@ -186,7 +186,7 @@ def _random_cells(counts: Tensor, codes: Tensor, random: BatchRandom) -> Tensor:
 
 
 class MaskedPredictor(FastTransformer):
-    """Predicts the masked codes in sampling, and nothing twice or in vain. The weights are read now.
+    """Predicts the masked codes in sampling, without redundant computation. The weights are read now.
 
     Args:
         labels: (B,), ``num_classes`` for no class.
@@ -231,7 +231,7 @@ class MaskedPredictor(FastTransformer):
 
 
 def num_left_masked(step: int, steps: Tensor, unknown: Tensor, masked: Tensor, schedule: MaskSchedule) -> Tensor:
-    """How many codes of each image are still masked after ``step``, from 1: (B,) int64.
+    """The number of codes of each image still masked after ``step`` (counted from 1): (B,) int64.
 
     The schedule's share, rounded down, but at least one fewer than before. The schedules are concave, so an image is
     filled in exactly its last step.

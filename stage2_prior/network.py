@@ -1,5 +1,5 @@
-"""What every prior's network and its configuration offer. Whatever uses a prior asks these questions and never looks
-at its type. So a new prior is one new file, and other packages can register priors of their own (docs/extending.md).
+"""The interface of every prior's network and its configuration. Code that uses a prior never checks its type. So a new
+prior is one new file, and other packages can register their own priors (docs/extending.md).
 
 Axes: B images, N cells of a code grid.
 """
@@ -32,7 +32,7 @@ class NetworkConfig(OpenUnion, Section):
 
     def build(self, codebook_size: int, grid: tuple[int, int], num_classes: int) -> "PriorNetwork":
         """The network, an `nn.Module`, for codes 0 to ``codebook_size - 1`` on a ``grid`` (h, w). Its labels are 0 to
-        ``num_classes``; the last one stands for "no class"."""
+        ``num_classes``; the last one means "no class"."""
         raise NotImplementedError
 
     def per_process_setting(self) -> str:
@@ -42,12 +42,11 @@ class NetworkConfig(OpenUnion, Section):
         return f"model.dropout={dropout:g}" if dropout else ""
 
     def codes_at_once(self, grid: tuple[int, int]) -> int:
-        """How many codes of an image one sampling step predicts."""
+        """The number of codes of an image that one sampling step predicts."""
         return 1
 
     def sampling_floats(self, grid: tuple[int, int]) -> int:
-        """About how many numbers sampling keeps for each image: caches and activations, but not logits. An upper
-        estimate."""
+        """Upper estimate of the numbers that sampling keeps per image: caches and activations, not logits."""
         return 0
 
 
@@ -61,7 +60,7 @@ class PriorNetwork(Protocol):
 
     @property
     def keeps(self) -> str:
-        """Which known codes sampling can keep, in words such as "any codes"."""
+        """The known codes that sampling can keep, in words such as "any codes"."""
         ...
 
     def loss(self, codes: Tensor, labels: Tensor, inputs: Tensor, random: BatchRandom) -> Tensor:

@@ -36,7 +36,7 @@ class PixelCNNConfig(NetworkConfig):
     """Side of the other layers' kernels, odd. They also see the current cell's features (mask B)."""
     head_channels: Width = 256
     dropout: Share = 0.0
-    """On what each layer adds to its stack."""
+    """Dropout on what each layer adds to its stack."""
 
     def build(self, codebook_size: int, grid: tuple[int, int], num_classes: int) -> "PixelCNN":
         return PixelCNN(self, codebook_size, grid, num_classes)
@@ -113,7 +113,7 @@ class PixelCNN(Autoregressive):
     """p(codes | class) as a product over the grid's cells, row by row.
 
     Args:
-        num_classes: 0 for a prior without classes. One more class, the last, stands for "no class".
+        num_classes: 0 for a prior without classes. The label ``num_classes`` means "no class".
     """
 
     def __init__(self, config: PixelCNNConfig, codebook_size: int, grid: tuple[int, int], num_classes: int) -> None:

@@ -40,7 +40,7 @@ class ReplaceSchedule(Section):
 
 
 class PriorLossConfig(Section):
-    """How a training step changes its codes and classes."""
+    """Random changes to the codes and classes of a training step."""
 
     replace_prob: Share | ReplaceSchedule = 0.0
     """Share of the input codes that are replaced by uniformly random ones (a Bernoulli mask), while the true codes are

@@ -42,14 +42,13 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "num_steps": (1, math.inf, "at least 1. Omit it for the default, 8"),
     "choice_temperature": (0, MAX_SCALE, f"0 (no randomness) to {MAX_SCALE:g}. Omit it for the default, 4.5"),
 }
-"""For each setting: its minimum, its maximum, and what a message says is expected."""
+"""For each setting: its minimum, its maximum, and the text after `expected` in a message."""
 
 _Integer = Annotated[int, Field(strict=True)]
 
 
 class SamplingConfig(Section):
-    """How codes are sampled from a prior's predictions. The descriptions are also the texts of the command line and
-    of the page."""
+    """Settings for sampling codes from predictions. The command line and the page show the descriptions."""
 
     temperature: Number = Field(default=1.0, description="Below 1: more typical images; above 1: more varied.")
     top_k: _Integer | None = Field(

@@ -60,7 +60,7 @@ class PriorTrainingConfig(Section):
 def train(
     config: PriorTrainingConfig, dry_run: bool = False, time_limit: float | None = None
 ) -> BaseRun[PriorTrainingConfig]:
-    """Trains into ``config.run.dir``, and resumes from its latest checkpoint, if there is one; returns the ended run.
+    """Trains into ``config.run.dir``, or resumes from its latest checkpoint; returns the finished run.
 
     `model/` holds the weights with the best held-out loss, not the last ones. The held-out `loss` is the negative log
     likelihood in nats per code. For a masked transformer it is an upper bound on that, and differs from the training
@@ -220,7 +220,7 @@ def keep_best(run: TrainingRun[PriorTrainingConfig], prior: Prior, loss: float) 
 
 
 def held_out_loss(prior: Prior) -> str:
-    """What to call the result of :func:`validate`."""
+    """The name of the result of :func:`validate` in messages."""
     return "held-out loss" if prior.exact_likelihood else "held-out upper bound"
 
 

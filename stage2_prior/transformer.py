@@ -1,4 +1,4 @@
-"""What the causal and the masked transformer share: embeddings, positions, blocks, head.
+"""The parts that the causal and the masked transformer share: embeddings, positions, blocks, head.
 
 Axes: B images, N = h w cells of a grid, D hidden size, H heads, E = D / H, K codes.
 """
@@ -41,7 +41,7 @@ class TransformerConfig(NetworkConfig):
     num_heads: Width = 8
     mlp_ratio: Depth = 4
     dropout: Share = 0.1
-    """On the embeddings and on what each block adds."""
+    """Dropout on the embeddings and on what each block adds."""
     code_dropout: Share = 0.0
     """Share of the input codes that a training step hides (their embedding is 0)."""
     positions: Literal["learned", "rotary", "both"] = "both"
@@ -180,7 +180,7 @@ class Transformer(nn.Module):
 
     Args:
         inputs: how many different codes the input can have: the codebook's, plus one if there is a mask code.
-        num_classes: 0 for a prior without classes. One more class, the last, stands for "no class".
+        num_classes: 0 for a prior without classes. The label ``num_classes`` means "no class".
         order: (N,) the cells in the order of the sequence; by default row by row.
     """
 

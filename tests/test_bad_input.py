@@ -105,7 +105,7 @@ def write_images(folder: Path, count: int = 20, mode: str = "RGB") -> Path:
         (["loss.perceptual={type: features, path: runs/none}"], ["runs/none: no such folder"]),
         (["train.parts=decoder"], ["train.parts", "init_from=RUN"]),
         (["init_from=runs/none"], ["runs/none: no such folder"]),
-        (["data.num_images=8"], ["train.batch_size 16: the training split has only 8 images", "at most 8"]),
+        (["data.num_images=8"], ["train.batch_size 16: the training split only has 8 images", "at most 8"]),
         (["train.batch_size=15", "train.gradient_accumulation_steps=2"], ["cannot be shared equally", "multiple of 2"]),
     ],
 )

@@ -42,10 +42,10 @@ MODULES = {
     "load_config": "twostage.core.config.sections",
     "load_images": "twostage.core.data.dataset",
 }
-"""Where each public name is defined."""
+"""The module that defines each public name."""
 
-# While OpenMP's threads wait for each other, they spin. If other programs share the cores, spinning takes time from the
-# very threads they wait for, and a step takes many times as long. OpenMP reads this variable when torch is loaded, so
+# OpenMP's threads spin while they wait for each other. If other programs share the cores, spinning takes time from the
+# threads that are waited for, and a step takes many times as long. OpenMP reads this variable when torch is loaded, so
 # it must be set before the first import of torch (measurements: docs/scaling.md).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")

@@ -51,7 +51,7 @@ def check_run_folder(run_dir: Path) -> Iterator[Finding]:
     free, kind = shutil.disk_usage(there).free / 1e9, _file_system(there)
     message = f"{where}: {free:,.1f} GB free, writes {speed:,.0f} MB/s with fsync, file system {kind}"
     doubts = [
-        ("little space", "Free some: a run keeps two checkpoints (train.keep_checkpoints).", free < MIN_FREE),
+        ("little space", "Free some space: a run keeps two checkpoints (train.keep_checkpoints).", free < MIN_FREE),
         ("slow", "Choose a faster disk, or increase train.checkpoint_every.", speed < MIN_SPEED),
         ("in memory, so it is lost when the machine stops", "Choose a folder on a disk.", kind in IN_MEMORY),
         (
@@ -104,7 +104,7 @@ def _rename_failure(folder: Path) -> str | None:
 
 
 def _file_system(folder: Path) -> str:
-    """Its type, such as `ext4`, or `unknown`."""
+    """The type of the file system, such as `ext4`, or `unknown`."""
     mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
     real = folder.resolve()
     return next((mounts[path] for path in [real, *real.parents] if mounts.get(path)), "unknown")

@@ -132,7 +132,7 @@ def check_accelerate_file() -> Iterator[Finding]:
 
 
 def _conflict(settings: dict[str, object]) -> str | None:
-    """How the settings of a launch contradict this machine."""
+    """The contradictions between the settings of a launch and this machine."""
     import torch
 
     wanted, machines = settings.get("num_processes"), settings.get("num_machines", 1)

@@ -21,7 +21,7 @@ EXTRAS = {"app": "twostage app", "export": "twostage export"}
 IMPORTED = ("torch", "torchvision", "accelerate")
 """Only an import shows that these are broken, as when torch and torchvision are builds for different versions."""
 MIN_FREE = 0.2
-"""Of a GPU's memory."""
+"""Minimum free share of a GPU's memory."""
 
 
 def check_packages() -> Iterator[Finding]:
@@ -61,7 +61,7 @@ def _is_needed(requirement: Requirement, extra: str) -> bool:
 
 
 def _check_package(requirement: Requirement, extra: str) -> Finding | None:
-    """None if a fitting version is installed."""
+    """The missing or outdated package as a finding; None if a fitting version is installed."""
     name, kind = requirement.name, warning if extra else problem
     what = f"twostage[{extra}]" if extra else "twostage"
     upgrade = f"pip install --upgrade '{name}{requirement.specifier}'"
@@ -125,7 +125,7 @@ def check_gpus() -> Iterator[Finding]:
 
 
 def _no_gpu(built_for: str | None) -> Finding:
-    """Why torch has no GPU: the machine has none, or something is missing."""
+    """The finding when torch has no GPU: the machine has none, or something is missing."""
     import torch
 
     if not (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").is_file()):

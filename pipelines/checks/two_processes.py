@@ -1,4 +1,4 @@
-"""Whether two processes of this machine can exchange numbers, as every training in several processes does.
+"""Checks that two processes of this machine can exchange numbers, as every training in several processes does.
 
 Run as a program, this module is one of the two processes.
 """
@@ -57,7 +57,7 @@ def check_two_processes(time_limit: float) -> Iterator[Finding]:
     else:
         rank = next(rank for rank, code in enumerate(codes) if code)
         message = f"process {rank} of two on {where} failed: {lines[rank][-1][:300]}"
-        yield problem(TOPIC, message, "Fix the problems of packages and environment above first.")
+        yield problem(TOPIC, message, "First fix the package and environment problems above.")
 
 
 def _run_both(environments: list[dict[str, str]], outputs: list[Path], time_limit: float) -> list[int | None]:

@@ -39,11 +39,11 @@ class ComparedModel:
     path: str
     tokenizer: Autoencoder
     saved_tokenizer: SavedModel | None
-    """Where the tokenizer was read from, which may say what it was trained on."""
+    """The stored tokenizer, which may record its training data."""
     reconstructs: bool
     """False for a prior whose tokenizer has a row of its own."""
     pipeline: TwoStagePipeline | None
-    """Makes new images; None for a model that makes none by itself."""
+    """The pipeline that makes new images; None for a model that cannot make any by itself."""
     measurements: list[Measurement] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
     """Why a figure of its samples is missing, by its key."""

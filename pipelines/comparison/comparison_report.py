@@ -70,7 +70,7 @@ def figure_rows(models: Sequence[ComparedModel]) -> list[dict[str, str]]:
 
 
 def doubt_notes(models: Sequence[ComparedModel]) -> list[str]:
-    """Why marked figures are not evidence of quality, one sentence per model and reason."""
+    """The reasons why marked figures are not evidence of quality, one sentence per model and reason."""
     return [
         f"{DOUBT_MARK.strip()} {model.name}: {NO_EVIDENCE}, because {reason}."
         for model in models
@@ -79,7 +79,7 @@ def doubt_notes(models: Sequence[ComparedModel]) -> list[str]:
 
 
 def text_table(comparison: Comparison) -> str:
-    """What the command prints: the rows with the columns that any of them fills, and the notes."""
+    """The text that the command prints: the table without empty columns, and the notes."""
     rows = figure_rows(comparison.models)
     columns = {key: title for key, title in COLUMNS.items() if any(key in row for row in rows)}
     cells = [list(columns.values()), *([row.get(key, "") for key in columns] for row in rows)]
@@ -94,7 +94,7 @@ def strip_sheet(
     """A contact sheet: rows of images (n, C, H, W) uint8 by their titles.
 
     Args:
-        classes: of the columns.
+        classes: the class of each column.
         with_classes: the titles of the rows that show these classes.
     """
     columns = len(next(iter(strips.values())))
@@ -105,7 +105,7 @@ def strip_sheet(
 
 
 def column_labels(comparison: Comparison) -> list[str] | None:
-    """What stands below the columns for their classes."""
+    """The captions that name the classes of the columns."""
     if comparison.classes is None:
         return None
     known = next(m.pipeline.label_names for m in comparison.models if m.pipeline and m.pipeline.label_names)

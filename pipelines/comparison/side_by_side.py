@@ -36,7 +36,7 @@ __all__ = ["Comparison", "compare_models"]
 
 NUM_MEASURED_IMAGES = 1000
 JUDGED_FIGURES = ("recognised", "rfid", "frechet_distance", "class_accuracy")
-"""Those that a feature network gives."""
+"""Figures that a feature network gives."""
 
 
 @dataclass
@@ -64,11 +64,11 @@ def compare_models(
     """Measures every model on the same images, classes and seeds.
 
     Args:
-        source: of the images; by default what the models were trained on.
-        num_images: shown of each model; figures are those of up to `NUM_MEASURED_IMAGES` held-out images.
+        source: the images; by default those that the models were trained on.
+        num_images: images to show of each model; up to `NUM_MEASURED_IMAGES` held-out images are measured.
         features: the run folder of a feature network, for Frechet distances and class accuracy.
         class_names: the columns cycle through these classes; None: through all.
-        request: the samples of each model that a network judges; a model uses the sampling settings that it has.
+        request: the samples of each model for a network to judge; a model ignores sampling settings that it lacks.
 
     Raises:
         InputError: the errors of :func:`open_models`; the data cannot be found or has other classes; no model has a

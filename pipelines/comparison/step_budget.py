@@ -1,4 +1,4 @@
-"""How many steps of a training fit a budget of time: a few steps of it are timed on this machine."""
+"""Time a few steps of a training on this machine to find how many fit a time budget."""
 
 import math
 import time
@@ -13,9 +13,9 @@ TIMED_STEPS = 12
 
 
 def seconds_per_step(train: Callable[[], BaseRun[Any]], clock: Callable[[], float] = time.perf_counter) -> float:
-    """How long a step takes by ``clock``; ``train`` runs `TIMED_STEPS` of them in a folder of their own.
+    """The time of a step by ``clock``; ``train`` runs `TIMED_STEPS` of them in their own folder.
 
-    `time.perf_counter` measures wall time; `time.process_time` leaves out what other programs on the machine use.
+    `time.perf_counter` measures wall time; `time.process_time` excludes the time of other programs.
     """
     before = BaseRun.clock
     BaseRun.clock = staticmethod(clock)

@@ -40,22 +40,22 @@ from twostage.core.training.base_run import BaseRun
 __all__ = ["DEFAULT_MINUTES", "take_tour"]
 
 DEFAULT_MINUTES = 1.0
-"""Of training per model."""
+"""Training time per model."""
 MAX_FEATURE_STEPS = 300
 MAX_SIDE = 64
-"""Of images; larger ones are cropped and resized."""
+"""Maximum side of images; larger ones are cropped and resized."""
 NUM_SHAPES = 8000
 """Training images of the source `shapes`."""
 DEFAULT_SAMPLING = SamplingConfig(guidance_scale=2.0)
 OVERHEAD_SECONDS = 8.0
-"""Per model besides training: reading data, timing steps, writing, measuring."""
+"""Time per model besides training: reading data, timing steps, writing, measuring."""
 NETWORKS = {"judge": (1, WIDTHS[0]), "critic": (0, WIDTHS[0] // 2)}
 """The seed and the width of each feature network."""
 
 
 @dataclass
 class Plan:
-    """What the parts of a tour share; stored in ``out``/tour.json."""
+    """The settings that all parts of a tour share; stored in ``out``/tour.json."""
 
     out: Path
     data: dict[str, Any]
@@ -63,14 +63,14 @@ class Plan:
     minutes: float
     seed: int
     max_steps: int
-    """Of any training."""
+    """Maximum steps of each training."""
     steps: dict[str, int] = field(default_factory=dict)
-    """Of each model, measured just before its training."""
+    """Steps of each model, measured just before its training."""
     codes_of: str | None = None
     """The tokenizer whose codes the priors learn."""
 
     def save(self) -> None:
-        """Writes what is decided so far."""
+        """Writes the settings decided so far."""
         decided = {key: getattr(self, key) for key in ("data", "minutes", "seed", "steps", "codes_of")}
         write_json(self.out / "tour.json", decided)
 
@@ -88,11 +88,11 @@ def take_tour(
     """Trains all `FAMILIES` into ``out``, measures them, and writes ``out``/compare.html, compare.png, compare.json.
 
     Args:
-        source: of images with classes.
-        minutes: of training per model, in wall time.
-        num_images: shown of each model.
-        request: the samples of each model that are measured; its seed is that of the trainings too.
-        max_steps: of any training, even if ``minutes`` allow more; None: no limit.
+        source: images with classes.
+        minutes: training time per model (wall time).
+        num_images: images to show of each model.
+        request: the samples of each model that are measured; its seed is also the seed of all trainings.
+        max_steps: maximum steps of each training; None: no limit.
         data: more keys of the `data` group; by default the form of the first image, at most 64 pixels per side.
 
     Raises:
@@ -178,7 +178,7 @@ def open_plan(out: Path, data: dict[str, Any], minutes: float, seed: int, max_st
 
 
 def steps_for(plan: Plan, name: str) -> int:
-    """How many steps of a model fit the budget of time; they are timed once.
+    """The number of a model's steps that fit the time budget; steps are timed once.
 
     Raises:
         InputError: not even one step fits.

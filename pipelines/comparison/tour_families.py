@@ -1,4 +1,4 @@
-"""The families of the tour in order: what each one is, and how its configuration differs from the one before."""
+"""The families of the tour in order, each with a description and its changes to an earlier configuration."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ class Family:
     summary: str
     equation: str
     change: str
-    """What is new compared with an earlier family."""
+    """The difference from an earlier family."""
     file: str
-    """Where it is implemented."""
+    """The file that implements it."""
     parent: str | None
     """The family whose configuration this one changes; None: it starts from nothing."""
     document: Mapping[str, Any]
@@ -181,7 +181,7 @@ FAMILIES = {
         is_prior=True,
     ),
 }
-"""By the names of their run folders."""
+"""The families by the names of their run folders."""
 
 
 def document_of(name: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from twostage.core.runs.run_folder import RunFolder, read_metrics
 __all__ = ["random_latents", "write_tour"]
 
 NUM_LATENTS = 2000
-"""Training images that the distribution of random latents is fitted to."""
+"""Training images to which the distribution of random latents is fitted."""
 
 
 def write_tour(
@@ -144,8 +144,7 @@ def _ranking(comparison: Comparison) -> str:
 
 @torch.no_grad()
 def random_latents(model: Autoencoder, comparison: Comparison, seed: int) -> Tensor:
-    """Decodes latents whose numbers are drawn from Gaussians fitted to the training images: one image per original,
-    (n, C, H, W) uint8."""
+    """Decodes latents drawn from Gaussians fitted to the training images: one per original, (n, C, H, W) uint8."""
     split = comparison.data.splits["train"]
     device = next(model.parameters()).device
     z = model.encode(to_float(split.read(spread(len(split), NUM_LATENTS))).to(device)).z

@@ -1,4 +1,4 @@
-"""How many images a pipeline samples at a time: as many as fit in the free memory."""
+"""Choose the number of images that a pipeline samples at a time: as many as fit in the free memory."""
 
 import os
 
@@ -16,7 +16,7 @@ counts, matrix products may use other kernels, whose last bits differ."""
 MAX_ON_CPU, MAX_ON_GPU = 32, 256
 """Larger batches are no faster: the cores, or the GPU, are busy."""
 MEMORY_SHARE = 0.5
-"""Of the free memory."""
+"""Share of the free memory to use."""
 
 
 def sampling_bytes(prior: Prior, sampling: SamplingConfig) -> int:

@@ -25,13 +25,13 @@ from twostage.core.runs.model_folder import check_format, hash_tensors
 __all__ = ["GenerateRequest", "generate_folder"]
 
 FORMAT_VERSION = 1
-"""Of settings.json; the first ones did not have it."""
+"""Format of settings.json; the first versions did not record it."""
 MAX_SHOWN = 80
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """What to generate."""
+    """A request for generated images."""
 
     num_images: int
     class_names: list[str] | None = None
@@ -39,7 +39,7 @@ class GenerateRequest:
     seed: int = 0
     sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 (immutable)
     batch_size: int | None = None
-    """Images that each process draws at a time; None: as many as fit the free memory."""
+    """Images that each process draws at a time; None: as many as fit in the free memory."""
     file_format: FileFormat = "png"
 
 
@@ -90,7 +90,7 @@ def generate_folder(sampler: ImageSampler, request: GenerateRequest, out: Path) 
 
 
 def _settings(sampler: ImageSampler, request: GenerateRequest) -> dict[str, Any]:
-    """What decides the images, as in settings.json."""
+    """All settings that determine the images, as in settings.json."""
     models = [model for model in (sampler.prior, sampler.tokenizer) if model]
     return {
         "weights_sha256": hash_tensors(itertools.chain.from_iterable(model.state_dict().items() for model in models)),

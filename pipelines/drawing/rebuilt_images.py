@@ -1,4 +1,4 @@
-"""Images through a tokenizer and back: reconstructions, and what lies between two images. No prior is needed.
+"""Reconstruct images with a tokenizer, and blend between two images. No prior is needed.
 
 Axes: n images, C channels, H and W pixels.
 """

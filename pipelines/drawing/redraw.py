@@ -46,7 +46,7 @@ class RedrawRequest:
     """(C, H, W) uint8."""
     num_images: int = 1
     class_name: str | None = None
-    """What to draw; None: without a class."""
+    """The class to draw; None: without a class."""
     seed: int = 0
     """Result i depends on the seed and i alone."""
     sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 (immutable)
@@ -122,23 +122,22 @@ def outpaint(
 
 
 def can_redraw(sampler: ImageSampler, masks: list[Tensor]) -> bool:
-    """Whether the prior can keep everything that these masks (H, W) keep."""
+    """Whether the prior can keep all codes outside these masks (H, W)."""
     assert sampler.prior
     return sampler.prior.can_keep(torch.stack([~cells_to_redraw(sampler.tokenizer, mask) for mask in masks]))
 
 
 @torch.no_grad()
 def known_codes(tokenizer: Autoencoder, images: Tensor, mask: Tensor) -> Tensor:
-    """The codes (n, h, w) of images (n, C, H, W) uint8 that are kept when what is True in ``mask`` (H, W) is redrawn,
-    and -1 in all other cells. The masked pixels do not influence them."""
+    """The codes (n, h, w) of images (n, C, H, W) uint8 to keep when ``mask`` (H, W) is redrawn; -1 in all other cells.
+    The masked pixels do not influence them."""
     latents = [tokenizer.bottleneck.encode(part) for part in encode_in_parts(tokenizer, fill_masked(images, mask))]
     codes = torch.cat([latent.indices for latent in latents if latent.indices is not None])[: len(images)]
     return codes.masked_fill(cells_to_redraw(tokenizer, mask).to(codes.device), -1)
 
 
 def fill_masked(images: Tensor, mask: Tensor) -> Tensor:
-    """Images (n, C, H, W) with every pixel that is True in ``mask`` (H, W) replaced by the nearest kept pixel. If the
-    mask keeps nothing, the replacement is arbitrary."""
+    """Replace masked pixels of images (n, C, H, W) by the nearest kept one (arbitrary if ``mask`` keeps none)."""
     nearest = np.asarray(distance_transform_edt(mask.cpu().numpy(), return_distances=False, return_indices=True))
     rows, columns = torch.from_numpy(nearest).long()
     return images[:, :, rows, columns]
@@ -173,9 +172,9 @@ class Window(NamedTuple):
 
 
 def extension_windows(tokenizer: Autoencoder, left: int, right: int, top: int, bottom: int) -> list[Window]:
-    """The windows that extend an image of the model's size by so many pixels, in the order in which they are drawn.
+    """The windows that extend an image by these numbers of pixels, in drawing order.
 
-    Each lies half a window, in whole cells, farther out than the one before it, and sees that one's outer half.
+    Each is about half a window (whole cells) farther out than the one before it and overlaps its outer half.
     """
     height, width = tokenizer.config.image_size
     steps = [max(cell, side // 2 // cell * cell) for cell, side in zip(_cell(tokenizer), (height, width), strict=True)]
@@ -192,7 +191,7 @@ def extension_windows(tokenizer: Autoencoder, left: int, right: int, top: int, b
 
 
 def _check_request(sampler: ImageSampler, request: RedrawRequest) -> list[int] | None:
-    """Refuses what the sampler cannot do; returns the label as the ``cycle`` of :meth:`ImageSampler.draw`."""
+    """Refuses impossible requests; returns the label as the ``cycle`` of :meth:`ImageSampler.draw`."""
     if sampler.prior is None:
         raise InputError(
             "pipeline: a variational autoencoder, which has no codes to redraw. To inpaint or outpaint, use a "
@@ -232,7 +231,7 @@ def check_mask(mask: Tensor, size: tuple[int, int]) -> None:
 
 
 def _order_refusal(sampler: ImageSampler, what: str, possible: Iterable[str]) -> InputError:
-    """The refusal of ``what`` for a prior that cannot keep the rest, with those names that are ``possible``."""
+    """The error for a prior that cannot redraw ``what`` and keep the rest; names what is ``possible``."""
     assert sampler.prior
     names = ", ".join(possible)
     return InputError(
@@ -252,7 +251,7 @@ def _possible_sides(sampler: ImageSampler, sides: Iterable[str]) -> Iterable[str
 
 
 def _starts(before: int, after: int, step: int) -> list[tuple[int, int]]:
-    """The windows along an axis that is extended by so many pixels: how many steps from the image, and the start."""
+    """The windows along an axis, each with its number of steps from the image and its first pixel."""
     outwards = [(k, before - min(k * step, before)) for k in range(1, -(-before // step) + 1)]
     onwards = [(k, before + min(k * step, after)) for k in range(1, -(-after // step) + 1)]
     return [(0, before), *outwards, *onwards]

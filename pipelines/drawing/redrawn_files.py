@@ -1,4 +1,4 @@
-"""What `inpaint` and `outpaint` write: the redrawn images and a sheet that shows them beside the original."""
+"""The output of `inpaint` and `outpaint`: the redrawn images, and a sheet of them next to the original."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

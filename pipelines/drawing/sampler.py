@@ -174,8 +174,8 @@ class ImageSampler:
         """Draws the images ``numbers`` of a seed: (n, C, H, W) uint8 and their codes (n, h, w) or None, for each batch.
 
         Args:
-            cycle: image i is of the class ``cycle[i % len(cycle)]``; None: without a class.
-            batch_size: None: as many images as fit the free memory.
+            cycle: image i has the class ``cycle[i % len(cycle)]``; None: no classes.
+            batch_size: None: as many images as fit in the free memory.
             on_progress: called with the number of images (or fractions of one) drawn since the last call.
             known: (len(numbers), h, w): codes to keep, and -1 where one is to be drawn, in the same cells for all
                 images; None: all are drawn.

@@ -1,4 +1,4 @@
-"""What `reconstruct` and `interpolate` draw: sheets of images through a tokenizer and back."""
+"""The sheets of `reconstruct` and `interpolate`: images through a tokenizer and back."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def draw_reconstructions(
     pixels).
 
     Args:
-        source: of the held-out images, instead of the training source.
+        source: a source of held-out images to use instead of the training source.
         images: files and folders to show instead of ``num_images`` held-out images; at most ``num_images`` per folder.
 
     Raises:
@@ -91,7 +91,7 @@ def draw_interpolations(
 
 def pairs_of_rows(labels: Tensor | None, count: int, num_pairs: int) -> Tensor:
     """Pairs of rows, one after the other: (2 pairs,), spread over the classes of ``labels`` (count,). The two rows of a
-    pair are of different classes as long as there are such rows.
+    pair have different classes where possible.
 
     Raises:
         InputError: fewer than two rows.

@@ -45,7 +45,7 @@ class TwoStagePipeline(ImageSampler):
     """
 
     saved_tokenizer: SavedModel | None = None
-    """Where the tokenizer was loaded from; None: a pipeline folder, or no folder."""
+    """The folder that the tokenizer was loaded from; None: a pipeline folder, or no folder."""
 
     # --- loading and saving -----------------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ class TwoStagePipeline(ImageSampler):
 
     @classmethod
     def from_saved(cls, saved: SavedModel, tokenizer: str | Path | None = None) -> "TwoStagePipeline":
-        """:meth:`from_pretrained` for a model that is already found."""
+        """:meth:`from_pretrained` for a :class:`SavedModel`."""
         if saved.kind in ("pipeline", "tokenizer") and tokenizer is not None:
             what = "a pipeline, which holds its own tokenizer" if saved.kind == "pipeline" else "itself a tokenizer"
             raise InputError(f"--tokenizer {tokenizer}: {saved.path} is {what}. Omit --tokenizer")
@@ -108,8 +108,8 @@ class TwoStagePipeline(ImageSampler):
 
         Args:
             repo_id: `owner/name`.
-            license: of the weights, by its id on the hub, such as `mit`.
-            data_license: of the training images, in words.
+            license: license of the weights, by its id on the hub, such as `mit`.
+            data_license: license of the training images, in words.
             run: the run or pipeline folder that this was loaded from; the card shows its figures and configuration.
 
         Raises:
@@ -146,11 +146,11 @@ class TwoStagePipeline(ImageSampler):
         """Generates images. Image i depends on its class, the sampling settings, ``seed`` and i alone.
 
         Args:
-            class_names: image i is of the class ``class_names[i % len(class_names)]``; None: cycle through all classes.
+            class_names: image i has the class ``class_names[i % len(class_names)]``; None: cycle through all classes.
             labels: the same by number; not together with ``class_names``.
             batch_size: images to draw at a time, which changes memory and speed but no image; None: as many as fit the
                 free memory.
-            on_progress: called now and then with the share of the work that is done, in [0, 1].
+            on_progress: called repeatedly with the share of the work that is done, in [0, 1].
             sampling: `temperature`, `top_k`, `top_p`, `guidance_scale`, `num_steps` ...: :class:`SamplingConfig`.
 
         Raises:
@@ -213,7 +213,7 @@ class TwoStagePipeline(ImageSampler):
             image: (C, H, W) uint8.
             mask: (H, W) bool, True where the image is to be redrawn. A masked transformer can redraw any part. Other
                 priors can redraw what comes after some cell in their order, such as the bottom half.
-            class_name: what to draw; None: without a class, which only works if the prior was trained for it.
+            class_name: the class to draw; None: without a class, which only works if the prior was trained for it.
             feather: kept pixels closer than this many pixels to the mask blend into what is drawn.
             on_progress, sampling: as in a call.
 
@@ -244,7 +244,7 @@ class TwoStagePipeline(ImageSampler):
         on_progress: Callable[[float], object] | None = None,
         **sampling: Any,
     ) -> PipelineOutput:
-        """Extends an image beyond its borders, in windows of the model's size of which about half is known already.
+        """Extends an image beyond its borders, window by window; about half of each window is already known.
 
         Args:
             image: (C, H, W) uint8; its pixels stay exactly as they were.

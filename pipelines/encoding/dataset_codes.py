@@ -95,7 +95,7 @@ def encode_dataset(
 
 
 def _name_of(folder: Path) -> str:
-    """The last part of a path, also of `.` and `..`."""
+    """The name of a folder, even if its path ends in `.` or `..`."""
     return folder.resolve().name if folder.name in ("", "..") else folder.name
 
 

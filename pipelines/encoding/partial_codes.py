@@ -62,7 +62,7 @@ class PartialCodes:
 
         Args:
             grid: cells (h, w).
-            dtype: of the codes.
+            dtype: the type of the codes.
 
         Returns:
             A message that tells which; None if there was nothing.

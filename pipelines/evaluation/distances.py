@@ -1,4 +1,4 @@
-"""How far one set of images is from another, and how good a set is, by the features of a network.
+"""Measures of image sets by a network's features: the distance between two sets, and the quality of one.
 
 Frechet distance, kernel distance, Inception score, precision and recall, nearest neighbours. Every function gives the
 same result in every process. Axes: B images of a batch, n images, m others, F features, K classes, k neighbours.
@@ -28,16 +28,16 @@ __all__ = [
 ]
 
 MIN_IMAGES_PER_FEATURE = 10
-"""With fewer images a Frechet distance is biased: 2048 features need 20,480 images."""
+"""With fewer images, a Frechet distance is biased: 2048 features need 20,480 images."""
 NUM_SUBSETS = 100
 MAX_SUBSET_SIZE = 1000
-"""Both as usual for the kernel distance."""
+"""The usual number and size of the kernel distance's subsets."""
 MAX_SPLITS, MIN_IMAGES_PER_SPLIT = 10, 50
-"""Of the Inception score."""
+"""The splits of the Inception score: their maximum number and minimum size."""
 NUM_NEIGHBOURS = 3
 """The distance to this neighbour is the radius of an image's ball in precision and recall."""
 BLOCK_POINTS, BLOCK_OTHERS = 256, 4096
-"""Distances are computed block by block: a whole (n, m) table might not fit the memory."""
+"""Distances are computed block by block: a whole (n, m) table might not fit in memory."""
 
 
 # --- Frechet distance -----------------------------------------------------------------------------------------------
@@ -158,11 +158,11 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
 def precision_recall(images: Tensor, real: Tensor, work: SharedWork) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991) of features (n, F) and (m, F).
 
-    A set covers the balls around its images, each reaching to the `NUM_NEIGHBOURS`-th neighbour; both sets need more
-    images than that.
+    A set covers a ball around each of its images, up to its `NUM_NEIGHBOURS`-th neighbour. Both sets need more images
+    than that.
 
     Returns:
-        The share of the images that the real set covers, and the share of the real ones that the images cover.
+        The share of the images that the real set covers, and the share of real images that the images cover.
     """
     # An image is its own nearest neighbour.
     radii = [nearest(features, features, NUM_NEIGHBOURS + 1, work)[0][:, -1] for features in (images, real)]
@@ -210,8 +210,7 @@ def share_in_balls(points: Tensor, centres: Tensor, radii: Tensor, work: SharedW
 def _distance_blocks(
     points: Tensor, others: Tensor, work: SharedWork
 ) -> Iterator[tuple[Tensor, Iterator[tuple[int, Tensor]]]]:
-    """This process's places among the points, and for them the first row and the distances (float64) of each block of
-    others."""
+    """Yield this process's points with the first row and the distances (float64) of each block of others."""
     device = work.float64_device
     for places in work.share(torch.arange(len(points)).split(BLOCK_POINTS)):
         some = points[places].to(device, torch.float64)

@@ -1,4 +1,4 @@
-"""Measures a trained prior: what held-out codes and images cost under it, and how good its samples are."""
+"""Measures a trained prior: the cost of held-out codes and images, and the quality of its samples."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,8 +46,8 @@ def evaluate_prior(
 
     Args:
         codes: a code cache of the same tokenizer; by default the one that the prior was trained on.
-        tokenizer: its folder; by default it is searched where it was when the codes were made, and near there.
-        source: of the images; by default the one that the codes were made from.
+        tokenizer: its folder; by default, twostage looks where it was when the codes were made, and near there.
+        source: the images; by default those that the codes were made from.
         split: held out; by default the one that training validated on.
         features: the run folder of a feature network that judges samples.
         inception: torch-fidelity's file with the Inception weights of published FIDs, to judge with them instead.
@@ -56,7 +56,7 @@ def evaluate_prior(
 
     Raises:
         InputError: there is no prior; the codes have another tokenizer, codebook, grid or other classes; the prior does
-            not have a sampling setting; or something that an argument names cannot be used.
+            not have a sampling setting; or an argument names something unusable.
     """
     work = SharedWork(batch_size)
     saved, model = SavedModel.find_run(prior), Prior.from_pretrained(prior).to(work.device)
@@ -94,7 +94,7 @@ def evaluate_prior(
 
 
 def _open(opens: Callable[[], OpenedT], required: bool) -> tuple[OpenedT | None, str]:
-    """What ``opens`` returns, or None and the reason why it cannot; what is required must be there."""
+    """Call ``opens``; if it fails and is not required, return None and the reason."""
     try:
         return opens(), ""
     except InputError as error:
@@ -152,7 +152,7 @@ def _held_out_images(
     return HeldOutImages.choose(config, data, codes.split_name, num_images)
 
 
-# --- what goes beside the figures -----------------------------------------------------------------------------------
+# --- the protocol ---------------------------------------------------------------------------------------------------
 
 
 def _describe_models(

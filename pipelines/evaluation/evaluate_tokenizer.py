@@ -40,7 +40,7 @@ def evaluate_tokenizer(
     """Measures a trained stage-one model; processes share the images.
 
     Args:
-        source: of the images; by default what the model was trained on.
+        source: the images; by default those that the model was trained on.
         split: `val`, `test` or `train`; by default the one that training validated on.
         features: the run folder of a feature network that judges the reconstructions.
         inception: torch-fidelity's file with the Inception weights of published FIDs, to judge with them instead.
@@ -101,7 +101,7 @@ def _doubts(
 
 
 def typical_images(ratios: Tensor, labels: Tensor | None, count: int) -> Tensor:
-    """Which of n images are typical: for each class in turn, those whose PSNR is closest to the median of the class.
+    """Choose typical images, cycling through the classes: those whose PSNR is closest to the median of their class.
 
     Args:
         ratios: (n,) dB.

@@ -44,17 +44,17 @@ class Sheet:
     """A sheet of images beside the figures."""
 
     name: str
-    """Of its file: one of `SHEET_NAMES`."""
+    """The name of its file: one of `SHEET_NAMES`."""
     image: Image.Image
     caption: str
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that was measured of a model."""
+    """All measurements of a model."""
 
     path: str | Path
-    """Of the model."""
+    """The path of the model."""
     rows: Rows
     """How tables show the figures."""
     measurements: Sequence[Measurement]
@@ -63,7 +63,7 @@ class Evaluation:
     settings: Mapping[str, Any]
     """The end of the protocol: how it was measured."""
     not_evidence: Mapping[str, str]
-    """Why some figures are not evidence of quality, by their keys."""
+    """The reason why a figure is not evidence of quality, by key."""
     verdict: Verdict | None = None
     refusal: str | None = None
     """Why the samples are not measured."""
@@ -71,7 +71,7 @@ class Evaluation:
 
     @cached_property
     def missing(self) -> dict[str, str]:
-        """Why figures are missing, by their keys."""
+        """The reason for each missing figure, by key."""
         missing = {name: reason for found in self.measurements for name, reason in found.missing.items()}
         values = figures_of(self.measurements)
         return missing | {name: "not finite" for name, value in values.items() if not math.isfinite(value)}
@@ -95,7 +95,7 @@ class Evaluation:
         return {"figures": self.figures, "protocol": self.protocol, **verdict}
 
     def table(self) -> str:
-        """What the command prints: the figures with what was measured above and how to read them below."""
+        """The text that the command prints: what was measured, the figures, and how to read them."""
         lines, given = [], set()
         for name, value in self.figures.items():
             if (name, value) == ("codebooks", 1):

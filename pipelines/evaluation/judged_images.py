@@ -1,4 +1,4 @@
-"""Sets of images as a judging network sees them: their features and their digests.
+"""Sets of images for a judging network: their features and their digests.
 
 Axes: n images, B of them in a batch, F features, K classes, C channels, H and W pixels.
 """
@@ -67,12 +67,12 @@ class RealImages:
     training_rows: Tensor
     """The rows of the training split that ``training`` holds."""
     held_out: JudgedImages
-    """As many images as there are samples, if the split has as many."""
+    """As many held-out images as samples, if the split has as many."""
     held_out_rows: Tensor
 
     @classmethod
     def judge(cls, network: Judge, source: HeldOutImages, num_samples: int, work: SharedWork) -> "RealImages":
-        """Looks at training images and at held-out images with a network."""
+        """Computes the features of training images and held-out images."""
         rows, held_out_rows = spread(len(source.train), MAX_REFERENCES), spread(len(source.split), num_samples)
         training = JudgedImages.read(network, source.train, rows, work, "training images")
         held_out = JudgedImages.read(network, source.split, held_out_rows, work, "held-out images")
@@ -85,8 +85,7 @@ class RealImages:
 
     @property
     def ball_rows(self) -> Tensor:
-        """The places in ``training`` that precision and recall use: as many as samples, because the balls shrink with
-        the number of images."""
+        """Places in ``training`` for precision and recall: as many as samples, because more images shrink balls."""
         return spread(len(self.training), self.num_samples)
 
     @property

@@ -1,4 +1,4 @@
-"""The network that judges images by its features, and whether it may judge a model that was trained against a network.
+"""Networks that judge images by features, and a check that the judged model was not trained against the same network.
 
 Axes: B images, C channels, H and W pixels, F features, K classes.
 """
@@ -26,7 +26,7 @@ NO_NETWORK = "needs --features runs/NAME (twostage train-features) or --inceptio
 PUBLISHED_HASH = "6726825d"
 """The first digits of the sha256 of torch-fidelity's Inception weights."""
 PROPOSED_WIDTHS = (48, 32)
-"""For the network that a message proposes: the first width that differs from the judging network's."""
+"""A message proposes a network of the first width that differs from the judging network's."""
 
 
 class OwnFeatures(nn.Module):
@@ -147,15 +147,15 @@ def class_mismatch(network: Judge, class_names: list[str] | None, owner: str) ->
 def not_evidence(
     config: AutoencoderConfig, run: str | Path, network: Judge | None, source: str, names: Iterable[str]
 ) -> dict[str, str]:
-    """Why each of the figures ``names``, which ``network`` gives, is not evidence of the tokenizer's quality, by key.
+    """Why figures of ``network`` are not evidence of the tokenizer's quality: a reason for each of the keys ``names``.
 
     Training against a network (loss.perceptual) lowers distances in it whether or not the images get better. So the
     result is empty unless the judging network is one that the tokenizer was trained against.
 
     Args:
-        config: the tokenizer's.
+        config: the tokenizer's config.
         run: the tokenizer's folder. A feature network that its config names by a relative path is searched around it.
-        source: of the images, for the command that trains another network.
+        source: the images, for the proposed command that trains another network.
     """
     if not isinstance(network, OwnFeatures):
         return {}

@@ -1,4 +1,4 @@
-"""What held-out codes cost under a prior, and what held-out images cost under the prior and its tokenizer together.
+"""The cost of held-out codes under a prior, and of held-out images under the prior and its tokenizer together.
 
 Axes: n rows, B of them in a batch, h and w cells of the code grid, C channels, H and W pixels, D draws.
 """
@@ -30,8 +30,8 @@ NUM_BOUND_DRAWS, BOUND_SEED = 2, 0
 NUM_SCALE_IMAGES = 4096
 """Training images that the likelihood's scale is fitted on."""
 MIN_SCALE = 2 / 255 / math.sqrt(12)
-"""Of a pixel's likelihood, in units of [-1, 1]: the standard deviation of rounding to 8 bits. A narrower density says
-nothing about grey levels."""
+"""Minimum scale of a pixel's likelihood, in units of [-1, 1]: the standard deviation of rounding to 8 bits. A narrower
+density says nothing about grey levels."""
 
 
 # --- codes ----------------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ class HeldOutCodes:
 
 @torch.no_grad()
 def measure_codes(prior: Prior, codes: HeldOutCodes, work: SharedWork) -> Measurement[CodeCost]:
-    """Measures what held-out codes cost under ``prior``."""
+    """Measures the cost of held-out codes under ``prior``."""
     split, rows, manifest = codes.split, codes.rows, codes.cache.manifest
     # One row per grid, and each process fills in its own rows: so the means do not depend on which process did what.
     nats = torch.zeros(len(rows), _num_draws(prior), dtype=torch.float64)
@@ -160,7 +160,7 @@ class PerImageCosts:
     prior: Tensor
     """(n, D) nats per image of these codes."""
     level_bits: float
-    """Added to the bits per dimension: the width of a grey level."""
+    """The width of a grey level in bits, which is added to the bits per dimension."""
     digests: RowDigests
 
 
@@ -168,7 +168,7 @@ class PerImageCosts:
 def image_costs(
     prior: Prior, tokenizer: Autoencoder, likelihood: ObjectiveConfig, images: HeldOutImages, work: SharedWork
 ) -> PerImageCosts:
-    """Both parts of the bound -log p(x) <= -log p(x | codes(x)) - log p(codes(x)): one of the terms of
+    """Both parts of the bound -log p(x) <= -log p(x | codes(x)) - log p(codes(x)), which keeps one term of
     p(x) = sum over codes of p(x | codes) p(codes)."""
     split, rows = images.split, images.rows
     table = torch.zeros(len(rows), 1 + _num_draws(prior), dtype=torch.float64)
@@ -193,7 +193,7 @@ def image_costs(
 def measure_images(
     prior: Prior, tokenizer: Autoencoder, images: HeldOutImages, work: SharedWork
 ) -> Measurement[ImageCost]:
-    """Measures what held-out images cost under the tokenizer and the prior together."""
+    """Measures the cost of held-out images under the tokenizer and the prior together."""
     scale_rows = spread(len(images.train), NUM_SCALE_IMAGES)
     likelihood = fit_likelihood(tokenizer, images.train, scale_rows, work)
     costs = image_costs(prior, tokenizer, likelihood, images, work)

@@ -1,4 +1,4 @@
-"""What every measurement of an evaluation returns: its figures, those that are missing and why, and its protocol."""
+"""The result of every measurement in an evaluation: its figures, the reasons for missing ones, and its protocol."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ FiguresT = TypeVar("FiguresT", bound=Figures)
 
 @dataclass(frozen=True)
 class Measurement(Generic[FiguresT]):
-    """What one measurement found."""
+    """The result of one measurement."""
 
     figures: FiguresT
     missing: Mapping[str, str] = field(default_factory=dict)

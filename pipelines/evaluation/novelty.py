@@ -1,4 +1,4 @@
-"""Whether samples are copies of training images: how near those are, and a sheet that shows the nearest ones.
+"""Checks whether samples are copies of training images: the distances to the nearest ones, and a sheet of them.
 
 Axes: n samples, F features, k neighbours, C channels, H and W pixels.
 """
@@ -87,7 +87,7 @@ def memorisation_warning(figures: SampleNovelty, num_samples: int) -> str | None
 
 
 def num_shown(num_samples: int, num_classes: int) -> int:
-    """How many of the first samples (their classes cycle) are shown: equally many of each class if that fits."""
+    """The number of first samples to show (their classes cycle): equally many of each class if that fits."""
     of_each = MAX_SHOWN // num_classes if num_classes else 0
     return min(num_samples, of_each * num_classes or MAX_SHOWN)
 
@@ -97,7 +97,7 @@ def neighbours_sheet(neighbours: Neighbours, names: list[str] | None, numbers: l
 
     Args:
         names: sample i has the class ``names[i % len(names)]``.
-        numbers: of the classes, if ``names`` are not all of them.
+        numbers: the labels of the classes, if ``names`` are not all of them.
     """
     tiles, captions, labels = [], [], class_labels(names or [], numbers)
     blank = torch.full_like(neighbours.samples[:1], 255)

@@ -1,4 +1,4 @@
-"""What a tokenizer's reconstructions show, measured in one pass over held-out images.
+"""Measures a tokenizer's reconstructions in one pass over held-out images.
 
 Image quality, the likelihood bound, active latent units, the use of the codebook, and what a judging network sees.
 Axes: n images, B of them in a batch, C channels, H and W pixels, K codes in a codebook.
@@ -37,7 +37,7 @@ __all__ = ["Lpips", "ReconstructionJudge", "Reconstructions", "measure_reconstru
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 NOISE_SEED = 0
-"""Of the posterior's noise, and of the corruption of a denoising autoencoder's input."""
+"""The seed of the posterior's noise and of a denoising autoencoder's corruption."""
 BOUND_COLUMNS = ("nats_per_image", "bits_per_dim", "kl")
 
 
@@ -130,7 +130,7 @@ def measure_reconstructions(
 def _image_values(
     model: Autoencoder, originals: Tensor, decoded: Tensor, labels: Tensor | None, rows: Tensor, lpips: Lpips
 ) -> dict[str, Tensor]:
-    """What is measured of each image, by the column of the table."""
+    """The measurements of each image, by the column of the table."""
     images = to_float(originals)
     values = {"psnr": psnr(decoded, originals), "ssim": ssim(decoded, originals)}
     if lpips.network:
@@ -190,7 +190,7 @@ def _image_quality(
 
 
 def _latent_units(moments: Tensor) -> Measurement[LatentUnits]:
-    """From the mean (units,) and the mean square (units,) of the posterior's means."""
+    """Counts active units by the mean (units,) and the mean square (units,) of the posterior's means."""
     variance = moments[1] - moments[0].square()
     rule = f"variance of the posterior's mean over the images above {ACTIVE_VARIANCE} (Burda et al. 2016)"
     figures = LatentUnits(int((variance > ACTIVE_VARIANCE).sum()), len(variance))
@@ -198,7 +198,7 @@ def _latent_units(moments: Tensor) -> Measurement[LatentUnits]:
 
 
 def _codebook_use(counts: Tensor, num_images: int, model: Autoencoder) -> Measurement[CodebookUse]:
-    """From how often each code of each codebook occurs, (codebooks, K)."""
+    """Measures the use of the codebooks from the counts (codebooks, K) of their codes."""
     shares = counts.double() / counts.sum(1, keepdim=True)
     entropy = torch.special.entr(shares).sum(1).mean().item()
     used, cells = int((counts > 0).sum()), int(counts.sum()) // num_images
@@ -219,11 +219,11 @@ def _codebook_use(counts: Tensor, num_images: int, model: Autoencoder) -> Measur
 
 
 class ReconstructionJudge:
-    """Looks at originals and at their reconstructions with a network, batch by batch.
+    """Measures originals and their reconstructions with a network, batch by batch.
 
     Args:
         num_images: over all processes.
-        class_names: of the images; None: recognition is not measured.
+        class_names: the images' classes; None: recognition is not measured.
     """
 
     def __init__(self, network: Judge, num_images: int, work: SharedWork, class_names: list[str] | None = None) -> None:
@@ -252,7 +252,7 @@ class ReconstructionJudge:
         self._halves.update(features[~first], real=False)
 
     def compute(self, distinct: int) -> Measurement[JudgedReconstructions]:
-        """What the network says, given that ``distinct`` of the originals differ from each other."""
+        """The network's figures, given that ``distinct`` of the originals differ from each other."""
         num_features, protocol = self._network.num_features, dict(self._network.protocol)
         originals, reconstructions, judged = self._work.total(self._recognised).tolist()
         shares = (reconstructions / judged, originals / judged) if judged else (None, None)

@@ -1,5 +1,5 @@
-"""What a judging network sees in samples: their classes, how they compare with real images, and whether they are copies
-of training images. The samples are those of a prior and its tokenizer, or of a variational autoencoder.
+"""Measures samples with a judging network: their classes, their distance to real images, and whether they are copies of
+training images. A prior and its tokenizer, or a variational autoencoder, draws the samples.
 
 Axes: n samples, F features, k neighbours, C channels, H and W pixels.
 """
@@ -51,7 +51,7 @@ REAL_FIGURES: tuple[str, ...] = (
 SAMPLE_FIGURES: tuple[str, ...] = ("class_accuracy", "inception_score", *REAL_FIGURES)
 """All figures of samples that a judging network gives."""
 JUDGED_FIGURES = ("class_accuracy", "frechet_distance", "kernel_distance", "inception_score", "precision", "recall")
-"""Those that say how good the samples are."""
+"""Figures of the quality of samples."""
 
 
 # --- what is measured -----------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ JUDGED_FIGURES = ("class_accuracy", "frechet_distance", "kernel_distance", "ince
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Which samples to draw. Image i depends on ``seed``, ``sampling`` and i alone."""
+    """The samples to draw. Image i depends on ``seed``, ``sampling`` and i alone."""
 
     num_samples: int = 1000
     seed: int = 0
@@ -74,7 +74,7 @@ class Samples:
     images: Tensor
     """The first samples, (at most 80, C, H, W) uint8."""
     neighbours: Neighbours | None = None
-    """Of the first samples; None: they were not compared with training images."""
+    """Neighbours of the first samples; None: they were not compared with training images."""
     refusal: str | None = None
     """Why the samples are not measured: too many of them are copies of others."""
 
@@ -96,10 +96,10 @@ def measure_samples(
     images: HeldOutImages | None,
     no_images: str = "",
 ) -> Samples:
-    """Draws samples of all classes in turn and looks at them, and at real images, with ``network``.
+    """Draws samples, cycling through all classes, and measures them and real images with ``network``.
 
     Args:
-        images: their split and the training images beside it are compared with the samples; None: nothing is.
+        images: their split and their training images are compared with the samples; None: no comparison.
         no_images: the reason if there are no ``images``.
     """
     network = network.to(work.device)
@@ -194,7 +194,7 @@ def _set_quality(
 
     Args:
         labels: the class that each image should have; None: this is not measured.
-        ending: of the fields.
+        ending: the ending of the fields' names.
         real: what the images are compared with; None: nothing.
     """
     logits = images.logits()
@@ -294,7 +294,7 @@ def _too_many_copies(copies: int, request: SampleRequest) -> str:
     given = [f"{name} {value}" for name, value in request.sampling.model_dump(exclude_defaults=True).items()]
     return (
         f"{copies:,} of the {request.num_samples:,} samples are copies of others, more than {MAX_DUPLICATES:.0%}, so "
-        "their figures would describe fewer images than they claim and none is given. Usual causes: temperature, top_k "
+        "no figures are given: they would describe fewer images than stated. Usual causes: temperature, top_k "
         f"or top_p is too low (here {', '.join(given) or 'the defaults'}), several processes use the same seeds, or "
         "the model has memorised a few images. Try a higher temperature, no top_k and no top_p, or train on more data"
     )

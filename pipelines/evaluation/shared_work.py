@@ -1,4 +1,4 @@
-"""How processes share a measurement, so that its figures depend neither on the batches nor on the number of processes.
+"""Share a measurement between processes. Its figures depend neither on the batches nor on the number of processes.
 
 Axes: n rows (images or code grids), B of them in a batch.
 """
@@ -31,12 +31,12 @@ class SharedWork:
 
     @property
     def device(self) -> torch.device:
-        """Where this process runs the models."""
+        """The device on which this process runs the models."""
         return torch.device(self.state.device or "cpu")
 
     @property
     def float64_device(self) -> torch.device:
-        """The same device, or the CPU instead of MPS, which has no float64."""
+        """The same device, or the CPU instead of MPS, because MPS has no float64."""
         return torch.device("cpu") if self.device.type == "mps" else self.device
 
     def batches(self, count: int, name: str) -> ProgressBar:

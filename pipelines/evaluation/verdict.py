@@ -1,7 +1,7 @@
 """The verdict: whether a tokenizer is ready for stage two, as a pure function of the figures of `evaluate`.
 
-PSNR and the use of the codebook can only show that something is wrong. That a tokenizer is ready takes an independent
-network that judged its reconstructions too.
+PSNR and the use of the codebook can only show that something is wrong. Only an independent network that judges
+its reconstructions can show that it is ready.
 """
 
 import math
@@ -13,22 +13,22 @@ __all__ = ["Verdict", "verdict"]
 MIN_PSNR = 18.0
 """dB; a judgement. Below it, shapes are wrong and not only textures."""
 MIN_USAGE = 0.5
-"""Of the codebook. A healthy one is almost fully used; below half, training lost codes faster than it revived them."""
+"""Share of the codes in use. A healthy codebook is almost fully used; below half, codes die faster than they revive."""
 MIN_ENTROPY_SHARE = 0.1
-"""Of log(codebook_size). Below a tenth, the grid says almost nothing about its image."""
+"""Entropy divided by log(codebook_size). Below a tenth, the grid says almost nothing about its image."""
 MIN_EVENNESS = 0.25
 """Perplexity divided by the codes used. Below a quarter, a few codes do nearly all the work."""
 MIN_CODES_SEEN = 10
 """Cells per codebook entry. With fewer cells, entries can be unused by chance."""
 MIN_ACTIVE_SHARE = 0.2
-"""Of the latent units; a judgement. Some inactive units are usual (Burda et al. 2016), almost only inactive ones are a
-collapse."""
+"""Share of active latent units; a judgement. Some are usually inactive (Burda et al. 2016); if almost all are, the
+posterior has collapsed."""
 MIN_BITS_PER_PIXEL = 0.02
 """The coarsest grids that priors are usually trained on, 16x16 codes of 1024 for 256x256 pixels, have 0.04."""
 MAX_BITS_PER_PIXEL = 2.0
 """A quarter of a grey image's 8 bits: above it, a prior has almost as much to learn as a prior over pixels."""
 MIN_RECOGNISED = 0.8
-"""Of the share for the originals; a judgement. Below it, reconstructions lost much of what makes their class."""
+"""Accuracy on reconstructions divided by that on originals; a judgement. Below it, reconstructions lost their class."""
 MIN_RECOGNISED_ORIGINALS = 0.5
 """A judgement: a network that does not recognise the originals cannot tell what reconstructions lack."""
 MAX_DISTANCE_RATIO = 10.0
@@ -49,11 +49,11 @@ JUDGE_ADVICE = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the figures mean for stage two."""
+    """The judgement of a tokenizer's figures."""
 
     ready: bool | None
-    """Whether a prior over its codes is worth training. None: nothing speaks against it, but no independent network
-    judged the reconstructions."""
+    """Whether a prior over its codes is worth training. None: no problem was found, but no independent network judged
+    the reconstructions."""
     sentences: list[str]
     """The outcome, then each finding with what to try."""
 
@@ -89,16 +89,16 @@ def verdict(figures: Mapping[str, float | None], not_evidence: Mapping[str, str]
     same = any(name in not_evidence for name in ("recognised", "rfid"))
     reason = SAME_JUDGE if same else WEAK_JUDGE if weak else NO_JUDGE
     outcome = f"No verdict on stage two: {_listed(_basis(known))} show no problem, but {reason}."
-    return Verdict(None, [outcome, f"{JUDGE_ADVICE} To continue without: {NEXT_STEPS[6:]}", *remarks])
+    return Verdict(None, [outcome, f"{JUDGE_ADVICE} To continue without a judge: {NEXT_STEPS[6:]}", *remarks])
 
 
 def _basis(figures: dict[str, float]) -> list[str]:
-    """What was judged without a network."""
+    """Name the figures that were judged without a network."""
     return [*([f"PSNR {figures['psnr']:.1f} dB"] if "psnr" in figures else []), "the use of its codes"]
 
 
 def _judged_by(figures: dict[str, float]) -> Iterator[str]:
-    """What an independent network judged."""
+    """Name the figures that an independent network gave."""
     if "recognised" in figures:
         yield (
             f"{figures['recognised']:.1%} recognised reconstructions ({figures['recognised_originals']:.1%} of the "
@@ -114,7 +114,7 @@ def _listed(parts: Sequence[str]) -> str:
 
 
 def _judge_findings(figures: dict[str, float]) -> Iterator[Finding]:
-    """By what the judging network sees."""
+    """Find weaknesses in the figures of the judging network."""
     if "recognised" in figures:
         share, originals = figures["recognised"], figures["recognised_originals"]
         if originals < MIN_RECOGNISED_ORIGINALS:
@@ -162,7 +162,7 @@ def _continuous_findings(figures: dict[str, float]) -> Iterator[Finding]:
 
 
 def _code_findings(figures: dict[str, float]) -> Iterator[Finding]:
-    """By the use of the codebook and the size of the grid."""
+    """Find weaknesses in the use of the codebook and the size of the grid."""
     size, used, books = figures["codebook_size"], figures["codes_used"], figures["codebooks"]
     codes = f"{used:.0f} of {size * books:.0f} codes"
     if used < MIN_USAGE * size * books:

@@ -22,7 +22,7 @@ MAX_BYTES = 20_000_000
 MAX_PIXELS = 25_000_000
 """Images are resized to a few hundred pixels a side, so a larger file only costs memory."""
 MAX_NAMED = 20
-"""Unreadable images of a folder that are named."""
+"""Maximum unreadable images of a folder that are named."""
 FILE_TYPES = "PNG, JPEG, WebP, GIF, TIFF or BMP"
 
 

@@ -45,7 +45,7 @@ def read_mask(mask: str | Path, image: str | Path, size: tuple[int, int]) -> Ten
     Args:
         mask: one of `MASK_NAMES`; or an image file of the same width and height, white (`WHITE` or more; transparent
             pixels count as black) where ``image`` is to be redrawn. It is cropped and resized as ``image`` is; a pixel
-            is masked if any of the pixels that it is made of is.
+            is masked if any pixel that contributes to it is.
 
     Raises:
         InputError: see :func:`open_given_image`; a mask of another size; one that masks nothing.
@@ -70,7 +70,7 @@ def read_mask(mask: str | Path, image: str | Path, size: tuple[int, int]) -> Ten
 
 
 def brushed_mask(layers: list[np.ndarray], size: tuple[int, int]) -> Tensor:
-    """What was brushed on an enlarged image, as a mask (H, W) bool: a pixel is masked if any part of it was brushed.
+    """The mask (H, W) bool brushed on an enlarged image: a pixel is masked if any part of it was brushed.
 
     Args:
         layers: (height, width, 4) uint8 RGBA each, transparent where nothing is brushed.

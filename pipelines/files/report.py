@@ -29,7 +29,7 @@ class Report:
     """Collects headings, paragraphs, tables and images in order; all text is escaped.
 
     Args:
-        title: of the page.
+        title: the title of the page.
     """
 
     def __init__(self, title: str) -> None:

@@ -1,1 +1,1 @@
-"""What `app` shows: the page and what its buttons do."""
+"""The page of `app`, and the actions of its buttons."""

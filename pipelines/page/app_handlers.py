@@ -1,4 +1,4 @@
-"""What the buttons of the page do, on plain values: check uploads, generate and edit images, show codes.
+"""The actions of the page's buttons, on plain values: check uploads, generate and edit images, show codes.
 
 Axes: C channels, H and W pixels, h and w codes.
 """
@@ -29,9 +29,9 @@ ALL_CLASSES = "all classes"
 NO_CLASS = "no class"
 BRUSHED = "the brushed part"
 SIDE = 384
-"""About how many pixels a side enlarged images have."""
+"""Approximate side of enlarged images in pixels."""
 MIN_NUMBERED_CELL = 20
-"""Pixels a side that a cell needs to show the number of its code."""
+"""Minimum side in pixels of a cell that shows the number of its code."""
 
 OnProgress = Callable[[float], object]
 
@@ -50,7 +50,7 @@ class PageImage:
 
 @dataclass
 class Handlers:
-    """What the page does with a pipeline. Everything that a user can get wrong is an `InputError`."""
+    """The page's actions on a pipeline. Every mistake that a user can make raises an `InputError`."""
 
     pipeline: TwoStagePipeline
 

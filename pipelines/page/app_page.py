@@ -37,7 +37,7 @@ CSS = """
 """Galleries show small images with square pixels and all columns; no label covers an image."""
 BRUSH = "#e11d48"
 PROGRESS = gr.Progress()
-"""As a default argument, it makes Gradio show a progress bar on the page."""
+"""A default argument that makes Gradio show a progress bar on the page."""
 
 Event = Callable[..., Any]
 

@@ -17,7 +17,7 @@ from twostage.core.errors import InputError
 __all__ = ["check_server", "serve"]
 
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
-"""With this header, the browser itself refuses to fetch anything from other servers."""
+"""A header with which the browser refuses to fetch anything from other servers."""
 
 
 def check_server(host: str, port: int) -> None:
@@ -41,7 +41,7 @@ def check_server(host: str, port: int) -> None:
 def serve(pipeline: TwoStagePipeline, name: str, model: str, host: str, port: int) -> None:
     """Serves the page of a pipeline until it is stopped.
 
-    Nothing is sent to anyone else, and the browser is told to fetch nothing from elsewhere. Uploaded and generated
+    Nothing is sent to anyone else, and the browser fetches nothing from elsewhere. Uploaded and generated
     images are kept in a temporary folder, which is removed with the page.
 
     Args:

@@ -70,7 +70,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class ImageQuality(Figures):
-    """How close reconstructions are to their originals, averaged over the images."""
+    """The distance of reconstructions to their originals, averaged over the images."""
 
     images: int | None = figure("images", "{:.0f}", "held-out images that were encoded and decoded")
     psnr: float | None = figure("PSNR", "{:.2f} dB", "error per pixel; higher is better")
@@ -81,7 +81,7 @@ class ImageQuality(Figures):
 
 @dataclass(frozen=True)
 class JudgedReconstructions(Figures):
-    """What a judging network says about reconstructions."""
+    """A judging network's figures of reconstructions."""
 
     recognised: float | None = figure(
         "recognised", "{:.1%}", "reconstructions that the network assigns to their class; higher is better"
@@ -102,13 +102,13 @@ class LikelihoodBound(Figures):
     )
     bits_per_dim: float | None = figure("  per dimension", "{:.4f} bits", "for each value of an image")
     kl: float | None = figure(
-        "  of it KL", "{:.2f} nats per image", "what the latent says about the image; 0 is a collapsed posterior"
+        "  KL part", "{:.2f} nats per image", "what the latent says about the image; 0 is a collapsed posterior"
     )
 
 
 @dataclass(frozen=True)
 class LatentUnits(Figures):
-    """How many units of a variational autoencoder's latent depend on the image."""
+    """The number of units of a variational autoencoder's latent that depend on the image."""
 
     active_units: int | None = figure("active units", "{:.0f}", "latent units that depend on the image")
     latent_units: int | None = figure("  of", "{:.0f}", "all latent units")
@@ -116,7 +116,7 @@ class LatentUnits(Figures):
 
 @dataclass(frozen=True)
 class CodebookUse(Figures):
-    """How a tokenizer uses its codebook. Entropy and perplexity are those of one code, averaged over the codebooks."""
+    """A tokenizer's use of its codebook. Entropy and perplexity are those of one code, averaged over the codebooks."""
 
     codebook_size: int | None = figure("codebook", "{:.0f} codes", "size of a codebook")
     codebooks: int | None = figure("  codebooks", "{:.0f}, one for each code of a cell", "of that size")
@@ -139,7 +139,7 @@ class CodebookUse(Figures):
 
 @dataclass(frozen=True)
 class Cost:
-    """The same cost of codes in every unit."""
+    """A cost of codes in every unit."""
 
     nats_per_code: float
     nats_per_image: float
@@ -157,17 +157,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class CodeCost(Figures):
-    """What held-out codes cost under a prior."""
+    """The cost of held-out codes under a prior."""
 
     parameters: int
     images: int
     cost: Cost
     unigram: Cost
-    """By the frequencies of the codes alone."""
+    """The cost by the frequencies of the codes alone."""
     uniform: Cost
-    """With all codes equally likely."""
+    """The cost with all codes equally likely."""
     standard_error: Cost | None
-    """Of the cost if that is an upper bound; None: the cost is exact."""
+    """The standard error of the cost if that is an upper bound; None: the cost is exact."""
 
     def by_key(self) -> dict[str, float]:
         """A cost in each unit has its own key, such as `unigram_nats_per_code`; an upper bound ends in `_bound`."""
@@ -194,8 +194,8 @@ class CodeCost(Figures):
             rows |= {
                 unit: Row(title, form, "cost of held-out codes under the prior; lower is better"),
                 f"{unit}_bound": Row(f"{title}, at most", form, "an upper bound on that cost; lower is better"),
-                f"{unit}_standard_error": Row("  standard error of that", "{:.2g}", "from the draws alone"),
-                f"unigram_{unit}": Row("  unigram", form, "by the codes' frequencies alone; a prior must be below"),
+                f"{unit}_standard_error": Row("  standard error", "{:.2g}", "from the draws alone"),
+                f"unigram_{unit}": Row("  unigram", form, "by the codes' frequencies alone; a prior must be lower"),
                 f"uniform_{unit}": Row("  uniform", form, "with all codes equally likely"),
             }
         return rows
@@ -203,15 +203,15 @@ class CodeCost(Figures):
 
 @dataclass(frozen=True)
 class ImageCost(Figures):
-    """What held-out images cost under a prior and its tokenizer together."""
+    """The cost of held-out images under a prior and its tokenizer together."""
 
     chain_rule_nats_per_image: float | None = figure(
         "whole model, at most", "{:.2f} nats per image", "cost of held-out images by both stages; lower is better"
     )
     reconstruction_nats_per_image: float | None = figure(
-        "  of it reconstruction", "{:.2f} nats per image", "what the codes leave open"
+        "  reconstruction part", "{:.2f} nats per image", "cost of an image given its codes"
     )
-    prior_nats_per_image: float | None = figure("  of it codes", "{:.2f} nats per image", "cost of the codes")
+    prior_nats_per_image: float | None = figure("  codes part", "{:.2f} nats per image", "cost of the codes")
     chain_rule_bits_per_dim: float | None = figure("  per dimension", "{:.4f} bits", "for each value of an image")
 
 
@@ -229,7 +229,7 @@ class SampleCounts(Figures):
 
 @dataclass(frozen=True)
 class SampleQuality(Figures):
-    """How good samples are to a judging network, and held-out images for comparison."""
+    """The quality of samples by a judging network, and that of held-out images for comparison."""
 
     class_accuracy: float | None = figure(
         "class accuracy", "{:.2%}", "samples that the network assigns to their class; higher is better"
@@ -267,11 +267,11 @@ class SampleNovelty(Figures):
 
     neighbour_distance_ratio: float | None = figure(
         "nearest training image",
-        "{:.2f} times as far as of held-out images",
+        "{:.2f} times as far as held-out images",
         "median distances; about 1 for new images, far below 1 for copies",
     )
     training_copies: int | None = figure(
-        "  exact copies of one", "{:.0f}", "samples that equal a training image, pixel by pixel"
+        "  exact copies", "{:.0f}", "samples that equal a training image, pixel by pixel"
     )
 
 

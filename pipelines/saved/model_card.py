@@ -33,7 +33,7 @@ LIMITS = (
 
 @dataclass(frozen=True)
 class CardFields:
-    """What only the person who shares a pipeline can say."""
+    """The facts that only the person who shares a pipeline knows."""
 
     license: str | None = None
     """License of the weights, by its id on the hub, such as `mit`."""
@@ -51,8 +51,8 @@ class CardFields:
 
 
 def gather_records(saved: SavedModel, tokenizer: str | Path | None = None) -> dict[str, bytes]:
-    """What is known about a model besides its weights, as files of a pipeline folder: `training/NAME.yaml` (the
-    configuration), `evaluation/NAME.json` (figures and protocol) and `reconstructions.png`; NAME is `tokenizer` or
+    """Records of a model besides its weights, as files of a pipeline folder: `training/NAME.yaml` (the configuration),
+    `evaluation/NAME.json` (figures and protocol) and `reconstructions.png`; NAME is `tokenizer` or
     `prior`. An evaluation of weights other than the model's present ones is omitted.
 
     Args:
@@ -82,7 +82,7 @@ def gather_records(saved: SavedModel, tokenizer: str | Path | None = None) -> di
 
 
 def _can_be_shown(evaluation: bytes, name: str, part: Path) -> bool:
-    """Whether it is a complete evaluation of the present weights."""
+    """Whether ``evaluation`` is a complete evaluation of the present weights."""
     try:
         measured = json.loads(evaluation)["protocol"].get(name, {}).get("weights_sha256")
         return measured == file_sha256(part / "model.safetensors") and bool(_figures(name, evaluation))
@@ -92,7 +92,7 @@ def _can_be_shown(evaluation: bytes, name: str, part: Path) -> bool:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model card says about a pipeline."""
+    """The model card of a pipeline."""
 
     tokenizer: Autoencoder
     prior: Prior | None

@@ -1,4 +1,4 @@
-"""Whether the proxies in the environment can be used to reach the Hugging Face hub."""
+"""Checks that the proxies in the environment can be used to reach the Hugging Face hub."""
 
 import urllib.request
 

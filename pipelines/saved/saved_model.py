@@ -1,7 +1,7 @@
-"""The trained model at a path, found once: what kind it is, where its files lie, and what it was trained on.
+"""The trained model at a path: its kind, the location of its files, and the data it was trained on.
 
-Whatever a model remembers by a path (its tokenizer, its codes, its images) is found where it lies now: from any folder,
-and after the project or a part of it was moved. Its content decides, not its name.
+A model stores the paths of its tokenizer, its codes and its images. They are found from any folder, even after the
+project or a part of it was moved, and recognized by their content, not by their name.
 """
 
 from dataclasses import dataclass
@@ -30,14 +30,14 @@ Kind = Literal["tokenizer", "prior", "features", "pipeline"]
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A trained model on disk. Nothing of it is loaded yet."""
+    """A trained model on disk, not yet loaded."""
 
     path: str | Path
-    """As it was given: a run folder, a model folder, a pipeline folder, or a hub id."""
+    """The path as given: a run folder, a model folder, a pipeline folder, or a hub id."""
     kind: Kind | None
-    """None: its config.json is damaged. Loading the model explains how."""
+    """None: its config.json is damaged; the error on loading the model explains how."""
     folder: Path
-    """Where config.json lies; for a pipeline, the folder of pipeline.json."""
+    """The folder of config.json; for a pipeline, that of pipeline.json."""
     home: Path
     """The run folder; or ``folder``, for a pipeline and for a model folder outside of a run."""
 
@@ -142,7 +142,7 @@ class SavedModel:
         return find_data(config, self.home, self.run.stored_sources().get("data.source"))
 
     def held_out_images(self, source: str | None = None) -> ImageSplit:
-        """The held-out images of what this tokenizer was trained on; or of ``source``, whose notices are printed.
+        """The held-out images of this tokenizer's training source, or of ``source``, whose notices are printed.
 
         Raises:
             InputError: no ``source``, and no config.yaml or no images.
@@ -158,7 +158,7 @@ class SavedModel:
         return data.validation
 
     def default_output(self, name: str) -> Path:
-        """Where a file about this model goes by default: into its run folder; for a pipeline, the current folder."""
+        """The default path of a file about this model: in its run folder; for a pipeline, in the current folder."""
         return Path(name) if self.kind == "pipeline" else self.folder.parent / name
 
     def find_codes(self, config: PriorConfig) -> Path:
@@ -198,9 +198,9 @@ def check_tokenizer(tokenizer: Autoencoder, config: PriorConfig) -> None:
 
 
 def find_data(config: DataConfig, remembered_by: Path, known: Record | None) -> DataConfig:
-    """A stored `data` group whose source leads to its images from here.
+    """A stored `data` group with a source that finds its images from the current folder.
 
-    Images that are still in their old place are taken as they are now. In any other place they must be the same images.
+    Images in their old place may have changed; images in any other place must be the same.
 
     Args:
         remembered_by: the folder that the group is stored in.

@@ -28,9 +28,9 @@ SUFFIX = {"onnx": "onnx", "torch_export": "pt2"}
 BATCHES = (1, 5, *[16] * 4)
 """The batch sizes of the comparison: 70 images in all."""
 TOLERANCE = 1e-4
-"""For pixels in [-1, 1]; for latents, relative to the largest value."""
+"""The largest difference that passes: absolute for pixels in [-1, 1], relative to the largest value for latents."""
 ROUNDING = 1e-5
-"""Relative to the encoder's largest output. If so little noise changes a code, two codes are equally near."""
+"""Noise relative to the encoder's largest output. If so little noise changes a code, two codes are equally near."""
 NOISE_DRAWS = 16
 
 

@@ -63,7 +63,7 @@ def read_tokenizer(source: Path, config: str | Path | None = None, kind: str | N
 
 def _recognise(path: Path, state: State) -> str:
     if any(name.startswith("encoder.down_blocks.") for name in state):
-        raise InputError(f"{path}: weights of diffusers need the config.json beside them. Give the folder of both.")
+        raise InputError(f"{path}: diffusers weights need the config.json next to them. Give the folder of both.")
     for kind, part in {"taming": "encoder.down.", "llamagen": "encoder.conv_blocks."}.items():
         if any(name.startswith(part) for name in state):
             return kind
@@ -163,7 +163,7 @@ def _taming(path: Path, weights: Weights, config: str | Path | None) -> ForeignT
 
 
 def _llamagen(path: Path, weights: Weights) -> ForeignTokenizer:
-    """The shapes tell everything but the image size and that codes are normalised. LlamaGen trains with LPIPS."""
+    """Read the configuration from the shapes. Image size, normalised codes and LPIPS are LlamaGen's constants."""
     state = weights.state
 
     def sizes(name: str) -> torch.Size:

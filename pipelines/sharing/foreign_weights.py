@@ -36,7 +36,7 @@ class Weights:
     """The weights of another project's model."""
 
     state: State
-    """By their original names. Floating-point tensors are float32."""
+    """The tensors by their original names; floating-point tensors are float32."""
     source: str
     """The file they come from, with a remark if they were converted or if other files were ignored."""
 
@@ -116,7 +116,7 @@ def find_vq_model(folder: Path) -> Path:
 
 
 class _Inert:
-    """Stands in for the classes of other programs whose objects a checkpoint may contain beside its weights."""
+    """Stands in for the classes of other programs whose objects a checkpoint may contain besides its weights."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -130,7 +130,7 @@ def _read_file(path: Path) -> State:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By its name or by its content: the length of a header, then a header in JSON."""
+    """Recognize safetensors by name or by content: the length of a header, then a header in JSON."""
     if path.suffix == ".safetensors":
         return True
     with path.open("rb") as file:

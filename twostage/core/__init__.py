@@ -1,1 +1,1 @@
-"""What both stages and the pipelines share: configuration, images, datasets, run folders, checkpoints, training."""
+"""Code shared by both stages and the pipelines: configuration, images, datasets, runs, checkpoints, training."""

@@ -1,5 +1,5 @@
-"""How a command ends early: by the user's mistake, or because it was asked to stop. Any other error is a bug and keeps
-its traceback."""
+"""Errors that end a command early: the user's mistakes and requests to stop. Any other error is a bug and keeps its
+traceback."""
 
 import signal
 

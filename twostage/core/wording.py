@@ -1,4 +1,4 @@
-"""How messages show names, values and errors: short, and on one line."""
+"""Shorten names, values and errors to one line for messages."""
 
 import os
 from collections.abc import Iterable

@@ -23,7 +23,7 @@ def apply_overrides(
 
     Args:
         document: nested dicts; not changed.
-        on_notice: called with a sentence about each other key that an override replaces or drops.
+        on_notice: called with a sentence about every further key that an override replaces or drops.
 
     Raises:
         InputError: an override is malformed, or a later one would discard it.
@@ -100,7 +100,7 @@ def _groups_at(schema: Group, document: Any, keys: list[str]) -> list[Group]:
 
 
 def _read_value(override: str, text: str, annotations: list[Any]) -> Any:
-    """The text itself if the key is text, else YAML. Unknown keys are read too: validation reports them by name."""
+    """Read a value as text if its key is text, else as YAML. Unknown keys are read too: validation reports them."""
     if all(map(is_text, annotations)):
         return None if text == "null" and any(map(is_optional, annotations)) else text
     if not text.strip():
@@ -127,7 +127,7 @@ def _drop_keys_of_other_types(
     known: list[Group], before: Any, now: dict[str, Any], given: dict[Keys, str], path: Keys,
     on_notice: Callable[[str], object],
 ) -> None:  # fmt: skip
-    """Drop the file's keys from ``now`` that only belong to the types that groups had in ``before``, the file."""
+    """Where a group's type changed from ``before`` (the file), drop the file's keys that the new type lacks."""
     by_tag = {tag(group): group for group in known}
     old, new = (str(one.get("type")) if isinstance(one, dict) else "" for one in (before, now))
     if old != new and {old, new} <= by_tag.keys():

@@ -1,4 +1,4 @@
-"""Questions to a configuration's schema: is a key text, which groups does a tagged union have?"""
+"""Look up facts in a configuration's schema: whether a key is text, which groups a tagged union has."""
 
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -13,8 +13,7 @@ Group = type[BaseModel]
 
 
 def alternatives(annotation: Any) -> list[Any]:
-    """The members of a union, including nested and registered ones, without `Annotated`; [annotation] if it is not a
-    union."""
+    """Members of a union (nested and registered ones too), without `Annotated`; [annotation] without a union."""
     if get_origin(annotation) is Annotated:
         return alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):

@@ -55,7 +55,7 @@ Flag = Annotated[bool, Field(strict=True)]
 
 def _can_be_a_path(value: str) -> str:
     if "\0" in value or any(len(os.fsencode(part)) > 255 for part in Path(value).parts):
-        raise ValueError(f"expected a possible name of a file or folder, got {short_repr(value)}")
+        raise ValueError(f"expected a valid file or folder name, got {short_repr(value)}")
     return expand_home(value)
 
 
@@ -98,7 +98,7 @@ def load_config(
     other values are YAML.
 
     Args:
-        on_notice: called with a sentence about each other key that an override replaces or drops.
+        on_notice: called with a sentence about every further key that an override replaces or drops.
 
     Raises:
         InputError: the file is missing or not YAML, an override is malformed, or keys or values are wrong. One message

@@ -45,14 +45,13 @@ Share = Annotated[Number, Field(gt=0.0, lt=1.0)]
 
 
 class DataConfig(Section):
-    """Which images to use, and the form to bring them to."""
+    """The images to use, and their size, channels and value range."""
 
     source: PathName = "shapes"
     """`shapes`, a folder, a parquet or arrow file or a folder of them, a name under $TWOSTAGE_DATA, or a Hugging Face
     dataset `owner/name`."""
     image_size: Count | tuple[Count, Count] = 32
-    """Pixels: one number for squares, or [height, width]. Images of other shapes are cropped at the centre, then
-    resized."""
+    """Pixels: one number for squares, or [height, width]. Other images are cropped at the centre, then resized."""
     channels: Literal[1, 3, 4] = 3
     """1 grey, 3 RGB, 4 RGBA."""
     label_column: Annotated[str, Field(min_length=1)] | None = AUTO
@@ -67,7 +66,7 @@ class DataConfig(Section):
     validation_share: Share = 0.05
     """The share of `train` to hold out if the source has neither `val` nor `test`."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """What to do about unreadable images: stop before training, or skip them and report how many."""
+    """Whether unreadable images stop the run before training, or are skipped and counted."""
     in_memory_gb: Number = Field(default=4.0, ge=0.0)
     """Datasets with up to this many gigabytes of pixels are kept decoded in memory."""
 
@@ -130,8 +129,8 @@ class ImageSplit:
         return torch.from_numpy(out)
 
     def fingerprint(self) -> str:
-        """The sha256 of the content, wherever it lies: the number, names and labels of the images, and their pixels if
-        in memory, else the sizes of their files."""
+        """The sha256 of the content, independent of its location: the number, names and labels of the images, and
+        their pixels if in memory, else the sizes of their files."""
         digest = hashlib.sha256(f"{len(self)} {self.config.channels} {self.config.size}".encode())
         if self.labels is not None:
             digest.update(self.labels.numpy().tobytes())
@@ -173,9 +172,9 @@ class ImageData:
     bad: list[str] = field(default_factory=list)
     """Images skipped because they are unreadable, each with the reason."""
     modes: Counter[str] = field(default_factory=Counter)
-    """How many files have each mode."""
+    """The number of files with each mode."""
     sizes: Counter[str] = field(default_factory=Counter)
-    """How many files have each size ("width x height")."""
+    """The number of files with each size ("width x height")."""
     values: dict[str, UsedValues] = field(default_factory=dict)
     """The values in the files, by their type (`8-bit`, `16-bit`, `float` ...)."""
 
@@ -193,7 +192,7 @@ class ImageData:
         return identity | ({"sample": on_disk} if on_disk else {})
 
     def contents(self) -> Contents:
-        """What `data.source` refers to."""
+        """The content that `data.source` refers to."""
         place = find_local(self.validation.config.source)
         return Contents("images", None if place is None else place.absolute(), self.identity())
 

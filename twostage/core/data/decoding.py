@@ -24,7 +24,7 @@ __all__ = ["Findings", "check", "decode"]
 
 @dataclass
 class Findings:
-    """What decoding some images found."""
+    """The findings of decoding some images."""
 
     bad: dict[int, str] = field(default_factory=dict)
     """The reason for each unreadable row."""
@@ -87,8 +87,7 @@ def _reason(error: Exception) -> str:
 def check(
     records: Records, pixels: np.ndarray | None, form: tuple[int, int, int], value_range: ValueRange | None
 ) -> Findings:
-    """Decode every image into ``pixels``, (n, *form); None: only check that it decodes, and cache the result for later
-    runs."""
+    """Decode every image into ``pixels``, (n, *form); None: only check that images decode, and cache the result."""
     if pixels is not None:
         return decode(records, list(range(len(records))), pixels, value_range)
     cache = _scan_cache(records)

@@ -15,12 +15,12 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 @dataclass
 class FolderContent:
-    """What lies below a folder; paths are relative to it."""
+    """The files below a folder; paths are relative to it."""
 
     images: list[Path] = field(default_factory=list)
     skipped: dict[Path, str] = field(default_factory=dict)
-    """What is not an image, with the reason: other files, hidden files, broken links, links to a parent folder,
-    unreadable folders."""
+    """Paths that are not images, each with the reason: other files, hidden files, broken links, links to a parent
+    folder, unreadable folders."""
     empty: list[Path] = field(default_factory=list)
     """Folders without any image below them (only the topmost of each branch)."""
 
@@ -139,7 +139,7 @@ def _folders_at(images: list[Path], depth: int) -> set[str]:
 
 
 def _meaning(name: str) -> str | None:
-    """The split that a folder's name is or spells, if it is only one."""
+    """The split that a folder's name spells; None if it spells none or several."""
     spelled = {exact} if (exact := exact_split(name)) else spelled_splits(name)
     return next(iter(spelled)) if len(spelled) == 1 else None
 
@@ -151,7 +151,7 @@ def _split_at(path: Path, depth: int) -> str:
 
 
 def _split_depth(root: Path, images: list[Path]) -> int | None:
-    """How many folders lie above the split folders (0 for `train/cat/1.png`, 1 for `cat/train/1.png`); None without
+    """The number of folders above the split folders (0 for `train/cat/1.png`, 1 for `cat/train/1.png`); None without
     split folders.
 
     The folders at a depth are splits if every image is below one of them. A folder that only contains a split's word,

@@ -22,7 +22,7 @@ MIN_SUSPECT_CLASSES = 5
 
 
 def hub_features(schema: pa.Schema) -> dict[str, Any]:
-    """How Hugging Face's `datasets` describes each column in a file's metadata; {} if it did not write the file."""
+    """The description of each column by Hugging Face's `datasets` in a file's metadata; {} in other files."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""What `data.source` holds: the images of each split, not yet decoded."""
+"""The content of `data.source`: the images of each split, not yet decoded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ class Records:
     """The images of one split, not yet decoded."""
 
     names: list[str]
-    """For messages."""
+    """The name of each image in messages."""
     labels: np.ndarray | None
     """(n,) int64."""
     open: Callable[[int], Image.Image]

@@ -1,4 +1,4 @@
-"""Where images come from: a folder, parquet or arrow files, or a Hugging Face dataset. Nothing is decoded here.
+"""Sources of images: a folder, parquet or arrow files, or a Hugging Face dataset. Nothing is decoded here.
 
 `data.source` names a source. A local source never touches the network.
 """

@@ -1,4 +1,4 @@
-"""How the names of folders, files and Hugging Face splits spell `train`, `val` and `test`."""
+"""Find `train`, `val` and `test` in the names of folders, files and Hugging Face splits."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Which rows of a split are shown or measured, and which of its classes occur."""
+"""Choose the rows of a split to show or measure, and find classes without images."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ __all__ = ["names_without_images", "spread", "spread_over_classes"]
 
 
 def names_without_images(labels: Tensor | np.ndarray | None, class_names: Sequence[str] | None) -> list[str]:
-    """The class names that no label stands for; [] without labels or names.
+    """The names of classes without any label; [] without labels or names.
 
     Args:
         labels: (n,) int64.

@@ -197,7 +197,7 @@ def read_hub(name: str, searched: list[Path], wanted_label: str | None) -> Sourc
 
 
 def named_splits(origin: str, parts: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """Which of a dataset's own splits are `train`, `val` and `test`, and which are none of these.
+    """Sort a dataset's own splits into `train`, `val`, `test` and others.
 
     Raises:
         InputError: two of its splits mean the same one.

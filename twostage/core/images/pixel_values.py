@@ -1,4 +1,4 @@
-"""What the numbers in an image file mean: which range becomes black to white, and which values occur."""
+"""The meaning of the numbers in an image file: the range from black to white, and the values that occur."""
 
 from dataclasses import dataclass
 

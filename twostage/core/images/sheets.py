@@ -1,4 +1,4 @@
-"""Images for people to look at: contact sheets with captions, and loss curves."""
+"""Contact sheets with captions, and loss curves."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""How commands start and end: a user's mistake is one sentence, never a traceback."""
+"""Start and end commands: a user's mistake is one sentence, never a traceback."""
 
 import errno
 import functools
@@ -95,7 +95,7 @@ def _exit(message: str, status: int) -> None:
 
 
 def _is_first_to_speak() -> bool:
-    """Whether this is the first process of the command to print a last message; the others stay silent."""
+    """Whether this process is the first to print the command's last message; the others print nothing."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     distributed = sys.modules.get("torch.distributed")  # importing it would take a second

@@ -1,4 +1,4 @@
-"""How much memory a step takes, and whether a configuration can fit this machine at all."""
+"""Measure the memory of a step, and check that a configuration can fit on this machine."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ MEASURED_BY = {
     "cpu": "tensors alive at once in one step, without the memory of kernels and libraries",
     "gpu": "torch.accelerator.max_memory_allocated in one step",
 }
-"""What :func:`peak_memory` returns on a CPU and on other devices."""
+"""Descriptions of the result of :func:`peak_memory` on a CPU and on other devices."""
 TRAINING_COPIES = 4
 """Float32 copies of the weights in training: the weights, the gradient and Adam's two moments."""
 MIN_LARGE = 128
@@ -101,7 +101,7 @@ def check_bytes(needed: int, what: str, settings: list[str], device: torch.devic
     """Check that the device has ``needed`` bytes.
 
     Raises:
-        InputError: it has not; names ``settings``.
+        InputError: it has fewer; the message names ``settings``.
     """
     available = (
         torch.cuda.get_device_properties(device).total_memory

@@ -34,8 +34,8 @@ def thread_variable() -> str | None:
 
 
 def threads_of(processes: int) -> int:
-    """How many CPU threads each of ``processes`` on this machine uses: torch's number if the user set it in the
-    environment, else an equal share of the cores."""
+    """The CPU threads for each of ``processes`` on this machine: torch's number if the user set it in the environment,
+    else an equal share of the cores."""
     return torch.get_num_threads() if thread_variable() else max(1, available_cores() // processes)
 
 

@@ -72,7 +72,7 @@ def shard(model: nn.Module, units: Sequence[str], precision: MixedPrecision, *me
 
     Args:
         units: class names of the modules that are gathered one at a time.
-        methods: methods that are called from outside, beside ``forward``; every process must call them equally often.
+        methods: methods besides ``forward`` that other code calls; every process must call them equally often.
 
     Raises:
         InputError: ``model`` has no such module.

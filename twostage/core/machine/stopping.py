@@ -30,8 +30,8 @@ TimeLimitOption = Annotated[
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """For work that can be resumed from disk at any time: SIGTERM and SIGUSR1 (a scheduler's notice) raise
-    :class:`StopAsked` within the block."""
+    """Make SIGTERM and SIGUSR1 (a scheduler's notice) raise :class:`StopAsked` within the block. Use it for work that
+    can resume from disk at any time."""
 
     def stop(number: int, _: FrameType | None) -> None:
         raise StopAsked(signal.Signals(number).name)

@@ -92,7 +92,7 @@ class Checkpoints:
             damaged.append(f"{folder}: damaged ({damage})")
         if damaged:
             raise InputError(
-                f"{self.folder}: no checkpoint to resume from: {'; '.join(damaged)}. Nothing was changed. Put back a "
+                f"{self.folder}: no checkpoint to resume from: {'; '.join(damaged)}. Nothing was changed. Restore a "
                 "copy of one, or remove the run's folder to start over"
             )
         return None, []
@@ -104,7 +104,7 @@ class Checkpoints:
         Raises:
             InputError: a file cannot be read, although the manifest has its hash.
         """
-        remedy = "put back a copy of this checkpoint, or remove the run's folder to start over"
+        remedy = "restore a copy of this checkpoint, or remove the run's folder to start over"
         tensors = {}
         for path in sorted(folder.glob("*.safetensors")):
             try:
@@ -137,7 +137,7 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str,
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None.
+    """Describe the damage of a checkpoint; None if it is intact.
 
     Raises:
         InputError: a newer version wrote it.

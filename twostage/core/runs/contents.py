@@ -1,4 +1,4 @@
-"""Which file, folder or dataset a path of a configuration refers to. Only its content counts, not how it is written."""
+"""The file, folder or dataset behind a path in a configuration. Its content counts, not the spelling of the path."""
 
 import os
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Contents:
     place: Path | None
     """Absolute path; None: not on this disk, such as a Hugging Face dataset."""
     facts: dict[str, Any]
-    """Plain JSON that identifies the content, wherever it lies."""
+    """Plain JSON that identifies the content, independent of its location."""
     only_to_begin: bool = False
     """Whether a run needs it only until its first checkpoint."""
 

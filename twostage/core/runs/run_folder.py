@@ -59,7 +59,7 @@ class RunFolder:
 
     @property
     def results(self) -> str:
-        """Where the results are, for a message."""
+        """The location of the results, for a message."""
         return f"model: {self.model}; curves: {self.curves}"
 
     def stored_config(self) -> dict[str, Any] | None:
@@ -108,10 +108,10 @@ class RunFolder:
         remembered: Mapping[str, dict[str, Any]] | None = None,
         begun: bool = True,
     ) -> None:
-        """Refuses to continue with content that differs from what the run began with.
+        """Refuses to continue if content has changed since the run began.
 
         Args:
-            sources: what the paths in ``config`` lead to now, by their keys.
+            sources: the current content behind each path in ``config``, by key.
             remembered: facts from the checkpoint of a run without sources.json; there may be fewer of them.
             begun: whether the run has a checkpoint.
 
@@ -147,11 +147,11 @@ class RunFolder:
                 )
 
     def stored_sources(self) -> dict[str, Record]:
-        """What the paths in the configuration led to when the run began, by keys such as `data.source`; {} for a new
-        folder and for runs of earlier versions."""
+        """The content behind each path in the configuration when the run began, by key, such as `data.source`; {} for a
+        new folder and for runs of earlier versions."""
         if not self.sources_file.is_file():
             return {}
-        document = read_json(self.sources_file, "put back a copy of it, or remove it")
+        document = read_json(self.sources_file, "restore a copy of it, or remove it")
         check_format(document.get("format_version"), FORMAT_VERSION, self.sources_file)
         return parse_config(_Sources, document, f"{self.sources_file}").sources
 
@@ -188,8 +188,7 @@ class RunFolder:
             ) from None
 
     def create(self, config: Section, sources: Mapping[str, Contents] = MappingProxyType({})) -> None:
-        """Creates and locks the folder, and writes the configuration and what its paths lead to. An existing folder
-        gets the current paths."""
+        """Creates and locks the folder; writes the configuration and the records of its sources, or updates paths."""
         self.lock()
         self.samples.mkdir(parents=True, exist_ok=True)
         (self.path / STOPPED).unlink(missing_ok=True)

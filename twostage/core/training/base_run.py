@@ -1,4 +1,4 @@
-"""What real runs and dry runs share: processes, precision, learning rate, seeds, and updates of the weights."""
+"""The base of real runs and dry runs: processes, precision, learning rate, seeds, and updates of the weights."""
 
 import itertools
 import statistics
@@ -43,7 +43,7 @@ DataT = TypeVar("DataT")
 
 
 class BaseRun(Generic[ConfigT]):
-    """What real runs and dry runs share: processes, precision, learning rate, seeds, and updates of the weights.
+    """The base of real runs and dry runs: processes, precision, learning rate, seeds, and updates of the weights.
 
     Args:
         config: with the precision resolved.
@@ -79,7 +79,7 @@ class BaseRun(Generic[ConfigT]):
         self.seed = config.run.seed
         self.step = 0
         self.facts: dict[str, Any] = {}
-        """What a resumed run must know beside the tensors; plain JSON."""
+        """State that a resumed run needs besides the tensors; plain JSON."""
         self._end_times: deque[float] = deque(maxlen=100)  # of the last steps
         self._lr = 0.0
         self._gradient_norms: dict[str, Tensor] = {}  # of the current update
@@ -95,12 +95,12 @@ class BaseRun(Generic[ConfigT]):
         sources: Mapping[str, Contents],
         name_rows: Callable[[Tensor], list[str]] | None = None,
     ) -> None:
-        """Hands the run what it trains, before anything is loaded.
+        """Sets the networks and the data of the run. Call it before anything is loaded.
 
         Args:
             networks: the main one first.
-            sources: what the paths in the configuration lead to, by their keys.
-            name_rows: names rows of the training split in messages; `row 7` by default.
+            sources: the content behind each path in the configuration, by key.
+            name_rows: returns the names of training rows for messages; `row 7` by default.
         """
         self.batches, self._networks, self._sources = batches, list(networks), sources
         self._name_rows = name_rows or (lambda rows: [f"row {row}" for row in rows.tolist()])
@@ -152,7 +152,7 @@ class BaseRun(Generic[ConfigT]):
 
     @property
     def seconds_per_step(self) -> float:
-        """The median of the last steps by :attr:`clock`; nan before the second step."""
+        """The median seconds of the last steps by :attr:`clock`; nan before the second step."""
         seconds = [after - before for before, after in itertools.pairwise(self._end_times)]
         return statistics.median(seconds) if seconds else float("nan")
 

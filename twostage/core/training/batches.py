@@ -1,4 +1,4 @@
-"""The order in which a training reads its data."""
+"""The order in which training reads its data."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -56,9 +56,9 @@ def count_flops() -> FlopCounterMode:
 
 
 class DryRun(BaseRun[ConfigT]):
-    """Three steps that are measured and leave nothing behind: the first two are timed, the third is counted.
+    """Measures three steps and writes nothing: two are timed, and the FLOPs and memory of the third are counted.
 
-    They are taken as at the end of the run, when every loss has started.
+    The steps run as if at the end of the run, when every loss has started.
 
     Args:
         config: continue with :attr:`config`, in which `auto` is resolved.
@@ -76,7 +76,7 @@ class DryRun(BaseRun[ConfigT]):
         return 1.0
 
     def steps(self, read: Callable[[Tensor], DataT], read_ahead: bool) -> Iterator[list[tuple[DataT, BatchRandom]]]:
-        """The batches of three steps, whose reading is timed too; fills :attr:`figures`."""
+        """Yields the batches of three steps, times reading them too, and fills :attr:`figures`."""
         device = self.accelerator.device
         seconds = []
         for _ in range(2):
@@ -128,7 +128,7 @@ def run_training(train: Callable[[], BaseRun[Any]], dry_run: bool, json_file: Pa
     """Runs a training command: ``train`` resumes after SIGTERM, and its dry run's figures go to ``json_file``.
 
     Raises:
-        InputError: a ``json_file`` without a dry run, or one that cannot be written; before anything else happens.
+        InputError: a ``json_file`` without a dry run, or one that cannot be written. Nothing has run then.
     """
     if json_file and not dry_run:
         raise InputError(

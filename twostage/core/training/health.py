@@ -82,14 +82,14 @@ class Health:
             raise self.stop(f"step {step}: {', '.join(broken)} is not finite", ADVICE)
 
     def weights_norm(self, tensors: Mapping[str, Tensor]) -> float:
-        """The norms of the floating-point tensors, summed over the processes: all see a broken share of one."""
+        """The norms of the floating-point tensors, summed, so every process sees a NaN in any process's share."""
         shares = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values() if t.is_floating_point()]
         norm = self.accelerator.reduce(get_total_norm([share.float() for share in shares]), "sum")
         assert isinstance(norm, Tensor)
         return norm.item()
 
     def check_equal(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Refuses tensors that differ between the processes; those that FSDP shards are left out.
+        """Refuses tensors that differ between the processes; skips those that FSDP shards.
 
         Raises:
             InputError: names them.

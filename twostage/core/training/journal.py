@@ -144,7 +144,7 @@ class Journal:
         if means := self.means.state(self.gather):  # not empty if the run was asked to stop between two lines
             tensors["means"] = means
         if self.accelerator.is_main_process:
-            # The checkpoint comes last: whoever resumes from it finds all the rest.
+            # The checkpoint is written last: a run that resumes from it finds all other files.
             if write_model:
                 write_model(self.folder.model)
             draw_curves(read_metrics(self.folder.metrics_file), self.folder.curves, **curves)

@@ -92,7 +92,7 @@ class TrainedNetwork(Generic[ModuleT]):
                 shard(each, units_to_shard, train.mixed_precision, *sharded_methods)
         self.optimizer = make_optimizer(module, train, lr=lr, betas=betas)
         self.wrapped: nn.Module = module if units_to_shard else accelerator.prepare(module)
-        """What training calls."""
+        """The module that training calls."""
         self.wrapped_optimizer: Optimizer = accelerator.prepare(self.optimizer)
 
     def update_average(self) -> None:

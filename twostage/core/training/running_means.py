@@ -14,14 +14,14 @@ _ROWS = ("sum of finite values", "count of finite values", "count of others", "f
 
 @dataclass
 class Means:
-    """What all processes recorded since the last :meth:`RunningMeans.take`."""
+    """The metrics that all processes recorded since the last :meth:`RunningMeans.take`."""
 
     values: dict[str, float]
-    """By name: the mean of the finite values; nan if there were none."""
+    """The mean of the finite values by name; nan if there were none."""
     first_broken: dict[str, int]
-    """By name: the first step with a value that was not finite; only names with such a step."""
+    """The first step with a value that was not finite, only for names with such a step."""
     num_broken: dict[str, int]
-    """By name: how many values were not finite, the maximum over the processes."""
+    """The number of values that were not finite by name, the maximum over the processes."""
 
 
 class RunningMeans:
@@ -67,7 +67,7 @@ class RunningMeans:
         )
 
     def state(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """What :meth:`restore` takes: each process's part by position and names, (processes, 4, names)."""
+        """The state for :meth:`restore`: each process's part by position and names, (processes, 4, names)."""
         return {f"{i:03d} {' '.join(names)}": gather(part) for i, (names, part) in enumerate(self._parts.items())}
 
     def restore(self, state: dict[str, Tensor], process: int, processes: int) -> None:

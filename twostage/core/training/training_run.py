@@ -26,7 +26,7 @@ from twostage.core.training.random import BatchRandom
 __all__ = ["TrainingRun"]
 
 FORMER_FACTS = {"data.source": "data", "codes": "codes"}
-"""By key: where older checkpoints recorded what sources.json records now."""
+"""The fact in older checkpoints that became each key of sources.json."""
 
 
 class TrainingRun(BaseRun[ConfigT]):
@@ -108,7 +108,7 @@ class TrainingRun(BaseRun[ConfigT]):
         optimizers = {f"{network.prefix}optimizer": network for network in self._networks}
         if missing := (self._modules.keys() | optimizers.keys()) - tensors.keys():
             raise InputError(
-                f"{checkpoint}: {min(missing)}.safetensors is missing. Put back a copy of it, or remove the run's "
+                f"{checkpoint}: {min(missing)}.safetensors is missing. Restore a copy of it, or remove the run's "
                 "folder to start over"
             )
         for name, module in self._modules.items():
@@ -123,7 +123,7 @@ class TrainingRun(BaseRun[ConfigT]):
     def steps(self, read: Callable[[Tensor], DataT], read_ahead: bool) -> Iterator[list[tuple[DataT, BatchRandom]]]:
         """Creates the run's folder, then yields the batches of the remaining steps.
 
-        Only now, so that a start that failed leaves nothing behind.
+        The folder is created this late so that a failed start leaves nothing behind.
 
         Raises:
             StopAsked: after the step at which the processes agreed to stop; its checkpoint is written.
@@ -150,9 +150,9 @@ class TrainingRun(BaseRun[ConfigT]):
             raise self._stop
 
     def _create_folder(self) -> bool:
-        """Creates the folder, or drops what it holds of later steps; returns whether it is new (main process only)."""
+        """Creates the folder, or drops its records of later steps; returns whether it is new (main process only)."""
         is_new = False
-        self.accelerator.wait_for_everyone()  # nobody writes before all have looked
+        self.accelerator.wait_for_everyone()  # no process writes before all have checked the folder
         if self.accelerator.is_main_process:
             is_new = not self.folder.config_file.exists()
             self.folder.create(self.config, self._sources)  # type: ignore[arg-type]
@@ -167,8 +167,7 @@ class TrainingRun(BaseRun[ConfigT]):
         self.journal.means.add(metrics, self.step)
 
     def advance(self) -> dict[str, float] | None:
-        """Counts a finished update; returns the training metrics if a line of them was due, the same in all
-        processes."""
+        """Counts a finished update; returns training metrics (the same in all processes) if a line was due."""
         self.record(self._gradient_norms)
         self._gradient_norms = {}
         super().advance()
@@ -219,8 +218,8 @@ class TrainingRun(BaseRun[ConfigT]):
         """Writes a checkpoint, and the curves of the metric ``curve``; called by every process.
 
         Args:
-            title: of the curves.
-            baselines: level lines beside the curves, by name.
+            title: the title of the curves.
+            baselines: horizontal lines in the plot, by name.
             write_model: called first, with the folder `model/`, if the weights are finite.
 
         Raises:
@@ -243,8 +242,8 @@ class TrainingRun(BaseRun[ConfigT]):
         self.journal.save(self.step, tensors, state, curves, write_model)
 
     def _check_weights(self) -> None:
-        """The losses were finite before this update. Weights and codebooks must be so after it, and the same in all
-        processes; otherwise the last good ones are kept."""
+        """Checks that weights and codebooks are finite after this update and the same in all processes; otherwise the
+        last good ones are kept."""
         tensors = {
             f"{part} {name}": tensor.detach()
             for part, module in self._modules.items()
