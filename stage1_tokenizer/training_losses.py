@@ -1,4 +1,4 @@
-"""The training's whole loss: the autoencoder's own, and the perceptual and adversarial terms.
+"""The losses that only training needs: the perceptual and adversarial terms beside the autoencoder's objective.
 
 Each term is differentiated with respect to the pixels of a detached reconstruction. The autoencoder then needs one
 backward pass for all of them, and neither the frozen network nor the discriminator ever gets a gradient from it.

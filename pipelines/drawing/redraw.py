@@ -86,10 +86,10 @@ def inpaint(
     check_mask(mask, sampler.image_size)
     if request.feather < 0:
         raise InputError(f"feather {request.feather}: expected a number of pixels, at least 0")
-    cycle = _check_request(sampler, request)
+    cycle = _checked_labels(sampler, request)
     if not can_redraw(sampler, [mask]):
         named = {name: named_mask(name, sampler.image_size) for name in MASK_NAMES}
-        raise _order_refusal(sampler, "mask", [name for name in named if can_redraw(sampler, [named[name]])])
+        raise _cannot_keep_error(sampler, "mask", [name for name in named if can_redraw(sampler, [named[name]])])
     known = known_codes(sampler.tokenizer, image[None], mask).expand(num_images, -1, -1)
     advance = in_shares(on_progress, num_images)
     parts = sampler.draw(range(num_images), cycle, request.sampling, request.seed, on_progress=advance, known=known)
@@ -107,10 +107,12 @@ def outpaint(
     if min(sides.values()) < 0 or not any(sides.values()):
         given = ", ".join(f"{side} {pixels}" for side, pixels in sides.items())
         raise InputError(f"{given}: expected a number of pixels above 0 for at least one side, and none below 0")
-    cycle = _check_request(sampler, request)
+    cycle = _checked_labels(sampler, request)
     windows = extension_windows(sampler.tokenizer, **sides)
     if not can_redraw(sampler, [window.mask for window in windows]):
-        raise _order_refusal(sampler, ", ".join(side for side in sides if sides[side]), _possible_sides(sampler, sides))
+        raise _cannot_keep_error(
+            sampler, ", ".join(side for side in sides if sides[side]), _possible_sides(sampler, sides)
+        )
     pixels = F.pad(image.cpu().expand(num_images, -1, -1, -1), list(sides.values()))
     advance = in_shares(on_progress, num_images * len(windows))
     for number, (rows, columns, mask) in enumerate(windows):
@@ -144,7 +146,7 @@ def fill_masked(images: Tensor, mask: Tensor) -> Tensor:
 
 
 def cells_to_redraw(tokenizer: Autoencoder, mask: Tensor) -> Tensor:
-    """The codes (h, w) of cells in which any pixel is True in ``mask`` (H, W)."""
+    """Which codes to redraw, (h, w) bool: those of cells with any pixel that is True in ``mask`` (H, W)."""
     masked = F.max_pool2d(mask[None].float(), _cell(tokenizer), ceil_mode=True)[0].bool()
     return masked.repeat_interleave(tokenizer.code_grid[1] // tokenizer.grid[1], 1)
 
@@ -190,7 +192,7 @@ def extension_windows(tokenizer: Autoencoder, left: int, right: int, top: int, b
     return windows
 
 
-def _check_request(sampler: ImageSampler, request: RedrawRequest) -> list[int] | None:
+def _checked_labels(sampler: ImageSampler, request: RedrawRequest) -> list[int] | None:
     """Refuses impossible requests; returns the label as the ``cycle`` of :meth:`ImageSampler.draw`."""
     if sampler.prior is None:
         raise InputError(
@@ -230,7 +232,7 @@ def check_mask(mask: Tensor, size: tuple[int, int]) -> None:
         raise InputError("mask: masks no pixel, expected at least one. Set True where the image is to be redrawn")
 
 
-def _order_refusal(sampler: ImageSampler, what: str, possible: Iterable[str]) -> InputError:
+def _cannot_keep_error(sampler: ImageSampler, what: str, possible: Iterable[str]) -> InputError:
     """The error for a prior that cannot redraw ``what`` and keep the rest; names what is ``possible``."""
     assert sampler.prior
     names = ", ".join(possible)

@@ -1,4 +1,5 @@
-"""The command-line options of `SamplingConfig`: one for each field, with the field's description as its help."""
+"""The command-line options of `SamplingConfig`: one for each field, with the field's description as its help.
+To add a setting, edit :mod:`stage2_prior.sampling`."""
 
 import functools
 import inspect

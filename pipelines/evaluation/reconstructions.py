@@ -87,8 +87,10 @@ def measure_reconstructions(
     """Encodes and decodes held-out images once, and measures everything that applies to the model; ``network``, if any,
     judges the reconstructions."""
     split, rows = images.split, images.rows
-    columns = ["psnr", "ssim", *["psnr_corrupted"] * _corrupts(model), *["lpips"] * bool(lpips.network)]
-    columns += BOUND_COLUMNS if model.variational else ()
+    columns = ["psnr", "ssim"]
+    columns += ["psnr_corrupted"] if _corrupts(model) else []
+    columns += ["lpips"] if lpips.network else []
+    columns += BOUND_COLUMNS if model.variational else []
     # One row per image, and each process fills in its own rows: so the means do not depend on which process did what.
     table = torch.zeros(len(rows), len(columns), dtype=torch.float64)
     digests = RowDigests(len(rows))

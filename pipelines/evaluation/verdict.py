@@ -35,7 +35,7 @@ MAX_DISTANCE_RATIO = 10.0
 """rFID divided by the distance between two halves of the originals; a judgement. Above it, the network easily tells
 reconstructions from originals."""
 MAX_CELLS = 1024
-"""Attention costs the square of the sequence; a prior on one GPU still learns 32x32 codes well."""
+"""A prior on one GPU still learns 32x32 codes well; attention costs the square of the sequence length."""
 
 NEXT_STEPS = "Next: twostage encode, then twostage train-prior."
 SAME_JUDGE = "the judging network is one that the tokenizer was trained against"

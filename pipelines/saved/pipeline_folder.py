@@ -128,7 +128,7 @@ def push_folder(folder: Path, repo_id: str, private: bool = False) -> str:
         hub = HfApi()
         address = hub.create_repo(repo_id, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="twostage export")
-    except Exception as error:  # as above
+    except Exception as error:  # the hub's library raises nearly anything
         reason = broken_proxy() or f"{type(error).__name__}: {one_line(error)}"
         raise InputError(
             f"{repo_id}: the Hugging Face hub refused the upload ({reason}). Log in (hf auth login) with an account "

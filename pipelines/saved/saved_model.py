@@ -95,8 +95,8 @@ class SavedModel:
         """The tokenizer of this prior, by its content hash.
 
         Returns:
-            Where it is, and the model. If no tokenizer has the hash, one with the right name: :func:`check_tokenizer`
-            refuses that one.
+            Where it is, and the model. If no tokenizer has the hash, this returns one with the right
+            name, which :func:`check_tokenizer` then refuses.
 
         Raises:
             InputError: there is no tokenizer with that name either.

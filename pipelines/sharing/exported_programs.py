@@ -78,10 +78,12 @@ def export_programs(model: Autoencoder, folder: Path, formats: Sequence[Format])
     size, channels = model.config.image_size, model.config.channels
     images = to_float(torch.from_numpy(draw_shapes(0, sum(BATCHES), size, channels)))
     encoder, decoder = Encoder(model), Decoder(model)
-    continuous = model.codebook_size is None
+    latent = "z" if model.codebook_size is None else "codes"
     sentences = []
-    for name, module, values in (("encoder", encoder, images), ("decoder", decoder, encoder(images))):
-        input_name, output_name = ("images", "z" if continuous else "codes")[:: 1 if name == "encoder" else -1]
+    for name, module, values, input_name, output_name in (
+        ("encoder", encoder, images, "images", latent),
+        ("decoder", decoder, encoder(images), latent, "images"),
+    ):
         exported = _trace(module, values[:2], name)
         for form in formats:
             file = folder / form / f"{name}.{SUFFIX[form]}"
@@ -109,7 +111,7 @@ def _trace(module: nn.Module, example: Tensor, name: str) -> torch.export.Export
 
 
 def _write(exported: torch.export.ExportedProgram, file: Path, form: Format, input_name: str, output_name: str) -> Run:
-    """Write the program, and read it back: a function that runs it."""
+    """Write the program and read it back; returns a function that runs it."""
     try:
         if form == "torch_export":
             torch.export.save(exported, file)
@@ -128,7 +130,7 @@ def _write(exported: torch.export.ExportedProgram, file: Path, form: Format, inp
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # so do the exporters and the runtime
+    except Exception as error:  # exporters and the runtime raise nearly anything
         raise InputError(
             f"this torch or onnxruntime cannot write it ({type(error).__name__}: {one_line(error)}). Try other versions"
         ) from None

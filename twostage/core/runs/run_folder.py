@@ -84,7 +84,7 @@ class RunFolder:
         return document
 
     def check(self, config: Section) -> None:
-        """Refuses settings that differ from the stored ones; paths may differ, :meth:`check_sources` compares content.
+        """Refuses settings that differ from the stored ones. Paths may differ: :meth:`check_sources` compares content.
 
         Raises:
             InputError: shows the differences.

@@ -1,4 +1,7 @@
-"""The health of a run: gradients, losses and weights stay finite, and all processes keep the same weights."""
+"""The health of a run: gradients are clipped, everything stays finite, and all processes keep the same weights.
+
+`TrainingRun._log_training` acts on a loss that is not finite.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -55,7 +58,7 @@ class Health:
     def __init__(self, accelerator: Accelerator, folder: RunFolder) -> None:
         self.accelerator, self.folder = accelerator, folder
 
-    def describe_not_finite(self, means: Means, name_samples: Callable[[int], list[str]]) -> str:
+    def report_not_finite(self, means: Means, name_samples: Callable[[int], list[str]]) -> str:
         """A sentence with the first step whose metrics were not finite, these metrics, and the samples of its batch.
 
         Args:

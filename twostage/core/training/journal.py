@@ -35,7 +35,7 @@ class Journal:
     """Writes what one run keeps. All processes call it; the main one writes.
 
     Args:
-        keep_checkpoints: how many, the newest first.
+        keep_checkpoints: how many of the newest to keep.
     """
 
     def __init__(self, folder: RunFolder, accelerator: Accelerator, keep_checkpoints: int) -> None:

@@ -31,7 +31,7 @@ class RunningMeans:
         self._parts: dict[tuple[str, ...], Tensor] = {}  # by names recorded together: (4, names), see _ROWS
 
     def begins(self, metrics: dict[str, Tensor]) -> bool:
-        """Whether these names overlap with a different set recorded before, because a new term begins."""
+        """Whether a new term begins: these names overlap with, but differ from, a set that was recorded before."""
         return tuple(metrics) not in self._parts and any(set(metrics) & set(names) for names in self._parts)
 
     def add(self, metrics: dict[str, Tensor], step: int) -> None:

@@ -189,7 +189,7 @@ class TrainingRun(BaseRun[ConfigT]):
     def _log_training(self) -> dict[str, float]:
         means = self.journal.means.take(self.journal.gather)
         if means.first_broken:
-            problem = self.health.describe_not_finite(means, lambda step: self._name_rows(self.batches.rows(step)))
+            problem = self.health.report_not_finite(means, lambda step: self._name_rows(self.batches.rows(step)))
             if self.config.train.on_not_finite == "stop":
                 raise self.health.stop(problem, f"{ADVICE}; train.on_not_finite=skip skips such updates")
             skipped = sum(means.num_broken.get(name, 0) for name in GRADIENT_NORMS)
