@@ -147,7 +147,7 @@ def test_a_checkpoint_that_is_a_pickle(refused, configs, twostage, bomb, tmp_pat
     assert twostage(*words, "--time-limit", "0").code == 75
     folder = tmp_path / "run/checkpoints/step_00000001"
     (folder / "model.safetensors").write_bytes(bomb["saved"])
-    assert "model.safetensors is not what was written" in refused(*words)
+    assert "model.safetensors has changed since it was written" in refused(*words)
     from twostage.core.runs.checkpoint import _fingerprint
 
     manifest = json.loads((folder / "manifest.json").read_text())
