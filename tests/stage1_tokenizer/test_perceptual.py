@@ -225,7 +225,7 @@ def test_transparency_is_not_compared(lpips_distance, weights_dir, random_images
 
 
 def test_other_channels_are_refused(weights_dir):
-    with refuses("loss.perceptual", "1, 3 or 4", "data.channels 2"):
+    with refuses("loss.perceptual", "1, 3 or 4", "data.channels", "got 2"):
         build_perceptual(LPIPSConfig(), 2, SIZE, weights_dir)
 
 
