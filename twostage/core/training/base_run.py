@@ -20,9 +20,8 @@ from twostage.core.machine.launch import overruled
 from twostage.core.machine.precision import reason_for_precision
 from twostage.core.runs.contents import Contents
 from twostage.core.training.batches import Batches
-from twostage.core.training.health import check_gradient
 from twostage.core.training.journal import print_above_bar
-from twostage.core.training.optimizer import FUSED_DEVICES, TrainedNetwork
+from twostage.core.training.optimizer import FUSED_DEVICES, TrainedNetwork, check_gradient
 from twostage.core.training.random import seed_for
 from twostage.core.training.train_config import TrainConfig
 
@@ -141,7 +140,7 @@ class BaseRun(Generic[ConfigT]):
         network.wrapped_optimizer.zero_grad()
 
     def check_gradient(self, net: nn.Module, optimizer: Optimizer) -> Tensor:
-        """See :func:`twostage.core.training.health.check_gradient`."""
+        """See :func:`twostage.core.training.optimizer.check_gradient`."""
         return check_gradient(net, optimizer, self.accelerator, self.config.train)
 
     def advance(self) -> dict[str, float] | None:

@@ -1,6 +1,6 @@
-"""The health of a run: gradients are clipped, everything stays finite, and all processes keep the same weights.
+"""The health of a run: losses and weights stay finite, and all processes keep the same weights.
 
-`TrainingRun._log_training` acts on a loss that is not finite.
+`TrainingRun._log_training` acts on a loss that is not finite; `optimizer.py` checks and clips gradients.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,44 +8,21 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import Optimizer
+from torch.nn.utils import get_total_norm
 
 from twostage.core.errors import InputError
 from twostage.core.runs.run_folder import RunFolder
 from twostage.core.training.running_means import Means
-from twostage.core.training.train_config import TrainConfig
 from twostage.core.wording import some_of
 
-__all__ = ["Health", "check_gradient"]
+__all__ = ["ADVICE", "GRADIENT_NORMS", "Health"]
 
 ADVICE = "Try a lower train.lr, train.max_grad_norm=1.0, or train.mixed_precision=no"
 GRADIENT_NORMS = ("grad_norm", "discriminator_grad_norm")
 TOTALS = {"loss", "nats_per_image", "bits_per_dim", *GRADIENT_NORMS}
 """Metrics that combine others: one of those is the cause if a total is not finite."""
-
-
-def check_gradient(net: nn.Module, optimizer: Optimizer, accelerator: Accelerator, train: TrainConfig) -> Tensor:
-    """The norm of the gradient of ``net``, which is then clipped to `train.max_grad_norm`; called before each update.
-
-    If the norm is not finite and `train.on_not_finite` is `skip`, ``optimizer`` skips the update.
-    """
-    # Accelerate's own clipping would also remove fp16's scale from the gradients of other optimizers.
-    accelerator.unscale_gradients(optimizer)
-    norm = get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
-    if train.max_grad_norm:
-        clip_grads_with_norm_(net.parameters(), train.max_grad_norm, norm)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if accelerator.scaler is not None:  # it skips such updates by itself, and lowers fp16's scale
-        return norm.nan_to_num(0.0, 0.0, 0.0)
-    if train.on_not_finite == "skip":
-        # torch's GradScaler sets the same flag on a fused optimizer. The gradient is the same in all processes.
-        inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-        inner.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-    return norm
 
 
 class Health:

@@ -1,18 +1,21 @@
-"""A network together with its optimizer and the average of its weights."""
+"""A network together with its optimizer and the average of its weights; its gradients are checked and clipped."""
 
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from twostage.core.machine.sharding import shard
 from twostage.core.training.train_config import TrainConfig
 
-__all__ = ["FUSED_DEVICES", "TrainedNetwork", "averaged_copy", "make_optimizer"]
+__all__ = ["FUSED_DEVICES", "TrainedNetwork", "averaged_copy", "check_gradient", "make_optimizer"]
 
 FUSED_DEVICES = ("cpu", "cuda")
 """Devices whose optimizer updates all weights at once, and can skip an update by a flag on the device."""
@@ -40,6 +43,26 @@ def make_optimizer(
         group["initial_lr"] = lr or train.lr
     fused = trainable[0].device.type in FUSED_DEVICES
     return torch.optim.AdamW(groups, lr=lr or train.lr, betas=betas or train.betas, fused=fused)
+
+
+def check_gradient(net: nn.Module, optimizer: Optimizer, accelerator: Accelerator, train: TrainConfig) -> Tensor:
+    """The norm of the gradient of ``net``, which is then clipped to `train.max_grad_norm`; called before each update.
+
+    If the norm is not finite and `train.on_not_finite` is `skip`, ``optimizer`` skips the update.
+    """
+    # Accelerate's own clipping would also remove fp16's scale from the gradients of other optimizers.
+    accelerator.unscale_gradients(optimizer)
+    norm = get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
+    if train.max_grad_norm:
+        clip_grads_with_norm_(net.parameters(), train.max_grad_norm, norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if accelerator.scaler is not None:  # it skips such updates by itself, and lowers fp16's scale
+        return norm.nan_to_num(0.0, 0.0, 0.0)
+    if train.on_not_finite == "skip":
+        # torch's GradScaler sets the same flag on a fused optimizer. The gradient is the same in all processes.
+        inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        inner.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+    return norm
 
 
 def averaged_copy(model: nn.Module, decay: float) -> AveragedModel:
