@@ -37,7 +37,7 @@ def export_pipeline(
         raise InputError(f"--out {out}: exists but is not a pipeline. Nothing was changed. Choose another --out.")
     with _beside(out) as partial:
         pipeline.save_pretrained(partial)
-        if is_pipeline_folder(out) and _hashes(out) != _hashes(partial):
+        if is_pipeline_folder(out) and _weights(out) != _weights(partial):
             raise InputError(f"--out {out}: contains another pipeline. Nothing was changed. Choose another --out.")
         sentences = export_programs(pipeline.tokenizer, partial, formats)
         pipeline.write_card(partial, records, fields)
@@ -86,8 +86,10 @@ def _beside(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _hashes(folder: Path) -> dict[str, str] | None:
+def _weights(folder: Path) -> dict[str, str] | None:
+    """The sha256 of the weights; the same config may be written in another way by another version."""
     try:
-        return json.loads((folder / DOCUMENT).read_text(encoding="utf-8")).get("sha256")
-    except (OSError, ValueError, AttributeError):
+        hashes = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))["sha256"]
+        return {name: value for name, value in hashes.items() if name.endswith(".safetensors")}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return None

@@ -1,6 +1,7 @@
 """Exported folders are complete, programs compute what PyTorch computes, and nothing else is overwritten."""
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -129,6 +130,17 @@ def test_a_second_export_writes_the_same_and_keeps_additions(runs, twostage, tmp
     changed = {name for name, content in files_of(again).items() if content != before[name]}
     assert changed == {"README.md"}  # its example names the folder
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_export_of_an_earlier_version_is_replaced(runs, works, tmp_path):
+    """It may write the same config in another way: what counts is the weights."""
+    out = tmp_path / "shared"
+    works("export", runs.prior, "--out", out)
+    document = json.loads((out / "pipeline.json").read_text())
+    document["sha256"]["prior/config.json"] = "0" * 64
+    (out / "pipeline.json").write_text(json.dumps(document))
+    works("export", runs.prior, "--out", out)
+    assert json.loads((out / "pipeline.json").read_text())["sha256"] != document["sha256"]
 
 
 def test_other_files_are_not_overwritten(runs, twostage, changed_tokenizer, variational, tmp_path):
