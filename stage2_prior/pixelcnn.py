@@ -116,6 +116,8 @@ class PixelCNN(Autoregressive):
         num_classes: 0 for a prior without classes. The label ``num_classes`` means "no class".
     """
 
+    adamw_layers = ("head_out",)
+
     def __init__(self, config: PixelCNNConfig, codebook_size: int, grid: tuple[int, int], num_classes: int) -> None:
         super().__init__()
         self.config, self.codebook_size, self.grid, self.num_classes = config, codebook_size, grid, num_classes

@@ -184,6 +184,7 @@ class Transformer(nn.Module):
         order: (N,) the cells in the order of the sequence; by default row by row.
     """
 
+    adamw_layers = ("head",)
     rotation: Tensor | None
 
     def __init__(

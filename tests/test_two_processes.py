@@ -36,7 +36,7 @@ CLASS_GAUSSIAN = ["model.bottleneck={type: class_gaussian}", "train.lr=1e-4", "l
 GAUSSIAN = ["model.bottleneck={type: gaussian}", "train.lr=1e-4"]
 PRIOR = ["loss={replace_prob: {start: 0.4, end: 0.2}, class_dropout_prob: 0.1}", "train.ema_decay=0.9"]
 PRIORS = {
-    "causal": [],
+    "causal": ["train.optimizer=muon"],
     "masked": ["model={type: masked_transformer, hidden_size: 16, num_heads: 2, dropout: 0, predict_replaced: true}"],
     "pixelcnn": ["model={type: pixelcnn, channels: 8, depth: 3}"],
 }

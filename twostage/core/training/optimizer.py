@@ -12,7 +12,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from twostage.core.errors import InputError
 from twostage.core.machine.sharding import shard
+from twostage.core.training.muon import Muon, hidden_matrices
 from twostage.core.training.train_config import TrainConfig
 
 __all__ = ["FUSED_DEVICES", "TrainedNetwork", "averaged_copy", "check_gradient", "make_optimizer"]
@@ -23,26 +25,43 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def make_optimizer(
-    model: nn.Module, train: TrainConfig, *, lr: float | None = None, betas: tuple[float, float] | None = None
+    model: nn.Module,
+    train: TrainConfig,
+    *,
+    lr: float | None = None,
+    betas: tuple[float, float] | None = None,
+    muon: bool = False,
 ) -> Optimizer:
     """AdamW over the trainable weights of ``model``; biases, gains and one-dimensional embeddings do not decay.
 
     Args:
         lr: for a second network; None: `train.lr`. Both follow the same schedule.
         betas: for a second network; None: `train.betas`.
+        muon: whether Muon updates the matrices, see `hidden_matrices`.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    if train.weight_decay:
-        groups = [
-            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": train.weight_decay},
+    decay = train.weight_decay
+    if decay:
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": decay},
             {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
         ]
     else:
         groups = [{"params": trainable, "weight_decay": 0.0}]
-    for group in groups:
-        group["initial_lr"] = lr or train.lr
     fused = trainable[0].device.type in FUSED_DEVICES
-    return torch.optim.AdamW(groups, lr=lr or train.lr, betas=betas or train.betas, fused=fused)
+    settings: dict[str, Any] = {"lr": lr or train.lr, "betas": betas or train.betas, "fused": fused}
+    if muon:
+        matrices = hidden_matrices(model)
+        of_muon = set(matrices)
+        groups = [group | {"params": [p for p in group["params"] if p not in of_muon]} for group in groups]
+        groups.append({"params": matrices, "weight_decay": decay, "matrices": True})
+        dtype = torch.bfloat16 if train.mixed_precision == "bf16" else torch.float32
+        optimizer: Optimizer = Muon(groups, dtype, **settings)
+    else:
+        optimizer = torch.optim.AdamW(groups, **settings)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
 
 
 def check_gradient(net: nn.Module, optimizer: Optimizer, accelerator: Accelerator, train: TrainConfig) -> Tensor:
@@ -84,12 +103,16 @@ class TrainedNetwork(Generic[ModuleT]):
     """A network, the average of its weights, and its optimizer, as Accelerate or FSDP wraps them.
 
     Args:
-        name: `model`, or the name of a second network, which prefixes its optimizer's checkpoint and its metrics.
+        name: `model`, or the name of a second network, which prefixes its optimizer's checkpoint and its metrics. AdamW
+            updates a second network.
         ema_decay: None: no average.
         units_to_shard: class names for FSDP; none: no FSDP.
         sharded_methods: see :func:`twostage.core.machine.sharding.shard`.
         lr: None: `train.lr`.
         betas: None: `train.betas`.
+
+    Raises:
+        InputError: Muon with FSDP.
     """
 
     def __init__(
@@ -110,10 +133,16 @@ class TrainedNetwork(Generic[ModuleT]):
         self.averaged = averaged_copy(module, ema_decay) if ema_decay else None
         self.final: ModuleT = cast("ModuleT", self.averaged.module) if self.averaged else module
         """The averaged weights, if there are any: validation measures them, and inference loads them."""
+        muon = train.optimizer == "muon" and name == "model"
         if units_to_shard:
+            if muon:
+                raise InputError(
+                    "train.optimizer 'muon': needs whole matrices, and FSDP shares them out among the processes. Set "
+                    "train.optimizer=adamw, or launch with configs/accelerate/gpu_8.yaml"
+                )
             for each in dict.fromkeys((module, self.final)):
                 shard(each, units_to_shard, train.mixed_precision, *sharded_methods)
-        self.optimizer = make_optimizer(module, train, lr=lr, betas=betas)
+        self.optimizer = make_optimizer(module, train, lr=lr, betas=betas, muon=muon)
         self.wrapped: nn.Module = module if units_to_shard else accelerator.prepare(module)
         """The module that training calls."""
         self.wrapped_optimizer: Optimizer = accelerator.prepare(self.optimizer)

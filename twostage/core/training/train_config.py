@@ -24,14 +24,16 @@ class TrainConfig(Section):
     """Number of updates; the alternative is `epochs`."""
     epochs: Count | None = None
     """Passes over the training split; an incomplete last batch is skipped."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for matrices and convolution kernels, AdamW for all other weights and for discriminators."""
     lr: Number = Field(default=3e-4, gt=0)
     lr_schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: Size = 0
     """Updates over which the learning rate rises from 0."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Adam's decay rates."""
+    """AdamW's decay rates."""
     weight_decay: Number = Field(default=0.0, ge=0)
-    """Decoupled weight decay (AdamW) of matrices and convolution kernels."""
+    """Decoupled weight decay of matrices and convolution kernels."""
     max_grad_norm: Number | None = Field(default=None, gt=0)
     """Gradients are clipped to this norm; None: never."""
     gradient_accumulation_steps: Count = 1
