@@ -63,7 +63,7 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)))
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation with at most 32 groups of at least four channels; one group for few channels."""
-    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1))
+def group_norm(channels: int, group_channels: int = 4) -> nn.GroupNorm:
+    """Group normalisation with at most 32 groups of at least ``group_channels``; one group for few channels."""
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= group_channels * g or g == 1))
     return nn.GroupNorm(groups, channels)

@@ -9,12 +9,13 @@ from stage1_tokenizer.mlp_backbone import MLPConfig, UnitRange
 from twostage.core.config.sections import parse_config
 
 CONV = ConvConfig(channels=8, channel_mult=[1, 2, 1], num_res_blocks=[0, 1, 1])
+PATCHES = ConvConfig(patch_size=2, channels=16, channel_mult=[1, 2], num_res_blocks=[0, 1], group_channels=16)
 MLP = MLPConfig(hidden_sizes=[16, 12])
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 12)])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize("config", [CONV, MLP], ids=["conv", "mlp"])
+@pytest.mark.parametrize("config", [CONV, PATCHES, MLP], ids=["conv", "patches", "mlp"])
 def test_images_become_latents_and_latents_images(config, channels, size):
     encoder, decoder = config.build((channels, *size), encoded_channels=10, latent_channels=5)
     grid = (1, 1) if config is MLP else (size[0] // 4, size[1] // 4)
@@ -43,8 +44,11 @@ def test_attention_sees_every_cell_and_convolutions_only_near_ones(attention_fac
 
 
 def test_attention_at_an_unknown_resolution_is_refused():
+    document = {"channel_mult": [1, 1], "num_res_blocks": [0, 0], "attention_factors": [2, 3]}
     with refuses("attention_factors [3]", "expected", "[1, 2]"):
-        parse_config(ConvConfig, {"channel_mult": [1, 1], "num_res_blocks": [0, 0], "attention_factors": [2, 3]}, "b")
+        parse_config(ConvConfig, document, "b")
+    with refuses("attention_factors [3]", "expected", "[2, 4]"):
+        parse_config(ConvConfig, document | {"patch_size": 2}, "b")
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(1, 1), (6, 1), (8, 2), (64, 16), (128, 32), (256, 32), (48, 8)])
@@ -76,7 +80,25 @@ def test_the_mlp_is_fed_pixels_from_0_to_1():
     assert isinstance(encoder[0], UnitRange)
 
 
-@pytest.mark.parametrize("config", [CONV, MLP], ids=["conv", "mlp"])
+def test_a_patch_is_seen_and_written_pixel_by_pixel():
+    config = ConvConfig(patch_size=4, channels=16, channel_mult=[1], num_res_blocks=[0])
+    encoder, decoder = config.build((1, 8, 8), 16, 16)
+    images = torch.randn(1, 1, 8, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(encoder(images)[0].sum(), images)
+    assert (gradient != 0).all()
+    assert decoder(torch.randn(1, 16, 2, 2)).unfold(2, 4, 4).unfold(3, 4, 4).flatten(4).std(-1).min() > 0
+    assert all(layer.kernel_size != (4, 4) for layer in decoder.modules() if isinstance(layer, nn.ConvTranspose2d))
+
+
+def test_wide_groups_keep_the_channels_last_in_memory():
+    for config, expected in ((PATCHES, True), (CONV, False)):
+        encoder, _ = config.build((3, 8, 8), 16, 4)
+        assert encoder(torch.zeros(2, 3, 8, 8)).is_contiguous(memory_format=torch.channels_last) == expected
+        sizes = [n.num_channels // n.num_groups for n in encoder.modules() if isinstance(n, nn.GroupNorm)]
+        assert min(sizes) >= config.group_channels or not expected
+
+
+@pytest.mark.parametrize("config", [CONV, PATCHES, MLP], ids=["conv", "patches", "mlp"])
 def test_the_decoders_output_is_unbounded(config):
     _, decoder = config.build((1, 8, 8), 4, 4)
     last = [layer for layer in decoder.modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
