@@ -8,7 +8,9 @@ from torch import Tensor
 
 from twostage.core.training.random import BatchRandom
 
-__all__ = ["flip_half", "shift"]
+__all__ = ["crop", "flip_half", "shift"]
+
+LANCZOS_LOBES = 3
 
 
 def flip_half(images: Tensor, random: BatchRandom) -> Tensor:
@@ -27,3 +29,33 @@ def shift(images: Tensor, max_shift: int, random: BatchRandom) -> Tensor:
     columns = (torch.arange(width, device=images.device) + moves[:, 1]).clamp(0, width - 1)  # (B, W)
     sample = torch.arange(batch, device=images.device)[:, None, None]
     return images[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def crop(images: Tensor, size: tuple[int, int], min_share: float, random: BatchRandom) -> Tensor:
+    """Cuts a window out of each image (B, C, H, W) in [-1, 1] and resizes it to ``size`` (h, w).
+
+    The sides of a window are a random share of the image's sides, at least ``min_share``, and its place is random. The
+    filter is the one that images are loaded with: Lanczos, antialiased. All images share two matrix products.
+    """
+    draws = random.uniform("crop", (3,), images.device)
+    share = min_share + (1 - min_share) * draws[:, 0]
+    rows, columns = (
+        _window_weights(wanted, full, share, draws[:, place])
+        for wanted, full, place in zip(size, images.shape[2:], (1, 2), strict=True)
+    )
+    return (rows[:, None] @ images @ columns[:, None].mT).clamp_(-1, 1)
+
+
+def _window_weights(wanted: int, full: int, share: Tensor, place: Tensor) -> Tensor:
+    """The weights (B, wanted, full) with which the pixels of a side make up those of its resized window.
+
+    Args:
+        share: (B,) of the side that the window covers.
+        place: (B,) in [0, 1): 0 leaves the window at the beginning of the side.
+    """
+    scale = (full * share / wanted)[:, None, None]  # pixels of the image per pixel of the result
+    start = (full * (1 - share) * place)[:, None, None]
+    centres = start + (torch.arange(wanted, device=share.device)[:, None] + 0.5) * scale
+    distance = (torch.arange(full, device=share.device) + 0.5 - centres) / scale.clamp(min=1)
+    weights = torch.sinc(distance) * torch.sinc(distance / LANCZOS_LOBES) * (distance.abs() < LANCZOS_LOBES)
+    return weights / weights.sum(2, keepdim=True)

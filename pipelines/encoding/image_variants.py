@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stage2_prior.codes import Augmentation
-from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_images
+from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_larger
 from twostage.core.training.random import seed_for
 
 __all__ = ["ImageVariants", "image_variants"]
@@ -63,8 +63,7 @@ def image_variants(data: ImageData, config: DataConfig, augmentation: Augmentati
     """All splits of ``data``, which was loaded from ``config``. Only the training split has more than plain images."""
     larger = None
     if augmentation.crops:
-        # Read again from the source, because enlarged images would lack the detail of large ones.
         height, width = ((11 * side + 9) // 10 for side in config.size)  # 1.1 times, rounded up
-        larger = load_images(config.model_copy(update={"image_size": (height, width)})).splits["train"]
+        larger = load_larger(config, (height, width))
     plain = {name: ImageVariants(images, None, Augmentation()) for name, images in data.splits.items()}
     return plain | {"train": ImageVariants(data.splits["train"], larger, augmentation)}

@@ -29,7 +29,15 @@ from twostage.core.machine.memory import check_bytes
 from twostage.core.runs.contents import Contents
 from twostage.core.wording import some_of
 
-__all__ = ["DataConfig", "ImageData", "ImageSplit", "LabelColumnOption", "ValueRangeOption", "load_images"]
+__all__ = [
+    "DataConfig",
+    "ImageData",
+    "ImageSplit",
+    "LabelColumnOption",
+    "ValueRangeOption",
+    "load_images",
+    "load_larger",
+]
 
 MAX_SIDE = 65_536  # pixels
 NUM_SHAPES = 20_000
@@ -61,6 +69,10 @@ class DataConfig(Section):
     of the files' type, which is 0 to 1 for floats."""
     horizontal_flip: Flag = False
     """Mirrors each training image with probability 1/2."""
+    random_crop: Share | None = None
+    """The smallest share of an image's sides that a tokenizer sees of it in training, such as 0.8: each time a window
+    of random size and place. Training images are then kept larger (1/0.8 times as large), so that no window has to be
+    enlarged, if the files are large enough. null: whole images."""
     num_images: Count | None = None
     """The maximum number of training images; null: all (20,000 for `shapes`)."""
     validation_share: Share = 0.05
@@ -205,6 +217,12 @@ class ImageData:
     @property
     def validation(self) -> ImageSplit:
         return self.splits[self.validation_name]
+
+
+def load_larger(config: DataConfig, size: tuple[int, int]) -> ImageSplit:
+    """The training images of ``config`` at another size (H, W), for cutting windows out of them. They come from the
+    source again, because enlarged images would lack the detail of large ones."""
+    return load_images(config.model_copy(update={"image_size": size})).splits["train"]
 
 
 def load_images(config: DataConfig) -> ImageData:
