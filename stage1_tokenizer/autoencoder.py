@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stage1_tokenizer import continuous, finite_scalar, lookup_free, mlp_backbone, residual_quantizer, vqgan_backbone  # noqa: F401
 from stage1_tokenizer.backbone import BackboneConfig
 from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput
+from stage1_tokenizer.code_perturbation import PerturbationConfig, perturb_latent
 from stage1_tokenizer.conv_backbone import ConvConfig
 from stage1_tokenizer.objective import ObjectiveConfig, corrupt, negative_log_likelihood, reconstruction_loss
 from stage1_tokenizer.vector_quantizer import VectorConfig
@@ -159,15 +160,29 @@ class Autoencoder(nn.Module):
         assert isinstance(layers[-1].weight, nn.Parameter)
         return layers[-1].weight
 
-    def forward(self, images: Tensor, labels: Tensor | None, random: BatchRandom) -> AutoencoderOutput:
-        """The loss on images (B, C, H, W) in [-1, 1]; class-conditional families need ``labels`` (B,)."""
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        random: BatchRandom,
+        perturbation: PerturbationConfig | None = None,
+    ) -> AutoencoderOutput:
+        """The loss on images (B, C, H, W) in [-1, 1]; class-conditional families need ``labels`` (B,).
+
+        Args:
+            perturbation: how the decoder's codes are replaced; None: it gets the encoder's own codes.
+        """
         if not self._range_known:
             check_range(images)
             self._range_known = True  # checked once: reading values back makes the GPU wait
         corruption = self.config.loss.corruption
         inputs = corrupt(images, corruption, random) if corruption else images
         latent = self.bottleneck(self.run_encoder(inputs), labels, random)
-        decoded = self.run_decoder(latent.z)
+        z = latent.z
+        if perturbation:
+            assert latent.indices is not None
+            z = perturb_latent(z, latent.indices, self.bottleneck, perturbation, random)
+        decoded = self.run_decoder(z)
         metrics: dict[str, Tensor] = {}
         if self.variational:
             distortion, level = negative_log_likelihood(decoded, images, self.config.loss)

@@ -1,4 +1,4 @@
-"""The nearest code of each vector, and k-means, without a matrix of all vectors by all codes.
+"""The nearest code of each vector, the neighbours of a code, and k-means, without a matrix of all pairs.
 
 Axes: N vectors, D dimensions, K codes.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twostage.core.machine.onednn import has_onednn, pack, product
 
-__all__ = ["k_means", "nearest_codes"]
+__all__ = ["k_means", "nearest_codes", "neighbours"]
 
 CPU_TILE = 1 << 20  # scores computed at a time on a CPU: 4 MiB, which stays in its cache
 GPU_TILE = 1 << 26  # a GPU is faster with few large products than with many small ones
@@ -69,6 +69,18 @@ def _row_maxima(scores: Tensor) -> tuple[Tensor, Tensor]:
     values, chosen = maxima.max(1)
     within = blocks[torch.arange(rows), chosen].argmax(1)
     return values, chosen * block + within
+
+
+@torch.no_grad()
+def neighbours(codebook: Tensor, codes: Tensor, count: int) -> Tensor:
+    """The nearest other codes of each of ``codes`` (N,) in a codebook (K, D), nearest first: (N, count) int64."""
+    tile = CPU_TILE if codebook.device.type == "cpu" else GPU_TILE
+    score = _scorer(codebook)
+    found = [codes.new_empty(0, count)]
+    for part in codes.split(max(1, tile // len(codebook))):
+        scores = score(codebook[part]).scatter_(1, part[:, None], -torch.inf)  # a code is no neighbour of itself
+        found.append(scores.topk(count, dim=1).indices)
+    return torch.cat(found)
 
 
 @torch.no_grad()

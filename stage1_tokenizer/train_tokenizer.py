@@ -3,6 +3,7 @@
 accelerate launch -m stage1_tokenizer.train_tokenizer configs/tokenizer/vqvae_cifar10.yaml [key=value ...]
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ from accelerate.utils import broadcast
 from pydantic import model_validator
 from torch import Tensor
 
-from stage1_tokenizer.augmentation import flip_half
+from stage1_tokenizer.augmentation import crop, flip_half
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig, PerceptualNetwork
 from stage1_tokenizer.diagnosis import Diagnosis
 from stage1_tokenizer.discriminator import Discriminator, discriminator_loss, r1_penalty
@@ -22,7 +23,7 @@ from stage1_tokenizer.sample_sheets import draw_images
 from stage1_tokenizer.training_losses import ImageLosses, LossConfig
 from stage1_tokenizer.validation import validate
 from twostage.core.config.sections import PathName, RunConfig, Section, describe_differences, load_config, parse_config
-from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_images
+from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_images, load_larger
 from twostage.core.errors import InputError
 from twostage.core.files import expand_home
 from twostage.core.images.conversion import to_float
@@ -119,6 +120,7 @@ def train(
     data = load_images(config.data)
     run.report(data.description, *data.notices)
     split = data.splits["train"]
+    larger = split if config.data.random_crop is None else larger_images(config.data)
     batches = Batches(len(split), config.train, run.seed, accelerator, "images (data.num_images)")
 
     # 2. The autoencoder, its average, its discriminator, and their optimizers.
@@ -149,10 +151,10 @@ def train(
     diagnosis = Diagnosis(config.model.bottleneck.collapse_remedy, run.facts, run.report)
 
     def read(rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        return split.read(rows), split.read_labels(rows)
+        return larger.read(rows), larger.read_labels(rows)
 
     # 4. The training.
-    for batch in run.steps(read, read_ahead=not split.in_memory):
+    for batch in run.steps(read, read_ahead=not larger.in_memory):
         network.wrapped.train()
         if config.train.parts == "decoder":
             autoencoder.bottleneck.eval()
@@ -160,10 +162,12 @@ def train(
         for (pixels, labels), random in batch:
             images = to_float(pixels.to(accelerator.device, non_blocking=True))
             labels = None if labels is None else labels.to(accelerator.device, non_blocking=True)
+            if config.data.random_crop:
+                images = crop(images, config.data.size, config.data.random_crop, random)
             if config.data.horizontal_flip:
                 images = flip_half(images, random)
             with accelerator.accumulate(*[each.wrapped for each in networks]):  # once for both: it counts
-                output = network.wrapped(images, labels, random)
+                output = network.wrapped(images, labels, random, config.loss.perturbation)
                 gradient, terms = image_losses.pixel_gradient(output, images, run.progress)
                 loss = output.loss if gradient is None else output.loss + (output.decoded * gradient).sum()
                 run.update(network, loss)
@@ -205,6 +209,13 @@ def train(
     return run
 
 
+def larger_images(config: DataConfig) -> ImageSplit:
+    """The training images at the size from which `data.random_crop` cuts its windows."""
+    assert config.random_crop is not None
+    height, width = (math.ceil(side / config.random_crop) for side in config.size)
+    return load_larger(config, (height, width))
+
+
 def make_autoencoder(config: TokenizerConfig, data: ImageData, accelerator: Accelerator) -> Autoencoder:
     """The untrained autoencoder, with the parts frozen that are not trained.
 
@@ -214,6 +225,8 @@ def make_autoencoder(config: TokenizerConfig, data: ImageData, accelerator: Acce
     form = autoencoder_config(config, data)
     check_model(lambda: Autoencoder(form), config.model.model_dump(), "model", accelerator.device)
     autoencoder = Autoencoder(form).to(accelerator.device)
+    if config.loss.perturbation:
+        config.loss.perturbation.check(autoencoder.bottleneck, config.model.bottleneck.type)
     if config.train.parts == "decoder":
         autoencoder.encoder.requires_grad_(False)
         autoencoder.bottleneck.requires_grad_(False)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderOutput, PerceptualNetwork
+from stage1_tokenizer.code_perturbation import PerturbationConfig
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, adversarial_weight, generator_loss
 from stage1_tokenizer.feature_network import FeatureNetwork
 from stage1_tokenizer.objective import ObjectiveConfig
@@ -26,6 +27,8 @@ class LossConfig(ObjectiveConfig):
     """A distance in the features of a frozen network, added to the reconstruction loss; null: none."""
     adversarial: AdversarialConfig | None = None
     """A discriminator trained beside the autoencoder, which makes it a VQ-GAN; null: none."""
+    perturbation: PerturbationConfig | None = None
+    """Replaces codes by similar ones before the decoder, which then forgives more mistakes of a prior; null: none."""
 
     def objective(self) -> ObjectiveConfig:
         """The part that the trained model keeps."""

@@ -22,7 +22,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--
           "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
 STEPS = ["train.max_steps=20", "train.log_every=1", "train.validate_every=10", "train.checkpoint_every=20"]
 
-EMA = ["data.horizontal_flip=true", "train.ema_decay=0.9"]
+EMA = ["data.horizontal_flip=true", "data.random_crop=0.8", "train.ema_decay=0.9", "loss.perturbation={neighbours: 3}"]
 LEARNED = ["model.bottleneck={type: vector, codebook_size: 16, codebook: learned}", "train.max_grad_norm=0.1"]
 ACCUMULATED = ["train.gradient_accumulation_steps=2"]
 SIMVQ = ["model.bottleneck={type: vector, codebook_size: 16, codebook: simvq, gradient: rotation}"]

@@ -93,7 +93,7 @@ def _doubts(
     model: Autoencoder, tokenizer: str | Path, network: Judge | None, source: str, figures: dict[str, float]
 ) -> dict[str, str]:
     """Why some figures are not evidence of quality: the model was trained to improve them."""
-    judged = [name for name in ("recognised", "rfid") if name in figures]
+    judged = [name for name in ("recognised", "rfid", "rfid_perturbed") if name in figures]
     doubts = not_evidence(model.config, tokenizer, network, source, judged)
     if "lpips" in figures and any(net.type == "lpips" for net in model.config.trained_against):
         doubts["lpips"] = LPIPS_REASON

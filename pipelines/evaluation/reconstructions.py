@@ -26,6 +26,7 @@ from pipelines.saved.evaluation_figures import (
     LikelihoodBound,
 )
 from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.code_perturbation import code_vectors, perturb_codes
 from stage1_tokenizer.perceptual import MIN_SIDE, TRUNK, LPIPSConfig, build_perceptual, find_trunk
 from stage1_tokenizer.validation import ACTIVE_VARIANCE, psnr
 from twostage.core.errors import InputError
@@ -38,6 +39,10 @@ __all__ = ["Lpips", "ReconstructionJudge", "Reconstructions", "measure_reconstru
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 NOISE_SEED = 0
 """The seed of the posterior's noise and of a denoising autoencoder's corruption."""
+PERTURBED_SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
+PERTURBED_NEIGHBOURS = 0.07
+"""How codes are replaced for `rfid_perturbed`: the share of an image's codes, one image after another, and the share of
+the codebook that counts as similar to a code (as RobusTok, arXiv 2503.08354, about 280 of 4,096)."""
 BOUND_COLUMNS = ("nats_per_image", "bits_per_dim", "kl")
 
 
@@ -94,7 +99,9 @@ def measure_reconstructions(
     # One row per image, and each process fills in its own rows: so the means do not depend on which process did what.
     table = torch.zeros(len(rows), len(columns), dtype=torch.float64)
     digests = RowDigests(len(rows))
-    judge = ReconstructionJudge(network, len(rows), work, images.data.class_names) if network else None
+    judge = None
+    if network:
+        judge = ReconstructionJudge(network, len(rows), work, images.data.class_names, _perturbation(model))
     codes = torch.zeros(model.bottleneck.depth, model.codebook_size or 0, dtype=torch.long)
     moments = torch.zeros(2, math.prod(model.latent_shape), dtype=torch.float64)  # sums of means and of their squares
     for places in work.batches(len(rows), "evaluate"):
@@ -112,7 +119,8 @@ def measure_reconstructions(
         if latent.indices is not None:
             _count_codes(codes, latent.indices.cpu())
         if judge:
-            judge.update(originals, decoded, places, labels)
+            perturbed = _decode_perturbed(model, latent.indices, rows[places]) if judge.perturbation else None
+            judge.update(originals, decoded, places, labels, perturbed)
     table = work.total(table)
     digests.gather(work)
     means = dict(zip(columns, table.mean(0).tolist(), strict=True))
@@ -147,6 +155,30 @@ def _image_values(
 
 def _corrupts(model: Autoencoder) -> bool:
     return model.config.loss.corruption is not None
+
+
+def _num_similar(model: Autoencoder) -> int:
+    return max(1, round(PERTURBED_NEIGHBOURS * model.bottleneck.codebook_size))
+
+
+def _perturbation(model: Autoencoder) -> str | None:
+    """How codes are replaced for `rfid_perturbed`, in words; None: the model has no codes, or several per cell."""
+    if model.codebook_size is None or model.bottleneck.depth > 1:
+        return None
+    shares = ", ".join(map(str, PERTURBED_SHARES))
+    return (
+        f"each code becomes, with probability {shares} in images 0, 1, 2 ... and so on, one of the "
+        f"{_num_similar(model)} codes nearest to it; seed {NOISE_SEED}"
+    )
+
+
+def _decode_perturbed(model: Autoencoder, indices: Tensor | None, rows: Tensor) -> Tensor:
+    """8-bit images decoded from codes (B, h, w) of which many are replaced by similar ones."""
+    assert indices is not None
+    share = torch.tensor(PERTURBED_SHARES, device=indices.device)[rows.to(indices.device) % len(PERTURBED_SHARES)]
+    random = RowRandom(NOISE_SEED, rows)
+    replaced = perturb_codes(indices, code_vectors(model.bottleneck), share, _num_similar(model), random)
+    return to_uint8(model.decode_indices(replaced))
 
 
 def _count_codes(counts: Tensor, indices: Tensor) -> None:
@@ -226,26 +258,45 @@ class ReconstructionJudge:
     Args:
         num_images: over all processes.
         class_names: the images' classes; None: recognition is not measured.
+        perturbation: how codes are replaced for `rfid_perturbed`, in words; None: it is not measured.
     """
 
-    def __init__(self, network: Judge, num_images: int, work: SharedWork, class_names: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        network: Judge,
+        num_images: int,
+        work: SharedWork,
+        class_names: list[str] | None = None,
+        perturbation: str | None = None,
+    ) -> None:
+        self.perturbation = perturbation
         self._network, self._num_images, self._work = network.to(work.device), num_images, work
         self._mismatch = class_mismatch(network, class_names, "data") if class_names else None
         self._knows_classes = bool(class_names) and self._mismatch is None
         self._recognised = torch.zeros(3, dtype=torch.long)  # originals, reconstructions; images that were judged
-        self._reconstructions, self._halves = (
-            FrechetDistance(network.num_features, work.float64_device) for _ in range(2)
+        self._reconstructions, self._halves, self._perturbed = (
+            FrechetDistance(network.num_features, work.float64_device) for _ in range(3)
         )
         # At random, because classes often alternate.
         generator = torch.Generator().manual_seed(seed_for("halves"))
         self._first_half = torch.randperm(num_images, generator=generator) < num_images // 2
 
-    def update(self, originals: Tensor, decoded: Tensor, places: Tensor, labels: Tensor | None = None) -> None:
+    def update(
+        self,
+        originals: Tensor,
+        decoded: Tensor,
+        places: Tensor,
+        labels: Tensor | None = None,
+        perturbed: Tensor | None = None,
+    ) -> None:
         """Adds uint8 images (B, C, H, W), their 8-bit reconstructions, the places (B,) of the images among all of
-        them, and their classes (B,) int64 if there are any."""
+        them, their classes (B,) int64 if there are any, and the images decoded from replaced codes."""
         features, of_decoded = self._network(originals), self._network(decoded)
         self._reconstructions.update(features, real=True)
         self._reconstructions.update(of_decoded, real=False)
+        if perturbed is not None:
+            self._perturbed.update(features, real=True)
+            self._perturbed.update(self._network(perturbed), real=False)
         if self._knows_classes and labels is not None:
             correct = [(self._network.logits(each).argmax(1) == labels).sum() for each in (features, of_decoded)]
             self._recognised += torch.stack([*correct, torch.full_like(correct[0], len(labels))]).cpu()
@@ -267,13 +318,17 @@ class ReconstructionJudge:
         if warning := bias_warning(self._num_images, num_features):
             protocol["warning"] = warning
             notes.append(f"rFID: {warning}.")
-        rfid, halves = self._reconstructions.compute(self._work), None
+        rfid, halves, perturbed = self._reconstructions.compute(self._work), None, None
         if self._num_images // 2 > num_features:
             halves = self._halves.compute(self._work)
             protocol["halves"] = (
                 "rfid_of_halves: a random half of the originals against the other half, so with half as many images"
             )
-        return Measurement(JudgedReconstructions(*shares, rfid, halves), missing, {"rfid": protocol}, (), notes)
+        if self.perturbation:
+            perturbed = self._perturbed.compute(self._work)
+            protocol["perturbed"] = f"rfid_perturbed: {self.perturbation}"
+        figures = JudgedReconstructions(*shares, rfid, halves, perturbed)
+        return Measurement(figures, missing, {"rfid": protocol}, (), notes)
 
 
 # --- structural similarity ------------------------------------------------------------------------------------------

@@ -91,6 +91,11 @@ class JudgedReconstructions(Figures):
     rfid_of_halves: float | None = figure(
         "  of the originals' halves", "{:.4g}", "the distance between two halves of the same images"
     )
+    rfid_perturbed: float | None = figure(
+        "  from perturbed codes",
+        "{:.4g}",
+        "with most codes replaced by similar ones, as a prior's mistakes; lower is better",
+    )
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,22 @@ def test_the_frechet_distance_is_that_of_scipy(document, features, originals, pi
     assert document["figures"]["rfid_of_halves"] == pytest.approx(halves, rel=1e-3)
 
 
+def test_perturbed_codes_are_neighbours_and_their_images_judged(runs, document, features, originals):
+    """One of a code's 1 nearest others: the codebook has 16 codes. Image i loses 5/10, 6/10, ... of its codes."""
+    model = Autoencoder.from_pretrained(runs.tokenizer)
+    codes, book = model.encode(to_float(originals)).indices, model.bottleneck.codebook.double()
+    nearest = (torch.cdist(book, book) + torch.eye(16) * 1e9).argmin(1)
+    replaced = codes.clone()
+    for row, share in enumerate([0.5, 0.6, 0.7, 0.8, 0.9] * 13):
+        if row < 64:
+            draws = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(seed_for(0, "perturbed codes", row)))
+            replaced[row] = torch.where(draws[0] < share, nearest[codes[row]], codes[row])
+    images = to_uint8(model.decode_indices(replaced))
+    expected = reference_distance(network_features(features, originals), network_features(features, images))
+    assert document["figures"]["rfid_perturbed"] == pytest.approx(expected, rel=1e-3)
+    assert_names(document["protocol"]["rfid"]["perturbed"], "0.5, 0.6", "the 1 codes", "seed 0")
+
+
 def test_codes_are_counted_over_the_whole_set(runs, document, originals):
     codes = Autoencoder.from_pretrained(runs.tokenizer).encode(to_float(originals)).indices.numpy()
     shares = np.unique(codes, return_counts=True)[1] / codes.size

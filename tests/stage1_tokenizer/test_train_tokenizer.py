@@ -10,6 +10,8 @@ from messages import assert_names, refuses
 from PIL import Image
 from safetensors.torch import load_file
 
+from stage1_tokenizer import train_tokenizer
+from stage1_tokenizer.augmentation import crop
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.train_tokenizer import TokenizerConfig, command, train
 from twostage.core.config.sections import parse_config
@@ -121,7 +123,9 @@ def test_the_average_follows_the_weights(document, start):
 def test_a_killed_run_ends_as_if_uninterrupted(family, document, start):
     config = document(VAE if family == "vae" else None, ema_decay=0.9, gradient_accumulation_steps=2,
                       lr_schedule="cosine", warmup_steps=2, max_grad_norm=0.1, checkpoint_every=2)  # fmt: skip
-    config["data"]["horizontal_flip"] = True
+    config["data"] |= {"horizontal_flip": True, "random_crop": 0.7}
+    if family != "vae":
+        config["loss"] = {"perturbation": {"neighbours": 3}}
     if family == "learned":
         config["model"]["bottleneck"]["codebook"] = "learned"
     run = start(config)
@@ -169,12 +173,44 @@ def test_the_codebook_starts_on_the_data(document, start):
     assert line["perplexity"] > 2
 
 
-def test_only_training_images_are_mirrored(document, start, tmp_path):
+@pytest.mark.parametrize(
+    ("group", "setting"),
+    [
+        ("data", {"horizontal_flip": True}),
+        ("data", {"random_crop": 0.5}),
+        ("loss", {"perturbation": {"image_share": 1.0, "neighbours": 7}}),
+    ],
+)
+def test_only_training_images_are_changed(group, setting, document, start, tmp_path):
     losses = []
-    for flip in (True, False):
+    for changed in (True, False):
         config = document(lr=1e-9, max_steps=1, ema_decay=0.9)
-        config["run"]["dir"] = str(tmp_path / f"run_{flip}")
-        config["data"]["horizontal_flip"] = flip
+        config["run"]["dir"] = str(tmp_path / f"run_{changed}")
+        config[group] = config.get(group, {}) | (setting if changed else {})
         losses.append({line["split"]: line["loss"] for line in read_metrics(start(config))})
     assert losses[0]["train"] != losses[1]["train"]
     assert losses[0]["val"] == pytest.approx(losses[1]["val"], rel=1e-3)
+
+
+def test_windows_are_cut_out_of_larger_images(document, start, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_tokenizer, "crop", lambda images, *rest: seen.append(images.shape) or crop(images, *rest))
+    config = document(max_steps=1)
+    config["data"] |= {"image_size": [8, 12], "random_crop": 0.8}
+    run = start(config)
+    assert seen == [(16, 3, 10, 15)]
+    assert Autoencoder.from_pretrained(run).config.image_size == (8, 12)
+
+
+def test_a_robust_decoder_keeps_the_codes_valid(document, start, tmp_path):
+    source = start(document())
+    config = document(parts="decoder") | {"init_from": str(source), "loss": {"perturbation": {"neighbours": 3}}}
+    config["run"]["dir"] = str(tmp_path / "robust")
+    before, after = Autoencoder.from_pretrained(source), Autoencoder.from_pretrained(start(config))
+    assert after.content_hash() == before.content_hash()
+    assert not torch.equal(after.last_layer, before.last_layer)
+
+
+def test_perturbed_codes_need_a_codebook(document, start):
+    with refuses("loss.perturbation", "gaussian", "Remove"):
+        start(document(VAE) | {"loss": {"perturbation": {}}})

@@ -186,16 +186,16 @@ def test_evaluate_warns_and_refuses_the_verdict(trained, critic, judge, twostage
     assert ended.code == 0, ended.err
     document = json.loads((run / "evaluation" / "evaluation.json").read_text())
     reason = document["protocol"]["not_evidence"]["rfid"]
-    assert document["protocol"]["not_evidence"].keys() == {"recognised", "rfid"}
+    assert document["protocol"]["not_evidence"].keys() == {"recognised", "rfid", "rfid_perturbed"}
     assert document["figures"]["rfid"] is not None
     assert document["verdict"]["ready"] is not True
     assert "Ready" not in ended.out
     report = (run / "evaluation" / "evaluation.html").read_text()
     for words in (ended.out, report):
-        assert "Warning: recognised, rFID: not evidence of quality, because " in words
+        assert "Warning: recognised, rFID, from perturbed codes: not evidence of quality, because " in words
         assert "--seed 1 --width 48" in words
         assert "not evidence of quality, see above" in words or "(not evidence of quality)" in words
-    assert f"Warning: recognised, rFID: not evidence of quality, because {reason}.\n" in ended.out
+    assert f"Warning: recognised, rFID, from perturbed codes: not evidence of quality, because {reason}.\n" in ended.out
 
     ended = twostage("evaluate", run, "--features", judge)
     document = json.loads((run / "evaluation" / "evaluation.json").read_text())
