@@ -22,7 +22,7 @@ VERBS = {
         "Import a pretrained VQ tokenizer from taming-transformers, diffusers or LlamaGen.",
     ),
     "encode": ("pipelines.encode_dataset", "Encode a dataset with a trained tokenizer."),
-    "train-prior": ("stage2_prior.train_prior", "Train a prior over a tokenizer's codes."),
+    "train-prior": ("pipelines.train_prior", "Train a prior over a tokenizer's codes."),
     "generate": ("pipelines.generate", "Generate images with a trained prior and its tokenizer."),
     "evaluate": (
         "pipelines.evaluate",

@@ -27,7 +27,6 @@ from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_i
 from twostage.core.errors import InputError
 from twostage.core.files import expand_home
 from twostage.core.images.conversion import to_float
-from twostage.core.images.sheets import save_image
 from twostage.core.machine.command import print_once, run_command
 from twostage.core.machine.memory import check_model
 from twostage.core.machine.stopping import TimeLimitOption
@@ -195,8 +194,7 @@ def train(
                 diagnosis.observe(run.step, {"active_share": metrics["active_share"]})
             if accelerator.is_main_process:
                 for name, image in draw_images(final, data, run.seed).items():
-                    file = f"step_{run.step:08d}_{name}.png" if name else f"step_{run.step:08d}.png"
-                    save_image(image, run.folder.samples / file)
+                    run.show_image(image, name or "reconstructions", name)
         if run.due("checkpoint"):
             # The held-out loss has no perceptual and no adversarial term, so a metric of both splits is drawn.
             curve = "reconstruction" if config.loss.perceptual or discriminator else "loss"

@@ -17,6 +17,7 @@ from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import CodeCache, CodeSplit, Manifest
 from stage2_prior.network import NetworkConfig
 from stage2_prior.prior import Prior, PriorLossConfig, prior_config
+from stage2_prior.sample_sheets import Decoder, draw_samples
 from twostage.core.config.sections import Count, PathName, RunConfig, Section, load_config
 from twostage.core.errors import InputError
 from twostage.core.machine.command import print_once, run_command
@@ -58,7 +59,10 @@ class PriorTrainingConfig(Section):
 
 
 def train(
-    config: PriorTrainingConfig, dry_run: bool = False, time_limit: float | None = None
+    config: PriorTrainingConfig,
+    dry_run: bool = False,
+    time_limit: float | None = None,
+    decode: Decoder | None = None,
 ) -> BaseRun[PriorTrainingConfig]:
     """Trains into ``config.run.dir``, or resumes from its latest checkpoint; returns the finished run.
 
@@ -69,6 +73,7 @@ def train(
     Args:
         dry_run: measure a few steps and write nothing.
         time_limit: minutes after which the run saves and stops; None: no limit.
+        decode: turns codes into images, for a sample sheet at each validation; None: no samples.
 
     Raises:
         StopAsked: the run was asked to stop, and has saved.
@@ -117,11 +122,13 @@ def train(
         if isinstance(run, DryRun):
             continue  # it measures the lines above, and neither validates nor saves
 
-        # 4. From time to time: validate, keep the best, stop early, save.
+        # 4. From time to time: validate, draw samples, keep the best, stop early, save.
         if run.due("validate"):
             loss = validate(final, cache.validation, config.train.batch_size, accelerator)
             figures = {"loss": loss, "unigram": baseline, "uniform": math.log(cache.manifest.codebook_size)}
             run.log_validation(figures, "held out" if final.exact_likelihood else "held out (loss: an upper bound)")
+            if decode:
+                show_samples(run, final, decode)
             keep_best(run, final, loss)
         if run.due("checkpoint") or run.finished:
             title = "nats per code" if final.exact_likelihood else "nats per code (held out: upper bound)"
@@ -130,6 +137,8 @@ def train(
         run.end(num_held_out=len(cache.validation))
     else:
         report_result(run, final, baseline)
+        if decode:
+            run.report(f"samples: {run.folder.samples}")
     return run
 
 
@@ -197,6 +206,17 @@ def validate(prior: Prior, split: CodeSplit, batch_size: int, accelerator: Accel
     return total.item() / split.codes.size
 
 
+def show_samples(run: TrainingRun[PriorTrainingConfig], prior: Prior, decode: Decoder) -> None:
+    """The main process draws a sample sheet; the others wait for it in the next step that all processes share."""
+    state = full_tensors(prior.state_dict()) if run.units_to_shard else None  # sampling reads whole weights
+    if not run.accelerator.is_main_process:
+        return
+    if state is not None:
+        prior = Prior(prior.config).to(run.accelerator.device)
+        prior.load_state_dict(state)
+    run.show_image(draw_samples(prior, decode, run.seed), "samples")
+
+
 def keep_best(run: TrainingRun[PriorTrainingConfig], prior: Prior, loss: float) -> None:
     """Writes `model/` if the held-out loss is the best so far; otherwise warns of overfitting, and ends the run if
     `train.patience` is exceeded."""
@@ -246,6 +266,10 @@ def command(
     json_file: JsonOption = None,
 ) -> None:
     """Train a prior over a tokenizer's codes. Run the same command again to resume."""
+    print_once(
+        "No samples are drawn during training, because this command does not load the tokenizer. To see some at each "
+        "validation, run twostage train-prior or accelerate launch -m pipelines.train_prior"
+    )
     run_training(
         lambda: train(load_config(PriorTrainingConfig, config, overrides, print_once), dry_run, time_limit),
         dry_run,

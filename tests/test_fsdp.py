@@ -12,11 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from messages import assert_names, refuses
+from PIL import Image
 from safetensors.torch import load_file
 
+from pipelines.drawing.rebuilt_images import decode_codes
+from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior import autoregressive
 from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Prior
+from stage2_prior.sample_sheets import draw_samples
 from stage2_prior.sampling import SamplingConfig, image_seeds
 from twostage.core.machine.sharding import units_to_shard
 
@@ -45,7 +49,7 @@ autoregressive.MAX_LOGITS = {MAX_LOGITS}
 PartialState.destroy_process_group = lambda *_: None  # the next training needs it
 def train(words):
     AcceleratorState._reset_state()  # another precision
-    sys.argv = ["stage2_prior.train_prior", *words]
+    sys.argv = ["pipelines.train_prior", *words]
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     except SystemExit as ended:
@@ -137,6 +141,16 @@ def test_the_model_has_whole_tensors(trained, name):
     codes = prior.sample(torch.tensor([0, 1, 2]), SamplingConfig(), seeds)
     assert codes.shape == (3, 4, 4)
     assert ((codes >= 0) & (codes < 16)).all()
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_samples_are_drawn_from_the_whole_weights(trained, runs, name):
+    run = trained[0] / name
+    prior, tokenizer = Prior.from_pretrained(run), Autoencoder.from_pretrained(runs.tokenizer)
+    expected = draw_samples(prior, lambda codes: decode_codes(tokenizer, codes), seed=0)
+    best = 4 * (1 + int(losses(run, "val").argmin()))
+    with Image.open(run / "samples" / f"step_{best:08d}.png") as drawn:
+        assert drawn.tobytes() == expected.tobytes()
 
 
 def test_one_process_resumes_where_two_stopped(trained, alone, tmp_path):

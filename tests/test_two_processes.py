@@ -158,12 +158,14 @@ def test_the_prior_command(runs, configs, alone, tmp_path):
     (tmp_path / "each.py").write_text(EACH, encoding="utf-8")
     words = {name: [configs / "prior.yaml", f"codes={runs.codes}", *STEPS, *PRIOR, *model]
              for name, model in PRIORS.items()}  # fmt: skip
-    commands = [["stage2_prior.train_prior", *each, f"run.dir={tmp_path / name}"] for name, each in words.items()]
+    commands = [["pipelines.train_prior", *each, f"run.dir={tmp_path / name}"] for name, each in words.items()]
     launch(tmp_path / "each.py", json.dumps(commands, default=str))
     for name, each in words.items():
         one = tmp_path / f"{name}_alone"
         alone("train-prior", *each, f"run.dir={one}")
         assert_same_losses(tmp_path / name, one)
+        sheets = contents(one / "samples").keys()
+        assert sheets == contents(tmp_path / name / "samples").keys() == {"step_00000010.png", "step_00000020.png"}
 
 
 def test_codes_images_and_figures(runs, alone, tmp_path):

@@ -57,7 +57,7 @@ SCENARIOS = {
         *("run", "run/metrics.jsonl", "run/checkpoints/.*.partial"),
     ),
     "prior": Scenario(
-        [str(WATCHED), "stage2_prior.train_prior", "../prior.yaml", *TRAIN],
+        [str(WATCHED), "pipelines.train_prior", "../prior.yaml", *TRAIN],
         *("run", "run/metrics.jsonl", "run/checkpoints/.*.partial"),
     ),
     "encode": Scenario(

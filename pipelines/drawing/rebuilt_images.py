@@ -1,9 +1,10 @@
-"""Reconstruct images with a tokenizer, and blend between two images. No prior is needed.
+"""Decode codes, reconstruct images and blend between two images with a tokenizer. No prior is needed.
 
-Axes: n images, C channels, H and W pixels.
+Axes: n images, C channels, H and W pixels, h and w cells of the code grid.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.drawing.batch_size import ROWS
@@ -11,7 +12,15 @@ from stage1_tokenizer.autoencoder import Autoencoder
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float, to_uint8
 
-__all__ = ["blend_images", "check_image", "encode_in_parts", "rebuild_images"]
+__all__ = ["blend_images", "check_image", "decode_codes", "encode_in_parts", "rebuild_images"]
+
+
+@torch.no_grad()
+def decode_codes(tokenizer: Autoencoder, codes: Tensor) -> Tensor:
+    """Codes (n, h, w) -> images (n, C, H, W) uint8 on the CPU; each is independent of the others in its batch."""
+    padded = F.pad(codes, (0, 0, 0, 0, 0, -len(codes) % ROWS))
+    images = [to_uint8(tokenizer.decode_indices(part)).cpu() for part in padded.split(ROWS)]
+    return torch.cat(images)[: len(codes)]
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.drawing.batch_size import ROWS, fitting_batch_size
+from pipelines.drawing.rebuilt_images import decode_codes
 from pipelines.saved.saved_model import check_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
@@ -202,12 +202,9 @@ class ImageSampler:
                 on_progress(count)
                 yield pixels, None
 
-    @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (n, h, w) -> images (n, C, H, W) uint8 on the CPU; each is independent of the others in its batch."""
-        padded = F.pad(codes, (0, 0, 0, 0, 0, -len(codes) % ROWS))
-        images = [to_uint8(self.tokenizer.decode_indices(part)).cpu() for part in padded.split(ROWS)]
-        return torch.cat(images)[: len(codes)]
+        """Codes (n, h, w) -> images (n, C, H, W) uint8, see :func:`decode_codes`."""
+        return decode_codes(self.tokenizer, codes)
 
     def _from_latents(self, labels: Tensor | None, temperature: float, seeds: list[int]) -> Tensor:
         """Images (n, C, H, W) uint8 on the CPU from the tokenizer's own prior; n is a multiple of `ROWS`."""

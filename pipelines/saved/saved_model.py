@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pipelines.saved.pipeline_folder import download_pipeline, is_hub_id, is_pipeline_folder, read_pipeline_folder
 from pipelines.saved.stored_paths import find_places
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage2_prior.codes import CodeCache
+from stage2_prior.codes import CodeCache, TokenizerReference
 from stage2_prior.prior import Prior, PriorConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import DataConfig, ImageSplit, load_images
@@ -23,7 +23,7 @@ from twostage.core.runs.contents import Record, same_place
 from twostage.core.runs.model_folder import find_model_folder
 from twostage.core.runs.run_folder import RunFolder
 
-__all__ = ["Kind", "SavedModel", "check_tokenizer", "find_data"]
+__all__ = ["Kind", "SavedModel", "check_tokenizer", "find_data", "tokenizer_of_codes"]
 
 Kind = Literal["tokenizer", "prior", "features", "pipeline"]
 
@@ -103,20 +103,9 @@ class SavedModel:
         """
         reference, run = config.tokenizer, RunFolder(self.home)
         codes = run.stored_sources().get("codes")
-        places = list(find_places(reference.path, run.path, Path(codes.place) if codes and codes.place else None))
-        others = []
-        for place in places:
-            try:
-                found = SavedModel.find_run(place), Autoencoder.from_pretrained(place)
-            except (InputError, OSError):
-                continue
-            if found[1].content_hash() == reference.hash:
-                return found
-            others.append(found)
-        if others:
-            return others[0]
-        if places:
-            return SavedModel.find_run(places[0]), Autoencoder.from_pretrained(places[0])  # explains why it cannot
+        places = find_places(reference.path, run.path, Path(codes.place) if codes and codes.place else None)
+        if found := _tokenizer_among(list(places), reference):
+            return found
         raise InputError(
             f"{self.path}: its tokenizer was at {reference.path}, but is neither there nor near {run.path}. Give "
             "--tokenizer runs/TOKENIZER; if this command has no such option, export a pipeline with twostage export "
@@ -181,6 +170,46 @@ class SavedModel:
             if not known and cache.manifest.tokenizer.hash == config.tokenizer.hash:
                 return place
         return next(iter(places.direct), Path(stored))
+
+
+def tokenizer_of_codes(cache: CodeCache) -> Autoencoder:
+    """The tokenizer that wrote the codes, by its content hash.
+
+    Raises:
+        InputError: it is missing or damaged, or has changed since.
+    """
+    reference = cache.manifest.tokenizer
+    if found := _tokenizer_among(list(find_places(reference.path, cache.path)), reference):
+        if (present := found[1].content_hash()) == reference.hash:
+            return found[1]
+        raise InputError(
+            f"the codes in {cache.path} are those of the tokenizer {reference.hash[:12]}, but {found[0].path} holds "
+            f"{present[:12]}. Encode the images again, or restore the tokenizer"
+        )
+    raise InputError(
+        f"codes {cache.path}: the tokenizer that wrote them was at {reference.path}, but is neither there nor near the "
+        "codes. Move it back"
+    )
+
+
+def _tokenizer_among(places: list[Path], reference: TokenizerReference) -> tuple[SavedModel, Autoencoder] | None:
+    """The tokenizer with the reference's hash; if there is none, another one, and if there is none either, None.
+
+    Raises:
+        InputError: there are only damaged ones.
+    """
+    others = []
+    for place in places:
+        try:
+            found = SavedModel.find_run(place), Autoencoder.from_pretrained(place)
+        except (InputError, OSError):
+            continue
+        if found[1].content_hash() == reference.hash:
+            return found
+        others.append(found)
+    if not others and places:
+        return SavedModel.find_run(places[0]), Autoencoder.from_pretrained(places[0])  # explains why it cannot
+    return others[0] if others else None
 
 
 def check_tokenizer(tokenizer: Autoencoder, config: PriorConfig) -> None:

@@ -8,11 +8,12 @@ import numpy as np
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from twostage.core.errors import InputError
-from twostage.core.images.sheets import draw_curves
+from twostage.core.images.sheets import draw_curves, save_image
 from twostage.core.machine.progress import on_terminal
 from twostage.core.machine.sharding import full_tensors
 from twostage.core.runs.checkpoint import Checkpoints
@@ -124,6 +125,17 @@ class Journal:
         """Writes and reports held-out metrics."""
         self.write_metrics("val", step, metrics)
         print_above_bar(f"step {step}: {label}: {_shown(metrics)}")
+
+    def show_image(self, image: Image.Image, step: int, tag: str, name: str) -> None:
+        """Writes an RGB image into samples/, and hands it to the trackers as ``tag``; only the main process calls it.
+
+        Args:
+            name: the end of the file's name, after the step; "" for a run's main images.
+        """
+        save_image(image, self.folder.samples / f"step_{step:08d}{name and '_'}{name}.png")
+        for tracker in self.accelerator.trackers:
+            form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({tag: np.asarray(image)[None]}, step=step, **form)
 
     def save(
         self,

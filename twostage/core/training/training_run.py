@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from twostage.core.errors import InputError, StopAsked
@@ -207,6 +208,10 @@ class TrainingRun(BaseRun[ConfigT]):
         """
         self.health.check_finite(metrics, self.step)
         self.journal.write_validation(metrics, self.step, label)
+
+    def show_image(self, image: Image.Image, tag: str, name: str = "") -> None:
+        """Keeps an image of this step, see :meth:`Journal.show_image`; only the main process calls it."""
+        self.journal.show_image(image, self.step, tag, name)
 
     def save(
         self,

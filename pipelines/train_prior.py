@@ -1,0 +1,54 @@
+"""Trains a prior over the codes of a tokenizer, and decodes a few samples at each validation.
+
+accelerate launch -m pipelines.train_prior configs/prior/gpt_cifar10.yaml codes=codes/vqvae_cifar10 [key=value ...]
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.drawing.rebuilt_images import decode_codes
+from pipelines.saved.saved_model import tokenizer_of_codes
+from stage2_prior.codes import CodeCache
+from stage2_prior.sample_sheets import Decoder
+from stage2_prior.train_prior import PriorTrainingConfig, train
+from twostage.core.config.sections import load_config
+from twostage.core.errors import InputError
+from twostage.core.machine.command import print_once, run_command
+from twostage.core.machine.stopping import TimeLimitOption
+from twostage.core.training.base_run import BaseRun
+from twostage.core.training.dry_run import DryRunOption, JsonOption, run_training
+
+__all__ = ["command"]
+
+
+def command(
+    config: Annotated[Path, typer.Argument(help="A config file, for example from configs/prior/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="codes=DIR and other settings as key=value.")] = None,
+    dry_run: DryRunOption = False,
+    time_limit: TimeLimitOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Train a prior over a tokenizer's codes, and draw samples at each validation. Run the same command again to
+    resume."""
+
+    def start() -> BaseRun[PriorTrainingConfig]:
+        loaded = load_config(PriorTrainingConfig, config, overrides, print_once)
+        return train(loaded, dry_run, time_limit, None if dry_run else _find_decoder(loaded.codes))
+
+    run_training(start, dry_run, json_file)
+
+
+def _find_decoder(codes: str) -> Decoder | None:
+    """Decodes by the tokenizer that wrote the codes; None, with a line that says why, if it is not found."""
+    try:
+        tokenizer = tokenizer_of_codes(CodeCache(codes))
+    except InputError as error:
+        print_once(f"No samples are drawn during training: {error}")
+        return None
+    return lambda given: decode_codes(tokenizer.to(given.device), given)
+
+
+if __name__ == "__main__":
+    run_command(command)
