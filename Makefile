@@ -31,7 +31,7 @@ test-lowest: $(LOWEST)/.installed
 $(LOWEST)/.installed: pyproject.toml
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	  extras = p["optional-dependencies"]; all = p["dependencies"] + extras["app"] + extras["export"] + extras["dev"]; \
+	  extras = p["optional-dependencies"]; all = p["dependencies"] + extras["app"] + extras["export"] + extras["imagenet"] + extras["dev"]; \
 	  print("\n".join(line.replace(">=", "==") for line in all if not line.startswith("twostage")))' > $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet 'setuptools>=77' -r $(LOWEST)/lowest.txt --editable .
 	touch $@

@@ -71,7 +71,7 @@ class Step:
     def ours(self) -> None:
         """One step as `train_tokenizer` computes it."""
         output = self.autoencoder(self.images, None, self.random)
-        gradient, _ = self.losses.pixel_gradient(output, self.images, progress=1.0)
+        gradient, _ = self.losses.pixel_gradient(output, self.images, 1.0, self.random)
         self.optimizer.zero_grad()
         (output.loss + (output.decoded * gradient).sum()).backward()
         self.optimizer.step()

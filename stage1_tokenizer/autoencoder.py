@@ -51,11 +51,12 @@ class ModelConfig(Section):
 class PerceptualNetwork(Section):
     """A network that a model was trained against, so its distances are not evidence of the model's quality."""
 
-    type: Literal["lpips", "features"]
+    type: Literal["lpips", "features", "imagenet"]
     path: str | None = None
     """The folder of a feature network during training."""
     hash: str | None = None
-    """A feature network's :meth:`FeatureNetwork.features_hash`; None: not recorded."""
+    """A feature network's :meth:`FeatureNetwork.features_hash`, or the sha256 of the ImageNet network's file; None: not
+    recorded."""
 
 
 class AutoencoderConfig(Section):

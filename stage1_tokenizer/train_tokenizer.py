@@ -167,7 +167,7 @@ def train(
                 images = flip_half(images, random)
             with accelerator.accumulate(*[each.wrapped for each in networks]):  # once for both: it counts
                 output = network.wrapped(images, labels, random, config.loss.perturbation)
-                gradient, terms = image_losses.pixel_gradient(output, images, run.progress)
+                gradient, terms = image_losses.pixel_gradient(output, images, run.progress, random)
                 loss = output.loss if gradient is None else output.loss + (output.decoded * gradient).sum()
                 run.update(network, loss)
                 if adversary:

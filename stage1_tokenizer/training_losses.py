@@ -14,8 +14,10 @@ from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderOutput, Percept
 from stage1_tokenizer.code_perturbation import PerturbationConfig
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, adversarial_weight, generator_loss
 from stage1_tokenizer.feature_network import FeatureNetwork
+from stage1_tokenizer.imagenet_network import IMAGENET_SHA256
 from stage1_tokenizer.objective import ObjectiveConfig
-from stage1_tokenizer.perceptual import LPIPSConfig, PerceptualConfig, build_perceptual
+from stage1_tokenizer.perceptual import ImageNetPerceptualConfig, LPIPSConfig, PerceptualConfig, build_perceptual
+from twostage.core.training.random import BatchRandom
 
 __all__ = ["ImageLosses", "LossConfig"]
 
@@ -69,23 +71,27 @@ class ImageLosses:
             return []
         if isinstance(config, LPIPSConfig):
             return [PerceptualNetwork(type="lpips")]
+        if isinstance(config, ImageNetPerceptualConfig):
+            return [PerceptualNetwork(type="imagenet", hash=IMAGENET_SHA256)]
         assert isinstance(self.perceptual.network, FeatureNetwork)
         return [PerceptualNetwork(type="features", path=config.path, hash=self.perceptual.network.features_hash())]
 
     def pixel_gradient(
-        self, output: AutoencoderOutput, images: Tensor, progress: float
+        self, output: AutoencoderOutput, images: Tensor, progress: float, random: BatchRandom
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """d(weighted terms) / d(decoded), (B, C, H, W), or None without terms; and metrics by name.
 
         Args:
             images: the target images (B, C, H, W) in [-1, 1].
             progress: how much of the run is done, in [0, 1].
+            random: draws the colours on which transparent images are compared.
         """
         decoded = output.decoded.detach().requires_grad_()
         pixels = self.autoencoder.to_pixels(decoded)
         gradient, metrics = None, {}
         if self.perceptual is not None and self.config.perceptual:
-            term = self.config.perceptual.weight * self.perceptual(pixels, images)
+            background = 2 * random.uniform("background", (3, 1, 1), images.device) - 1
+            term = self.config.perceptual.weight * self.perceptual(pixels, images, background)
             (gradient,) = torch.autograd.grad(term, decoded, retain_graph=True)
             metrics = {"perceptual": term.detach()}
         adversarial = self.config.adversarial

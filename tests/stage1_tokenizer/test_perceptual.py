@@ -13,6 +13,7 @@ from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfi
 from stage1_tokenizer.perceptual import (
     TRUNK,
     FeaturePerceptualConfig,
+    ImageNetPerceptualConfig,
     LPIPSConfig,
     PerceptualConfig,
     build_perceptual,
@@ -67,7 +68,13 @@ def features_distance(features_run):
     return build_perceptual(FeaturePerceptualConfig(path=features_run), 3, SIZE)
 
 
-@pytest.fixture(params=["lpips", "features"])
+@pytest.fixture(scope="module")
+def imagenet_distance():
+    pytest.importorskip("timm", reason="needs the extra imagenet")
+    return build_perceptual(ImageNetPerceptualConfig(), 3, SIZE)
+
+
+@pytest.fixture(params=["lpips", "features", "imagenet"])
 def distance(request):
     return request.getfixturevalue(f"{request.param}_distance")
 
@@ -85,7 +92,7 @@ def offline(monkeypatch, tmp_path) -> Path:
     return tmp_path / "torch" / "hub" / "checkpoints"
 
 
-# --- both -------------------------------------------------------------------------------------------------------------
+# --- all three --------------------------------------------------------------------------------------------------------
 
 
 def test_only_the_decoded_images_get_gradients(distance, random_images):
@@ -157,12 +164,14 @@ def test_its_network_moves_with_the_model(features_distance):
     assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("kind", ["lpips", "features"])
+@pytest.mark.parametrize("kind", ["lpips", "features", "imagenet"])
 def test_building_it_keeps_the_random_state(kind, weights_dir, features_run):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    config = LPIPSConfig() if kind == "lpips" else FeaturePerceptualConfig(path=features_run)
-    build_perceptual(config, 3, SIZE, weights_dir)
+    configs = {"lpips": LPIPSConfig(), "features": FeaturePerceptualConfig(path=features_run)}
+    if kind == "imagenet":
+        pytest.importorskip("timm", reason="needs the extra imagenet")
+    build_perceptual(configs.get(kind, ImageNetPerceptualConfig()), 3, SIZE, weights_dir)
     assert torch.equal(torch.get_rng_state(), before)
 
 

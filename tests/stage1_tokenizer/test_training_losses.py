@@ -47,7 +47,7 @@ def test_one_backward_pass_gives_the_gradient_of_the_whole_loss(
     _, model, discriminator, losses = build(tiny_autoencoder, new_process, features, reconstruction, adaptive=adaptive)
     images, random = random_images(4, size=(16, 16)), whole_batch(4)
     output = model.eval()(images, None, random)
-    gradient, terms = losses.pixel_gradient(output, images, progress=0.6)  # half way up the ramp
+    gradient, terms = losses.pixel_gradient(output, images, progress=0.6, random=random)  # half way up the ramp
     (output.loss + (output.decoded * gradient).sum()).backward()
     ours = gradients(model)
     assert not any(p.grad is not None for p in discriminator.parameters())
@@ -73,7 +73,7 @@ def test_one_backward_pass_gives_the_gradient_of_the_whole_loss(
 def test_the_adaptive_ratio_is_clamped(features, tiny_autoencoder, random_images, whole_batch, new_process):
     _, model, _, losses = build(tiny_autoencoder, new_process, features, adaptive=True, max_weight=0.01, ramp=0.0)
     output = model(random_images(4, size=(16, 16)), None, whole_batch(4))
-    _, terms = losses.pixel_gradient(output, random_images(4, size=(16, 16)), progress=1.0)
+    _, terms = losses.pixel_gradient(output, random_images(4, size=(16, 16)), progress=1.0, random=whole_batch(4))
     assert terms["adversarial_weight"].item() == pytest.approx(0.3 * 0.01)
 
 
@@ -82,7 +82,9 @@ def test_the_discriminator_has_no_effect_before_its_start(
 ):
     _, model, _, losses = build(tiny_autoencoder, new_process, features)
     output = model(random_images(4, size=(16, 16)), None, whole_batch(4))
-    gradient, terms = losses.pixel_gradient(output, random_images(4, size=(16, 16)), progress=0.49)
+    gradient, terms = losses.pixel_gradient(
+        output, random_images(4, size=(16, 16)), progress=0.49, random=whole_batch(4)
+    )
     assert list(terms) == ["perceptual"]
     assert gradient.abs().sum() > 0
 
@@ -91,7 +93,7 @@ def test_without_image_losses_there_is_nothing(tiny_autoencoder, random_images, 
     model, images = tiny_autoencoder(), random_images(4)
     new_process()
     losses = ImageLosses(LossConfig(), model, None, None, Accelerator(cpu=True))
-    assert losses.pixel_gradient(model(images, None, whole_batch(4)), images, 1.0) == (None, {})
+    assert losses.pixel_gradient(model(images, None, whole_batch(4)), images, 1.0, whole_batch(4)) == (None, {})
 
 
 @pytest.mark.parametrize("backbone", ["mlp", "conv"])
