@@ -48,7 +48,6 @@ COLUMNS = {
     "perplexity": "perplexity",
 }
 # For families without a CIFAR-10 config: overrides of another family's, for 8x8 codes of 512, or 128 numbers.
-SMALL = "model.backbone={type: conv, channels: 16, channel_mult: [1, 2, 4], num_res_blocks: [0, 0, 1]}"
 CORRUPTION = "loss.corruption={masked_share: 0.3, noise_std: 0.1}"
 CIFAR = {
     "ae": ("vae_cifar10", ["model.bottleneck={type: identity}"]),
@@ -56,13 +55,13 @@ CIFAR = {
     "vae": ("vae_cifar10", []),
     "beta_vae": ("vae_cifar10", ["loss.kl_weight=4"]),
     "cvae": ("vae_cifar10", ["model.bottleneck={type: class_gaussian}"]),
-    "vqvae": ("vqvae_cifar10", [SMALL]),
+    "vqvae": ("vqvae_cifar10", []),
     "fsq": (
         "vqvae_cifar10",
-        [SMALL, "model.latent_channels=3", "model.bottleneck={type: finite_scalar, levels: [8, 8, 8]}"],
+        ["model.latent_channels=3", "model.bottleneck={type: finite_scalar, levels: [8, 8, 8]}"],
     ),
-    "lfq": ("vqvae_cifar10", [SMALL, "model.latent_channels=9", "model.bottleneck={type: lookup_free}"]),
-    "rvq": ("vqvae_cifar10", [SMALL, "model.bottleneck={type: residual, depth: 2, codebook_size: 256}"]),
+    "lfq": ("vqvae_cifar10", ["model.latent_channels=9", "model.bottleneck={type: lookup_free}"]),
+    "rvq": ("vqvae_cifar10", ["model.bottleneck={type: residual, depth: 2, codebook_size: 256}"]),
     "vqgan": ("vqgan_cifar10", []),
 }
 
