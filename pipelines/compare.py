@@ -30,7 +30,8 @@ def command(
     data: Annotated[str | None, typer.Option(help="Source of the images; by default the models' own.")] = None,
     num_images: Annotated[int, typer.Option(min=1, max=32, help="Images to show for each model.")] = 12,
     features: Annotated[
-        str | None, typer.Option(help="runs/NAME of a feature network, for Frechet distances and class accuracy.")
+        str | None,
+        typer.Option(help="imagenet, or runs/NAME of a feature network, for distances and class accuracy."),
     ] = None,
     class_name: Annotated[
         list[str] | None, typer.Option(help="Class of the samples. Repeat to cycle through several classes.")

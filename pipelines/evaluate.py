@@ -21,6 +21,10 @@ from twostage.core.machine.command import run_command
 
 __all__ = ["command"]
 
+FEATURES_HELP = (
+    "The network that judges images: imagenet (needs the extra imagenet), or runs/NAME of a feature network (twostage "
+    "train-features)."
+)
 FOR_TOKENIZERS, FOR_PRIORS = "For tokenizers", "For priors"
 SAMPLES_HELP = "Samples to judge; by default 1,000. Needs --features or --inception."
 
@@ -32,9 +36,7 @@ def command(
     split: Annotated[
         str | None, typer.Option(help="val, test or train; by default the one that training validated on.")
     ] = None,
-    features: Annotated[
-        str | None, typer.Option(help="runs/NAME of a feature network (twostage train-features) that judges images.")
-    ] = None,
+    features: Annotated[str | None, typer.Option(help=FEATURES_HELP)] = None,
     inception: Annotated[
         Path | None, typer.Option(help="Inception weights (torch-fidelity's .pth) to judge with instead.")
     ] = None,
@@ -93,8 +95,8 @@ def _check_judge(network: str | Path | None, for_samples: dict[str, Any]) -> Non
     given = [f"{option} {value}" for option, value in for_samples.items() if value is not None]
     if given and not network:
         raise InputError(
-            f"{', '.join(given)}: samples are only drawn if a network judges them. Add --features runs/NAME "
-            "(twostage train-features) or --inception FILE, or remove these options."
+            f"{', '.join(given)}: samples are only drawn if a network judges them. Add --features imagenet, "
+            "--features runs/NAME (twostage train-features) or --inception FILE, or remove these options."
         )
 
 

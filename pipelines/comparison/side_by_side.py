@@ -21,7 +21,8 @@ from pipelines.comparison.compared_models import (
 )
 from pipelines.drawing.rebuilt_images import rebuild_images
 from pipelines.evaluation.evaluation_report import describe_machine
-from pipelines.evaluation.judges import Judge, not_evidence, open_judge
+from pipelines.evaluation.judged_images import RealImages
+from pipelines.evaluation.judges import ImageNetFeatures, not_evidence, open_judge
 from pipelines.evaluation.likelihood import image_costs
 from pipelines.evaluation.measurement import HeldOutImages, Measurement
 from pipelines.evaluation.reconstructions import measure_reconstructions
@@ -66,7 +67,7 @@ def compare_models(
     Args:
         source: the images; by default those that the models were trained on.
         num_images: images to show of each model; up to `NUM_MEASURED_IMAGES` held-out images are measured.
-        features: the run folder of a feature network, for Frechet distances and class accuracy.
+        features: the run folder of a feature network, or `imagenet`, for Frechet distances and class accuracy.
         class_names: the columns cycle through these classes; None: through all.
         request: the samples of each model for a network to judge; a model ignores sampling settings that it lacks.
 
@@ -83,6 +84,9 @@ def compare_models(
         own = model.tokenizer.config.class_names if model.tokenizer.class_conditional else None
         if names := model.pipeline.label_names if model.pipeline else own:
             images.check_classes(names, model.path)
+    real = None
+    if network and (isinstance(network, ImageNetFeatures) or any(model.pipeline for model in models)):
+        real = RealImages.judge(network, images, request.num_samples, work)
     originals = images.split.read(spread_over_classes(images.split.labels, len(images.split), num_images))
     classes = _column_classes(models, class_names, len(originals))
     for model in models:
@@ -92,7 +96,7 @@ def compare_models(
             model.measurements += [_size_of(model.tokenizer), *found.measurements]
             model.reconstructions = rebuild_images(model.tokenizer, originals)
         if model.pipeline:
-            _measure_pipeline(model, images, len(originals), classes, request, network, work)
+            _measure_pipeline(model, images, len(originals), classes, request, real, work)
         judged = [name for name in JUDGED_FIGURES if name in model.figures]
         where = model.saved_tokenizer.path if model.saved_tokenizer else model.path
         model.not_evidence = not_evidence(model.tokenizer.config, where, network, config.source, judged)
@@ -131,7 +135,7 @@ def _measure_pipeline(
     num_shown: int,
     classes: list[str] | None,
     request: SampleRequest,
-    network: Judge | None,
+    real: RealImages | None,
     work: SharedWork,
 ) -> None:
     pipeline = model.pipeline
@@ -147,9 +151,9 @@ def _measure_pipeline(
         costs = image_costs(pipeline.prior, pipeline.tokenizer, pipeline.tokenizer.config.loss, images, work)
         nats = costs.prior.mean().item() / math.prod(pipeline.prior.config.grid)
         model.measurements += [_size_of(pipeline.prior), Measurement(ModelFigures(nats_per_code=nats))]
-    if network:
+    if real:
         own = SampleRequest(request.num_samples, request.seed, SamplingConfig(**settings))
-        found = measure_samples(pipeline, network, own, work, images)
+        found = measure_samples(pipeline, real.training.network, own, work, real)
         model.measurements += found.measurements
         model.missing = {name: reason for each in found.measurements for name, reason in each.missing.items()}
 

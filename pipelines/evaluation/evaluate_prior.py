@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.evaluation.evaluation_report import Evaluation, Sheet, describe_machine, describe_weights
+from pipelines.evaluation.judged_images import RealImages
 from pipelines.evaluation.judges import Judge, not_evidence, open_judge
 from pipelines.evaluation.likelihood import HeldOutCodes, measure_codes, measure_images
 from pipelines.evaluation.measurement import HeldOutImages, Measurement, figures_of
@@ -49,7 +50,7 @@ def evaluate_prior(
         tokenizer: its folder; by default, twostage looks where it was when the codes were made, and near there.
         source: the images; by default those that the codes were made from.
         split: held out; by default the one that training validated on.
-        features: the run folder of a feature network that judges samples.
+        features: the run folder of a feature network that judges samples, or `imagenet`.
         inception: torch-fidelity's file with the Inception weights of published FIDs, to judge with them instead.
         num_images: code grids and images, spread evenly over the split; None: all.
         samples: what to draw for a network; the result's `refusal` says if over 1% of the samples are copies of others.
@@ -75,7 +76,10 @@ def evaluate_prior(
         found.append(measure_images(model, pipeline.tokenizer, images, work))
     else:
         found.append(Measurement(ImageCost(), {"chain_rule_nats_per_image": reason}))
-    drawn = measure_samples(pipeline, network, samples, work, images, reason) if pipeline and network else None
+    drawn = None
+    if pipeline and network:
+        real = RealImages.judge(network, images, samples.num_samples, work) if images else None
+        drawn = measure_samples(pipeline, network, samples, work, real, reason)
     found += drawn.measurements if drawn else [unmeasured_samples()]
     settings = {"batch_size": batch_size, "processes": work.state.num_processes, **describe_machine(work)}
     return Evaluation(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pipelines.evaluation.evaluation_report import Evaluation, Sheet, describe_machine, describe_weights
-from pipelines.evaluation.judges import Judge, not_evidence, open_judge
+from pipelines.evaluation.judged_images import judge_training_images
+from pipelines.evaluation.judges import ImageNetFeatures, Judge, not_evidence, open_judge
 from pipelines.evaluation.measurement import HeldOutImages, figures_of
 from pipelines.evaluation.reconstructions import Lpips, Reconstructions, measure_reconstructions
 from pipelines.evaluation.shared_work import SharedWork
@@ -42,7 +43,7 @@ def evaluate_tokenizer(
     Args:
         source: the images; by default those that the model was trained on.
         split: `val`, `test` or `train`; by default the one that training validated on.
-        features: the run folder of a feature network that judges the reconstructions.
+        features: the run folder of a feature network that judges the reconstructions, or `imagenet`.
         inception: torch-fidelity's file with the Inception weights of published FIDs, to judge with them instead.
         weights_dir: the folder with the VGG weights for LPIPS.
         num_images: spread evenly over the split; None: all.
@@ -54,6 +55,8 @@ def evaluate_tokenizer(
     model = Autoencoder.from_pretrained(tokenizer).to(work.device)
     network = open_judge(inception, features, model.config.channels)
     images = _held_out_images(model, tokenizer, source, split, num_images)
+    if isinstance(network, ImageNetFeatures):
+        judge_training_images(network, images, work)
     lpips = Lpips.find(model, weights_dir, work.device)
     found = measure_reconstructions(model, images, work, network, lpips)
     figures = figures_of(found.measurements)

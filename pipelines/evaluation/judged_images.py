@@ -8,23 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.judges import Judge
+from pipelines.evaluation.judges import ImageNetFeatures, Judge
 from pipelines.evaluation.measurement import HeldOutImages
 from pipelines.evaluation.shared_work import RowDigests, SharedWork
 from twostage.core.data.dataset import ImageSplit
 from twostage.core.data.spread import spread
 
-__all__ = ["JudgedImages", "RealImages"]
-
-MAX_REFERENCES = 50_000
-"""Training images that samples are compared with."""
+__all__ = ["JudgedImages", "RealImages", "judge_training_images"]
 
 
 class JudgedImages:
     """The features and the digests of ``count`` images, over all processes, collected batch by batch."""
 
     def __init__(self, network: Judge, count: int, work: SharedWork) -> None:
-        self.network, self._work = network, work
+        self.network, self._work = network.to(work.device), work
         self.features = torch.zeros(count, network.num_features)
         """(n, F) float32, on the CPU."""
         self.digests = RowDigests(count)
@@ -57,6 +54,15 @@ class JudgedImages:
         return self.network.logits(self.features.to(self._work.device)).float().cpu()
 
 
+def judge_training_images(network: Judge, source: HeldOutImages, work: SharedWork) -> tuple[JudgedImages, Tensor]:
+    """Training images, spread evenly, and their rows in the split. The ImageNet network learns their classes."""
+    rows = spread(len(source.train), network.max_training_images)
+    training = JudgedImages.read(network, source.train, rows, work, "training images")
+    if isinstance(network, ImageNetFeatures):
+        network.fit(training.features, source.train.read_labels(rows), source.data.class_names)
+    return training, rows
+
+
 @dataclass(frozen=True)
 class RealImages:
     """The real images that ``num_samples`` samples are compared with."""
@@ -73,8 +79,8 @@ class RealImages:
     @classmethod
     def judge(cls, network: Judge, source: HeldOutImages, num_samples: int, work: SharedWork) -> "RealImages":
         """Computes the features of training images and held-out images."""
-        rows, held_out_rows = spread(len(source.train), MAX_REFERENCES), spread(len(source.split), num_samples)
-        training = JudgedImages.read(network, source.train, rows, work, "training images")
+        training, rows = judge_training_images(network, source, work)
+        held_out_rows = spread(len(source.split), num_samples)
         held_out = JudgedImages.read(network, source.split, held_out_rows, work, "held-out images")
         return cls(source, num_samples, training, rows, held_out, held_out_rows)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipelines.evaluation.distances import FrechetDistance, bias_warning, too_few
-from pipelines.evaluation.judges import NO_NETWORK, Judge, class_mismatch
+from pipelines.evaluation.judges import NO_NETWORK, Judge, class_mismatch, distance_note
 from pipelines.evaluation.measurement import HeldOutImages, Measurement
 from pipelines.evaluation.shared_work import RowDigests, RowRandom, SharedWork
 from pipelines.saved.evaluation_figures import (
@@ -200,7 +200,7 @@ def _image_quality(
         "image_size": list(size),
         "channels": model.config.channels,
         "resize": "cropped at the centre, then Lanczos with antialiasing",
-        "pixels": "reconstructions are clipped and rounded to 8 bits before PSNR, SSIM, LPIPS and rFID",
+        "pixels": "reconstructions are clipped and rounded to 8 bits before PSNR, SSIM, LPIPS and the Frechet distance",
         "psnr": "from each image's mean squared error, peak 255; averaged over the images",
         "ssim": (
             f"Gaussian window {window}x{window}{narrow}, borders reflected, data range 255; averaged over the images"
@@ -310,14 +310,14 @@ class ReconstructionJudge:
         originals, reconstructions, judged = self._work.total(self._recognised).tolist()
         shares = (reconstructions / judged, originals / judged) if judged else (None, None)
         missing = {"recognised": self._mismatch} if self._mismatch else {}
-        notes = [f"rFID is measured with {protocol['network']} ({protocol['hash'][:12]})."]
+        notes = [distance_note(self._network)]
         if reason := too_few(distinct, num_features):
             return Measurement(
                 JudgedReconstructions(*shares), missing | {"rfid": reason}, {"rfid": protocol}, (), notes
             )
         if warning := bias_warning(self._num_images, num_features):
             protocol["warning"] = warning
-            notes.append(f"rFID: {warning}.")
+            notes.append(f"Frechet distance: {warning}.")
         rfid, halves, perturbed = self._reconstructions.compute(self._work), None, None
         if self._num_images // 2 > num_features:
             halves = self._halves.compute(self._work)

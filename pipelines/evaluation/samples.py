@@ -26,8 +26,8 @@ from pipelines.evaluation.distances import (
     too_few,
 )
 from pipelines.evaluation.judged_images import JudgedImages, RealImages
-from pipelines.evaluation.judges import NO_NETWORK, Judge, class_mismatch
-from pipelines.evaluation.measurement import HeldOutImages, Measurement
+from pipelines.evaluation.judges import NO_NETWORK, Judge, class_mismatch, distance_note
+from pipelines.evaluation.measurement import Measurement
 from pipelines.evaluation.novelty import Neighbours, measure_novelty
 from pipelines.evaluation.shared_work import SharedWork
 from pipelines.saved.evaluation_figures import SampleCounts, SampleNovelty, SampleQuality
@@ -93,21 +93,20 @@ def measure_samples(
     network: Judge,
     request: SampleRequest,
     work: SharedWork,
-    images: HeldOutImages | None,
+    real: RealImages | None,
     no_images: str = "",
 ) -> Samples:
     """Draws samples, cycling through all classes, and measures them and real images with ``network``.
 
     Args:
-        images: their split and their training images are compared with the samples; None: no comparison.
-        no_images: the reason if there are no ``images``.
+        real: the images that as many samples are compared with; None: no comparison.
+        no_images: the reason if there are no ``real`` images.
     """
-    network = network.to(work.device)
     samples, kept, codes_per_s = _draw_samples(sampler, network, request, work)
     copies = samples.digests.duplicates
     counts = SampleCounts(request.num_samples, request.num_samples - copies, codes_per_s)
     protocol = _sample_protocol(sampler, request, copies)
-    notes = [f"The samples are judged by {network.protocol['network']} ({network.protocol['hash'][:12]})."]
+    notes = [distance_note(network)]
     if copies:
         notes.insert(0, f"{copies:,} of the samples are copies of others among them.")
     if copies > MAX_DUPLICATES * request.num_samples:
@@ -116,7 +115,6 @@ def measure_samples(
         refused = {"samples": protocol | {"refused": refusal}, "frechet_distance": network.protocol}
         return Samples([Measurement(counts, missing, refused, (), notes)], kept, refusal=refusal)
     found: list[Measurement] = [Measurement(counts, {}, {"samples": protocol}, (), notes)]
-    real = RealImages.judge(network, images, request.num_samples, work) if images else None
     found.append(_measure_quality(sampler, samples, real, work))
     if not real:
         return Samples([*found, Measurement(SampleNovelty(), dict.fromkeys(REAL_FIGURES, no_images))], kept)
@@ -171,11 +169,11 @@ def _measure_quality(
     missing = {"class_accuracy": mismatch} if mismatch else {}
     labels = None if mismatch or cycle is None else torch.tensor(cycle)[torch.arange(count) % len(cycle)]
     found, lacking = _set_quality(samples, labels, "", real, work)
-    protocol: dict[str, Any] = {
-        "frechet_distance": network.protocol,
-        "inception_score": _score_protocol(network, count),
-    }
-    notes = [f"The Inception score uses {protocol['inception_score']['classes']}."]
+    protocol: dict[str, Any] = {"frechet_distance": network.protocol}
+    notes = []
+    if network.has_logits:
+        protocol["inception_score"] = _score_protocol(network, count)
+        notes.append(f"The Inception score uses {protocol['inception_score']['classes']}.")
     if real:
         labels = None if mismatch else real.source.split.read_labels(real.held_out_rows)
         of_real, lacking_real = _set_quality(real.held_out, labels, "_real", real, work)
@@ -197,13 +195,7 @@ def _set_quality(
         ending: the ending of the fields' names.
         real: what the images are compared with; None: nothing.
     """
-    logits = images.logits()
-    found, missing = {}, {}
-    found[f"inception_score{ending}"], deviation = inception_score(logits)
-    if num_splits(len(logits)) > 1:
-        found[f"inception_score{ending}_deviation"] = deviation
-    if labels is not None:
-        found[f"class_accuracy{ending}"] = (logits.argmax(1) == labels).double().mean().item()
+    found, missing = _class_quality(images, labels, ending)
     if not real:
         return found, missing
     training = real.training.features
@@ -220,6 +212,19 @@ def _set_quality(
     return found | {f"precision{ending}": precision, f"recall{ending}": recall}, missing
 
 
+def _class_quality(images: JudgedImages, labels: Tensor | None, ending: str) -> tuple[dict[str, float], dict[str, str]]:
+    """The part of :func:`_set_quality` that needs the network's classes."""
+    if not images.network.has_logits:
+        return {}, {f"inception_score{ending}": images.network.no_classes}
+    logits, found = images.logits(), {}
+    found[f"inception_score{ending}"], deviation = inception_score(logits)
+    if num_splits(len(logits)) > 1:
+        found[f"inception_score{ending}_deviation"] = deviation
+    if labels is not None:
+        found[f"class_accuracy{ending}"] = (logits.argmax(1) == labels).double().mean().item()
+    return found, {}
+
+
 # --- the protocol, in words -----------------------------------------------------------------------------------------
 
 
@@ -232,8 +237,7 @@ def _sample_protocol(sampler: ImageSampler, request: SampleRequest, duplicates: 
         "duplicates_allowed": f"{MAX_DUPLICATES:.0%} of the samples",
         "pixels": "clipped and rounded to 8 bits",
         "class_accuracy": (
-            "share of the samples that the feature network assigns to their class; the same for equally many held-out "
-            "images"
+            "share of the samples that the network assigns to their class; the same for equally many held-out images"
         ),
     }
     if sampler.prior:
@@ -262,7 +266,7 @@ def _distance_protocol(network: Judge, real: RealImages) -> dict[str, Any]:
         "frechet_distance": {
             **network.protocol,
             **counts,
-            "frechet_distance": "samples against training images (as in gFID)",
+            "frechet_distance": "samples against training images",
             "frechet_distance_real": (
                 f"images of `{real.source.split_name}`, as many as samples if there are enough, against the same: the "
                 "best value to expect"

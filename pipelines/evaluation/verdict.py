@@ -32,8 +32,8 @@ MIN_RECOGNISED = 0.8
 MIN_RECOGNISED_ORIGINALS = 0.5
 """A judgement: a network that does not recognise the originals cannot tell what reconstructions lack."""
 MAX_DISTANCE_RATIO = 10.0
-"""rFID divided by the distance between two halves of the originals; a judgement. Above it, the network easily tells
-reconstructions from originals."""
+"""Frechet distance divided by the distance between two halves of the originals; a judgement. Above it, the network
+easily tells reconstructions from originals."""
 MAX_CELLS = 1024
 """A prior on one GPU still learns 32x32 codes well; attention costs the square of the sequence length."""
 
@@ -106,7 +106,9 @@ def _judged_by(figures: dict[str, float]) -> Iterator[str]:
         )
     if "rfid" in figures:
         halves = figures.get("rfid_of_halves")
-        yield f"rFID {figures['rfid']:.3g}" + (f" (halves of the originals: {halves:.3g})" if halves else "")
+        yield f"Frechet distance {figures['rfid']:.3g}" + (
+            f" (halves of the originals: {halves:.3g})" if halves else ""
+        )
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -131,9 +133,9 @@ def _judge_findings(figures: dict[str, float]) -> Iterator[Finding]:
             )
     if "rfid" in figures and figures["rfid"] > MAX_DISTANCE_RATIO * figures.get("rfid_of_halves", math.inf):
         yield Finding(
-            f"rFID is more than {MAX_DISTANCE_RATIO:g} times the distance between two halves of the originals: the "
-            "network easily tells reconstructions from originals. Look at worst.png and typical.png, and train longer "
-            "if detail matters."
+            f"The Frechet distance is more than {MAX_DISTANCE_RATIO:g} times that between two halves of the originals: "
+            "the network easily tells reconstructions from originals. Look at worst.png and typical.png, and train "
+            "longer if detail matters."
         )
 
 

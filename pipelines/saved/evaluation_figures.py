@@ -87,7 +87,7 @@ class JudgedReconstructions(Figures):
         "recognised", "{:.1%}", "reconstructions that the network assigns to their class; higher is better"
     )
     recognised_originals: float | None = figure("  of the originals", "{:.1%}", "the best value to expect")
-    rfid: float | None = figure("rFID", "{:.4g}", "Frechet distance of reconstructions to originals; lower is better")
+    rfid: float | None = figure("Frechet distance", "{:.4g}", "reconstructions to originals; lower is better")
     rfid_of_halves: float | None = figure(
         "  of the originals' halves", "{:.4g}", "the distance between two halves of the same images"
     )
@@ -240,12 +240,10 @@ class SampleQuality(Figures):
         "class accuracy", "{:.2%}", "samples that the network assigns to their class; higher is better"
     )
     class_accuracy_real: float | None = figure(REAL, "{:.2%}", "the best value to expect")
-    frechet_distance: float | None = figure(
-        "Frechet distance", "{:.4g}", "samples to training images (gFID); lower is better"
-    )
+    frechet_distance: float | None = figure("Frechet distance", "{:.4g}", "samples to training images; lower is better")
     frechet_distance_real: float | None = figure(REAL, "{:.4g}", "the best value to expect")
     kernel_distance: float | None = figure(
-        "kernel distance (KID)", "{:.4g}", "the same, but unbiased for few images; lower is better"
+        "kernel distance", "{:.4g}", "the same, but unbiased for few images; lower is better"
     )
     kernel_distance_deviation: float | None = figure("  deviation of subsets", "{:.2g}", "uncertainty of that")
     kernel_distance_real: float | None = figure(REAL, "{:.4g}", "the best value to expect, about 0")

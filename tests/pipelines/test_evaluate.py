@@ -238,7 +238,7 @@ def test_the_command_writes_and_says_everything(run, features, document, twostag
     assert written["figures"] == document["figures"]
     assert written["verdict"] == document["verdict"]
     assert written["verdict"].keys() == {"ready", "sentences"}
-    for words in ["PSNR", "SSIM", "rFID", "perplexity", "LPIPS                       not measured: "]:
+    for words in ["PSNR", "SSIM", "Frechet distance", "perplexity", "LPIPS                       not measured: "]:
         assert words in ended.out
     assert written["protocol"]["not_measured"]["lpips"] in ended.out
     assert all(sentence in ended.out for sentence in written["verdict"]["sentences"])

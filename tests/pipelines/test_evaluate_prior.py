@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.evaluation.evaluate_prior import evaluate_prior
 from pipelines.evaluation.evaluation_report import Evaluation
+from pipelines.evaluation.judged_images import RealImages
 from pipelines.evaluation.judges import OwnFeatures
 from pipelines.evaluation.likelihood import MIN_SCALE, NUM_SCALE_IMAGES, fit_likelihood, standard_error
 from pipelines.evaluation.measurement import HeldOutImages, figures_of
@@ -290,7 +291,9 @@ def test_more_copies_than_one_in_a_hundred_are_refused(pipeline, data, features)
     images = HeldOutImages.choose(DataConfig(image_size=16, num_images=320), data, "test", None)
 
     def measured(num_samples: int, sampling: SamplingConfig) -> Samples:
-        return measure_samples(pipeline, network, SampleRequest(num_samples, 0, sampling), SharedWork(100), images)
+        work = SharedWork(100)
+        real = RealImages.judge(network, images, num_samples, work)
+        return measure_samples(pipeline, network, SampleRequest(num_samples, 0, sampling), work, real)
 
     refused = measured(24, greedy)
     figures = figures_of(refused.measurements)
@@ -400,7 +403,7 @@ def test_the_command_writes_and_says_everything(runs, features, twostage, tmp_pa
     assert written["protocol"]["samples"]["sampling"]["guidance_scale"] == 1.5
     assert list(written["figures"])[:3] == ["parameters", "images", "nats_per_code"]
     said = ["nats per code  ", "unigram", "uniform", "whole model, at most", "class accuracy", "codes per second"]
-    for words in [*said, "kernel distance (KID)", "Inception score", "precision", "recall", "nearest training image"]:
+    for words in [*said, "kernel distance", "Inception score", "precision", "recall", "nearest training image"]:
         assert words in ended.out
     with Image.open(run / "evaluation" / "samples.png") as picture:
         assert picture.width == 8 * 100 + 4, "one class a column"
@@ -409,7 +412,7 @@ def test_the_command_writes_and_says_everything(runs, features, twostage, tmp_pa
     page = (run / "evaluation" / "evaluation.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     for words in (
-        "kernel distance (KID)",
+        "kernel distance",
         written["protocol"]["codes"]["sha256"],
         f"{written['figures']['recall']:.2%}",
     ):

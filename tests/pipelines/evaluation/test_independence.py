@@ -192,10 +192,13 @@ def test_evaluate_warns_and_refuses_the_verdict(trained, critic, judge, twostage
     assert "Ready" not in ended.out
     report = (run / "evaluation" / "evaluation.html").read_text()
     for words in (ended.out, report):
-        assert "Warning: recognised, rFID, from perturbed codes: not evidence of quality, because " in words
+        assert "Warning: recognised, Frechet distance, from perturbed codes: not evidence of quality, because " in words
         assert "--seed 1 --width 48" in words
         assert "not evidence of quality, see above" in words or "(not evidence of quality)" in words
-    assert f"Warning: recognised, rFID, from perturbed codes: not evidence of quality, because {reason}.\n" in ended.out
+    assert (
+        f"Warning: recognised, Frechet distance, from perturbed codes: not evidence of quality, because {reason}.\n"
+        in ended.out
+    )
 
     ended = twostage("evaluate", run, "--features", judge)
     document = json.loads((run / "evaluation" / "evaluation.json").read_text())
@@ -246,11 +249,9 @@ def test_a_model_card_warns_beside_the_figures(pipeline, tmp_path):
         records = {"evaluation/tokenizer.json": json.dumps(document).encode()}
         pipeline.write_card(tmp_path, records, CardFields(None, None, "me/mine"))
         card = (tmp_path / "README.md").read_text()
-        warning = (
-            "Warning: rFID: not evidence of quality, because runs/critic is the network that it was trained against."
-        )
-        assert (warning in card) == bool(doubts)
-        assert "| rFID | 2.1 |" in card
+        warning = "not evidence of quality, because runs/critic is the network that it was trained against."
+        assert (f"Warning: Frechet distance: {warning}" in card) == bool(doubts)
+        assert "| Frechet distance | 2.1 |" in card
 
 
 def test_lpips_that_was_optimised_is_no_evidence(runs, twostage, monkeypatch, tmp_path):

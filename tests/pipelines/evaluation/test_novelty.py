@@ -7,6 +7,7 @@ from messages import assert_names
 
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.evaluation.distances import BLOCK_OTHERS, BLOCK_POINTS, nearest, share_in_balls
+from pipelines.evaluation.judged_images import RealImages
 from pipelines.evaluation.judges import OwnFeatures
 from pipelines.evaluation.measurement import HeldOutImages, figures_of
 from pipelines.evaluation.novelty import Neighbours, memorisation_warning, neighbours_sheet, num_shown
@@ -66,7 +67,9 @@ def images_with(train: ImageSplit | None = None) -> HeldOutImages:
 
 def measured(pipeline: TwoStagePipeline, network: OwnFeatures, images: HeldOutImages) -> Samples:
     request = SampleRequest(40, 0, SamplingConfig(temperature=1.3))
-    return measure_samples(pipeline, network, request, SharedWork(16), images)
+    work = SharedWork(16)
+    real = RealImages.judge(network, images, request.num_samples, work)
+    return measure_samples(pipeline, network, request, work, real)
 
 
 def test_copies_of_training_images_are_found_and_warned_about(pipeline, network):
@@ -98,7 +101,9 @@ def test_when_samples_look_memorised(ratio, copies, part):
 @pytest.mark.parametrize("family", ["gaussian", "class_gaussian"])
 def test_samples_of_a_variational_autoencoder(variational, network, family):
     pipeline = TwoStagePipeline.from_runs(variational(family))
-    found = measure_samples(pipeline, network, SampleRequest(40), SharedWork(16), images_with())
+    work = SharedWork(16)
+    real = RealImages.judge(network, images_with(), 40, work)
+    found = measure_samples(pipeline, network, SampleRequest(40), work, real)
     assert torch.equal(found.images, pipeline(40, seed=0, output_type="pt").images)
     figures = figures_of(found.measurements)
     assert figures["frechet_distance"] > figures["frechet_distance_real"] > 0

@@ -18,10 +18,12 @@ def test_a_good_tokenizer_is_ready_and_it_says_why():
     assert verdict(GOOD).ready is True
     (sentence,) = verdict(GOOD).sentences
     assert_names(sentence, "Ready for stage two", "PSNR 25.0 dB", "71.0% recognised", "73.0% of the originals")
-    assert_names(sentence, "rFID 4.2", "halves of the originals: 5.1", "twostage encode, then twostage train-prior")
+    assert_names(
+        sentence, "Frechet distance 4.2", "halves of the originals: 5.1", "twostage encode, then twostage train-prior"
+    )
     by_distance = verdict(WITHOUT_JUDGE | {"rfid": 4.2})
     assert by_distance.ready is True
-    assert_names(by_distance.sentences[0], "Ready for stage two", "PSNR 25.0 dB", "codes and rFID 4.2")
+    assert_names(by_distance.sentences[0], "Ready for stage two", "PSNR 25.0 dB", "codes and Frechet distance 4.2")
 
 
 def test_without_an_independent_judge_there_is_no_verdict():
@@ -39,7 +41,7 @@ def test_without_an_independent_judge_there_is_no_verdict():
         assert found.ready is None
         assert words in found.sentences[0]
         assert "Ready" not in " ".join(found.sentences)
-        assert "rFID" not in " ".join(found.sentences), "no evidence, so no reason"
+        assert "Frechet distance" not in " ".join(found.sentences), "no evidence, so no reason"
         assert "--features runs/NAME" in found.sentences[1]
         assert "--seed" in found.sentences[1]
     broken = verdict(GOOD | {"psnr": 12.0}, {"recognised": "why", "rfid": "why"})
