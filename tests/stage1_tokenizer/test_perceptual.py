@@ -11,6 +11,8 @@ from torch import nn
 
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage1_tokenizer.perceptual import (
+    IMAGENET_MIN_SIDE,
+    IMAGENET_STAGES,
     TRUNK,
     FeaturePerceptualConfig,
     ImageNetPerceptualConfig,
@@ -207,6 +209,49 @@ def test_a_feature_network_for_other_images_is_refused(channels, size, features_
 def test_a_missing_feature_network_is_named(tmp_path):
     with refuses("loss.perceptual.path", "nowhere", "no such folder"):
         build_perceptual(FeaturePerceptualConfig(path=str(tmp_path / "nowhere")), 3, SIZE)
+
+
+# --- the ImageNet network ---------------------------------------------------------------------------------------------
+
+
+def test_the_first_stages_are_compared_after_enlarging(imagenet_distance, random_images):
+    decoded, images = random_images(2, 3, SIZE), random_images(3, 3, SIZE)[:2]
+    size = (IMAGENET_MIN_SIDE, IMAGENET_MIN_SIDE * SIZE[1] // SIZE[0])
+    large = [nn.functional.interpolate(each, size, mode="bilinear") for each in (decoded, images)]
+    network, stages = imagenet_distance.network, []
+    for one, other in zip(network.stages(large[0]), network.stages(large[1]), strict=True):
+        one, other = nn.functional.normalize(one.double(), dim=1), nn.functional.normalize(other.double(), dim=1)
+        stages.append((one - other).square().sum(dim=1).mean().item())
+    expected = sum(stages[:IMAGENET_STAGES]) / IMAGENET_STAGES
+    assert imagenet_distance(decoded, images).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_transparent_images_are_compared_on_a_background(imagenet_distance, random_images):
+    decoded, images = random_images(2, 4, SIZE), random_images(3, 4, SIZE)[:2]
+    decoded[:, 3], images[:, 3] = 1, 1
+    opaque = imagenet_distance(decoded[:, :3], images[:, :3])
+    torch.testing.assert_close(imagenet_distance(decoded, images, torch.rand(2, 3, 1, 1)), opaque)
+    images[:, 3] = -1
+    hidden = images.clone()
+    hidden[:, :3] = 0.5
+    assert torch.equal(imagenet_distance(decoded, images, 0.2), imagenet_distance(decoded, hidden, 0.2))
+    assert imagenet_distance(decoded, images, 0.2) != imagenet_distance(decoded, images, -0.2)
+    decoded[:, 3] = 0
+    decoded.requires_grad_()
+    imagenet_distance(decoded, images, 0.2).backward()
+    assert decoded.grad[:, 3].norm() > 0
+
+
+def test_grey_images_are_repeated(imagenet_distance, random_images):
+    decoded, images = random_images(2, 1, SIZE), random_images(3, 1, SIZE)[:2]
+    repeated = [each.repeat(1, 3, 1, 1) for each in (decoded, images)]
+    assert torch.equal(imagenet_distance(decoded, images), imagenet_distance(*repeated))
+
+
+def test_the_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with refuses("loss.perceptual imagenet", "timm", "pip install 'twostage[imagenet]'"):
+        build_perceptual(ImageNetPerceptualConfig(), 3, SIZE)
 
 
 # --- LPIPS ------------------------------------------------------------------------------------------------------------
