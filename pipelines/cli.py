@@ -10,8 +10,8 @@ __all__ = ["main"]
 VERBS = {
     "inspect": ("pipelines.inspect_data", "Show what a data source holds: splits, classes, sizes, unreadable files."),
     "train-tokenizer": (
-        "stage1_tokenizer.train_tokenizer",
-        "Train a tokenizer or another autoencoder from a config file.",
+        "pipelines.train_tokenizer",
+        "Train a tokenizer or another autoencoder, by a config file or one that fits your images.",
     ),
     "train-features": (
         "stage1_tokenizer.train_features",

@@ -1,5 +1,6 @@
 """Show what a data source holds, as text and as a contact sheet of the images that a model would see."""
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,11 +9,13 @@ import torch
 import typer
 from PIL import Image
 
+from pipelines.recipes.fitting_config import describe_survey
+from pipelines.recipes.recipe import recipe_for, training_size
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import DataConfig, ImageData, LabelColumnOption, ValueRangeOption, load_images
 from twostage.core.data.labels import AUTO
-from twostage.core.data.sources import first_form
 from twostage.core.data.spread import spread_over_classes
+from twostage.core.data.survey import survey
 from twostage.core.files import write_json
 from twostage.core.images.fonts import class_labels
 from twostage.core.images.sheets import contact_sheet, save_image
@@ -82,14 +85,19 @@ def _document(data: ImageData) -> dict[str, Any]:
     }
 
 
+def _as_setting(size: tuple[int, int]) -> str:
+    height, width = size
+    return str(height) if height == width else f"[{height},{width}]"
+
+
 def _most_common(counter: Counter[str]) -> str:
     return some_of(f"{name} ({count:,})" for name, count in counter.most_common()) or "as requested"
 
 
 def command(
     data: Annotated[str, typer.Argument(help="shapes, a folder, a parquet file, $TWOSTAGE_DATA/NAME, or owner/name.")],
-    image_size: Annotated[int | None, typer.Option(min=1, help="Size in pixels; by default the first image's.")] = None,
-    channels: Annotated[int | None, typer.Option(help="1 (grey), 3 or 4; by default the first image's.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Size in pixels; by default the suggested one.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1 (grey), 3 or 4; by default as in the images.")] = None,
     label_column: LabelColumnOption = AUTO,
     value_range: ValueRangeOption = None,
     out: Annotated[Path, typer.Option(help="Where to save the contact sheet.")] = Path("inspect.png"),
@@ -98,16 +106,23 @@ def command(
         typer.Option("--json", help="Also write a JSON file that lists every used and every skipped file."),
     ] = None,
 ) -> None:
-    """Show what a data source holds: splits, classes, sizes, modes, unreadable files. Also save a contact sheet."""
-    size, found_channels = first_form(data)
+    """Show what a data source holds: splits, classes, sizes, modes, unreadable files. Suggest a config for it, and save
+    a contact sheet."""
+    column = None if label_column == "null" else label_column
+    usual = survey(data, column)
+    size = training_size(usual)
     document = {
         "source": data,
         "image_size": image_size or list(size),
-        "channels": channels or found_channels,
-        "label_column": None if label_column == "null" else label_column,
+        "channels": channels or usual.channels,
+        "label_column": column,
         "value_range": value_range,
     }
     found = inspect_data(parse_config(DataConfig, document, "the options"), out)
+    recipe = recipe_for(data, size, usual.channels)
+    print(f"suggested for {describe_survey(usual)}:")
+    print(f"  data.image_size={_as_setting(size)} data.channels={usual.channels}, configs/tokenizer/{recipe.tokenizer}")
+    print(f"  to write such a config and train by it: twostage train-tokenizer {shlex.quote(data)}")
     if json_file:
         write_json(json_file, _document(found))
 

@@ -1,19 +1,20 @@
-"""Trains a prior over the codes of a tokenizer, and decodes a few samples at each validation.
+"""Trains a prior over the codes of a tokenizer, by a config file or by one that fits the codes and that it writes.
+Decodes a few samples at each validation.
 
 accelerate launch -m pipelines.train_prior configs/prior/gpt_cifar10.yaml codes=codes/vqvae_cifar10 [key=value ...]
+accelerate launch -m pipelines.train_prior codes/my_photos_tokenizer [key=value ...]
 """
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pipelines.drawing.rebuilt_images import decode_codes
+from pipelines.recipes.fitting_config import open_prior_config
 from pipelines.saved.saved_model import tokenizer_of_codes
 from stage2_prior.codes import CodeCache
 from stage2_prior.sample_sheets import Decoder
 from stage2_prior.train_prior import PriorTrainingConfig, train
-from twostage.core.config.sections import load_config
 from twostage.core.errors import InputError
 from twostage.core.machine.command import print_once, run_command
 from twostage.core.machine.stopping import TimeLimitOption
@@ -24,18 +25,25 @@ __all__ = ["command"]
 
 
 def command(
-    config: Annotated[Path, typer.Argument(help="A config file, for example from configs/prior/.")],
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG|CODES",
+            help="A config file, for example from configs/prior/. Or the folder of codes: a fitting config is then "
+            "written to runs/NAME_prior.yaml.",
+        ),
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="codes=DIR and other settings as key=value.")] = None,
     dry_run: DryRunOption = False,
     time_limit: TimeLimitOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Train a prior over a tokenizer's codes, and draw samples at each validation. Run the same command again to
+    """Train a prior over a tokenizer's codes. It draws samples at each validation. Run the same command again to
     resume."""
 
     def start() -> BaseRun[PriorTrainingConfig]:
-        loaded = load_config(PriorTrainingConfig, config, overrides, print_once)
-        return train(loaded, dry_run, time_limit, None if dry_run else _find_decoder(loaded.codes))
+        opened = open_prior_config(config, overrides or [], dry_run)
+        return train(opened, dry_run, time_limit, None if dry_run else _find_decoder(opened.codes))
 
     run_training(start, dry_run, json_file)
 

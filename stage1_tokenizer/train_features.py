@@ -25,7 +25,7 @@ from twostage.core.data.dataset import (
     load_images,
 )
 from twostage.core.data.labels import AUTO
-from twostage.core.data.sources import first_form
+from twostage.core.data.survey import survey
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
 from twostage.core.machine.command import run_command
@@ -38,6 +38,9 @@ from twostage.core.training.train_config import TrainConfig
 from twostage.core.training.training_run import TrainingRun
 
 __all__ = ["FeaturesTrainingConfig", "features_config", "train"]
+
+MAX_SIDE = 256
+"""The longest side of the images, in pixels, if no size is given."""
 
 
 class FeaturesTrainingConfig(Section):
@@ -177,14 +180,14 @@ def features_config(
     label_column: str = AUTO,
     value_range: tuple[float, float] | None = None,
 ) -> FeaturesTrainingConfig:
-    """The recipe with the command's options; size and channels default to those of the first image."""
-    size, found_channels = first_form(data)
+    """The recipe with the command's options; size (at most 256 pixels) and channels default to the usual ones."""
+    usual = survey(data, None)
     document = {
         "run": {"dir": str(out), "seed": seed},
         "data": {
             "source": data,
-            "image_size": image_size or list(size),
-            "channels": channels or found_channels,
+            "image_size": image_size or list(usual.size_within(MAX_SIDE)),
+            "channels": channels or usual.channels,
             "label_column": label_column,
             "value_range": value_range,
             "horizontal_flip": horizontal_flip,
@@ -210,8 +213,10 @@ def command(
         typer.Argument(help="Labelled images: shapes, a folder, a parquet file, $TWOSTAGE_DATA/NAME, or owner/name."),
     ],
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/features_NAME by default.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Size in pixels; by default the first image's.")] = None,
-    channels: Annotated[int | None, typer.Option(help="1 (grey), 3 or 4; by default the first image's.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Size in pixels; by default the commonest size.")
+    ] = None,
+    channels: Annotated[int | None, typer.Option(help="1 (grey), 3 or 4; by default as in the images.")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per update.")] = 64,
     horizontal_flip: Annotated[bool, typer.Option("--horizontal-flip", help="Mirror half of the images.")] = False,

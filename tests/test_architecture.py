@@ -20,10 +20,10 @@ MAY_IMPORT = {
 }
 FACE = ROOT / "twostage" / "__init__.py"
 """It exports names of all packages, lazily."""
-FOLDERS = {*MAY_IMPORT, "configs", "tests", "benchmarks", "docs"}
+FOLDERS = {*MAY_IMPORT, "configs", "models", "tests", "benchmarks", "docs"}
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 VERB_MODULES = {module for module, _ in VERBS.values()}
-ROOMS = ("files", "saved", "drawing", "encoding", "evaluation", "comparison", "page", "sharing", "checks")
+ROOMS = ("recipes", "files", "saved", "drawing", "encoding", "evaluation", "comparison", "page", "sharing", "checks")
 """The rooms of pipelines/, lowest first: each only imports itself and those before it."""
 MAX_LINES, MAX_TRAINING_LINES = 60, 120
 SHARED_NAMES = {"command", "train", "validate"}
@@ -193,4 +193,4 @@ def test_every_package_is_installed():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == set(MAY_IMPORT)
     found = {module_name(path) for path in FILES if path.name == "__init__.py"}
-    assert set(project["tool"]["setuptools"]["packages"]) == found
+    assert set(project["tool"]["setuptools"]["packages"]) == {*found, "twostage.configs"}

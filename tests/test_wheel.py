@@ -15,7 +15,16 @@ from pipelines.cli import VERBS
 from twostage import TwoStagePipeline
 
 REPOSITORY = Path(__file__).parents[1]
-SOURCES = ("twostage", "stage1_tokenizer", "stage2_prior", "pipelines", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = (
+    "twostage",
+    "stage1_tokenizer",
+    "stage2_prior",
+    "pipelines",
+    "configs",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
 LAUNCHED = ("stage1_tokenizer.train_tokenizer", "stage2_prior.train_prior", "pipelines.encode_dataset")
 """Some of the modules that a launcher starts, as `python -m` does."""
 MAX_IMPORT_SECONDS, MAX_HELP_SECONDS = 0.1, 0.5
@@ -109,6 +118,8 @@ def test_every_file_is_in_the_wheel(installed):
 
     for package in ("twostage", "stage1_tokenizer", "stage2_prior", "pipelines"):
         assert files(installed, package) == files(REPOSITORY, package)
+    configs = {file.relative_to(REPOSITORY) for file in (REPOSITORY / "configs").rglob("*.yaml")}
+    assert {file.relative_to(installed / "twostage") for file in installed.rglob("*.yaml")} == configs
 
 
 def test_import_and_help_are_instant_and_load_no_torch(installed, project):
@@ -145,3 +156,9 @@ def pipeline_folder(runs, twostage, tmp_path_factory) -> Path:
     ended = twostage("export", runs.prior, "--out", out)
     assert ended.code == 0, ended.err
     return out
+
+
+def test_a_config_is_written_for_images(installed, project):
+    code = "import sys; from pipelines.cli import main; sys.argv = ['twostage', *'train-tokenizer shapes'.split(), *"
+    words = ["--dry-run", "train.batch_size=8"]
+    assert "After configs/tokenizer/vqvae_shapes.yaml" in run(installed, project, f"{code}{words}]; main()")

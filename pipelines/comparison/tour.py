@@ -31,7 +31,7 @@ from stage2_prior.train_prior import PriorTrainingConfig
 from stage2_prior.train_prior import train as train_prior
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import DataConfig, load_images
-from twostage.core.data.sources import first_form
+from twostage.core.data.survey import survey
 from twostage.core.errors import InputError
 from twostage.core.files import write_json
 from twostage.core.runs.contents import same_place
@@ -141,9 +141,9 @@ class Countdown:
 
 
 def _data_group(source: str) -> dict[str, Any]:
-    """The `data` group for a source, in the form of its first image."""
-    size, channels = first_form(source)
-    group = {"source": source, "image_size": [min(side, MAX_SIDE) for side in size], "channels": channels}
+    """The `data` group for a source, in the usual form of its images."""
+    usual = survey(source, None)
+    group = {"source": source, "image_size": [min(side, MAX_SIDE) for side in usual.size], "channels": usual.channels}
     return group | ({"num_images": NUM_SHAPES} if source == "shapes" else {})
 
 

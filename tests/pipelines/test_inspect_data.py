@@ -33,7 +33,10 @@ def test_a_folder_of_classes(folder, twostage, tmp_path):
     bad = [line for line in lines if line.startswith("  unreadable: ")]
     assert len(bad) == 1
     assert str(folder / "train" / "cat" / "broken.png") in bad[0]
-    assert "data.image_size=[10, 20] data.channels=3" in lines[-1]
+    assert "data.image_size=[10, 20] data.channels=3" in lines[-4]
+    assert lines[-3] == "suggested for 7 training images, usually 20 x 10 pixels, RGB; 2 classes of 2 to 5 images:"
+    assert lines[-2] == "  data.image_size=[10,20] data.channels=3, configs/tokenizer/vqvae_cifar10.yaml"
+    assert f"twostage train-tokenizer {folder}" in lines[-1]
 
 
 def test_the_sheet_shows_what_a_model_would_see(folder, twostage, tmp_path):

@@ -10,10 +10,9 @@ from messages import refuses
 from PIL import Image
 
 from stage1_tokenizer.feature_network import FeatureNetwork
-from stage1_tokenizer.train_features import FeaturesTrainingConfig, command, train
+from stage1_tokenizer.train_features import FeaturesTrainingConfig, command, features_config, train
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import load_images
-from twostage.core.data.sources import first_form
 from twostage.core.images.conversion import to_float
 
 TRAINING = (train, FeaturesTrainingConfig)  # what `start` starts
@@ -147,11 +146,10 @@ def test_the_command_takes_a_given_form(new_process, tmp_path, write_images):
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["horizontal_flip"] is True
 
 
-def test_the_first_readable_image_gives_the_form(write_images, tmp_path):
-    source = write_images("cat", mode="RGBA", size=(512, 256))
-    (tmp_path / "images" / "cat" / "0.png").write_bytes(b"not an image")
-    assert first_form(source) == ((128, 256), 3)
-    assert first_form("shapes") == ((32, 32), 3)
+def test_the_usual_form_is_the_default(write_images, tmp_path):
+    source = write_images("cat", "dog", size=(512, 256))
+    config = features_config(source, tmp_path / "run")
+    assert (config.data.size, config.data.channels) == ((128, 256), 3)
 
 
 def test_images_without_labels_are_refused(write_images, document, start, tmp_path):

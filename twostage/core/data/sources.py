@@ -15,11 +15,10 @@ from twostage.core.data.records import Records, Source
 from twostage.core.data.tables import TABLE_SUFFIXES, find_tables, read_hub, read_tables
 from twostage.core.errors import InputError
 from twostage.core.files import expand_home
-from twostage.core.images.conversion import open_image, quiet_decoders
-from twostage.core.images.pixel_values import is_grey
+from twostage.core.images.conversion import open_image
 from twostage.core.wording import printable, some_of
 
-__all__ = ["find_local", "find_source", "first_form"]
+__all__ = ["find_local", "find_source"]
 
 KNOWN_NAMES = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist", "cifar10": "uoft-cs/cifar10"}
 
@@ -62,22 +61,6 @@ def _candidates(name: str) -> tuple[list[Path], bool]:
     if not root or looks_local:
         return [path], looks_local
     return [path, *dict.fromkeys([Path(root) / name, Path(root) / Path(name).name])], looks_local
-
-
-def first_form(source: str) -> tuple[tuple[int, int], int]:
-    """The (height, width), at most 256, and the channels of the first readable image; 32x32 RGB for `shapes`."""
-    quiet_decoders()
-    splits = {} if source == "shapes" else find_source(source, label_column=None).splits
-    for records in splits.values():
-        for row in range(len(records)):
-            try:
-                with records.open(row) as image:
-                    scale = min(1.0, 256 / max(image.size))
-                    height, width = max(1, round(image.height * scale)), max(1, round(image.width * scale))
-                    return (height, width), 1 if is_grey(image.mode) else 3
-            except Exception:  # load_images counts and reports these
-                continue
-    return (32, 32), 3
 
 
 def _read_local(path: Path, wanted_label: str | None) -> Source:

@@ -1,0 +1,207 @@
+"""The configs that `train-tokenizer IMAGES` and `train-prior CODES` write and train by.
+
+A written config lies beside the run folder and is named after what it is for, so that the same command finds it again,
+also with another run.dir. It is never overwritten, so that people can change it.
+"""
+
+import math
+import shlex
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic
+
+import yaml
+
+from pipelines.recipes.recipe import recipe_for, training_size
+from stage1_tokenizer.train_tokenizer import TokenizerConfig
+from stage2_prior.codes import CodeCache
+from stage2_prior.train_prior import PriorTrainingConfig
+from twostage.core.config.overrides import apply_overrides
+from twostage.core.config.sections import ConfigT, load_config, parse_config, path_values
+from twostage.core.data.dataset import DataConfig
+from twostage.core.data.labels import AUTO
+from twostage.core.data.survey import Survey, survey
+from twostage.core.data.tables import TABLE_SUFFIXES
+from twostage.core.errors import InputError
+from twostage.core.files import replacing
+from twostage.core.machine.command import print_once
+from twostage.core.runs.contents import same_place
+
+__all__ = ["describe_survey", "is_config", "open_prior_config", "open_tokenizer_config"]
+
+FEW_IMAGES = 500
+"""With fewer training images, both stages mostly learn them by heart."""
+FEW_CODES, FEW_BATCH = 64, 16
+"""The codebook and the batch for few images."""
+UNBALANCED = 3
+"""The ratio of the largest class to the smallest from which classes count as unbalanced."""
+
+Document = dict[str, Any]
+"""A config as nested dicts."""
+
+
+def open_tokenizer_config(given: str, overrides: Sequence[str], dry_run: bool = False) -> TokenizerConfig:
+    """The config in a file; or, for images, the one that was written for them, or a new one that fits.
+
+    Args:
+        given: a config file, or a `data.source`.
+        dry_run: write nothing.
+
+    Raises:
+        InputError: no such file or images, wrong settings, or a written config for other images.
+    """
+    if is_config(given):
+        return load_config(TokenizerConfig, given, list(overrides), print_once)
+    asked = apply_overrides(TokenizerConfig, {}, list(overrides), lambda line: None)
+    written = _Written(TokenizerConfig, "train-tokenizer", "data.source", given, f"{_name(given)}_tokenizer", asked)
+    return written.open(lambda: _fit_tokenizer(given, asked), overrides, dry_run)
+
+
+def open_prior_config(given: str, overrides: Sequence[str], dry_run: bool = False) -> PriorTrainingConfig:
+    """:func:`open_tokenizer_config` for a prior; ``given`` is a config file or a folder of codes."""
+    if is_config(given):
+        return load_config(PriorTrainingConfig, given, list(overrides), print_once)
+    asked = apply_overrides(PriorTrainingConfig, {}, list(overrides), lambda line: None)
+    name = f"{_name(given).removesuffix('_tokenizer')}_prior"
+    written = _Written(PriorTrainingConfig, "train-prior", "codes", given, name, asked)
+    return written.open(lambda: _fit_prior(given), overrides, dry_run)
+
+
+def describe_survey(found: Survey) -> str:
+    """What a source holds, in one line."""
+    height, width = found.size
+    kind = {1: "grey", 3: "RGB", 4: "RGBA with transparency"}[found.channels]
+    text = f"{found.num_train:,} training images, usually {width} x {height} pixels, {kind}"
+    counts = [count for count in found.class_counts.values() if count]
+    if not counts:
+        return f"{text}; no classes"
+    unbalanced = " (unbalanced)" if max(counts) >= UNBALANCED * min(counts) else ""
+    return f"{text}; {len(counts)} classes of {min(counts):,} to {max(counts):,} images{unbalanced}"
+
+
+# --- what fits -------------------------------------------------------------------------------------------------------
+
+
+def _fit_tokenizer(source: str, asked: Document) -> tuple[Document, list[str]]:
+    """A tokenizer's config for images, and sentences about it; ``asked`` has the settings that the user gave."""
+    group = asked.get("data", {})
+    found = survey(source, group.get("label_column", AUTO))
+    height, width = training_size(found)
+    form = {"image_size": height if height == width else [height, width], "channels": found.channels}
+    form |= {key: group[key] for key in form if key in group}
+    data = parse_config(DataConfig, {"source": source} | form, "the data settings")
+    recipe = recipe_for(source, data.size, data.channels)
+    document = recipe.document("tokenizer")
+    document["data"] |= {"source": source} | form
+    about = [f"{describe_survey(found)}.", f"After configs/tokenizer/{recipe.tokenizer}, for {recipe.images}."]
+    if asked.get("init_from"):
+        del document["model"]  # it is the earlier tokenizer's
+    elif found.num_train < FEW_IMAGES and source != "shapes":
+        document["train"]["batch_size"] = FEW_BATCH
+        document["model"]["bottleneck"]["codebook_size"] = FEW_CODES
+        about.append(
+            f"Warning: {found.num_train} training images are too few for {recipe.tokenizer}: both stages will mostly "
+            f"learn them by heart. So this config has a codebook of {FEW_CODES} codes. Better add images "
+            f"({FEW_IMAGES} or more), or start from a tokenizer of similar images: init_from=runs/TOKENIZER."
+        )
+    _limit_batch(document, found.num_train)
+    return document, about
+
+
+def _fit_prior(codes: str) -> tuple[Document, list[str]]:
+    """A prior's config for codes, and sentences about it."""
+    manifest = CodeCache(codes).manifest
+    recipe = recipe_for(manifest.source, manifest.image_size, manifest.channels)
+    document = recipe.document("prior")
+    document["codes"] = codes
+    rows = manifest.splits["train"].rows
+    images = rows // manifest.augmentation.variants
+    (height, width), codebook = manifest.grid, manifest.codebook_size
+    about = [
+        f"{images:,} training images, each as {height}x{width} codes out of {codebook:,}.",
+        f"After configs/prior/{recipe.prior}, for {recipe.images}.",
+    ]
+    if images < FEW_IMAGES and manifest.source != "shapes":
+        about.append(
+            f"Warning: {images} training images are too few for {recipe.prior}: the prior will mostly learn them by "
+            f"heart. Add images ({FEW_IMAGES} or more), or at least rows of cropped and mirrored ones: twostage encode "
+            f"{shlex.quote(manifest.tokenizer.path)} --crops 8 --horizontal-flip."
+        )
+    _limit_batch(document, rows)
+    return document, about
+
+
+def _limit_batch(document: Document, count: int) -> None:
+    """A power of two that ``count`` images fill, even if some of them are held out."""
+    largest = 2 ** int(math.log2(max(1.0, count * 0.9)))
+    document["train"]["batch_size"] = min(document["train"]["batch_size"], largest)
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Written(Generic[ConfigT]):
+    """A config that a verb has written, or will write."""
+
+    schema: type[ConfigT]
+    verb: str
+    key: str
+    """The key of what it is for."""
+    given: str
+    """The value of that key."""
+    name: str
+    asked: Document
+    """The settings that the user gave."""
+
+    @property
+    def file(self) -> Path:
+        run_dir = self.asked.get("run", {}).get("dir")
+        return (Path(run_dir).parent if run_dir else Path("runs")) / f"{self.name}.yaml"
+
+    def open(self, fit: Callable[[], tuple[Document, list[str]]], overrides: Sequence[str], dry_run: bool) -> ConfigT:
+        """The config in the file; if there is none, the one that ``fit`` returns is written first.
+
+        Raises:
+            InputError: the file is for something else, or has mistakes.
+        """
+        if self.file.is_file():
+            print_once(f"{self.file}: used as it is. To get a new one, remove it")
+        else:
+            document, about = fit()
+            document["run"]["dir"] = str(self.file.with_suffix(""))
+            print_once("\n".join(about))
+            if dry_run:
+                changed = apply_overrides(self.schema, document, list(overrides), print_once)
+                return parse_config(self.schema, changed, f"the config for {self.given}")
+            self._write(document, about)
+            print_once(f"{self.file}: written, and used from now on, also after you change it")
+        config = load_config(self.schema, self.file, list(overrides), print_once)
+        stored = str(path_values(config)[self.key])
+        if not same_place(stored, self.given):
+            raise InputError(
+                f"{self.file}: its {self.key} is {stored}, but you gave {self.given}. Rename that file, or choose a "
+                "run.dir= in another folder"
+            )
+        return config
+
+    def _write(self, document: Document, about: list[str]) -> None:
+        command, changed = (shlex.join(["twostage", self.verb, each]) for each in (self.given, str(self.file)))
+        lines = [f"Written by: {command}", *about, f"To train again with changes: {changed} run.dir=DIR"]
+        header = [f"# {part}\n" for line in lines for part in textwrap.wrap(line, 116)]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.file) as partial:
+            body = yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=110)
+            partial.write_text("".join(header) + body, encoding="utf-8")
+
+
+def is_config(given: str) -> bool:
+    """Whether the argument of a training verb is a config file, not images or codes."""
+    suffix = Path(given).suffix.lower()
+    return suffix in (".yaml", ".yml") or (Path(given).is_file() and suffix not in TABLE_SUFFIXES)
+
+
+def _name(given: str) -> str:
+    return Path(given).resolve().stem

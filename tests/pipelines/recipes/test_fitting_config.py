@@ -1,0 +1,119 @@
+"""Training verbs write a config that fits images or codes, and train by it from then on."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from messages import assert_names, refuses
+from PIL import Image
+
+from pipelines.recipes.fitting_config import open_prior_config, open_tokenizer_config
+from pipelines.recipes.recipe import RECIPES, recipe_for, training_size
+from stage1_tokenizer.train_tokenizer import TokenizerConfig
+from stage2_prior.train_prior import PriorTrainingConfig
+from twostage.core.config.sections import parse_config
+from twostage.core.data.survey import Survey
+
+TINY = ["train.max_steps=2", "train.warmup_steps=0", "train.batch_size=4", "run.trackers=[]",
+        "model.backbone={type: conv, channels: 4, channel_mult: [1, 1], num_res_blocks: [0, 0]}"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write_photos(folder: str, count: int = 12, size: tuple[int, int] = (160, 120)) -> str:
+    Path(folder).mkdir(parents=True)
+    for number in range(count):
+        Image.new("RGB", size, (20 * number, 90, 10)).save(Path(folder) / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_every_recipe_is_a_pair_of_valid_configs(recipe):
+    parse_config(TokenizerConfig, recipe.document("tokenizer"), recipe.tokenizer)
+    parse_config(PriorTrainingConfig, recipe.document("prior"), recipe.prior)
+
+
+@pytest.mark.parametrize(("size", "channels", "trained", "tokenizer"), [
+    ((28, 28), 1, (28, 28), "vqvae_mnist.yaml"),
+    ((32, 32), 3, (32, 32), "vqvae_cifar10.yaml"),
+    ((36, 36), 4, (36, 36), "emoji_64.yaml"),
+    ((72, 72), 4, (64, 64), "emoji_64.yaml"),
+    ((3000, 4000), 3, (56, 72), "photos_64.yaml"),
+    ((480, 480), 1, (64, 64), "photos_64.yaml"),
+])  # fmt: skip
+def test_size_and_recipe_follow_the_images(monkeypatch, size, channels, trained, tokenizer):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert training_size(Survey(size, channels, 1000, {})) == trained
+    assert recipe_for("folder", trained, channels).tokenizer == tokenizer
+
+
+def test_a_gpu_trains_on_larger_photographs(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    assert training_size(Survey((400, 400), 3, 1000, {})) == (128, 128)
+    assert recipe_for("folder", (128, 128), 3).tokenizer == "photos_128.yaml"
+
+
+def test_a_folder_is_trained_on_by_a_config_that_people_can_change(works, capsys):
+    photos = write_photos("my photos/cats")
+    shown = works("train-tokenizer", photos, *TINY)
+    file = Path("runs/cats_tokenizer.yaml")
+    assert_names(shown, file, "12 training images, usually 160 x 120 pixels, RGB; no classes", "photos_64.yaml")
+    assert_names(shown, "Next: twostage encode runs/cats_tokenizer", "Then: twostage train-prior codes/cats_tokenizer")
+    text = file.read_text()
+    assert_names(text, "# Written by: twostage train-tokenizer 'my photos/cats'", "run.dir=DIR")
+    data = yaml.safe_load(text)["data"]
+    assert (data["source"], data["image_size"], data["channels"]) == (photos, [56, 72], 3)
+    assert "nothing left to do" in works("train-tokenizer", photos, *TINY)
+
+    file.write_text(text.replace("latent_channels: 64", "latent_channels: 8"))
+    changed = works("train-tokenizer", photos, *TINY, "run.dir=runs/second")
+    assert f"{file}: used as it is" in changed
+    assert yaml.safe_load(Path("runs/second/config.yaml").read_text())["model"]["latent_channels"] == 8
+    assert not Path("runs/second.yaml").exists()
+    with refuses(file, photos, "other/cats", "Rename that file"):
+        open_tokenizer_config(write_photos("other/cats"), [])
+
+
+def test_few_images_get_a_small_codebook_and_a_warning(capsys):
+    config = open_tokenizer_config(write_photos("photos"), [])
+    assert config.model.bottleneck.codebook_size == 64  # type: ignore[attr-defined]
+    assert config.train.batch_size == 8
+    assert_names(
+        capsys.readouterr().out, "12 training images are too few", "photos_64.yaml", "500 or more", "init_from="
+    )
+
+
+def test_what_the_user_asks_for_decides(capsys):
+    photos = write_photos("photos")
+    config = open_tokenizer_config(photos, ["data.image_size=128", "data.channels=1", "train.lr=0.5"], dry_run=True)
+    assert (config.data.size, config.data.channels, config.train.lr) == ((128, 128), 1, 0.5)
+    assert "photos_128.yaml" in capsys.readouterr().out
+    assert not Path("runs").exists(), "a dry run writes nothing"
+    with refuses("image_size", "'large'"):
+        open_tokenizer_config(photos, ["data.image_size=large"])
+
+
+def test_a_tokenizer_to_start_from_brings_its_model(runs):
+    config = open_tokenizer_config(write_photos("photos"), [f"init_from={runs.tokenizer}"])
+    assert config.model.bottleneck.codebook_size == 16  # type: ignore[attr-defined]
+
+
+def test_codes_are_trained_on_by_a_config_of_the_same_recipe(runs, works, capsys):
+    words = [
+        "train.max_steps=2",
+        "train.warmup_steps=0",
+        "run.trackers=[]",
+        "model.hidden_size=16",
+        "model.num_heads=2",
+    ]
+    shown = works("train-prior", runs.codes, *words, "model.depth=1")
+    assert_names(shown, "320 training images, each as 4x4 codes out of 16", "configs/prior/gpt_shapes.yaml")
+    assert yaml.safe_load(Path("runs/tokenizer_prior.yaml").read_text())["codes"] == str(runs.codes)
+    assert Path("runs/tokenizer_prior/samples/step_00000002.png").is_file()
+    config = open_prior_config(str(runs.codes), [])
+    assert config.run.dir == "runs/tokenizer_prior"
+    with refuses("codes", "nowhere", "twostage encode"):
+        open_prior_config("nowhere", [])

@@ -1,0 +1,105 @@
+"""A quick look at a source: the usual form of its images and how many there are. Only headers are read."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from twostage.core.data.labels import AUTO
+from twostage.core.data.records import Records
+from twostage.core.data.shapes import CLASS_NAMES
+from twostage.core.data.sources import find_source
+from twostage.core.data.spread import spread
+from twostage.core.images.conversion import quiet_decoders
+from twostage.core.images.pixel_values import is_grey
+
+__all__ = ["Survey", "survey"]
+
+OPENED, DECODED = 400, 16
+"""Images whose header is read; images whose transparency is checked."""
+SAME_SHAPE = 0.05
+"""Relative difference of two aspect ratios that count as the same."""
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
+"""The EXIF tag, and its values for images that are stored on their side."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a source holds."""
+
+    size: tuple[int, int]
+    """(height, width) in pixels: the commonest one if at least half of the images have its shape, else a square."""
+    channels: Literal[1, 3, 4]
+    """1 if all images are grey; 4 if most have an alpha channel with transparent pixels; else 3."""
+    num_train: int
+    """Images in the training split, before any are held out."""
+    class_counts: dict[str, int]
+    """Training images by class; {} without classes."""
+
+    def size_within(self, max_side: int) -> tuple[int, int]:
+        """The size, reduced if a side is longer than ``max_side``."""
+        scale = min(1.0, max_side / max(self.size))
+        height, width = (max(1, round(side * scale)) for side in self.size)
+        return height, width
+
+
+def survey(source: str, label_column: str | None = AUTO) -> Survey:
+    """Looks at evenly spaced images of the training split.
+
+    Raises:
+        InputError: see :func:`find_source`.
+    """
+    if source == "shapes":
+        return Survey((32, 32), 3, 20_000, dict.fromkeys(CLASS_NAMES, 2_500))
+    quiet_decoders()
+    found = find_source(source, label_column)
+    records = found.splits.get("train") or next(iter(found.splits.values()))
+    counts = {}
+    if found.class_names and records.labels is not None:
+        numbers = np.bincount(records.labels, minlength=len(found.class_names))
+        counts = dict(zip(found.class_names, numbers.tolist(), strict=True))
+    sizes, channels = _forms(records)
+    return Survey(_usual_size(sizes), channels, len(records), counts)
+
+
+def _forms(records: Records) -> tuple[Counter[tuple[int, int]], Literal[1, 3, 4]]:
+    """How often each (height, width) occurs, and the channels. Unreadable images are skipped."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    grey, transparent, checked = 0, 0, 0
+    for row in spread(len(records), OPENED).tolist():
+        try:
+            with records.open(row) as image:
+                width, height = image.size
+                turned = image.getexif().get(ORIENTATION) in TURNED
+                grey += is_grey(image.mode)
+                if checked < DECODED and _has_alpha(image):
+                    checked += 1
+                    transparent += _is_transparent(image)
+        except Exception:  # load_images counts and reports these
+            continue
+        sizes[(width, height) if turned else (height, width)] += 1
+    if transparent * 2 > min(DECODED, sizes.total()):
+        return sizes, 4
+    return sizes, 1 if 0 < grey == sizes.total() else 3
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return image.convert("RGBA").getextrema()[3][0] < 255  # type: ignore[index]
+
+
+def _usual_size(sizes: Counter[tuple[int, int]]) -> tuple[int, int]:
+    """See :attr:`Survey.size`; 32x32 if no image could be read."""
+    if not sizes:
+        return 32, 32
+    height, width = sizes.most_common(1)[0][0]
+    same = sum(count for (h, w), count in sizes.items() if abs(h * width / (w * height) - 1) < SAME_SHAPE)
+    if 2 * same >= sizes.total():
+        return height, width
+    side = int(np.median([min(size) for size in sizes.elements()]))
+    return side, side
