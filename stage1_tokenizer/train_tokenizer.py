@@ -130,7 +130,7 @@ def train(
     image_losses = ImageLosses(
         config.loss, autoencoder, discriminator and discriminator.module, weights_dir, accelerator
     )
-    run.report(f"latent grid {autoencoder.grid[0]}x{autoencoder.grid[1]}")
+    run.report(f"latent grid {autoencoder.grid[0]}x{autoencoder.grid[1]}", *image_losses.notices())
 
     # 3. The weights: those of the latest checkpoint, or new ones.
     run.attach(batches, networks, {"data.source": data.contents(), **other_sources(config)}, split.names)

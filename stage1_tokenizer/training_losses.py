@@ -76,6 +76,16 @@ class ImageLosses:
         assert isinstance(self.perceptual.network, FeatureNetwork)
         return [PerceptualNetwork(type="features", path=config.path, hash=self.perceptual.network.features_hash())]
 
+    def notices(self) -> list[str]:
+        """What the losses do not see."""
+        if self.autoencoder.config.channels == 4 and isinstance(self.config.perceptual, LPIPSConfig):
+            notice = (
+                "loss.perceptual lpips: sees three of the four channels, so only loss.reconstruction trains the "
+                "transparency. loss.perceptual={type: imagenet} compares images on random backgrounds instead."
+            )
+            return [notice]
+        return []
+
     def pixel_gradient(
         self, output: AutoencoderOutput, images: Tensor, progress: float, random: BatchRandom
     ) -> tuple[Tensor | None, dict[str, Tensor]]:

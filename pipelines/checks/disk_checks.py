@@ -139,7 +139,7 @@ def check_weight_files() -> Iterator[Finding]:
         yield warning(
             "weights",
             f"LPIPS: {TRUNK} is not in {', '.join(map(str, folders))}; loss.perceptual of type lpips downloads 528 MB",
-            "Without a network, put it there, give --weights-dir, or train a network (twostage train-features).",
+            "Without a network, put it there, give --weights-dir, or use loss.perceptual of type imagenet or features.",
         )
     checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
     inception = next((checkpoints / name for name in INCEPTION if (checkpoints / name).is_file()), None)
@@ -149,5 +149,5 @@ def check_weight_files() -> Iterator[Finding]:
         yield warning(
             "weights",
             f"Inception: none in {checkpoints}; only Frechet distances comparable to published ones need it",
-            f"Give evaluate --inception FILE ({INCEPTION[0]} of torch-fidelity), or --features runs/NAME.",
+            f"Give evaluate --inception FILE ({INCEPTION[0]} of torch-fidelity), or --features imagenet.",
         )

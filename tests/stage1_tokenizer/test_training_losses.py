@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from stage1_tokenizer import training_losses
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.discriminator import Discriminator, generator_loss
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
@@ -87,6 +88,35 @@ def test_the_discriminator_has_no_effect_before_its_start(
     )
     assert list(terms) == ["perceptual"]
     assert gradient.abs().sum() > 0
+
+
+def test_transparent_images_are_compared_on_drawn_colours(
+    tiny_autoencoder, random_images, whole_batch, new_process, monkeypatch
+):
+    """Each image on its own, by the random numbers of the batch."""
+    pytest.importorskip("timm", reason="needs the extra imagenet")
+    model, images = tiny_autoencoder(channels=4), random_images(2, 4)
+    new_process()
+    config = parse_config(LossConfig, {"perceptual": {"type": "imagenet", "weight": 0.5}}, "loss")
+    losses = ImageLosses(config, model, None, None, Accelerator(cpu=True))
+    output = model(images, None, whole_batch(2))
+    gradient, terms = losses.pixel_gradient(output, images, 1.0, whole_batch(2))
+    background = 2 * whole_batch(2).uniform("background", (3, 1, 1), images.device) - 1
+    expected = 0.5 * losses.perceptual(model.to_pixels(output.decoded), images, background)
+    torch.testing.assert_close(terms["perceptual"], expected.detach())
+    assert gradient[:, 3].norm() > 0
+    _, others = losses.pixel_gradient(output, images, 1.0, whole_batch(2, seed=1))
+    assert others["perceptual"] != terms["perceptual"]
+
+
+def test_a_loss_that_ignores_transparency_says_so(tiny_autoencoder, new_process, monkeypatch):
+    new_process()
+    monkeypatch.setattr(training_losses, "build_perceptual", lambda *_: torch.nn.Identity())
+    config = parse_config(LossConfig, {"perceptual": {"type": "lpips"}}, "loss")
+    for channels, count in ((3, 0), (4, 1)):
+        losses = ImageLosses(config, tiny_autoencoder(channels=channels), None, None, Accelerator(cpu=True))
+        assert len(losses.notices()) == count
+    assert "loss.perceptual={type: imagenet}" in losses.notices()[0]
 
 
 def test_without_image_losses_there_is_nothing(tiny_autoencoder, random_images, whole_batch, new_process):
