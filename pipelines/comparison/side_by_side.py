@@ -84,9 +84,8 @@ def compare_models(
         own = model.tokenizer.config.class_names if model.tokenizer.class_conditional else None
         if names := model.pipeline.label_names if model.pipeline else own:
             images.check_classes(names, model.path)
-    real = None
-    if network and (isinstance(network, ImageNetFeatures) or any(model.pipeline for model in models)):
-        real = RealImages.judge(network, images, request.num_samples, work)
+    needed = isinstance(network, ImageNetFeatures) or any(model.pipeline for model in models)
+    real = RealImages.judge(network, images, request.num_samples, work) if network and needed else None
     originals = images.split.read(spread_over_classes(images.split.labels, len(images.split), num_images))
     classes = _column_classes(models, class_names, len(originals))
     for model in models:

@@ -76,10 +76,8 @@ def evaluate_prior(
         found.append(measure_images(model, pipeline.tokenizer, images, work))
     else:
         found.append(Measurement(ImageCost(), {"chain_rule_nats_per_image": reason}))
-    drawn = None
-    if pipeline and network:
-        real = RealImages.judge(network, images, samples.num_samples, work) if images else None
-        drawn = measure_samples(pipeline, network, samples, work, real, reason)
+    real = RealImages.judge(network, images, samples.num_samples, work) if pipeline and network and images else None
+    drawn = measure_samples(pipeline, network, samples, work, real, reason) if pipeline and network else None
     found += drawn.measurements if drawn else [unmeasured_samples()]
     settings = {"batch_size": batch_size, "processes": work.state.num_processes, **describe_machine(work)}
     return Evaluation(
