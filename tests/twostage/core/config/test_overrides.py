@@ -294,7 +294,7 @@ def test_steps_in_the_place_of_epochs_and_the_other_way_round():
     assert re.fullmatch(r"train.max_steps=50: replaces train.epochs=\d+", *notices)
     config, notices = load_real("vqgan_cifar10", "train.epochs=2")
     assert (config.train.max_steps, config.train.epochs) == (None, 2)
-    assert notices == ["train.epochs=2: replaces train.max_steps=1500"]
+    assert notices == ["train.epochs=2: replaces train.max_steps=450"]
 
 
 @pytest.mark.parametrize("kind", ["identity", "gaussian", "class_gaussian", "residual"])
