@@ -263,8 +263,8 @@ def not_evidence(
             command = f"twostage train-features {shlex.quote(source)} --seed 1 --width {width} --out runs/judge"
             reason = (
                 f"the tokenizer was trained against this feature network, {network.path} (loss.perceptual), which "
-                f"lowers distances in it. Use another one: {command}, then --features runs/judge; or use "
-                "--inception FILE"
+                f"lowers distances in it. Use another one: {command}, then --features runs/judge; or use --features "
+                "imagenet or --inception FILE"
             )
             return dict.fromkeys(names, reason)
     return {}

@@ -42,8 +42,8 @@ SAME_JUDGE = "the judging network is one that the tokenizer was trained against"
 WEAK_JUDGE = "the judging network hardly recognises the originals"
 NO_JUDGE = "no independent network judged whether reconstructions still show what the originals show"
 JUDGE_ADVICE = (
-    "Have another network judge it: --features runs/NAME (twostage train-features, with another --seed and --width "
-    "than the network of loss.perceptual) or --inception FILE."
+    "Have a network judge it that is not the one of loss.perceptual: --features imagenet, --features runs/NAME "
+    "(twostage train-features, with another --seed and --width) or --inception FILE."
 )
 
 
