@@ -109,4 +109,7 @@ class CausalTransformerDecoder(FastTransformer):
         keys, values = self.keys[number], self.values[number]
         seen = self.cell + 1
         scores = torch.bmm(qkv[:, 0].reshape(len(keys), 1, -1), keys[:, :, :seen])  # (B H, 1, n)
+        bias = self.biases[number]
+        if bias is not None:
+            scores.view(len(qkv), -1, seen).add_(bias[:, self.cell, :seen])
         return torch.bmm(scores.softmax(-1), values[:, :seen]).view(len(qkv), -1)

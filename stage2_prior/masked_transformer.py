@@ -218,12 +218,13 @@ class MaskedPredictor(FastTransformer):
         masked = (codes == self.mask_token_id).flatten()
         x = model.code_embedding(codes) + model.class_embedding(labels)[:, None]
         x = (x if model.positions is None else x + model.positions).flatten(0, 1)  # (B N, D)
-        for block in self.blocks:
+        for block, bias in zip(self.blocks, self.biases, strict=True):
             qkv = block.qkv(x).unflatten(0, (batch, -1))  # (B, N, 3, H, E)
             if self.rotation is not None:
                 turn(qkv, self.rotation[:, None, None])
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, E)
-            attended = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).reshape(x.shape)  # (B N, D)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+            attended = attended.transpose(1, 2).reshape(x.shape)  # (B N, D)
             if block is self.blocks[-1]:  # from here on, no cell depends on another
                 x, attended = x[masked], attended[masked]  # (M, D)
             x = block.finish(x, attended)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from stage2_prior.fast_linear import TrainedLinear, fast_linear, linear
 from stage2_prior.network import COMMON_SETTINGS, NetworkConfig
@@ -24,6 +25,7 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "attention",
+    "offsets",
     "rotate",
     "rotations",
     "turn",
@@ -44,8 +46,13 @@ class TransformerConfig(NetworkConfig):
     """Dropout on the embeddings and on what each block adds."""
     code_dropout: Share = 0.0
     """Share of the input codes that a training step hides (their embedding is 0)."""
-    positions: Literal["learned", "rotary", "both"] = "both"
-    """`learned`: one vector for each cell; `rotary`: heads are rotated by a cell's row and column."""
+    positions: Literal["learned", "rotary", "both", "relative"] = "both"
+    """`learned`: one vector for each cell; `rotary`: heads are rotated by a cell's row and column; `both`; `relative`:
+    `learned` and a learned bias of each head for each offset between two cells, which trains faster than rotations."""
+    mlp: Literal["gelu", "squared_relu"] = "gelu"
+    """The activation between an MLP's two layers. `squared_relu` trains faster on a CPU."""
+    biases: Flag = True
+    """Whether linear layers add a bias."""
     tied_head: Flag = False
     """Whether the head shares its weights with the code embedding."""
 
@@ -56,7 +63,7 @@ class TransformerConfig(NetworkConfig):
     def _heads_divide(self) -> "TransformerConfig":
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
-        if self.positions != "learned" and self.hidden_size // self.num_heads % 4:
+        if self.positions in ("rotary", "both") and self.hidden_size // self.num_heads % 4:
             raise ValueError(
                 f"hidden_size {self.hidden_size} / num_heads {self.num_heads} must be a multiple of 4, because half of "
                 "each head is rotated by the row and half by the column. Change either, or set positions=learned"
@@ -84,44 +91,85 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v over (B, H, N, E). Each cell attends to all cells or, if ``causal``, to itself and
-    those before it.
+def offsets(grid: tuple[int, int]) -> Tensor:
+    """The number of the offset between each two cells of an (h, w) grid, below (2 h - 1) (2 w - 1): (N, N) int64."""
+    height, width = grid
+    cells = torch.arange(height * width)
+    rows, columns = cells // width, cells % width
+    down, right = rows[:, None] - rows, columns[:, None] - columns
+    return (down + height - 1) * (2 * width - 1) + right + width - 1
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(E) + bias) v over (B, H, N, E), with a bias (H, N, N). Each cell attends to all cells or, if
+    ``causal``, to itself and those before it.
 
     In bfloat16 on a CPU the products are written out, because the backward pass of torch's fused kernel is slow there
     (measured: 4.5 times as long for 64 cells, twice as long for 256). In float32 the fused kernel is faster.
     """
+    if causal and bias is not None:
+        bias = bias + torch.full_like(bias[0], -torch.inf).triu_(1)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        if bias is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
-    if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu_(1), -torch.inf)
+    if bias is not None:
+        scores.add_(bias.to(scores.dtype))
+    elif causal:
+        scores.add_(torch.full_like(scores[0, 0], -torch.inf).triu_(1))
     return scores.softmax(-1) @ v
+
+
+class SquaredReLU(torch.autograd.Function):
+    """max(x, 0)^2 (So et al. 2021, arXiv 2109.08668) with as few passes over memory as possible."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+        positive = x.relu()
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        (positive,) = ctx.saved_tensors
+        return (gradient * positive).mul_(2)
 
 
 class Block(nn.Module):
     """Self-attention and an MLP, each added to the stream."""
 
-    def __init__(self, config: TransformerConfig, causal: bool) -> None:
+    def __init__(self, config: TransformerConfig, causal: bool, grid: tuple[int, int]) -> None:
         super().__init__()
-        size = config.hidden_size
-        self.num_heads, self.dropout, self.causal = config.num_heads, config.dropout, causal
+        size, biases = config.hidden_size, config.biases
+        self.num_heads, self.dropout, self.causal, self.mlp = config.num_heads, config.dropout, causal, config.mlp
         self.norm1 = nn.LayerNorm(size)
-        self.qkv = TrainedLinear(size, 3 * size)
-        self.attention_out = TrainedLinear(size, size)
+        self.qkv = TrainedLinear(size, 3 * size, biases)
+        self.attention_out = TrainedLinear(size, size, biases)
         self.norm2 = nn.LayerNorm(size)
-        self.mlp_in = TrainedLinear(size, config.mlp_ratio * size)
-        self.mlp_out = TrainedLinear(config.mlp_ratio * size, size)
+        self.mlp_in = TrainedLinear(size, config.mlp_ratio * size, biases)
+        self.mlp_out = TrainedLinear(config.mlp_ratio * size, size, biases)
+        self.attention_bias = None
+        if config.positions == "relative":
+            self.attention_bias = nn.Parameter(torch.zeros(config.num_heads, (2 * grid[0] - 1) * (2 * grid[1] - 1)))
 
-    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None, offsets: Tensor | None) -> Tensor:
+        """(B, N, D) -> (B, N, D); ``offsets`` (N, N) are those of :func:`offsets`."""
         batch, length, size = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = qkv[:2] if rotation is None else rotate(qkv[:2], rotation)  # each (B, H, N, E)
-        attended = attention(q, k, qkv[2], self.causal)
-        attended = attended.transpose(1, 2).reshape(batch, length, size)
+        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().unbind()  # each (B, H, N, E)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        attended = attention(q, k, v, self.causal, self.bias(offsets)).transpose(1, 2).reshape(batch, length, size)
         x = x + F.dropout(self.attention_out(attended), self.dropout, self.training)
-        hidden = F.gelu(self.mlp_in(self.norm2(x)), approximate="tanh")
-        return x + F.dropout(self.mlp_out(hidden), self.dropout, self.training)
+        hidden = self.mlp_in(self.norm2(x))
+        hidden = F.gelu(hidden, approximate="tanh") if self.mlp == "gelu" else SquaredReLU.apply(hidden)
+        return x + F.dropout(self.mlp_out(cast(Tensor, hidden)), self.dropout, self.training)
+
+    def bias(self, offsets: Tensor | None) -> Tensor | None:
+        """What is added to the scores of each head, from cell to cell: (H, N, N)."""
+        return None if self.attention_bias is None or offsets is None else self.attention_bias[:, offsets]
 
 
 class FastBlock:
@@ -135,11 +183,11 @@ class FastBlock:
         def fast(layer: nn.Linear, gelu: bool = False):
             return fast_linear(layer.weight, layer.bias, weights, gelu=gelu)
 
-        self.num_heads, self.norm1, self.norm2 = block.num_heads, block.norm1, block.norm2
+        self.num_heads, self.norm1, self.norm2, self.mlp = block.num_heads, block.norm1, block.norm2, block.mlp
         rows = _rows_for_attention(block)
         self._qkv = fast_linear(rows[:, :-1], rows[:, -1].contiguous(), weights)
         self._attention_out = fast(block.attention_out)
-        self._mlp_in, self._mlp_out = fast(block.mlp_in, gelu=True), fast(block.mlp_out)
+        self._mlp_in, self._mlp_out = fast(block.mlp_in, gelu=block.mlp == "gelu"), fast(block.mlp_out)
 
     def qkv(self, x: Tensor) -> Tensor:
         """Queries, keys and values, (R, D) -> (R, 3, H, E). Queries are divided by sqrt(E), and the two numbers of each
@@ -149,13 +197,15 @@ class FastBlock:
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The block's output for its input ``x`` and the result of its attention, both (R, D)."""
         x = self._attention_out(attended, x)
-        return self._mlp_out(self._mlp_in(_normalized(x, self.norm2)), x)
+        hidden = self._mlp_in(_normalized(x, self.norm2))
+        return self._mlp_out(hidden if self.mlp == "gelu" else hidden.relu_().square_(), x)
 
 
 def _rows_for_attention(block: Block) -> Tensor:
     """The weights and, in the last column, the bias of a block's first product, (3 D, D + 1), for
     :meth:`FastBlock.qkv`: q k^T does not depend on the order of a head's dimensions."""
-    rows = torch.cat([block.qkv.weight, block.qkv.bias[:, None]], 1).detach()
+    weight, bias = block.qkv.weight, block.qkv.bias
+    rows = torch.cat([weight, weight.new_zeros(len(weight), 1) if bias is None else bias[:, None]], 1).detach()
     queries, keys, values = rows.unflatten(0, (3, block.num_heads, -1))  # each (H, E, D + 1)
     width = queries.shape[1]
     if width % 2 == 0:  # otherwise nothing is rotated
@@ -186,6 +236,7 @@ class Transformer(nn.Module):
 
     adamw_layers = ("head",)
     rotation: Tensor | None
+    offsets: Tensor | None
 
     def __init__(
         self,
@@ -204,11 +255,16 @@ class Transformer(nn.Module):
         self.code_embedding = nn.Embedding(inputs, size)
         self.class_embedding = nn.Embedding(num_classes + 1, size)
         self.positions = None if config.positions == "rotary" else nn.Parameter(torch.empty(self.cells, size))
-        rotation = None if config.positions == "learned" else rotations(grid, size // config.num_heads)
+        is_rotary = config.positions in ("rotary", "both")
+        rotation = rotations(grid, size // config.num_heads) if is_rotary else None
         if rotation is not None and order is not None:
             rotation = rotation[:, order]
         self.register_buffer("rotation", rotation, persistent=False)
-        self.blocks = nn.ModuleList([Block(config, causal) for _ in range(config.depth)])
+        distances = offsets(grid) if config.positions == "relative" else None
+        if distances is not None and order is not None:
+            distances = distances[order][:, order]
+        self.register_buffer("offsets", distances, persistent=False)
+        self.blocks = nn.ModuleList([Block(config, causal, grid) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(size)
         self.head = None if config.tied_head else nn.Linear(size, codebook_size, bias=False)
         self._initialize()
@@ -248,9 +304,11 @@ class Transformer(nn.Module):
         x = x + self.class_embedding(labels)[:, None]
         if self.positions is not None:
             x = x + self.positions
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # a stream in float32 takes more time
+            x = x.to(torch.get_autocast_dtype("cpu"))
         x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
-            x = block(x, self.rotation)
+            x = block(x, self.rotation, self.offsets)
         return self.norm(x)
 
     def predict(self, hidden: Tensor) -> Tensor:
@@ -268,6 +326,9 @@ class FastTransformer:
     def __init__(self, model: Transformer, weights: Weights) -> None:
         self.model = model
         self.blocks = [FastBlock(block, weights) for block in cast(list[Block], list(model.blocks))]
+        biases = [block.bias(model.offsets) for block in cast(list[Block], list(model.blocks))]
+        self.biases = [None if bias is None else bias.detach() for bias in biases]
+        """What is added to the scores of each block, (H, N, N), if anything."""
         self.rotation = None
         """(N, E / 2): the rotations that :func:`turn` takes."""
         if model.rotation is not None:

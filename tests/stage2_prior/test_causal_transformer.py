@@ -15,7 +15,8 @@ from twostage.core.training.random import BatchRandom
 CODES, GRID, CLASSES = 5, (2, 3), 3
 CELLS = GRID[0] * GRID[1]
 NO_CLASS = CLASSES
-POSITIONS = ("learned", "rotary", "both")
+POSITIONS = ("learned", "rotary", "both", "relative")
+FAST = {"positions": "relative", "mlp": "squared_relu", "biases": False}
 
 
 def build(depth: int = 2, **options: object) -> CausalTransformer:
@@ -129,7 +130,10 @@ def worth_packing(request, monkeypatch) -> None:
     monkeypatch.setattr(fast_linear, "MIN_PACKED", request.param)
 
 
-@pytest.mark.parametrize("options", [{"positions": p} for p in POSITIONS] + [{"order": "spiral"}, {"tied_head": True}])
+@pytest.mark.parametrize(
+    "options",
+    [*({"positions": p} for p in POSITIONS), {"order": "spiral"}, {"tied_head": True}, FAST | {"order": "spiral"}],
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-12)])
 def test_cached_logits_equal_those_of_the_whole_grid(codes, labels, dtype, tolerance, options, worth_packing):
     model = build(**options).to(dtype)

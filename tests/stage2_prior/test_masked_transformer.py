@@ -20,6 +20,7 @@ from stage2_prior.sampling import SamplingConfig, guidance_at, image_seeds, unif
 from twostage.core.errors import InputError
 from twostage.core.training.random import BatchRandom
 
+FAST = {"positions": "relative", "mlp": "squared_relu", "biases": False}
 CODES, GRID, CLASSES = 5, (3, 4), 3
 CELLS = GRID[0] * GRID[1]
 MASK, NO_CLASS = CODES, CLASSES
@@ -366,7 +367,7 @@ def test_a_single_step_has_the_frequencies_of_the_model(model):
     torch.testing.assert_close(counts / 2000, shares, atol=0.05, rtol=0, check_dtype=False)
 
 
-@pytest.mark.parametrize("config", [{}, {"positions": "learned"}, {"positions": "rotary"}, {"tied_head": True}])
+@pytest.mark.parametrize("config", [{}, {"positions": "learned"}, {"positions": "rotary"}, {"tied_head": True}, FAST])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-12)])
 def test_logits_of_masked_codes_equal_those_of_the_whole_grid(config, dtype, tolerance):
     model = make_model(**config).to(dtype)

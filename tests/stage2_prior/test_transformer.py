@@ -53,7 +53,7 @@ def test_attention_in_bfloat16_equals_that_in_float32(causal):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_fast_block_equals_the_block(dtype):
     torch.manual_seed(0)
-    block = Block(CausalTransformerConfig(hidden_size=16, num_heads=2, dropout=0.5), causal=False).eval().to(dtype)
+    block = Block(CausalTransformerConfig(hidden_size=16, num_heads=2, dropout=0.5), False, GRID).eval().to(dtype)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.4)
     x, rotation = torch.randn(3, 6, 16, dtype=dtype), rotations(GRID, 8)
@@ -66,7 +66,7 @@ def test_a_fast_block_equals_the_block(dtype):
     attended = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).reshape(18, 16)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     torch.testing.assert_close(
-        fast.finish(rows, attended).view_as(x), block(x, rotation).detach(), rtol=tolerance, atol=tolerance
+        fast.finish(rows, attended).view_as(x), block(x, rotation, None).detach(), rtol=tolerance, atol=tolerance
     )
 
 
@@ -98,7 +98,8 @@ def test_code_dropout_hides_whole_codes_in_training_only():
 
 
 @pytest.mark.parametrize(
-    ("positions", "learned", "rotary"), [("learned", True, False), ("rotary", False, True), ("both", True, True)]
+    ("positions", "learned", "rotary"),
+    [("learned", True, False), ("rotary", False, True), ("both", True, True), ("relative", True, False)],
 )
 def test_positions_match_their_names(positions, learned, rotary):
     model = build(positions=positions)
