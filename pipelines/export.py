@@ -10,7 +10,7 @@ import typer
 
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.saved.model_card import CardFields, gather_records
-from pipelines.saved.pipeline_folder import push_folder
+from pipelines.saved.pipeline_folder import StoredWeights, push_folder
 from pipelines.saved.saved_model import SavedModel
 from pipelines.sharing.exported_folder import export_pipeline, export_tokenizer
 from pipelines.sharing.exported_programs import FORMATS, Format
@@ -32,6 +32,13 @@ def command(
     torch_export: Annotated[
         bool, typer.Option("--torch-export", help="Also write encoder and decoder as torch.export programs.")
     ] = False,
+    weights: Annotated[
+        StoredWeights,
+        typer.Option(
+            help="Precision of the weights on disk. bfloat16 halves the size of prior and decoder; the codes stay "
+            "exactly the same. For a tokenizer, it writes a rounded one, to train a prior on its codes."
+        ),
+    ] = "float32",
     license: Annotated[str | None, typer.Option(help="License of the weights: its id on the hub, such as mit.")] = None,
     data_license: Annotated[str | None, typer.Option(help="License of the training images, in words.")] = None,
     push: Annotated[str | None, typer.Option(help="Upload to owner/name on the Hugging Face hub.")] = None,
@@ -49,11 +56,12 @@ def command(
     if alone and not alone.variational:
         if push:
             raise InputError(f"--push {push}: {model} is a tokenizer, not a pipeline. Omit --push.")
-        sentences = export_tokenizer(alone, out, formats)
+        sentences = export_tokenizer(alone, out, formats, weights)
         print(f"{out}: encoder and decoder; this model cannot generate images by itself")
     else:
         pipeline = TwoStagePipeline.from_saved(saved, tokenizer)
-        sentences = export_pipeline(pipeline, out, formats, fields, gather_records(saved, tokenizer))
+        records = gather_records(saved, tokenizer)
+        sentences = export_pipeline(pipeline, out, formats, fields, records, weights)
         print(f"{out}: pipeline, with its model card README.md")
     for sentence in sentences:
         print(f"  {sentence}")

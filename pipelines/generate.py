@@ -22,7 +22,9 @@ __all__ = ["command"]
 @with_sampling_options
 def command(
     prior: Annotated[str, typer.Argument(help="runs/NAME of a prior or a VAE, a pipeline folder, or a hub id.")],
-    out: Annotated[Path, typer.Option(help="The folder for images/, grid.png and settings.json.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The folder for images/, grid.png and settings.json; by default generated/NAME.")
+    ] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
     class_name: Annotated[list[str] | None, typer.Option(help="A class; repeat to cycle through several.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Image i depends only on the seed and i.")] = 0,
@@ -44,7 +46,7 @@ def command(
         file_format=file_format,
     )  # fmt: skip
     with resumable():
-        generate_folder(pipeline, request, out)
+        generate_folder(pipeline, request, out or Path("generated") / Path(prior).resolve().name)
 
 
 if __name__ == "__main__":

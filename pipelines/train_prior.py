@@ -5,12 +5,13 @@ accelerate launch -m pipelines.train_prior configs/prior/gpt_cifar10.yaml codes=
 accelerate launch -m pipelines.train_prior codes/my_photos_tokenizer [key=value ...]
 """
 
+import shlex
 from typing import Annotated
 
 import typer
 
 from pipelines.drawing.rebuilt_images import decode_codes
-from pipelines.recipes.fitting_config import open_prior_config
+from pipelines.recipes.fitting_config import is_config, open_prior_config
 from pipelines.saved.saved_model import tokenizer_of_codes
 from stage2_prior.codes import CodeCache
 from stage2_prior.sample_sheets import Decoder
@@ -20,6 +21,7 @@ from twostage.core.machine.command import print_once, run_command
 from twostage.core.machine.stopping import TimeLimitOption
 from twostage.core.training.base_run import BaseRun
 from twostage.core.training.dry_run import DryRunOption, JsonOption, run_training
+from twostage.core.training.training_run import TrainingRun
 
 __all__ = ["command"]
 
@@ -43,7 +45,10 @@ def command(
 
     def start() -> BaseRun[PriorTrainingConfig]:
         opened = open_prior_config(config, overrides or [], dry_run)
-        return train(opened, dry_run, time_limit, None if dry_run else _find_decoder(opened.codes))
+        run = train(opened, dry_run, time_limit, None if dry_run else _find_decoder(opened.codes))
+        if isinstance(run, TrainingRun) and not is_config(config):
+            run.report(f"Next: {shlex.join(['twostage', 'generate', str(run.folder.path)])}")
+        return run
 
     run_training(start, dry_run, json_file)
 

@@ -285,11 +285,16 @@ class Autoencoder(nn.Module):
         ]
         return hash_tensors(labelled, json.dumps(form, sort_keys=True))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors into ``folder``."""
+    def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+        """Writes config.json and model.safetensors into ``folder``.
+
+        Args:
+            state: the weights to write, if they differ from those in memory, for example in precision.
+        """
+        state = self.state_dict() if state is None else state
         written = self.config.model_dump(mode="json").items()
         config: dict[str, Any] = {key: value for key, value in written if value or key not in LATER_KEYS}
-        save_model_folder(Path(folder), "tokenizer", config | {"hash": self.content_hash()}, self.state_dict())
+        save_model_folder(Path(folder), "tokenizer", config | {"hash": self.content_hash()}, state)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Autoencoder":

@@ -241,7 +241,7 @@ class Prior(nn.Module):
         """Writes config.json and model.safetensors.
 
         Args:
-            state: all weights, if this process holds only a share of them.
+            state: the weights to write, if this process holds only a share of them, or others in another precision.
         """
         state = self.state_dict() if state is None else state
         config = self.config.model_dump(mode="json")

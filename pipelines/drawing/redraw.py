@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from pipelines.drawing.rebuilt_images import check_image, encode_in_parts
@@ -140,6 +139,8 @@ def known_codes(tokenizer: Autoencoder, images: Tensor, mask: Tensor) -> Tensor:
 
 def fill_masked(images: Tensor, mask: Tensor) -> Tensor:
     """Replace masked pixels of images (n, C, H, W) by the nearest kept one (arbitrary if ``mask`` keeps none)."""
+    from scipy.ndimage import distance_transform_edt  # takes half a second
+
     nearest = np.asarray(distance_transform_edt(mask.cpu().numpy(), return_distances=False, return_indices=True))
     rows, columns = torch.from_numpy(nearest).long()
     return images[:, :, rows, columns]
@@ -159,6 +160,8 @@ def paste(images: Tensor, drawn: Tensor, mask: Tensor, feather: float = 0) -> Te
             of the drawn pixel falls linearly from 1 in the mask to 0 at this distance. All other kept pixels, and all
             of them at 0 and 1, stay exactly as they were.
     """
+    from scipy.ndimage import distance_transform_edt
+
     distance = torch.from_numpy(distance_transform_edt(~mask.cpu().numpy()))  # 0 in the mask, 1 beside it
     share = (1 - distance / max(feather, 1)).clamp(min=0).float()
     return torch.lerp(images.float(), drawn.float(), share).round().to(torch.uint8)

@@ -18,7 +18,7 @@ from pipelines.drawing.rebuilt_images import blend_images, check_image, rebuild_
 from pipelines.drawing.redraw import InpaintRequest, OutpaintRequest, inpaint, outpaint
 from pipelines.drawing.sampler import ImageSampler, PipelineOutput, in_shares
 from pipelines.saved.model_card import CardFields, ModelCard, gather_records
-from pipelines.saved.pipeline_folder import push_folder, read_pipeline_folder, write_pipeline_folder
+from pipelines.saved.pipeline_folder import StoredWeights, push_folder, read_pipeline_folder, write_pipeline_folder
 from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
@@ -92,9 +92,14 @@ class TwoStagePipeline(ImageSampler):
         pipeline.saved_tokenizer = where
         return pipeline
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Writes a pipeline folder: everything that generation needs, without the runs."""
-        write_pipeline_folder(Path(path), self.tokenizer, self.prior)
+    def save_pretrained(self, path: str | Path, weights: StoredWeights = "float32") -> None:
+        """Writes a pipeline folder: everything that generation needs, without the runs.
+
+        Args:
+            weights: `bfloat16` rounds the prior and the decoder, which halves their size. The encoder and the codebook
+                stay exact, so that codes and content hash stay the same.
+        """
+        write_pipeline_folder(Path(path), self.tokenizer, self.prior, weights)
 
     def push_to_hub(
         self,
@@ -122,13 +127,16 @@ class TwoStagePipeline(ImageSampler):
             self.write_card(Path(folder), gather_records(SavedModel.find(run)) if run else {}, fields)
             return push_folder(Path(folder), repo_id, private)
 
-    def write_card(self, folder: Path, records: dict[str, bytes], fields: CardFields) -> None:
-        """Writes the model card of this pipeline into its ``folder``: README.md, samples.png and the ``records``."""
+    def write_card(
+        self, folder: Path, records: dict[str, bytes], fields: CardFields, weights: StoredWeights = "float32"
+    ) -> None:
+        """Writes the model card of this pipeline into its ``folder``: README.md, samples.png and the ``records``;
+        ``weights`` is their precision in the folder."""
         names = self.class_names
         each = min(len(names), CARD_SAMPLES) if names else 8
         images = self(CARD_SAMPLES // each * each, seed=0, output_type="pt").images
         samples = class_sheet(images, names, self.labels_for(None))
-        ModelCard(self.tokenizer, self.prior, names, records, fields).write(folder, samples)
+        ModelCard(self.tokenizer, self.prior, names, records, fields, weights).write(folder, samples)
 
     # --- images -----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -87,6 +86,8 @@ class ParquetShards:
 
     def write(self, part: range, pixels: Tensor, labels: list[int] | None) -> None:
         """A shard."""
+        import datasets  # takes a second
+
         columns: dict[str, list[Any]] = {"image": [{"bytes": _png(image), "path": None} for image in pixels]}
         features = datasets.Features({"image": datasets.Image()})
         if labels is not None and self.class_names:

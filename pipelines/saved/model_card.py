@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from pipelines.saved.evaluation_figures import PRIOR_ROWS, SAMPLE_ROWS, TOKENIZER_ROWS, evidence_warnings
-from pipelines.saved.pipeline_folder import is_hub_id
+from pipelines.saved.pipeline_folder import StoredWeights, is_hub_id
 from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
@@ -101,6 +101,8 @@ class ModelCard:
     records: dict[str, bytes]
     """From :func:`gather_records`."""
     fields: CardFields
+    weights: StoredWeights = "float32"
+    """Their precision in the folder."""
 
     def write(self, folder: Path, samples: Image.Image) -> None:
         """Writes README.md, samples.png and the records into ``folder``, which holds the pipeline."""
@@ -154,6 +156,8 @@ class ModelCard:
         ]
         for name in ("tokenizer", "prior") if self.prior else ("tokenizer",):
             sections += _figures(name, self.records.get(f"evaluation/{name}.json"))
+        if self.weights == "bfloat16" and any(name.startswith("evaluation/") for name in self.records):
+            sections.append("These figures were measured before the weights were rounded to bfloat16.")
         if "reconstructions.png" in self.records:
             caption = "Held-out images above their reconstructions by the tokenizer"
             sections += [f"![{caption}](reconstructions.png)", f"{caption}."]
@@ -183,6 +187,8 @@ class ModelCard:
         ]
         if self.prior:
             rows.append(["prior", f"`{self.prior.config.model.type}`, {_size(self.prior)}"])
+        if self.weights == "bfloat16":
+            rows.append(["weights", "bfloat16; the codes are exactly those that the prior was trained on"])
         return [*rows, ["files", "listed with their sha256 in [pipeline.json](pipeline.json)"]]
 
     def _about_data(self) -> list[str]:

@@ -4,7 +4,10 @@ last and lists every file with its hash, so that an incomplete copy is detected.
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from pipelines.saved.proxies import broken_proxy
 from stage1_tokenizer.autoencoder import Autoencoder
@@ -15,17 +18,22 @@ from twostage.core.runs.model_folder import check_format
 from twostage.core.wording import one_line
 
 __all__ = [
+    "StoredWeights",
     "download_pipeline",
     "is_hub_id",
     "is_pipeline_folder",
     "push_folder",
     "read_pipeline_folder",
     "write_pipeline_folder",
+    "write_rounded_tokenizer",
 ]
 
 FORMAT_VERSION = 2
 """Format 1 had no hashes, and always a prior."""
 DOCUMENT = "pipeline.json"
+StoredWeights = Literal["float32", "bfloat16"]
+"""The precision of weights on disk; in memory all weights are float32. With `bfloat16`, the prior and the decoder take
+half the space, and so do the encoder and the codebook if they were rounded before the prior was trained."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 """`owner/name`."""
 DOWNLOADED = ["*.json", "*.safetensors", "training/*.yaml"]
@@ -42,15 +50,43 @@ def is_hub_id(name: str) -> bool:
     return bool(HUB_ID.fullmatch(name)) and not name.startswith("runs/")
 
 
-def write_pipeline_folder(folder: Path, tokenizer: Autoencoder, prior: Prior | None) -> None:
+def write_pipeline_folder(
+    folder: Path, tokenizer: Autoencoder, prior: Prior | None, weights: StoredWeights = "float32"
+) -> None:
     """Writes both models, then pipeline.json."""
     (folder / DOCUMENT).unlink(missing_ok=True)
     parts = {"tokenizer": tokenizer} | ({"prior": prior} if prior else {})
     for name, model in parts.items():
-        model.save_pretrained(folder / name)
+        model.save_pretrained(folder / name, _stored(model, weights))
     files = [f"{name}/{file}" for name in parts for file in ("config.json", "model.safetensors")]
     hashes = {name: file_sha256(folder / name) for name in files}
     write_json(folder / DOCUMENT, {"format_version": FORMAT_VERSION, "kind": "two_stage_pipeline", "sha256": hashes})
+
+
+def write_rounded_tokenizer(folder: Path, tokenizer: Autoencoder) -> None:
+    """Writes the model folder of a new tokenizer: ``tokenizer`` with all weights rounded to bfloat16. Its codes and its
+    content hash differ; a pipeline with a prior over its codes is stored in bfloat16 throughout."""
+    rounded = {name: _rounded(tensor) for name, tensor in tokenizer.state_dict().items()}
+    tokenizer.load_state_dict(rounded)  # the hash is that of the rounded weights
+    tokenizer.save_pretrained(folder, rounded)
+
+
+def _stored(model: Autoencoder | Prior, weights: StoredWeights) -> dict[str, Tensor]:
+    """The tensors to write. What determines the codes is never changed, so the tokenizer keeps its content hash: the
+    prior was trained on these very codes. It is stored in bfloat16 if that loses nothing."""
+    state = model.state_dict()
+    if weights == "float32":
+        return state
+    exact = ("encoder.", "bottleneck.") if isinstance(model, Autoencoder) else ()
+    rounded = {name: _rounded(tensor) for name, tensor in state.items()}
+    return {
+        name: tensor if name.startswith(exact) and not torch.equal(rounded[name].to(tensor.dtype), tensor)
+        else rounded[name] for name, tensor in state.items()
+    }  # fmt: skip
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    return tensor.bfloat16() if tensor.is_floating_point() else tensor
 
 
 def read_pipeline_folder(folder: Path) -> tuple[Autoencoder, Prior | None]:
