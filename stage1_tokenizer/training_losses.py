@@ -30,7 +30,8 @@ class LossConfig(ObjectiveConfig):
     adversarial: AdversarialConfig | None = None
     """A discriminator trained beside the autoencoder, which makes it a VQ-GAN; null: none."""
     perturbation: PerturbationConfig | None = None
-    """Replaces codes by similar ones before the decoder, which then forgives more mistakes of a prior; null: none."""
+    """Replaces codes by similar ones before the decoder, which then forgives more mistakes of a prior. Meant for
+    VQ-GANs, because the other losses alone then blur images. null: none."""
 
     def objective(self) -> ObjectiveConfig:
         """The part that the trained model keeps."""
