@@ -49,7 +49,8 @@ ALTERNATIVE = (
     "your own: run twostage train-features DATA, then set loss.perceptual={type: features, path: runs/features_NAME}."
 )
 IMAGENET_MIN_SIDE = 64
-"""Smaller images are enlarged to this side in pixels before the ImageNet network sees them."""
+"""Smaller images are enlarged to this side in pixels before the ImageNet network sees them. 112 takes three times as
+long, and in the same time gave worse images of 64 pixels."""
 IMAGENET_STAGES = 5
 """The stages of the ImageNet network that are compared."""
 EPSILON = 1e-8  # added to a squared length: the derivative of the root is infinite at 0
@@ -77,8 +78,8 @@ class ImageNetPerceptualConfig(Section):
     """The distance in EfficientNet-lite0 with ImageNet's weights (the extra `imagenet`)."""
 
     type: Literal["imagenet"] = "imagenet"
-    weight: Number = Field(default=1.0, ge=0)
-    """Weight of this term in the loss."""
+    weight: Number = Field(default=0.1, ge=0)
+    """Weight of this term in the loss. At 1, its gradient is 40 to 60 times that of L1, and draws a fine grid."""
 
 
 AnyPerceptualConfig = LPIPSConfig | FeaturePerceptualConfig | ImageNetPerceptualConfig
