@@ -5,6 +5,7 @@ Axes: B images, T steps, N = h w codes of a grid, M masked codes of a batch (ima
 H heads, E = D / H, K codes.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -36,6 +37,7 @@ __all__ = [
     "MaskedTransformerConfig",
     "Predict",
     "gumbel",
+    "halton_order",
     "masked_share",
     "num_left_masked",
     "sample_in_parallel",
@@ -57,7 +59,12 @@ Predict = Callable[[Tensor], Tensor]
 class MaskedTransformerConfig(TransformerConfig):
     """A bidirectional transformer that fills masked codes."""
 
-    sampling_settings = TransformerConfig.sampling_settings | {"num_steps", "mask_schedule", "choice_temperature"}
+    sampling_settings = TransformerConfig.sampling_settings | {
+        "num_steps",
+        "mask_schedule",
+        "cell_choice",
+        "choice_temperature",
+    }
 
     type: Literal["masked_transformer"] = "masked_transformer"
     mask_schedule: MaskSchedule = "cosine"
@@ -156,6 +163,7 @@ class MaskedTransformer(Transformer):
             sampling.mask_schedule or self.config.mask_schedule,
             CHOICE_TEMPERATURE if sampling.choice_temperature is None else sampling.choice_temperature,
             self.mask_token_id,
+            halton_order(self.grid).to(labels.device) if sampling.cell_choice == "halton" else None,
             known,
             on_progress,
         )
@@ -247,6 +255,29 @@ def num_left_masked(step: int, steps: Tensor, unknown: Tensor, masked: Tensor, s
     return torch.minimum(left, masked - 1).clamp(min=0)
 
 
+def halton_order(grid: tuple[int, int]) -> Tensor:
+    """The cells of an (h, w) grid in the order in which a Halton sequence (bases 2 and 3) first reaches them, so that
+    consecutive cells lie far apart (Besnier et al. 2025, arXiv 2503.17076): (N,) int64."""
+    height, width = grid
+    reached: dict[int, None] = {}
+    for point in itertools.count():
+        row, column = (int(radical_inverse(point, base) * side) for base, side in ((2, height), (3, width)))
+        reached[row * width + column] = None
+        if len(reached) == height * width:
+            return torch.tensor(list(reached))
+    raise AssertionError
+
+
+def radical_inverse(number: int, base: int) -> float:
+    """The digits of ``number``, mirrored at the point: 6 = 110 in base 2 becomes 0.011 = 0.375."""
+    value, unit = 0.0, 1.0
+    while number:
+        number, digit = divmod(number, base)
+        unit /= base
+        value += digit * unit
+    return value
+
+
 def gumbel(noise: Tensor) -> Tensor:
     """Gumbel noise from uniform noise in [0, 1), of the same shape and finite."""
     return -(-noise.clamp(min=2.0**-54).log()).log()
@@ -259,6 +290,7 @@ def sample_in_parallel(
     schedule: MaskSchedule,
     choice_temperature: float,
     mask_token_id: int,
+    order: Tensor | None,
     known: Tensor | None,
     on_progress: OnProgress | None,
 ) -> Tensor:
@@ -274,6 +306,7 @@ def sample_in_parallel(
             (2 B, N) -> (2 M, K).
         noise: uniform, (B, T, 2, N) float64: for each step and cell, one number to sample and one to choose.
         schedule: the share of the unknown codes that is masked after each step.
+        order: (N,) the cells in the order in which they are filled; None: the most confident first.
         known: (B, N) int64: codes to keep, -1 where a code is to be sampled.
 
     Returns:
@@ -294,10 +327,13 @@ def sample_in_parallel(
             logits = guide(*logits.chunk(2), scales[image, None].to(logits))
         parts = zip(logits.split(SAMPLED_ROWS), noise[:, step, 0][masked].split(SAMPLED_ROWS), strict=True)
         sampled = torch.cat([choose(filter_logits(part, sampling), numbers) for part, numbers in parts])
-        surprise = F.cross_entropy(logits, sampled, reduction="none")
-        temperature = choice_temperature * (1 - (step + 1) / steps)
         confidence = noise.new_full((images, cells), torch.inf)  # of codes that are filled already
-        confidence[masked] = temperature[image] * gumbel(noise[:, step, 1][masked]) - surprise
+        if order is None:
+            surprise = F.cross_entropy(logits, sampled, reduction="none")
+            temperature = choice_temperature * (1 - (step + 1) / steps)
+            confidence[masked] = temperature[image] * gumbel(noise[:, step, 1][masked]) - surprise
+        else:
+            confidence[masked] = -order.argsort().to(confidence).expand_as(confidence)[masked]
         left = num_left_masked(step + 1, steps, unknown, masked.sum(1), schedule)
         rank = confidence.argsort(stable=True, dim=1).argsort(1)
         codes[masked] = sampled

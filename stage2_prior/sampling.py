@@ -16,6 +16,7 @@ from twostage.core.config.sections import Number, Section
 from twostage.core.training.random import seed_for
 
 __all__ = [
+    "CellChoice",
     "MaskSchedule",
     "SamplingConfig",
     "Weights",
@@ -28,6 +29,7 @@ __all__ = [
     "uniform_noise",
 ]
 
+CellChoice = Literal["confidence", "halton"]
 MaskSchedule = Literal["cosine", "arccos"]
 Weights = Literal["float32", "bfloat16", "int8"]
 
@@ -71,6 +73,11 @@ class SamplingConfig(Section):
     mask_schedule: MaskSchedule | None = Field(
         default=None,
         description="Masked transformers: the share of codes still masked after each step. Default: as in training.",
+    )
+    cell_choice: CellChoice = Field(
+        default="confidence",
+        description="Masked transformers: each step fills the cells with the most confident codes, or cells that lie "
+        "far apart, in a fixed order (halton).",
     )
     choice_temperature: Number | None = Field(
         default=None,

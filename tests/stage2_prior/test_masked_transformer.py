@@ -12,6 +12,7 @@ from stage2_prior.masked_transformer import (
     MaskedTransformer,
     MaskedTransformerConfig,
     gumbel,
+    halton_order,
     masked_share,
     num_left_masked,
     sample_in_parallel,
@@ -226,6 +227,17 @@ def test_gumbel_noise_has_the_right_mean_and_variance_and_is_finite():
     assert gumbel(torch.tensor([0.0, 1 - 2**-53], dtype=torch.double)).isfinite().all()
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (3, 4), (8, 8), (16, 5)])
+def test_the_halton_order_visits_each_cell_once_and_jumps(grid):
+    order = halton_order(grid)
+    assert order.sort().values.tolist() == list(range(math.prod(grid)))
+    if math.prod(grid) < 60:
+        return
+    rows, columns = order[:16] // grid[1], order[:16] % grid[1]
+    for half in (rows >= grid[0] // 2, columns >= grid[1] / 2):  # the first quarter is spread over the grid
+        assert 5 <= half.sum() <= 11
+
+
 # --- sampling -------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +269,8 @@ def plain_sample(
                 code = int((allowed.softmax(0).cumsum(0) <= noise[step, 0, cell]).sum())
                 chance = -math.log(-math.log(noise[step, 1, cell].item()))
                 confidence = logits[cell].log_softmax(0)[code].item() + heat * (1 - (step + 1) / steps) * chance
+                if sampling.cell_choice == "halton":
+                    confidence = -halton_order(GRID).tolist().index(cell)
                 ranking.append((confidence, cell, code))
             progress = torch.tensor((step + 1) / steps, dtype=torch.double)
             share = max(0.0, masked_share(progress, schedule).item())
@@ -277,6 +291,7 @@ def plain_sample(
         {"num_steps": 5, "mask_schedule": "arccos", "temperature": 2.0},
         {"num_steps": 4, "guidance_scale": 3.0, "guidance_schedule": "cosine", "top_k": 3},
         {"guidance_scale": 0.0, "choice_temperature": 1.0},
+        {"num_steps": 6, "cell_choice": "halton", "guidance_scale": 2.0},
         {"guidance_scale": 2.0, "guidance_schedule": "linear", "top_k": 1},
     ],
 )
@@ -315,7 +330,7 @@ def test_each_step_follows_the_schedule_and_never_changes_filled_codes(model, nu
         inputs.append(codes.clone())
         return predictor(codes)
 
-    codes = sample_in_parallel(predict, noise, SamplingConfig(), "cosine", 4.5, MASK, known, told.append)
+    codes = sample_in_parallel(predict, noise, SamplingConfig(), "cosine", 4.5, MASK, None, known, told.append)
     unknown = (known < 0).sum(1)
     steps = unknown.clamp(max=num_steps)
     expected = [unknown]
