@@ -260,12 +260,12 @@ def halton_order(grid: tuple[int, int]) -> Tensor:
     consecutive cells lie far apart (Besnier et al. 2025, arXiv 2503.17076): (N,) int64."""
     height, width = grid
     reached: dict[int, None] = {}
-    for point in itertools.count():
+    points = itertools.count()
+    while len(reached) < height * width:
+        point = next(points)
         row, column = (int(radical_inverse(point, base) * side) for base, side in ((2, height), (3, width)))
         reached[row * width + column] = None
-        if len(reached) == height * width:
-            return torch.tensor(list(reached))
-    raise AssertionError
+    return torch.tensor(list(reached))
 
 
 def radical_inverse(number: int, base: int) -> float:
@@ -318,6 +318,7 @@ def sample_in_parallel(
     codes = codes.masked_fill(codes < 0, mask_token_id)
     unknown = (codes == mask_token_id).sum(1)
     steps = unknown.clamp(max=num_steps)  # (B,)
+    turns = None if order is None else order.argsort().double()  # (N,): when each cell is filled
     for step in range(int(steps.max())):
         masked = codes == mask_token_id
         image = masked.nonzero()[:, 0]  # (M,)
@@ -328,12 +329,12 @@ def sample_in_parallel(
         parts = zip(logits.split(SAMPLED_ROWS), noise[:, step, 0][masked].split(SAMPLED_ROWS), strict=True)
         sampled = torch.cat([choose(filter_logits(part, sampling), numbers) for part, numbers in parts])
         confidence = noise.new_full((images, cells), torch.inf)  # of codes that are filled already
-        if order is None:
+        if turns is None:
             surprise = F.cross_entropy(logits, sampled, reduction="none")
             temperature = choice_temperature * (1 - (step + 1) / steps)
             confidence[masked] = temperature[image] * gumbel(noise[:, step, 1][masked]) - surprise
         else:
-            confidence[masked] = -order.argsort().to(confidence).expand_as(confidence)[masked]
+            confidence[masked] = -turns.expand_as(confidence)[masked]
         left = num_left_masked(step + 1, steps, unknown, masked.sum(1), schedule)
         rank = confidence.argsort(stable=True, dim=1).argsort(1)
         codes[masked] = sampled

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from twostage.core.config.sections import Number, Section
@@ -100,6 +100,15 @@ class SamplingConfig(Section):
         elif name in ("temperature", "top_k", "top_p") and value < low:
             hint = "; top_k=1 (--top-k 1) always picks the most likely code"
         raise ValueError(f"got {value:g}, expected {expected}{hint}")
+
+    @model_validator(mode="after")
+    def _choice_is_random(self) -> "SamplingConfig":
+        if self.cell_choice == "halton" and self.choice_temperature is not None:
+            raise ValueError(
+                f"choice_temperature {self.choice_temperature:g}: has no effect with cell_choice 'halton', which fills "
+                "cells in a fixed order. Remove choice_temperature, or set cell_choice=confidence"
+            )
+        return self
 
 
 def image_seeds(seed: int, first: int, count: int) -> list[int]:

@@ -180,6 +180,7 @@ def test_a_rows_code_depends_on_its_own_noise_only():
         ({"guidance_scale": 1e300}, ("got 1e+300",)),
         ({"num_steps": 0}, ("got 0", "at least 1", "Omit")),
         ({"choice_temperature": -1}, ("got -1", "expected 0")),
+        ({"choice_temperature": 9, "cell_choice": "halton"}, ("9", "halton", "Remove choice_temperature")),
     ],
     ids=str,
 )
