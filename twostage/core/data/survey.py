@@ -1,4 +1,7 @@
-"""A quick look at a source: the usual form of its images and how many there are. Only headers are read."""
+"""A quick look at a source: the usual form of its images and how many there are.
+
+Only headers are read, but up to 16 images with an alpha channel are decoded, to see whether they are transparent.
+"""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ from twostage.core.images.pixel_values import is_grey
 __all__ = ["Survey", "survey"]
 
 OPENED, DECODED = 400, 16
-"""Images whose header is read; images whose transparency is checked."""
+"""Images whose header is read; images with an alpha channel whose transparency is checked."""
 SAME_SHAPE = 0.05
 """Relative difference of two aspect ratios that count as the same."""
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
@@ -32,7 +35,8 @@ class Survey:
     size: tuple[int, int]
     """(height, width) in pixels: the commonest one if at least half of the images have its shape, else a square."""
     channels: Literal[1, 3, 4]
-    """1 if all images are grey; 4 if most have an alpha channel with transparent pixels; else 3."""
+    """1 if all images are grey; 4 if most have an alpha channel, and most of those have transparent pixels; else
+    3."""
     num_train: int
     """Images in the training split, before any are held out."""
     class_counts: dict[str, int]
@@ -67,20 +71,20 @@ def survey(source: str, label_column: str | None = AUTO) -> Survey:
 def _forms(records: Records) -> tuple[Counter[tuple[int, int]], Literal[1, 3, 4]]:
     """How often each (height, width) occurs, and the channels. Unreadable images are skipped."""
     sizes: Counter[tuple[int, int]] = Counter()
-    grey, transparent, checked = 0, 0, 0
+    grey, with_alpha, transparent = 0, 0, 0
     for row in spread(len(records), OPENED).tolist():
         try:
             with records.open(row) as image:
                 width, height = image.size
                 turned = image.getexif().get(ORIENTATION) in TURNED
-                grey += is_grey(image.mode)
-                if checked < DECODED and _has_alpha(image):
-                    checked += 1
-                    transparent += _is_transparent(image)
+                mode, has_alpha = image.mode, _has_alpha(image)
+                transparent += has_alpha and with_alpha < DECODED and _is_transparent(image)
         except Exception:  # load_images counts and reports these
             continue
+        grey += is_grey(mode)
+        with_alpha += has_alpha
         sizes[(width, height) if turned else (height, width)] += 1
-    if transparent * 2 > min(DECODED, sizes.total()):
+    if 2 * with_alpha > sizes.total() and 2 * transparent > min(with_alpha, DECODED):
         return sizes, 4
     return sizes, 1 if 0 < grey == sizes.total() else 3
 

@@ -41,6 +41,12 @@ def test_one_colour_image_or_opaque_alpha_means_rgb(tmp_path):
     assert survey(str(tmp_path / "opaque")).channels == 3
 
 
+@pytest.mark.parametrize(("rgb", "rgba", "channels"), [(80, 20, 3), (20, 80, 4), (2, 3, 4), (2, 2, 3)])
+def test_a_minority_of_transparent_images_does_not_decide(tmp_path, rgb, rgba, channels):
+    save(tmp_path / "images", "RGBA", *[(2, 2)] * rgba)
+    assert survey(str(save(tmp_path / "images", "RGB", *[(2, 2)] * rgb))).channels == channels
+
+
 def test_photographs_on_their_side_and_unreadable_files(tmp_path):
     (tmp_path / "images").mkdir()
     exif = Image.Exif()
