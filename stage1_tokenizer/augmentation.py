@@ -35,7 +35,9 @@ def crop(images: Tensor, size: tuple[int, int], min_share: float, random: BatchR
     """Cuts a window out of each image (B, C, H, W) in [-1, 1] and resizes it to ``size`` (h, w).
 
     The sides of a window are a random share of the image's sides, at least ``min_share``, and its place is random. The
-    filter is the one that images are loaded with: Lanczos, antialiased. All images share two matrix products.
+    filter is the one that images are loaded with: Lanczos, antialiased. All images share two matrix products. As when
+    they are loaded, the colours of RGBA images are weighted by alpha, so that the colour of transparent pixels, which
+    nobody sees, does not mix with the others.
     """
     draws = random.uniform("crop", (3,), images.device)
     share = min_share + (1 - min_share) * draws[:, 0]
@@ -43,7 +45,12 @@ def crop(images: Tensor, size: tuple[int, int], min_share: float, random: BatchR
         _window_weights(wanted, full, share, draws[:, place])
         for wanted, full, place in zip(size, images.shape[2:], (1, 2), strict=True)
     )
-    return (rows[:, None] @ images @ columns[:, None].mT).clamp_(-1, 1)
+    if images.shape[1] != 4:
+        return (rows[:, None] @ images @ columns[:, None].mT).clamp_(-1, 1)
+    colours, alpha = (images + 1).split([3, 1], 1)  # in [0, 2]
+    weighted = torch.cat([colours * (alpha / 2), alpha], 1)
+    colours, alpha = (rows[:, None] @ weighted @ columns[:, None].mT).split([3, 1], 1)
+    return torch.cat([colours / (alpha / 2).clamp(1 / 255, 1), alpha], 1).sub_(1).clamp_(-1, 1)
 
 
 def _window_weights(wanted: int, full: int, share: Tensor, place: Tensor) -> Tensor:
