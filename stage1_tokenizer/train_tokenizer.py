@@ -119,7 +119,7 @@ def train(
     data = load_images(config.data)
     run.report(data.description, *data.notices)
     split = data.splits["train"]
-    larger = split if config.data.random_crop is None else larger_images(config.data)
+    larger = split if config.data.random_crop is None else larger_images(data, config.data.random_crop)
     batches = Batches(len(split), config.train, run.seed, accelerator, "images (data.num_images)")
 
     # 2. The autoencoder, its average, its discriminator, and their optimizers.
@@ -207,11 +207,10 @@ def train(
     return run
 
 
-def larger_images(config: DataConfig) -> ImageSplit:
+def larger_images(data: ImageData, min_share: float) -> ImageSplit:
     """The training images at the size from which `data.random_crop` cuts its windows."""
-    assert config.random_crop is not None
-    height, width = (math.ceil(side / config.random_crop) for side in config.size)
-    return load_larger(config, (height, width))
+    height, width = (math.ceil(side / min_share) for side in data.splits["train"].config.size)
+    return load_larger(data, (height, width))
 
 
 def make_autoencoder(config: TokenizerConfig, data: ImageData, accelerator: Accelerator) -> Autoencoder:

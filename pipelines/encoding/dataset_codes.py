@@ -74,7 +74,7 @@ def encode_dataset(
     data = load_images(config)
     for line in [data.description, *data.notices]:
         print_once(line)
-    splits = image_variants(data, config, augmentation)
+    splits = image_variants(data, augmentation)
     common = {"tokenizer": reference.hash, "augmentation": augmentation.model_dump(mode="json")}
     group, contents = config.model_dump(mode="json"), data.contents()
     identity = common | {"data": {**group, "source": None}, "images": contents.facts}

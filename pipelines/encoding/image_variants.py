@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stage2_prior.codes import Augmentation
-from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_larger
+from twostage.core.data.dataset import ImageData, ImageSplit, load_larger
 from twostage.core.training.random import seed_for
 
 __all__ = ["ImageVariants", "image_variants"]
@@ -59,11 +59,11 @@ def _windows(larger: Tensor, images: Tensor, crop: int, size: tuple[int, int]) -
     return windows[torch.arange(len(images)), :, seeds % down, seeds // down % across]
 
 
-def image_variants(data: ImageData, config: DataConfig, augmentation: Augmentation) -> dict[str, ImageVariants]:
-    """All splits of ``data``, which was loaded from ``config``. Only the training split has more than plain images."""
+def image_variants(data: ImageData, augmentation: Augmentation) -> dict[str, ImageVariants]:
+    """All splits of ``data``. Only the training split has more than plain images."""
     larger = None
     if augmentation.crops:
-        height, width = ((11 * side + 9) // 10 for side in config.size)  # 1.1 times, rounded up
-        larger = load_larger(config, (height, width))
+        height, width = ((11 * side + 9) // 10 for side in data.splits["train"].config.size)  # 1.1 times, rounded up
+        larger = load_larger(data, (height, width))
     plain = {name: ImageVariants(images, None, Augmentation()) for name, images in data.splits.items()}
     return plain | {"train": ImageVariants(data.splits["train"], larger, augmentation)}

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 MAX_SIDE = 65_536  # pixels
-NUM_SHAPES = 20_000
+NUM_SHAPES, TRAIN_SEED = 20_000, 0
 LabelColumnOption = Annotated[
     str,
     typer.Option(help="The table column that holds the classes. auto finds it by its name; null ignores the classes."),
@@ -80,7 +80,8 @@ class DataConfig(Section):
     on_bad_image: Literal["error", "skip"] = "error"
     """Whether unreadable images stop the run before training, or are skipped and counted."""
     in_memory_gb: Number = Field(default=4.0, ge=0.0)
-    """Datasets with up to this many gigabytes of pixels are kept decoded in memory."""
+    """Datasets with up to this many gigabytes of pixels are kept decoded in memory. The larger images that
+    `random_crop` needs are kept too if they fit beside the plain ones."""
 
     @field_validator("image_size", mode="before")
     @classmethod
@@ -219,10 +220,28 @@ class ImageData:
         return self.splits[self.validation_name]
 
 
-def load_larger(config: DataConfig, size: tuple[int, int]) -> ImageSplit:
-    """The training images of ``config`` at another size (H, W), for cutting windows out of them. They come from the
-    source again, because enlarged images would lack the detail of large ones."""
-    return load_images(config.model_copy(update={"image_size": size})).splits["train"]
+def load_larger(data: ImageData, size: tuple[int, int]) -> ImageSplit:
+    """The training images of ``data`` in the same order at another size (H, W), for cutting windows out of them.
+
+    They come from their files again, because enlarged images would lack the detail of large ones. They are kept in
+    memory if they fit into ``in_memory_gb`` beside those of ``data``.
+
+    Raises:
+        InputError: an image is no longer readable, or they do not fit in memory.
+    """
+    train = data.splits["train"]
+    config = train.config.model_copy(update={"image_size": size})
+    labels = None if train.labels is None else train.labels.numpy()
+    if train.records is None:
+        _check_memory(config, len(train))
+        return ImageSplit(labels, draw_shapes(0, len(train), size, config.channels, TRAIN_SEED), None, config)
+    larger = ImageSplit(labels, None, train.records, config)
+    plain_bytes = sum(split.pixels.nbytes for split in data.splits.values() if split.pixels is not None)
+    in_memory = plain_bytes + len(train) * _bytes_each(config) <= config.in_memory_gb * 1e9
+    _check_memory(config, len(train) if in_memory else 1)
+    if in_memory:
+        larger.pixels = larger.read(torch.arange(len(train)))
+    return larger
 
 
 def load_images(config: DataConfig) -> ImageData:
@@ -296,7 +315,7 @@ def _load_shapes(config: DataConfig) -> ImageData:
     num_test = max(64, num_train // 10)
     splits = {}
     # Held-out images use another seed, so that none of them equals a training image.
-    for seed, (name, count) in enumerate({"train": num_train, "test": num_test}.items()):
+    for seed, (name, count) in enumerate({"train": num_train, "test": num_test}.items(), TRAIN_SEED):
         pixels = draw_shapes(0, count, config.size, config.channels, seed)
         splits[name] = ImageSplit(np.arange(count) % len(CLASS_NAMES), pixels, None, config)
     description = f"shapes: {len(CLASS_NAMES)} classes, {num_train} images for training, {num_test} held out"

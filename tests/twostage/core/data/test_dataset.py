@@ -11,7 +11,7 @@ import torch
 from messages import assert_names, refuses
 from PIL import Image
 
-from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_images
+from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_images, load_larger
 from twostage.core.errors import InputError
 
 ON_DISK = {"in_memory_gb": 0}
@@ -68,6 +68,36 @@ def test_validation_is_val_where_there_is_one_else_test(images):
     assert load(root).validation_name == "test"
     images("train/0.png", "test/1.png", "val/2.png")
     assert (load(root).validation_name, reds(load(root).validation)) == ("val", [20])
+
+
+def test_larger_images_have_the_same_rows_and_leave_held_out_files_alone(images):
+    root = images(*numbered("train", 6), "val/0.png")
+    (root / "train" / "02.png").write_bytes(b"broken before")
+    data = load(root, on_bad_image="skip")
+    (root / "val" / "0.png").unlink()
+    larger = load_larger(data, (10, 12))
+    assert larger.in_memory
+    assert all_rows(larger).shape == (5, 3, 10, 12)
+    assert reds(larger) == reds(data.splits["train"]) == [0, 10, 30, 40, 50]
+    (root / "train" / "04.png").write_bytes(b"broken since")
+    with refuses("04.png", "readable when the run started", "Restore the file"):
+        load_larger(data, (10, 12))
+
+
+def test_larger_images_share_the_memory_of_the_plain_ones(images):
+    data = load(images(*numbered("train", 6), "val/0.png"), in_memory_gb=4e-6)  # of 1.3 and 2.9 kB
+    larger = load_larger(data, (12, 13))
+    assert data.splits["train"].in_memory
+    assert not larger.in_memory
+    assert reds(larger) == reds(data.splits["train"])
+
+
+def test_larger_drawn_shapes_show_the_same():
+    data = load("shapes", image_size=16, num_images=8)
+    larger = load_larger(data, (32, 32))
+    assert torch.equal(larger.labels, data.splits["train"].labels)
+    shrunk = torch.nn.functional.avg_pool2d(all_rows(larger).float(), 2)
+    assert (shrunk - all_rows(data.splits["train"])).abs().mean() < 5
 
 
 def test_drawn_shapes_take_no_settings_of_files():
