@@ -56,19 +56,26 @@ PAIRS = {
 
 
 class Commands:
-    """Runs `twostage` commands and records the processor time of each name, over all runs of this benchmark."""
+    """Runs `twostage` commands once each, and adds up their processor time over all runs of this benchmark."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.seconds: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self.seconds: dict[str, float] = {}
+        self.done: list[str] = []
+        if file.is_file():
+            self.seconds, self.done = json.loads(file.read_text(encoding="utf-8"))
 
     def run(self, name: str, *arguments: str | Path) -> None:
+        """Run a command unless it has ended well before."""
+        if name in self.done:
+            return
         before = _processor_seconds()
         try:
             subprocess.run([sys.executable, "-m", "pipelines.cli", *map(str, arguments)], check=True)
+            self.done.append(name)
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + _processor_seconds() - before
-            self.file.write_text(json.dumps(self.seconds), encoding="utf-8")
+            self.file.write_text(json.dumps([self.seconds, self.done]), encoding="utf-8")
 
 
 def _processor_seconds() -> float:
@@ -80,22 +87,20 @@ def _processor_seconds() -> float:
 def train_and_measure(name: str, pair: Pair, folder: Path, seed: int) -> Row:
     """Run whatever is missing of a pair, and return its row of the table."""
     folder.mkdir(parents=True, exist_ok=True)
-    commands = Commands(folder / "processor_seconds.json")
+    commands = Commands(folder / "commands.json")
     tokenizer, codes, prior = folder / "tokenizer", folder / "codes", folder / "prior"
     settings = [f"run.seed={seed}", "run.trackers=[]"]
     commands.run(
         "stage_1", "train-tokenizer", CONFIGS / "tokenizer" / f"{pair.tokenizer}.yaml", f"data.source={pair.source}",
         f"run.dir={tokenizer}", *settings,
     )  # fmt: skip
-    if not codes.exists():
-        commands.run("encode", "encode", tokenizer, "--out", codes, *pair.encoding)
+    commands.run("encode", "encode", tokenizer, "--out", codes, *pair.encoding)
     commands.run(
         "stage_2", "train-prior", CONFIGS / "prior" / f"{pair.prior}.yaml", f"codes={codes}", f"run.dir={prior}",
         *settings,
     )  # fmt: skip
     for run, options in ((tokenizer, ()), (prior, pair.sampling)):
-        if not (run / "evaluation").exists():
-            commands.run("evaluate", "evaluate", run, "--features", "imagenet", *options)
+        commands.run(f"evaluate {run.name}", "evaluate", run, "--features", "imagenet", *options)
     first, second = (
         json.loads((run / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))["figures"]
         for run in (tokenizer, prior)

@@ -35,7 +35,7 @@ TOKENIZERS: dict[str, list[str]] = {
     "learned codebook": ["model.bottleneck.codebook=learned"],
     "finite scalars": ["model.latent_channels=3", "model.bottleneck={type: finite_scalar, levels: [8, 8, 8]}"],
     "l1": ["loss.reconstruction=l1"],
-    "perceptual": ["loss.reconstruction=l1", "loss.perceptual={type: imagenet, weight: 0.3}"],
+    "adversarial": ["loss.reconstruction=l1", "loss.adversarial={weight: 0.02, start: 0.3, channels: 32, lr: 1e-3}"],
     "perturbed": [PERTURBATION],
     "a third of the steps": [],
 }

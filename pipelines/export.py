@@ -57,7 +57,8 @@ def command(
         if push:
             raise InputError(f"--push {push}: {model} is a tokenizer, not a pipeline. Omit --push.")
         sentences = export_tokenizer(alone, out, formats, weights)
-        print(f"{out}: encoder and decoder; this model cannot generate images by itself")
+        what = "a rounded tokenizer" if weights == "bfloat16" else "encoder and decoder"
+        print(f"{out}: {what}; this model cannot generate images by itself")
     else:
         pipeline = TwoStagePipeline.from_saved(saved, tokenizer)
         records = gather_records(saved, tokenizer)

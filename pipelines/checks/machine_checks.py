@@ -16,7 +16,7 @@ from twostage.core.wording import one_line
 
 __all__ = ["check_cpu", "check_gpus", "check_packages"]
 
-EXTRAS = {"app": "twostage app", "export": "twostage export", "imagenet": "--features imagenet"}
+EXTRAS = {"app": "twostage app", "export": "twostage export", "imagenet": "type: imagenet / --features imagenet"}
 """The extras that users install, and the commands or options that need them."""
 IMPORTED = ("torch", "torchvision", "accelerate")
 """Only an import shows that these are broken, as when torch and torchvision are builds for different versions."""

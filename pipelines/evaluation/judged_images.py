@@ -55,10 +55,13 @@ class JudgedImages:
 
 
 def judge_training_images(network: Judge, source: HeldOutImages, work: SharedWork) -> tuple[JudgedImages, Tensor]:
-    """Training images, spread evenly, and their rows in the split. The ImageNet network learns their classes."""
+    """Training images, spread evenly, and their rows in the split. The ImageNet network learns their classes, unless it
+    is to judge the training split itself."""
     rows = spread(len(source.train), network.max_training_images)
     training = JudgedImages.read(network, source.train, rows, work, "training images")
-    if isinstance(network, ImageNetFeatures):
+    if isinstance(network, ImageNetFeatures) and source.split_name == "train":
+        network.no_classes = "a linear probe would judge the images that it was fitted to; use a held-out --split"
+    elif isinstance(network, ImageNetFeatures):
         network.fit(training.features, source.train.read_labels(rows), source.data.class_names)
     return training, rows
 

@@ -42,7 +42,7 @@ SAME_JUDGE = "the judging network is one that the tokenizer was trained against"
 WEAK_JUDGE = "the judging network hardly recognises the originals"
 NO_JUDGE = "no independent network judged whether reconstructions still show what the originals show"
 JUDGE_ADVICE = (
-    "Have a network judge it that is not the one of loss.perceptual: --features imagenet, --features runs/NAME "
+    "Have another network judge it, one that is not in loss.perceptual: --features imagenet, --features runs/NAME "
     "(twostage train-features, with another --seed and --width) or --inception FILE."
 )
 
@@ -122,7 +122,8 @@ def _judge_findings(figures: dict[str, float]) -> Iterator[Finding]:
         if originals < MIN_RECOGNISED_ORIGINALS:
             yield Finding(
                 f"The judging network only recognises {originals:.1%} of the originals, below "
-                f"{MIN_RECOGNISED_ORIGINALS:.0%}, so it says little about reconstructions. Train it longer."
+                f"{MIN_RECOGNISED_ORIGINALS:.0%}, so it says little about reconstructions. Use another judge, or train "
+                "your feature network longer."
             )
         elif share < MIN_RECOGNISED * originals:
             yield Finding(

@@ -188,7 +188,8 @@ class ModelCard:
         if self.prior:
             rows.append(["prior", f"`{self.prior.config.model.type}`, {_size(self.prior)}"])
         if self.weights == "bfloat16":
-            rows.append(["weights", "bfloat16; the codes are exactly those that the prior was trained on"])
+            exact = " (encoder and codebook exact, so the codes are those that the prior was trained on)"
+            rows.append(["weights", f"bfloat16{exact if self.prior else ''}"])
         return [*rows, ["files", "listed with their sha256 in [pipeline.json](pipeline.json)"]]
 
     def _about_data(self) -> list[str]:

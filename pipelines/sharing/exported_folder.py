@@ -48,7 +48,10 @@ def export_pipeline(
         pipeline.save_pretrained(partial, weights)
         pipeline = TwoStagePipeline.from_pretrained(partial)  # as others will load it
         if is_pipeline_folder(out) and _weights(out) != _weights(partial):
-            raise InputError(f"--out {out}: contains another pipeline. Nothing was changed. Choose another --out.")
+            raise InputError(
+                f"--out {out}: contains another pipeline, or this one with other --weights. Nothing was changed. "
+                "Choose another --out."
+            )
         sentences = export_programs(pipeline.tokenizer, partial, formats)
         pipeline.write_card(partial, records, fields, weights)
         card = out / CARD
