@@ -49,9 +49,9 @@ class Pair:
 
 GUIDED = ("--guidance-scale", "2")
 PAIRS = {
-    "photos_64": Pair("photos_64", "photos_64", "clothing", GUIDED, ("--horizontal-flip",)),
-    "photos_128": Pair("photos_128", "photos_128", "clothing", GUIDED, ("--horizontal-flip",)),
-    "emoji_64": Pair("emoji_64", "emoji_64", "emoji", GUIDED),
+    "photos_64": Pair("photos_64", "pixelcnn_photos_64", "clothing", GUIDED, ("--horizontal-flip",)),
+    "photos_128": Pair("photos_128", "maskgit_photos_128", "clothing", GUIDED, ("--horizontal-flip",)),
+    "emoji_64": Pair("emoji_64", "gpt_emoji_64", "emoji", GUIDED),
 }
 
 

@@ -46,9 +46,9 @@ RECIPES = {
     "shapes": Recipe("drawn shapes", "vqvae_shapes.yaml", "gpt_shapes.yaml"),
     "grey": Recipe("small grey images", "vqvae_mnist.yaml", "pixelcnn_mnist.yaml"),
     "colour": Recipe("small images", "vqvae_cifar10.yaml", "pixelcnn_cifar10.yaml"),
-    "transparent": Recipe("icons with transparency", "emoji_64.yaml", "emoji_64.yaml"),
-    "photos": Recipe("photographs", "photos_64.yaml", "photos_64.yaml"),
-    "large photos": Recipe("photographs", "photos_128.yaml", "photos_128.yaml"),
+    "transparent": Recipe("icons with transparency", "emoji_64.yaml", "gpt_emoji_64.yaml"),
+    "photos": Recipe("photographs", "photos_64.yaml", "pixelcnn_photos_64.yaml"),
+    "large photos": Recipe("photographs", "photos_128.yaml", "maskgit_photos_128.yaml"),
 }
 
 
