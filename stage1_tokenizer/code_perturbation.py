@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer.bottleneck import Bottleneck, pass_gradient
-from stage1_tokenizer.nearest_codes import neighbours
+from stage1_tokenizer.nearest_codes import neighbour
 from twostage.core.config.sections import Count, Section, Share
 from twostage.core.errors import InputError
 from twostage.core.training.random import BatchRandom
@@ -53,7 +53,8 @@ def perturb_latent(
     with torch.autocast(z.device.type, enabled=False):
         draws = random.uniform("perturbed images", (2,), z.device)
         share = torch.where(draws[:, 0] < config.image_share, draws[:, 1] * config.code_share, 0.0)
-        replaced = perturb_codes(indices, code_vectors(bottleneck), share, config.neighbours, random)
+        vectors = code_vectors(bottleneck, indices.device)
+        replaced = perturb_codes(indices, vectors, share, config.neighbours, random)
         return pass_gradient(z, bottleneck.lookup(replaced).to(z.dtype))
 
 
@@ -66,14 +67,15 @@ def perturb_codes(indices: Tensor, vectors: Tensor, share: Tensor, num_neighbour
     """
     draws = random.uniform("perturbed codes", (2, *indices.shape[1:]), indices.device)  # (B, 2, h, w)
     chosen = draws[:, 0] < share[:, None, None]
-    codes, places = indices[chosen].unique(return_inverse=True)
-    near = neighbours(vectors, codes, num_neighbours)  # (different codes, num_neighbours)
-    ranks = (draws[:, 1][chosen] * num_neighbours).long().clamp(max=num_neighbours - 1)
-    return indices.masked_scatter(chosen, near[places, ranks])
+    ranks = (draws[:, 1] * num_neighbours).long().clamp(max=num_neighbours - 1)
+    if indices.device.type == "cpu":
+        return indices.masked_scatter(chosen, neighbour(vectors, indices[chosen], ranks[chosen], num_neighbours))
+    # Other devices compute all cells, because the CPU would have to wait for the number of chosen ones.
+    other = neighbour(vectors, indices.flatten(), ranks.flatten(), num_neighbours)
+    return torch.where(chosen, other.view_as(indices), indices)
 
 
 @torch.no_grad()
-def code_vectors(bottleneck: Bottleneck) -> Tensor:
-    """The vectors (K, D) of all codes of a bottleneck with one code per cell."""
-    device = next(iter(bottleneck.buffers())).device
+def code_vectors(bottleneck: Bottleneck, device: torch.device) -> Tensor:
+    """The vectors (K, D) of all codes of a bottleneck on ``device`` with one code per cell."""
     return bottleneck.lookup(torch.arange(bottleneck.codebook_size, device=device).view(-1, 1, 1))[:, :, 0, 0]

@@ -1,4 +1,4 @@
-"""The nearest code of each vector, the neighbours of a code, and k-means, without a matrix of all pairs.
+"""The nearest code of each vector, a neighbour of each code, and k-means, without a matrix of all pairs.
 
 Axes: N vectors, D dimensions, K codes.
 """
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from twostage.core.machine.onednn import has_onednn, pack, product
 
-__all__ = ["k_means", "nearest_codes", "neighbours"]
+__all__ = ["k_means", "nearest_codes", "neighbour"]
 
 CPU_TILE = 1 << 20  # scores computed at a time on a CPU: 4 MiB, which stays in its cache
 GPU_TILE = 1 << 26  # a GPU is faster with few large products than with many small ones
+TOPK_MEMORY = 4  # a GPU sorts for `topk`, in about this many times the memory of the scores
 MAX_TILE_CODES = 1 << 13  # 2 MiB of codes at 64 dimensions, which every tile of vectors reads
 
 
@@ -72,15 +73,22 @@ def _row_maxima(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def neighbours(codebook: Tensor, codes: Tensor, count: int) -> Tensor:
-    """The nearest other codes of each of ``codes`` (N,) in a codebook (K, D), nearest first: (N, count) int64."""
+def neighbour(codebook: Tensor, codes: Tensor, ranks: Tensor, count: int) -> Tensor:
+    """One of the ``count`` nearest other codes of each of ``codes`` (N,) in a codebook (K, D): (N,) int64.
+
+    Args:
+        ranks: which one (N,): 0 is the nearest, ``count - 1`` the last.
+    """
     tile = CPU_TILE if codebook.device.type == "cpu" else GPU_TILE
+    size = max(16, tile // TOPK_MEMORY // len(codebook))
     score = _scorer(codebook)
-    found = [codes.new_empty(0, count)]
-    for part in codes.split(max(1, tile // len(codebook))):
-        scores = score(codebook[part]).scatter_(1, part[:, None], -torch.inf)  # a code is no neighbour of itself
-        found.append(scores.topk(count, dim=1).indices)
-    return torch.cat(found)
+    found = torch.empty_like(codes)
+    for start in range(0, len(codes), size):
+        part = slice(start, start + size)
+        own = codes[part, None]
+        scores = score(codebook[codes[part]]).scatter_(1, own, -torch.inf)  # a code is no neighbour of itself
+        found[part] = scores.topk(count, dim=1).indices.gather(1, ranks[part, None])[:, 0]
+    return found
 
 
 @torch.no_grad()

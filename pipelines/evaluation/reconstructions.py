@@ -177,7 +177,8 @@ def _decode_perturbed(model: Autoencoder, indices: Tensor | None, rows: Tensor) 
     assert indices is not None
     share = torch.tensor(PERTURBED_SHARES, device=indices.device)[rows.to(indices.device) % len(PERTURBED_SHARES)]
     random = RowRandom(NOISE_SEED, rows)
-    replaced = perturb_codes(indices, code_vectors(model.bottleneck), share, _num_similar(model), random)
+    vectors = code_vectors(model.bottleneck, indices.device)
+    replaced = perturb_codes(indices, vectors, share, _num_similar(model), random)
     return to_uint8(model.decode_indices(replaced))
 
 

@@ -4,7 +4,7 @@ from messages import refuses
 
 from stage1_tokenizer import nearest_codes
 from stage1_tokenizer.code_perturbation import PerturbationConfig, code_vectors, perturb_codes, perturb_latent
-from stage1_tokenizer.nearest_codes import neighbours
+from stage1_tokenizer.nearest_codes import neighbour
 from twostage.core.training.random import BatchRandom
 
 CODEBOOK = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
@@ -15,13 +15,14 @@ INDICES = torch.randint(24, (300, 4, 5), generator=torch.Generator().manual_seed
 @pytest.mark.parametrize("tile", [1, 1 << 20])
 def test_neighbours_equal_brute_force_in_tiles(tile, monkeypatch):
     monkeypatch.setattr(nearest_codes, "CPU_TILE", tile)
-    codes = torch.tensor([5, 0, 23, 5])
-    assert torch.equal(neighbours(CODEBOOK, codes, 6), NEAREST[codes, :6])
-    assert neighbours(CODEBOOK, codes[:0], 6).shape == (0, 6)
+    codes, ranks = INDICES.flatten()[:100], torch.arange(100) % 6
+    assert torch.equal(neighbour(CODEBOOK, codes, ranks, 6), NEAREST[codes, ranks])
+    assert neighbour(CODEBOOK, codes[:0], ranks[:0], 6).shape == (0,)
 
 
 def test_a_code_is_no_neighbour_of_itself_even_beside_its_copy():
-    assert neighbours(torch.zeros(3, 2), torch.arange(3), 2).sort().values.tolist() == [[1, 2], [0, 2], [0, 1]]
+    found = [neighbour(torch.zeros(3, 2), torch.arange(3), torch.full((3,), rank), 2) for rank in range(2)]
+    assert torch.stack(found, 1).sort().values.tolist() == [[1, 2], [0, 2], [0, 1]]
 
 
 def test_each_image_loses_its_share_of_codes_to_neighbours(whole_batch):
@@ -45,6 +46,15 @@ def test_an_image_loses_the_same_codes_in_any_process(whole_batch):
     assert torch.equal(torch.cat(parts), whole)
 
 
+def test_no_size_depends_on_the_codes_on_a_gpu(whole_batch, monkeypatch):
+    """The device `meta`, whose tensors have no values, stands in for a GPU."""
+    monkeypatch.setattr(
+        BatchRandom, "uniform", lambda _, purpose, shape, device: torch.empty(300, *shape, device=device)
+    )
+    share = torch.ones(300, device="meta")
+    assert perturb_codes(INDICES.to("meta"), CODEBOOK.to("meta"), share, 4, whole_batch(300)).shape == INDICES.shape
+
+
 @pytest.mark.parametrize("family", ["vector", "simvq", "l2", "finite_scalar", "lookup_free"])
 def test_the_decoder_gets_other_codes_and_the_encoder_the_same_gradient(
     family, tiny_autoencoder, random_images, whole_batch
@@ -56,7 +66,7 @@ def test_the_decoder_gets_other_codes_and_the_encoder_the_same_gradient(
     other = perturb_latent(z, latent.indices, model.bottleneck, config, whole_batch(200))
     changed = (other != z).flatten(1).any(1)
     assert 70 < changed.sum() < 130
-    table = {tuple(vector.tolist()) for vector in code_vectors(model.bottleneck)}
+    table = {tuple(vector.tolist()) for vector in code_vectors(model.bottleneck, z.device)}
     assert {tuple(vector.tolist()) for vector in other.detach().movedim(1, -1).reshape(-1, z.shape[1])} <= table
     weights = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
     (other * weights).sum().backward()
