@@ -294,6 +294,7 @@ def make_discriminator(config: TokenizerConfig, accelerator: Accelerator) -> Tra
         config.train,
         accelerator,
         name="discriminator",
+        muon=False,
         lr=adversarial.lr,
         betas=adversarial.betas,
     )

@@ -2,7 +2,8 @@
 momentum, made orthogonal, so that all its directions are learned equally fast. Other weights are updated by AdamW.
 
 torch's own Muon (`torch.optim.Muon`) takes one matrix at a time and no convolutions. Here matrices of the same shape
-are made orthogonal together, which takes a fraction of the time, and a kernel is a matrix (out, in x height x width).
+are made orthogonal together, which takes a fraction of the time, and a convolution's kernel is a matrix (out, in x
+height x width), that of a transposed convolution (in, out x height x width).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ RMS = 0.2
 """The root mean square of an update of AdamW, which updates are scaled to, so that both share a learning rate and a
 weight decay (Liu et al. 2025, arXiv 2502.16982)."""
 MIN_CHANNELS = 8
-"""Layers with fewer inputs or outputs begin or end a network, such as those that read or write an image."""
+"""Layers with fewer input or output channels are left to AdamW. Most of them read or write an image."""
 
 
 class Muon(AdamW):
@@ -87,9 +88,10 @@ def orthogonalized(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
-    """The weights that Muon is for: those of linear layers and convolutions, except a network's first and last layers.
+    """The weights that Muon updates: those of linear layers and convolutions with at least `MIN_CHANNELS` inputs and
+    outputs.
 
-    A module names layers that it wants to leave to AdamW, such as its head, in ``adamw_layers``.
+    A module names other layers that it wants to leave to AdamW, such as its head, in ``adamw_layers``.
     """
     left_out = {getattr(module, name) for module in model.modules() for name in getattr(module, "adamw_layers", ())}
     weights: list[Tensor] = [

@@ -32,7 +32,7 @@ def make_optimizer(
     betas: tuple[float, float] | None = None,
     muon: bool = False,
 ) -> Optimizer:
-    """AdamW over the trainable weights of ``model``; biases, gains and one-dimensional embeddings do not decay.
+    """AdamW over the trainable weights of ``model``; those with one dimension, such as biases and gains, do not decay.
 
     Args:
         lr: for a second network; None: `train.lr`. Both follow the same schedule.
@@ -103,8 +103,8 @@ class TrainedNetwork(Generic[ModuleT]):
     """A network, the average of its weights, and its optimizer, as Accelerate or FSDP wraps them.
 
     Args:
-        name: `model`, or the name of a second network, which prefixes its optimizer's checkpoint and its metrics. AdamW
-            updates a second network.
+        name: `model`, or the name of a second network, which prefixes its optimizer's checkpoint and its metrics.
+        muon: whether Muon updates the matrices if `train.optimizer` is `muon`; otherwise AdamW updates all weights.
         ema_decay: None: no average.
         units_to_shard: class names for FSDP; none: no FSDP.
         sharded_methods: see :func:`twostage.core.machine.sharding.shard`.
@@ -122,6 +122,7 @@ class TrainedNetwork(Generic[ModuleT]):
         accelerator: Accelerator,
         *,
         name: str = "model",
+        muon: bool = True,
         ema_decay: float | None = None,
         units_to_shard: Sequence[str] = (),
         sharded_methods: Sequence[str] = (),
@@ -133,12 +134,13 @@ class TrainedNetwork(Generic[ModuleT]):
         self.averaged = averaged_copy(module, ema_decay) if ema_decay else None
         self.final: ModuleT = cast("ModuleT", self.averaged.module) if self.averaged else module
         """The averaged weights, if there are any: validation measures them, and inference loads them."""
-        muon = train.optimizer == "muon" and name == "model"
+        muon = muon and train.optimizer == "muon"
         if units_to_shard:
             if muon:
                 raise InputError(
                     "train.optimizer 'muon': needs whole matrices, and FSDP shares them out among the processes. Set "
-                    "train.optimizer=adamw, or launch with configs/accelerate/gpu_8.yaml"
+                    "train.optimizer=adamw and a lower train.lr, such as 1e-3, or launch with "
+                    "configs/accelerate/gpu_8.yaml"
                 )
             for each in dict.fromkeys((module, self.final)):
                 shard(each, units_to_shard, train.mixed_precision, *sharded_methods)

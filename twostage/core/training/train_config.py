@@ -25,7 +25,9 @@ class TrainConfig(Section):
     epochs: Count | None = None
     """Passes over the training split; an incomplete last batch is skipped."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon`: Muon for matrices and convolution kernels, AdamW for all other weights and for discriminators."""
+    """`muon`: Muon for linear layers and convolutions with at least 8 inputs and outputs, except a prior's head; AdamW
+    for all other weights and for discriminators. Muon's best `lr` is high for AdamW, so set `loss.adversarial.lr` too:
+    without it, a discriminator uses `lr`."""
     lr: Number = Field(default=3e-4, gt=0)
     lr_schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: Size = 0
@@ -33,7 +35,7 @@ class TrainConfig(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's decay rates."""
     weight_decay: Number = Field(default=0.0, ge=0)
-    """Decoupled weight decay of matrices and convolution kernels."""
+    """Decoupled weight decay of the weights with at least two dimensions, such as matrices and convolution kernels."""
     max_grad_norm: Number | None = Field(default=None, gt=0)
     """Gradients are clipped to this norm; None: never."""
     gradient_accumulation_steps: Count = 1

@@ -61,7 +61,7 @@ def test_matrices_are_updated_as_by_torchs_own_muon():
     torch.testing.assert_close(matrices, twins, rtol=0, atol=1e-3)  # a step is 0.01, and bfloat16 rounds it
 
 
-def test_muon_is_for_the_matrices_between_the_first_and_the_last_layer():
+def test_muon_is_for_layers_with_many_inputs_and_outputs_except_the_head():
     model = Network()
     matrices = [model.hidden.weight, model.wide.weight, model.narrow.weight]
     assert {id(p) for p in hidden_matrices(model)} == {id(p) for p in matrices}
@@ -111,13 +111,13 @@ def test_an_update_that_is_not_finite_can_be_skipped():
     torch.testing.assert_close((model.state_dict(), optimizer_tensors(model, optimizer)), before, rtol=0, atol=0)
 
 
-def test_second_networks_keep_adamw():
-    network = TrainedNetwork(Network(), MUON, Accelerator(cpu=True), name="discriminator")
+def test_a_second_network_can_keep_adamw():
+    network = TrainedNetwork(Network(), MUON, Accelerator(cpu=True), name="discriminator", muon=False)
     assert type(network.optimizer) is torch.optim.AdamW
 
 
 def test_muon_refuses_sharded_weights():
-    with refuses("train.optimizer", "muon", "train.optimizer=adamw"):
+    with refuses("train.optimizer", "muon", "train.optimizer=adamw", "train.lr", "gpu_8.yaml"):
         TrainedNetwork(Network(), MUON, Accelerator(cpu=True), units_to_shard=["Linear"])
 
 
