@@ -101,7 +101,8 @@ class ImageLosses:
         pixels = self.autoencoder.to_pixels(decoded)
         gradient, metrics = None, {}
         if self.perceptual is not None and self.config.perceptual:
-            background = 2 * random.uniform("background", (3, 1, 1), images.device) - 1
+            is_transparent = images.shape[1] == 4
+            background = 2 * random.uniform("background", (3, 1, 1), images.device) - 1 if is_transparent else 1.0
             term = self.config.perceptual.weight * self.perceptual(pixels, images, background)
             (gradient,) = torch.autograd.grad(term, decoded, retain_graph=True)
             metrics = {"perceptual": term.detach()}
