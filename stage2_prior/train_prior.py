@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import typer
 from accelerate import Accelerator
+from pydantic import model_validator
 from torch import Tensor
 
 from stage2_prior.autoregressive import images_at_once
@@ -18,6 +19,7 @@ from stage2_prior.codes import CodeCache, CodeSplit, Manifest
 from stage2_prior.network import NetworkConfig
 from stage2_prior.prior import Prior, PriorLossConfig, prior_config
 from stage2_prior.sample_sheets import Decoder, draw_samples
+from stage2_prior.transformer import TransformerConfig
 from twostage.core.config.sections import Count, PathName, RunConfig, Section, load_config
 from twostage.core.errors import InputError
 from twostage.core.machine.command import print_once, run_command
@@ -56,6 +58,19 @@ class PriorTrainingConfig(Section):
     model: NetworkConfig = CausalTransformerConfig()
     loss: PriorLossConfig = PriorLossConfig()
     train: PriorTrainConfig
+
+    @model_validator(mode="after")
+    def _activations_fit(self) -> "PriorTrainingConfig":
+        if (
+            isinstance(self.model, TransformerConfig)
+            and self.model.mlp == "squared_relu"
+            and self.train.mixed_precision == "fp16"
+        ):
+            raise ValueError(
+                "train.mixed_precision 'fp16': model.mlp 'squared_relu' squares activations, and the square of "
+                "256 or more is infinite in float16. Set train.mixed_precision=bf16 or model.mlp=gelu"
+            )
+        return self
 
 
 def train(
@@ -212,7 +227,7 @@ def show_samples(run: TrainingRun[PriorTrainingConfig], prior: Prior, decode: De
     if not run.accelerator.is_main_process:
         return
     if state is not None:
-        prior = Prior(prior.config).to(run.accelerator.device)
+        prior = Prior(prior.config)  # on the CPU, because a GPU may not have the memory for all weights
         prior.load_state_dict(state)
     run.show_image(draw_samples(prior, decode, run.seed), "samples")
 

@@ -333,3 +333,12 @@ def test_missing_codes_are_reported_before_anything_is_written(tmp_path, documen
 def test_fewer_codes_than_a_batch_are_refused(noise, document, start):
     with refuses("train.batch_size 9", "8 code grids"):
         start(document(batch_size=9))
+
+
+@pytest.mark.parametrize("model", ["causal_transformer", "masked_transformer"])
+def test_squared_activations_are_refused_in_float16(document, model):
+    config = document(model=model, mixed_precision="fp16")
+    assert parse_config(PriorTrainingConfig, config, "config").model.type == model
+    config["model"]["mlp"] = "squared_relu"
+    with refuses("train.mixed_precision 'fp16'", "squared_relu", "train.mixed_precision=bf16"):
+        parse_config(PriorTrainingConfig, config, "config")
