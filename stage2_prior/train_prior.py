@@ -142,8 +142,7 @@ def train(
             loss = validate(final, cache.validation, config.train.batch_size, accelerator)
             figures = {"loss": loss, "unigram": baseline, "uniform": math.log(cache.manifest.codebook_size)}
             run.log_validation(figures, "held out" if final.exact_likelihood else "held out (loss: an upper bound)")
-            if decode:
-                show_samples(run, final, decode)
+            show_samples(run, final, decode)
             keep_best(run, final, loss)
         if run.due("checkpoint") or run.finished:
             title = "nats per code" if final.exact_likelihood else "nats per code (held out: upper bound)"
@@ -221,10 +220,14 @@ def validate(prior: Prior, split: CodeSplit, batch_size: int, accelerator: Accel
     return total.item() / split.codes.size
 
 
-def show_samples(run: TrainingRun[PriorTrainingConfig], prior: Prior, decode: Decoder) -> None:
-    """The main process draws a sample sheet; the others wait for it in the next step that all processes share."""
-    state = full_tensors(prior.state_dict()) if run.units_to_shard else None  # sampling reads whole weights
-    if not run.accelerator.is_main_process:
+def show_samples(run: TrainingRun[PriorTrainingConfig], prior: Prior, decode: Decoder | None) -> None:
+    """The main process draws a sample sheet if it can decode; the others wait in the next step that all share."""
+    state = None
+    if run.units_to_shard:  # sampling reads whole weights, which all processes gather if the main one can decode
+        decodes = decode is not None and run.accelerator.is_main_process
+        if run.sum(torch.tensor(float(decodes), device=run.accelerator.device)):
+            state = full_tensors(prior.state_dict())
+    if decode is None or not run.accelerator.is_main_process:
         return
     if state is not None:
         prior = Prior(prior.config)  # on the CPU, because a GPU may not have the memory for all weights
