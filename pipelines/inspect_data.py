@@ -122,7 +122,9 @@ def command(
     recipe = recipe_for(data, size, usual.channels)
     print(f"suggested for {describe_survey(usual)}:")
     print(f"  data.image_size={_as_setting(size)} data.channels={usual.channels}, configs/tokenizer/{recipe.tokenizer}")
-    print(f"  to write such a config and train by it: twostage train-tokenizer {shlex.quote(data)}")
+    given = [] if label_column == AUTO else [f"data.label_column={label_column}"]
+    given += [f"data.value_range={list(value_range)}"] if value_range else []
+    print(f"  to write such a config and train by it: {shlex.join(['twostage', 'train-tokenizer', data, *given])}")
     if json_file:
         write_json(json_file, _document(found))
 

@@ -54,10 +54,15 @@ def command(
 
 
 def _find_decoder(codes: str) -> Decoder | None:
-    """Decodes by the tokenizer that wrote the codes; None, with a line that says why, if it is not found."""
+    """Decodes by the tokenizer that wrote the codes; None, with a line that says why, if it is not found.
+
+    Raises:
+        InputError: there are no such codes.
+    """
+    cache = CodeCache(codes)
     try:
-        tokenizer = tokenizer_of_codes(CodeCache(codes))
-    except InputError as error:
+        tokenizer = tokenizer_of_codes(cache)
+    except (InputError, OSError) as error:
         print_once(f"No samples are drawn during training: {error}")
         return None
     return lambda given: decode_codes(tokenizer.to(given.device), given)

@@ -21,12 +21,11 @@ from stage2_prior.train_prior import PriorTrainingConfig
 from twostage.core.config.overrides import apply_overrides
 from twostage.core.config.sections import ConfigT, load_config, parse_config, path_values
 from twostage.core.data.dataset import DataConfig
-from twostage.core.data.labels import AUTO
 from twostage.core.data.survey import Survey, survey
 from twostage.core.data.tables import TABLE_SUFFIXES
 from twostage.core.errors import InputError
-from twostage.core.files import replacing
-from twostage.core.machine.command import print_once
+from twostage.core.files import expand_home, replacing
+from twostage.core.machine.command import is_first_process, print_once
 from twostage.core.runs.contents import same_place
 
 __all__ = ["describe_survey", "is_config", "open_prior_config", "open_tokenizer_config"]
@@ -52,8 +51,14 @@ def open_tokenizer_config(given: str, overrides: Sequence[str], dry_run: bool = 
     Raises:
         InputError: no such file or images, wrong settings, or a written config for other images.
     """
+    given = expand_home(given)
     if is_config(given):
         return load_config(TokenizerConfig, given, list(overrides), print_once)
+    if Path(given).is_file() and not _is_table(given):
+        raise InputError(
+            f"{given}: expected a .yaml config, a folder of images, or a .parquet or .arrow file, got another file. "
+            "Give its folder or, if it is a config, rename it to end in .yaml"
+        )
     asked = apply_overrides(TokenizerConfig, {}, list(overrides), lambda line: None)
     written = _Written(TokenizerConfig, "train-tokenizer", "data.source", given, f"{_name(given)}_tokenizer", asked)
     return written.open(lambda: _fit_tokenizer(given, asked), overrides, dry_run)
@@ -61,8 +66,14 @@ def open_tokenizer_config(given: str, overrides: Sequence[str], dry_run: bool = 
 
 def open_prior_config(given: str, overrides: Sequence[str], dry_run: bool = False) -> PriorTrainingConfig:
     """:func:`open_tokenizer_config` for a prior; ``given`` is a config file or a folder of codes."""
+    given = expand_home(given)
     if is_config(given):
         return load_config(PriorTrainingConfig, given, list(overrides), print_once)
+    if Path(given).is_file():
+        raise InputError(
+            f"{given}: expected a .yaml config, or a folder of codes that `twostage encode` wrote, got another file. "
+            "Give its folder or, if it is a config, rename it to end in .yaml"
+        )
     asked = apply_overrides(PriorTrainingConfig, {}, list(overrides), lambda line: None)
     name = f"{_name(given).removesuffix('_tokenizer')}_prior"
     written = _Written(PriorTrainingConfig, "train-prior", "codes", given, name, asked)
@@ -86,18 +97,19 @@ def describe_survey(found: Survey) -> str:
 
 def _fit_tokenizer(source: str, asked: Document) -> tuple[Document, list[str]]:
     """A tokenizer's config for images, and sentences about it; ``asked`` has the settings that the user gave."""
-    group = asked.get("data", {})
-    found = survey(source, group.get("label_column", AUTO))
-    height, width = training_size(found)
-    form = {"image_size": height if height == width else [height, width], "channels": found.channels}
-    form |= {key: group[key] for key in form if key in group}
+    group = _group(asked, "data")
+    form = {key: group[key] for key in ("image_size", "channels", "label_column", "value_range") if key in group}
     data = parse_config(DataConfig, {"source": source} | form, "the data settings")
-    recipe = recipe_for(source, data.size, data.channels)
+    found = survey(source, data.label_column)
+    height, width = data.size if "image_size" in form else training_size(found)
+    form = {"image_size": height if height == width else [height, width], "channels": found.channels} | form
+    recipe = recipe_for(source, (height, width), form["channels"])
     document = recipe.document("tokenizer")
     document["data"] |= {"source": source} | form
     about = [f"{describe_survey(found)}.", f"After configs/tokenizer/{recipe.tokenizer}, for {recipe.images}."]
     if asked.get("init_from"):
         del document["model"]  # it is the earlier tokenizer's
+        document["init_from"] = asked["init_from"]
     elif found.num_train < FEW_IMAGES and source != "shapes":
         document["train"]["batch_size"] = FEW_BATCH
         document["model"]["bottleneck"]["codebook_size"] = FEW_CODES
@@ -158,34 +170,39 @@ class _Written(Generic[ConfigT]):
 
     @property
     def file(self) -> Path:
-        run_dir = self.asked.get("run", {}).get("dir")
-        return (Path(run_dir).parent if run_dir else Path("runs")) / f"{self.name}.yaml"
+        run_dir = _group(self.asked, "run").get("dir")
+        folder = Path(expand_home(run_dir)).parent if run_dir and isinstance(run_dir, str) else Path("runs")
+        return folder / f"{self.name}.yaml"
 
     def open(self, fit: Callable[[], tuple[Document, list[str]]], overrides: Sequence[str], dry_run: bool) -> ConfigT:
-        """The config in the file; if there is none, the one that ``fit`` returns is written first.
+        """The config in the file; if there is none, the one that ``fit`` returns, which the first process writes.
 
         Raises:
             InputError: the file is for something else, or has mistakes.
         """
         if self.file.is_file():
             print_once(f"{self.file}: used as it is. To get a new one, remove it")
-        else:
-            document, about = fit()
-            document["run"]["dir"] = str(self.file.with_suffix(""))
-            print_once("\n".join(about))
-            if dry_run:
-                changed = apply_overrides(self.schema, document, list(overrides), print_once)
-                return parse_config(self.schema, changed, f"the config for {self.given}")
+            config = load_config(self.schema, self.file, list(overrides), print_once)
+            remedy = f"Rename that file, choose a run.dir= in another folder, or do not set {self.key}"
+            self._check(config, str(self.file), remedy)
+            return config
+        document, about = fit()
+        document["run"]["dir"] = str(self.file.with_suffix(""))
+        print_once("\n".join(about))
+        changed = apply_overrides(self.schema, document, list(overrides), print_once)
+        name = f"the config for {self.given}"
+        config = parse_config(self.schema, changed, name)
+        self._check(config, name, f"Remove the setting that changes {self.key}")
+        if not dry_run and is_first_process():
             self._write(document, about)
             print_once(f"{self.file}: written, and used from now on, also after you change it")
-        config = load_config(self.schema, self.file, list(overrides), print_once)
+        return config
+
+    def _check(self, config: ConfigT, name: str, remedy: str) -> None:
+        """Refuse a config, called ``name`` in the message, that is for something else."""
         stored = str(path_values(config)[self.key])
         if not same_place(stored, self.given):
-            raise InputError(
-                f"{self.file}: its {self.key} is {stored}, but you gave {self.given}. Rename that file, or choose a "
-                "run.dir= in another folder"
-            )
-        return config
+            raise InputError(f"{name}: its {self.key} is {stored}, but you gave {self.given}. {remedy}")
 
     def _write(self, document: Document, about: list[str]) -> None:
         command, changed = (shlex.join(["twostage", self.verb, each]) for each in (self.given, str(self.file)))
@@ -199,9 +216,19 @@ class _Written(Generic[ConfigT]):
 
 def is_config(given: str) -> bool:
     """Whether the argument of a training verb is a config file, not images or codes."""
-    suffix = Path(given).suffix.lower()
-    return suffix in (".yaml", ".yml") or (Path(given).is_file() and suffix not in TABLE_SUFFIXES)
+    return Path(given).suffix.lower() in (".yaml", ".yml")
+
+
+def _is_table(given: str) -> bool:
+    return Path(given).suffix.lower() in TABLE_SUFFIXES
 
 
 def _name(given: str) -> str:
-    return Path(given).resolve().stem
+    path = Path(given).resolve()
+    return path.stem if _is_table(given) else path.name
+
+
+def _group(document: Document, key: str) -> Document:
+    """A group of a config that is not validated yet; {} if something else is there, which validation reports."""
+    group = document.get(key)
+    return group if isinstance(group, dict) else {}

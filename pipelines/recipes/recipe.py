@@ -23,6 +23,8 @@ SMALL_SIDE, LARGE_SIDE = 64, 128
 """The side of a square with as many pixels as larger images are reduced to: without a GPU, and with one."""
 ROUNDED = 8
 """The sides of reduced images are multiples of this, so that they divide into whole cells."""
+LEAST_SHARE = 4
+"""No side of reduced images is below that of the square divided by this: discriminators need 12 or 24 pixels."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def training_size(found: Survey) -> tuple[int, int]:
     has_gpu = torch.accelerator.is_available()
     wanted = LARGE_SIDE if has_gpu and found.channels != 4 and side >= LARGE_SIDE else SMALL_SIDE
     scale = min(1.0, wanted / side)
-    height, width = (max(ROUNDED, round(edge * scale / ROUNDED) * ROUNDED) for edge in found.size)
+    height, width = (max(wanted // LEAST_SHARE, round(edge * scale / ROUNDED) * ROUNDED) for edge in found.size)
     return height, width
 
 

@@ -49,6 +49,12 @@ def test_the_sheet_shows_what_a_model_would_see(folder, twostage, tmp_path):
         assert red == green == blue
 
 
+def test_the_suggested_command_keeps_the_options(folder, twostage, tmp_path):
+    options = ("--label-column", "null", "--value-range", 0, 200)
+    ended = twostage("inspect", folder, *options, "--out", tmp_path / "sheet.png")
+    assert "data.label_column=null 'data.value_range=[0.0, 200.0]'" in ended.out.splitlines()[-1]
+
+
 def test_shapes_need_nothing_on_disk(twostage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ended = twostage("inspect", "shapes")

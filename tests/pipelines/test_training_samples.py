@@ -74,6 +74,13 @@ def test_another_tokenizer_draws_nothing(runs, configs, works, changed_tokenizer
     assert not list((tmp_path / "run" / "samples").iterdir())
 
 
+def test_missing_codes_are_reported_once(twostage, configs, tmp_path):
+    ended = twostage("train-prior", configs / "prior.yaml", f"codes={tmp_path / 'nope'}", f"run.dir={tmp_path / 'run'}")
+    assert ended.code == 2
+    assert_names(ended.err, tmp_path / "nope", "twostage encode")
+    assert "No samples are drawn" not in ended.out
+
+
 def test_a_dry_run_draws_nothing(runs, configs, works, tmp_path):
     shown = works(
         "train-prior", configs / "prior.yaml", f"codes={runs.codes}", f"run.dir={tmp_path / 'run'}", "--dry-run"

@@ -43,6 +43,7 @@ def test_every_recipe_is_a_pair_of_valid_configs(recipe):
     ((72, 72), 4, (64, 64), "emoji_64.yaml"),
     ((3000, 4000), 3, (56, 72), "photos_64.yaml"),
     ((480, 480), 1, (64, 64), "photos_64.yaml"),
+    ((60, 2000), 3, (16, 368), "photos_64.yaml"),
 ])  # fmt: skip
 def test_size_and_recipe_follow_the_images(monkeypatch, size, channels, trained, tokenizer):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
@@ -53,6 +54,7 @@ def test_size_and_recipe_follow_the_images(monkeypatch, size, channels, trained,
 def test_a_gpu_trains_on_larger_photographs(monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     assert training_size(Survey((400, 400), 3, 1000, {})) == (128, 128)
+    assert training_size(Survey((60, 2000), 3, 1000, {})) == (32, 736)
     assert recipe_for("folder", (128, 128), 3).tokenizer == "photos_128.yaml"
 
 
@@ -97,8 +99,61 @@ def test_what_the_user_asks_for_decides(capsys):
 
 
 def test_a_tokenizer_to_start_from_brings_its_model(runs):
-    config = open_tokenizer_config(write_photos("photos"), [f"init_from={runs.tokenizer}"])
+    photos, start = write_photos("photos"), f"init_from={runs.tokenizer}"
+    with refuses("train.lr", "fast"):
+        open_tokenizer_config(photos, [start, "train.lr=fast"])
+    assert not Path("runs").exists(), "a command with a mistake writes nothing"
+    config = open_tokenizer_config(photos, [start])
     assert config.model.bottleneck.codebook_size == 16  # type: ignore[attr-defined]
+    assert open_tokenizer_config(photos, []) == config, "the written config names the tokenizer"
+
+
+def test_only_the_first_process_writes(monkeypatch, capsys):
+    photos = write_photos("photos")
+    monkeypatch.setenv("RANK", "1")
+    config = open_tokenizer_config(photos, ["train.lr=0.5"])
+    assert not Path("runs").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert open_tokenizer_config(photos, ["train.lr=0.5"]) == config
+    assert_names(capsys.readouterr().out, "12 training images are too few")
+    assert open_tokenizer_config(photos, ["train.lr=0.5"]) == config, "the file has the same settings"
+
+
+@pytest.mark.parametrize("setting", ["data=null", "data=5", "run=null", "run=x", "run={dir: [1]}"])
+def test_a_setting_that_is_no_group_is_a_mistake(setting):
+    with refuses(setting.partition("=")[0], "expected"):
+        open_tokenizer_config("shapes", [setting])
+    assert not Path("runs").exists()
+
+
+def test_the_columns_and_values_to_read_are_written():
+    photos = write_photos("photos")
+    config = open_tokenizer_config(photos, ["data.label_column=null", "data.value_range=[0, 200]"])
+    assert (config.data.label_column, config.data.value_range) == (None, (0, 200))
+    assert open_tokenizer_config(photos, []) == config
+
+
+def test_a_config_is_named_after_the_whole_folder(monkeypatch):
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    for given in (write_photos("photos.2023"), write_photos("photos.2024"), "~/photos.2024"):
+        config = open_tokenizer_config(given, [])
+        assert config.run.dir == f"runs/{Path(given).name}_tokenizer"
+        assert Path(f"{config.run.dir}.yaml").is_file()
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_settings_cannot_change_what_a_config_is_for(dry_run):
+    with refuses("data.source", "shapes", "photos", "Remove"):
+        open_tokenizer_config(write_photos("photos"), ["data.source=shapes"], dry_run)
+    assert not Path("runs").exists()
+
+
+def test_other_files_are_no_configs():
+    image = f"{write_photos('photos', 1)}/0.png"
+    with refuses(image, "a .yaml config, a folder of images, or a .parquet or .arrow file"):
+        open_tokenizer_config(image, [])
+    with refuses(image, "a .yaml config", "a folder of codes", "twostage encode"):
+        open_prior_config(image, [])
 
 
 def test_codes_are_trained_on_by_a_config_of_the_same_recipe(runs, works, capsys):
@@ -115,5 +170,7 @@ def test_codes_are_trained_on_by_a_config_of_the_same_recipe(runs, works, capsys
     assert Path("runs/tokenizer_prior/samples/step_00000002.png").is_file()
     config = open_prior_config(str(runs.codes), [])
     assert config.run.dir == "runs/tokenizer_prior"
+    with refuses("codes", "elsewhere", "but you gave"):
+        open_prior_config(str(runs.codes), ["codes=elsewhere"], dry_run=True)
     with refuses("codes", "nowhere", "twostage encode"):
         open_prior_config("nowhere", [])

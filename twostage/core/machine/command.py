@@ -11,7 +11,7 @@ import typer
 
 from twostage.core.errors import INTERRUPTED, InputError, StopAsked
 
-__all__ = ["as_command", "new_app", "prepare_process", "print_once", "run_command"]
+__all__ = ["as_command", "is_first_process", "new_app", "prepare_process", "print_once", "run_command"]
 
 DISK_ERRORS = {
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
@@ -82,9 +82,14 @@ def run_command(function: Callable[..., object]) -> None:
     app()
 
 
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that a launcher started; known even before they are connected."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_once(message: str) -> None:
-    """Print from the first of the processes that a launcher started, even before they are connected."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print from the first process only."""
+    if is_first_process():
         print(message, flush=True)
 
 
@@ -100,7 +105,7 @@ def _is_first_to_speak() -> bool:
         return True
     distributed = sys.modules.get("torch.distributed")  # importing it would take a second
     if distributed is None or not distributed.is_initialized():
-        return os.environ.get("RANK", "0") == "0"  # not connected yet: all have the same message
+        return is_first_process()  # not connected yet: all have the same message
     try:
         return distributed.distributed_c10d._get_default_store().add("twostage: has spoken", 1) == 1
     except RuntimeError:  # the process with the store has exited

@@ -14,6 +14,7 @@ import typer
 from torch import Tensor
 
 from twostage.core.errors import INTERRUPTED, StopAsked
+from twostage.core.machine.command import is_first_process
 
 __all__ = ["StopRequests", "TimeLimitOption", "resumable"]
 
@@ -86,7 +87,7 @@ class StopRequests:
             self._asked = self._asked or StopAsked(signal.Signals(number).name)
         elif self._asked is None:
             self._asked = StopAsked("Ctrl-C", INTERRUPTED)
-            if os.environ.get("RANK", "0") == "0":
+            if is_first_process():
                 os.write(2, b"\nSaving after this step. Press Ctrl-C again to stop at once.\n")
         else:
             raise KeyboardInterrupt
