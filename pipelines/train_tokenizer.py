@@ -5,13 +5,12 @@ accelerate launch -m pipelines.train_tokenizer my_photos [key=value ...]
 """
 
 import shlex
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pipelines.recipes.fitting_config import is_config, open_tokenizer_config
-from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
+from stage1_tokenizer.train_tokenizer import OverridesArgument, TokenizerConfig, WeightsDirOption, train
 from twostage.core.machine.command import run_command
 from twostage.core.machine.stopping import TimeLimitOption
 from twostage.core.training.base_run import BaseRun
@@ -30,12 +29,8 @@ def command(
             "$TWOSTAGE_DATA/NAME, owner/name): a fitting config is then written to runs/NAME_tokenizer.yaml.",
         ),
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings as key=value, for example train.lr=1e-4.")
-    ] = None,
-    weights_dir: Annotated[
-        Path | None, typer.Option(help="The folder that holds vgg16-397923af.pth for LPIPS; by default torch's cache.")
-    ] = None,
+    overrides: OverridesArgument = None,
+    weights_dir: WeightsDirOption = None,
     dry_run: DryRunOption = False,
     time_limit: TimeLimitOption = None,
     json_file: JsonOption = None,

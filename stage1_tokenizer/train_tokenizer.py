@@ -40,7 +40,14 @@ from twostage.core.training.random import seed_for
 from twostage.core.training.train_config import TrainConfig
 from twostage.core.training.training_run import TrainingRun
 
-__all__ = ["TokenizerConfig", "TokenizerTrainConfig", "autoencoder_config", "train"]
+__all__ = [
+    "OverridesArgument",
+    "TokenizerConfig",
+    "TokenizerTrainConfig",
+    "WeightsDirOption",
+    "autoencoder_config",
+    "train",
+]
 
 VECTORS_PER_CODE = 32
 """Encoded vectors per code from which k-means starts the codebook."""
@@ -345,14 +352,18 @@ def initialize_codebook(
         tensor.copy_(broadcast(tensor))
 
 
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(help="Settings as key=value, for example train.lr=1e-4.")
+]
+WeightsDirOption = Annotated[
+    Path | None, typer.Option(help="The folder that holds vgg16-397923af.pth for LPIPS; by default torch's cache.")
+]
+
+
 def command(
     config: Annotated[Path, typer.Argument(help="A config file, for example from configs/tokenizer/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings as key=value, for example train.lr=1e-4.")
-    ] = None,
-    weights_dir: Annotated[
-        Path | None, typer.Option(help="The folder that holds vgg16-397923af.pth for LPIPS; by default torch's cache.")
-    ] = None,
+    overrides: OverridesArgument = None,
+    weights_dir: WeightsDirOption = None,
     dry_run: DryRunOption = False,
     time_limit: TimeLimitOption = None,
     json_file: JsonOption = None,
