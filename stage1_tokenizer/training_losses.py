@@ -14,7 +14,7 @@ from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderOutput, Percept
 from stage1_tokenizer.code_perturbation import PerturbationConfig
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, adversarial_weight, generator_loss
 from stage1_tokenizer.feature_network import FeatureNetwork
-from stage1_tokenizer.imagenet_network import IMAGENET_SHA256
+from stage1_tokenizer.imagenet_network import LOSS_WEIGHTS
 from stage1_tokenizer.objective import ObjectiveConfig
 from stage1_tokenizer.perceptual import ImageNetPerceptualConfig, LPIPSConfig, PerceptualConfig, build_perceptual
 from twostage.core.training.random import BatchRandom
@@ -73,7 +73,7 @@ class ImageLosses:
         if isinstance(config, LPIPSConfig):
             return [PerceptualNetwork(type="lpips")]
         if isinstance(config, ImageNetPerceptualConfig):
-            return [PerceptualNetwork(type="imagenet", hash=IMAGENET_SHA256)]
+            return [PerceptualNetwork(type="imagenet", hash=LOSS_WEIGHTS.sha256)]
         assert isinstance(self.perceptual.network, FeatureNetwork)
         return [PerceptualNetwork(type="features", path=config.path, hash=self.perceptual.network.features_hash())]
 

@@ -25,8 +25,8 @@ from pipelines.evaluation.judged_images import RealImages
 from pipelines.evaluation.judges import ImageNetFeatures, not_evidence, open_judge
 from pipelines.evaluation.likelihood import image_costs
 from pipelines.evaluation.measurement import HeldOutImages, Measurement
-from pipelines.evaluation.reconstructions import measure_reconstructions
-from pipelines.evaluation.samples import SampleRequest, measure_samples
+from pipelines.evaluation.reconstructions import JUDGED_RECONSTRUCTIONS, measure_reconstructions
+from pipelines.evaluation.samples import JUDGED_SAMPLES, SampleRequest, measure_samples
 from pipelines.evaluation.shared_work import SharedWork
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.data.dataset import ImageData, load_images
@@ -36,8 +36,6 @@ from twostage.core.errors import InputError
 __all__ = ["Comparison", "compare_models"]
 
 NUM_MEASURED_IMAGES = 1000
-JUDGED_FIGURES = ("recognised", "rfid", "frechet_distance", "class_accuracy")
-"""Figures that a feature network gives."""
 
 
 @dataclass
@@ -96,7 +94,7 @@ def compare_models(
             model.reconstructions = rebuild_images(model.tokenizer, originals)
         if model.pipeline:
             _measure_pipeline(model, images, len(originals), classes, request, real, work)
-        judged = [name for name in JUDGED_FIGURES if name in model.figures]
+        judged = [name for name in (*JUDGED_RECONSTRUCTIONS, *JUDGED_SAMPLES) if name in model.figures]
         where = model.saved_tokenizer.path if model.saved_tokenizer else model.path
         model.not_evidence = not_evidence(model.tokenizer.config, where, network, config.source, judged)
     sampling = {"seed": request.seed, "measured": request.num_samples if network else 0}

@@ -11,7 +11,7 @@ from pipelines.evaluation.judges import Judge, not_evidence, open_judge
 from pipelines.evaluation.likelihood import HeldOutCodes, measure_codes, measure_images
 from pipelines.evaluation.measurement import HeldOutImages, Measurement, figures_of
 from pipelines.evaluation.novelty import neighbours_sheet
-from pipelines.evaluation.samples import JUDGED_FIGURES, SampleRequest, Samples, measure_samples, unmeasured_samples
+from pipelines.evaluation.samples import JUDGED_SAMPLES, SampleRequest, Samples, measure_samples, unmeasured_samples
 from pipelines.evaluation.shared_work import SharedWork
 from pipelines.saved.evaluation_figures import PRIOR_ROWS, ImageCost
 from pipelines.saved.saved_model import SavedModel, find_data
@@ -176,7 +176,7 @@ def _doubts(
     if not pipeline or not drawn or not pipeline.saved_tokenizer:
         return {}
     figures = figures_of(drawn.measurements)
-    judged = [name for name in JUDGED_FIGURES if name in figures]
+    judged = [name for name in JUDGED_SAMPLES if name in figures]
     return not_evidence(pipeline.tokenizer.config, pipeline.saved_tokenizer.path, network, source, judged)
 
 

@@ -9,7 +9,7 @@ from pipelines.evaluation.evaluation_report import Evaluation, Sheet, describe_m
 from pipelines.evaluation.judged_images import judge_training_images
 from pipelines.evaluation.judges import ImageNetFeatures, Judge, not_evidence, open_judge
 from pipelines.evaluation.measurement import HeldOutImages, figures_of
-from pipelines.evaluation.reconstructions import Lpips, Reconstructions, measure_reconstructions
+from pipelines.evaluation.reconstructions import JUDGED_RECONSTRUCTIONS, Lpips, Reconstructions, measure_reconstructions
 from pipelines.evaluation.shared_work import SharedWork
 from pipelines.evaluation.verdict import verdict
 from pipelines.saved.evaluation_figures import TOKENIZER_ROWS
@@ -58,7 +58,7 @@ def evaluate_tokenizer(
     if isinstance(network, ImageNetFeatures):
         judge_training_images(network, images, work)
     lpips = Lpips.find(model, weights_dir, work.device)
-    found = measure_reconstructions(model, images, work, network, lpips)
+    found = measure_reconstructions(model, images, work, network, lpips, perturb=True)
     figures = figures_of(found.measurements)
     doubts = _doubts(model, tokenizer, network, images.config.source, figures)
     return Evaluation(
@@ -96,7 +96,7 @@ def _doubts(
     model: Autoencoder, tokenizer: str | Path, network: Judge | None, source: str, figures: dict[str, float]
 ) -> dict[str, str]:
     """Why some figures are not evidence of quality: the model was trained to improve them."""
-    judged = [name for name in ("recognised", "rfid", "rfid_perturbed") if name in figures]
+    judged = [name for name in JUDGED_RECONSTRUCTIONS if name in figures]
     doubts = not_evidence(model.config, tokenizer, network, source, judged)
     if "lpips" in figures and any(net.type == "lpips" for net in model.config.trained_against):
         doubts["lpips"] = LPIPS_REASON

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipelines.evaluation.linear_probe import PROBE_DESCRIPTION, fit_linear_probe
 from stage1_tokenizer.autoencoder import AutoencoderConfig, PerceptualNetwork
 from stage1_tokenizer.feature_network import FeatureNetwork
-from stage1_tokenizer.imagenet_network import IMAGENET_SHA256, ImageNetNetwork, enlarge_small, to_rgb
+from stage1_tokenizer.imagenet_network import JUDGE_WEIGHTS, ImageNetNetwork, enlarge_small, to_rgb
 from twostage.core.errors import InputError
 from twostage.core.files import file_sha256
 from twostage.core.images.conversion import to_float
@@ -45,10 +45,6 @@ MAX_TRAINING_IMAGES, MAX_IMAGENET_TRAINING_IMAGES = 50_000, 20_000
 """Training images that others are compared with. The ImageNet network needs about 4 ms per image on a CPU core."""
 PUBLISHED_HASH = "6726825d"
 """The first digits of the sha256 of torch-fidelity's Inception weights."""
-IMAGENET_REASON = (
-    "the tokenizer was trained against this ImageNet network (loss.perceptual), which lowers distances in it. Use "
-    "another one: --features runs/NAME (twostage train-features), or --inception FILE"
-)
 PROPOSED_WIDTHS = (48, 32)
 """A message proposes a network of the first width that differs from the judging network's."""
 
@@ -133,28 +129,30 @@ class InceptionFeatures(nn.Module):
 
 
 class ImageNetFeatures(nn.Module):
-    """uint8 images (B, C, H, W), grey, RGB or RGBA -> pooled features (B, 192) float64 of EfficientNet-lite0, which was
-    trained on ImageNet. A linear probe learns the classes of training images: see :meth:`fit`.
+    """uint8 images (B, C, H, W), grey, RGB or RGBA -> pooled features (B, F) float64 of EfficientNet-lite2, which was
+    trained on ImageNet. No tokenizer is trained against it: `loss.perceptual` has a smaller network. A linear probe
+    learns the classes of training images: see :meth:`fit`.
 
     Raises:
         InputError: the extra `imagenet` is not installed, or its weights are not the expected ones.
     """
 
-    num_features, max_training_images = ImageNetNetwork.num_features, MAX_IMAGENET_TRAINING_IMAGES
+    max_training_images = MAX_IMAGENET_TRAINING_IMAGES
     background = 0.0  # mid-grey, on which white and black drawings can be told apart
 
     def __init__(self) -> None:
         super().__init__()
         try:
-            self.network = ImageNetNetwork()
+            self.network = ImageNetNetwork(JUDGE_WEIGHTS)
         except InputError as error:
             raise InputError(f"--features {error}") from None
+        self.num_features = self.network.num_features
         self.probe: tuple[Tensor, Tensor] | None = None
         self.class_names: list[str] | None = None
         self.no_classes = "no training images were found, from which a linear probe could learn the classes"
         self.protocol: dict[str, Any] = {
-            "network": "ImageNet features (EfficientNet-lite0, pooled after the sixth of its seven stages)",
-            "hash": IMAGENET_SHA256,
+            "network": f"ImageNet features ({JUDGE_WEIGHTS.name}, pooled after the sixth of its seven stages)",
+            "hash": JUDGE_WEIGHTS.sha256,
             "resize": f"bilinear, to a shorter side of {IMAGENET_MIN_SIDE} pixels; no resize for larger images",
             "background": "transparent images are shown on mid-grey",
         }
@@ -252,9 +250,6 @@ def not_evidence(
         run: the tokenizer's folder. A feature network that its config names by a relative path is searched around it.
         source: the images, for the proposed command that trains another network.
     """
-    if isinstance(network, ImageNetFeatures):
-        same = any(net.type == "imagenet" and net.hash in (None, IMAGENET_SHA256) for net in config.trained_against)
-        return dict.fromkeys(names, IMAGENET_REASON) if same else {}
     if not isinstance(network, OwnFeatures):
         return {}
     for trained in config.trained_against:

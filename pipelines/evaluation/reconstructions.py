@@ -34,7 +34,15 @@ from twostage.core.files import file_sha256
 from twostage.core.images.conversion import to_float, to_uint8
 from twostage.core.training.random import seed_for
 
-__all__ = ["Lpips", "ReconstructionJudge", "Reconstructions", "measure_reconstructions", "ssim", "ssim_window"]
+__all__ = [
+    "JUDGED_RECONSTRUCTIONS",
+    "Lpips",
+    "ReconstructionJudge",
+    "Reconstructions",
+    "measure_reconstructions",
+    "ssim",
+    "ssim_window",
+]
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 NOISE_SEED = 0
@@ -43,6 +51,8 @@ PERTURBED_SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
 PERTURBED_NEIGHBOURS = 0.07
 """How codes are replaced for `rfid_perturbed`: the share of an image's codes, one image after another, and the share of
 the codebook that counts as similar to a code (as RobusTok, arXiv 2503.08354, about 280 of 4,096)."""
+JUDGED_RECONSTRUCTIONS = ("recognised", "rfid", "rfid_perturbed")
+"""Figures that the judging network gives."""
 BOUND_COLUMNS = ("nats_per_image", "bits_per_dim", "kl")
 
 
@@ -87,10 +97,19 @@ class Lpips:
 
 @torch.no_grad()
 def measure_reconstructions(
-    model: Autoencoder, images: HeldOutImages, work: SharedWork, network: Judge | None = None, lpips: Lpips = Lpips()
+    model: Autoencoder,
+    images: HeldOutImages,
+    work: SharedWork,
+    network: Judge | None = None,
+    lpips: Lpips = Lpips(),
+    perturb: bool = False,
 ) -> Reconstructions:
-    """Encodes and decodes held-out images once, and measures everything that applies to the model; ``network``, if any,
-    judges the reconstructions."""
+    """Encodes and decodes held-out images once, and measures everything that applies to the model.
+
+    Args:
+        network: judges the reconstructions, if given.
+        perturb: whether it also judges images that are decoded from perturbed codes (`rfid_perturbed`).
+    """
     split, rows = images.split, images.rows
     columns = ["psnr", "ssim"]
     columns += ["psnr_corrupted"] if _corrupts(model) else []
@@ -101,7 +120,8 @@ def measure_reconstructions(
     digests = RowDigests(len(rows))
     judge = None
     if network:
-        judge = ReconstructionJudge(network, len(rows), work, images.data.class_names, _perturbation(model))
+        perturbation = _perturbation(model) if perturb else None
+        judge = ReconstructionJudge(network, len(rows), work, images.data.class_names, perturbation)
     codes = torch.zeros(model.bottleneck.depth, model.codebook_size or 0, dtype=torch.long)
     moments = torch.zeros(2, math.prod(model.latent_shape), dtype=torch.float64)  # sums of means and of their squares
     for places in work.batches(len(rows), "evaluate"):

@@ -33,7 +33,7 @@ from pipelines.evaluation.shared_work import SharedWork
 from pipelines.saved.evaluation_figures import SampleCounts, SampleNovelty, SampleQuality
 from stage2_prior.sampling import SamplingConfig
 
-__all__ = ["JUDGED_FIGURES", "SampleRequest", "Samples", "measure_samples", "unmeasured_samples"]
+__all__ = ["JUDGED_SAMPLES", "SampleRequest", "Samples", "measure_samples", "unmeasured_samples"]
 
 MAX_KEPT = 80
 """Samples on the sheet of samples."""
@@ -50,7 +50,7 @@ REAL_FIGURES: tuple[str, ...] = (
 """Figures that compare samples with real images."""
 SAMPLE_FIGURES: tuple[str, ...] = ("class_accuracy", "inception_score", *REAL_FIGURES)
 """All figures of samples that a judging network gives."""
-JUDGED_FIGURES = ("class_accuracy", "frechet_distance", "kernel_distance", "inception_score", "precision", "recall")
+JUDGED_SAMPLES = ("class_accuracy", "frechet_distance", "kernel_distance", "inception_score", "precision", "recall")
 """Figures of the quality of samples."""
 
 
