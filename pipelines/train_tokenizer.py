@@ -41,8 +41,9 @@ def command(
     def start() -> BaseRun[TokenizerConfig]:
         run = train(open_tokenizer_config(config, overrides or [], dry_run), weights_dir, dry_run, time_limit)
         if isinstance(run, TrainingRun) and not is_config(config):
-            folder, flip = run.folder.path, " --horizontal-flip" * run.config.data.horizontal_flip
-            encode = f"{shlex.join(['twostage', 'encode', str(folder)])}{flip}"
+            folder, data = run.folder.path, run.config.data
+            variants = " --horizontal-flip" * data.horizontal_flip + " --crops 2" * (data.random_crop is not None)
+            encode = f"{shlex.join(['twostage', 'encode', str(folder)])}{variants}"
             run.report(f"Next: {encode}", f"Then: {shlex.join(['twostage', 'train-prior', f'codes/{folder.name}'])}")
         return run
 

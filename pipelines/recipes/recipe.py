@@ -49,7 +49,7 @@ RECIPES = {
     "grey": Recipe("small grey images", "vqvae_mnist.yaml", "pixelcnn_mnist.yaml"),
     "colour": Recipe("small images", "vqvae_cifar10.yaml", "pixelcnn_cifar10.yaml"),
     "transparent": Recipe("icons with transparency", "emoji_64.yaml", "gpt_emoji_64.yaml"),
-    "photos": Recipe("photographs", "photos_64.yaml", "pixelcnn_photos_64.yaml"),
+    "photos": Recipe("photographs", "photos_64.yaml", "gpt_photos_64.yaml"),
     "large photos": Recipe("photographs", "photos_128.yaml", "maskgit_photos_128.yaml"),
 }
 

