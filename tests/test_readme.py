@@ -20,6 +20,7 @@ TINY = "train.max_steps=4 train.batch_size=8 train.warmup_steps=0 train.validate
 MADE = {
     "docs/reliability.md": ["runs/limited/losses.png"],
     "README.md": [
+        "generated/emoji/grid.png",
         "runs/demo/reconstructions.png",
         "runs/demo/generated/grid.png",
         "runs/demo/prior/losses.png",
@@ -82,8 +83,8 @@ def tiny(command: str) -> str:
         return f'make -C {REPOSITORY} demo DEMO=$PWD/runs/demo DEMO_OPTIONS="{TINY}"'
     if command.startswith("pip install"):  # do not change the shared environment
         return f"(cd {REPOSITORY} && {command} --dry-run --quiet)"
-    if command.startswith("make "):
-        return f"{command} -C {REPOSITORY}"
+    if command.startswith("make "):  # the target may be followed by && and another command
+        return command.replace("make ", f"make -C {REPOSITORY} ", 1)
     if command.startswith("twostage app"):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
@@ -113,7 +114,7 @@ def script(document: str) -> str:
 @pytest.mark.parametrize("document", MADE)
 def test_every_command_runs(document: str, tmp_path: Path):
     tiny_mnist(tmp_path / "data" / "mnist")
-    for name in ("configs", ".venv"):
+    for name in ("configs", "models", ".venv"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     environment = os.environ | {"TWOSTAGE_DATA": str(tmp_path / "data")}
     done = subprocess.run(
