@@ -39,10 +39,10 @@ NO_NETWORK = "needs --features imagenet, --features runs/NAME (twostage train-fe
 IMAGENET = "imagenet"
 """The value of --features that means the ImageNet network and no folder."""
 IMAGENET_MIN_SIDE = 112
-"""Smaller images are enlarged to this side in pixels. On 64-pixel photographs of clothes, a linear probe in the features
-of EfficientNet-lite0 was right on 81% without it, 85% at 112 and 88% at 160 pixels, which costs twice as much."""
+"""Smaller images are enlarged to this side in pixels. On 64-pixel photographs of clothes, a linear probe in features of
+EfficientNet-lite0 was right on 81% without it, 85% at 112 and 88% at 160 pixels, which costs twice as much."""
 MAX_TRAINING_IMAGES, MAX_IMAGENET_TRAINING_IMAGES = 50_000, 20_000
-"""Training images that others are compared with. The ImageNet network needs about 4 ms per image on a CPU core."""
+"""Training images that others are compared with. The ImageNet network takes longer for each."""
 PUBLISHED_HASH = "6726825d"
 """The first digits of the sha256 of torch-fidelity's Inception weights."""
 PROPOSED_WIDTHS = (48, 32)

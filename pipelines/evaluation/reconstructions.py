@@ -30,7 +30,7 @@ from stage1_tokenizer.code_perturbation import code_vectors, perturb_codes
 from stage1_tokenizer.perceptual import MIN_SIDE, TRUNK, LPIPSConfig, build_perceptual, find_trunk
 from stage1_tokenizer.validation import ACTIVE_VARIANCE, psnr
 from twostage.core.errors import InputError
-from twostage.core.files import file_sha256
+from twostage.core.files import file_sha256, shorten_home
 from twostage.core.images.conversion import to_float, to_uint8
 from twostage.core.training.random import seed_for
 
@@ -84,7 +84,7 @@ class Lpips:
         if min(size) < MIN_SIDE:
             reason = f"images of {size[0]}x{size[1]} are smaller than VGG's {MIN_SIDE}x{MIN_SIDE}"
         elif trunk is None:
-            reason = f"no {TRUNK} in {' or '.join(map(str, folders))}; use --weights-dir DIR"
+            reason = f"no {TRUNK} in {' or '.join(map(shorten_home, folders))}; use --weights-dir DIR"
         else:
             try:
                 network = build_perceptual(LPIPSConfig(), channels, size, trunk.parent).to(device)

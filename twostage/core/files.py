@@ -12,12 +12,26 @@ from safetensors import SafetensorError
 
 from twostage.core.errors import InputError
 
-__all__ = ["expand_home", "file_sha256", "flush", "read_json", "replacing", "write_error", "write_json"]
+__all__ = [
+    "expand_home",
+    "file_sha256",
+    "flush",
+    "read_json",
+    "replacing",
+    "shorten_home",
+    "write_error",
+    "write_json",
+]
 
 
 def expand_home(path: str) -> str:
     """``path`` with `~` replaced by the home folder; other names that begin with `~` stay."""
     return os.path.expanduser(path)  # noqa: PTH111 (Path's own raises for such a name)
+
+
+def shorten_home(path: Path) -> str:
+    """``path`` with the home folder as `~`, for records that are shared."""
+    return str(Path("~") / path.relative_to(Path.home())) if path.is_relative_to(Path.home()) else str(path)
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:

@@ -63,7 +63,11 @@ def test_a_folder_is_trained_on_by_a_config_that_people_can_change(works, capsys
     shown = works("train-tokenizer", photos, *TINY)
     file = Path("runs/cats_tokenizer.yaml")
     assert_names(shown, file, "12 training images, usually 160 x 120 pixels, RGB; no classes", "photos_64.yaml")
-    assert_names(shown, "Next: twostage encode runs/cats_tokenizer", "Then: twostage train-prior codes/cats_tokenizer")
+    assert_names(
+        shown,
+        "Next: twostage encode runs/cats_tokenizer --horizontal-flip --crops 2\n",
+        "Then: twostage train-prior codes/cats_tokenizer",
+    )
     text = file.read_text()
     assert_names(text, "# Written by: twostage train-tokenizer 'my photos/cats'", "run.dir=DIR")
     data = yaml.safe_load(text)["data"]
