@@ -77,7 +77,7 @@ def our_batches(split: CodeSplit) -> Iterator[Tensor]:
     while True:
         for rows in torch.randperm(len(split), generator=generator).split(BATCH_SIZE):
             if len(rows) == BATCH_SIZE:
-                yield split.read(rows)[0]
+                yield split.read(rows)
 
 
 def peer_batches(split: CodeSplit) -> Iterator[Tensor]:

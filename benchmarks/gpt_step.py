@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.reporting import alternate, compared, parser, report
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
+from stage2_prior.conditions.context import Context, ContextForm
 from twostage.core.machine.processes import share_cores
 from twostage.core.training.random import BatchRandom
 
@@ -43,9 +44,9 @@ def main() -> None:
     share_cores()
     torch.manual_seed(0)
     codes = torch.randint(CODES, (options.batch_size, CELLS))
-    labels, random = torch.zeros(len(codes), dtype=torch.long), BatchRandom(0, slice(0, len(codes)), len(codes))
+    context, random = Context(len(codes)), BatchRandom(0, slice(0, len(codes)), len(codes))
     ours = CausalTransformer(
-        CausalTransformerConfig(hidden_size=SIZE, depth=DEPTH, num_heads=HEADS, dropout=0.0), CODES, GRID, num_classes=0
+        CausalTransformerConfig(hidden_size=SIZE, depth=DEPTH, num_heads=HEADS, dropout=0.0), CODES, GRID, ContextForm()
     ).train()
     peer = GPT2LMHeadModel(
         GPT2Config(
@@ -62,7 +63,7 @@ def main() -> None:
     ).train()
 
     def our_loss() -> Tensor:
-        return ours.loss(codes, labels, codes, random)
+        return ours.loss(codes, context, codes, random)
 
     def peer_loss() -> Tensor:
         return peer(input_ids=codes, labels=codes).loss

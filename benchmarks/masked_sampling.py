@@ -18,8 +18,9 @@ from torch import Tensor
 
 from benchmarks.reporting import alternate, compared, parser, report
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
+from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.masked_transformer import MaskedTransformer, MaskedTransformerConfig
-from stage2_prior.sampling import SamplingConfig, Weights
+from stage2_prior.sampling import Branches, SamplingConfig, Weights
 from stage2_prior.transformer import Block, rotate
 from twostage.core.machine.processes import share_cores
 
@@ -68,28 +69,32 @@ def main() -> None:
     share_cores()
     torch.manual_seed(0)
     shape: dict[str, Any] = {"hidden_size": SIZE, "depth": DEPTH, "num_heads": HEADS}
-    masked = MaskedTransformer(MaskedTransformerConfig(**shape), CODES, GRID, num_classes=10).eval()
-    causal = CausalTransformer(CausalTransformerConfig(**shape), CODES, GRID, num_classes=10).eval()
+    masked = MaskedTransformer(MaskedTransformerConfig(**shape), CODES, GRID, ContextForm(num_classes=10)).eval()
+    causal = CausalTransformer(CausalTransformerConfig(**shape), CODES, GRID, ContextForm(num_classes=10)).eval()
     for model in (masked, causal):
         assert model.head is not None
         torch.nn.init.normal_(model.head.weight, std=0.02)
     with torch.no_grad():
         codes, label = torch.randint(CODES, (1, CELLS)), torch.tensor([3])
-        torch.testing.assert_close(plain_logits(masked, codes, label), masked(codes, label), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            plain_logits(masked, codes, label), masked(codes, Context(1, label)), rtol=1e-4, atol=1e-4
+        )
 
     rows = []
     for batch in options.batch_sizes:
         labels, seeds = torch.arange(batch) % 10, list(range(batch))
 
         def ours(weights: Weights, labels: Tensor = labels, seeds: list[int] = seeds) -> None:
-            codes = masked.sample(labels, SamplingConfig(num_steps=STEPS, weights=weights), seeds)
+            codes = masked.sample(
+                Branches(Context(len(labels), labels)), SamplingConfig(num_steps=STEPS, weights=weights), seeds
+            )
             assert codes.max() < CODES
 
         def plain(labels: Tensor = labels) -> None:
             assert plain_sample(masked, labels).max() < CODES
 
         def one_by_one(labels: Tensor = labels, seeds: list[int] = seeds) -> None:
-            causal.sample(labels, SamplingConfig(), seeds)
+            causal.sample(Branches(Context(len(labels), labels)), SamplingConfig(), seeds)
 
         candidates = {weights: partial(ours, weights) for weights in get_args(Weights)}
         seconds = alternate({**candidates, "plain": plain, "causal": one_by_one}, options.repeats)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.reporting import alternate, compared, parser, report
+from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.pixelcnn import PixelCNN, PixelCNNConfig
-from stage2_prior.sampling import SamplingConfig, choose, uniform_noise
+from stage2_prior.sampling import Branches, SamplingConfig, choose, uniform_noise
 from twostage.core.machine.processes import share_cores
 
 CODES, GRID = 512, (16, 16)
@@ -20,12 +21,13 @@ CELLS = GRID[0] * GRID[1]
 CONFIG = PixelCNNConfig(channels=64, depth=15, first_kernel=7, kernel=3, head_channels=512)
 
 
-def plain_sample(model: PixelCNN, labels: Tensor, noise: Tensor) -> Tensor:
+def plain_sample(model: PixelCNN, noise: Tensor) -> Tensor:
     """Codes (B, N), with a full forward pass for each."""
-    codes = torch.zeros(len(labels), CELLS, dtype=torch.long)
+    codes = torch.zeros(noise.shape, dtype=torch.long)
+    context = Context(len(codes))
     with torch.no_grad():
         for cell in range(CELLS):
-            codes[:, cell] = choose(model(codes, labels)[:, cell], noise[:, cell])
+            codes[:, cell] = choose(model(codes, context)[:, cell], noise[:, cell])
     return codes
 
 
@@ -36,19 +38,19 @@ def main() -> None:
     options = arguments.parse_args()
     share_cores()
     torch.manual_seed(0)
-    model = PixelCNN(CONFIG, CODES, GRID, num_classes=0).eval()
+    model = PixelCNN(CONFIG, CODES, GRID, ContextForm()).eval()
     nn.init.normal_(model.head_out.weight, std=0.2)  # so that predictions differ between cells
 
     rows = []
     for batch in options.batch_sizes:
-        labels, seeds = torch.zeros(batch, dtype=torch.long), list(range(batch))
+        seeds = list(range(batch))
         drawn: dict[str, Tensor] = {}
 
-        def sample(labels: Tensor = labels, seeds: list[int] = seeds, drawn: dict[str, Tensor] = drawn) -> None:
-            drawn["ours"] = model.sample(labels, SamplingConfig(), seeds)
+        def sample(seeds: list[int] = seeds, drawn: dict[str, Tensor] = drawn) -> None:
+            drawn["ours"] = model.sample(Branches(Context(len(seeds))), SamplingConfig(), seeds)
 
-        def plain(labels: Tensor = labels, seeds: list[int] = seeds, drawn: dict[str, Tensor] = drawn) -> None:
-            drawn["peer"] = plain_sample(model, labels, uniform_noise(seeds, CELLS))
+        def plain(seeds: list[int] = seeds, drawn: dict[str, Tensor] = drawn) -> None:
+            drawn["peer"] = plain_sample(model, uniform_noise(seeds, CELLS))
 
         seconds = alternate({"ours": sample, "peer": plain}, options.repeats)
         rows.append(compared(f"batch {batch}", seconds["ours"], seconds["peer"]))

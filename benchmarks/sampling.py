@@ -17,8 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.reporting import Row, alternate, compared, parser, report
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
 from stage2_prior.codes import CodeCache
+from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import SamplingConfig, Weights
+from stage2_prior.sampling import Branches, SamplingConfig, Weights
 from twostage.core.machine.processes import share_cores
 
 CODES, GRID, SIZE, DEPTH, HEADS = 512, (16, 16), 512, 8, 8
@@ -38,7 +39,7 @@ def main() -> None:
     share_cores()
     torch.manual_seed(0)
     ours = CausalTransformer(
-        CausalTransformerConfig(hidden_size=SIZE, depth=DEPTH, num_heads=HEADS), CODES, GRID, num_classes=0
+        CausalTransformerConfig(hidden_size=SIZE, depth=DEPTH, num_heads=HEADS), CODES, GRID, ContextForm()
     ).eval()
     torch.nn.init.normal_(ours.head.weight, std=0.02)
     cells = GRID[0] * GRID[1]
@@ -58,7 +59,7 @@ def main() -> None:
     rows = []
     for batch in options.batch_sizes:
         start = torch.full((batch, 1), CODES)
-        none = torch.zeros(batch, dtype=torch.long)
+        none = Branches(Context(batch))
 
         def generate(start: torch.Tensor = start) -> None:
             with torch.no_grad():
@@ -73,8 +74,8 @@ def main() -> None:
                 )
             assert out.shape == (len(start), cells + 1)
 
-        def sample(weights: Weights, labels: torch.Tensor = none) -> None:
-            ours.sample(labels, SamplingConfig(weights=weights), list(range(len(labels))))
+        def sample(weights: Weights, branches: Branches = none) -> None:
+            ours.sample(branches, SamplingConfig(weights=weights), list(range(branches.images)))
 
         candidates = {weights: functools.partial(sample, weights) for weights in options.weights}
         seconds = alternate(candidates | {"peer": generate}, options.repeats)
@@ -91,12 +92,12 @@ def held_out(path: str, codes: str, count: int) -> list[Row]:
     """Nats per code of the first ``count`` held-out images, for each type of weights."""
     prior, split = Prior.from_pretrained(path), CodeCache(codes).validation
     assert isinstance(prior.network, CausalTransformer), f"{path}: expected a causal transformer"
-    indices, labels = split.read(torch.arange(min(count, len(split))))
-    if labels is None or not prior.num_classes:
-        labels = torch.full((len(indices),), prior.num_classes)
+    places = torch.arange(min(count, len(split)))
+    indices = split.read(places)
+    context = prior.conditions(prior.conditions.read(split, places), len(places))
     rows: list[Row] = []
     for weights in get_args(Weights):
-        nats = prior.network.decoded_nats(indices.flatten(1), labels, weights).mean().item() / indices[0].numel()
+        nats = prior.network.decoded_nats(indices.flatten(1), context, weights).mean().item() / indices[0].numel()
         rows.append({"name": f"held out, {weights}", "nats_per_code": nats})
         rows[-1]["above_float32"] = nats - rows[0]["nats_per_code"]
     return rows

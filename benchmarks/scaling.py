@@ -20,6 +20,7 @@ from benchmarks.reporting import Row, markdown_table, parser, report, write_sect
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator
 from stage1_tokenizer.vqgan_backbone import VQGANConfig
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
+from stage2_prior.conditions.context import Context, ContextForm
 
 IMAGES, CLASSES, SIDE, GRID, CODES = 1_281_167, 1000, 256, (16, 16), 16_384
 GPUS, PEAK, SHARE = 8, 990e12, 0.4  # peak bf16 FLOP/s of an H100 (SXM, dense), and the assumed utilisation
@@ -94,10 +95,10 @@ def prior_row(name: str, layers: int, size: int, heads: int) -> Row:
     kept = {}
     for precision in (torch.float32, torch.bfloat16):
         with torch.device("meta"):
-            model = CausalTransformer(config, CODES, GRID, CLASSES).to(precision)
+            model = CausalTransformer(config, CODES, GRID, ContextForm(num_classes=CLASSES)).to(precision)
             codes = torch.zeros(images, model.cells, dtype=torch.long)
-            labels = torch.zeros(images, dtype=torch.long)
-        counted = count(lambda: model.nats(codes, labels, codes).mean(), [model], model.cells)  # noqa: B023
+            context = Context(images, torch.zeros(images, dtype=torch.long))
+        counted = count(lambda: model.nats(codes, context, codes).mean(), [model], model.cells)  # noqa: B023
         kept[precision] = counted.bytes_kept
     total, block = parameters(model), parameters(model.blocks[0])
     whole = total - layers * block + 2 * block  # everything but the blocks, plus two blocks

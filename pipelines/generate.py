@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from pipelines.drawing.asked import Asked
 from pipelines.drawing.generated_folder import GenerateRequest, generate_folder
 from pipelines.drawing.sampling_options import with_sampling_options
 from pipelines.drawing.two_stage import TwoStagePipeline
+from pipelines.files.given_conditions import read_map, read_prompts, read_vectors
 from pipelines.files.image_files import FileFormat
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.machine.command import run_command
@@ -27,6 +29,27 @@ def command(
     ] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
     class_name: Annotated[list[str] | None, typer.Option(help="A class; repeat to cycle through several.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A text to draw, for a prior with captions; repeat to cycle through several."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A file with a prompt in each line.", exists=True, dir_okay=False),
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="A text that guidance leads away from.")] = None,
+    map_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--map", metavar="FILE", help="A label map as an image, for a prior with maps; repeat for several."
+        ),
+    ] = None,
+    vector: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A .npy file of one vector, or of a vector in each row, for a prior with vectors."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Image i depends only on the seed and i.")] = 0,
     *,
     sampling: SamplingConfig,
@@ -41,8 +64,13 @@ def command(
 ) -> None:
     """Generate images with a trained prior and its tokenizer."""
     pipeline = TwoStagePipeline.from_pretrained(prior, tokenizer)
+    asked = Asked(
+        class_names=class_name or None, prompts=read_prompts(prompt or [], prompts), negative_prompt=negative_prompt,
+        maps=[read_map(path) for path in map_file] if map_file else None,
+        vectors=None if vector is None else read_vectors(vector),
+    )  # fmt: skip
     request = GenerateRequest(
-        num_images=num_images, class_names=class_name or None, seed=seed, sampling=sampling, batch_size=batch_size,
+        num_images=num_images, asked=asked, seed=seed, sampling=sampling, batch_size=batch_size,
         file_format=file_format,
     )  # fmt: skip
     with resumable():

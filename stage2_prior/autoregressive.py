@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stage2_prior.conditions.context import Context
 from stage2_prior.network import OnProgress
 from stage2_prior.sampling import (
+    Branches,
     SamplingConfig,
     Weights,
-    branch_labels,
     choose,
     filter_logits,
     guidance_at,
-    guide,
     uniform_noise,
 )
 from twostage.core.training.random import BatchRandom
@@ -66,22 +66,21 @@ def cell_order(order: Order, grid: tuple[int, int]) -> Tensor:
 
 class Autoregressive(nn.Module):
     """A network that predicts each code from the codes before it. A subclass registers the buffer ``order``, sets
-    ``codebook_size`` and ``num_classes``, and defines ``forward`` and :meth:`decoder`."""
+    ``codebook_size``, and defines ``forward`` and :meth:`decoder`."""
 
     exact_likelihood = True
     order_name: Order = "raster"
     codebook_size: int
-    num_classes: int
     order: Tensor
     """(N,): the cells in the order in which they are written, see :func:`cell_order`."""
 
-    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Logits (B, N, K) for each of the codes ``inputs`` (B, N), given the label (B,) and the codes before it. All
+    def forward(self, inputs: Tensor, context: Context) -> Tensor:
+        """Logits (B, N, K) for each of the codes ``inputs`` (B, N), given the conditions and the codes before it. All
         are in the order in which they are written."""
         raise NotImplementedError
 
-    def decoder(self, labels: Tensor, weights: Weights) -> Step:
-        """The function that predicts one cell after another when codes are sampled for ``labels`` (B,)."""
+    def decoder(self, context: Context, weights: Weights) -> Step:
+        """The function that predicts one cell after another when codes are sampled."""
         raise NotImplementedError
 
     @property
@@ -92,35 +91,35 @@ class Autoregressive(nn.Module):
         ordered = known[:, self.order.to(known.device)]
         return bool((ordered[:, :-1] >= ordered[:, 1:]).all())
 
-    def nats(self, codes: Tensor, labels: Tensor, inputs: Tensor) -> Tensor:
+    def nats(self, codes: Tensor, context: Context, inputs: Tensor) -> Tensor:
         """-log p of each true code given ``inputs``, in which some may be replaced: (B, N), in the order in which they
         are written."""
-        return code_nats(self(inputs[:, self.order], labels), codes[:, self.order])
+        return code_nats(self(inputs[:, self.order], context.in_order(self.order)), codes[:, self.order])
 
-    def loss(self, codes: Tensor, labels: Tensor, inputs: Tensor, random: BatchRandom) -> Tensor:
+    def loss(self, codes: Tensor, context: Context, inputs: Tensor, random: BatchRandom) -> Tensor:
         """The training loss: nats per code, the mean over (B, N)."""
-        return self.nats(codes, labels, inputs).mean()
+        return self.nats(codes, context, inputs).mean()
 
-    def nats_per_image(self, codes: Tensor, labels: Tensor, random: BatchRandom) -> Tensor:
-        """-log p(codes | label), (B,). Nothing is random. Many logits are computed a few images at a time."""
+    def nats_per_image(self, codes: Tensor, context: Context, random: BatchRandom) -> Tensor:
+        """-log p(codes | conditions), (B,). Nothing is random. Many logits are computed a few images at a time."""
         images = images_at_once(codes.shape[1], self.codebook_size)
-        parts = zip(codes.split(images), labels.split(images), strict=True)
-        return torch.cat([self.nats(part, classes, part).sum(1) for part, classes in parts])
+        parts = zip(codes.split(images), context.split(images), strict=True)
+        return torch.cat([self.nats(part, given, part).sum(1) for part, given in parts])
 
     @torch.no_grad()
     def sample(
         self,
-        labels: Tensor,
+        branches: Branches,
         sampling: SamplingConfig,
         seeds: list[int],
         known: Tensor | None = None,
         on_progress: OnProgress | None = None,
     ) -> Tensor:
-        """Codes (B, N), see `PriorNetwork.sample`. With guidance, both branches are predicted as one batch."""
-        step = self.decoder(branch_labels(labels, self.num_classes, sampling), sampling.weights)
-        noise = uniform_noise(seeds, len(self.order)).to(labels.device)
+        """Codes (B, N), see `PriorNetwork.sample`. With guidance, all branches are predicted as one batch."""
+        step = self.decoder(branches.context.in_order(self.order), sampling.weights)
+        noise = uniform_noise(seeds, len(self.order)).to(self.order.device)
         known = None if known is None else known[:, self.order]
-        return sample_in_order(step, noise, sampling, known, on_progress)[:, self.order.argsort()]
+        return sample_in_order(step, branches, noise, sampling, known, on_progress)[:, self.order.argsort()]
 
 
 def code_nats(logits: Tensor, codes: Tensor) -> Tensor:
@@ -134,13 +133,17 @@ def images_at_once(cells: int, codebook_size: int) -> int:
 
 
 def sample_in_order(
-    step: Step, noise: Tensor, sampling: SamplingConfig, known: Tensor | None, on_progress: OnProgress | None
+    step: Step,
+    branches: Branches,
+    noise: Tensor,
+    sampling: SamplingConfig,
+    known: Tensor | None,
+    on_progress: OnProgress | None,
 ) -> Tensor:
     """Samples one cell after another.
 
     Args:
-        step: with guidance, its rows are those of the conditional branch, then those of the unconditional branch:
-            (2 B,) -> (2 B, K).
+        step: predicts for all n ``branches`` at once: (n B,) -> (n B, K).
         noise: uniform, (B, N).
         known: (B, N) int64 in the same order: codes to keep, -1 where a code is to be sampled.
 
@@ -148,15 +151,13 @@ def sample_in_order(
         (B, N) int64.
     """
     images, cells = noise.shape
-    guided = sampling.guidance_scale != 1.0
     codes = torch.full_like(noise, -1, dtype=torch.long) if known is None else known.clone()
     to_sample = (codes < 0).any(0).tolist()
     for cell in range(cells):
         before = codes[:, cell - 1] if cell else None
-        logits = step(before.repeat(2) if guided and before is not None else before)
+        logits = step(None if before is None else branches.repeat(before))
         if to_sample[cell]:
-            if guided:
-                logits = guide(*logits.chunk(2), guidance_at(cell, cells, sampling))
+            logits = branches.combine(logits, guidance_at(cell, cells, sampling))
             sampled = choose(filter_logits(logits, sampling), noise[:, cell])
             codes[:, cell] = torch.where(codes[:, cell] < 0, sampled, codes[:, cell])
             if on_progress:

@@ -1,4 +1,4 @@
-"""The causal transformer (GPT) over a flattened code grid, one cell after another, given a class.
+"""The causal transformer (GPT) over a flattened code grid, one cell after another, given its conditions.
 
 Axes: B images, N = h w codes of a grid, D hidden size, H heads, E = D / H, K codes.
 """
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stage2_prior.autoregressive import Autoregressive, Order, Step, cell_order, code_nats
+from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.sampling import Weights
 from stage2_prior.transformer import FastTransformer, Transformer, TransformerConfig, turn
 from twostage.core.training.random import BatchRandom
@@ -24,44 +25,44 @@ class CausalTransformerConfig(TransformerConfig):
     order: Order = "raster"
     """The order in which cells are written."""
 
-    def build(self, codebook_size: int, grid: tuple[int, int], num_classes: int) -> "CausalTransformer":
-        return CausalTransformer(self, codebook_size, grid, num_classes)
+    def build(self, codebook_size: int, grid: tuple[int, int], form: ContextForm) -> "CausalTransformer":
+        return CausalTransformer(self, codebook_size, grid, form)
 
 
 class CausalTransformer(Autoregressive, Transformer):
-    """p(codes | class) as a product over the grid's cells, in a fixed order.
+    """p(codes | conditions) as a product over the grid's cells, in a fixed order.
 
     Args:
-        num_classes: 0 for a prior without classes. The label ``num_classes`` means "no class".
+        form: that of the contexts.
     """
 
     def __init__(
-        self, config: CausalTransformerConfig, codebook_size: int, grid: tuple[int, int], num_classes: int
+        self, config: CausalTransformerConfig, codebook_size: int, grid: tuple[int, int], form: ContextForm
     ) -> None:
         order = cell_order(config.order, grid)
-        super().__init__(config, codebook_size, codebook_size, grid, num_classes, causal=True, order=order)
+        super().__init__(config, codebook_size, codebook_size, grid, form, causal=True, order=order)
         self.config, self.order_name = config, config.order
         self.register_buffer("order", order, persistent=False)
 
-    def forward(self, inputs: Tensor, labels: Tensor, hidden: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, context: Context, hidden: Tensor | None = None) -> Tensor:
         """Logits (B, N, K) for the code at each place, from the codes ``inputs`` (B, N) before it that are not
         ``hidden`` (B, N). All are in the order in which they are written."""
         before = self.embed(inputs[:, :-1], None if hidden is None else hidden[:, :-1])
-        x = F.pad(before, (0, 0, 1, 0))  # the first place sees only the class
-        return self.predict(self.run(x, labels))
+        x = F.pad(before, (0, 0, 1, 0))  # the first place sees only the conditions
+        return self.predict(self.run(x, context))
 
-    def loss(self, codes: Tensor, labels: Tensor, inputs: Tensor, random: BatchRandom) -> Tensor:
+    def loss(self, codes: Tensor, context: Context, inputs: Tensor, random: BatchRandom) -> Tensor:
         """The training loss: nats per code, the mean over (B, N)."""
-        logits = self(inputs[:, self.order], labels, self.hide(codes, random))
+        logits = self(inputs[:, self.order], context.in_order(self.order), self.hide(codes, random))
         return code_nats(logits, codes[:, self.order]).mean()
 
-    def decoder(self, labels: Tensor, weights: Weights) -> Step:
-        return CausalTransformerDecoder(self, labels, weights).step
+    def decoder(self, context: Context, weights: Weights) -> Step:
+        return CausalTransformerDecoder(self, context, weights).step
 
     @torch.no_grad()
-    def decoded_nats(self, codes: Tensor, labels: Tensor, weights: Weights = "float32") -> Tensor:
-        """-log p(codes | label), (B,), from the sampling decoder, so it includes the cost of rounded weights."""
-        step, ordered = self.decoder(labels, weights), codes[:, self.order]
+    def decoded_nats(self, codes: Tensor, context: Context, weights: Weights = "float32") -> Tensor:
+        """-log p(codes | conditions), (B,), from the sampling decoder, so it includes the cost of rounded weights."""
+        step, ordered = self.decoder(context.in_order(self.order), weights), codes[:, self.order]
         logits = [step(ordered[:, cell - 1] if cell else None) for cell in range(self.cells)]
         return code_nats(torch.stack(logits, 1), ordered).sum(1)
 
@@ -70,17 +71,27 @@ class CausalTransformerDecoder(FastTransformer):
     """Predicts one cell after another with a preallocated key/value cache. The weights are read now.
 
     Args:
-        labels: (B,), ``num_classes`` for no class.
+        context: of B images, with its cells in the order in which they are written.
         weights: their precision, see `fast_linear`.
     """
 
-    def __init__(self, model: CausalTransformer, labels: Tensor, weights: Weights = "float32") -> None:
+    @torch.no_grad()
+    def __init__(self, model: CausalTransformer, context: Context, weights: Weights = "float32") -> None:
         super().__init__(model, weights)
         heads, cells = model.config.num_heads, model.cells
         width = model.config.hidden_size // heads
         self.cell = 0
-        self.added = model.class_embedding(labels).detach()  # (B, D), at every cell
-        self.caches = self.added.new_empty(model.config.depth, 2, len(labels), heads, cells, width).unbind()
+        added = model.added(context)
+        self.added = added.expand(-1, cells, -1).unbind(1)  # (B, D) at each cell
+        self.places = 0 if context.sequence is None else context.sequence.shape[1]
+        shape = (model.config.depth, 2, context.size, heads, self.places + cells, width)
+        self.caches = added.new_empty(shape).unbind()
+        self.absent = None
+        if context.sequence is not None and context.present is not None:
+            self.absent = ~context.present[:, None].repeat(1, heads, 1).flatten(0, 1)[:, None]  # (B H, 1, L)
+            for block, cache in zip(self.blocks, self.caches, strict=True):
+                if (keys_values := block.sequence_kv(context.sequence)) is not None:
+                    cache[:, :, :, : self.places] = keys_values
         # The same memory in the shapes of the products: keys (B H, E, N), values (B H, N, E).
         self.keys = [cache[0].flatten(0, 1).transpose(1, 2) for cache in self.caches]
         self.values = [cache[1].flatten(0, 1) for cache in self.caches]
@@ -89,7 +100,9 @@ class CausalTransformerDecoder(FastTransformer):
     def step(self, codes: Tensor | None) -> Tensor:
         """Logits (B, K) of the next cell; ``codes`` (B,) are those of the cell before, None at the first cell."""
         model = self.model
-        x = self.added if model.positions is None else self.added + model.positions[self.cell]
+        x = self.added[self.cell]
+        if model.positions is not None:
+            x = x + model.positions[self.cell]
         if codes is not None:
             x = x + model.code_embedding(codes)
         for number, block in enumerate(self.blocks):
@@ -105,11 +118,13 @@ class CausalTransformerDecoder(FastTransformer):
         """
         if self.rotation is not None:
             turn(qkv, self.rotation[self.cell])
-        self.caches[number][:, :, :, self.cell] = qkv[:, 1:].transpose(0, 1)
+        seen = self.places + self.cell + 1
+        self.caches[number][:, :, :, seen - 1] = qkv[:, 1:].transpose(0, 1)
         keys, values = self.keys[number], self.values[number]
-        seen = self.cell + 1
         scores = torch.bmm(qkv[:, 0].reshape(len(keys), 1, -1), keys[:, :, :seen])  # (B H, 1, n)
         bias = self.biases[number]
         if bias is not None:
-            scores.view(len(qkv), -1, seen).add_(bias[:, self.cell, :seen])
+            scores.view(len(qkv), -1, seen)[..., self.places :].add_(bias[:, self.cell, : self.cell + 1])
+        if self.absent is not None:
+            scores[..., : self.places].masked_fill_(self.absent, -torch.inf)
         return torch.bmm(scores.softmax(-1), values[:, :seen]).view(len(qkv), -1)

@@ -138,11 +138,13 @@ class CodeSplit:
     def __len__(self) -> int:
         return len(self.codes)
 
-    def read(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Codes (B, h, w) int64 and labels (B,) int64 or None."""
-        index = rows.numpy()
-        codes = torch.from_numpy(np.take(self.codes, index, axis=0)).long()  # reads only these rows
-        return codes, None if self.labels is None else torch.from_numpy(self.labels[index])
+    def read(self, rows: Tensor) -> Tensor:
+        """Codes (B, h, w) int64."""
+        return torch.from_numpy(np.take(self.codes, rows.numpy(), axis=0)).long()  # reads only these rows
+
+    def read_labels(self, rows: Tensor) -> Tensor | None:
+        """Labels (B,) int64, or None."""
+        return None if self.labels is None else torch.from_numpy(self.labels[rows.numpy()])
 
 
 class CodeCache:

@@ -14,19 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.network import OnProgress
 from stage2_prior.sampling import (
+    Branches,
     MaskSchedule,
     SamplingConfig,
     Weights,
-    branch_labels,
     choose,
     filter_logits,
     guidance_at,
-    guide,
     uniform_noise,
 )
-from stage2_prior.transformer import FastTransformer, Transformer, TransformerConfig, turn
+from stage2_prior.transformer import FastTransformer, Transformer, TransformerConfig, sequence_mask, turn
 from twostage.core.config.sections import Flag
 from twostage.core.training.random import BatchRandom
 
@@ -72,35 +72,35 @@ class MaskedTransformerConfig(TransformerConfig):
     predict_replaced: Flag = False
     """Whether the loss includes codes that are not masked but were replaced by random ones (`loss.replace_prob`)."""
 
-    def build(self, codebook_size: int, grid: tuple[int, int], num_classes: int) -> "MaskedTransformer":
-        return MaskedTransformer(self, codebook_size, grid, num_classes)
+    def build(self, codebook_size: int, grid: tuple[int, int], form: ContextForm) -> "MaskedTransformer":
+        return MaskedTransformer(self, codebook_size, grid, form)
 
     def codes_at_once(self, grid: tuple[int, int]) -> int:
         return math.prod(grid)
 
 
 class MaskedTransformer(Transformer):
-    """p(masked codes | other codes, class), each masked code independent of the other masked ones.
+    """p(masked codes | other codes, conditions), each masked code independent of the other masked ones.
 
     Args:
-        num_classes: 0 for a prior without classes. The label ``num_classes`` means "no class".
+        form: that of the contexts.
     """
 
     exact_likelihood = False
     keeps = "any codes"
 
     def __init__(
-        self, config: MaskedTransformerConfig, codebook_size: int, grid: tuple[int, int], num_classes: int
+        self, config: MaskedTransformerConfig, codebook_size: int, grid: tuple[int, int], form: ContextForm
     ) -> None:
-        super().__init__(config, codebook_size, codebook_size + 1, grid, num_classes, causal=False)
+        super().__init__(config, codebook_size, codebook_size + 1, grid, form, causal=False)
         self.config = config
         self.mask_token_id = codebook_size
 
-    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Logits (B, N, K) for codes (B, N), of which some are ``mask_token_id``, and labels (B,)."""
-        return self.predict(self.run(self.embed(inputs), labels))
+    def forward(self, inputs: Tensor, context: Context) -> Tensor:
+        """Logits (B, N, K) for codes (B, N), of which some are ``mask_token_id``."""
+        return self.predict(self.run(self.embed(inputs), context))
 
-    def loss(self, codes: Tensor, labels: Tensor, inputs: Tensor, random: BatchRandom) -> Tensor:
+    def loss(self, codes: Tensor, context: Context, inputs: Tensor, random: BatchRandom) -> Tensor:
         """The training loss, a scalar in nats per code: MaskGIT's cross-entropy of the masked codes, summed and divided
         by (B N x the mean masked share).
 
@@ -114,11 +114,12 @@ class MaskedTransformer(Transformer):
         wanted = masked | (inputs != codes) if self.config.predict_replaced else masked
         hidden = self.hide(codes, random)
         hidden = None if hidden is None else hidden & ~masked
-        nats = self._nats(codes, labels, inputs.masked_fill(masked, self.mask_token_id), wanted, hidden)
+        nats = self._nats(codes, context, inputs.masked_fill(masked, self.mask_token_id), wanted, hidden)
         return nats.sum() / (codes.numel() * MEAN_MASKED_SHARE)
 
-    def nats_per_image(self, codes: Tensor, labels: Tensor, random: BatchRandom) -> Tensor:
-        """An unbiased estimate of an upper bound on -log p(codes | label), (B,), from one random mask for each image.
+    def nats_per_image(self, codes: Tensor, context: Context, random: BatchRandom) -> Tensor:
+        """An unbiased estimate of an upper bound on -log p(codes | conditions), (B,), from one random mask for each
+        image.
 
         Seen as a model that writes single codes in a uniformly random order s (Uria et al. 2014, arXiv 1310.1757;
         Hoogeboom et al. 2022, arXiv 2110.02037), it has p(x) = E_s prod_t p(x_s(t) | x_s(<t)), and by Jensen
@@ -130,15 +131,15 @@ class MaskedTransformer(Transformer):
         """
         counts = (_evenly_spaced(random) * self.cells).long() + 1
         masked = _random_cells(counts, codes, random)
-        nats = self._nats(codes, labels, codes.masked_fill(masked, self.mask_token_id), masked)
+        nats = self._nats(codes, context, codes.masked_fill(masked, self.mask_token_id), masked)
         sums = nats.new_zeros(codes.shape).masked_scatter(masked, nats).sum(1)
         return sums * (self.cells / counts.to(sums))
 
     def _nats(
-        self, codes: Tensor, labels: Tensor, inputs: Tensor, wanted: Tensor, hidden: Tensor | None = None
+        self, codes: Tensor, context: Context, inputs: Tensor, wanted: Tensor, hidden: Tensor | None = None
     ) -> Tensor:
         """-log p of the ``wanted`` (B, N) codes given ``inputs``: (M,). Nothing else is predicted."""
-        output = self.run(self.embed(inputs, hidden), labels)[wanted]
+        output = self.run(self.embed(inputs, hidden), context)[wanted]
         return F.cross_entropy(self.predict(output).float(), codes[wanted], reduction="none")
 
     def can_keep(self, known: Tensor) -> bool:
@@ -147,23 +148,25 @@ class MaskedTransformer(Transformer):
     @torch.no_grad()
     def sample(
         self,
-        labels: Tensor,
+        branches: Branches,
         sampling: SamplingConfig,
         seeds: list[int],
         known: Tensor | None = None,
         on_progress: OnProgress | None = None,
     ) -> Tensor:
-        """Codes (B, N), see `PriorNetwork.sample`. With guidance, both branches are predicted as one batch."""
+        """Codes (B, N), see `PriorNetwork.sample`. With guidance, all branches are predicted as one batch."""
+        device = self.norm.weight.device
         steps = min(sampling.num_steps or NUM_STEPS, self.cells)
         noise = uniform_noise(seeds, steps * 2 * self.cells).view(len(seeds), steps, 2, self.cells)
         return sample_in_parallel(
-            MaskedPredictor(self, branch_labels(labels, self.num_classes, sampling), sampling.weights),
-            noise.to(labels.device),
+            MaskedPredictor(self, branches.context, sampling.weights),
+            branches,
+            noise.to(device),
             sampling,
             sampling.mask_schedule or self.config.mask_schedule,
             CHOICE_TEMPERATURE if sampling.choice_temperature is None else sampling.choice_temperature,
             self.mask_token_id,
-            halton_order(self.grid).to(labels.device) if sampling.cell_choice == "halton" else None,
+            halton_order(self.grid).to(device) if sampling.cell_choice == "halton" else None,
             known,
             on_progress,
         )
@@ -197,46 +200,73 @@ class MaskedPredictor(FastTransformer):
     """Predicts the masked codes in sampling, without redundant computation. The weights are read now.
 
     Args:
-        labels: (B,), ``num_classes`` for no class.
+        context: of B images.
         weights: their precision, see `fast_linear`.
     """
 
-    def __init__(self, model: MaskedTransformer, labels: Tensor, weights: Weights = "float32") -> None:
+    @torch.no_grad()
+    def __init__(self, model: MaskedTransformer, context: Context, weights: Weights = "float32") -> None:
         super().__init__(model, weights)
-        self.labels, self.mask_token_id = labels, model.mask_token_id
-        self.images = max(1, PREDICTED_ROWS // model.cells) if labels.device.type == "cpu" else len(labels)
+        self.context, self.mask_token_id = context, model.mask_token_id
+        on_cpu = model.norm.weight.device.type == "cpu"
+        self.images = max(1, PREDICTED_ROWS // model.cells) if on_cpu else max(1, context.size)
+        self.kind = same_context(context)
+        self.memory = [
+            None if context.sequence is None else block.sequence_kv(context.sequence) for block in self.blocks
+        ]
+        """The keys and values of the sequence in each block, (2, B, H, L, E)."""
 
     @torch.no_grad()
     def __call__(self, codes: Tensor) -> Tensor:
         """Codes (B, N), some of them masked -> logits (M, K) of the masked ones.
 
-        Skips images without masked codes and computes equal images once: in the first step all images of a class are.
+        Skips images without masked codes and computes equal images once: in the first step all images with the same
+        conditions are equal.
         """
         masked = codes == self.mask_token_id
         unfilled = masked.any(1)
-        images = torch.cat([self.labels[:, None], codes], 1)[unfilled]
+        images = torch.cat([self.kind[:, None], codes], 1)[unfilled]
         distinct, which = images.unique(dim=0, return_inverse=True)
         logits = torch.cat([self._logits(part[:, 1:], part[:, 0]) for part in distinct.split(self.images)])
         predicted = distinct[:, 1:] == self.mask_token_id
         place = predicted.flatten().cumsum(0).view_as(predicted) - 1  # of each masked code among the logits
         return logits[place[which][masked[unfilled]]]
 
-    def _logits(self, codes: Tensor, labels: Tensor) -> Tensor:
-        model, batch = self.model, len(codes)
+    def _logits(self, codes: Tensor, rows: Tensor) -> Tensor:
+        """Logits of the masked ones of codes (b, N) with the contexts of the images ``rows`` (b,)."""
+        model, batch, context = self.model, len(codes), self.context.rows(rows)
         masked = (codes == self.mask_token_id).flatten()
-        x = model.code_embedding(codes) + model.class_embedding(labels)[:, None]
+        x = model.code_embedding(codes) + model.added(context)
         x = (x if model.positions is None else x + model.positions).flatten(0, 1)  # (B N, D)
-        for block, bias in zip(self.blocks, self.biases, strict=True):
+        for block, bias, memory in zip(self.blocks, self.biases, self.memory, strict=True):
             qkv = block.qkv(x).unflatten(0, (batch, -1))  # (B, N, 3, H, E)
             if self.rotation is not None:
                 turn(qkv, self.rotation[:, None, None])
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, E)
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+            mask = bias
+            if memory is not None and context.present is not None:
+                k, v = (torch.cat(pair, 2) for pair in zip(memory[:, rows], (k, v), strict=True))
+                mask = sequence_mask(context.present, bias, model.cells, x.dtype)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
             attended = attended.transpose(1, 2).reshape(x.shape)  # (B N, D)
             if block is self.blocks[-1]:  # from here on, no cell depends on another
                 x, attended = x[masked], attended[masked]  # (M, D)
             x = block.finish(x, attended)
         return self.predict(x)
+
+
+def same_context(context: Context) -> Tensor:
+    """For each image, the number of the first image with the same context: (B,) int64."""
+    all_parts = context.labels, context.pooled, context.cells, context.sequence, context.present
+    parts = [part.view(context.size, -1).float() for part in all_parts if part is not None]
+    if not parts:
+        return torch.zeros(context.size, dtype=torch.long)
+    rows = torch.cat(parts, 1)
+    _, which = rows.unique(dim=0, return_inverse=True)
+    first = torch.full_like(which, context.size).scatter_reduce(
+        0, which, torch.arange(context.size, device=which.device), "amin"
+    )
+    return first[which]
 
 
 def num_left_masked(step: int, steps: Tensor, unknown: Tensor, masked: Tensor, schedule: MaskSchedule) -> Tensor:
@@ -285,6 +315,7 @@ def gumbel(noise: Tensor) -> Tensor:
 
 def sample_in_parallel(
     predict: Predict,
+    branches: Branches,
     noise: Tensor,
     sampling: SamplingConfig,
     schedule: MaskSchedule,
@@ -302,8 +333,7 @@ def sample_in_parallel(
     and top-p: with `top_k: 1`, for example, filtered probabilities would all be 1.
 
     Args:
-        predict: with guidance, its images are those of the conditional branch, then those of the unconditional branch:
-            (2 B, N) -> (2 M, K).
+        predict: predicts for all n ``branches`` at once: (n B, N) -> (n M, K).
         noise: uniform, (B, T, 2, N) float64: for each step and cell, one number to sample and one to choose.
         schedule: the share of the unknown codes that is masked after each step.
         order: (N,) the cells in the order in which they are filled; None: the most confident first.
@@ -313,7 +343,6 @@ def sample_in_parallel(
         (B, N) int64.
     """
     images, num_steps, _, cells = noise.shape
-    guided = sampling.guidance_scale != 1.0
     codes = torch.full((images, cells), -1, device=noise.device) if known is None else known
     codes = codes.masked_fill(codes < 0, mask_token_id)
     unknown = (codes == mask_token_id).sum(1)
@@ -322,10 +351,9 @@ def sample_in_parallel(
     for step in range(int(steps.max())):
         masked = codes == mask_token_id
         image = masked.nonzero()[:, 0]  # (M,)
-        logits = predict(codes.repeat(2, 1) if guided else codes)  # (M, K)
-        if guided:
-            scales = noise.new_tensor([guidance_at(step, count, sampling) for count in steps.tolist()])
-            logits = guide(*logits.chunk(2), scales[image, None].to(logits))
+        grown = noise.new_tensor([guidance_at(step, count, sampling) for count in steps.tolist()])
+        logits = predict(branches.repeat(codes))
+        logits = branches.combine(logits, grown[image, None].to(logits))  # (M, K)
         parts = zip(logits.split(SAMPLED_ROWS), noise[:, step, 0][masked].split(SAMPLED_ROWS), strict=True)
         sampled = torch.cat([choose(filter_logits(part, sampling), numbers) for part, numbers in parts])
         confidence = noise.new_full((images, cells), torch.inf)  # of codes that are filled already

@@ -9,7 +9,8 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
+from stage2_prior.sampling import Branches, SamplingConfig
 from twostage.core.config.registry import OpenUnion
 from twostage.core.config.sections import Section
 from twostage.core.training.random import BatchRandom
@@ -30,9 +31,13 @@ class NetworkConfig(OpenUnion, Section):
     shardable: ClassVar[bool] = False
     """Whether training can share the weights among processes (FSDP)."""
 
-    def build(self, codebook_size: int, grid: tuple[int, int], num_classes: int) -> "PriorNetwork":
-        """The network, an `nn.Module`, for codes 0 to ``codebook_size - 1`` on a ``grid`` (h, w). Its labels are 0 to
-        ``num_classes``; the last one means "no class"."""
+    def build(self, codebook_size: int, grid: tuple[int, int], form: ContextForm) -> "PriorNetwork":
+        """The network, an `nn.Module`, for codes 0 to ``codebook_size - 1`` on a ``grid`` (h, w), and for contexts of
+        this ``form``."""
+        raise NotImplementedError
+
+    def context_space(self, grid: tuple[int, int]) -> ContextSpace:
+        """The vectors that the network wants for its contexts."""
         raise NotImplementedError
 
     def per_process_setting(self) -> str:
@@ -51,7 +56,7 @@ class NetworkConfig(OpenUnion, Section):
 
 
 class PriorNetwork(Protocol):
-    """A network that predicts codes (B, N), stored row by row, for labels (B,)."""
+    """A network that predicts codes (B, N), stored row by row, from what their images' conditions say."""
 
     @property
     def exact_likelihood(self) -> bool:
@@ -63,12 +68,12 @@ class PriorNetwork(Protocol):
         """The known codes that sampling can keep, in words such as "any codes"."""
         ...
 
-    def loss(self, codes: Tensor, labels: Tensor, inputs: Tensor, random: BatchRandom) -> Tensor:
+    def loss(self, codes: Tensor, context: Context, inputs: Tensor, random: BatchRandom) -> Tensor:
         """The training loss, a scalar, of predicting ``codes`` from ``inputs``, in which some codes are replaced."""
         ...
 
-    def nats_per_image(self, codes: Tensor, labels: Tensor, random: BatchRandom) -> Tensor:
-        """-log p(codes | label), or an upper bound on it: (B,)."""
+    def nats_per_image(self, codes: Tensor, context: Context, random: BatchRandom) -> Tensor:
+        """-log p(codes | conditions), or an upper bound on it: (B,)."""
         ...
 
     def can_keep(self, known: Tensor) -> bool:
@@ -77,12 +82,12 @@ class PriorNetwork(Protocol):
 
     def sample(
         self,
-        labels: Tensor,
+        branches: Branches,
         sampling: SamplingConfig,
         seeds: list[int],
         known: Tensor | None,
         on_progress: OnProgress | None,
     ) -> Tensor:
-        """Codes (B, N) int64. Image i depends on ``labels[i]``, ``seeds[i]`` and ``known[i]`` only; ``known`` (B, N)
+        """Codes (B, N) int64. Image i depends on its conditions, ``seeds[i]`` and ``known[i]`` only; ``known`` (B, N)
         has -1 where a code is to be sampled."""
         ...

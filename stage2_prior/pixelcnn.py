@@ -4,8 +4,8 @@ Two stacks see the cells before a cell. The vertical stack sees all rows above i
 convolutions leave. The horizontal stack sees the row to its left and, through the vertical stack, everything else. No
 weight is masked: each kernel holds only the cells that it may see, and the input is shifted accordingly.
 
-Axes: B images, h and w cells of a grid, N = h w, C channels, K codes, R the reach of a kernel (half its side), T the
-cells of a row that a horizontal kernel sees.
+Axes: B images, h and w cells of a grid, N = h w, D the width of a context, C channels, K codes, R the reach of a kernel
+(half its side), T the cells of a row that a horizontal kernel sees.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from stage2_prior.autoregressive import Autoregressive, Step, cell_order
+from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
 from stage2_prior.network import NetworkConfig
 from stage2_prior.sampling import Weights
 from twostage.core.config.sections import Depth, Share, Width
@@ -37,9 +38,14 @@ class PixelCNNConfig(NetworkConfig):
     head_channels: Width = 256
     dropout: Share = 0.0
     """Dropout on what each layer adds to its stack."""
+    context_channels: Width = 64
+    """The width of what the conditions say, which every layer's gates see."""
 
-    def build(self, codebook_size: int, grid: tuple[int, int], num_classes: int) -> "PixelCNN":
-        return PixelCNN(self, codebook_size, grid, num_classes)
+    def build(self, codebook_size: int, grid: tuple[int, int], form: ContextForm) -> "PixelCNN":
+        return PixelCNN(self, codebook_size, grid, form)
+
+    def context_space(self, grid: tuple[int, int]) -> ContextSpace:
+        return ContextSpace(self.context_channels, 1.0, grid)
 
     def sampling_floats(self, grid: tuple[int, int]) -> int:
         return 4 * self.channels * (self.depth * grid[0] * grid[1] + 8 * grid[1])
@@ -72,10 +78,13 @@ class GatedLayer(nn.Module):
     layers, 130 steps on quantised MNIST: 1.584 held-out nats per code, 1.637 without).
 
     Args:
+        context_channels: D; 0 without conditions.
         first: whether its inputs are the embeddings of the codes, so that a cell must not see its own (mask A).
     """
 
-    def __init__(self, channels: int, kernel: int, num_classes: int, dropout: float, first: bool) -> None:
+    def __init__(
+        self, channels: int, kernel: int, num_classes: int, context_channels: int, dropout: float, first: bool
+    ) -> None:
         super().__init__()
         self.reach, self.dropout, self.first = kernel // 2, dropout, first
         seen = self.reach if first else self.reach + 1  # rows or columns
@@ -84,25 +93,33 @@ class GatedLayer(nn.Module):
         self.horizontal = nn.Conv2d(channels, 2 * channels, (1, seen), bias=False)
         self.horizontal_out = nn.Conv2d(channels, channels, 1, bias=False)
         self.class_embedding = nn.Embedding(num_classes + 1, 4 * channels)  # 2 C a stack
+        self.of_context = nn.Conv2d(context_channels, 4 * channels, 1, bias=False) if context_channels else None
 
-    def down(self, seen: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def down(self, seen: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
         """The vertical stack at n rows.
 
         Args:
             seen: (B, C, n + the kernel's rows - 1, w + 2 R): the rows that it sees, with zeros around the grid.
+            added: what :meth:`gates` returns at these rows.
 
         Returns:
             Its output (B, C, n, w), without the residual, and what the horizontal stack adds before its gate
             (B, 2 C, n, w).
         """
-        of_class = self.class_embedding(labels)[:, :, None, None].chunk(2, 1)  # each (B, 2 C, 1, 1)
-        hidden = self.vertical(seen) + of_class[0]
-        return gate(hidden), self.vertical_to_horizontal(hidden) + of_class[1]
+        of_vertical, of_horizontal = added.chunk(2, 1)
+        hidden = self.vertical(seen) + of_vertical
+        return gate(hidden), self.vertical_to_horizontal(hidden) + of_horizontal
 
-    def forward(self, vertical: Tensor, horizontal: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Both stacks, (B, C, h, w) each, at all cells."""
+    def gates(self, labels: Tensor, conditions: Tensor | None) -> Tensor:
+        """What labels (B,) and other conditions (B, D, h or 1, w or 1) add before the gates of both stacks: (B, 4 C,
+        h or 1, w or 1), 2 C channels each."""
+        of_class = self.class_embedding(labels)[:, :, None, None]
+        return of_class if conditions is None or self.of_context is None else of_class + self.of_context(conditions)
+
+    def forward(self, vertical: Tensor, horizontal: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """Both stacks, (B, C, h, w) each, at all cells; ``added`` is what :meth:`gates` returns."""
         reach, own = self.reach, -1 if self.first else 0  # padding of -1 removes the last row or column
-        down, from_vertical = self.down(F.pad(vertical, (reach, reach, reach, own)), labels)
+        down, from_vertical = self.down(F.pad(vertical, (reach, reach, reach, own)), added)
         across = gate(self.horizontal(F.pad(horizontal, (reach, own))) + from_vertical)
         down = F.dropout(down, self.dropout, self.training)
         across = self.horizontal_out(F.dropout(across, self.dropout, self.training))
@@ -110,39 +127,57 @@ class GatedLayer(nn.Module):
 
 
 class PixelCNN(Autoregressive):
-    """p(codes | class) as a product over the grid's cells, row by row.
+    """p(codes | conditions) as a product over the grid's cells, row by row. Of a context, it sees what is pooled and
+    what belongs to a cell, not the sequence.
 
     Args:
-        num_classes: 0 for a prior without classes. The label ``num_classes`` means "no class".
+        form: that of the contexts.
     """
 
     adamw_layers = ("head_out",)
 
-    def __init__(self, config: PixelCNNConfig, codebook_size: int, grid: tuple[int, int], num_classes: int) -> None:
+    def __init__(self, config: PixelCNNConfig, codebook_size: int, grid: tuple[int, int], form: ContextForm) -> None:
         super().__init__()
-        self.config, self.codebook_size, self.grid, self.num_classes = config, codebook_size, grid, num_classes
+        self.config, self.codebook_size, self.grid = config, codebook_size, grid
+        self.num_classes = form.num_classes
+        context_channels = config.context_channels if form.pooled or form.cells else 0
         channels = config.channels
         self.register_buffer("order", cell_order("raster", grid), persistent=False)
         self.code_embedding = nn.Embedding(codebook_size, channels)
         kernels = [config.first_kernel] + [config.kernel] * (config.depth - 1)
         self.layers = nn.ModuleList(
-            [GatedLayer(channels, side, num_classes, config.dropout, i == 0) for i, side in enumerate(kernels)]
+            [
+                GatedLayer(channels, side, form.num_classes, context_channels, config.dropout, i == 0)
+                for i, side in enumerate(kernels)
+            ]
         )
         self.head_in = nn.Linear(channels, config.head_channels)
         self.head_out = nn.Linear(config.head_channels, codebook_size)
         nn.init.zeros_(self.head_out.weight)
         nn.init.zeros_(self.head_out.bias)
 
-    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Logits (B, N, K) for the code at each cell, from the codes ``inputs`` (B, N) before it; labels (B,)."""
+    def forward(self, inputs: Tensor, context: Context) -> Tensor:
+        """Logits (B, N, K) for the code at each cell, from the codes ``inputs`` (B, N) before it."""
         embedded = self.code_embedding(inputs).transpose(1, 2).unflatten(2, self.grid)
         vertical = horizontal = embedded  # (B, C, h, w)
+        labels, conditions = self.conditions(context)
         for layer in self.layers:
-            vertical, horizontal = layer(vertical, horizontal, labels)
+            added = cast(GatedLayer, layer).gates(labels, conditions)
+            vertical, horizontal = layer(vertical, horizontal, added)
         return self.head_out(self.head_in(horizontal.flatten(2).transpose(1, 2)).relu())
 
-    def decoder(self, labels: Tensor, weights: Weights) -> Step:
-        return PixelCNNDecoder(self, labels).step
+    def conditions(self, context: Context) -> tuple[Tensor, Tensor | None]:
+        """The labels (B,), and the other conditions at the cells: (B, D, h, w), (B, D, 1, 1) if they are the same
+        everywhere, or None."""
+        labels, added = context.labels, context.added()
+        if labels is None:
+            labels = torch.full((context.size,), self.num_classes, device=self.code_embedding.weight.device)
+        if added is not None:
+            added = added.transpose(1, 2).unflatten(2, self.grid if context.cells is not None else (1, 1))
+        return labels, added
+
+    def decoder(self, context: Context, weights: Weights) -> Step:
+        return PixelCNNDecoder(self, context).step
 
 
 @dataclass
@@ -150,7 +185,7 @@ class HorizontalStep:
     """One layer of the horizontal stack at one column: views of the decoder's memory, and the layer's weights."""
 
     hidden: Tensor
-    """(B, 2 C). At the start of a row it holds what the vertical stack and the class add."""
+    """(B, 2 C). At the start of a row it holds what the vertical stack and the conditions add."""
     halves: tuple[Tensor, Tensor]
     """The halves of ``hidden``, (B, C) each."""
     seen: Tensor
@@ -180,14 +215,16 @@ class PixelCNNDecoder:
     from cell to cell and keeps its layers' inputs in this row. The weights are read now.
 
     Args:
-        labels: (B,), ``num_classes`` for no class.
+        context: of B images.
     """
 
     @torch.no_grad()
-    def __init__(self, model: PixelCNN, labels: Tensor) -> None:
-        self.model, self.labels, self.cell = model, labels, 0
+    def __init__(self, model: PixelCNN, context: Context) -> None:
+        self.model, self.cell = model, 0
         self.layers = cast(list[GatedLayer], list(model.layers))
-        batch, width, channels = len(labels), model.grid[1], model.config.channels
+        labels, conditions = model.conditions(context)
+        self.added = [layer.gates(labels, conditions) for layer in self.layers]  # (B, 4 C, h or 1, w or 1) each
+        batch, width, channels = context.size, model.grid[1], model.config.channels
         zeros = model.code_embedding.weight.new_zeros
         self.above = [zeros(batch, channels, layer.vertical.kernel_size[0], width) for layer in self.layers]
         self.hidden = [zeros(width, batch, 2 * channels) for _ in self.layers]
@@ -227,8 +264,12 @@ class PixelCNNDecoder:
     def _start_row(self) -> None:
         """Runs the vertical stack at a new row, on the codes of the row before (zeros at the first row)."""
         row = torch.stack(self.cells[0], 2).unsqueeze(2)  # (B, C, 1, w)
+        number = self.cell // self.model.grid[1]
         for i, layer in enumerate(self.layers):
+            added = self.added[i]
+            if added.shape[2] > 1:
+                added = added[:, :, number : number + 1]
             self.above[i] = torch.cat([self.above[i][:, :, 1:], row], 2)
-            down, to_horizontal = layer.down(F.pad(self.above[i], (layer.reach, layer.reach)), self.labels)
+            down, to_horizontal = layer.down(F.pad(self.above[i], (layer.reach, layer.reach)), added)
             row = down if layer.first else row + down
             torch.mul(to_horizontal.squeeze(2).permute(2, 0, 1), self.halving, out=self.hidden[i])

@@ -5,8 +5,9 @@ Axes: B images, h and w cells of the code grid.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -14,11 +15,18 @@ from torch import Tensor, nn
 
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import CodeCache, TokenizerReference
+from stage2_prior.conditions.class_condition import ClassConditionConfig
+from stage2_prior.conditions.condition import ConditionConfig
+from stage2_prior.conditions.conditions import Conditions, Given, context_form
+from stage2_prior.conditions.context import join_contexts
+from stage2_prior.conditions.map_condition import MapConditionConfig
+from stage2_prior.conditions.text_condition import TextConditionConfig
+from stage2_prior.conditions.vector_condition import VectorConditionConfig
 from stage2_prior.fast_linear import check_weights
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.network import NetworkConfig, OnProgress, PriorNetwork
 from stage2_prior.pixelcnn import PixelCNNConfig
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling import Branches, SamplingConfig
 from twostage.core.config.schema import tag
 from twostage.core.config.sections import Count, Number, Section, Share, parse_config
 from twostage.core.errors import InputError
@@ -27,6 +35,8 @@ from twostage.core.training.random import BatchRandom
 
 __all__ = ["Prior", "PriorConfig", "PriorLossConfig", "ReplaceSchedule", "prior_config"]
 
+for condition in (ClassConditionConfig, TextConditionConfig, MapConditionConfig, VectorConditionConfig):
+    ConditionConfig.register(condition)
 for network in (PixelCNNConfig, CausalTransformerConfig, MaskedTransformerConfig):
     NetworkConfig.register(network)
 
@@ -47,17 +57,20 @@ class PriorLossConfig(Section):
     predicted. It makes sampling robust to its own mistakes (also called `1 - pkeep`). Or a schedule over the run:
     `{start: 0.3, end: 0.0, shape: linear}`."""
     class_dropout_prob: Share = 0.1
-    """Share of the images that are trained on without their class, which guidance needs."""
+    """Share of the images that are trained on without their class, or without another condition that has no `dropout`
+    of its own. Guidance needs it."""
 
 
 class PriorConfig(Section):
     """A prior's `config.json`: everything needed to build the prior and to refuse another tokenizer's codes."""
 
     model: NetworkConfig
+    conditions: list[ConditionConfig]
     loss: PriorLossConfig
     codebook_size: Count
     grid: tuple[Count, Count]
     class_names: list[str] | None
+    """Those that the prior draws; None: it is not conditioned on the class."""
     untrained_classes: tuple[str, ...] = ()
     """The classes that had no training image."""
     image_size: tuple[Count, Count]
@@ -67,16 +80,29 @@ class PriorConfig(Section):
     """The held-out baseline, see `Manifest`."""
 
 
-def prior_config(model: NetworkConfig, loss: PriorLossConfig, cache: CodeCache) -> PriorConfig:
-    """The stored configuration of a prior that is trained on the codes in ``cache``."""
+def prior_config(
+    model: NetworkConfig, conditions: list[ConditionConfig] | None, loss: PriorLossConfig, cache: CodeCache
+) -> PriorConfig:
+    """The stored configuration of a prior that is trained on the codes in ``cache``.
+
+    Args:
+        conditions: None: the class, if the codes have classes.
+
+    Raises:
+        InputError: the codes lack a condition.
+    """
     manifest = cache.manifest
+    if conditions is None:
+        conditions = [ClassConditionConfig()] if manifest.class_names else []
+    has_class = any(condition.type == "class" for condition in conditions)
     return PriorConfig(
         model=model,
+        conditions=[condition.learned_from(cache) for condition in conditions],
         loss=loss,
         codebook_size=manifest.codebook_size,
         grid=manifest.grid,
-        class_names=manifest.class_names,
-        untrained_classes=tuple(cache.untrained_classes),
+        class_names=manifest.class_names if has_class else None,
+        untrained_classes=tuple(cache.untrained_classes) if has_class else (),
         image_size=manifest.image_size,
         channels=manifest.channels,
         tokenizer=manifest.tokenizer,
@@ -85,44 +111,47 @@ def prior_config(model: NetworkConfig, loss: PriorLossConfig, cache: CodeCache) 
 
 
 class Prior(nn.Module):
-    """A distribution over code grids (B, h, w), given a class."""
+    """A distribution over code grids (B, h, w), given conditions such as a class."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.config = config
-        self.num_classes = len(config.class_names or [])
-        self.network: PriorNetwork = config.model.build(config.codebook_size, config.grid, self.num_classes)
+        form = context_form(config.conditions)
+        self.num_classes = form.num_classes
+        self.conditions = Conditions(config.conditions, config.model.context_space(config.grid))
+        self.network: PriorNetwork = config.model.build(config.codebook_size, config.grid, form)
 
     @property
     def exact_likelihood(self) -> bool:
         """Whether :meth:`nats_per_image` is exact; otherwise it is an upper bound."""
         return self.network.exact_likelihood
 
-    def forward(self, indices: Tensor, labels: Tensor | None, random: BatchRandom, progress: float) -> Tensor:
-        """The training loss, nats per code as a scalar, of codes (B, h, w) and labels (B,) or None, at ``progress`` in
-        [0, 1] of the run."""
-        codes, classes = indices.flatten(1), self._classes(labels, indices)
-        options = self.config.loss
+    def forward(self, indices: Tensor, given: Given | Tensor | None, random: BatchRandom, progress: float) -> Tensor:
+        """The training loss, nats per code as a scalar, of codes (B, h, w) and their conditions, see
+        `Conditions.complete`, at ``progress`` in [0, 1] of the run."""
+        codes, options = indices.flatten(1), self.config.loss
         inputs = replace_codes(
             codes, replace_prob_at(progress, options.replace_prob), self.config.codebook_size, random
         )
-        hidden = random.uniform("class dropout", (), codes.device) < options.class_dropout_prob
-        return self.network.loss(codes, torch.where(hidden, self.num_classes, classes), inputs, random)
+        values = self.conditions.hide(self._complete(given, codes), options.class_dropout_prob, random)
+        return self.network.loss(codes, self.conditions(values, len(codes)), inputs, random)
 
     @torch.no_grad()
-    def nats_per_image(self, indices: Tensor, labels: Tensor | None, random: BatchRandom) -> Tensor:
-        """-log p(codes | class) of codes (B, h, w), or an upper bound on it (see :attr:`exact_likelihood`) that uses
-        ``random``: (B,). No code is replaced and no class hidden.
+    def nats_per_image(self, indices: Tensor, given: Given | Tensor | None, random: BatchRandom) -> Tensor:
+        """-log p(codes | conditions) of codes (B, h, w), or an upper bound on it (see :attr:`exact_likelihood`) that
+        uses ``random``: (B,). No code is replaced and no condition hidden.
+
+        Args:
+            given: the conditions, see `Conditions.complete`.
 
         Raises:
-            InputError: a label is out of range.
+            InputError: a condition is not one of this prior, or out of range.
         """
-        if self.num_classes:
-            self._labels(labels, len(indices))
-        return self.network.nats_per_image(indices.flatten(1), self._classes(labels, indices), random)
+        codes = indices.flatten(1)
+        return self.network.nats_per_image(codes, self.conditions(self._complete(given, codes), len(codes)), random)
 
-    def log_likelihood(self, indices: Tensor, labels: Tensor | None) -> Tensor:
-        """log p(codes | class) in nats per image, (B,).
+    def log_likelihood(self, indices: Tensor, given: Given | Tensor | None) -> Tensor:
+        """log p(codes | conditions) in nats per image, (B,).
 
         Raises:
             InputError: the prior has no exact likelihood, such as a masked transformer.
@@ -132,7 +161,7 @@ class Prior(nn.Module):
                 f"model.type {self.config.model.type!r}: its likelihood cannot be computed exactly. Use "
                 "nats_per_image, an upper bound on the negative log-likelihood"
             )
-        return -self.nats_per_image(indices, labels, BatchRandom(0, slice(0, len(indices)), len(indices)))
+        return -self.nats_per_image(indices, given, BatchRandom(0, slice(0, len(indices)), len(indices)))
 
     def check_sampling(self, sampling: SamplingConfig) -> None:
         """Refuses settings that this prior cannot be sampled with.
@@ -158,11 +187,15 @@ class Prior(nn.Module):
         if sampling.num_steps is not None and sampling.num_steps > cells:
             raise InputError(f"num_steps {sampling.num_steps}: expected at most {cells}, the number of codes in a grid")
         if sampling.guidance_scale != 1.0:
-            why = "this prior has no classes"
-            if self.num_classes:
-                why = "this prior was trained with loss.class_dropout_prob=0, so it cannot sample without a class"
-            if not self.num_classes or not self.config.loss.class_dropout_prob:
+            if not self.config.conditions:
+                why = "this prior has no classes or other conditions"
                 raise InputError(f"guidance_scale {sampling.guidance_scale}: {why}. Use guidance_scale 1")
+            if always := [config.type for config in self.config.conditions if not self.dropout_of(config)]:
+                raise InputError(
+                    f"guidance_scale {sampling.guidance_scale}: this prior was trained with "
+                    f"{'loss.class_dropout_prob=0' if always == ['class'] else f'dropout 0 of {always[0]}'}, so it "
+                    f"cannot sample without a {always[0]}. Use guidance_scale 1"
+                )
         if sampling.weights != "float32":
             device = next(self.parameters()).device.type
             if device != "cpu":
@@ -170,6 +203,22 @@ class Prior(nn.Module):
                     f"weights {sampling.weights!r}: only applies on a CPU, but this prior is on {device}. Use float32"
                 )
             check_weights(sampling.weights)
+
+    def dropout_of(self, condition: ConditionConfig) -> float:
+        """The share of the training images from which a condition was hidden."""
+        return self.config.loss.class_dropout_prob if condition.dropout is None else condition.dropout
+
+    def parse(self, condition: str, values: Sequence[Any]) -> Tensor:
+        """The values (n, ...) of a condition as people give them, such as prompts of `text`.
+
+        Raises:
+            InputError: the prior was trained without this condition, or it cannot have such a value.
+        """
+        return self.conditions.parse(condition, values)
+
+    def example_prompts(self) -> tuple[str, ...]:
+        """Some held-out captions, if the prior is conditioned on captions."""
+        return next((c.examples for c in self.config.conditions if isinstance(c, TextConditionConfig)), ())
 
     def can_keep(self, known: Tensor) -> bool:
         """Whether sampling can keep the codes of the cells that are True in ``known`` (B, h, w). A masked transformer
@@ -179,44 +228,46 @@ class Prior(nn.Module):
     @torch.no_grad()
     def sample(
         self,
-        labels: Tensor | None,
+        given: Given | Tensor | None,
         sampling: SamplingConfig,
         seeds: list[int],
         known: Tensor | None = None,
         on_progress: OnProgress | None = None,
+        negative: Given | None = None,
     ) -> Tensor:
-        """Codes (len(seeds), h, w) int64. Image i depends on ``labels[i]``, ``sampling``, ``known[i]`` and ``seeds[i]``
-        only.
+        """Codes (len(seeds), h, w) int64. Image i depends on its conditions, ``sampling``, ``known[i]`` and
+        ``seeds[i]`` only.
 
         Args:
-            labels: (B,) in [0, num_classes], ``num_classes`` for no class; None: no class for all images.
+            given: the conditions, see `Conditions.complete`; those that are missing are nothing for all images.
+            negative: what guidance leads away from, instead of nothing: the same for some of the conditions.
             known: (B, h, w) int64: codes to keep, -1 where a code is to be sampled, see :meth:`can_keep`.
 
         Raises:
-            InputError: a label is out of range, :meth:`check_sampling` refuses the settings, or the known codes have
-                another grid or codebook or cannot be kept.
+            InputError: a condition is out of range, :meth:`check_sampling` refuses the settings, or the known codes
+                have another grid or codebook or cannot be kept.
         """
         self.check_sampling(sampling)
         device = next(self.parameters()).device
-        labels = self._labels(labels, len(seeds)).to(device)
+        branches = self._branches(given, negative, sampling, len(seeds))
         if known is not None:
             self._check_known(known, len(seeds))
             known = known.flatten(1).long().to(device)
-        codes = self.network.sample(labels, sampling, seeds, known, on_progress)
+        codes = self.network.sample(branches, sampling, seeds, known, on_progress)
         return codes.view(len(seeds), *self.config.grid)
 
-    def _labels(self, labels: Tensor | None, count: int) -> Tensor:
-        if labels is None:
-            return torch.full((count,), self.num_classes)
-        if labels.shape != (count,):
-            raise InputError(f"labels: expected one for each of {count} seeds, got the shape {tuple(labels.shape)}")
-        wrong = labels[(labels < 0) | (labels > self.num_classes)]
-        if len(wrong):
-            expected = f"expected 0 to {self.num_classes - 1}, or {self.num_classes} for no class"
-            if not self.num_classes:
-                expected = "but this prior has no classes. Omit the labels"
-            raise InputError(f"labels: got {wrong[0].item()}, {expected}")
-        return labels
+    def _complete(self, given: Given | Tensor | None, codes: Tensor) -> dict[str, Tensor]:
+        values = self.conditions.complete(given, len(codes))
+        return {name: value.to(codes.device, non_blocking=True) for name, value in values.items()}
+
+    def _branches(
+        self, given: Given | Tensor | None, negative: Given | None, sampling: SamplingConfig, count: int
+    ) -> Branches:
+        context = self.conditions.encode_each(self.conditions.complete(given, count), count)
+        if sampling.guidance_scale == 1.0:
+            return Branches(context)
+        without = self.conditions.encode_each(self.conditions.complete(negative, count), count)
+        return Branches(join_contexts([context, without]), (sampling.guidance_scale,))
 
     def _check_known(self, known: Tensor, count: int) -> None:
         if known.shape != (count, *self.config.grid):
@@ -245,21 +296,26 @@ class Prior(nn.Module):
         """
         state = self.state_dict() if state is None else state
         config = self.config.model_dump(mode="json")
-        if not config["untrained_classes"]:  # unknown to earlier versions
+        # Keys that earlier versions do not know are only written if they say something new.
+        if not config["untrained_classes"]:
             del config["untrained_classes"]
+        if config["conditions"] == _class_alone(config["class_names"]):
+            del config["conditions"]
         save_model_folder(Path(folder), "prior", config, state)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Prior":
         """Reads a model folder, or the `model/` of a run folder. The prior is on the CPU, in evaluation mode."""
         document, state = load_model_folder(path, "prior")
+        if "conditions" not in document:
+            document["conditions"] = _class_alone(document.get("class_names"))
         config = parse_config(PriorConfig, document, f"{path}: config.json")
         return filled(lambda: cls(config), state, path)
 
-    def _classes(self, labels: Tensor | None, indices: Tensor) -> Tensor:
-        if labels is None or not self.num_classes:
-            return torch.full((len(indices),), self.num_classes, device=indices.device)
-        return labels
+
+def _class_alone(class_names: list[str] | None) -> list[dict[str, Any]]:
+    """The `conditions` of a prior that is conditioned on the class if there are classes: of all earlier priors."""
+    return [ClassConditionConfig(num_classes=len(class_names)).model_dump(mode="json")] if class_names else []
 
 
 def replace_prob_at(progress: float, replace_prob: float | ReplaceSchedule) -> float:

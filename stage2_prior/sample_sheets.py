@@ -9,7 +9,7 @@ from torch import Tensor
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig, image_seeds
 from twostage.core.data.spread import spread
-from twostage.core.images.sheets import class_sheet
+from twostage.core.images.sheets import class_sheet, prompt_sheet
 
 __all__ = ["Decoder", "draw_samples"]
 
@@ -24,14 +24,19 @@ Decoder = Callable[[Tensor], Tensor]
 def draw_samples(prior: Prior, decode: Decoder, seed: int) -> Image.Image:
     """A sheet of samples with the default sampling settings, as `twostage generate --seed SEED` draws them.
 
-    One image for each class that has training images. Of many classes, evenly spaced ones are drawn; of few classes,
-    several images each.
+    One image for each class that has training images, or for some held-out captions. Of many classes, evenly spaced
+    ones are drawn; of few classes, several images each.
     """
     prior.eval()
     names = prior.config.class_names or []
     trained = [label for label, name in enumerate(names) if name not in prior.config.untrained_classes]
     shown = [trained[row] for row in spread(len(trained), MAX_CLASSES).tolist()] if trained else []
+    prompts = prior.example_prompts()[:ABOUT]
     count = len(shown) * max(1, round(ABOUT / len(shown))) if shown else ABOUT
-    labels = torch.tensor([shown[i % len(shown)] for i in range(count)]) if shown else None
-    codes = prior.sample(labels, SamplingConfig(), image_seeds(seed, 0, count))
-    return class_sheet(decode(codes), [names[label] for label in shown], shown)
+    given: dict[str, Tensor] = {}
+    if shown:
+        given["class"] = torch.tensor([shown[i % len(shown)] for i in range(count)])
+    if prompts:
+        given["text"] = prior.parse("text", [prompts[i % len(prompts)] for i in range(count)])
+    images = decode(prior.sample(given, SamplingConfig(), image_seeds(seed, 0, count)))
+    return prompt_sheet(images, prompts) if prompts else class_sheet(images, [names[label] for label in shown], shown)

@@ -5,6 +5,7 @@ Axes: B images, N cells of a grid, K codes.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -12,19 +13,19 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
+from stage2_prior.conditions.context import Context
 from twostage.core.config.sections import Number, Section
 from twostage.core.training.random import seed_for
 
 __all__ = [
+    "Branches",
     "CellChoice",
     "MaskSchedule",
     "SamplingConfig",
     "Weights",
-    "branch_labels",
     "choose",
     "filter_logits",
     "guidance_at",
-    "guide",
     "image_seeds",
     "uniform_noise",
 ]
@@ -121,31 +122,56 @@ def uniform_noise(seeds: list[int], count: int) -> Tensor:
     return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(key=s)).random(count) for s in seeds]))
 
 
-def branch_labels(labels: Tensor, no_class: int, sampling: SamplingConfig) -> Tensor:
-    """Labels (B,) of the rows that are predicted together. With guidance they are those of the conditional branch,
-    then those of the unconditional branch: (2 B,)."""
-    if sampling.guidance_scale == 1.0:
-        return labels
-    return torch.cat([labels, torch.full_like(labels, no_class)])
+@dataclass(frozen=True)
+class Branches:
+    """The contexts with which each code is predicted. With guidance there are several: that of all conditions first,
+    then those of fewer and fewer conditions, and last that of none."""
+
+    context: Context
+    """Of n B images: the B images of the first branch, then those of the second ..."""
+    scales: tuple[float, ...] = ()
+    """The n - 1 guidance scales: the first is that of what the first branch knows beyond the second, and so on."""
+
+    @property
+    def count(self) -> int:
+        """n."""
+        return len(self.scales) + 1
+
+    @property
+    def images(self) -> int:
+        """B."""
+        return self.context.size // self.count
+
+    def repeat(self, codes: Tensor) -> Tensor:
+        """Codes (B, ...) for all branches: (n B, ...)."""
+        return codes if self.count == 1 else codes.repeat(self.count, *[1] * (codes.ndim - 1))
+
+    def combine(self, logits: Tensor, share: float | Tensor = 1.0) -> Tensor:
+        """The guided logits (R, K) from those of all branches (n R, K); ``share`` is that of :func:`guidance_at`.
+
+        Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): each branch is the one with fewer conditions
+        plus scale x difference. With several conditions the differences are added up (Brooks et al. 2022, arXiv
+        2211.09800, equation 3).
+        """
+        parts = logits.chunk(self.count)
+        total = parts[-1]
+        for scale, more, fewer in zip(self.scales[::-1], parts[-2::-1], parts[:0:-1], strict=True):
+            grown = 1 + (scale - 1) * share
+            total = torch.lerp(fewer, more, grown) if total is fewer else total + grown * (more - fewer)
+        return total
 
 
 def guidance_at(step: int, steps: int, sampling: SamplingConfig) -> float:
-    """The guidance scale at ``step``, from 0, of ``steps``: 1 + (scale - 1) f(x), where x goes from 0 at the first step
-    to 1 at the last and f is the schedule."""
+    """How far guidance has grown at ``step``, from 0, of ``steps``: a guidance scale is then 1 + (scale - 1) f(x),
+    where x goes from 0 at the first step to 1 at the last, and f is the schedule. Returns f(x)."""
     progress = step / (steps - 1) if steps > 1 else 1.0
     match sampling.guidance_schedule:
         case "constant":
-            share = 1.0
+            return 1.0
         case "linear":
-            share = progress
+            return progress
         case "cosine":
-            share = (1 - math.cos(math.pi * progress)) / 2
-    return 1 + (sampling.guidance_scale - 1) * share
-
-
-def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): unconditional + scale x difference."""
-    return torch.lerp(unconditional, conditional, scale)
+            return (1 - math.cos(math.pi * progress)) / 2
 
 
 def filter_logits(logits: Tensor, sampling: SamplingConfig) -> Tensor:

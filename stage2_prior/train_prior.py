@@ -5,17 +5,18 @@ accelerate launch -m stage2_prior.train_prior configs/prior/gpt_cifar10.yaml cod
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from accelerate import Accelerator
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 from torch import Tensor
 
 from stage2_prior.autoregressive import images_at_once
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import CodeCache, CodeSplit, Manifest
+from stage2_prior.conditions.condition import ConditionConfig
 from stage2_prior.network import NetworkConfig
 from stage2_prior.prior import Prior, PriorLossConfig, prior_config
 from stage2_prior.sample_sheets import Decoder, draw_samples
@@ -56,8 +57,26 @@ class PriorTrainingConfig(Section):
     codes: PathName
     """The folder that `twostage encode` wrote."""
     model: NetworkConfig = CausalTransformerConfig()
+    condition: list[ConditionConfig] | None = None
+    """What the codes are predicted from besides each other: `{type: class}`, `{type: text}`, `{type: map}` or
+    `{type: vector}`, a list of several, or `{type: none}`. null: the class, if the codes have classes."""
     loss: PriorLossConfig = PriorLossConfig()
     train: PriorTrainConfig
+
+    @field_validator("condition", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return [] if value == {"type": "none"} else [value]
+        return value
+
+    @field_validator("condition")
+    @classmethod
+    def _each_once(cls, value: list[ConditionConfig] | None) -> list[ConditionConfig] | None:
+        types = [condition.type for condition in value or []]
+        if len(set(types)) < len(types):
+            raise ValueError(f"got the types {', '.join(types)}, expected each at most once. Remove one")
+        return value
 
     @model_validator(mode="after")
     def _activations_fit(self) -> "PriorTrainingConfig":
@@ -123,13 +142,13 @@ def train(
         run.facts |= {"best_loss": math.inf, "best_step": 0, "validations_since_best": 0}
 
     # 3. The training.
-    for batch in run.steps(split.read, read_ahead=False):
+    conditions = final.conditions
+    for batch in run.steps(lambda rows: (split.read(rows), conditions.read(split, rows)), read_ahead=False):
         network.wrapped.train()
-        for (indices, labels), random in batch:
+        for (indices, given), random in batch:
             indices = indices.to(accelerator.device, non_blocking=True)
-            labels = None if labels is None else labels.to(accelerator.device, non_blocking=True)
             with accelerator.accumulate(network.wrapped):
-                loss = network.wrapped(indices, labels, random, run.progress)
+                loss = network.wrapped(indices, given, random, run.progress)
                 run.update(network, loss)
             run.record({"loss": loss})
         network.update_average()
@@ -162,7 +181,7 @@ def make_prior(config: PriorTrainingConfig, cache: CodeCache, run: BaseRun[Prior
     Raises:
         InputError: it does not fit into memory.
     """
-    form, device = prior_config(config.model, config.loss, cache), run.accelerator.device
+    form, device = prior_config(config.model, config.condition, config.loss, cache), run.accelerator.device
     processes = run.accelerator.num_processes if run.units_to_shard else 1
     check_model(lambda: Prior(form), config.model.model_dump(), "model", device, processes)
     return Prior(form).to(device)
@@ -209,11 +228,10 @@ def validate(prior: Prior, split: CodeSplit, batch_size: int, accelerator: Accel
     for first in range(0, len(parts), accelerator.num_processes):
         part = first + accelerator.process_index
         rows = parts[min(part, len(parts) - 1)]
-        indices, labels = split.read(rows)
-        labels = None if labels is None else labels.to(accelerator.device)
+        indices = split.read(rows)
         # A bound draws the same random numbers at every validation, so that validations can be compared.
         random = BatchRandom(seed_for("validation", int(rows[0])), slice(0, len(rows)), len(rows))
-        nats = prior.nats_per_image(indices.to(accelerator.device), labels, random).sum()
+        nats = prior.nats_per_image(indices.to(accelerator.device), prior.conditions.read(split, rows), random).sum()
         total += nats if part < len(parts) else 0
     total = accelerator.reduce(total, "sum")
     assert isinstance(total, Tensor)

@@ -1,6 +1,6 @@
 """The parts that the causal and the masked transformer share: embeddings, positions, blocks, head.
 
-Axes: B images, N = h w cells of a grid, D hidden size, H heads, E = D / H, K codes.
+Axes: B images, N = h w cells of a grid, L places of a context's sequence, D hidden size, H heads, E = D / H, K codes.
 """
 
 import math
@@ -12,6 +12,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
 from stage2_prior.fast_linear import TrainedLinear, fast_linear, linear
 from stage2_prior.network import COMMON_SETTINGS, NetworkConfig
 from stage2_prior.sampling import Weights
@@ -55,6 +56,9 @@ class TransformerConfig(NetworkConfig):
     """Whether linear layers add a bias."""
     tied_head: Flag = False
     """Whether the head shares its weights with the code embedding."""
+
+    def context_space(self, grid: tuple[int, int]) -> ContextSpace:
+        return ContextSpace(self.hidden_size, 0.02, grid)
 
     def sampling_floats(self, grid: tuple[int, int]) -> int:
         return 2 * self.hidden_size * (self.depth * math.prod(grid) + 8 * self.codes_at_once(grid))
@@ -100,25 +104,48 @@ def offsets(grid: tuple[int, int]) -> Tensor:
     return (down + height - 1) * (2 * width - 1) + right + width - 1
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = None, present: Tensor | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(E) + bias) v over (B, H, N, E), with a bias (H, N, N). Each cell attends to all cells or, if
     ``causal``, to itself and those before it.
+
+    Args:
+        present: (B, L) bool: the keys and values, (B, H, L + N, E), begin with those of a sequence that every cell
+            attends to where this is True.
 
     In bfloat16 on a CPU the products are written out, because the backward pass of torch's fused kernel is slow there
     (measured: 4.5 times as long for 64 cells, twice as long for 256). In float32 the fused kernel is faster.
     """
-    if causal and bias is not None:
-        bias = bias + torch.full_like(bias[0], -torch.inf).triu_(1)
+    if causal and (bias is not None or present is not None):
+        later = torch.full((q.shape[-2],) * 2, -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
+        bias = later if bias is None else bias + later
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        if bias is None:
+        if bias is None and present is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
+        mask = None if bias is None else bias.to(q.dtype)
+        if present is not None:
+            mask = sequence_mask(present, mask, q.shape[-2], q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, L + N)
+    of_cells = scores
+    if present is not None:
+        of_cells = scores[..., present.shape[1] :]
+        scores[..., : present.shape[1]].masked_fill_(~present[:, None, None], -torch.inf)
     if bias is not None:
-        scores.add_(bias.to(scores.dtype))
+        of_cells.add_(bias.to(scores.dtype))
     elif causal:
-        scores.add_(torch.full_like(scores[0, 0], -torch.inf).triu_(1))
+        of_cells.add_(torch.full_like(scores[0, 0], -torch.inf).triu_(1))
     return scores.softmax(-1) @ v
+
+
+def sequence_mask(present: Tensor, bias: Tensor | None, cells: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of a sequence's places, of which those ``present`` (B, L) count, and of the cells
+    after them, with their ``bias`` (N, N) or (H, N, N): (B, 1 or H, N, L + N)."""
+    absent = torch.zeros(present.shape, dtype=dtype, device=present.device).masked_fill_(~present, -torch.inf)
+    of_cells = absent.new_zeros(1, cells, cells) if bias is None else bias.view(-1, cells, cells)
+    of_cells = of_cells.expand(len(present), -1, -1, -1)
+    return torch.cat([absent[:, None, None].expand(*of_cells.shape[:-1], -1), of_cells], -1)
 
 
 class SquaredReLU(torch.autograd.Function):
@@ -138,14 +165,19 @@ class SquaredReLU(torch.autograd.Function):
 
 
 class Block(nn.Module):
-    """Self-attention and an MLP, each added to the stream."""
+    """Self-attention and an MLP, each added to the stream.
 
-    def __init__(self, config: TransformerConfig, causal: bool, grid: tuple[int, int]) -> None:
+    The keys and values of a context's sequence come before those of the cells, as if its places were cells that every
+    cell may see. This takes no products in sampling, unlike cross-attention.
+    """
+
+    def __init__(self, config: TransformerConfig, causal: bool, grid: tuple[int, int], form: ContextForm) -> None:
         super().__init__()
         size, biases = config.hidden_size, config.biases
         self.num_heads, self.dropout, self.causal, self.mlp = config.num_heads, config.dropout, causal, config.mlp
         self.norm1 = nn.LayerNorm(size)
         self.qkv = TrainedLinear(size, 3 * size, biases)
+        self.sequence_kv = TrainedLinear(size, 2 * size, biases) if form.sequence else None
         self.attention_out = TrainedLinear(size, size, biases)
         self.norm2 = nn.LayerNorm(size)
         self.mlp_in = TrainedLinear(size, config.mlp_ratio * size, biases)
@@ -154,14 +186,20 @@ class Block(nn.Module):
         if config.positions == "relative":
             self.attention_bias = nn.Parameter(torch.zeros(config.num_heads, (2 * grid[0] - 1) * (2 * grid[1] - 1)))
 
-    def forward(self, x: Tensor, rotation: Tensor | None, offsets: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, rotation: Tensor | None, offsets: Tensor | None) -> Tensor:
         """(B, N, D) -> (B, N, D); ``offsets`` (N, N) are those of :func:`offsets`."""
         batch, length, size = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().unbind()  # each (B, H, N, E)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        attended = attention(q, k, v, self.causal, self.bias(offsets)).transpose(1, 2).reshape(batch, length, size)
+        present = None
+        if self.sequence_kv is not None and context.sequence is not None:
+            present = context.present
+            kv = self.sequence_kv(context.sequence).view(batch, -1, 2, self.num_heads, size // self.num_heads)
+            k, v = (torch.cat(pair, 2) for pair in zip(kv.permute(2, 0, 3, 1, 4), (k, v), strict=True))
+        attended = attention(q, k, v, self.causal, self.bias(offsets), present)
+        attended = attended.transpose(1, 2).reshape(batch, length, size)
         x = x + F.dropout(self.attention_out(attended), self.dropout, self.training)
         hidden = self.mlp_in(self.norm2(x))
         hidden = F.gelu(hidden, approximate="tanh") if self.mlp == "gelu" else SquaredReLU.apply(hidden)
@@ -188,6 +226,15 @@ class FastBlock:
         self._qkv = fast_linear(rows[:, :-1], rows[:, -1].contiguous(), weights)
         self._attention_out = fast(block.attention_out)
         self._mlp_in, self._mlp_out = fast(block.mlp_in, gelu=block.mlp == "gelu"), fast(block.mlp_out)
+        self._block = block
+
+    def sequence_kv(self, sequence: Tensor) -> Tensor | None:
+        """The keys and values of a context's sequence (B, L, D) for the queries of :meth:`qkv`: (2, B, H, L, E)."""
+        layer = self._block.sequence_kv
+        if layer is None:
+            return None
+        keys, values = layer(sequence).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return torch.stack([_interleaved(keys, -1), values])
 
     def qkv(self, x: Tensor) -> Tensor:
         """Queries, keys and values, (R, D) -> (R, 3, H, E). Queries are divided by sqrt(E), and the two numbers of each
@@ -207,10 +254,17 @@ def _rows_for_attention(block: Block) -> Tensor:
     weight, bias = block.qkv.weight, block.qkv.bias
     rows = torch.cat([weight, weight.new_zeros(len(weight), 1) if bias is None else bias[:, None]], 1).detach()
     queries, keys, values = rows.unflatten(0, (3, block.num_heads, -1))  # each (H, E, D + 1)
-    width = queries.shape[1]
-    if width % 2 == 0:  # otherwise nothing is rotated
-        queries, keys = (x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2) for x in (queries, keys))
-    return torch.stack([queries * width**-0.5, keys, values]).flatten(0, 2)
+    queries, keys = _interleaved(queries, 1) * queries.shape[1] ** -0.5, _interleaved(keys, 1)
+    return torch.stack([queries, keys, values]).flatten(0, 2)
+
+
+def _interleaved(x: Tensor, dim: int) -> Tensor:
+    """``x`` with the two halves of a head's dimensions interleaved; unchanged if they are odd, since then nothing is
+    rotated."""
+    if x.shape[dim] % 2:
+        return x
+    dim %= x.ndim
+    return x.unflatten(dim, (2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
 def turn(qkv: Tensor, rotation: Tensor) -> None:
@@ -230,7 +284,7 @@ class Transformer(nn.Module):
 
     Args:
         inputs: how many different codes the input can have: the codebook's, plus one if there is a mask code.
-        num_classes: 0 for a prior without classes. The label ``num_classes`` means "no class".
+        form: that of the contexts.
         order: (N,) the cells in the order of the sequence; by default row by row.
     """
 
@@ -244,16 +298,16 @@ class Transformer(nn.Module):
         codebook_size: int,
         inputs: int,
         grid: tuple[int, int],
-        num_classes: int,
+        form: ContextForm,
         causal: bool,
         order: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.codebook_size, self.grid, self.num_classes = codebook_size, grid, num_classes
+        self.codebook_size, self.grid, self.num_classes = codebook_size, grid, form.num_classes
         self.dropout, self.code_dropout = config.dropout, config.code_dropout
         size, self.cells = config.hidden_size, grid[0] * grid[1]
         self.code_embedding = nn.Embedding(inputs, size)
-        self.class_embedding = nn.Embedding(num_classes + 1, size)
+        self.class_embedding = nn.Embedding(form.num_classes + 1, size)
         self.positions = None if config.positions == "rotary" else nn.Parameter(torch.empty(self.cells, size))
         is_rotary = config.positions in ("rotary", "both")
         rotation = rotations(grid, size // config.num_heads) if is_rotary else None
@@ -264,7 +318,7 @@ class Transformer(nn.Module):
         if distances is not None and order is not None:
             distances = distances[order][:, order]
         self.register_buffer("offsets", distances, persistent=False)
-        self.blocks = nn.ModuleList([Block(config, causal, grid) for _ in range(config.depth)])
+        self.blocks = nn.ModuleList([Block(config, causal, grid, form) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(size)
         self.head = None if config.tied_head else nn.Linear(size, codebook_size, bias=False)
         self._initialize()
@@ -299,16 +353,24 @@ class Transformer(nn.Module):
             return None
         return random.uniform("code dropout", (codes.shape[1],), codes.device) < self.code_dropout
 
-    def run(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Runs the blocks on embedded codes (B, N, D) for labels (B,): (B, N, D)."""
-        x = x + self.class_embedding(labels)[:, None]
+    def added(self, context: Context) -> Tensor:
+        """What the conditions add at the cells: (B, N, D), or (B, 1, D) if it is the same everywhere."""
+        labels = context.labels
+        if labels is None:
+            labels = torch.full((context.size,), self.num_classes, device=self.class_embedding.weight.device)
+        of_class = self.class_embedding(labels)[:, None]
+        return of_class if (added := context.added()) is None else of_class + added
+
+    def run(self, x: Tensor, context: Context) -> Tensor:
+        """Runs the blocks on embedded codes (B, N, D): (B, N, D)."""
+        x = x + self.added(context)
         if self.positions is not None:
             x = x + self.positions
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # a stream in float32 takes more time
             x = x.to(torch.get_autocast_dtype("cpu"))
         x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
-            x = block(x, self.rotation, self.offsets)
+            x = block(x, context, self.rotation, self.offsets)
         return self.norm(x)
 
     def predict(self, hidden: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from pipelines.drawing.asked import Asked
 from pipelines.drawing.batch_size import fitting_batch_size
 from pipelines.drawing.sampler import ImageSampler
 from pipelines.files.image_files import FileFormat, ImageFiles, ParquetShards, PngFiles
@@ -17,7 +18,7 @@ from stage2_prior.sampling import SamplingConfig
 from twostage.core.config.sections import describe_differences
 from twostage.core.errors import InputError
 from twostage.core.files import read_json, write_json
-from twostage.core.images.sheets import class_sheet, save_image
+from twostage.core.images.sheets import class_sheet, prompt_sheet, save_image
 from twostage.core.machine.processes import join_processes
 from twostage.core.machine.progress import ProgressBar
 from twostage.core.runs.model_folder import check_format, hash_tensors
@@ -34,8 +35,8 @@ class GenerateRequest:
     """A request for generated images."""
 
     num_images: int
-    class_names: list[str] | None = None
-    """The classes that the images cycle through; None: all."""
+    asked: Asked = Asked()  # noqa: RUF009 (immutable)
+    """What the images show."""
     seed: int = 0
     sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 (immutable)
     batch_size: int | None = None
@@ -54,7 +55,7 @@ def generate_folder(sampler: ImageSampler, request: GenerateRequest, out: Path) 
     """
     state = join_processes()
     sampler.to(state.device or "cpu")
-    cycle, names = sampler.labels_for(request.class_names), request.class_names or sampler.class_names
+    cycle, names = sampler.cycle(request.asked), request.asked.class_names or sampler.class_names
     sampler.check_sampling(request.sampling)
     settings = _settings(sampler, request)
     _check_folder(out, settings)
@@ -77,12 +78,13 @@ def generate_folder(sampler: ImageSampler, request: GenerateRequest, out: Path) 
             drawn = sampler.draw(
                 part, cycle, request.sampling, request.seed, batch_size, lambda n: bar.update(n * speedup)
             )
-            labels = None if cycle is None else [cycle[i % len(cycle)] for i in part]
-            files.write(part, torch.cat([pixels for pixels, _ in drawn]), labels)
+            files.write(part, torch.cat([pixels for pixels, _ in drawn]), cycle.labels_of(part))
     state.wait_for_everyone()
     if state.is_main_process:
         seconds, total = time.perf_counter() - start, request.num_images
-        save_image(class_sheet(files.read(min(total, MAX_SHOWN)), names, cycle), out / "grid.png")
+        shown = files.read(min(total, MAX_SHOWN))
+        sheet = prompt_sheet(shown, cycle.captions) if cycle.captions else class_sheet(shown, names, cycle.labels)
+        save_image(sheet, out / "grid.png")
         kept = f"{total - len(missing)} were already there" if len(missing) < total else ""
         rate = f"{wanted / seconds:.1f} per second" if wanted else ""
         print(f"{total} images: {out / 'images'} ({', '.join(filter(None, [kept, rate]))})")
@@ -96,10 +98,21 @@ def _settings(sampler: ImageSampler, request: GenerateRequest) -> dict[str, Any]
         "weights_sha256": hash_tensors(itertools.chain.from_iterable(model.state_dict().items() for model in models)),
         "tokenizer": sampler.tokenizer.content_hash(),
         "seed": request.seed,
-        "class_names": request.class_names,
+        "class_names": request.asked.class_names,
+        **_asked_settings(sampler, request.asked),
         **request.sampling.model_dump(mode="json"),
         "file_format": request.file_format,
     }
+
+
+def _asked_settings(sampler: ImageSampler, asked: Asked) -> dict[str, Any]:
+    """The conditions beside the class, for a prior that has any."""
+    cycle = sampler.cycle(asked)
+    found: dict[str, Any] = {}
+    if cycle.captions:
+        found |= {"prompts": list(cycle.captions), "negative_prompt": asked.negative_prompt}
+    hashes = {name: hash_tensors([(name, value)]) for name, value in cycle.values.items() if name != "text"}
+    return found | ({"conditions_sha256": hashes} if hashes else {})
 
 
 def _check_folder(out: Path, settings: dict[str, Any]) -> None:
@@ -137,7 +150,7 @@ def _begin(
 ) -> None:
     """Writes settings.json and makes the folders."""
     untrained = [name for name in sampler.label_names or [] if name not in (sampler.class_names or [])]
-    if untrained and not request.class_names:
+    if untrained and not request.asked.class_names:
         print(f"skipped classes that had no training images: {', '.join(untrained)}")
     labels = [names[i % len(names)] for i in range(request.num_images)] if names else None
     out.mkdir(parents=True, exist_ok=True)

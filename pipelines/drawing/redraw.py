@@ -5,7 +5,7 @@ Axes: n images, C channels, H and W pixels, h and w cells of the code grid that 
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipelines.drawing.asked import Asked, Cycle, values_of
 from pipelines.drawing.rebuilt_images import check_image, encode_in_parts
 from pipelines.drawing.sampler import ImageSampler, PipelineOutput, in_shares
 from pipelines.files.masks import MASK_NAMES, named_mask
@@ -46,6 +47,8 @@ class RedrawRequest:
     num_images: int = 1
     class_name: str | None = None
     """The class to draw; None: without a class."""
+    prompt: str | None = None
+    """The text to draw; None: without one."""
     seed: int = 0
     """Result i depends on the seed and i alone."""
     sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 (immutable)
@@ -85,7 +88,7 @@ def inpaint(
     check_mask(mask, sampler.image_size)
     if request.feather < 0:
         raise InputError(f"feather {request.feather}: expected a number of pixels, at least 0")
-    cycle = _checked_labels(sampler, request)
+    cycle = _checked_cycle(sampler, request)
     if not can_redraw(sampler, [mask]):
         named = {name: named_mask(name, sampler.image_size) for name in MASK_NAMES}
         raise _cannot_keep_error(sampler, "mask", [name for name in named if can_redraw(sampler, [named[name]])])
@@ -94,7 +97,7 @@ def inpaint(
     parts = sampler.draw(range(num_images), cycle, request.sampling, request.seed, on_progress=advance, known=known)
     drawn, codes = zip(*parts, strict=True)
     pixels = paste(image.cpu().expand(num_images, -1, -1, -1), torch.cat(drawn), mask, request.feather)
-    return PipelineOutput(pixels, torch.cat(codes), cycle and cycle * num_images)
+    return PipelineOutput(pixels, torch.cat(codes), cycle.labels_of(range(num_images)))
 
 
 def outpaint(
@@ -106,7 +109,7 @@ def outpaint(
     if min(sides.values()) < 0 or not any(sides.values()):
         given = ", ".join(f"{side} {pixels}" for side, pixels in sides.items())
         raise InputError(f"{given}: expected a number of pixels above 0 for at least one side, and none below 0")
-    cycle = _checked_labels(sampler, request)
+    cycle = _checked_cycle(sampler, request)
     windows = extension_windows(sampler.tokenizer, **sides)
     if not can_redraw(sampler, [window.mask for window in windows]):
         raise _cannot_keep_error(
@@ -119,7 +122,7 @@ def outpaint(
         known = known_codes(sampler.tokenizer, seen, mask)
         parts = sampler.draw(range(num_images), cycle, request.sampling, seed, on_progress=advance, known=known)
         pixels[..., rows, columns] = paste(seen, torch.cat([drawn for drawn, _ in parts]), mask)
-    return PipelineOutput(pixels, None, cycle and cycle * num_images)
+    return PipelineOutput(pixels, None, cycle.labels_of(range(num_images)))
 
 
 def can_redraw(sampler: ImageSampler, masks: list[Tensor]) -> bool:
@@ -195,8 +198,8 @@ def extension_windows(tokenizer: Autoencoder, left: int, right: int, top: int, b
     return windows
 
 
-def _checked_labels(sampler: ImageSampler, request: RedrawRequest) -> list[int] | None:
-    """Refuses impossible requests; returns the label as the ``cycle`` of :meth:`ImageSampler.draw`."""
+def _checked_cycle(sampler: ImageSampler, request: RedrawRequest) -> Cycle:
+    """Refuses impossible requests; returns what is to be drawn."""
     if sampler.prior is None:
         raise InputError(
             "pipeline: a variational autoencoder, which has no codes to redraw. To inpaint or outpaint, use a "
@@ -205,19 +208,25 @@ def _checked_labels(sampler: ImageSampler, request: RedrawRequest) -> list[int] 
     if request.num_images < 1:
         raise InputError(f"num_images {request.num_images}: expected at least 1")
     sampler.check_sampling(request.sampling)
+    prior, asked = sampler.prior, Asked(prompts=None if request.prompt is None else [request.prompt])
+    cycle = Cycle() if request.prompt is None else values_of(asked, prior)
     if request.class_name is not None:
-        return sampler.labels_for([request.class_name])
-    if sampler.class_names and not sampler.prior.config.loss.class_dropout_prob:
+        cycle = replace(cycle, labels=sampler.labels_for([request.class_name]))
+    given = {"class": request.class_name, "text": request.prompt}
+    for condition in prior.config.conditions:
+        if given.get(condition.type) is None and not prior.dropout_of(condition):
+            option = {"class": "--class-name", "text": "--prompt"}.get(condition.type, condition.type)
+            names = f", one of: {', '.join(sampler.class_names or [])}" if condition.type == "class" else ""
+            raise InputError(
+                f"{condition.type}: missing; this prior was trained with a dropout of 0 and cannot draw without a "
+                f"{condition.type}. Give {option}{names}"
+            )
+    if request.sampling.guidance_scale != 1 and not any(given.values()):
         raise InputError(
-            "class name: missing; this prior was trained with loss.class_dropout_prob=0 and cannot draw without a "
-            f"class. Give --class-name, one of: {', '.join(sampler.class_names)}"
+            f"guidance_scale {request.sampling.guidance_scale}: guidance needs a class or a prompt, and none is given. "
+            "Give --class-name or --prompt too, or set guidance_scale to 1"
         )
-    if request.sampling.guidance_scale != 1:
-        raise InputError(
-            f"guidance_scale {request.sampling.guidance_scale}: guidance needs a class, and none is given. Give "
-            "--class-name too, or set guidance_scale to 1"
-        )
-    return None
+    return cycle
 
 
 def check_mask(mask: Tensor, size: tuple[int, int]) -> None:

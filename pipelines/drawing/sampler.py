@@ -1,4 +1,4 @@
-"""The sampler: from classes and a seed to codes, and from codes to images, batch by batch.
+"""The sampler: from classes, prompts and a seed to codes, and from codes to images, batch by batch.
 
 Axes: n images, C channels, H and W pixels, h and w cells of the code grid.
 """
@@ -6,12 +6,13 @@ Axes: n images, C channels, H and W pixels, h and w cells of the code grid.
 import difflib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from pipelines.drawing.asked import Asked, Cycle, values_of
 from pipelines.drawing.batch_size import ROWS, fitting_batch_size
 from pipelines.drawing.rebuilt_images import decode_codes
 from pipelines.saved.saved_model import check_tokenizer
@@ -34,6 +35,8 @@ class PipelineOutput:
     """(n, h, w) int64; None for a variational autoencoder and for images larger than the model's size."""
     labels: list[int] | None
     """The class of each image, or None for a model without classes."""
+    prompts: list[str] | None = None
+    """The prompt of each image, or None."""
 
 
 class ImageSampler:
@@ -158,13 +161,21 @@ class ImageSampler:
                 )
         return None
 
+    def cycle(self, asked: Asked) -> Cycle:
+        """What ``asked`` means for this model.
+
+        Raises:
+            InputError: a class, prompt, map or vector that it cannot draw; the message says why.
+        """
+        return replace(values_of(asked, self.prior), labels=self.labels_for(asked.class_names))
+
     # --- drawing ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def draw(
         self,
         numbers: range,
-        cycle: list[int] | None,
+        cycle: Cycle,
         sampling: SamplingConfig,
         seed: int,
         batch_size: int | None = None,
@@ -174,7 +185,7 @@ class ImageSampler:
         """Draws the images ``numbers`` of a seed: (n, C, H, W) uint8 and their codes (n, h, w) or None, for each batch.
 
         Args:
-            cycle: image i has the class ``cycle[i % len(cycle)]``; None: no classes.
+            cycle: what the images show.
             batch_size: None: as many images as fit in the free memory.
             on_progress: called with the number of images (or fractions of one) drawn since the last call.
             known: (len(numbers), h, w): codes to keep, and -1 where one is to be drawn, in the same cells for all
@@ -184,9 +195,7 @@ class ImageSampler:
         for start in range(numbers.start, numbers.stop, batch_size):
             count = min(batch_size, numbers.stop - start)
             padded = -(-count // ROWS) * ROWS
-            labels = None
-            if cycle is not None:
-                labels = torch.tensor([cycle[i % len(cycle)] for i in range(start, start + padded)])
+            given = cycle.given(range(start, start + padded))
             seeds = image_seeds(seed, start, padded)
             if self.prior:
                 to_draw = math.prod(self.prior.config.grid) if known is None else int((known[0] < 0).sum())
@@ -194,11 +203,12 @@ class ImageSampler:
                 rows = torch.arange(start, start + padded).clamp(max=numbers.stop - 1) - numbers.start
                 kept = None if known is None else known[rows]
                 codes = self.prior.sample(
-                    labels, sampling, seeds, kept, lambda n, each=images_per_code: on_progress(n * each)
-                )
+                    given, sampling, seeds, kept, lambda n, each=images_per_code: on_progress(n * each),
+                    cycle.against(padded),
+                )  # fmt: skip
                 yield self.decode(codes[:count]), codes[:count].cpu()
             else:
-                pixels = self._from_latents(labels, sampling.temperature, seeds)[:count]
+                pixels = self._from_latents(given.get("class"), sampling.temperature, seeds)[:count]
                 on_progress(count)
                 yield pixels, None
 

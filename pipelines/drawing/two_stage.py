@@ -6,6 +6,7 @@ pipeline(num_images=8, class_names=["star"], seed=0).images[0].save("star.png")
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipelines.drawing.asked import Asked
 from pipelines.drawing.rebuilt_images import blend_images, check_image, rebuild_images
 from pipelines.drawing.redraw import InpaintRequest, OutpaintRequest, inpaint, outpaint
 from pipelines.drawing.sampler import ImageSampler, PipelineOutput, in_shares
@@ -146,6 +148,11 @@ class TwoStagePipeline(ImageSampler):
         class_names: list[str] | None = None,
         labels: list[int] | None = None,
         seed: int = 0,
+        *,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | None = None,
+        maps: list[Any] | None = None,
+        vectors: list[Any] | None = None,
         batch_size: int | None = None,
         output_type: Literal["pil", "pt", "np"] = "pil",
         on_progress: Callable[[float], object] | None = None,
@@ -156,13 +163,18 @@ class TwoStagePipeline(ImageSampler):
         Args:
             class_names: image i has the class ``class_names[i % len(class_names)]``; None: cycle through all classes.
             labels: the same by number; not together with ``class_names``.
+            prompt: image i shows ``prompt[i % len(prompt)]``; None: the examples of a prior with captions.
+            negative_prompt: what guidance leads away from.
+            maps: image i shows the label map (H, W) ``maps[i % len(maps)]``.
+            vectors: image i has the vector ``vectors[i % len(vectors)]``.
             batch_size: images to draw at a time, which changes memory and speed but no image; None: as many as fit the
                 free memory.
             on_progress: called repeatedly with the share of the work that is done, in [0, 1].
             sampling: `temperature`, `top_k`, `top_p`, `guidance_scale`, `num_steps` ...: :class:`SamplingConfig`.
 
         Raises:
-            InputError: an unknown class, output type or setting.
+            InputError: an unknown class, output type or setting, or a prompt, map or vector that the prior cannot
+                draw.
         """
         if num_images < 1 or (batch_size is not None and batch_size < 1):
             raise InputError(f"num_images {num_images}, batch_size {batch_size}: expected at least 1 for each")
@@ -174,12 +186,20 @@ class TwoStagePipeline(ImageSampler):
             self.check_labels(labels)
         settings = parse_config(SamplingConfig, sampling, "the sampling settings")
         self.check_sampling(settings)
-        cycle = labels if labels is not None else self.labels_for(class_names)
+        asked = Asked(
+            class_names=class_names, prompts=[prompt] if isinstance(prompt, str) else prompt,
+            negative_prompt=negative_prompt, maps=maps, vectors=vectors,
+        )  # fmt: skip
+        cycle = self.cycle(asked)
+        cycle = cycle if labels is None else replace(cycle, labels=labels)
         advance = in_shares(on_progress, num_images)
         parts = list(self.draw(range(num_images), cycle, settings, seed, batch_size, advance))
         pixels, codes = torch.cat([p for p, _ in parts]), [c for _, c in parts if c is not None]
-        chosen = None if cycle is None else [cycle[i % len(cycle)] for i in range(num_images)]
-        return PipelineOutput(_as_type(pixels, output_type), torch.cat(codes) if codes else None, chosen)
+        prompts = [cycle.captions[i % len(cycle.captions)] for i in range(num_images)] if cycle.captions else None
+        return PipelineOutput(
+            _as_type(pixels, output_type), torch.cat(codes) if codes else None, cycle.labels_of(range(num_images)),
+            prompts,
+        )  # fmt: skip
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Encodes and decodes images (n, C, H, W) uint8; each is independent of the others in its batch.

@@ -119,7 +119,7 @@ def _held_out_codes(
     for name, found, expected in (
         ("grid", "x".join(map(str, manifest.grid)), "x".join(map(str, config.grid))),
         ("codebook_size", manifest.codebook_size, config.codebook_size),
-        ("class_names", manifest.class_names, config.class_names),
+        ("class_names", manifest.class_names if config.class_names else None, config.class_names),
     ):
         if found != expected:
             raise InputError(

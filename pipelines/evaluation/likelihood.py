@@ -16,6 +16,7 @@ from pipelines.saved.evaluation_figures import CodeCost, Cost, ImageCost
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.objective import ObjectiveConfig, negative_log_likelihood, reconstruction_loss
 from stage2_prior.codes import CodeCache, CodeSplit
+from stage2_prior.conditions.conditions import Given
 from stage2_prior.prior import Prior
 from twostage.core.data.dataset import ImageSplit
 from twostage.core.data.spread import spread
@@ -74,10 +75,9 @@ def measure_codes(prior: Prior, codes: HeldOutCodes, work: SharedWork) -> Measur
     nats = torch.zeros(len(rows), _num_draws(prior), dtype=torch.float64)
     digests = RowDigests(len(rows))
     for places in work.batches(len(rows), "codes"):
-        indices, labels = split.read(rows[places])
+        indices, given = split.read(rows[places]), prior.conditions.read(split, rows[places])
         digests.update(places, indices)
-        labels = None if labels is None else labels.to(work.device)
-        nats[places] = _prior_nats(prior, indices.to(work.device), labels, int(rows[places[0]]))
+        nats[places] = _prior_nats(prior, indices.to(work.device), given, int(rows[places[0]]))
     nats = work.total(nats)
     digests.gather(work)
     config, cells = prior.config, math.prod(prior.config.grid)
@@ -117,7 +117,7 @@ def _likelihood_protocol(prior: Prior) -> dict[str, Any]:
             "standard_error": "from the draws alone, for these code grids",
         }
     return kind | {
-        "of": "the codes given the image's class" if prior.num_classes else "the codes",
+        "of": f"the codes given the image's {' and '.join(prior.conditions)}" if prior.conditions else "the codes",
         "bits_per_dim": f"nats per image / (ln 2 x {dimensions}): the cost of the codes per value of the image",
         "unigram": "code frequencies of the training split, add-one smoothing; cost of the whole held-out split",
         "uniform": f"ln {config.codebook_size} nats per code",
@@ -138,13 +138,13 @@ def _num_draws(prior: Prior) -> int:
     return 1 if prior.exact_likelihood else NUM_BOUND_DRAWS
 
 
-def _prior_nats(prior: Prior, indices: Tensor, labels: Tensor | None, first_row: int) -> Tensor:
-    """-log p(codes | class) of a batch of codes (B, h, w) in nats, (B, D). The draws for a bound belong to the batch,
-    whichever process works on it."""
+def _prior_nats(prior: Prior, indices: Tensor, given: Given, first_row: int) -> Tensor:
+    """-log p(codes | conditions) of a batch of codes (B, h, w) in nats, (B, D). The draws for a bound belong to the
+    batch, whichever process works on it."""
     nats = []
     for draw in range(_num_draws(prior)):
         random = BatchRandom(seed_for(BOUND_SEED, draw, first_row), slice(0, len(indices)), len(indices))
-        nats.append(prior.nats_per_image(indices, labels, random).cpu().double())
+        nats.append(prior.nats_per_image(indices, given, random).cpu().double())
     return torch.stack(nats, 1)
 
 
@@ -174,15 +174,15 @@ def image_costs(
     table = torch.zeros(len(rows), 1 + _num_draws(prior), dtype=torch.float64)
     digests = RowDigests(len(rows))
     for places in work.batches(len(rows), "images"):
-        pixels, labels = split.read(rows[places]), split.read_labels(rows[places])
+        pixels, given = split.read(rows[places]), prior.conditions.read(split, rows[places])
         digests.update(places, pixels)
-        originals, labels = to_float(pixels.to(work.device)), None if labels is None else labels.to(work.device)
+        originals = to_float(pixels.to(work.device))
         latent = tokenizer.encode(originals)
         assert latent.indices is not None
         decoded = tokenizer.run_decoder(latent.z)
         for place, one, original in zip(places.tolist(), decoded.split(1), originals.split(1), strict=True):
             table[place, 0] = negative_log_likelihood(one, original, likelihood)[0].cpu().double()
-        table[places, 1:] = _prior_nats(prior, latent.indices, labels, int(rows[places[0]]))
+        table[places, 1:] = _prior_nats(prior, latent.indices, given, int(rows[places[0]]))
     table = work.total(table)
     digests.gather(work)
     nothing = torch.zeros(1, 1, 1, 1)
@@ -230,9 +230,9 @@ def fit_likelihood(model: Autoencoder, split: ImageSplit, rows: Tensor, work: Sh
 def _chain_rule_protocol(
     prior: Prior, tokenizer: Autoencoder, likelihood: ObjectiveConfig, num_scale_images: int, level_bits: float
 ) -> dict[str, Any]:
-    given = " | class" if prior.num_classes else ""
+    given = f" | {', '.join(prior.conditions)}" if prior.conditions else ""
     about: dict[str, Any] = {
-        "of": "the images given their class" if given else "the images",
+        "of": f"the images given their {' and '.join(prior.conditions)}" if given else "the images",
         "bound": (
             f"-log p(x{given}) <= -log p(x | decoder(codes(x))) - log p(codes(x){given}); held-out images are encoded "
             "without noise"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipelines.drawing.asked import Asked
 from pipelines.drawing.sampler import ImageSampler
 from pipelines.evaluation.distances import (
     NUM_NEIGHBOURS,
@@ -126,7 +127,7 @@ def _draw_samples(
     sampler: ImageSampler, network: Judge, request: SampleRequest, work: SharedWork
 ) -> tuple[JudgedImages, Tensor, float | None]:
     """The samples as the network sees them, the first of them (n, C, H, W) uint8, and the codes drawn per second."""
-    count, cycle = request.num_samples, sampler.labels_for(None)
+    count, cycle = request.num_samples, sampler.cycle(Asked())
     samples = JudgedImages(network, count, work)
     kept = torch.zeros(min(count, MAX_KEPT), sampler.channels, *sampler.image_size, dtype=torch.uint8)
     seconds = torch.zeros(work.state.num_processes, dtype=torch.float64)

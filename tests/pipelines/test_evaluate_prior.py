@@ -26,6 +26,7 @@ from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage1_tokenizer.objective import ObjectiveConfig
 from stage2_prior.codes import CodeCache
+from stage2_prior.conditions.context import Context
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig
@@ -110,7 +111,8 @@ def rewrite(cache: Path, **changes: object) -> None:
 
 def test_the_cost_of_held_out_codes(runs, figures):
     cache = CodeCache(runs.codes)
-    indices, labels = cache.validation.read(torch.arange(64))
+    rows = torch.arange(64)
+    indices, labels = cache.validation.read(rows), cache.validation.read_labels(rows)
     nats = -Prior.from_pretrained(runs.prior).log_likelihood(indices, labels).double().mean().item()
     counts = np.bincount(cache.splits["train"].codes.ravel(), minlength=16) + 1
     unigram = -np.log(counts / counts.sum())[indices.numpy()].mean()
@@ -133,8 +135,8 @@ def test_the_batch_size_changes_no_exact_figure(runs, figures, batch_size):
 
 def test_some_of_the_codes_are_spread_over_the_split(runs):
     found = evaluate_prior(runs.prior, num_images=16)
-    cache = CodeCache(runs.codes)
-    indices, labels = cache.validation.read(torch.arange(0, 64, 4))
+    split, rows = CodeCache(runs.codes).validation, torch.arange(0, 64, 4)
+    indices, labels = split.read(rows), split.read_labels(rows)
     nats = -Prior.from_pretrained(runs.prior).log_likelihood(indices, labels).mean().item()
     assert found.figures["nats_per_image"] == pytest.approx(nats, rel=1e-5)
     assert found.protocol["codes"]["chosen"] == "spread evenly over 64"
@@ -146,13 +148,14 @@ def test_a_masked_transformer_has_a_bound_and_says_so(runs, masked):
     figures, prior = found.figures, Prior.from_pretrained(masked)
     assert "nats_per_code" not in figures
     assert found.protocol["likelihood"]["kind"].startswith("upper bound")
-    indices, labels = CodeCache(runs.codes).validation.read(torch.arange(64))
+    split, rows = CodeCache(runs.codes).validation, torch.arange(64)
+    indices, context = split.read(rows), Context(64, split.read_labels(rows))
     nats, generator = [], torch.Generator().manual_seed(1)
     for _ in range(150):  # the sum over one random order, written out
         orders = torch.rand(64, CELLS, generator=generator).argsort(1).argsort(1)
         count = int(torch.randint(1, CELLS + 1, (), generator=generator))
         hidden = orders < count
-        logits = prior.network(indices.flatten(1).masked_fill(hidden, 16), labels).detach()
+        logits = prior.network(indices.flatten(1).masked_fill(hidden, 16), context).detach()
         cost = F.cross_entropy(logits.flatten(0, 1), indices.flatten(), reduction="none").view(64, CELLS)
         nats.append((cost * hidden).sum(1).mean() * CELLS / count)
     expected, error = torch.stack(nats).mean() / CELLS, torch.stack(nats).std() / len(nats) ** 0.5 / CELLS
@@ -366,7 +369,7 @@ def test_the_protocol_says_how_it_was_measured(runs, features, data, evaluation)
         "hash": Autoencoder.from_pretrained(runs.tokenizer).content_hash(),
         "weights_sha256": digest(runs.tokenizer),
     }
-    indices, _ = CodeCache(runs.codes).validation.read(torch.arange(64))
+    indices = CodeCache(runs.codes).validation.read(torch.arange(64))
     grids = b"".join(hashlib.sha256(grid.numpy().tobytes()).digest() for grid in indices)
     expected = {"path": str(runs.codes), "split": "test", "rows": 64, "chosen": "all"}
     assert protocol["codes"].items() >= (expected | {"sha256": hashlib.sha256(grids).hexdigest()}).items()

@@ -149,7 +149,8 @@ def test_a_prior_without_dropped_classes_asks_for_one(pipeline, images):
 
 
 def test_a_prior_without_classes_needs_none(pipeline, images):
-    other = with_prior(pipeline, MASKED, class_names=None, loss=PriorLossConfig(class_dropout_prob=0.0))
+    without = {"class_names": None, "conditions": [], "loss": PriorLossConfig(class_dropout_prob=0.0)}
+    other = with_prior(pipeline, MASKED, **without)
     assert other.inpaint(images[0], named_mask("top", SIZE), 2).labels is None
     with refuses("class name 'star': this model was trained without classes"):
         other.inpaint(images[0], named_mask("top", SIZE), class_name="star")

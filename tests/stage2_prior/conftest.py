@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import Manifest, SplitFiles, TokenizerReference
+from stage2_prior.conditions.class_condition import ClassConditionConfig
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.network import NetworkConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
@@ -64,6 +65,7 @@ def _tiny_prior(codebook_size: int = 5, grid: tuple[int, int] = (2, 3), class_na
     prior = Prior(
         PriorConfig(
             model=TINY[model] if isinstance(model, str) else model,
+            conditions=[ClassConditionConfig(num_classes=len(class_names))] if class_names else [],
             loss=PriorLossConfig.model_validate(loss),
             codebook_size=codebook_size,
             grid=grid,

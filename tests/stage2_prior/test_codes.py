@@ -23,7 +23,8 @@ def folder(tmp_path, write_codes, splits) -> Path:
 
 def test_rows_are_read_as_they_were_written(folder, splits):
     cache = CodeCache(folder)
-    codes, labels = cache.splits["train"].read(torch.tensor([7, 0, 7]))
+    rows = torch.tensor([7, 0, 7])
+    codes, labels = cache.splits["train"].read(rows), cache.splits["train"].read_labels(rows)
     assert codes.dtype == labels.dtype == torch.int64
     assert torch.equal(codes, torch.from_numpy(splits["train"][[7, 0, 7]]))
     assert labels.tolist() == [1, 0, 1]
@@ -39,20 +40,19 @@ def test_codes_stay_on_disk(folder):
 
 def test_reading_returns_copies(folder, splits):
     split = CodeCache(folder).splits["train"]
-    codes, labels = split.read(torch.tensor([1, 2]))
-    codes.zero_()
-    labels.zero_()
-    again, labels = split.read(torch.tensor([1, 2]))
-    assert torch.equal(again, torch.from_numpy(splits["train"][[1, 2]]))
-    assert labels.tolist() == [1, 0]
+    rows = torch.tensor([1, 2])
+    split.read(rows).zero_()
+    split.read_labels(rows).zero_()
+    assert torch.equal(split.read(rows), torch.from_numpy(splits["train"][[1, 2]]))
+    assert split.read_labels(rows).tolist() == [1, 0]
 
 
 def test_large_codes_are_read_without_overflow(tmp_path, write_codes, splits):
     codes = {name: array + 60_000 for name, array in splits.items()}  # above what int16 holds
     write_codes(tmp_path / "codes", codes, 2**16)
-    assert torch.equal(CodeCache(tmp_path / "codes").validation.read(torch.arange(4))[0], torch.tensor(codes["val"]))
+    assert torch.equal(CodeCache(tmp_path / "codes").validation.read(torch.arange(4)), torch.tensor(codes["val"]))
     np.save(tmp_path / "codes" / "val.codes.npy", (codes["val"] + 10**6).astype(np.int32))
-    read = CodeCache(tmp_path / "codes").validation.read(torch.arange(4))[0]
+    read = CodeCache(tmp_path / "codes").validation.read(torch.arange(4))
     assert torch.equal(read, torch.tensor(codes["val"] + 10**6))
 
 
@@ -60,7 +60,7 @@ def test_codes_without_labels(tmp_path, write_codes, splits):
     write_codes(tmp_path / "codes", splits, 5)
     cache = CodeCache(tmp_path / "codes")
     assert cache.manifest.class_names is None
-    assert cache.validation.read(torch.arange(2))[1] is None
+    assert cache.validation.read_labels(torch.arange(2)) is None
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2, np.uint16), (2**16, np.uint16), (2**16 + 1, np.int32)])
@@ -173,7 +173,7 @@ def test_a_truncated_array_shows_how_many_rows_it_has(name, length, expected, fo
 def test_headers_of_another_version_are_read(folder, splits):
     with (folder / "train.codes.npy").open("wb") as file:
         np.lib.format.write_array(file, splits["train"].astype(np.uint16), version=(2, 0))
-    read = CodeCache(folder).splits["train"].read(torch.arange(10))[0]
+    read = CodeCache(folder).splits["train"].read(torch.arange(10))
     assert torch.equal(read, torch.from_numpy(splits["train"]))
 
 

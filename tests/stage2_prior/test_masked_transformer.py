@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from contexts import branches, of, sample
 from torch import Tensor, nn
 
+from stage2_prior.conditions.context import ContextForm
 from stage2_prior.masked_transformer import (
     MEAN_MASKED_SHARE,
     MaskedPredictor,
@@ -23,6 +25,7 @@ from twostage.core.training.random import BatchRandom
 
 FAST = {"positions": "relative", "mlp": "squared_relu", "biases": False}
 CODES, GRID, CLASSES = 5, (3, 4), 3
+FORM = ContextForm(num_classes=CLASSES)
 CELLS = GRID[0] * GRID[1]
 MASK, NO_CLASS = CODES, CLASSES
 
@@ -30,7 +33,7 @@ MASK, NO_CLASS = CODES, CLASSES
 def make_model(codebook_size: int = CODES, grid: tuple[int, int] = GRID, std: float = 1.0, **config: Any):
     torch.manual_seed(0)
     defaults: dict[str, Any] = {"hidden_size": 16, "depth": 2, "num_heads": 2, "dropout": 0.0}
-    model = MaskedTransformer(MaskedTransformerConfig(**(defaults | config)), codebook_size, grid, CLASSES).eval()
+    model = MaskedTransformer(MaskedTransformerConfig(**(defaults | config)), codebook_size, grid, FORM).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=std)
     return model.double()  # in float64 no two logits tie
@@ -92,7 +95,7 @@ def plain_loss(model: MaskedTransformer, codes: Tensor, labels: Tensor, inputs: 
     total = 0.0
     for image in range(len(codes)):
         shown = torch.where(masked[image], MASK, inputs[image])
-        logits = model(shown[None], labels[image : image + 1])[0].log_softmax(-1)
+        logits = model(shown[None], of(labels[image : image + 1]))[0].log_softmax(-1)
         for cell in range(CELLS):
             replaced = model.config.predict_replaced and inputs[image, cell] != codes[image, cell]
             if masked[image, cell] or replaced:
@@ -109,7 +112,7 @@ def test_the_loss_equals_a_plain_implementation(schedule, predict_replaced, whol
         torch.rand(8, CELLS, generator=torch.Generator().manual_seed(2)) < 0.3, random_codes(8, seed=1), codes
     )
     watched = watch_inputs(model)
-    loss = model.loss(codes, labels, inputs, whole_batch(8))
+    loss = model.loss(codes, of(labels), inputs, whole_batch(8))
     masked = watched[0] == MASK
     assert torch.equal(watched[0][~masked], inputs[~masked])
     assert loss.item() == pytest.approx(plain_loss(model, codes, labels, inputs, masked), rel=1e-5)
@@ -122,7 +125,7 @@ def test_the_loss_equals_a_plain_implementation(schedule, predict_replaced, whol
 def test_masks_change_with_each_step_and_cover_all_cells_evenly(model, whole_batch):
     codes, labels, watched = random_codes(8), torch.zeros(8, dtype=torch.long), watch_inputs(model)
     for seed in range(200):
-        model.loss(codes, labels, codes, whole_batch(8, seed))
+        model.loss(codes, of(labels), codes, whole_batch(8, seed))
     masked = torch.stack(watched) == MASK  # (200, 8, N)
     assert masked.double().mean().item() == pytest.approx(2 / math.pi, abs=0.02)
     assert (masked.double().mean((0, 1)) - 2 / math.pi).abs().max() < 0.05  # every cell
@@ -137,7 +140,7 @@ def test_the_loss_covers_masked_codes_and_if_asked_replaced_codes(predict_replac
     inputs[:, ::3] = (inputs[:, ::3] + 1) % CODES
     watched, predicted = watch_inputs(model), []
     model.norm.register_forward_hook(lambda _, __, output: predicted.append(output))
-    loss = model.loss(codes, labels, inputs, whole_batch(8))
+    loss = model.loss(codes, of(labels), inputs, whole_batch(8))
     gradient = torch.autograd.grad(loss, predicted[0])[0]  # (B, N, D)
     masked = watched[0] == MASK
     wanted = masked | (inputs != codes) if predict_replaced else masked
@@ -147,20 +150,21 @@ def test_the_loss_covers_masked_codes_and_if_asked_replaced_codes(predict_replac
 
 def test_two_halves_of_a_batch_average_to_the_whole(model):
     codes, labels = random_codes(8), torch.arange(8) % CLASSES
-    whole = model.loss(codes, labels, codes, BatchRandom(3, slice(0, 8), 8))
-    halves = [model.loss(codes[r], labels[r], codes[r], BatchRandom(3, r, 8)) for r in (slice(0, 4), slice(4, 8))]
+    whole = model.loss(codes, of(labels), codes, BatchRandom(3, slice(0, 8), 8))
+    halves = [model.loss(codes[r], of(labels[r]), codes[r], BatchRandom(3, r, 8)) for r in (slice(0, 4), slice(4, 8))]
     torch.testing.assert_close(torch.stack(halves).mean(), whole)
     bounds = [
-        model.nats_per_image(codes[r], labels[r], BatchRandom(3, r, 8)) for r in (slice(0, 4), slice(4, 8), slice(0, 8))
+        model.nats_per_image(codes[r], of(labels[r]), BatchRandom(3, r, 8))
+        for r in (slice(0, 4), slice(4, 8), slice(0, 8))
     ]
     torch.testing.assert_close(torch.cat(bounds[:2]), bounds[2])
 
 
 def test_an_untrained_model_has_about_log_codebook_size_nats_per_code(whole_batch):
-    model = MaskedTransformer(MaskedTransformerConfig(hidden_size=16, depth=1, num_heads=2), CODES, GRID, CLASSES)
+    model = MaskedTransformer(MaskedTransformerConfig(hidden_size=16, depth=1, num_heads=2), CODES, GRID, FORM)
     codes, labels = random_codes(64), torch.zeros(64, dtype=torch.long)
-    assert model.loss(codes, labels, codes, whole_batch(64)).item() == pytest.approx(math.log(CODES), rel=0.03)
-    nats = model.nats_per_image(codes, labels, whole_batch(64))
+    assert model.loss(codes, of(labels), codes, whole_batch(64)).item() == pytest.approx(math.log(CODES), rel=0.03)
+    nats = model.nats_per_image(codes, of(labels), whole_batch(64))
     torch.testing.assert_close(nats / CELLS, torch.full_like(nats, math.log(CODES)))
 
 
@@ -175,13 +179,13 @@ def test_the_bound_is_the_mean_over_all_orders_and_above_the_mixture_of_them(who
     for order in itertools.permutations(range(cells)):
         nats, shown = 0.0, torch.full((1, cells), 2)
         for cell in order:
-            nats -= model(shown, labels)[0, cell].log_softmax(-1)[codes[0, cell]].item()
+            nats -= model(shown, of(labels))[0, cell].log_softmax(-1)[codes[0, cell]].item()
             shown[0, cell] = codes[0, cell]
         orders.append(nats)
     per_order = torch.tensor(orders, dtype=torch.double)
     bound, mixture = per_order.mean().item(), -torch.logsumexp(-per_order, 0).item() + math.log(len(orders))
     assert bound > mixture + 0.1
-    draws = model.nats_per_image(codes.expand(20_000, -1), labels.expand(20_000), whole_batch(20_000)).double()
+    draws = model.nats_per_image(codes.expand(20_000, -1), of(labels.expand(20_000)), whole_batch(20_000)).double()
     error = draws.std().item() / math.sqrt(len(draws))
     assert error < 0.01 * bound
     assert draws.mean().item() == pytest.approx(bound, abs=4 * error)
@@ -189,7 +193,7 @@ def test_the_bound_is_the_mean_over_all_orders_and_above_the_mixture_of_them(who
 
 def test_the_bound_of_an_image_masks_every_number_of_codes_equally_often(model, whole_batch):
     watched = watch_inputs(model)
-    model.nats_per_image(random_codes(3 * CELLS), torch.zeros(3 * CELLS, dtype=torch.long), whole_batch(3 * CELLS))
+    model.nats_per_image(random_codes(3 * CELLS), of(torch.zeros(3 * CELLS, dtype=torch.long)), whole_batch(3 * CELLS))
     counts = (watched[0] == MASK).sum(1)
     assert counts.bincount().tolist() == [0] + [3] * CELLS
 
@@ -256,10 +260,10 @@ def plain_sample(
         steps = min(most, unknown)
         for step in range(steps):
             grid = torch.tensor([codes])
-            logits = model(grid, torch.tensor([label]))[0]
+            logits = model(grid, of(torch.tensor([label])))[0]
             if sampling.guidance_scale != 1:
-                scale = guidance_at(step, steps, sampling)
-                without = model(grid, torch.tensor([NO_CLASS]))[0]
+                scale = 1 + (sampling.guidance_scale - 1) * guidance_at(step, steps, sampling)
+                without = model(grid, of(torch.tensor([NO_CLASS])))[0]
                 logits = without + scale * (logits - without)
             ranking = []
             for cell in [cell for cell in range(CELLS) if codes[cell] == MASK]:
@@ -299,7 +303,7 @@ def test_samples_equal_those_of_a_plain_implementation(model, sampling, known):
     labels, seeds, options = torch.arange(12) % CLASSES, image_seeds(1, 0, 12), SamplingConfig(**sampling)
     given = some_known(12) if known else torch.full((12, CELLS), -1)
     expected = plain_sample(model, labels, options, seeds, given)
-    assert torch.equal(model.sample(labels, options, seeds, given if known else None), expected)
+    assert torch.equal(sample(model, labels, options, seeds, given if known else None), expected)
     assert len(expected.unique()) > 2
 
 
@@ -309,19 +313,21 @@ def test_an_image_depends_on_its_seed_label_and_known_codes_only(model, guidance
     labels, seeds = torch.arange(12) % CLASSES, image_seeds(7, 0, 12)
     given = some_known(12) if known else torch.full((12, CELLS), -1)
     sampling = SamplingConfig(guidance_scale=guidance_scale)
-    together = model.sample(labels, sampling, seeds, given)
+    together = sample(model, labels, sampling, seeds, given)
     assert len(together.unique(dim=0)) > 8
     for size in (1, 5):
         parts = [slice(i, i + size) for i in range(0, 12, size)]
-        apart = [model.sample(labels[p], sampling, seeds[p], given[p]) for p in parts]
+        apart = [sample(model, labels[p], sampling, seeds[p], given[p]) for p in parts]
         assert torch.equal(torch.cat(apart), together)
-    assert torch.equal(model.sample(labels.flip(0), sampling, seeds[::-1], given.flip(0)), together.flip(0))
+    assert torch.equal(sample(model, labels.flip(0), sampling, seeds[::-1], given.flip(0)), together.flip(0))
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 8, CELLS])
 def test_each_step_follows_the_schedule_and_never_changes_filled_codes(model, num_steps):
     known = some_known(6)
-    predictor = MaskedPredictor(model, torch.zeros(6, dtype=torch.long))
+    sampling = SamplingConfig()
+    unguided = branches(torch.zeros(6, dtype=torch.long), NO_CLASS, sampling)
+    predictor = MaskedPredictor(model, unguided.context)
     noise = uniform_noise(image_seeds(0, 0, 6), num_steps * 2 * CELLS).view(6, num_steps, 2, CELLS)
     inputs: list[Tensor] = []
     told: list[int] = []
@@ -330,7 +336,7 @@ def test_each_step_follows_the_schedule_and_never_changes_filled_codes(model, nu
         inputs.append(codes.clone())
         return predictor(codes)
 
-    codes = sample_in_parallel(predict, noise, SamplingConfig(), "cosine", 4.5, MASK, None, known, told.append)
+    codes = sample_in_parallel(predict, unguided, noise, sampling, "cosine", 4.5, MASK, None, known, told.append)
     unknown = (known < 0).sum(1)
     steps = unknown.clamp(max=num_steps)
     expected = [unknown]
@@ -349,35 +355,35 @@ def test_each_step_follows_the_schedule_and_never_changes_filled_codes(model, nu
 def test_known_codes_are_kept_and_influence_the_others(model, guidance_scale):
     labels, seeds, known = torch.zeros(12, dtype=torch.long), image_seeds(0, 0, 12), some_known(12)
     sampling = SamplingConfig(guidance_scale=guidance_scale)
-    codes = model.sample(labels, sampling, seeds, known)
+    codes = sample(model, labels, sampling, seeds, known)
     assert torch.equal(codes[known >= 0], known[known >= 0])
     assert 0 <= codes.min() <= codes.max() < CODES
     assert (known[0] < 0).all()
     assert (known[-1] >= 0).all()
-    assert torch.equal(model.sample(labels[:1], sampling, seeds[:1]), codes[:1])  # none known
+    assert torch.equal(sample(model, labels[:1], sampling, seeds[:1]), codes[:1])  # none known
     others = torch.where(known < 0, -1, (known + 1) % CODES)
-    changed = (model.sample(labels, sampling, seeds, others) != codes) & (known < 0)
+    changed = (sample(model, labels, sampling, seeds, others) != codes) & (known < 0)
     assert changed.any(1).sum() > 6
 
 
 def test_images_whose_codes_are_all_known_stay_the_same(model):
     codes, told = random_codes(3), []
-    sampled = model.sample(torch.zeros(3, dtype=torch.long), SamplingConfig(), [1, 2, 3], codes, told.append)
+    sampled = sample(model, torch.zeros(3, dtype=torch.long), SamplingConfig(), [1, 2, 3], codes, told.append)
     assert torch.equal(sampled, codes)
     assert not told
 
 
 def test_sampling_does_not_change_the_known_codes_it_receives(model):
     known = some_known(4)
-    model.sample(torch.zeros(4, dtype=torch.long), SamplingConfig(), [1, 2, 3, 4], known)
+    sample(model, torch.zeros(4, dtype=torch.long), SamplingConfig(), [1, 2, 3, 4], known)
     assert torch.equal(known, some_known(4))
 
 
 def test_a_single_step_has_the_frequencies_of_the_model(model):
     labels = torch.zeros(2000, dtype=torch.long)
-    codes = model.sample(labels, SamplingConfig(num_steps=1), image_seeds(0, 0, 2000))
+    codes = sample(model, labels, SamplingConfig(num_steps=1), image_seeds(0, 0, 2000))
     with torch.no_grad():
-        shares = model(torch.full((1, CELLS), MASK), labels[:1])[0].softmax(1)  # (N, K)
+        shares = model(torch.full((1, CELLS), MASK), of(labels[:1]))[0].softmax(1)  # (N, K)
     counts = torch.stack([codes[:, cell].bincount(minlength=CODES) for cell in range(CELLS)])
     torch.testing.assert_close(counts / 2000, shares, atol=0.05, rtol=0, check_dtype=False)
 
@@ -390,8 +396,8 @@ def test_logits_of_masked_codes_equal_those_of_the_whole_grid(config, dtype, tol
     codes[torch.rand(6, CELLS, generator=torch.Generator().manual_seed(2)) < 0.5] = MASK
     codes[5], codes[3] = codes[1], random_codes(1)[0]  # two equal images, and one with nothing to predict
     with torch.no_grad():
-        expected = model(codes, labels)[codes == MASK]
-    logits = MaskedPredictor(model, labels)(codes)
+        expected = model(codes, of(labels))[codes == MASK]
+    logits = MaskedPredictor(model, of(labels))(codes)
     torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
     assert logits.dtype == dtype
 
@@ -402,10 +408,10 @@ def test_rounded_weights_change_logits_only_slightly(weights, tolerance):
     codes, labels = random_codes(4), torch.tensor([0, 1, 2, NO_CLASS])
     codes[:, ::2] = MASK
     try:
-        coarse = MaskedPredictor(model, labels, weights)(codes)
+        coarse = MaskedPredictor(model, of(labels), weights)(codes)
     except InputError as error:
         pytest.skip(str(error))
-    exact = MaskedPredictor(model, labels)(codes)
+    exact = MaskedPredictor(model, of(labels))(codes)
     assert not torch.equal(coarse, exact)
     assert (coarse - exact).norm() < tolerance * exact.norm()
 
@@ -413,7 +419,7 @@ def test_rounded_weights_change_logits_only_slightly(weights, tolerance):
 def test_a_grid_may_have_a_single_cell():
     model = make_model(grid=(1, 1), hidden_size=4, depth=1, num_heads=1)
     labels = torch.tensor([0, 1, 2, NO_CLASS])
-    assert model.sample(labels, SamplingConfig(), image_seeds(0, 0, 4)).shape == (4, 1)
+    assert sample(model, labels, SamplingConfig(), image_seeds(0, 0, 4)).shape == (4, 1)
 
 
 # --- learning -------------------------------------------------------------------------------------------------------
@@ -422,16 +428,16 @@ def test_a_grid_may_have_a_single_cell():
 def test_an_overfitted_batch_is_sampled(whole_batch):
     torch.manual_seed(0)
     config = MaskedTransformerConfig(hidden_size=32, depth=2, num_heads=2, dropout=0.0)
-    model = MaskedTransformer(config, 8, GRID, num_classes=4)
+    model = MaskedTransformer(config, 8, GRID, ContextForm(num_classes=4))
     codes, labels = random_codes(4, codes=8), torch.arange(4)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     loss = torch.tensor(torch.inf)
     for step in range(300):
         optimizer.zero_grad()
-        loss = model.loss(codes.repeat(4, 1), labels.repeat(4), codes.repeat(4, 1), whole_batch(16, step))
+        loss = model.loss(codes.repeat(4, 1), of(labels.repeat(4)), codes.repeat(4, 1), whole_batch(16, step))
         loss.backward()
         optimizer.step()
     model.eval()
     assert loss.item() < 0.05
-    assert torch.equal(model.sample(labels, SamplingConfig(top_p=0.9), image_seeds(0, 0, 4)), codes)
-    assert model.nats_per_image(codes, labels, whole_batch(4)).mean() < 1
+    assert torch.equal(sample(model, labels, SamplingConfig(top_p=0.9), image_seeds(0, 0, 4)), codes)
+    assert model.nats_per_image(codes, of(labels), whole_batch(4)).mean() < 1

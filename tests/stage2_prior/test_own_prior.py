@@ -10,6 +10,7 @@ from messages import assert_names
 from torch import Tensor, nn
 
 from stage2_prior.autoregressive import Autoregressive, Step, cell_order
+from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
 from stage2_prior.network import NetworkConfig
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig, Weights, image_seeds
@@ -20,24 +21,27 @@ class UnigramConfig(NetworkConfig):
 
     type: Literal["unigram"] = "unigram"
 
-    def build(self, codebook_size: int, grid: tuple[int, int], num_classes: int) -> "Unigram":
-        return Unigram(codebook_size, grid, num_classes)
+    def build(self, codebook_size: int, grid: tuple[int, int], form: ContextForm) -> "Unigram":
+        return Unigram(codebook_size, grid, form)
+
+    def context_space(self, grid: tuple[int, int]) -> ContextSpace:
+        return ContextSpace(1, 1.0, grid)
 
 
 class Unigram(Autoregressive):
     """p(codes | class) = prod p(code | class)."""
 
-    def __init__(self, codebook_size: int, grid: tuple[int, int], num_classes: int) -> None:
+    def __init__(self, codebook_size: int, grid: tuple[int, int], form: ContextForm) -> None:
         super().__init__()
-        self.codebook_size, self.num_classes = codebook_size, num_classes
+        self.codebook_size = codebook_size
         self.register_buffer("order", cell_order("raster", grid), persistent=False)
-        self.logits = nn.Embedding(num_classes + 1, codebook_size)
+        self.logits = nn.Embedding(form.num_classes + 1, codebook_size)
 
-    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        return self.logits(labels)[:, None].expand(-1, inputs.shape[1], -1)
+    def forward(self, inputs: Tensor, context: Context) -> Tensor:
+        return self.logits(context.labels)[:, None].expand(-1, inputs.shape[1], -1)
 
-    def decoder(self, labels: Tensor, weights: Weights) -> Step:
-        logits = self.logits(labels)
+    def decoder(self, context: Context, weights: Weights) -> Step:
+        logits = self.logits(context.labels)
         return lambda codes: logits
 
 

@@ -8,6 +8,7 @@ from messages import refuses
 from torch import nn
 
 from stage2_prior.codes import CodeCache
+from stage2_prior.conditions.context import Context
 from stage2_prior.prior import Prior, ReplaceSchedule, prior_config, replace_codes, replace_prob_at
 from stage2_prior.sampling import SamplingConfig, image_seeds
 from twostage.core.config.sections import parse_config
@@ -81,7 +82,7 @@ def test_the_first_loss_is_that_of_uniform_codes(tiny_prior, random_codes, whole
 def test_the_true_codes_are_predicted_from_the_replaced_ones(tiny_prior, random_codes, whole_batch):
     prior, codes = tiny_prior(replace_prob=0.7, class_dropout_prob=0.0), random_codes(4)
     inputs = replace_codes(codes.flatten(1), 0.7, 5, whole_batch(4))
-    logits = prior.network(inputs, torch.zeros(4, dtype=torch.long)).flatten(0, 1)
+    logits = prior.network(inputs, Context(4)).flatten(0, 1)
     of_true, of_inputs = (nn.functional.cross_entropy(logits, target.flatten()) for target in (codes, inputs))
     loss = prior.train()(codes, None, whole_batch(4), 0.0)
     torch.testing.assert_close(loss, of_true)
@@ -124,9 +125,9 @@ def test_images_without_labels_have_no_class(tiny_prior, random_codes):
     assert not torch.equal(prior.log_likelihood(codes, None), prior.log_likelihood(codes, torch.zeros(4).long()))
 
 
-def test_a_prior_without_classes_ignores_labels(tiny_prior, random_codes):
-    prior, codes = tiny_prior().eval(), random_codes(4)
-    assert torch.equal(prior.log_likelihood(codes, torch.tensor([0, 1, 5, 9])), prior.log_likelihood(codes, None))
+def test_a_prior_without_classes_refuses_labels(tiny_prior, random_codes):
+    with refuses("condition 'class'", "no conditions", "Omit"):
+        tiny_prior().log_likelihood(random_codes(4), torch.tensor([0, 1, 5, 9]))
 
 
 # --- the likelihood -------------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def test_a_prior_without_classes_ignores_labels(tiny_prior, random_codes):
 
 def test_log_likelihood_is_the_sum_over_the_codes(tiny_prior, random_codes, whole_batch):
     prior, codes, labels = tiny_prior(class_names=PETS).eval(), random_codes(4), torch.tensor([0, 1, 1, 0])
-    log_probabilities = prior.network(codes.flatten(1), labels).double().log_softmax(-1)
+    log_probabilities = prior.network(codes.flatten(1), Context(4, labels)).double().log_softmax(-1)
     expected = log_probabilities.gather(2, codes.flatten(1)[..., None]).flatten(1).sum(1)
     likelihood = prior.log_likelihood(codes, labels)
     torch.testing.assert_close(likelihood.double(), expected.detach(), rtol=1e-5, atol=1e-5)
@@ -217,9 +218,9 @@ def test_settings_that_this_prior_cannot_use_are_refused(model, sampling, named,
 def test_labels_out_of_range_are_refused(tiny_prior):
     with refuses("labels: got 3", "0 to 1, or 2 for no class"):
         tiny_prior(class_names=PETS).sample(torch.tensor([2, 3]), SamplingConfig(), [0, 1])
-    with refuses("labels: got 1", "no classes", "Omit"):
+    with refuses("condition 'class'", "no conditions", "Omit"):
         tiny_prior().sample(torch.tensor([0, 1]), SamplingConfig(), [0, 1])
-    with refuses("labels", "2 seeds", "(1,)"):
+    with refuses("condition 'class'", "2 images", "(1,)"):
         tiny_prior(class_names=PETS).sample(torch.tensor([0]), SamplingConfig(), [0, 1])
 
 
@@ -318,7 +319,7 @@ def test_the_stored_config_describes_the_codes(tiny_prior, write_codes, random_c
     labels = {name: codes[:, 0, 0] % 2 for name, codes in splits.items()}
     manifest = write_codes(tmp_path / "codes", splits, 5, PETS, labels)
     prior = tiny_prior()
-    config = prior_config(prior.config.model, prior.config.loss, CodeCache(tmp_path / "codes"))
+    config = prior_config(prior.config.model, None, prior.config.loss, CodeCache(tmp_path / "codes"))
     assert config.untrained_classes == ()
     assert (config.codebook_size, config.grid, config.class_names) == (5, (2, 3), PETS)
     assert (config.image_size, config.channels, config.tokenizer) == ((8, 8), 3, manifest.tokenizer)

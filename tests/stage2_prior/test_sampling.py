@@ -2,7 +2,16 @@ import pytest
 import torch
 from messages import refuses
 
-from stage2_prior.sampling import SamplingConfig, choose, filter_logits, guidance_at, guide, image_seeds, uniform_noise
+from stage2_prior.conditions.context import Context
+from stage2_prior.sampling import (
+    Branches,
+    SamplingConfig,
+    choose,
+    filter_logits,
+    guidance_at,
+    image_seeds,
+    uniform_noise,
+)
 from twostage.core.config.sections import parse_config
 
 ALMOST_1 = 1 - 2**-53  # the largest number that the noise can have
@@ -16,6 +25,12 @@ def draw(logits: torch.Tensor, count: int, **sampling: object) -> torch.Tensor:
     """``count`` samples from one row of logits, with evenly spaced noise."""
     filtered = filter_logits(logits.expand(count, -1), SamplingConfig(**sampling))
     return choose(filtered, (torch.arange(count, dtype=torch.double) + 0.5) / count)
+
+
+def guide(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float, share: float = 1.0) -> torch.Tensor:
+    """The guided logits of one condition."""
+    logits = torch.cat([conditional, unconditional])
+    return Branches(Context(len(logits)), (scale,)).combine(logits, share)
 
 
 # --- seeds and noise ------------------------------------------------------------------------------------------------
@@ -58,8 +73,10 @@ def test_guidance_is_unconditional_plus_scaled_difference(scale):
 )
 def test_guidance_grows_by_its_schedule(schedule, expected):
     sampling = SamplingConfig(guidance_scale=3.0, guidance_schedule=schedule)
-    assert [guidance_at(step, 5, sampling) for step in (0, 1, 4)] == pytest.approx(expected)
-    assert guidance_at(0, 1, sampling) == 3.0  # the only step is the last one
+    one, nothing = torch.ones(1, 1), torch.zeros(1, 1)  # their guided logit is the scale
+    scales = [guide(one, nothing, 3.0, guidance_at(step, 5, sampling)).item() for step in (0, 1, 4)]
+    assert scales == pytest.approx(expected)
+    assert guidance_at(0, 1, sampling) == 1.0  # fully grown: the only step is the last one
 
 
 # --- temperature, top-k, top-p --------------------------------------------------------------------------------------

@@ -83,9 +83,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def nats_per_code(model: Prior, codes: Path) -> float:
-    cache = CodeCache(codes)
-    indices, labels = cache.validation.read(torch.arange(len(cache.validation)))
-    return -model.log_likelihood(indices, labels).mean().item() / 4
+    split = CodeCache(codes).validation
+    rows = torch.arange(len(split))
+    return -model.log_likelihood(split.read(rows), split.read_labels(rows)).mean().item() / 4
 
 
 def test_a_run_writes_its_folder(regular, document, tmp_path, new_process, capsys):

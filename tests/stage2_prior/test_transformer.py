@@ -5,6 +5,7 @@ from messages import refuses
 from torch import Tensor, nn
 
 from stage2_prior.causal_transformer import CausalTransformerConfig
+from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.transformer import (
     Block,
     FastBlock,
@@ -25,7 +26,7 @@ def build(**options: object) -> Transformer:
     config = CausalTransformerConfig.model_validate(
         {"hidden_size": 16, "depth": 2, "num_heads": 2, "dropout": 0.0} | options
     )
-    return Transformer(config, CODES, CODES + 1, GRID, num_classes=2, causal=False)
+    return Transformer(config, CODES, CODES + 1, GRID, ContextForm(num_classes=2), causal=False)
 
 
 def test_rotated_heads_see_only_the_distance_between_two_cells():
@@ -53,7 +54,11 @@ def test_attention_in_bfloat16_equals_that_in_float32(causal):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_fast_block_equals_the_block(dtype):
     torch.manual_seed(0)
-    block = Block(CausalTransformerConfig(hidden_size=16, num_heads=2, dropout=0.5), False, GRID).eval().to(dtype)
+    block = (
+        Block(CausalTransformerConfig(hidden_size=16, num_heads=2, dropout=0.5), False, GRID, ContextForm())
+        .eval()
+        .to(dtype)
+    )
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.4)
     x, rotation = torch.randn(3, 6, 16, dtype=dtype), rotations(GRID, 8)
@@ -66,7 +71,10 @@ def test_a_fast_block_equals_the_block(dtype):
     attended = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).reshape(18, 16)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     torch.testing.assert_close(
-        fast.finish(rows, attended).view_as(x), block(x, rotation, None).detach(), rtol=tolerance, atol=tolerance
+        fast.finish(rows, attended).view_as(x),
+        block(x, Context(3), rotation, None).detach(),
+        rtol=tolerance,
+        atol=tolerance,
     )
 
 

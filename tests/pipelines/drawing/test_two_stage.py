@@ -159,7 +159,8 @@ def test_sampling_settings_reach_the_prior(pipeline):
 
 def test_a_prior_without_classes_has_no_labels(pipeline):
     torch.manual_seed(0)
-    free = TwoStagePipeline(pipeline.tokenizer, Prior(pipeline.prior.config.model_copy(update={"class_names": None})))
+    config = pipeline.prior.config.model_copy(update={"class_names": None, "conditions": []})
+    free = TwoStagePipeline(pipeline.tokenizer, Prior(config))
     output = free(num_images=3)
     assert (output.labels, len(output.images)) == (None, 3)
     with refuses("class name 'star': this model was trained without classes"):

@@ -13,10 +13,12 @@ from twostage.core.files import replacing
 from twostage.core.images.conversion import to_pil
 from twostage.core.images.fonts import class_labels, figure_families, fit_width, font_for, legible, load_matplotlib
 
-__all__ = ["class_sheet", "contact_sheet", "draw_curves", "figure_canvas", "save_image", "to_image"]
+__all__ = ["class_sheet", "contact_sheet", "draw_curves", "figure_canvas", "prompt_sheet", "save_image", "to_image"]
 
 MARGIN = 4
 MAX_TITLE = 300
+MAX_PROMPT_LINES = 5
+LINE_HEIGHT = 15
 
 
 class _Text:
@@ -33,8 +35,26 @@ class _Text:
         draw.text(place, self._text, fill="black", font=self._font, anchor=anchor)
 
 
+def _wrapped(text: str, width: int, max_lines: int) -> list[_Text]:
+    """A text in lines of at most ``width`` pixels; what does not fit into the last line is shortened."""
+    lines, words = [], legible(text).split()
+    while words and len(lines) < max_lines - 1:
+        count = len(words)
+        while count > 1 and (font := font_for(" ".join(words[:count]))) is not None:
+            if font.getlength(" ".join(words[:count])) <= width:
+                break
+            count -= 1
+        lines.append(" ".join(words[:count]))
+        words = words[count:]
+    return [_Text(line, width) for line in [*lines, *([" ".join(words)] if words else [])]]
+
+
 def contact_sheet(
-    pixels: Tensor, columns: int, captions: Sequence[str] | None = None, row_titles: Sequence[str] | None = None
+    pixels: Tensor,
+    columns: int,
+    captions: Sequence[str] | None = None,
+    row_titles: Sequence[str] | None = None,
+    lines: int = 1,
 ) -> Image.Image:
     """Images side by side; small ones are enlarged without smoothing.
 
@@ -45,10 +65,12 @@ def contact_sheet(
         pixels: (n, C, H, W) uint8, row by row.
         captions: one below each image, shortened to its width.
         row_titles: one to the left of each row.
+        lines: the largest number of lines of a caption.
     """
     height, width = pixels.shape[-2:]
     scale = max(1, round(88 / max(height, width)))
-    below = 18 if captions else 0
+    below_each = [_wrapped(caption, width * scale + MARGIN - 2, lines) for caption in captions or ()]
+    below = 3 + LINE_HEIGHT * max((len(texts) for texts in below_each), default=1) if captions else 0
     titles = [_Text(title, MAX_TITLE) for title in row_titles or ()]
     left = 8 + max((title.width for title in titles), default=0) if titles else 0
     rows = -(-len(pixels) // columns)
@@ -60,9 +82,8 @@ def contact_sheet(
         tile = to_pil(image).convert("RGBA" if len(image) == 4 else "RGB")
         tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
         sheet.paste(tile, (x, y), tile if tile.mode == "RGBA" else None)
-        if captions:
-            centre = x + width * scale // 2
-            _Text(captions[i], cell_width - 2).draw(draw, (centre, y + height * scale + 2), "ma")
+        for line, text in enumerate(below_each[i] if captions else ()):
+            text.draw(draw, (x + width * scale // 2, y + height * scale + 2 + line * LINE_HEIGHT), "ma")
         if titles and i % columns == 0:
             titles[i // columns].draw(draw, (4, y + height * scale // 2), "lm")
     return sheet
@@ -79,6 +100,13 @@ def class_sheet(pixels: Tensor, names: list[str] | None, numbers: Sequence[int] 
     labels = class_labels(names, numbers) if names else []
     captions = [labels[i % len(labels)] for i in range(len(pixels))] if labels else None
     return contact_sheet(pixels, min(columns, len(pixels)), captions)
+
+
+def prompt_sheet(pixels: Tensor, prompts: Sequence[str]) -> Image.Image:
+    """A contact sheet of images (n, C, H, W) uint8 with their whole prompts below; image i has the prompt
+    ``prompts[i % len(prompts)]``."""
+    captions = [prompts[i % len(prompts)] for i in range(len(pixels))]
+    return contact_sheet(pixels, min(8, len(pixels)), captions, lines=MAX_PROMPT_LINES)
 
 
 def save_image(image: Image.Image, path: Path) -> None:

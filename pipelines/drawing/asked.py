@@ -1,0 +1,83 @@
+"""What images are asked to show, and the same as values of a prior's conditions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stage2_prior.prior import Prior
+from twostage.core.errors import InputError
+
+__all__ = ["Asked", "Cycle", "values_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What images are to show. They cycle through each list: image i gets entry i modulo its length."""
+
+    class_names: list[str] | None = None
+    """None: all classes, where there are any."""
+    prompts: list[str] | None = None
+    """None: the examples that a prior with captions keeps."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; None: from no prompt at all."""
+    maps: list[Any] | None = None
+    """Label maps (H, W)."""
+    vectors: list[Any] | None = None
+    """Lists or arrays of numbers."""
+
+    @property
+    def others(self) -> dict[str, list[Any]]:
+        """The conditions beside the class that are given, by type."""
+        found = {"text": self.prompts, "map": self.maps, "vector": self.vectors}
+        return {name: values for name, values in found.items() if values is not None}
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """:class:`Asked` as a model takes it: image i gets value i modulo their number, of each condition."""
+
+    labels: list[int] | None = None
+    """None: no classes."""
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of the other conditions, by type: (n, ...) each."""
+    negative: Mapping[str, Tensor] = field(default_factory=dict)
+    """Those that guidance leads away from: (1, ...) each."""
+    captions: Sequence[str] = ()
+    """The prompts, to write below images."""
+
+    def labels_of(self, numbers: Sequence[int]) -> list[int] | None:
+        """The labels of the images ``numbers``."""
+        return None if self.labels is None else [self.labels[i % len(self.labels)] for i in numbers]
+
+    def given(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """The values of the images ``numbers``, for `Prior.sample`."""
+        labels, places = self.labels_of(numbers), torch.tensor(list(numbers))
+        of_class = {} if labels is None else {"class": torch.tensor(labels)}
+        return of_class | {name: values[places % len(values)] for name, values in self.values.items()}
+
+    def against(self, count: int) -> dict[str, Tensor]:
+        """The values that guidance leads ``count`` images away from."""
+        return {name: value.expand(count, *value.shape[1:]) for name, value in self.negative.items()}
+
+
+def values_of(asked: Asked, prior: Prior | None) -> Cycle:
+    """The conditions beside the class that ``asked`` gives, checked.
+
+    Raises:
+        InputError: one that the model was not trained with, or a value that it cannot have.
+    """
+    negative = {"text": [asked.negative_prompt]} if asked.negative_prompt is not None else {}
+    if prior is None:
+        if given := [*asked.others, *negative]:
+            raise InputError(f"{given[0]}: a variational autoencoder draws no {given[0]}. Omit it")
+        return Cycle()
+    captions = prior.example_prompts() if asked.prompts is None else asked.prompts
+    others = ({"text": captions} if captions else {}) | asked.others
+    return Cycle(
+        values={name: prior.parse(name, values) for name, values in others.items()},
+        negative={name: prior.parse(name, values) for name, values in negative.items()},
+        captions=captions,
+    )

@@ -1,0 +1,68 @@
+"""Prompts, label maps and vectors from files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from twostage.core.errors import InputError
+from twostage.core.wording import one_line
+
+__all__ = ["read_map", "read_prompts", "read_vectors"]
+
+
+def read_prompts(given: Sequence[str], file: Path | None) -> list[str] | None:
+    """The prompts that are given one by one, and those in the lines of a file; None if there are none of either.
+
+    Raises:
+        InputError: a file without a prompt, or one that is not text.
+    """
+    if file is None:
+        return list(given) or None
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise InputError(
+            f"--prompts {file}: not a text in UTF-8. Save it as UTF-8, with a prompt in each line"
+        ) from None
+    if not (found := [line for line in lines if line]):
+        raise InputError(f"--prompts {file}: has no prompt. Write one in each line")
+    return [*given, *found]
+
+
+def read_map(path: Path) -> np.ndarray:
+    """The labels (H, W) uint8 of a map: an image's palette indices or grey values.
+
+    Raises:
+        InputError: not an image, or one in colour.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--map {path}: not a readable image ({one_line(error)}). Give a PNG of labels") from None
+    if image.mode not in ("P", "L", "1"):
+        raise InputError(
+            f"--map {path}: has the mode {image.mode}, expected labels: a palette or grey image. Save it as one"
+        )
+    return np.asarray(image.convert("L") if image.mode == "1" else image)
+
+
+def read_vectors(path: Path) -> list[np.ndarray]:
+    """The vectors in a .npy file: (V,) or (n, V).
+
+    Raises:
+        InputError: another file or shape.
+    """
+    try:
+        vectors = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--vector {path}: not a readable .npy file ({one_line(error)}). Save it with numpy.save"
+        ) from None
+    if not isinstance(vectors, np.ndarray) or vectors.ndim not in (1, 2):
+        raise InputError(
+            f"--vector {path}: expected one vector, or one in each row. Save a one- or two-dimensional array"
+        )
+    return list(np.atleast_2d(vectors))

@@ -1,0 +1,73 @@
+"""The class of an image as a condition.
+
+Axes: B images.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stage2_prior.codes import CodeCache
+from stage2_prior.conditions.condition import Condition, ConditionConfig, ConditionedSplit
+from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
+from twostage.core.config.sections import Size
+from twostage.core.errors import InputError
+
+__all__ = ["ClassCondition", "ClassConditionConfig"]
+
+
+class ClassConditionConfig(ConditionConfig):
+    """The image's class."""
+
+    plural = "classes"
+
+    type: Literal["class"] = "class"
+    num_classes: Size | None = None
+    """Set from the codes."""
+
+    @property
+    def form(self) -> ContextForm:
+        return ContextForm(num_classes=self.num_classes or 0)
+
+    def learned_from(self, cache: CodeCache) -> "ClassConditionConfig":
+        names = cache.manifest.class_names
+        if not names:
+            raise InputError(
+                f"condition.type 'class': the codes {cache.path} have no classes. Encode images with classes, or set "
+                "condition.type=none"
+            )
+        return self.model_copy(update={"num_classes": len(names)})
+
+    def build(self, space: ContextSpace) -> "ClassCondition":
+        return ClassCondition(self.num_classes or 0)
+
+
+class ClassCondition(Condition):
+    """Values are labels (B,) int64 in [0, num_classes]; ``num_classes`` means "no class". The network holds a vector
+    for each of them."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+
+    def nothing(self, count: int) -> Tensor:
+        return torch.full((count,), self.num_classes)
+
+    def read(self, split: ConditionedSplit, rows: Tensor) -> Tensor:
+        labels = split.read_labels(rows)
+        return self.nothing(len(rows)) if labels is None else labels
+
+    def parse(self, value: int) -> Tensor:
+        return torch.tensor([value])
+
+    def check(self, values: Tensor) -> None:
+        wrong = values[(values < 0) | (values > self.num_classes)]
+        if len(wrong):
+            raise InputError(
+                f"labels: got {wrong[0].item()}, expected 0 to {self.num_classes - 1}, or {self.num_classes} for no "
+                "class"
+            )
+
+    def forward(self, values: Tensor) -> Context:
+        return Context(len(values), labels=values)

@@ -1,0 +1,110 @@
+"""The interface of a kind of condition. A prior never asks which kinds it has, so a new kind is one new file.
+
+Axes: B images, h and w cells of the code grid, D the width of a network's contexts.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from stage2_prior.codes import CodeCache
+from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
+from twostage.core.config.registry import OpenUnion
+from twostage.core.config.sections import Section, Share
+from twostage.core.training.random import BatchRandom
+
+__all__ = ["Condition", "ConditionConfig", "ConditionedSplit"]
+
+
+class ConditionedSplit(Protocol):
+    """Images or their codes with what they are conditioned on."""
+
+    def read_labels(self, rows: Tensor) -> Tensor | None:
+        """(B,) int64, or None if there are none."""
+        ...
+
+    def read_captions(self, rows: Tensor) -> list[tuple[str, ...]] | None:
+        """The captions of each image, or None if there are none."""
+        ...
+
+    def read_maps(self, rows: Tensor) -> Tensor | None:
+        """(B, H, W) uint8, or None if there are none."""
+        ...
+
+    def read_vectors(self, rows: Tensor) -> Tensor | None:
+        """(B, V) float32, or None if there are none."""
+        ...
+
+
+class ConditionConfig(OpenUnion, Section):
+    """One condition: the key `condition`. Each member of this union adds its `type` and its settings."""
+
+    plural: ClassVar[str]
+    """What several images have of it, in messages, such as "classes"."""
+    dropout: Share | None = None
+    """The share of the images that are trained on without this condition, which guidance needs; null:
+    `loss.class_dropout_prob`."""
+
+    @property
+    def form(self) -> ContextForm:
+        """The parts that it adds to a context."""
+        raise NotImplementedError
+
+    def learned_from(self, cache: CodeCache) -> Self:
+        """The same with what it has to learn from the codes' folder before training, such as a vocabulary.
+
+        Raises:
+            InputError: the codes lack this condition.
+        """
+        raise NotImplementedError
+
+    def build(self, space: ContextSpace) -> "Condition":
+        """The network that writes contexts in ``space``."""
+        raise NotImplementedError
+
+
+class Condition(nn.Module, ABC):
+    """Turns the values of one kind of condition into a part of a context.
+
+    Values are one tensor with a row for each image, in which some values mean "none": so hiding a condition is a
+    choice between two tensors.
+    """
+
+    @abstractmethod
+    def nothing(self, count: int) -> Tensor:
+        """The values (count, ...) of images without this condition."""
+
+    @abstractmethod
+    def read(self, split: ConditionedSplit, rows: Tensor) -> Tensor:
+        """The values of some rows of a split."""
+
+    @abstractmethod
+    def parse(self, value: Any) -> Tensor:
+        """The value (1, ...) of one image as a person gives it, such as a prompt.
+
+        Raises:
+            InputError: it is not one that this condition can have.
+        """
+
+    @abstractmethod
+    def check(self, values: Tensor) -> None:
+        """Refuses values that this condition cannot have.
+
+        Raises:
+            InputError: of another shape, or out of range.
+        """
+
+    @abstractmethod
+    def forward(self, values: Tensor) -> Context:
+        """What the values (B, ...) say about their images."""
+
+    def one_of_each(self, values: Tensor, random: BatchRandom) -> Tensor:
+        """What a training step uses of the values (B, ...), if an image can have several."""
+        return values
+
+    def hide(self, values: Tensor, hidden: Tensor) -> Tensor:
+        """The values (B, ...), with nothing where ``hidden`` (B,) is True."""
+        nothing = self.nothing(1).to(values.device)
+        return torch.where(hidden.view(-1, *[1] * (values.ndim - 1)), nothing, values)

@@ -1,0 +1,115 @@
+"""All conditions of a prior together."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stage2_prior.conditions.condition import Condition, ConditionConfig, ConditionedSplit
+from stage2_prior.conditions.context import Context, ContextForm, ContextSpace, join_contexts, merge_contexts
+from twostage.core.errors import InputError
+from twostage.core.training.random import BatchRandom
+
+__all__ = ["Conditions", "Given", "context_form"]
+
+NAMES = {"class": "class name", "text": "prompt", "map": "map", "vector": "vector"}
+"""What people call the values."""
+Given = Mapping[str, Tensor]
+"""The values of each condition, by its type; a condition that is missing has none."""
+
+
+def context_form(configs: Sequence[ConditionConfig]) -> ContextForm:
+    """The parts of the contexts that these conditions make together."""
+    forms = [config.form for config in configs]
+    return ContextForm(
+        sum(form.num_classes for form in forms),
+        any(form.pooled for form in forms),
+        any(form.cells for form in forms),
+        sum(form.sequence for form in forms),
+    )
+
+
+class Conditions(nn.ModuleDict):
+    """The conditions of a prior by type, such as `class` and `text`."""
+
+    def __init__(self, configs: Sequence[ConditionConfig], space: ContextSpace) -> None:
+        super().__init__({config.type: config.build(space) for config in configs})
+        self.dropouts = {config.type: config.dropout for config in configs}
+
+    def nothing(self, count: int) -> dict[str, Tensor]:
+        """The values of ``count`` images without any condition."""
+        return {name: condition.nothing(count) for name, condition in self._each()}
+
+    def read(self, split: ConditionedSplit, rows: Tensor) -> dict[str, Tensor]:
+        """The values of some rows of a split."""
+        return {name: condition.read(split, rows) for name, condition in self._each()}
+
+    def hide(self, given: Given, dropout: float, random: BatchRandom) -> dict[str, Tensor]:
+        """Hides each condition from its share of the images, independently of the others; ``dropout`` is the share of
+        those that have none of their own."""
+        hidden = {}
+        for name, condition in self._each():
+            purpose = "class dropout" if name == "class" else f"{name} dropout"
+            share = self.dropouts[name]
+            values = condition.one_of_each(given[name], random)
+            draws = random.uniform(purpose, (), values.device)
+            hidden[name] = condition.hide(values, draws < (dropout if share is None else share))
+        return hidden
+
+    def parse(self, name: str, values: Sequence[Any]) -> Tensor:
+        """The values (n, ...) of the condition ``name`` as people give them.
+
+        Raises:
+            InputError: there is no such condition, no value, or one that it cannot have.
+        """
+        if name not in self:
+            raise InputError(f"{NAMES[name]}: this model was trained without {name} conditions. Omit it")
+        if not values:
+            raise InputError(f"{NAMES[name]}: expected at least one, got none. Omit it")
+        condition = dict(self._each())[name]
+        return torch.cat([condition.parse(value) for value in values])
+
+    def complete(self, given: "Given | Tensor | None", count: int) -> dict[str, Tensor]:
+        """The values of all conditions for ``count`` images, with nothing where they are missing.
+
+        Args:
+            given: a tensor for each condition, or labels (count,) if the class is the only one.
+
+        Raises:
+            InputError: values that a condition cannot have, or of a condition that this prior does not have.
+        """
+        if isinstance(given, Tensor):
+            given = {"class": given}
+        conditions, values = dict(self._each()), self.nothing(count)
+        for name, value in (given or {}).items():
+            if name not in self:
+                has = f"only {' and '.join(self)}" if self else "no conditions"
+                raise InputError(f"condition {name!r}: this prior was trained with {has}. Omit it")
+            if len(value) != count:
+                raise InputError(
+                    f"condition {name!r}: expected a value for each of {count} images, got the shape "
+                    f"{tuple(value.shape)}"
+                )
+            conditions[name].check(value)
+            values[name] = value
+        return values
+
+    def forward(self, given: Given, size: int) -> Context:
+        """What the values of ``size`` images say about them."""
+        return merge_contexts(size, [condition(given[name]) for name, condition in self._each()])
+
+    @torch.no_grad()
+    def encode_each(self, given: Given, count: int) -> Context:
+        """:meth:`forward` for sampling, on the device of this module: each condition's distinct values are encoded one
+        by one, so that what is said about an image does not depend on its neighbours, not even in the last bit."""
+        device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+        contexts = []
+        for name, condition in self._each():
+            distinct, which = given[name].unique(dim=0, return_inverse=True)
+            each = join_contexts([condition(value[None].to(device)) for value in distinct])
+            contexts.append(each.rows(which.to(device)))
+        return merge_contexts(count, contexts)
+
+    def _each(self) -> list[tuple[str, Condition]]:
+        return list(self.items())  # type: ignore[arg-type]
