@@ -17,8 +17,7 @@ from torch import Tensor
 
 from twostage.core.config.sections import Count, Flag, Number, PathName, Section
 from twostage.core.data.decoding import Findings, check, decode
-from twostage.core.data.labels import AUTO
-from twostage.core.data.records import Records, Source
+from twostage.core.data.records import AUTO, Captions, Columns, Records, Source
 from twostage.core.data.shapes import CLASS_NAMES, draw_shapes
 from twostage.core.data.sources import find_local, find_source
 from twostage.core.data.spread import names_without_images, spread
@@ -64,6 +63,18 @@ class DataConfig(Section):
     """1 grey, 3 RGB, 4 RGBA."""
     label_column: Annotated[str, Field(min_length=1)] | None = AUTO
     """The column of a table with the classes; `auto` looks for `label`, `class` and similar names; null: no classes."""
+    caption_column: Annotated[str, Field(min_length=1)] | None = AUTO
+    """The column of a table or of a metadata file with the captions: a text, or a list of texts; `auto` looks for
+    `caption`, `text`, `prompt` and similar names, and for text files beside the images; null: no captions."""
+    on_missing_caption: Literal["error", "skip", "empty"] = "error"
+    """Whether images without a caption stop `twostage encode`, are skipped, or have an empty caption."""
+    vector_column: Annotated[str, Field(min_length=1)] | None = None
+    """The column with a vector for each image: lists of numbers, all of the same length."""
+    maps: PathName | None = None
+    """A map for each image, such as a segmentation: another image column, or a folder of images with the same names."""
+    map_kind: Literal["labels", "image"] = "labels"
+    """`labels`: the grey values or palette indices of maps are classes, and are never blended; `image`: maps are
+    ordinary images."""
     value_range: tuple[Number, Number] | None = None
     """The values in the files that become black and white, such as [0, 4095] for 12 bits stored in 16; null: the range
     of the files' type, which is 0 to 1 for floats."""
@@ -103,6 +114,11 @@ class DataConfig(Section):
         """(height, width)."""
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
+    @property
+    def columns(self) -> Columns:
+        """What to read beside the images."""
+        return Columns(self.label_column, self.caption_column, self.vector_column, self.maps)
+
 
 class ImageSplit:
     """The images of one split.
@@ -111,14 +127,27 @@ class ImageSplit:
         labels: (n,) int64, or None.
         pixels: (n, C, H, W) uint8; None: ``records`` are decoded on demand.
         records: None for `shapes`.
+        captions: the captions of each image, () for none; None: no image has captions.
+        vectors: (n, d) float32, or None.
+        maps: (n, H, W) uint8 classes, or (n, C, H, W) uint8 images; None: no maps, or those of ``records`` are decoded
+            on demand.
     """
 
     def __init__(
-        self, labels: np.ndarray | None, pixels: np.ndarray | None, records: Records | None, config: DataConfig
+        self,
+        labels: np.ndarray | None,
+        pixels: np.ndarray | None,
+        records: Records | None,
+        config: DataConfig,
+        *,
+        captions: Captions | None = None,
+        vectors: np.ndarray | None = None,
+        maps: np.ndarray | None = None,
     ) -> None:
         self.labels = None if labels is None else torch.from_numpy(labels)
         self.pixels = None if pixels is None else torch.from_numpy(pixels)
-        self.records, self.config = records, config
+        self.maps = None if maps is None else torch.from_numpy(maps)
+        self.records, self.config, self.captions, self.vectors = records, config, captions, vectors
 
     def __len__(self) -> int:
         return len(self.records or [] if self.pixels is None else self.pixels)
@@ -140,6 +169,10 @@ class ImageSplit:
                 "the file, then run the same command again to resume"
             )
         return torch.from_numpy(out)
+
+    def read_maps(self, rows: Tensor) -> Tensor | None:
+        """(len(rows), H, W) uint8 classes, or (len(rows), C, H, W) uint8 images; None without maps."""
+        return None if self.maps is None else self.maps[rows]
 
     def fingerprint(self) -> str:
         """The sha256 of the content, independent of its location: the number, names and labels of the images, and
@@ -258,7 +291,7 @@ def load_images(config: DataConfig) -> ImageData:
         _check_memory(config, config.num_images or NUM_SHAPES)
         return _load_shapes(config)
     quiet_decoders()
-    source = find_source(config.source, config.label_column)
+    source = find_source(config.source, config.columns)
     _limit_and_hold_out(source, config)
     count = sum(map(len, source.splits.values()))
     in_memory = count * _bytes_each(config) <= config.in_memory_gb * 1e9
@@ -272,7 +305,9 @@ def load_images(config: DataConfig) -> ImageData:
         good = np.array([row for row in range(len(records)) if row not in found.bad], dtype=np.int64)
         if found.bad:
             records, pixels = records.take(good), None if pixels is None else pixels[good]
-        splits[name] = ImageSplit(records.labels, pixels, records, config)
+        splits[name] = ImageSplit(
+            records.labels, pixels, records, config, captions=records.captions, vectors=records.vectors
+        )
     _report_bad(bad, source, config)
     for name, split in splits.items():
         if not len(split):

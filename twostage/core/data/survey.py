@@ -10,8 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from twostage.core.data.labels import AUTO
-from twostage.core.data.records import Records
+from twostage.core.data.records import AUTO, Columns, Records
 from twostage.core.data.shapes import CLASS_NAMES
 from twostage.core.data.sources import find_source
 from twostage.core.data.spread import spread
@@ -58,7 +57,7 @@ def survey(source: str, label_column: str | None = AUTO) -> Survey:
     if source == "shapes":
         return Survey((32, 32), 3, 20_000, dict.fromkeys(CLASS_NAMES, 2_500))
     quiet_decoders()
-    found = find_source(source, label_column)
+    found = find_source(source, Columns(label=label_column, caption=None))
     records = found.splits.get("train") or next(iter(found.splits.values()))
     counts = {}
     if found.class_names and records.labels is not None:

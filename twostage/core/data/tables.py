@@ -13,9 +13,10 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from twostage.core.data.captions import caption_column, column_cells, has_captions, read_captions
 from twostage.core.data.image_folder import FolderContent
 from twostage.core.data.labels import hub_features, label_candidates, label_column, table_labels
-from twostage.core.data.records import Records, Source
+from twostage.core.data.records import Captions, Columns, Records, Source
 from twostage.core.data.splits import exact_split, reads_as_held_out, spelled_splits
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import open_image
@@ -43,13 +44,13 @@ def find_tables(content: FolderContent) -> list[Path]:
     return [] if content.images and not any(len(path.parts) == 1 for path in found) else found
 
 
-def read_tables(root: Path, files: list[Path], wanted_label: str | None, content: FolderContent | None) -> Source:
+def read_tables(root: Path, files: list[Path], columns: Columns, content: FolderContent | None) -> Source:
     """Read tables as the splits that their names spell.
 
     Args:
         root: a folder, or a single table.
         files: the tables in the folder, relative to it; [] if ``root`` is a table.
-        wanted_label: `data.label_column`.
+        columns: what to read beside the images.
         content: everything in the folder; None if ``root`` is a table.
 
     Raises:
@@ -68,7 +69,7 @@ def read_tables(root: Path, files: list[Path], wanted_label: str | None, content
             ) from None
     used = [folder / path for paths in by_split.values() for path in paths]
     version = " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in used)
-    source = _from_tables(f"{used[0].suffix[1:]} {root}", tables, printable(root), version, folder, wanted_label)
+    source = _from_tables(f"{used[0].suffix[1:]} {root}", tables, printable(root), version, folder, columns)
     if ignored:
         source.notices.append(
             "tables not used, because their names are not splits, or because the split also exists higher up: "
@@ -160,7 +161,7 @@ def _read_table(file: Path) -> pa.Table:
         ) from None
 
 
-def read_hub(name: str, searched: list[Path], wanted_label: str | None) -> Source:
+def read_hub(name: str, searched: list[Path], columns: Columns) -> Source:
     """Load a Hugging Face dataset from the cache, or downloads it.
 
     Args:
@@ -189,7 +190,7 @@ def read_hub(name: str, searched: list[Path], wanted_label: str | None) -> Sourc
         raise InputError(f"data.source {name}: has the splits {list(parts)}, expected one named train")
     tables = {split: parts[part].data.table for split, part in by_split.items()}
     version = " ".join(part._fingerprint for part in parts.values())
-    source = _from_tables(f"Hugging Face dataset {name}", tables, name, version, None, wanted_label)
+    source = _from_tables(f"Hugging Face dataset {name}", tables, name, version, None, columns)
     if ignored:
         shown = ", ".join(f"`{part}` ({len(parts[part]):,} rows)" for part in ignored)
         source.notices.append(f"splits not used, because they are none of train, val and test: {shown}")
@@ -223,7 +224,7 @@ def _from_tables(
     origin: str,
     version: str,
     folder: Path | None,
-    wanted_label: str | None,
+    columns: Columns,
 ) -> Source:
     """The splits of tables; ``folder`` is the folder that paths in a local table may not leave."""
     first = "train" if "train" in tables else next(iter(tables))
@@ -235,13 +236,15 @@ def _from_tables(
                 f"{tables[first].schema.names}. Use the same column names"
             )
     schemas = [tables[first].schema, *(table.schema for split, table in tables.items() if split != first)]
-    labels_from, notices = label_column(wanted_label, schemas, column, origin)
-    if wanted_label is not None and labels_from is None:
+    labels_from, notices = label_column(columns.label, schemas, column, origin)
+    if columns.label is not None and labels_from is None:
         notices += label_candidates(tables[first], column)
     class_names, labels = None, dict.fromkeys(tables)
     if labels_from:
         class_names, labels, more = table_labels(tables, labels_from, origin)
         notices += more
+    captions, more = _captions(tables, columns.caption, schemas, [column, labels_from], origin)
+    notices += more
     splits = {}
     for split, table in tables.items():
         images = table.column(column)
@@ -253,8 +256,27 @@ def _from_tables(
             origin,
             files=_cell_files(images, folder),
             version=version,
+            captions=captions[split],
         )
     return Source(description, splits, class_names, notices)
+
+
+def _captions(
+    tables: dict[str, pa.Table], wanted: str | None, schemas: list[pa.Schema], taken: list[str | None], origin: str
+) -> tuple[dict[str, Captions | None], list[str]]:
+    """The captions of each split (None in all of them if no image has one), and notices."""
+    column, notices = caption_column(wanted, schemas, taken, origin)
+    if column is None:
+        return dict.fromkeys(tables), notices
+    found = {
+        split: read_captions(
+            column_cells(table, column, f"{origin}: `{split}`"),
+            [f"{origin}:{split}:{row}" for row in range(table.num_rows)],
+            column,
+        )
+        for split, table in tables.items()
+    }
+    return found if any(map(has_captions, found.values())) else dict.fromkeys(tables), notices
 
 
 def _image_column(schema: pa.Schema, origin: str) -> str:
