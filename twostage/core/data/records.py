@@ -76,3 +76,5 @@ class Source:
     notices: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     """Files that are not images, each with the reason."""
+    unmatched_captions: list[str] = field(default_factory=list)
+    """Caption files, and rows of metadata files, that belong to no image."""

@@ -5,16 +5,17 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from twostage.core.data.image_folder import FolderContent, list_folder, understand_folder
-from twostage.core.data.records import AUTO, Columns, Records, Source
+from twostage.core.data.maps import file_records
+from twostage.core.data.records import AUTO, Columns, Source
 from twostage.core.data.tables import TABLE_SUFFIXES, find_tables, read_hub, read_tables
 from twostage.core.errors import InputError
 from twostage.core.files import expand_home
-from twostage.core.images.conversion import open_image
 from twostage.core.wording import printable, some_of
 
 __all__ = ["find_local", "find_source"]
@@ -86,14 +87,8 @@ def _read_folder(root: Path, content: FolderContent, columns: Columns) -> Source
     splits = {}
     for split, files in found.splits.items():
         numbers = found.labels and found.labels[split]
-        splits[split] = Records(
-            [printable(file) for file in files],
-            None if numbers is None else np.array(numbers, dtype=np.int64),
-            lambda i, files=files: open_image(files[i]),
-            lambda files=files: np.array([file.stat().st_size if file.exists() else 0 for file in files], np.int64),
-            printable(root),
-            files,
-        )
+        labels = None if numbers is None else np.array(numbers, dtype=np.int64)
+        splits[split] = replace(file_records(files, printable(root)), labels=labels)
     names = None if found.class_names is None else [printable(name) for name in found.class_names]
     notices = found.notices
     if content.skipped:
