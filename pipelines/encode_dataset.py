@@ -1,6 +1,7 @@
 """Encodes a dataset with a trained tokenizer.
 
 accelerate launch -m pipelines.encode_dataset runs/TOKENIZER [--out DIR] [--data SOURCE] [--horizontal-flip] [--crops N]
+    [data.KEY=VALUE ...]
 
 All processes must run on the same machine.
 """
@@ -19,6 +20,14 @@ __all__ = ["command"]
 
 def command(
     tokenizer: Annotated[str, typer.Argument(help="runs/NAME of a trained tokenizer, or its model folder.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[DATA.KEY=VALUE]...",
+            help="Settings of captions, vectors and maps, such as data.on_missing_caption=skip; the tokenizer's apply "
+            "to the rest.",
+        ),
+    ] = None,
     out: Annotated[str | None, typer.Option(help="The folder for the codes; codes/NAME by default.")] = None,
     data: Annotated[str | None, typer.Option(help="A dataset other than the one it was trained on.")] = None,
     horizontal_flip: Annotated[
@@ -28,7 +37,7 @@ def command(
 ) -> None:
     """Encode a dataset with a trained tokenizer. Run the same command again to resume."""
     with resumable():
-        encode_dataset(tokenizer, out, data, Augmentation(horizontal_flip=horizontal_flip, crops=crops))
+        encode_dataset(tokenizer, out, data, Augmentation(horizontal_flip=horizontal_flip, crops=crops), settings)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pipelines.recipes.fitting_config import describe_survey
 from pipelines.recipes.recipe import recipe_for, training_size
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import DataConfig, ImageData, LabelColumnOption, ValueRangeOption, load_images
-from twostage.core.data.labels import AUTO
+from twostage.core.data.records import AUTO
 from twostage.core.data.spread import spread_over_classes
 from twostage.core.data.survey import survey
 from twostage.core.files import write_json

@@ -24,7 +24,7 @@ from twostage.core.data.dataset import (
     ValueRangeOption,
     load_images,
 )
-from twostage.core.data.labels import AUTO
+from twostage.core.data.records import AUTO
 from twostage.core.data.survey import survey
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float

@@ -1,17 +1,28 @@
 """The code cache, through which stage one passes codes to stage two: a folder with `manifest.json` and memory-mapped
-arrays, `SPLIT.codes.npy` (n, h, w) uint16 or int32 and `SPLIT.labels.npy` (n,).
+arrays.
+
+    SPLIT.codes.npy           (n, h, w) uint16 or int32
+    SPLIT.labels.npy          (n,)
+    SPLIT.captions.npy        (b,) uint8: all captions, see `StoredCaptions`
+    SPLIT.caption_starts.npy  (m + 1,) int64
+    SPLIT.vectors.npy         (m, d) float32
+    SPLIT.maps.npy            (n, H, W) uint8 classes, or (n, C, H, W) uint8 images
+
+Axes: m images, n = m * variants rows, h and w cells, H and W pixels. Row v * m + i is variant v of image i; its caption
+and its vector are those of the image.
 """
 
 import hashlib
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import model_validator
 from torch import Tensor
 
+from stage2_prior.stored_captions import StoredCaptions
 from twostage.core.config.sections import Count, Flag, Section, Size, parse_config
 from twostage.core.data.spread import names_without_images
 from twostage.core.errors import InputError
@@ -24,6 +35,7 @@ __all__ = [
     "CodeCache",
     "CodeSplit",
     "Manifest",
+    "MapForm",
     "SplitFiles",
     "TokenizerReference",
     "code_dtype",
@@ -64,6 +76,20 @@ class SplitFiles(Section):
     rows: Size
     codes: str
     labels: str | None
+    captions: str | None = None
+    caption_starts: str | None = None
+    vectors: str | None = None
+    maps: str | None = None
+
+
+class MapForm(Section):
+    """What the maps beside the codes are."""
+
+    kind: Literal["labels", "image"]
+    channels: Count | None
+    """1 or 3 for images; None for labels."""
+    classes: list[Size] | None
+    """The classes that occur in the maps of the training split, sorted; None for images."""
 
 
 class Manifest(Section):
@@ -81,6 +107,12 @@ class Manifest(Section):
     """Cells (h, w)."""
     codebook_size: Count
     class_names: list[str] | None
+    vector_length: Count | None = None
+    """The numbers in the vector of each image; None: no vectors."""
+    maps: MapForm | None = None
+    """None: no maps."""
+    condition_settings: dict[str, str | None] | None = None
+    """The `data` settings of captions, vectors and maps; None for codes of earlier versions."""
     validation_split: str
     augmentation: Augmentation = Augmentation()
     splits: dict[str, SplitFiles]
@@ -101,6 +133,16 @@ class Manifest(Section):
                     f"{list(found)}. Encode the images again"
                 )
         return self
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether every row has captions."""
+        return all(files.captions is not None for files in self.splits.values())
+
+    @property
+    def map_classes(self) -> int | None:
+        """One more than the highest class in the maps of the training split; None without label maps."""
+        return None if self.maps is None or not self.maps.classes else max(self.maps.classes) + 1
 
 
 def code_dtype(codebook_size: int) -> type[np.integer]:
@@ -132,8 +174,17 @@ def _code_counts(codes: np.ndarray, codebook_size: int) -> np.ndarray:
 class CodeSplit:
     """The code grids of one split. Rows are read from disk when they are needed."""
 
-    def __init__(self, codes: np.ndarray, labels: np.ndarray | None) -> None:
+    def __init__(
+        self,
+        codes: np.ndarray,
+        labels: np.ndarray | None,
+        *,
+        captions: StoredCaptions | None = None,
+        vectors: np.ndarray | None = None,
+        maps: np.ndarray | None = None,
+    ) -> None:
         self.codes, self.labels = codes, labels
+        self.captions, self.vectors, self.maps = captions, vectors, maps
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -145,6 +196,20 @@ class CodeSplit:
     def read_labels(self, rows: Tensor) -> Tensor | None:
         """Labels (B,) int64, or None."""
         return None if self.labels is None else torch.from_numpy(self.labels[rows.numpy()])
+
+    def read_captions(self, rows: Tensor) -> list[tuple[str, ...]] | None:
+        """One or more captions for each of B rows; None without captions."""
+        return None if self.captions is None else self.captions.read((rows % len(self.captions)).tolist())
+
+    def read_vectors(self, rows: Tensor) -> Tensor | None:
+        """(B, d) float32, or None."""
+        if self.vectors is None:
+            return None
+        return torch.from_numpy(np.take(self.vectors, rows.numpy() % len(self.vectors), axis=0))
+
+    def read_maps(self, rows: Tensor) -> Tensor | None:
+        """(B, H, W) uint8 classes, or (B, C, H, W) uint8 images; None without maps."""
+        return None if self.maps is None else torch.from_numpy(np.take(self.maps, rows.numpy(), axis=0))
 
 
 class CodeCache:
@@ -164,7 +229,7 @@ class CodeCache:
         document = read_json(file, "encode the images again")
         check_format(document.get("format_version"), FORMAT_VERSION, f"codes {self.path}")
         self.manifest = parse_config(Manifest, document, f"codes {file}")
-        self.splits = {name: self._open(files) for name, files in self.manifest.splits.items()}
+        self.splits = {name: self._open(name, files) for name, files in self.manifest.splits.items()}
 
     @property
     def validation(self) -> CodeSplit:
@@ -183,6 +248,10 @@ class CodeCache:
                 digest.update(np.ascontiguousarray(split.codes[start : start + _ROWS_AT_ONCE]).data)
             if split.labels is not None:
                 digest.update(split.labels.data)
+            captions = [split.captions.text, split.captions.starts] if split.captions else []
+            for array in [a for a in (*captions, split.vectors, split.maps) if a is not None]:
+                for start in range(0, len(array), _ROWS_AT_ONCE):
+                    digest.update(np.ascontiguousarray(array[start : start + _ROWS_AT_ONCE]).data)
         facts = {
             "tokenizer": manifest.tokenizer.hash,
             "grid": list(manifest.grid),
@@ -195,10 +264,11 @@ class CodeCache:
         return Contents("codes", self.path.absolute(), facts)
 
     def check_codes(self) -> None:
-        """Reads all codes once, and all labels if the manifest names classes.
+        """Reads all codes once, all captions and vectors, and all labels if the manifest names classes.
 
         Raises:
-            InputError: a code is outside the codebook, or a label is not a class (the message names file and row).
+            InputError: a code is outside the codebook, a label is not a class, captions are damaged, or a vector is not
+                finite (the message names file and row).
         """
         size, classes = self.manifest.codebook_size, len(self.manifest.class_names or [])
         for name, split in self.splits.items():
@@ -206,6 +276,19 @@ class CodeCache:
             self._check_range(files.codes, split.codes, "code", size, f"codebook_size {size}")
             if classes and split.labels is not None and files.labels is not None:
                 self._check_range(files.labels, split.labels, "label", classes, f"{classes} class_names")
+            if split.captions is not None and (row := split.captions.first_bad()) is not None:
+                raise InputError(
+                    f"codes {self._file(files.captions or '')}: the captions of row {row} are damaged, expected UTF-8 "
+                    f"between the offsets in {files.caption_starts}. {self._remedy}"
+                )
+            vectors = [] if split.vectors is None else split.vectors
+            for start in range(0, len(vectors), _ROWS_AT_ONCE):
+                finite = np.isfinite(vectors[start : start + _ROWS_AT_ONCE]).all(axis=1)
+                if not finite.all():
+                    raise InputError(
+                        f"codes {self._file(files.vectors or '')}: row {start + int(finite.argmin())} contains NaN or "
+                        f"infinity, expected finite numbers. {self._remedy}"
+                    )
 
     def _check_range(self, name: str, values: np.ndarray, what: str, limit: int, why: str) -> None:
         for start in range(0, len(values), _ROWS_AT_ONCE):
@@ -224,14 +307,24 @@ class CodeCache:
     def _file(self, name: str) -> Path:
         return self.path / Path(name).name  # always inside the folder, even if the manifest is malicious
 
-    def _open(self, files: SplitFiles) -> CodeSplit:
-        shape = (files.rows, *self.manifest.grid)
+    def _open(self, name: str, files: SplitFiles) -> CodeSplit:
+        manifest, shape = self.manifest, (files.rows, *self.manifest.grid)
+        images = files.rows // (manifest.augmentation.variants if name == "train" else 1)
         codes = self._map(files.codes, shape)
         # Labels are small and needed as int64; the codes stay on disk.
         labels = None if files.labels is None else np.array(self._map(files.labels, shape[:1]), dtype=np.int64)
-        return CodeSplit(codes, labels)
+        captions = vectors = maps = None
+        if files.captions is not None and files.caption_starts is not None:
+            starts = self._map(files.caption_starts, (images + 1,))
+            captions = StoredCaptions(self._map(files.captions, (int(starts[-1]),)), starts)
+        if files.vectors is not None and manifest.vector_length is not None:
+            vectors = self._map(files.vectors, (images, manifest.vector_length), np.floating)
+        if files.maps is not None and manifest.maps is not None:
+            channels = () if manifest.maps.channels is None else (manifest.maps.channels,)
+            maps = self._map(files.maps, (files.rows, *channels, *manifest.image_size))
+        return CodeSplit(codes, labels, captions=captions, vectors=vectors, maps=maps)
 
-    def _map(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def _map(self, name: str, shape: tuple[int, ...], kind: type[np.number] = np.integer) -> np.ndarray:
         file = self._file(name)
         if not file.is_file():
             raise InputError(f"codes {file}: missing, expected an array of the shape {shape}. {self._remedy}")
@@ -243,9 +336,10 @@ class CodeCache:
                 found, _, dtype = read_header(opened)
                 header = opened.tell()
             except ValueError:  # the header itself is truncated
-                found, dtype, header = shape, np.dtype(np.uint16), size
-        if not np.issubdtype(dtype, np.integer):
-            raise InputError(f"codes {file}: expected integers, found {dtype}. {self._remedy}")
+                found, dtype, header = shape, np.dtype(np.uint16 if kind is np.integer else np.float32), size
+        if not np.issubdtype(dtype, kind):
+            numbers = "integers" if kind is np.integer else "floats"
+            raise InputError(f"codes {file}: expected {numbers}, found {dtype}. {self._remedy}")
         if found != shape:
             raise InputError(f"codes {file}: expected the shape {shape}, found {found}. {self._remedy}")
         rows = (size - header) // (dtype.itemsize * math.prod(shape[1:]))

@@ -6,6 +6,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from pipelines.encoding.condition_data import (
+    check_captions,
+    condition_settings,
+    map_form,
+    mirrored_words,
+    with_settings,
+)
 from pipelines.encoding.image_variants import ImageVariants, image_variants
 from pipelines.encoding.partial_codes import CHUNK, PartialCodes, discard_leftover
 from pipelines.saved.saved_model import SavedModel
@@ -20,6 +27,7 @@ from stage2_prior.codes import (
     code_dtype,
     code_statistics,
 )
+from twostage.core.config.sections import summarize_differences
 from twostage.core.data.dataset import DataConfig, ImageData, load_images
 from twostage.core.data.sources import find_local
 from twostage.core.errors import InputError
@@ -27,7 +35,7 @@ from twostage.core.images.conversion import to_float
 from twostage.core.machine.command import print_once
 from twostage.core.machine.processes import join_processes
 from twostage.core.machine.progress import ProgressBar
-from twostage.core.runs.contents import Record, same_place
+from twostage.core.runs.contents import Contents, Record, same_place
 
 __all__ = ["encode_dataset"]
 
@@ -37,6 +45,7 @@ def encode_dataset(
     out: str | Path | None = None,
     source: str | None = None,
     augmentation: Augmentation | None = None,
+    settings: list[str] | None = None,
 ) -> Path:
     """Encode every split into ``out`` (codes/NAME by default). The processes of one machine share the images.
 
@@ -45,13 +54,15 @@ def encode_dataset(
     Args:
         source: another dataset than the one that the tokenizer was trained on.
         augmentation: the additional rows of the training split; none by default.
+        settings: of captions, vectors and maps, such as `data.on_missing_caption=skip`; by default the tokenizer's.
 
     Returns:
         The folder: a code cache.
 
     Raises:
-        InputError: no tokenizer there, one without codes, a folder that contains other codes or other files, or
-            processes on several machines that do not see each other's files.
+        InputError: no tokenizer there, one without codes, a folder that contains other codes or other files, images
+            without a caption next to others that have one, or processes on several machines that do not see each
+            other's files.
     """
     augmentation = augmentation or Augmentation()
     state = join_processes()
@@ -62,7 +73,7 @@ def encode_dataset(
             "vector, finite_scalar, lookup_free or residual."
         )
     saved = SavedModel.find_run(tokenizer)
-    config = saved.training_data(source)
+    config = with_settings(saved.training_data(source), settings or [])
     final = Path(out) if out else Path("codes") / _name_of(saved.home)
     reference = TokenizerReference(hash=model.content_hash(), path=portable(tokenizer, final))
     if _contains_these_codes(final, reference, config, augmentation):
@@ -72,13 +83,13 @@ def encode_dataset(
         return final
 
     data = load_images(config)
-    for line in [data.description, *data.notices]:
+    check_captions(data, config)
+    notice = mirrored_words(data, augmentation)
+    for line in [data.description, *data.notices, *([notice] if notice else [])]:
         print_once(line)
     splits = image_variants(data, augmentation)
-    common = {"tokenizer": reference.hash, "augmentation": augmentation.model_dump(mode="json")}
-    group, contents = config.model_dump(mode="json"), data.contents()
-    identity = common | {"data": {**group, "source": None}, "images": contents.facts}
-    partial = PartialCodes(final, identity, splits, former=common | {"data": group})
+    contents = data.contents()
+    partial = _partial_codes(final, reference, config, contents, splits)
     if state.is_main_process and (message := partial.begin(model.code_grid, code_dtype(model.codebook_size))):
         print(message)
     state.wait_for_everyone()
@@ -125,6 +136,9 @@ def _contains_these_codes(
         raise InputError(
             f"--out {final}: contains codes with {manifest.augmentation} instead of {augmentation}. {remedy}"
         )
+    stored, wanted = manifest.condition_settings, condition_settings(data, final)
+    if stored and (differences := summarize_differences({"data": stored}, {"data": wanted})):
+        raise InputError(f"--out {final}: contains codes with other settings ({differences}). {remedy}")
     return True
 
 
@@ -147,12 +161,25 @@ def _is_free(final: Path) -> bool:
     return not final.exists() or (final.is_dir() and not any(final.iterdir()))
 
 
+def _partial_codes(
+    final: Path,
+    reference: TokenizerReference,
+    config: DataConfig,
+    images: Contents,
+    splits: dict[str, ImageVariants],
+) -> PartialCodes:
+    augmentation, group = splits["train"].augmentation.model_dump(mode="json"), config.model_dump(mode="json")
+    common = {"tokenizer": reference.hash, "augmentation": augmentation}
+    identity = common | {"data": {**group, "source": None, "maps": None}, "images": images.facts}
+    return PartialCodes(final, identity, splits, former=common | {"data": group})
+
+
 @torch.no_grad()
 def _encode_split(
     model: Autoencoder, images: ImageVariants, name: str, partial: PartialCodes, state: PartialState
 ) -> None:
     """Write this process's share of a split's codes."""
-    codes, done = partial.open(name)
+    codes, maps, done = partial.open(name), partial.open_maps(name), partial.open_done(name)
     chunks = torch.arange(len(images.images)).split(CHUNK)
     mine = [chunk for chunk in range(state.process_index, len(chunks), state.num_processes) if not done[chunk]]
     for chunk in ProgressBar(mine, desc=name, unit="batch", disable=not state.is_main_process, leave=False):
@@ -163,6 +190,10 @@ def _encode_split(
             codes[first : first + len(pixels)] = indices.cpu().numpy()
             first += len(images.images)
         codes.flush()
+        if maps is not None and (variants := images.read_maps(chunks[chunk])) is not None:
+            for first, pixels in zip(range(chunk * CHUNK, len(maps), len(images.images)), variants, strict=True):
+                maps[first : first + len(pixels)] = pixels.numpy()
+            maps.flush()
         done[chunk] = 1
 
 
@@ -177,7 +208,8 @@ def _manifest(
     assert model.codebook_size is not None
     is_path = config.source != "shapes" and Path(config.source).exists()
     # Computed from the files, so that it does not matter which call or process wrote them.
-    statistics = code_statistics({split: partial.open(split)[0] for split in partial.splits}, model.codebook_size)
+    train = data.splits["train"]
+    statistics = code_statistics({split: partial.open(split) for split in partial.splits}, model.codebook_size)
     return Manifest(
         tokenizer=reference,
         source=portable(config.source, partial.final) if is_path else config.source,
@@ -187,17 +219,26 @@ def _manifest(
         grid=model.code_grid,
         codebook_size=model.codebook_size,
         class_names=data.class_names,
+        vector_length=None if train.vectors is None else train.vectors.shape[1],
+        maps=map_form(data, {split: partial.open_maps(split) for split in partial.splits}),
+        condition_settings=condition_settings(config, partial.final),
         validation_split=data.validation_name,
         augmentation=partial.splits["train"].augmentation,
-        splits={
-            split: SplitFiles(
-                rows=variants.rows,
-                codes=f"{split}.codes.npy",
-                labels=None if variants.images.labels is None else f"{split}.labels.npy",
-            )
-            for split, variants in partial.splits.items()
-        },
+        splits={split: _files(split, variants) for split, variants in partial.splits.items()},
         **statistics,
+    )
+
+
+def _files(split: str, variants: ImageVariants) -> SplitFiles:
+    images = variants.images
+    return SplitFiles(
+        rows=variants.rows,
+        codes=f"{split}.codes.npy",
+        labels=None if images.labels is None else f"{split}.labels.npy",
+        captions=None if images.captions is None else f"{split}.captions.npy",
+        caption_starts=None if images.captions is None else f"{split}.caption_starts.npy",
+        vectors=None if images.vectors is None else f"{split}.vectors.npy",
+        maps=None if images.map_form is None else f"{split}.maps.npy",
     )
 
 
@@ -210,6 +251,13 @@ def _describe(manifest: Manifest) -> str:
         mirrored = ", each also mirrored" if augmentation.horizontal_flip else ""
         variants = f"train in {augmentation.variants} variants (plain{crops}{mirrored}): {train + held_out:,} rows, "
     unigram = manifest.unigram_nats_per_code[manifest.validation_split]
+    beside = ["captions"] if manifest.has_captions else []
+    if manifest.vector_length:
+        beside.append(f"vectors of {manifest.vector_length} numbers")
+    if manifest.maps:
+        classes = manifest.maps.classes
+        beside.append("maps" if classes is None else f"maps of {len(classes)} class{'es' * (len(classes) > 1)}")
+    variants += f"with {', '.join(beside)}, " if beside else ""
     return (
         f"{train // augmentation.variants + held_out:,} images, {variants}grid {manifest.grid[0]}x{manifest.grid[1]}, "
         f"{manifest.codes_used} of {manifest.codebook_size} codes used. Nats per code: entropy "

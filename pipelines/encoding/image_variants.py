@@ -41,8 +41,17 @@ class ImageVariants:
 
         An image is decoded only once for each size, however many variants there are.
         """
-        plain = self.images.read(images)
         larger = None if self.larger is None else self.larger.read(images)
+        return self._variants(images, self.images.read(images), larger)
+
+    def read_maps(self, images: Tensor) -> Iterator[Tensor] | None:
+        """The maps of the same variants, cropped and mirrored as they are: (B, H, W) or (B, C, H, W) uint8 each; None
+        without maps."""
+        plain = self.images.read_maps(images)
+        larger = None if self.larger is None else self.larger.read_maps(images)
+        return None if plain is None else self._variants(images, plain, larger)
+
+    def _variants(self, images: Tensor, plain: Tensor, larger: Tensor | None) -> Iterator[Tensor]:
         for mirrored in (False, True)[: 1 + self.augmentation.horizontal_flip]:
             yield plain.flip(-1) if mirrored else plain
             for crop in range(self.augmentation.crops):
@@ -52,11 +61,13 @@ class ImageVariants:
 
 
 def _windows(larger: Tensor, images: Tensor, crop: int, size: tuple[int, int]) -> Tensor:
-    """A window (B, C, *size) of each image; the numbers of image and crop alone determine its position."""
-    windows = larger.unfold(2, size[0], 1).unfold(3, size[1], 1)  # (B, C, places down, places across, *size): a view
+    """A window (B, ..., *size) of each of ``larger`` (B, ..., H, W); the numbers of image and crop alone determine its
+    position."""
+    windows = larger.unfold(-2, size[0], 1).unfold(-2, size[1], 1)  # a view (B, ..., places down, places across, *size)
     seeds = torch.tensor([seed_for("crop", image, crop) for image in images.tolist()])
-    down, across = windows.shape[2:4]
-    return windows[torch.arange(len(images)), :, seeds % down, seeds // down % across]
+    down, across = windows.shape[-4:-2]
+    places = zip(windows, (seeds % down).tolist(), (seeds // down % across).tolist(), strict=True)
+    return torch.stack([window[..., top, left, :, :] for window, top, left in places])
 
 
 def image_variants(data: ImageData, augmentation: Augmentation) -> dict[str, ImageVariants]:

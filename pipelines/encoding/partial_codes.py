@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 
 from pipelines.encoding.image_variants import ImageVariants
 from stage2_prior.codes import Manifest
+from stage2_prior.stored_captions import StoredCaptions
 from twostage.core.config.sections import summarize_differences
 from twostage.core.data.dataset import DataConfig
 from twostage.core.errors import InputError
@@ -74,6 +75,7 @@ class PartialCodes:
             # Settings that the previous version did not have yet have their defaults.
             stored["data"] = DataConfig().model_dump(mode="json") | stored["data"]
         if stored is not None and stored in (self.identity, self.former):
+            self._write_captions()
             total = sum(split.rows for split in self.splits.values())
             return f"{self.folder}: resuming, {sum(map(self._rows_done, self.splits)):,} of {total:,} rows are done"
         message = None
@@ -91,15 +93,26 @@ class PartialCodes:
     def _create_files(self, grid: tuple[int, int], dtype: type[np.integer]) -> None:
         self.codes.mkdir(parents=True)
         for name, split in self.splits.items():
-            file, shape = self.codes / f"{name}.codes.npy", (split.rows, *grid)
-            np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape).flush()
-            if hasattr(os, "posix_fallocate"):  # a full disk fails here; later it would crash the process
-                with file.open("r+b") as opened:
-                    os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+            _create_array(self.codes / f"{name}.codes.npy", dtype, (split.rows, *grid))
+            if (form := split.images.map_form) is not None:
+                _create_array(self.codes / f"{name}.maps.npy", np.uint8, (split.rows, *form))
             if (labels := split.labels()) is not None:
                 np.save(self.codes / f"{name}.labels.npy", labels)
+            if (vectors := split.images.vectors) is not None:
+                np.save(self.codes / f"{name}.vectors.npy", vectors)
+        self._write_captions()
+        for name, split in self.splits.items():
             np.save(self._done_file(name), np.zeros(-(-len(split.images) // CHUNK), dtype=np.uint8))
         write_json(self.identity_file, self.identity)  # last: without it, the files above are ignored
+
+    def _write_captions(self) -> None:
+        """Write the present captions, which do not change the codes: the call before this one may have had others, and
+        those of earlier versions had none."""
+        for name, split in self.splits.items():
+            if split.images.captions is not None:
+                captions = StoredCaptions.pack(split.images.captions)
+                np.save(self.codes / f"{name}.captions.npy", captions.text)
+                np.save(self.codes / f"{name}.caption_starts.npy", captions.starts)
 
     def check_shared(self) -> None:
         """Check that every process sees the folder; each calls this after the main process has begun.
@@ -110,15 +123,19 @@ class PartialCodes:
         if not all(gather_object([self.identity_file.is_file()])):
             raise InputError(f"{self.folder}: not visible to all processes. {_ONE_MACHINE}")
 
-    def open(self, name: str) -> tuple[np.memmap, np.memmap]:
-        """A split's codes (rows, h, w) and a byte for each of its chunks, both writable.
+    def open(self, name: str) -> np.memmap:
+        """A split's codes, (rows, h, w), writable."""
+        return np.load(self.codes / f"{name}.codes.npy", mmap_mode="r+", allow_pickle=False)
 
-        Flush the codes of a chunk before you set its byte.
-        """
-        return (
-            np.load(self.codes / f"{name}.codes.npy", mmap_mode="r+", allow_pickle=False),
-            np.load(self._done_file(name), mmap_mode="r+", allow_pickle=False),
-        )
+    def open_maps(self, name: str) -> np.memmap | None:
+        """A split's maps, (rows, H, W) or (rows, C, H, W), writable; None without maps."""
+        if self.splits[name].images.map_form is None:
+            return None
+        return np.load(self.codes / f"{name}.maps.npy", mmap_mode="r+", allow_pickle=False)
+
+    def open_done(self, name: str) -> np.memmap:
+        """A byte for each chunk of a split, writable. Flush the codes and the maps of a chunk before you set it."""
+        return np.load(self._done_file(name), mmap_mode="r+", allow_pickle=False)
 
     def finish(self, manifest: Manifest) -> None:
         """Rename it to the final folder, which is then a code cache.
@@ -143,6 +160,13 @@ class PartialCodes:
         images, variants = len(self.splits[name].images), self.splits[name].augmentation.variants
         chunks = np.flatnonzero(np.load(self._done_file(name), allow_pickle=False))
         return int(np.minimum(CHUNK, images - CHUNK * chunks).sum()) * variants
+
+
+def _create_array(file: Path, dtype: type[np.integer], shape: tuple[int, ...]) -> None:
+    np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape).flush()
+    if hasattr(os, "posix_fallocate"):  # a full disk fails here; later it would crash the process
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
 
 
 def discard_leftover(final: Path) -> None:

@@ -144,6 +144,7 @@ def _held_out_images(
     manifest = codes.cache.manifest
     config = pipeline.saved_tokenizer.training_data(source or manifest.source)
     if source is None:
+        config = config.model_copy(update=manifest.condition_settings or {})
         config = find_data(config, codes.cache.path, manifest.images)
     data, names = load_images(config), prior.config.class_names
     if names and data.class_names != names:

@@ -15,7 +15,7 @@ from stage2_prior.codes import CodeCache, TokenizerReference
 from stage2_prior.prior import Prior, PriorConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import DataConfig, ImageSplit, load_images
-from twostage.core.data.labels import AUTO
+from twostage.core.data.records import AUTO
 from twostage.core.data.sources import find_local
 from twostage.core.errors import InputError
 from twostage.core.files import read_json
@@ -124,7 +124,8 @@ class SavedModel:
         model = read_json(self.folder / "config.json", "copy the model again")
         document |= {"image_size": model["image_size"], "channels": model["channels"]}
         if source:  # tables have columns of their own, and shapes no range
-            document |= {"source": source, "label_column": AUTO} | ({"value_range": None} if source == "shapes" else {})
+            document |= {"source": source, "label_column": AUTO, "caption_column": AUTO}
+            document |= {"vector_column": None, "maps": None} | ({"value_range": None} if source == "shapes" else {})
         config = parse_config(DataConfig, document, "data")
         if source or not self.run:
             return config

@@ -6,7 +6,7 @@ on demand, in threads.
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -16,9 +16,10 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from twostage.core.config.sections import Count, Flag, Number, PathName, Section
+from twostage.core.data.captions import has_captions
 from twostage.core.data.decoding import Findings, check, decode
-from twostage.core.data.labels import AUTO
-from twostage.core.data.records import Records, Source
+from twostage.core.data.maps import MapKind, decode_maps
+from twostage.core.data.records import AUTO, Captions, Columns, Records, Source
 from twostage.core.data.shapes import CLASS_NAMES, draw_shapes
 from twostage.core.data.sources import find_local, find_source
 from twostage.core.data.spread import names_without_images, spread
@@ -64,6 +65,18 @@ class DataConfig(Section):
     """1 grey, 3 RGB, 4 RGBA."""
     label_column: Annotated[str, Field(min_length=1)] | None = AUTO
     """The column of a table with the classes; `auto` looks for `label`, `class` and similar names; null: no classes."""
+    caption_column: Annotated[str, Field(min_length=1)] | None = AUTO
+    """The column of a table or of a metadata file with the captions: a text, or a list of texts; `auto` looks for
+    `caption`, `text`, `prompt` and similar names, and for text files beside the images; null: no captions."""
+    on_missing_caption: Literal["error", "skip", "empty"] = "error"
+    """Whether images without a caption stop `twostage encode`, are skipped, or have an empty caption."""
+    vector_column: Annotated[str, Field(min_length=1)] | None = None
+    """The column with a vector for each image: lists of numbers, all of the same length."""
+    maps: PathName | None = None
+    """A map for each image, such as a segmentation: another image column, or a folder of images with the same names."""
+    map_kind: MapKind = "labels"
+    """`labels`: the grey values or palette indices of maps are classes, and are never blended; `image`: maps are
+    ordinary images."""
     value_range: tuple[Number, Number] | None = None
     """The values in the files that become black and white, such as [0, 4095] for 12 bits stored in 16; null: the range
     of the files' type, which is 0 to 1 for floats."""
@@ -103,6 +116,11 @@ class DataConfig(Section):
         """(height, width)."""
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
+    @property
+    def columns(self) -> Columns:
+        """What to read beside the images."""
+        return Columns(self.label_column, self.caption_column, self.vector_column, self.maps)
+
 
 class ImageSplit:
     """The images of one split.
@@ -111,14 +129,30 @@ class ImageSplit:
         labels: (n,) int64, or None.
         pixels: (n, C, H, W) uint8; None: ``records`` are decoded on demand.
         records: None for `shapes`.
+        captions: the captions of each image, () for none; None: no image has captions.
+        vectors: (n, d) float32, or None.
+        maps: (n, H, W) uint8 classes, or (n, C, H, W) uint8 images; None: no maps, or those of ``records`` are decoded
+            on demand.
+        map_channels: C; None: maps of classes, or no maps.
     """
 
     def __init__(
-        self, labels: np.ndarray | None, pixels: np.ndarray | None, records: Records | None, config: DataConfig
+        self,
+        labels: np.ndarray | None,
+        pixels: np.ndarray | None,
+        records: Records | None,
+        config: DataConfig,
+        *,
+        captions: Captions | None = None,
+        vectors: np.ndarray | None = None,
+        maps: np.ndarray | None = None,
+        map_channels: int | None = None,
     ) -> None:
         self.labels = None if labels is None else torch.from_numpy(labels)
         self.pixels = None if pixels is None else torch.from_numpy(pixels)
-        self.records, self.config = records, config
+        self.maps = None if maps is None else torch.from_numpy(maps)
+        self.records, self.config, self.captions, self.vectors = records, config, captions, vectors
+        self.map_channels = map_channels
 
     def __len__(self) -> int:
         return len(self.records or [] if self.pixels is None else self.pixels)
@@ -133,17 +167,35 @@ class ImageSplit:
             return self.pixels[rows]
         assert self.records is not None
         out = np.empty((len(rows), self.config.channels, *self.config.size), dtype=np.uint8)
-        if bad := decode(self.records, rows.tolist(), out, self.config.value_range).bad:
-            row, reason = next(iter(bad.items()))
-            raise InputError(
-                f"{self.records.names[row]}: was readable when the run started but no longer is ({reason}). Restore "
-                "the file, then run the same command again to resume"
-            )
+        _check_readable(self.records, decode(self.records, rows.tolist(), out, self.config.value_range))
         return torch.from_numpy(out)
 
+    def read_maps(self, rows: Tensor) -> Tensor | None:
+        """(len(rows), H, W) uint8 classes, or (len(rows), C, H, W) uint8 images; None without maps."""
+        if self.map_form is None:
+            return None
+        if self.maps is not None:
+            return self.maps[rows]
+        assert self.records is not None
+        assert self.records.maps is not None
+        maps, classes = self.records.maps, self.map_channels is None
+        out = np.empty((len(rows), self.map_channels or 1, *self.config.size), dtype=np.uint8)
+        _check_readable(maps, decode(maps, rows.tolist(), out, None, classes))
+        return torch.from_numpy(out[:, 0] if classes else out)
+
+    @property
+    def map_form(self) -> tuple[int, ...] | None:
+        """The shape of a map: (H, W) for classes, (C, H, W) for images; None without maps."""
+        if self.maps is None and (self.records is None or self.records.maps is None):
+            return None
+        return self.config.size if self.map_channels is None else (self.map_channels, *self.config.size)
+
     def fingerprint(self) -> str:
-        """The sha256 of the content, independent of its location: the number, names and labels of the images, and
-        their pixels if in memory, else the sizes of their files."""
+        """The sha256 of the content, independent of its location: the number, names and labels of the images, their
+        vectors, and the pixels of images and maps if in memory, else the sizes of their files.
+
+        Captions are not part of it: images and codes are the same with other captions.
+        """
         digest = hashlib.sha256(f"{len(self)} {self.config.channels} {self.config.size}".encode())
         if self.labels is not None:
             digest.update(self.labels.numpy().tobytes())
@@ -154,12 +206,24 @@ class ImageSplit:
             digest.update(self.pixels.numpy().data)
         elif self.records is not None:
             digest.update(self.records.sizes().tobytes())
+        if self.vectors is not None:
+            digest.update(self.vectors.data)
+        if self.map_form is not None:
+            digest.update(f"maps {self.map_form}".encode())
+            if self.maps is not None:
+                digest.update(self.maps.numpy().data)
+            elif self.records is not None and self.records.maps is not None:
+                digest.update(self.records.maps.sizes().tobytes())
         return digest.hexdigest()
 
     def sample_hash(self) -> str:
         """The sha256 of the pixels of up to 256 evenly spaced images: for a split that is not in memory, whose
         fingerprint only covers file sizes."""
-        return hashlib.sha256(self.read(spread(len(self), 256)).numpy().tobytes()).hexdigest()
+        rows = spread(len(self), 256)
+        digest = hashlib.sha256(self.read(rows).numpy().tobytes())
+        if (maps := self.read_maps(rows)) is not None:
+            digest.update(maps.numpy().tobytes())
+        return digest.hexdigest()
 
     def names(self, rows: Tensor) -> list[str]:
         """The name of each image in messages: its file, or its row."""
@@ -182,6 +246,8 @@ class ImageData:
     notices: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     """Files skipped because they are not images, each with the reason."""
+    unmatched_captions: list[str] = field(default_factory=list)
+    """Caption files, and rows of metadata files, that belong to no image."""
     bad: list[str] = field(default_factory=list)
     """Images skipped because they are unreadable, each with the reason."""
     modes: Counter[str] = field(default_factory=Counter)
@@ -235,7 +301,7 @@ def load_larger(data: ImageData, size: tuple[int, int]) -> ImageSplit:
     if train.records is None:
         _check_memory(config, len(train))
         return ImageSplit(labels, draw_shapes(0, len(train), size, config.channels, TRAIN_SEED), None, config)
-    larger = ImageSplit(labels, None, train.records, config)
+    larger = ImageSplit(labels, None, train.records, config, map_channels=train.map_channels)
     plain_bytes = sum(split.pixels.nbytes for split in data.splits.values() if split.pixels is not None)
     in_memory = plain_bytes + len(train) * _bytes_each(config) <= config.in_memory_gb * 1e9
     _check_memory(config, len(train) if in_memory else 1)
@@ -258,7 +324,8 @@ def load_images(config: DataConfig) -> ImageData:
         _check_memory(config, config.num_images or NUM_SHAPES)
         return _load_shapes(config)
     quiet_decoders()
-    source = find_source(config.source, config.label_column)
+    source = find_source(config.source, config.columns)
+    _apply_caption_policy(source, config)
     _limit_and_hold_out(source, config)
     count = sum(map(len, source.splits.values()))
     in_memory = count * _bytes_each(config) <= config.in_memory_gb * 1e9
@@ -269,14 +336,17 @@ def load_images(config: DataConfig) -> ImageData:
         found = check(records, pixels, (config.channels, *config.size), config.value_range)
         bad += [f"{records.names[row]} ({reason})" for row, reason in found.bad.items()]
         total.add(found)
-        good = np.array([row for row in range(len(records)) if row not in found.bad], dtype=np.int64)
         if found.bad:
+            good = np.array([row for row in range(len(records)) if row not in found.bad], dtype=np.int64)
             records, pixels = records.take(good), None if pixels is None else pixels[good]
-        splits[name] = ImageSplit(records.labels, pixels, records, config)
+        splits[name] = ImageSplit(
+            records.labels, pixels, records, config, captions=records.captions, vectors=records.vectors
+        )
     _report_bad(bad, source, config)
     for name, split in splits.items():
         if not len(split):
             raise InputError(f"data.source {config.source}: expected readable images in `{name}`, got {some_of(bad)}")
+    _add_maps(splits, config, in_memory)
     notices = [*source.notices, *_value_notices(total.values, config), *_mode_notices(total.modes, config.channels)]
     if total.animated:
         notices.append(f"{total.animated} images have several frames; only the first is used")
@@ -286,6 +356,7 @@ def load_images(config: DataConfig) -> ImageData:
         source.class_names,
         notices,
         source.skipped,
+        source.unmatched_captions,
         bad,
         total.modes,
         total.sizes,
@@ -299,8 +370,28 @@ def load_images(config: DataConfig) -> ImageData:
     return data
 
 
+def _check_readable(records: Records, found: Findings) -> None:
+    """Refuse to continue with images that have become unreadable."""
+    if found.bad:
+        row, reason = next(iter(found.bad.items()))
+        raise InputError(
+            f"{records.names[row]}: was readable when the run started but no longer is ({reason}). Restore "
+            "the file, then run the same command again to resume"
+        )
+
+
+def _add_maps(splits: dict[str, ImageSplit], config: DataConfig, in_memory: bool) -> None:
+    records = {name: split.records.maps for name, split in splits.items() if split.records and split.records.maps}
+    if records:
+        maps, channels = decode_maps(records, config.map_kind, config.size, in_memory)
+        for name, found in maps.items():
+            splits[name].maps = None if found is None else torch.from_numpy(found)
+            splits[name].map_channels = channels
+
+
 def _bytes_each(config: DataConfig) -> int:
-    return config.channels * config.size[0] * config.size[1]
+    map_channels = 0 if config.maps is None else 1 if config.map_kind == "labels" else 3
+    return (config.channels + map_channels) * config.size[0] * config.size[1]
 
 
 def _check_memory(config: DataConfig, count: int) -> None:
@@ -320,6 +411,31 @@ def _load_shapes(config: DataConfig) -> ImageData:
         splits[name] = ImageSplit(np.arange(count) % len(CLASS_NAMES), pixels, None, config)
     description = f"shapes: {len(CLASS_NAMES)} classes, {num_train} images for training, {num_test} held out"
     return ImageData(description, splits, list(CLASS_NAMES))
+
+
+def _apply_caption_policy(source: Source, config: DataConfig) -> None:
+    """Skip images without a caption, or give them an empty one, if `data.on_missing_caption` asks for it.
+
+    Nothing is done if no image has a caption: then the source has none.
+    """
+    if config.on_missing_caption == "error" or not any(has_captions(r.captions) for r in source.splits.values()):
+        return
+    missing = []
+    for name, records in source.splits.items():
+        captions = records.captions or [()] * len(records)
+        if config.on_missing_caption == "empty":
+            source.splits[name] = replace(records, captions=[texts or ("",) for texts in captions])
+            continue
+        missing += [records.names[row] for row, texts in enumerate(captions) if not texts]
+        source.splits[name] = records.take(np.array([row for row, texts in enumerate(captions) if texts], np.int64))
+        if not len(source.splits[name]):
+            raise InputError(
+                f"data.source {config.source}: no image of `{name}` has a caption, expected some. Add captions, or set "
+                "data.on_missing_caption=empty"
+            )
+    if missing:
+        source.notices.append(f"{len(missing):,} images without a caption are skipped: {some_of(missing)}")
+        source.skipped += [f"{name} (no caption)" for name in missing]
 
 
 def _limit_and_hold_out(source: Source, config: DataConfig) -> None:

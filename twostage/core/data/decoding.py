@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from twostage.core.data.records import Records
 from twostage.core.files import expand_home
-from twostage.core.images.conversion import image_to_uint8
+from twostage.core.images.conversion import classes_to_uint8, image_to_uint8
 from twostage.core.images.pixel_values import UsedValues, ValueRange
 from twostage.core.wording import one_line, printable
 
@@ -46,8 +46,14 @@ class Findings:
         self.animated += other.animated
 
 
-def decode(records: Records, rows: list[int], out: np.ndarray, value_range: ValueRange | None) -> Findings:
-    """Decode ``rows`` into ``out``, (len(rows), C, H, W) uint8, in threads (Pillow releases Python's lock)."""
+def decode(
+    records: Records, rows: list[int], out: np.ndarray, value_range: ValueRange | None, classes: bool = False
+) -> Findings:
+    """Decode ``rows`` into ``out``, (len(rows), C, H, W) uint8, in threads (Pillow releases Python's lock).
+
+    Args:
+        classes: whether they are maps of classes (C = 1), not images.
+    """
     channels, height, width = out.shape[1:]
 
     def work(chunk: range) -> Findings:
@@ -57,7 +63,10 @@ def decode(records: Records, rows: list[int], out: np.ndarray, value_range: Valu
                 with records.open(rows[place]) as image:
                     mode, size = image.mode, f"{image.width} x {image.height}"
                     animated = bool(getattr(image, "is_animated", False))
-                    out[place] = image_to_uint8(image, (height, width), channels, value_range, findings.values)
+                    if classes:
+                        out[place] = classes_to_uint8(image, (height, width))
+                    else:
+                        out[place] = image_to_uint8(image, (height, width), channels, value_range, findings.values)
                 findings.modes[mode] += 1
                 findings.sizes[size] += 1
                 findings.animated += animated
@@ -85,12 +94,16 @@ def _reason(error: Exception) -> str:
 
 
 def check(
-    records: Records, pixels: np.ndarray | None, form: tuple[int, int, int], value_range: ValueRange | None
+    records: Records,
+    pixels: np.ndarray | None,
+    form: tuple[int, int, int],
+    value_range: ValueRange | None,
+    classes: bool = False,
 ) -> Findings:
     """Decode every image into ``pixels``, (n, *form); None: only check that images decode, and cache the result."""
     if pixels is not None:
-        return decode(records, list(range(len(records))), pixels, value_range)
-    cache = _scan_cache(records)
+        return decode(records, list(range(len(records))), pixels, value_range, classes)
+    cache = _scan_cache(records, "classes" if classes else "")
     if cache.is_file():
         stored = json.loads(cache.read_text(encoding="utf-8"))
         bad = {int(row): reason for row, reason in stored["bad"].items()}
@@ -102,7 +115,7 @@ def check(
     findings = Findings()
     for start in range(0, len(records), 1024):
         rows = list(range(start, min(start + 1024, len(records))))
-        findings.add(decode(records, rows, np.empty((len(rows), *form), dtype=np.uint8), value_range))
+        findings.add(decode(records, rows, np.empty((len(rows), *form), dtype=np.uint8), value_range, classes))
     values = {kind: vars(used) for kind, used in findings.values.items()}
     with contextlib.suppress(OSError):  # if the home folder is read-only, the next run checks again
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -112,8 +125,8 @@ def check(
     return findings
 
 
-def _scan_cache(records: Records) -> Path:
-    digest = hashlib.sha256(f"3 {len(records)} {records.version}".encode())
+def _scan_cache(records: Records, kind: str) -> Path:
+    digest = hashlib.sha256(f"3 {len(records)} {kind}{records.version}".encode())
     for file in records.files or []:
         stat = file.stat() if file.exists() else None  # a table can name a missing file
         about = f"|{stat.st_size}|{stat.st_mtime_ns}\n" if stat else "|missing\n"

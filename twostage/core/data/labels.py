@@ -8,13 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twostage.core.data.records import AUTO
 from twostage.core.errors import InputError
 from twostage.core.wording import short_repr, some_of
 
-__all__ = ["AUTO", "hub_features", "label_column", "table_labels"]
+__all__ = ["hub_features", "label_column", "table_labels"]
 
-AUTO = "auto"
-"""The `data.label_column` that looks for a usual name."""
 LABEL_NAMES = ("label", "labels", "class", "fine_label", "class_label", "class_name", "category", "target")
 REMEDY = "set data.label_column to another column, or to null to use the images without classes"
 MAX_CANDIDATE_CLASSES = 1000

@@ -7,7 +7,22 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-__all__ = ["Records", "Source"]
+__all__ = ["AUTO", "Captions", "Columns", "Records", "Source"]
+
+AUTO = "auto"
+"""The column that is looked for by its usual names."""
+Captions = list[tuple[str, ...]]
+"""The captions of each image; () for an image without one."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What to read beside the images; see :class:`twostage.core.data.dataset.DataConfig`."""
+
+    label: str | None = AUTO
+    caption: str | None = AUTO
+    vector: str | None = None
+    maps: str | None = None
 
 
 @dataclass
@@ -27,6 +42,11 @@ class Records:
     """The file of each image; None if a file holds many images."""
     version: str = ""
     """Changes whenever a file that holds many images changes."""
+    captions: Captions | None = None
+    vectors: np.ndarray | None = None
+    """(n, d) float32."""
+    maps: "Records | None" = None
+    """A map for each image, in the same order."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -40,6 +60,9 @@ class Records:
             open=lambda i: self.open(int(rows[i])),
             sizes=lambda: self.sizes()[rows],
             files=None if self.files is None else [self.files[row] for row in rows],
+            captions=None if self.captions is None else [self.captions[row] for row in rows],
+            vectors=None if self.vectors is None else self.vectors[rows],
+            maps=None if self.maps is None else self.maps.take(rows),
         )
 
 
@@ -53,3 +76,5 @@ class Source:
     notices: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     """Files that are not images, each with the reason."""
+    unmatched_captions: list[str] = field(default_factory=list)
+    """Caption files, and rows of metadata files, that belong to no image."""

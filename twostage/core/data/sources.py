@@ -5,17 +5,17 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from twostage.core.data.image_folder import FolderContent, list_folder, understand_folder
-from twostage.core.data.labels import AUTO
-from twostage.core.data.records import Records, Source
+from twostage.core.data.maps import file_records
+from twostage.core.data.records import AUTO, Columns, Source
 from twostage.core.data.tables import TABLE_SUFFIXES, find_tables, read_hub, read_tables
 from twostage.core.errors import InputError
 from twostage.core.files import expand_home
-from twostage.core.images.conversion import open_image
 from twostage.core.wording import printable, some_of
 
 __all__ = ["find_local", "find_source"]
@@ -23,21 +23,22 @@ __all__ = ["find_local", "find_source"]
 KNOWN_NAMES = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist", "cifar10": "uoft-cs/cifar10"}
 
 
-def find_source(name: str, label_column: str | None = AUTO) -> Source:
+def find_source(name: str, columns: Columns | None = None) -> Source:
     """Find ``name`` as a path, then under ``$TWOSTAGE_DATA``, then as a Hugging Face dataset ``owner/name``.
 
     Args:
-        label_column: the column of a table with the classes; `auto` finds it by its name, None ignores classes.
+        columns: what to read beside the images; by default labels and captions.
 
     Raises:
         InputError: nothing was found (the message lists every place searched), the source is empty, or its layout is
             ambiguous.
     """
+    columns = columns or Columns()
     candidates, looks_local = _candidates(name)
     if found := find_local(name):
-        return _read_local(found, label_column)
+        return _read_local(found, columns)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not looks_local:
-        return read_hub(name, candidates, label_column)
+        return read_hub(name, candidates, columns)
     remedy = "Fix the path"
     if name in KNOWN_NAMES:
         remedy = f"Set data.source={KNOWN_NAMES[name]} to download it"
@@ -63,37 +64,31 @@ def _candidates(name: str) -> tuple[list[Path], bool]:
     return [path, *dict.fromkeys([Path(root) / name, Path(root) / Path(name).name])], looks_local
 
 
-def _read_local(path: Path, wanted_label: str | None) -> Source:
+def _read_local(path: Path, columns: Columns) -> Source:
     if path.is_file():
         if path.suffix.lower() not in TABLE_SUFFIXES:
             raise InputError(f"data.source {path}: expected a folder, or a .parquet or .arrow file, got another file")
-        return read_tables(path, [], wanted_label, None)
+        return read_tables(path, [], columns, None)
     content = list_folder(path)
     if tables := find_tables(content):
-        return read_tables(path, tables, wanted_label, content)
-    if wanted_label not in (AUTO, None):
+        return read_tables(path, tables, columns, content)
+    if columns.label not in (AUTO, None):
         raise InputError(
-            f"data.label_column {wanted_label!r}: only applies to tables; {path} is a folder of images, whose classes "
+            f"data.label_column {columns.label!r}: only applies to tables; {path} is a folder of images, whose classes "
             "are its folders. Remove data.label_column"
         )
-    return _read_folder(path, content, wanted_label)
+    return _read_folder(path, content, columns)
 
 
-def _read_folder(root: Path, content: FolderContent, wanted_label: str | None) -> Source:
+def _read_folder(root: Path, content: FolderContent, columns: Columns) -> Source:
     found = understand_folder(root, content)
-    if wanted_label is None:
+    if columns.label is None:
         found.labels = found.class_names = None
     splits = {}
     for split, files in found.splits.items():
         numbers = found.labels and found.labels[split]
-        splits[split] = Records(
-            [printable(file) for file in files],
-            None if numbers is None else np.array(numbers, dtype=np.int64),
-            lambda i, files=files: open_image(files[i]),
-            lambda files=files: np.array([file.stat().st_size if file.exists() else 0 for file in files], np.int64),
-            printable(root),
-            files,
-        )
+        labels = None if numbers is None else np.array(numbers, dtype=np.int64)
+        splits[split] = replace(file_records(files, printable(root)), labels=labels)
     names = None if found.class_names is None else [printable(name) for name in found.class_names]
     notices = found.notices
     if content.skipped:

@@ -10,12 +10,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from twostage.core.data.labels import AUTO
-from twostage.core.data.records import Records
+from twostage.core.data.records import AUTO, Columns, Records
 from twostage.core.data.shapes import CLASS_NAMES
 from twostage.core.data.sources import find_source
 from twostage.core.data.spread import spread
-from twostage.core.images.conversion import quiet_decoders
+from twostage.core.images.conversion import quiet_decoders, upright_size
 from twostage.core.images.pixel_values import is_grey
 
 __all__ = ["Survey", "survey"]
@@ -24,8 +23,6 @@ OPENED, DECODED = 400, 16
 """Images whose header is read; images with an alpha channel whose transparency is checked."""
 SAME_SHAPE = 0.05
 """Relative difference of two aspect ratios that count as the same."""
-ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
-"""The EXIF tag, and its values for images that are stored on their side."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def survey(source: str, label_column: str | None = AUTO) -> Survey:
     if source == "shapes":
         return Survey((32, 32), 3, 20_000, dict.fromkeys(CLASS_NAMES, 2_500))
     quiet_decoders()
-    found = find_source(source, label_column)
+    found = find_source(source, Columns(label=label_column, caption=None))
     records = found.splits.get("train") or next(iter(found.splits.values()))
     counts = {}
     if found.class_names and records.labels is not None:
@@ -75,15 +72,14 @@ def _forms(records: Records) -> tuple[Counter[tuple[int, int]], Literal[1, 3, 4]
     for row in spread(len(records), OPENED).tolist():
         try:
             with records.open(row) as image:
-                width, height = image.size
-                turned = image.getexif().get(ORIENTATION) in TURNED
+                width, height = upright_size(image)
                 mode, has_alpha = image.mode, _has_alpha(image)
                 transparent += has_alpha and with_alpha < DECODED and _is_transparent(image)
         except Exception:  # load_images counts and reports these
             continue
         grey += is_grey(mode)
         with_alpha += has_alpha
-        sizes[(width, height) if turned else (height, width)] += 1
+        sizes[height, width] += 1
     if 2 * with_alpha > sizes.total() and 2 * transparent > min(with_alpha, DECODED):
         return sizes, 4
     return sizes, 1 if 0 < grey == sizes.total() else 3

@@ -1,32 +1,24 @@
 """Parquet and arrow files, and Hugging Face datasets, as sources of images."""
 
-import io
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
-from PIL import Image
 
 from twostage.core.data.image_folder import FolderContent
-from twostage.core.data.labels import hub_features, label_candidates, label_column, table_labels
-from twostage.core.data.records import Records, Source
+from twostage.core.data.records import Columns, Source
 from twostage.core.data.splits import exact_split, reads_as_held_out, spelled_splits
+from twostage.core.data.table_columns import source_of_tables
 from twostage.core.errors import InputError
-from twostage.core.images.conversion import open_image
 from twostage.core.machine.progress import on_terminal
 from twostage.core.wording import one_line, printable, some_of
 
 __all__ = ["TABLE_SUFFIXES", "find_tables", "read_hub", "read_tables"]
 
 TABLE_SUFFIXES = {".parquet", ".arrow"}
-IMAGE_NAMES = ("image", "img", "png", "jpg", "jpeg", "webp", "picture", "photo", "pixels")
-PATH_NAMES = ("image_path", "file_name", "filename", "path", "file")
 _SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 
 
@@ -43,13 +35,13 @@ def find_tables(content: FolderContent) -> list[Path]:
     return [] if content.images and not any(len(path.parts) == 1 for path in found) else found
 
 
-def read_tables(root: Path, files: list[Path], wanted_label: str | None, content: FolderContent | None) -> Source:
+def read_tables(root: Path, files: list[Path], columns: Columns, content: FolderContent | None) -> Source:
     """Read tables as the splits that their names spell.
 
     Args:
         root: a folder, or a single table.
         files: the tables in the folder, relative to it; [] if ``root`` is a table.
-        wanted_label: `data.label_column`.
+        columns: what to read beside the images.
         content: everything in the folder; None if ``root`` is a table.
 
     Raises:
@@ -68,7 +60,7 @@ def read_tables(root: Path, files: list[Path], wanted_label: str | None, content
             ) from None
     used = [folder / path for paths in by_split.values() for path in paths]
     version = " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in used)
-    source = _from_tables(f"{used[0].suffix[1:]} {root}", tables, printable(root), version, folder, wanted_label)
+    source = source_of_tables(f"{used[0].suffix[1:]} {root}", tables, printable(root), version, folder, columns)
     if ignored:
         source.notices.append(
             "tables not used, because their names are not splits, or because the split also exists higher up: "
@@ -160,7 +152,7 @@ def _read_table(file: Path) -> pa.Table:
         ) from None
 
 
-def read_hub(name: str, searched: list[Path], wanted_label: str | None) -> Source:
+def read_hub(name: str, searched: list[Path], columns: Columns) -> Source:
     """Load a Hugging Face dataset from the cache, or downloads it.
 
     Args:
@@ -189,7 +181,7 @@ def read_hub(name: str, searched: list[Path], wanted_label: str | None) -> Sourc
         raise InputError(f"data.source {name}: has the splits {list(parts)}, expected one named train")
     tables = {split: parts[part].data.table for split, part in by_split.items()}
     version = " ".join(part._fingerprint for part in parts.values())
-    source = _from_tables(f"Hugging Face dataset {name}", tables, name, version, None, wanted_label)
+    source = source_of_tables(f"Hugging Face dataset {name}", tables, name, version, None, columns)
     if ignored:
         shown = ", ".join(f"`{part}` ({len(parts[part]):,} rows)" for part in ignored)
         source.notices.append(f"splits not used, because they are none of train, val and test: {shown}")
@@ -212,119 +204,3 @@ def named_splits(origin: str, parts: Iterable[str]) -> tuple[dict[str, str], lis
                 f"data.source {origin}: its splits {chosen[split]!r} and {part!r} are both `{split}`, expected one"
             )
     return chosen, [part for part in parts if part not in chosen.values()]
-
-
-# --- columns --------------------------------------------------------------------------------------------------------
-
-
-def _from_tables(
-    description: str,
-    tables: dict[str, pa.Table],
-    origin: str,
-    version: str,
-    folder: Path | None,
-    wanted_label: str | None,
-) -> Source:
-    """The splits of tables; ``folder`` is the folder that paths in a local table may not leave."""
-    first = "train" if "train" in tables else next(iter(tables))
-    column = _image_column(tables[first].schema, origin)
-    for split, table in tables.items():
-        if column not in table.schema.names:
-            raise InputError(
-                f"data.source {origin}: `{split}` has the columns {table.schema.names}, but `{first}` has "
-                f"{tables[first].schema.names}. Use the same column names"
-            )
-    schemas = [tables[first].schema, *(table.schema for split, table in tables.items() if split != first)]
-    labels_from, notices = label_column(wanted_label, schemas, column, origin)
-    if wanted_label is not None and labels_from is None:
-        notices += label_candidates(tables[first], column)
-    class_names, labels = None, dict.fromkeys(tables)
-    if labels_from:
-        class_names, labels, more = table_labels(tables, labels_from, origin)
-        notices += more
-    splits = {}
-    for split, table in tables.items():
-        images = table.column(column)
-        splits[split] = Records(
-            [f"{origin}:{split}:{row}" for row in range(table.num_rows)],
-            labels[split],
-            lambda i, images=images: _open_cell(images[i].as_py(), folder),
-            lambda images=images: _cell_sizes(images, folder),
-            origin,
-            files=_cell_files(images, folder),
-            version=version,
-        )
-    return Source(description, splits, class_names, notices)
-
-
-def _image_column(schema: pa.Schema, origin: str) -> str:
-    images = [name for name, about in hub_features(schema).items() if about.get("_type") == "Image"]
-    for name in (*IMAGE_NAMES, *images, *PATH_NAMES):
-        if name in schema.names:
-            return name
-    raise InputError(
-        f"data.source {origin}: expected a column `image` (encoded images, or paths to them), got {schema.names}"
-    )
-
-
-def _open_cell(cell: Any, folder: Path | None) -> Image.Image:
-    """The image in a cell: its bytes, or a file inside ``folder``; None for ``folder`` allows every file."""
-    content = cell.get("bytes") if isinstance(cell, dict) else cell
-    if isinstance(content, bytes):
-        return open_image(io.BytesIO(content))
-    if folder is None and isinstance(cell, dict) and cell.get("path"):
-        return open_image(Path(cell["path"]))
-    file = _cell_file(cell, folder)
-    if file is None:
-        raise ValueError("numbers, not an encoded image" if isinstance(content, list) else "no image in this row")
-    assert folder is not None
-    path = cell["path"] if isinstance(cell, dict) else cell
-    if not file.is_relative_to(folder.resolve()):
-        raise ValueError(f"the path {printable(path)} leaves the table's folder")
-    if not file.is_file():
-        raise ValueError(f"no such file: {printable(path)}")
-    return open_image(file)
-
-
-def _cell_file(cell: Any, folder: Path | None) -> Path | None:
-    path = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else cell
-    return _within(folder, path) if isinstance(path, str) else None
-
-
-def _within(folder: Path | None, path: str | None) -> Path | None:
-    return (folder / path).resolve() if folder and path and "\0" not in path else None
-
-
-def _paths(images: pa.ChunkedArray) -> list[str | None] | None:
-    """The path in each row that does not contain the image itself; None if all rows contain it."""
-    if pa.types.is_string(images.type) or pa.types.is_large_string(images.type):
-        return images.to_pylist()
-    fields = [field.name for field in images.type] if pa.types.is_struct(images.type) else []
-    if "path" not in fields:
-        return None
-    paths = pc.struct_field(images, "path").to_pylist()  # type: ignore[attr-defined]
-    if "bytes" not in fields:
-        return paths
-    content = pc.struct_field(images, "bytes")  # type: ignore[attr-defined]
-    if not content.null_count:
-        return None
-    return [path if empty else None for path, empty in zip(paths, content.is_null().to_pylist(), strict=True)]
-
-
-def _cell_files(images: pa.ChunkedArray, folder: Path | None) -> list[Path] | None:
-    """The file of each row; None if any row contains the image itself."""
-    files = [_within(folder, path) for path in _paths(images) or [None]]
-    return [file for file in files if file] if all(files) else None
-
-
-def _cell_sizes(images: pa.ChunkedArray, folder: Path | None) -> np.ndarray:
-    content = images
-    if pa.types.is_struct(images.type) and "bytes" in [field.name for field in images.type]:
-        content = pc.struct_field(images, "bytes")  # type: ignore[attr-defined]
-    sizes = np.zeros(len(images), dtype=np.int64)
-    if pa.types.is_binary(content.type) or pa.types.is_large_binary(content.type):
-        sizes = pc.fill_null(pc.binary_length(content), 0).to_numpy().astype(np.int64)  # type: ignore[attr-defined]
-    for row, path in enumerate(_paths(images) or []):
-        if (file := _within(folder, path)) and file.is_file():
-            sizes[row] = file.stat().st_size
-    return sizes

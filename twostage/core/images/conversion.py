@@ -19,7 +19,17 @@ from twostage.core.images.pixel_values import (
     white_is_zero,
 )
 
-__all__ = ["MODES", "image_to_uint8", "open_image", "quiet_decoders", "to_float", "to_pil", "to_uint8"]
+__all__ = [
+    "MODES",
+    "classes_to_uint8",
+    "image_to_uint8",
+    "open_image",
+    "quiet_decoders",
+    "to_float",
+    "to_pil",
+    "to_uint8",
+    "upright_size",
+]
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's mode for each number of channels."""
@@ -28,6 +38,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
 UNSOUND = {"group3", "group4", "tiff_ccitt", "jpeg", "tiff_jpeg"}
 """TIFF compressions in which Pillow 12.3 with libtiff 4.7.1 does not report damage, but fills missing pixels with
 whatever was in memory, differently each time."""
+
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
+"""The EXIF tag, and its values for images that are stored on their side."""
 
 
 def open_image(file: Path | IO[bytes]) -> Image.Image:
@@ -98,6 +111,35 @@ def image_to_uint8(
         used.setdefault(kind, UsedValues(type_range)).add(values)
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def classes_to_uint8(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Convert a map of classes to (1, H, W) uint8: its grey values or palette indices, cropped as
+    :func:`image_to_uint8` crops and resized to the nearest pixel.
+
+    Raises:
+        ValueError: it has colours, fractions, or classes above 255.
+    """
+    image = ImageOps.exif_transpose(image)
+    values = np.asarray(image)
+    if image.mode in ("LA", "PA") or (image.mode in ("RGB", "RGBA") and (values[..., :1] == values[..., 1:3]).all()):
+        values = values[..., 0]
+    elif image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+        raise ValueError(
+            f"mode {image.mode}: expected grey values or palette indices; for maps with colours, set "
+            "data.map_kind=image"
+        )
+    low, high = values.min(), values.max()
+    if low < 0 or high > 255:
+        raise ValueError(f"the class {low if low < 0 else high}, expected classes from 0 to 255")
+    classes, (height, width) = Image.fromarray(values.astype(np.uint8)), size
+    return np.asarray(ImageOps.fit(classes, (width, height), Image.Resampling.NEAREST))[None]
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) once the EXIF orientation is applied."""
+    width, height = image.size
+    return (height, width) if image.getexif().get(_ORIENTATION) in _TURNED else (width, height)
 
 
 def to_float(pixels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from messages import assert_names, refuses
 
-from twostage.core.data.records import Source
+from twostage.core.data.records import Columns, Source
 from twostage.core.data.sources import find_source
 from twostage.core.data.tables import named_splits
 from twostage.core.files import expand_home
@@ -352,8 +352,8 @@ def test_images_by_path_are_found_within_the_folder(tmp_path, images):
 def test_a_folder_has_no_label_column(images):
     root = images("cat/0.png", "dog/1.png")
     with refuses("data.label_column 'breed'", root, "Remove data.label_column"):
-        find_source(str(root), "breed")
-    source = find_source(str(root), None)
+        find_source(str(root), Columns(label="breed"))
+    source = find_source(str(root), Columns(label=None))
     assert source.class_names is None
     assert source.splits["train"].labels is None
 
