@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.reporting import Row, parser, report
+from pipelines.drawing.asked import Cycle
 from pipelines.drawing.rebuilt_images import rebuild_images
 from pipelines.drawing.redraw import known_codes, paste
 from pipelines.drawing.two_stage import TwoStagePipeline
@@ -41,7 +42,7 @@ def completed(
 ) -> Tensor:
     """`TwoStagePipeline.inpaint` for different images (n, C, H, W): one completion each, seed 0."""
     known = known_codes(pipeline.tokenizer, images, mask)
-    parts = pipeline.draw(range(len(images)), labels, sampling, seed=0, known=known)
+    parts = pipeline.draw(range(len(images)), Cycle(labels), sampling, seed=0, known=known)
     return paste(images, torch.cat([drawn for drawn, _ in parts]), mask)
 
 

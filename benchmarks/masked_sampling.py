@@ -76,25 +76,23 @@ def main() -> None:
         torch.nn.init.normal_(model.head.weight, std=0.02)
     with torch.no_grad():
         codes, label = torch.randint(CODES, (1, CELLS)), torch.tensor([3])
-        torch.testing.assert_close(
-            plain_logits(masked, codes, label), masked(codes, Context(1, label)), rtol=1e-4, atol=1e-4
-        )
+        logits = masked(codes, Context(1, label))
+        torch.testing.assert_close(plain_logits(masked, codes, label), logits, rtol=1e-4, atol=1e-4)
 
     rows = []
     for batch in options.batch_sizes:
         labels, seeds = torch.arange(batch) % 10, list(range(batch))
+        branches = Branches(Context(batch, labels))
 
-        def ours(weights: Weights, labels: Tensor = labels, seeds: list[int] = seeds) -> None:
-            codes = masked.sample(
-                Branches(Context(len(labels), labels)), SamplingConfig(num_steps=STEPS, weights=weights), seeds
-            )
+        def ours(weights: Weights, branches: Branches = branches, seeds: list[int] = seeds) -> None:
+            codes = masked.sample(branches, SamplingConfig(num_steps=STEPS, weights=weights), seeds)
             assert codes.max() < CODES
 
         def plain(labels: Tensor = labels) -> None:
             assert plain_sample(masked, labels).max() < CODES
 
-        def one_by_one(labels: Tensor = labels, seeds: list[int] = seeds) -> None:
-            causal.sample(Branches(Context(len(labels), labels)), SamplingConfig(), seeds)
+        def one_by_one(branches: Branches = branches, seeds: list[int] = seeds) -> None:
+            causal.sample(branches, SamplingConfig(), seeds)
 
         candidates = {weights: partial(ours, weights) for weights in get_args(Weights)}
         seconds = alternate({**candidates, "plain": plain, "causal": one_by_one}, options.repeats)

@@ -36,6 +36,7 @@ def command(
     out: Annotated[Path, typer.Option(help="A new folder for 000000.png ... and grid.png.")],
     num_images: Annotated[int, typer.Option(min=1, help="Number of completions.")] = 4,
     class_name: Annotated[str | None, typer.Option(help="Class to draw. If omitted, the model chooses.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to draw, for a prior with captions.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Completion i depends only on the seed and i.")] = 0,
     feather: Annotated[
         float, typer.Option(min=0, help="Blend kept pixels that are closer than this to the mask.")
@@ -50,7 +51,7 @@ def command(
     (original,) = read_images([image], pipeline.tokenizer.config)
     request = InpaintRequest(
         image=original, mask=read_mask(mask, image, pipeline.image_size), num_images=num_images,
-        class_name=class_name, seed=seed, feather=feather, sampling=sampling,
+        class_name=class_name, prompt=prompt, seed=seed, feather=feather, sampling=sampling,
     )  # fmt: skip
     write_inpainted(pipeline, request, out)
     print(f"{num_images} completions: {out}; overview: {out / 'grid.png'}")

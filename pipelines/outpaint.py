@@ -36,6 +36,7 @@ def command(
     bottom: Annotated[int, _side("bottom")] = 0,
     num_images: Annotated[int, typer.Option(min=1, help="Number of completions.")] = 4,
     class_name: Annotated[str | None, typer.Option(help="Class to draw. If omitted, the model chooses.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to draw, for a prior with captions.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Image i depends only on the seed and i.")] = 0,
     *,
     sampling: SamplingConfig,
@@ -47,7 +48,7 @@ def command(
     (original,) = read_images([image], pipeline.tokenizer.config)
     request = OutpaintRequest(
         image=original, left=left, right=right, top=top, bottom=bottom, num_images=num_images, class_name=class_name,
-        seed=seed, sampling=sampling,
+        prompt=prompt, seed=seed, sampling=sampling,
     )  # fmt: skip
     write_outpainted(pipeline, request, out)
     print(f"{num_images} images: {out}; overview: {out / 'grid.png'}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pipelines.drawing.asked import Asked, Cycle, values_of
@@ -21,6 +22,7 @@ from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig, image_seeds
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_uint8
+from twostage.core.images.sheets import class_sheet, prompt_sheet
 
 __all__ = ["ImageSampler", "PipelineOutput", "in_shares"]
 
@@ -168,6 +170,14 @@ class ImageSampler:
             InputError: a class, prompt, map or vector that it cannot draw; the message says why.
         """
         return replace(values_of(asked, self.prior), labels=self.labels_for(asked.class_names))
+
+    def sheet(self, images: Tensor) -> Image.Image:
+        """A contact sheet of images (n, C, H, W) uint8 of a request that asks for nothing in particular: below each is
+        its prompt or its class."""
+        prompts = self.prior.example_prompts() if self.prior else ()
+        return (
+            prompt_sheet(images, prompts) if prompts else class_sheet(images, self.class_names, self.labels_for(None))
+        )
 
     # --- drawing ----------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,6 @@ from stage2_prior.sampling import SamplingConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
-from twostage.core.images.sheets import class_sheet
 
 __all__ = ["TwoStagePipeline"]
 
@@ -136,8 +135,7 @@ class TwoStagePipeline(ImageSampler):
         ``weights`` is their precision in the folder."""
         names = self.class_names
         each = min(len(names), CARD_SAMPLES) if names else 8
-        images = self(CARD_SAMPLES // each * each, seed=0, output_type="pt").images
-        samples = class_sheet(images, names, self.labels_for(None))
+        samples = self.sheet(self(CARD_SAMPLES // each * each, seed=0, output_type="pt").images)
         ModelCard(self.tokenizer, self.prior, names, records, fields, weights).write(folder, samples)
 
     # --- images -----------------------------------------------------------------------------------------------------
@@ -230,6 +228,7 @@ class TwoStagePipeline(ImageSampler):
         seed: int = 0,
         feather: float = 0,
         on_progress: Callable[[float], object] | None = None,
+        prompt: str | None = None,
         **sampling: Any,
     ) -> PipelineOutput:
         """Redraws the masked part of an image. Completion i depends on the seed and i alone.
@@ -242,6 +241,7 @@ class TwoStagePipeline(ImageSampler):
             mask: (H, W) bool, True where the image is to be redrawn. A masked transformer can redraw any part. Other
                 priors can redraw what comes after some cell in their order, such as the bottom half.
             class_name: the class to draw; None: without a class, which only works if the prior was trained for it.
+            prompt: what to draw, for a prior with captions; None: without a prompt.
             feather: kept pixels closer than this many pixels to the mask blend into what is drawn.
             on_progress, sampling: as in a call.
 
@@ -254,7 +254,8 @@ class TwoStagePipeline(ImageSampler):
         """
         settings = parse_config(SamplingConfig, sampling, "the sampling settings")
         request = InpaintRequest(
-            image=image, mask=mask, num_images=num_images, class_name=class_name, seed=seed, feather=feather,
+            image=image, mask=mask, num_images=num_images, class_name=class_name, prompt=prompt,
+            seed=seed, feather=feather,
             sampling=settings,
         )  # fmt: skip
         return inpaint(self, request, on_progress)
@@ -270,6 +271,7 @@ class TwoStagePipeline(ImageSampler):
         class_name: str | None = None,
         seed: int = 0,
         on_progress: Callable[[float], object] | None = None,
+        prompt: str | None = None,
         **sampling: Any,
     ) -> PipelineOutput:
         """Extends an image beyond its borders, window by window; about half of each window is already known.
@@ -278,7 +280,7 @@ class TwoStagePipeline(ImageSampler):
             image: (C, H, W) uint8; its pixels stay exactly as they were.
             left, right, top, bottom: pixels to add. A masked transformer can extend any side. Other priors can extend
                 the sides that come last in their order: `bottom` for one that writes row by row.
-            class_name, on_progress, sampling: as in :meth:`inpaint`; image i depends on the seed and i alone.
+            class_name, prompt, on_progress, sampling: as in :meth:`inpaint`; image i depends on the seed and i alone.
 
         Returns:
             (num_images, C, top + H + bottom, left + W + right) uint8; no codes.
@@ -289,7 +291,7 @@ class TwoStagePipeline(ImageSampler):
         settings = parse_config(SamplingConfig, sampling, "the sampling settings")
         request = OutpaintRequest(
             image=image, left=left, right=right, top=top, bottom=bottom, num_images=num_images, class_name=class_name,
-            seed=seed, sampling=settings,
+            prompt=prompt, seed=seed, sampling=settings,
         )  # fmt: skip
         return outpaint(self, request, on_progress)
 

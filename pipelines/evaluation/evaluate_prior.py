@@ -9,6 +9,7 @@ from pipelines.evaluation.evaluation_report import Evaluation, Sheet, describe_m
 from pipelines.evaluation.judged_images import RealImages
 from pipelines.evaluation.judges import Judge, not_evidence, open_judge
 from pipelines.evaluation.likelihood import HeldOutCodes, measure_codes, measure_images
+from pipelines.evaluation.listening import measure_listening
 from pipelines.evaluation.measurement import HeldOutImages, Measurement, figures_of
 from pipelines.evaluation.novelty import neighbours_sheet
 from pipelines.evaluation.samples import JUDGED_SAMPLES, SampleRequest, Samples, measure_samples, unmeasured_samples
@@ -19,7 +20,6 @@ from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Prior
 from twostage.core.data.dataset import load_images
 from twostage.core.errors import InputError
-from twostage.core.images.sheets import class_sheet
 
 __all__ = ["evaluate_prior"]
 
@@ -71,7 +71,7 @@ def evaluate_prior(
         images, reason = _open(
             lambda: _held_out_images(pipeline, model, source, held_out, num_images), required=source is not None
         )
-    found: list[Measurement] = [measure_codes(model, held_out, work)]
+    found: list[Measurement] = [measure_codes(model, held_out, work), measure_listening(model, held_out, work)]
     if pipeline and images:
         found.append(measure_images(model, pipeline.tokenizer, images, work))
     else:
@@ -183,7 +183,7 @@ def _doubts(
 
 def _sheets(drawn: Samples, pipeline: TwoStagePipeline) -> list[Sheet]:
     classes = pipeline.class_names, pipeline.labels_for(None)
-    sheets = [Sheet("samples", class_sheet(drawn.images, *classes), "The first samples.")]
+    sheets = [Sheet("samples", pipeline.sheet(drawn.images), "The first samples.")]
     if drawn.neighbours:
         sheets.append(Sheet("neighbours", neighbours_sheet(drawn.neighbours, *classes), NEIGHBOURS_CAPTION))
     return sheets

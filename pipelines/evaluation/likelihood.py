@@ -24,7 +24,15 @@ from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
 from twostage.core.training.random import BatchRandom, seed_for
 
-__all__ = ["HeldOutCodes", "PerImageCosts", "fit_likelihood", "image_costs", "measure_codes", "measure_images"]
+__all__ = [
+    "HeldOutCodes",
+    "PerImageCosts",
+    "fit_likelihood",
+    "image_costs",
+    "measure_codes",
+    "measure_images",
+    "prior_nats",
+]
 
 NUM_BOUND_DRAWS, BOUND_SEED = 2, 0
 """Draws per image that an upper bound is averaged over: at least two, to tell how far they are apart."""
@@ -77,7 +85,7 @@ def measure_codes(prior: Prior, codes: HeldOutCodes, work: SharedWork) -> Measur
     for places in work.batches(len(rows), "codes"):
         indices, given = split.read(rows[places]), prior.conditions.read(split, rows[places])
         digests.update(places, indices)
-        nats[places] = _prior_nats(prior, indices.to(work.device), given, int(rows[places[0]]))
+        nats[places] = prior_nats(prior, indices.to(work.device), given, int(rows[places[0]]))
     nats = work.total(nats)
     digests.gather(work)
     config, cells = prior.config, math.prod(prior.config.grid)
@@ -138,7 +146,7 @@ def _num_draws(prior: Prior) -> int:
     return 1 if prior.exact_likelihood else NUM_BOUND_DRAWS
 
 
-def _prior_nats(prior: Prior, indices: Tensor, given: Given, first_row: int) -> Tensor:
+def prior_nats(prior: Prior, indices: Tensor, given: Given, first_row: int) -> Tensor:
     """-log p(codes | conditions) of a batch of codes (B, h, w) in nats, (B, D). The draws for a bound belong to the
     batch, whichever process works on it."""
     nats = []
@@ -182,7 +190,7 @@ def image_costs(
         decoded = tokenizer.run_decoder(latent.z)
         for place, one, original in zip(places.tolist(), decoded.split(1), originals.split(1), strict=True):
             table[place, 0] = negative_log_likelihood(one, original, likelihood)[0].cpu().double()
-        table[places, 1:] = _prior_nats(prior, latent.indices, given, int(rows[places[0]]))
+        table[places, 1:] = prior_nats(prior, latent.indices, given, int(rows[places[0]]))
     table = work.total(table)
     digests.gather(work)
     nothing = torch.zeros(1, 1, 1, 1)

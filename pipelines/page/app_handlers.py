@@ -44,6 +44,8 @@ class PageImage:
     """(C, H, W) uint8."""
     class_name: str | None = None
     """Its class, if it is known."""
+    prompt: str | None = None
+    """Its prompt, if it has one."""
     note: str = ""
     """How an upload was changed, in words."""
 
@@ -75,15 +77,20 @@ class Handlers:
         seed: int | None,
         sampling: dict[str, Any],
         on_progress: OnProgress,
+        prompt: str | None = None,
+        negative_prompt: str | None = None,
     ) -> list[PageImage]:
-        """Generates images of a class; None and `ALL_CLASSES` cycle through all."""
+        """Generates images of a class and a prompt; None and `ALL_CLASSES` cycle through all classes, and None through
+        the prior's example prompts."""
         chosen = None if class_name in (None, ALL_CLASSES) else [class_name]
         output = self.pipeline(
-            num_images, chosen, seed=_seed(seed), output_type="pt", on_progress=on_progress, **sampling
-        )
+            num_images, chosen, seed=_seed(seed), prompt=prompt, negative_prompt=negative_prompt, output_type="pt",
+            on_progress=on_progress, **sampling,
+        )  # fmt: skip
         known = self.pipeline.label_names
         names = [known[label] if known else None for label in output.labels or [0] * num_images]
-        return [PageImage(*pair) for pair in zip(output.images, names, strict=True)]
+        prompts = output.prompts or [None] * num_images
+        return [PageImage(*each) for each in zip(output.images, names, prompts, strict=True)]
 
     def reconstruct(self, image: PageImage) -> tuple[Tensor, Tensor | None, str]:
         """The reconstruction (C, H, W) uint8, the codes (h, w) or None, and the PSNR in words."""
@@ -110,13 +117,14 @@ class Handlers:
         feather: float,
         sampling: dict[str, Any],
         on_progress: OnProgress,
+        prompt: str | None = None,
     ) -> Tensor:
         """Completions (num_images, C, H, W) uint8 of an image.
 
         Args:
             layers: what was brushed, see :func:`brushed_mask`.
             part: `BRUSHED`, or one of `MASK_NAMES`.
-            class_name: None and `NO_CLASS` draw without a class, and so without guidance.
+            class_name: None and `NO_CLASS` draw without a class; without a prompt, too, there is no guidance.
         """
         if image is None:
             raise InputError("no image: upload one, or use a generated one")
@@ -126,10 +134,11 @@ class Handlers:
             raise InputError("nothing is brushed: paint over what is to be redrawn")
         if class_name in (None, NO_CLASS):
             class_name = None
+        if class_name is None and prompt is None:
             sampling = {name: value for name, value in sampling.items() if name != "guidance_scale"}
         request = InpaintRequest(
-            image=image.pixels, mask=mask, num_images=num_images, class_name=class_name, seed=_seed(seed),
-            feather=feather, sampling=parse_config(SamplingConfig, sampling, "the sampling settings"),
+            image=image.pixels, mask=mask, num_images=num_images, class_name=class_name, prompt=prompt,
+            seed=_seed(seed), feather=feather, sampling=parse_config(SamplingConfig, sampling, "the sampling settings"),
         )  # fmt: skip
         return inpaint(self.pipeline, request, on_progress).images
 

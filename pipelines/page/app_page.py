@@ -88,6 +88,7 @@ def _generate_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -
             class_name = gr.Dropdown(
                 [ALL_CLASSES, *(names or [])], label="Class", allow_custom_value=True, visible=bool(names)
             )
+            prompt, negative_prompt = _prompt_boxes(handlers.pipeline)
             num_images = gr.Slider(1, MAX_IMAGES, 2 * columns, step=1, label="Number of images")
             seed, controls = _seed_box(), _sampling_controls(handlers.pipeline)
             button = gr.Button("Generate", variant="primary")
@@ -95,11 +96,14 @@ def _generate_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -
             gallery = _gallery("Generated", columns, height=480)
 
     def generate(progress: gr.Progress = PROGRESS, *given: Any) -> tuple[list[Any], list[PageImage], None]:
-        count, name, number, *sampling = given
-        images = handlers.generate(count, name, number, dict(zip(controls, sampling, strict=True)), _shown(progress))
-        return [(to_pil(image.pixels), image.class_name) for image in images], images, None
+        count, name, text, against, number, *sampling = given
+        texts = text.strip() or None, against.strip() or None
+        settings = dict(zip(controls, sampling, strict=True))
+        images = handlers.generate(count, name, number, settings, _shown(progress), *texts)
+        return [(to_pil(image.pixels), image.prompt or image.class_name) for image in images], images, None
 
-    _on(button.click, generate, [num_images, class_name, seed, *controls.values()], [gallery, generated, selected])
+    inputs = [num_images, class_name, prompt, negative_prompt, seed, *controls.values()]
+    _on(button.click, generate, inputs, [gallery, generated, selected])
 
     def select(event: gr.SelectData) -> int:
         return event.index
@@ -137,6 +141,7 @@ def _inpaint_tab(handlers: Handlers, generated: gr.State, selected: gr.State) ->
             note = gr.Markdown()
             part = gr.Dropdown(parts, value=first_part, label="Redraw")
             class_name = gr.Dropdown(choices, label="Class", allow_custom_value=True, visible=bool(names))
+            prompt, _ = _prompt_boxes(handlers.pipeline)
             num_images = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Number of completions")
             feather = gr.Slider(0, 8, 0, step=1, label="Feather in pixels", info="How far kept pixels blend in.")
             seed, controls = _seed_box(), _sampling_controls(handlers.pipeline)
@@ -154,13 +159,14 @@ def _inpaint_tab(handlers: Handlers, generated: gr.State, selected: gr.State) ->
     _on(take.click, lambda images, index: show(_taken(images, index, 0)), [generated, selected], outputs)
 
     def inpaint(progress: gr.Progress = PROGRESS, *given: Any) -> list[Any]:
-        chosen, edited, which, count, name, number, width, *sampling = given
+        chosen, edited, which, count, name, text, number, width, *sampling = given
         layers = edited["layers"] if edited else []
         settings = dict(zip(controls, sampling, strict=True))
-        images = handlers.inpaint(chosen, layers, which, count, name, number, width, settings, _shown(progress))
+        asked = chosen, layers, which, count, name, number, width, settings
+        images = handlers.inpaint(*asked, _shown(progress), text.strip() or None)
         return [to_pil(pixels) for pixels in images]
 
-    inputs = [image, editor, part, num_images, class_name, seed, feather, *controls.values()]
+    inputs = [image, editor, part, num_images, class_name, prompt, seed, feather, *controls.values()]
     _on(button.click, inpaint, inputs, [gallery])
 
 
@@ -215,7 +221,7 @@ def _sampling_controls(pipeline: TwoStagePipeline) -> dict[str, Component]:
     ranges: dict[str, tuple[float, float, float, float]] = {"temperature": (0.1, 2, 1, 0.05)}  # lowest to highest, step
     if pipeline.prior:
         config = pipeline.prior.config
-        if config.class_names and config.loss.class_dropout_prob:
+        if config.conditions and all(map(pipeline.prior.dropout_of, config.conditions)):
             ranges["guidance_scale"] = (0, 8, 2, 0.25)
         ranges["top_k"] = (1, config.codebook_size, config.codebook_size, 1)
         ranges["top_p"] = (0.05, 1, 1, 0.05)
@@ -231,6 +237,17 @@ def _sampling_controls(pipeline: TwoStagePipeline) -> dict[str, Component]:
             )
             for name, (low, high, value, step) in ranges.items()
         }  # fmt: skip
+
+
+def _prompt_boxes(pipeline: TwoStagePipeline) -> tuple[gr.Textbox, gr.Textbox]:
+    """What to draw and what to lead away from, for a prior that is conditioned on captions."""
+    examples = pipeline.prior.example_prompts() if pipeline.prior else ()
+    reads_text = bool(pipeline.prior and "text" in pipeline.prior.conditions)
+    hint = f"Such as: {examples[0]}" if examples else None
+    return (
+        gr.Textbox(label="Prompt", placeholder=hint, info="Empty: example prompts.", visible=reads_text),
+        gr.Textbox(label="Negative prompt", info="What guidance leads away from.", visible=reads_text),
+    )
 
 
 def _seed_box() -> gr.Number:

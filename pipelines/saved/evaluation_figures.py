@@ -21,6 +21,7 @@ __all__ = [
     "JudgedReconstructions",
     "LatentUnits",
     "LikelihoodBound",
+    "Listening",
     "Rows",
     "SampleCounts",
     "SampleNovelty",
@@ -220,6 +221,36 @@ class ImageCost(Figures):
     chain_rule_bits_per_dim: float | None = figure("  per dimension", "{:.4f} bits", "for each value of an image")
 
 
+@dataclass(frozen=True)
+class Listening(Figures):
+    """How much a prior listens to each condition; the keys begin or end with its type."""
+
+    values: Mapping[str, float]
+
+    def by_key(self) -> dict[str, float]:
+        """The figures, such as `text_saves`."""
+        return dict(self.values)
+
+    @classmethod
+    def rows(cls) -> Rows:
+        """The rows of all keys."""
+        rows = {}
+        for kind in ("class", "text", "map", "vector"):
+            rows |= {
+                f"{kind}_saves": Row(
+                    f"{kind} saves", "{:.4f} nats per code", "compared with no condition; higher is better"
+                ),
+                f"wrong_{kind}_costs": Row(
+                    f"  a wrong {kind} costs", "{:.4f} nats per code", "compared with the right one; higher is better"
+                ),
+                f"{kind}_matches": Row(
+                    f"  right {kind} likeliest", "{:.1%}", "of the right one and others; higher is better"
+                ),
+                f"{kind}_matches_by_chance": Row("    by chance", "{:.1%}", "for comparison"),
+            }
+        return rows
+
+
 # --- samples --------------------------------------------------------------------------------------------------------
 
 
@@ -284,7 +315,7 @@ def _rows_of(*figures: type[Figures]) -> Rows:
 
 TOKENIZER_ROWS = _rows_of(ImageQuality, JudgedReconstructions, LikelihoodBound, LatentUnits, CodebookUse)
 SAMPLE_ROWS = _rows_of(SampleCounts, SampleQuality, SampleNovelty)
-PRIOR_ROWS = _rows_of(CodeCost, ImageCost) | SAMPLE_ROWS
+PRIOR_ROWS = _rows_of(CodeCost, Listening, ImageCost) | SAMPLE_ROWS
 
 
 def evidence_warnings(not_evidence: Mapping[str, str], rows: Rows) -> list[str]:

@@ -147,7 +147,8 @@ class ModelCard:
             f"Made with twostage. {about}",
             "![Samples](samples.png)",
             "Not chosen by hand: seed 0, default settings"
-            + (f", cycling through the classes ({', '.join(names)})." if names else "."),
+            + (f", cycling through the classes ({', '.join(names)})." if names else ".")
+            + (" Below each image is its prompt, a held-out caption." if self.prompts else ""),
             "## Use",
             self._example(),
             "## What it is",
@@ -163,8 +164,15 @@ class ModelCard:
             sections += [f"![{caption}](reconstructions.png)", f"{caption}."]
         return [*sections, *self._about_data(), "## Intended use and limits", LIMITS, *self._about_training()]
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The held-out captions that a prior with captions keeps."""
+        return self.prior.example_prompts() if self.prior else ()
+
     def _example(self) -> str:
         asked = f', class_names=["{self.class_names[0]}"]' if self.class_names else ""
+        if self.prompts:
+            asked = f", prompt={json.dumps(self.prompts[0], ensure_ascii=False)}"
         return (
             "```python\nfrom twostage import TwoStagePipeline\n\n"
             f'pipeline = TwoStagePipeline.from_pretrained("{self.fields.where}")\n'

@@ -54,11 +54,8 @@ def test_attention_in_bfloat16_equals_that_in_float32(causal):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_fast_block_equals_the_block(dtype):
     torch.manual_seed(0)
-    block = (
-        Block(CausalTransformerConfig(hidden_size=16, num_heads=2, dropout=0.5), False, GRID, ContextForm())
-        .eval()
-        .to(dtype)
-    )
+    config = CausalTransformerConfig(hidden_size=16, num_heads=2, dropout=0.5)
+    block = Block(config, False, GRID, ContextForm()).eval().to(dtype)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.4)
     x, rotation = torch.randn(3, 6, 16, dtype=dtype), rotations(GRID, 8)
@@ -70,12 +67,8 @@ def test_a_fast_block_equals_the_block(dtype):
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     attended = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).reshape(18, 16)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    torch.testing.assert_close(
-        fast.finish(rows, attended).view_as(x),
-        block(x, Context(3), rotation, None).detach(),
-        rtol=tolerance,
-        atol=tolerance,
-    )
+    expected = block(x, Context(3), rotation, None).detach()
+    torch.testing.assert_close(fast.finish(rows, attended).view_as(x), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_a_tied_head_has_no_weights_of_its_own_and_predicts_no_mask():

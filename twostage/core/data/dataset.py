@@ -235,6 +235,14 @@ class ImageSplit:
         """(len(rows),) int64, or None."""
         return None if self.labels is None else self.labels[rows]
 
+    def read_captions(self, rows: Tensor) -> list[tuple[str, ...]] | None:
+        """The captions of each image, () for none; None if no image has any."""
+        return None if self.captions is None else [self.captions[row] for row in rows.tolist()]
+
+    def read_vectors(self, rows: Tensor) -> Tensor | None:
+        """(len(rows), d) float32, or None."""
+        return None if self.vectors is None else torch.from_numpy(self.vectors[rows.numpy()])
+
 
 @dataclass
 class ImageData:
