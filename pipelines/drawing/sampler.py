@@ -174,10 +174,9 @@ class ImageSampler:
     def sheet(self, images: Tensor) -> Image.Image:
         """A contact sheet of images (n, C, H, W) uint8 of a request that asks for nothing in particular: below each is
         its prompt or its class."""
-        prompts = self.prior.example_prompts() if self.prior else ()
-        return (
-            prompt_sheet(images, prompts) if prompts else class_sheet(images, self.class_names, self.labels_for(None))
-        )
+        if self.prior and (prompts := self.prior.example_prompts()):
+            return prompt_sheet(images, prompts)
+        return class_sheet(images, self.class_names, self.labels_for(None))
 
     # --- drawing ----------------------------------------------------------------------------------------------------
 
