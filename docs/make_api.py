@@ -23,7 +23,7 @@ HEAD = "# API\n\n`python docs/make_api.py` writes this page from the docstrings.
 MORE: dict[str, dict[str, list[str]]] = {
     "Codes and sampling": {
         "stage2_prior.codes": ["CodeCache", "CodeSplit", "Manifest"],
-        "stage2_prior.sampling": ["image_seeds", "guide", "filter_logits", "choose"],
+        "stage2_prior.sampling": ["Branches", "image_seeds", "filter_logits", "choose"],
     },
     "Training from Python": {
         "stage1_tokenizer.train_tokenizer": ["train"],

@@ -12,7 +12,7 @@ from pipelines.drawing.asked import Asked
 from pipelines.drawing.generated_folder import GenerateRequest, generate_folder
 from pipelines.drawing.sampling_options import with_sampling_options
 from pipelines.drawing.two_stage import TwoStagePipeline
-from pipelines.files.given_conditions import read_map, read_prompts, read_vectors
+from pipelines.files.given_conditions import all_prompts, read_map_file, read_vector_file
 from pipelines.files.image_files import FileFormat
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.machine.command import run_command
@@ -65,9 +65,9 @@ def command(
     """Generate images with a trained prior and its tokenizer."""
     pipeline = TwoStagePipeline.from_pretrained(prior, tokenizer)
     asked = Asked(
-        class_names=class_name or None, prompts=read_prompts(prompt or [], prompts), negative_prompt=negative_prompt,
-        maps=[read_map(path) for path in map_file] if map_file else None,
-        vectors=None if vector is None else read_vectors(vector),
+        class_names=class_name or None, prompts=all_prompts(prompt or [], prompts), negative_prompt=negative_prompt,
+        maps=[read_map_file(path) for path in map_file] if map_file else None,
+        vectors=None if vector is None else read_vector_file(vector),
     )  # fmt: skip
     request = GenerateRequest(
         num_images=num_images, asked=asked, seed=seed, sampling=sampling, batch_size=batch_size,

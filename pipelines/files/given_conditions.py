@@ -9,10 +9,10 @@ from PIL import Image
 from twostage.core.errors import InputError
 from twostage.core.wording import one_line
 
-__all__ = ["read_map", "read_prompts", "read_vectors"]
+__all__ = ["all_prompts", "read_map_file", "read_vector_file"]
 
 
-def read_prompts(given: Sequence[str], file: Path | None) -> list[str] | None:
+def all_prompts(given: Sequence[str], file: Path | None) -> list[str] | None:
     """The prompts that are given one by one, and those in the lines of a file; None if there are none of either.
 
     Raises:
@@ -31,7 +31,7 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[str] | None:
     return [*given, *found]
 
 
-def read_map(path: Path) -> np.ndarray:
+def read_map_file(path: Path) -> np.ndarray:
     """The labels (H, W) uint8 of a map: an image's palette indices or grey values.
 
     Raises:
@@ -49,7 +49,7 @@ def read_map(path: Path) -> np.ndarray:
     return np.asarray(image.convert("L") if image.mode == "1" else image)
 
 
-def read_vectors(path: Path) -> list[np.ndarray]:
+def read_vector_file(path: Path) -> list[np.ndarray]:
     """The vectors in a .npy file: (V,) or (n, V).
 
     Raises:

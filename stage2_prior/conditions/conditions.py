@@ -102,7 +102,7 @@ class Conditions(nn.ModuleDict):
     @torch.no_grad()
     def encode_each(self, given: Given, count: int) -> Context:
         """:meth:`forward` for sampling, on the device of this module: each condition's distinct values are encoded one
-        by one, so that what is said about an image does not depend on its neighbours, not even in the last bit."""
+        by one, so that an image's context does not depend on its neighbours, not even in the last bit."""
         device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
         contexts = []
         for name, condition in self._each():

@@ -49,7 +49,8 @@ class MapConditionConfig(ConditionConfig):
         return self.model_copy(update={"num_labels": num_labels, "size": cache.manifest.image_size})
 
     def build(self, space: ContextSpace) -> "MapCondition":
-        assert self.size is not None and self.num_labels is not None
+        assert self.size is not None
+        assert self.num_labels is not None
         return MapCondition(self.num_labels, self.size, self.depth, space)
 
 
@@ -86,8 +87,8 @@ class MapCondition(Condition):
         unknown = values[(values >= self.num_labels) & (values != NO_LABEL)]
         if len(unknown):
             raise InputError(
-                f"map: the label {unknown[0].item()} never occurs in the training maps. Use 0 to {self.num_labels - 1}, "
-                f"or {NO_LABEL} where anything may be"
+                f"map: the label {unknown[0].item()} never occurs in the training maps. Use 0 to {self.num_labels - 1} or "
+                f"{NO_LABEL} where anything may be"
             )
 
     def forward(self, values: Tensor) -> Context:

@@ -125,7 +125,7 @@ class TextCondition(Condition):
         self.vocabulary.check(value)
         if (length := len(self.vocabulary.tokens(value))) > self.max_length:
             raise InputError(
-                f"prompt {value!r}: {length} tokens, but this prior reads at most {self.max_length}. Shorten it"
+                f"prompt {value!r}: has {length} tokens, expected at most {self.max_length}. Use fewer words"
             )
         return self._tokens([(value,)])
 

@@ -258,7 +258,7 @@ def test_prompts_that_cannot_be_read_are_refused():
     for prompt, named in (
         ("", ("prompt ''", "Omit")),
         ("a purple star", ("'purple'", "ring", "Use")),
-        ("a red star, a red star, a red star", ("11 tokens", "at most 8", "Shorten")),
+        ("a red star, a red star, a red star", ("11 tokens", "at most 8", "fewer words")),
     ):
         with refuses(*named):
             prior.parse("text", [prompt])
