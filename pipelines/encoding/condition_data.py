@@ -81,16 +81,14 @@ def check_captions(data: ImageData, config: DataConfig) -> None:
         )
 
 
-def mirrored_words(data: ImageData, augmentation: Augmentation) -> str | None:
-    """A notice if training images are mirrored whose captions say left or right; None otherwise."""
+def mirrored_words(data: ImageData, augmentation: Augmentation) -> list[str]:
+    """A notice if training images are mirrored whose captions say left or right."""
     captions = data.splits["train"].captions or []
     count = sum(any(map(_SIDE.search, texts)) for texts in captions)
     if not augmentation.horizontal_flip or not count:
-        return None
-    return (
-        f"{count:,} of {len(captions):,} training images have captions with the words left or right, which are wrong "
-        "for their mirrored copies; to avoid that, encode without --horizontal-flip"
-    )
+        return []
+    found = f"{count:,} of {len(captions):,} training images have captions with the words left or right"
+    return [f"{found}, which are wrong for their mirrored copies; to avoid that, encode without --horizontal-flip"]
 
 
 def map_form(data: ImageData, stored: dict[str, np.memmap | None]) -> MapForm | None:

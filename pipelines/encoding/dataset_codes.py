@@ -82,11 +82,7 @@ def encode_dataset(
             discard_leftover(final)  # of a call that was killed in its last step
         return final
 
-    data = load_images(config)
-    check_captions(data, config)
-    notice = mirrored_words(data, augmentation)
-    for line in [data.description, *data.notices, *([notice] if notice else [])]:
-        print_once(line)
+    data = _load(config, augmentation)
     splits = image_variants(data, augmentation)
     contents = data.contents()
     partial = _partial_codes(final, reference, config, contents, splits)
@@ -159,6 +155,15 @@ def _is_free(final: Path) -> bool:
     if final.is_symlink() or final.is_mount():
         return False
     return not final.exists() or (final.is_dir() and not any(final.iterdir()))
+
+
+def _load(config: DataConfig, augmentation: Augmentation) -> ImageData:
+    """The images, with captions for all of them or for none."""
+    data = load_images(config)
+    check_captions(data, config)
+    for line in [data.description, *data.notices, *mirrored_words(data, augmentation)]:
+        print_once(line)
+    return data
 
 
 def _partial_codes(

@@ -116,8 +116,8 @@ def _read_cell(cell: Any, name: str, column: str) -> tuple[str, ...]:
                 f"data.source {name}: the {column} {short_repr(text, 60)} is not valid Unicode ({error.reason}). Fix "
                 f"this text. {_REMEDY}"
             ) from None
-        if text.strip():
-            captions.append(text.strip())
+        if text := text.replace("\0", " ").strip():
+            captions.append(text)
     return tuple(captions)
 
 

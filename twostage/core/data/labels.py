@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from twostage.core.data.records import AUTO
 from twostage.core.errors import InputError
 from twostage.core.wording import short_repr, some_of
 
-__all__ = ["hub_features", "label_column", "table_labels"]
+__all__ = ["LABEL_NAMES", "hub_features", "label_column", "read_labels", "table_labels"]
 
 LABEL_NAMES = ("label", "labels", "class", "fine_label", "class_label", "class_name", "category", "target")
 REMEDY = "set data.label_column to another column, or to null to use the images without classes"
@@ -85,19 +86,34 @@ def label_candidates(table: pa.Table, taken: str) -> list[str]:
 def table_labels(
     tables: dict[str, pa.Table], column: str, origin: str
 ) -> tuple[list[str] | None, dict[str, np.ndarray | None], list[str]]:
+    """The classes in a column; see :func:`read_labels`. The file's metadata may name them."""
+    features = next((about for t in tables.values() if (about := hub_features(t.schema).get(column))), {})
+    names = [str(name) for name in features["names"]] if isinstance(features.get("names"), list) else None
+    cells = {split: _column(table, column) for split, table in tables.items()}
+    return read_labels(cells, column, origin, lambda split, row: f"{origin}: `{split}`, row {row}", names)
+
+
+def read_labels(
+    cells: dict[str, list[Any]],
+    column: str,
+    origin: str,
+    place: Callable[[str, int], str],
+    names: list[str] | None = None,
+) -> tuple[list[str] | None, dict[str, np.ndarray | None], list[str]]:
     """The class names, each split's labels, (n,) int64 or None for a split without labels, and notices.
 
-    If the file's metadata has no class names, the classes are the values that occur, sorted.
+    Args:
+        cells: the label of each image, by split.
+        place: names a row of a split, for messages.
+        names: the class names; None: the values that occur, sorted.
 
     Raises:
         InputError: a value is not a class, or rows have no label although their split has labels.
     """
     values = {
-        split: [_value(v, f"{origin}: `{split}`", column, row) for row, v in enumerate(_column(table, column))]
-        for split, table in tables.items()
+        split: [_value(value, place(split, row), column) for row, value in enumerate(rows)]
+        for split, rows in cells.items()
     }
-    features = next((about for t in tables.values() if (about := hub_features(t.schema).get(column))), {})
-    names = [str(name) for name in features["names"]] if isinstance(features.get("names"), list) else None
     for split, rows in values.items():
         # -1 means no label if the classes have names, or if a whole split is -1.
         if names is not None or (set(rows) == {-1} and any(-1 not in other for other in values.values())):
@@ -105,11 +121,11 @@ def table_labels(
     labelled = {split: rows for split, rows in values.items() if any(value is not None for value in rows)}
     unlabelled = [split for split, rows in values.items() if rows and split not in labelled]
     notices = [f"`{split}` has no labels and is used without classes" for split in unlabelled]
-    if "train" in tables and "train" not in labelled and labelled:
+    if "train" in cells and "train" not in labelled and labelled:
         notices.append("`train` has no labels, so no split has classes")
         labelled = {}
     if not labelled:
-        return None, dict.fromkeys(tables), notices
+        return None, dict.fromkeys(cells), notices
     if names is None:
         distinct = {value for rows in labelled.values() for value in rows if value is not None}
         numbers = all(type(value) is int for value in distinct)
@@ -118,10 +134,10 @@ def table_labels(
         index: dict[Any, int] = {value: i for i, value in enumerate(ordered)}
     else:
         index = {name: i for i, name in enumerate(names)} | {i: i for i in range(len(names))}
-    labels: dict[str, np.ndarray | None] = dict.fromkeys(tables)
+    labels: dict[str, np.ndarray | None] = dict.fromkeys(cells)
     for split, rows in labelled.items():
         found = [-1 if value is None else index.get(value, index.get(str(value), -2)) for value in rows]
-        labels[split] = _checked(np.array(found, dtype=np.int64), rows, names, column, f"{origin}: `{split}`")
+        labels[split] = _checked(np.array(found, dtype=np.int64), rows, names, column, origin, split, place)
     total = sum(map(len, labelled.values()))
     if len(names) > max(MIN_SUSPECT_CLASSES, total // 2):
         notices.append(
@@ -134,7 +150,7 @@ def _column(table: pa.Table, column: str) -> list[Any]:
     return table.column(column).to_pylist() if column in table.schema.names else [None] * table.num_rows
 
 
-def _value(value: Any, where: str, column: str, row: int) -> int | str | None:
+def _value(value: Any, where: str, column: str) -> int | str | None:
     """A label as a number or text; None if it is missing."""
     found = value[0] if isinstance(value, list) and len(value) == 1 else value
     if found is None or found == "" or (isinstance(found, float) and math.isnan(found)):
@@ -146,20 +162,28 @@ def _value(value: Any, where: str, column: str, row: int) -> int | str | None:
     if isinstance(found, int | str):
         return found
     raise InputError(
-        f"data.source {where}, row {row}: {column} is {short_repr(value, 60)}, expected one class per image, as text "
+        f"data.source {where}: {column} is {short_repr(value, 60)}, expected one class per image, as text "
         f"or a whole number; {REMEDY}"
     )
 
 
-def _checked(labels: np.ndarray, rows: list[Any], names: list[str], column: str, where: str) -> np.ndarray:
+def _checked(
+    labels: np.ndarray,
+    rows: list[Any],
+    names: list[str],
+    column: str,
+    origin: str,
+    split: str,
+    place: Callable[[str, int], str],
+) -> np.ndarray:
     if len(wrong := np.flatnonzero(labels == -2)):
         raise InputError(
-            f"data.source {where}, row {wrong[0]}: {column} is {rows[wrong[0]]!r}, expected a number from 0 to "
+            f"data.source {place(split, wrong[0])}: {column} is {rows[wrong[0]]!r}, expected a number from 0 to "
             f"{len(names) - 1} or a class name from the file's metadata; {REMEDY}"
         )
     if len(missing := np.flatnonzero(labels == -1)):
         raise InputError(
-            f"data.source {where}: {len(missing):,} of {len(rows):,} rows have no {column} (the first is row "
-            f"{missing[0]}); label them, remove them, or {REMEDY}"
+            f"data.source {origin}: `{split}`: {len(missing):,} of {len(rows):,} rows have no {column} (the first is "
+            f"{place(split, missing[0])}); label them, remove them, or {REMEDY}"
         )
     return labels

@@ -5,18 +5,14 @@
 
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
+from twostage.core.data.folder_columns import source_of_folder
 from twostage.core.data.image_folder import FolderContent, list_folder, understand_folder
-from twostage.core.data.maps import file_records
-from twostage.core.data.records import AUTO, Columns, Source
+from twostage.core.data.records import Columns, Source
 from twostage.core.data.tables import TABLE_SUFFIXES, find_tables, read_hub, read_tables
 from twostage.core.errors import InputError
 from twostage.core.files import expand_home
-from twostage.core.wording import printable, some_of
 
 __all__ = ["find_local", "find_source"]
 
@@ -72,27 +68,14 @@ def _read_local(path: Path, columns: Columns) -> Source:
     content = list_folder(path)
     if tables := find_tables(content):
         return read_tables(path, tables, columns, content)
-    if columns.label not in (AUTO, None):
-        raise InputError(
-            f"data.label_column {columns.label!r}: only applies to tables; {path} is a folder of images, whose classes "
-            "are its folders. Remove data.label_column"
-        )
-    return _read_folder(path, content, columns)
+    if columns.maps is not None:
+        _remove_maps(path, content, Path(columns.maps))
+    return source_of_folder(path, content, understand_folder(path, content), columns)
 
 
-def _read_folder(root: Path, content: FolderContent, columns: Columns) -> Source:
-    found = understand_folder(root, content)
-    if columns.label is None:
-        found.labels = found.class_names = None
-    splits = {}
-    for split, files in found.splits.items():
-        numbers = found.labels and found.labels[split]
-        labels = None if numbers is None else np.array(numbers, dtype=np.int64)
-        splits[split] = replace(file_records(files, printable(root)), labels=labels)
-    names = None if found.class_names is None else [printable(name) for name in found.class_names]
-    notices = found.notices
-    if content.skipped:
-        shown = some_of(f"{printable(path)} ({reason})" for path, reason in content.skipped.items())
-        notices = [f"{len(content.skipped)} files skipped because they are not images: {shown}", *notices]
-    skipped = [f"{printable(root / path)} ({reason})" for path, reason in content.skipped.items()]
-    return Source(f"folder {printable(root)}: {found.layout}", splits, names, notices, skipped)
+def _remove_maps(root: Path, content: FolderContent, maps: Path) -> None:
+    """Maps in a folder below the images are not images themselves."""
+    inside = maps.resolve()
+    if inside != root.resolve() and inside.is_relative_to(root.resolve()):
+        prefix = inside.relative_to(root.resolve())
+        content.images = [path for path in content.images if not path.is_relative_to(prefix)]
