@@ -87,8 +87,8 @@ class MapCondition(Condition):
         unknown = values[(values >= self.num_labels) & (values != NO_LABEL)]
         if len(unknown):
             raise InputError(
-                f"map: the label {unknown[0].item()} never occurs in the training maps. Use 0 to {self.num_labels - 1} or "
-                f"{NO_LABEL} where anything may be"
+                f"map: the label {unknown[0].item()} never occurs in the training maps. Use 0 to "
+                f"{self.num_labels - 1}, or {NO_LABEL} where anything may be"
             )
 
     def forward(self, values: Tensor) -> Context:
