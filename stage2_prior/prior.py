@@ -186,16 +186,7 @@ class Prior(nn.Module):
             raise InputError(f"top_k {sampling.top_k}: expected at most {codes}, the size of the codebook")
         if sampling.num_steps is not None and sampling.num_steps > cells:
             raise InputError(f"num_steps {sampling.num_steps}: expected at most {cells}, the number of codes in a grid")
-        if sampling.guidance_scale != 1.0:
-            if not self.config.conditions:
-                why = "this prior has no classes or other conditions"
-                raise InputError(f"guidance_scale {sampling.guidance_scale}: {why}. Use guidance_scale 1")
-            if always := [config.type for config in self.config.conditions if not self.dropout_of(config)]:
-                raise InputError(
-                    f"guidance_scale {sampling.guidance_scale}: this prior was trained with "
-                    f"{'loss.class_dropout_prob=0' if always == ['class'] else f'dropout 0 of {always[0]}'}, so it "
-                    f"cannot sample without a {always[0]}. Use guidance_scale 1"
-                )
+        self._check_guidance(sampling)
         if sampling.weights != "float32":
             device = next(self.parameters()).device.type
             if device != "cpu":
@@ -203,6 +194,27 @@ class Prior(nn.Module):
                     f"weights {sampling.weights!r}: only applies on a CPU, but this prior is on {device}. Use float32"
                 )
             check_weights(sampling.weights)
+
+    def _check_guidance(self, sampling: SamplingConfig) -> None:
+        scale = sampling.guidance_scale
+        if isinstance(scale, dict) and (unknown := [name for name in scale if name not in self.conditions]):
+            has = " and ".join(self.conditions) or "no conditions"
+            raise InputError(f"guidance_scale {unknown[0]!r}: this prior was trained with {has}. Remove {unknown[0]!r}")
+        if not sampling.is_guided:
+            return
+        if not self.config.conditions:
+            raise InputError(f"guidance_scale {scale}: this prior has no classes or prompts. Use guidance_scale 1")
+        for condition in self.config.conditions:
+            if not self.dropout_of(condition):
+                raise InputError(
+                    f"guidance_scale {scale}: this prior was trained with {self.dropout_setting(condition)}, so it "
+                    f"cannot sample without a {condition.type}. Use guidance_scale 1"
+                )
+
+    def dropout_setting(self, condition: ConditionConfig) -> str:
+        """What sets :meth:`dropout_of`, as in a config."""
+        own = f"condition.dropout={condition.dropout:g} for {condition.type}" if condition.dropout is not None else ""
+        return own or f"loss.class_dropout_prob={self.config.loss.class_dropout_prob:g}"
 
     def dropout_of(self, condition: ConditionConfig) -> float:
         """The share of the training images from which a condition was hidden."""
@@ -263,11 +275,13 @@ class Prior(nn.Module):
     def _branches(
         self, given: Given | Tensor | None, negative: Given | None, sampling: SamplingConfig, count: int
     ) -> Branches:
-        context = self.conditions.encode_each(self.conditions.complete(given, count), count)
-        if sampling.guidance_scale == 1.0:
-            return Branches(context)
-        without = self.conditions.encode_each(self.conditions.complete(negative, count), count)
-        return Branches(join_contexts([context, without]), (sampling.guidance_scale,))
+        values, without = self.conditions.complete(given, count), self.conditions.complete(negative, count)
+        contexts, scales = [self.conditions.encode_each(values, count)], []
+        for scale, hidden in sampling.scales_of(list(self.conditions)):
+            values = values | {name: without[name] for name in hidden}
+            contexts.append(self.conditions.encode_each(values, count))
+            scales.append(scale)
+        return Branches(join_contexts(contexts), tuple(scales))
 
     def _check_known(self, known: Tensor, count: int) -> None:
         if known.shape != (count, *self.config.grid):

@@ -5,6 +5,7 @@ Axes: B images, N cells of a grid, K codes.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -62,8 +63,10 @@ class SamplingConfig(Section):
         title="Top-p",
         description="Sample only from the likeliest codes that add up to this probability. Default: all codes.",
     )
-    guidance_scale: Number = Field(
-        default=1.0, description="Values above 1 follow the class more strongly; 0 ignores it (also called cfg_scale)."
+    guidance_scale: Number | dict[str, Number] = Field(
+        default=1.0,
+        description="Values above 1 follow the class or prompt more strongly; 0 ignores it (also called cfg_scale). A "
+        "scale for each condition: class=1.5,text=4.",
     )
     guidance_schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="How the guidance scale grows from 1 to its value while an image is sampled."
@@ -88,11 +91,33 @@ class SamplingConfig(Section):
         default="float32", description="Transformers on a CPU: precision of the weights. Lower precision is faster."
     )
 
+    @field_validator("guidance_scale", mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        parts = value.split(",") if isinstance(value, str) else []
+        found = dict(part.split("=", 1) for part in parts) if parts and all("=" in part for part in parts) else value
+        numbers = found.values() if isinstance(found, dict) else [found]
+        try:
+            if any(isinstance(number, bool) for number in numbers):
+                raise ValueError
+            numbers = [float(number) for number in numbers]
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"expected a number, or one for each condition such as class=1.5,text=4, got {value!r}"
+            ) from None
+        return (
+            dict(zip((name.strip() for name in found), numbers, strict=True)) if isinstance(found, dict) else numbers[0]
+        )
+
     @field_validator(*RANGES)
     @classmethod
     def _is_in_range(cls, value: Any, info: ValidationInfo) -> Any:
         name = info.field_name or ""
         low, high, expected = RANGES[name]
+        if isinstance(value, dict):
+            for scale in value.values():
+                cls._is_in_range(scale, info)
+            return value
         if value is None or low <= value <= high:
             return value
         hint = ""
@@ -101,6 +126,25 @@ class SamplingConfig(Section):
         elif name in ("temperature", "top_k", "top_p") and value < low:
             hint = "; top_k=1 (--top-k 1) always picks the most likely code"
         raise ValueError(f"got {value:g}, expected {expected}{hint}")
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether any condition has a guidance scale other than 1."""
+        scales = self.guidance_scale.values() if isinstance(self.guidance_scale, dict) else [self.guidance_scale]
+        return any(scale != 1 for scale in scales)
+
+    def scales_of(self, conditions: Sequence[str]) -> list[tuple[float, list[str]]]:
+        """The branches beyond that of all conditions: each hides some more of them, from the last to the first, with
+        the guidance scale of what it hides. Conditions with the same scale are hidden together; a scale of 1 at the end
+        needs no branch."""
+        given, steps = self.guidance_scale, list[tuple[float, list[str]]]()
+        for name in reversed(conditions):
+            scale = given.get(name, 1.0) if isinstance(given, dict) else given
+            if steps and steps[-1][0] == scale:
+                steps[-1][1].append(name)
+            else:
+                steps.append((scale, [name]))
+        return steps[:-1] if steps and steps[-1][0] == 1 else steps
 
     @model_validator(mode="after")
     def _choice_is_random(self) -> "SamplingConfig":

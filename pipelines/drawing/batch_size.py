@@ -23,7 +23,7 @@ def sampling_bytes(prior: Prior, sampling: SamplingConfig) -> int:
     """About how much memory one image takes while its codes are sampled, without the weights: caches, activations, and
     the probabilities of all codes (float64, a few copies). An upper estimate."""
     model, grid = prior.config.model, prior.config.grid
-    branches = 1 if sampling.guidance_scale == 1 else 2
+    branches = 1 + len(sampling.scales_of(list(prior.conditions)))
     logits = model.codes_at_once(grid) * prior.config.codebook_size
     return branches * (model.sampling_floats(grid) + logits) * 4 + 5 * logits * 8
 

@@ -18,6 +18,7 @@ from pipelines.drawing.rebuilt_images import check_image, encode_in_parts
 from pipelines.drawing.sampler import ImageSampler, PipelineOutput, in_shares
 from pipelines.files.masks import MASK_NAMES, named_mask
 from stage1_tokenizer.autoencoder import Autoencoder
+from stage2_prior.conditions.conditions import NAMES
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.errors import InputError
 from twostage.core.training.random import seed_for
@@ -218,10 +219,10 @@ def _checked_cycle(sampler: ImageSampler, request: RedrawRequest) -> Cycle:
             option = {"class": "--class-name", "text": "--prompt"}.get(condition.type, condition.type)
             names = f", one of: {', '.join(sampler.class_names or [])}" if condition.type == "class" else ""
             raise InputError(
-                f"{condition.type}: missing; this prior was trained with a dropout of 0 and cannot draw without a "
-                f"{condition.type}. Give {option}{names}"
+                f"{NAMES[condition.type]}: missing; this prior was trained with {prior.dropout_setting(condition)} and "
+                f"cannot draw without a {condition.type}. Give {option}{names}"
             )
-    if request.sampling.guidance_scale != 1 and not any(given.values()):
+    if request.sampling.is_guided and not any(given.values()):
         raise InputError(
             f"guidance_scale {request.sampling.guidance_scale}: guidance needs a class or a prompt, and none is given. "
             "Give --class-name or --prompt too, or set guidance_scale to 1"

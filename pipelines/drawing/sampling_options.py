@@ -4,7 +4,7 @@ To add a setting, edit :mod:`stage2_prior.sampling`."""
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Union, get_origin
 
 import typer
 
@@ -44,6 +44,9 @@ def with_sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 def _option(name: str) -> inspect.Parameter:
     """The parameter from which typer makes the option of a field; its range is checked by `SamplingConfig`."""
     field = SamplingConfig.model_fields[name]
-    kind = Union[tuple(alternatives(field.annotation))]  # noqa: UP007 - of types that are only known here
+    kinds, default = alternatives(field.annotation), field.default
+    if any(get_origin(kind) is dict for kind in kinds):  # a number, or a number for each of several names
+        kinds, default = [str], f"{default:g}"
+    kind = Union[tuple(kinds)]  # noqa: UP007 - of types that are only known here
     annotation = Annotated[kind, typer.Option(help=field.description, rich_help_panel="Sampling")]
-    return inspect.Parameter(name, KEYWORD, default=field.default, annotation=annotation)
+    return inspect.Parameter(name, KEYWORD, default=default, annotation=annotation)

@@ -11,7 +11,7 @@ from stage2_prior.conditions.context import Context, ContextForm, ContextSpace, 
 from twostage.core.errors import InputError
 from twostage.core.training.random import BatchRandom
 
-__all__ = ["Conditions", "Given", "context_form"]
+__all__ = ["NAMES", "Conditions", "Given", "context_form"]
 
 NAMES = {"class": "class name", "text": "prompt", "map": "map", "vector": "vector"}
 """What people call the values."""
