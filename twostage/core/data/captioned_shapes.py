@@ -91,7 +91,7 @@ def _combinations(unseen: bool) -> np.ndarray:
 
 
 def _describe(start: int, count: int, seed: int, unseen: bool) -> tuple[np.ndarray, np.ndarray]:
-    """What images ``start`` ... ``start + count - 1`` show: attributes (count, 5), and variation (count, 4) in [0, 1)."""
+    """What images from ``start`` on show: attributes (count, 5), and variation (count, 4) in [0, 1)."""
     combinations = _combinations(unseen)
     shapes, others, _ = combinations.shape
     block = shapes * others
