@@ -31,6 +31,7 @@ from stage2_prior.train_prior import PriorTrainingConfig
 from stage2_prior.train_prior import train as train_prior
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.drawn_sources import DRAWN_SOURCES
 from twostage.core.data.survey import survey
 from twostage.core.errors import InputError
 from twostage.core.files import write_json
@@ -45,7 +46,7 @@ MAX_FEATURE_STEPS = 300
 MAX_SIDE = 64
 """Maximum side of images; larger ones are cropped and resized."""
 NUM_SHAPES = 8000
-"""Training images of the source `shapes`."""
+"""Training images of a source that twostage draws."""
 DEFAULT_SAMPLING = SamplingConfig(guidance_scale=2.0)
 OVERHEAD_SECONDS = 8.0
 """Time per model besides training: reading data, timing steps, writing, measuring."""
@@ -144,7 +145,7 @@ def _data_group(source: str) -> dict[str, Any]:
     """The `data` group for a source, in the usual form of its images."""
     usual = survey(source, None)
     group = {"source": source, "image_size": [min(side, MAX_SIDE) for side in usual.size], "channels": usual.channels}
-    return group | ({"num_images": NUM_SHAPES} if source == "shapes" else {})
+    return group | ({"num_images": NUM_SHAPES} if source in DRAWN_SOURCES else {})
 
 
 def open_plan(out: Path, data: dict[str, Any], minutes: float, seed: int, max_steps: int | None = None) -> Plan:

@@ -29,6 +29,7 @@ from stage2_prior.codes import (
 )
 from twostage.core.config.sections import summarize_differences
 from twostage.core.data.dataset import DataConfig, ImageData, load_images
+from twostage.core.data.drawn_sources import DRAWN_SOURCES
 from twostage.core.data.sources import find_local
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
@@ -211,7 +212,7 @@ def _manifest(
     partial: PartialCodes,
 ) -> Manifest:
     assert model.codebook_size is not None
-    is_path = config.source != "shapes" and Path(config.source).exists()
+    is_path = config.source not in DRAWN_SOURCES and Path(config.source).exists()
     # Computed from the files, so that it does not matter which call or process wrote them.
     train = data.splits["train"]
     statistics = code_statistics({split: partial.open(split) for split in partial.splits}, model.codebook_size)

@@ -22,6 +22,7 @@ from stage2_prior.train_prior import PriorTrainingConfig
 from twostage.core.config.overrides import apply_overrides
 from twostage.core.config.sections import ConfigT, load_config, parse_config, path_values
 from twostage.core.data.dataset import DataConfig
+from twostage.core.data.drawn_sources import DRAWN_SOURCES
 from twostage.core.data.survey import Survey, survey
 from twostage.core.data.tables import TABLE_SUFFIXES
 from twostage.core.errors import InputError
@@ -111,7 +112,7 @@ def _fit_tokenizer(source: str, asked: Document) -> tuple[Document, list[str]]:
     if asked.get("init_from"):
         del document["model"]  # it is the earlier tokenizer's
         document["init_from"] = asked["init_from"]
-    elif found.num_train < FEW_IMAGES and source != "shapes":
+    elif found.num_train < FEW_IMAGES and source not in DRAWN_SOURCES:
         document["train"]["batch_size"] = FEW_BATCH
         document["model"]["bottleneck"]["codebook_size"] = FEW_CODES
         about.append(
@@ -144,7 +145,7 @@ def _fit_prior(codes: str) -> tuple[Document, list[str]]:
         f"{images:,} training images, each as {height}x{width} codes out of {codebook:,}.",
         f"After configs/prior/{recipe.prior}, for {recipe.images}.",
     ]
-    if images < FEW_IMAGES and manifest.source != "shapes":
+    if images < FEW_IMAGES and manifest.source not in DRAWN_SOURCES:
         about.append(
             f"Warning: {images} training images are too few for {recipe.prior}: the prior will mostly learn them by "
             f"heart. Add images ({FEW_IMAGES} or more), or at least rows of cropped and mirrored ones: twostage encode "

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 import twostage
+from twostage.core.data.drawn_sources import DRAWN_SOURCES
 from twostage.core.data.survey import Survey
 
 __all__ = ["Recipe", "recipe_for", "training_size"]
@@ -57,7 +58,7 @@ RECIPES = {
 def recipe_for(source: str, size: tuple[int, int], channels: int) -> Recipe:
     """The recipe for images of a training ``size`` (height, width)."""
     side = math.sqrt(size[0] * size[1])
-    if source == "shapes":
+    if source in DRAWN_SOURCES:
         return RECIPES["shapes"]
     if channels == 4:
         return RECIPES["transparent"]

@@ -15,6 +15,7 @@ from stage2_prior.codes import CodeCache, TokenizerReference
 from stage2_prior.prior import Prior, PriorConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import DataConfig, ImageSplit, load_images
+from twostage.core.data.drawn_sources import DRAWN_SOURCES
 from twostage.core.data.records import AUTO
 from twostage.core.data.sources import find_local
 from twostage.core.errors import InputError
@@ -123,9 +124,11 @@ class SavedModel:
         document = ((self.run.stored_config() or {})["data"]) if self.run else {}
         model = read_json(self.folder / "config.json", "copy the model again")
         document |= {"image_size": model["image_size"], "channels": model["channels"]}
-        if source:  # tables have columns of their own, and shapes no range
+        if source:  # tables have columns of their own, and drawn images no range
             document |= {"source": source, "label_column": AUTO, "caption_column": AUTO}
-            document |= {"vector_column": None, "maps": None} | ({"value_range": None} if source == "shapes" else {})
+            document |= {"vector_column": None, "maps": None} | (
+                {"value_range": None} if source in DRAWN_SOURCES else {}
+            )
         config = parse_config(DataConfig, document, "data")
         if source or not self.run:
             return config
@@ -239,7 +242,7 @@ def find_data(config: DataConfig, remembered_by: Path, known: Record | None) -> 
     Raises:
         InputError: no place holds those images, or several places are possible.
     """
-    if config.source == "shapes":
+    if config.source in DRAWN_SOURCES:
         return config
     places = find_places(config.source, remembered_by, recorded=known and known.place)
     if known is None:

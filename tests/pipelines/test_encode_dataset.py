@@ -85,6 +85,19 @@ def test_a_second_call_does_nothing(runs, twostage):
     assert modified(runs.codes) == before
 
 
+def test_captioned_shapes_have_captions_and_maps_beside_the_codes_of_every_split(runs, twostage, tmp_path):
+    ended = twostage("encode", runs.tokenizer, "--data", "captioned_shapes", "--out", tmp_path / "codes")
+    assert ended.code == 0, ended.err
+    cache = CodeCache(tmp_path / "codes")
+    data = load_images(DataConfig(source="captioned_shapes", image_size=16, num_images=320))
+    assert cache.manifest.validation_split == "test"
+    assert {name: len(split) for name, split in cache.splits.items()} == {"train": 320, "test": 64, "unseen": 64}
+    for name, split in cache.splits.items():
+        rows = torch.arange(len(split))
+        assert split.read_captions(rows) == data.splits[name].captions
+        assert torch.equal(split.read_maps(rows), data.splits[name].maps)
+
+
 def test_another_decoder_keeps_the_codes(runs, twostage, changed_tokenizer):
     ended = twostage("encode", changed_tokenizer("decoder"), "--out", runs.codes)
     assert "nothing to do" in ended.out

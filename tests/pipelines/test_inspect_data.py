@@ -61,3 +61,16 @@ def test_shapes_need_nothing_on_disk(twostage, tmp_path, monkeypatch):
     assert "train: 20,000 images" in ended.out
     assert "circle 2,500" in ended.out
     assert (tmp_path / "inspect.png").is_file()
+
+
+def test_captioned_shapes_have_a_split_of_unseen_combinations(twostage, tmp_path):
+    ended = twostage("inspect", "captioned_shapes", "--image-size", 8, "--out", tmp_path / "sheet.png")
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    assert [line for line in lines if " images" in line][1:4] == [
+        "  train: 20,000 images",
+        "  test: 2,000 images",
+        "  unseen: 2,000 images",
+    ]
+    assert "data.image_size=32 data.channels=3, configs/tokenizer/vqvae_shapes.yaml" in lines[-2]
+    assert lines[-1].endswith("twostage train-tokenizer captioned_shapes")

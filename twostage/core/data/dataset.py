@@ -18,9 +18,10 @@ from torch import Tensor
 from twostage.core.config.sections import Count, Flag, Number, PathName, Section
 from twostage.core.data.captions import has_captions
 from twostage.core.data.decoding import Findings, check, decode
+from twostage.core.data.drawn_sources import DRAWN_SOURCES, draw_split, drawn_splits
 from twostage.core.data.maps import MapKind, decode_maps
 from twostage.core.data.records import AUTO, Captions, Columns, Records, Source
-from twostage.core.data.shapes import CLASS_NAMES, draw_shapes
+from twostage.core.data.shapes import CLASS_NAMES
 from twostage.core.data.sources import find_local, find_source
 from twostage.core.data.spread import names_without_images, spread
 from twostage.core.errors import InputError
@@ -41,7 +42,6 @@ __all__ = [
 ]
 
 MAX_SIDE = 65_536  # pixels
-NUM_SHAPES, TRAIN_SEED = 20_000, 0
 LabelColumnOption = Annotated[
     str,
     typer.Option(help="The table column that holds the classes. auto finds it by its name; null ignores the classes."),
@@ -57,8 +57,8 @@ class DataConfig(Section):
     """The images to use, and their size, channels and value range."""
 
     source: PathName = "shapes"
-    """`shapes`, a folder, a parquet or arrow file or a folder of them, a name under $TWOSTAGE_DATA, or a Hugging Face
-    dataset `owner/name`."""
+    """`shapes`, `captioned_shapes`, a folder, a parquet or arrow file or a folder of them, a name under $TWOSTAGE_DATA,
+    or a Hugging Face dataset `owner/name`."""
     image_size: Count | tuple[Count, Count] = 32
     """Pixels: one number for squares, or [height, width]. Other images are cropped at the centre, then resized."""
     channels: Literal[1, 3, 4] = 3
@@ -87,7 +87,7 @@ class DataConfig(Section):
     of random size and place. Training images are then kept larger (1/0.8 times as large), so that no window has to be
     enlarged, if the files are large enough. null: whole images."""
     num_images: Count | None = None
-    """The maximum number of training images; null: all (20,000 for `shapes`)."""
+    """The maximum number of training images; null: all (20,000 for `shapes` and `captioned_shapes`)."""
     validation_share: Share = 0.05
     """The share of `train` to hold out if the source has neither `val` nor `test`."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -128,7 +128,7 @@ class ImageSplit:
     Args:
         labels: (n,) int64, or None.
         pixels: (n, C, H, W) uint8; None: ``records`` are decoded on demand.
-        records: None for `shapes`.
+        records: None for images that twostage draws.
         captions: the captions of each image, () for none; None: no image has captions.
         vectors: (n, d) float32, or None.
         maps: (n, H, W) uint8 classes, or (n, C, H, W) uint8 images; None: no maps, or those of ``records`` are decoded
@@ -246,7 +246,7 @@ class ImageSplit:
 
 @dataclass
 class ImageData:
-    """The splits of a source: `train`, and `val`, `test` or both."""
+    """The splits of a source: `train`, and `val`, `test` or both; `captioned_shapes` also has `unseen`."""
 
     description: str
     splits: dict[str, ImageSplit]
@@ -308,7 +308,7 @@ def load_larger(data: ImageData, size: tuple[int, int]) -> ImageSplit:
     labels = None if train.labels is None else train.labels.numpy()
     if train.records is None:
         _check_memory(config, len(train))
-        return ImageSplit(labels, draw_shapes(0, len(train), size, config.channels, TRAIN_SEED), None, config)
+        return _draw_images(config, "train", len(train))
     larger = ImageSplit(labels, None, train.records, config, map_channels=train.map_channels)
     plain_bytes = sum(split.pixels.nbytes for split in data.splits.values() if split.pixels is not None)
     in_memory = plain_bytes + len(train) * _bytes_each(config) <= config.in_memory_gb * 1e9
@@ -325,12 +325,8 @@ def load_images(config: DataConfig) -> ImageData:
         InputError: the source is missing or ambiguous, images do not fit in memory, their value range is unknown, or an
             image (the message names it) is unreadable and ``on_bad_image`` is not `skip`.
     """
-    if config.source == "shapes":
-        for name, default in {"label_column": AUTO, "value_range": None}.items():
-            if (given := getattr(config, name)) != default:
-                raise InputError(f"data.{name} {given!r}: does not apply to data.source=shapes. Remove data.{name}")
-        _check_memory(config, config.num_images or NUM_SHAPES)
-        return _load_shapes(config)
+    if config.source in DRAWN_SOURCES:
+        return _load_drawn(config)
     quiet_decoders()
     source = find_source(config.source, config.columns)
     _apply_caption_policy(source, config)
@@ -404,21 +400,39 @@ def _bytes_each(config: DataConfig) -> int:
 
 def _check_memory(config: DataConfig, count: int) -> None:
     settings = [f"data.image_size {config.image_size}", f"data.num_images {config.num_images}"]
-    if config.source != "shapes":
+    if config.source not in DRAWN_SOURCES:
         settings.append(f"data.in_memory_gb {config.in_memory_gb:g}")
     check_bytes(count * _bytes_each(config), f"{count:,} images", settings, torch.device("cpu"))
 
 
-def _load_shapes(config: DataConfig) -> ImageData:
-    num_train = config.num_images or NUM_SHAPES
-    num_test = max(64, num_train // 10)
-    splits = {}
-    # Held-out images use another seed, so that none of them equals a training image.
-    for seed, (name, count) in enumerate({"train": num_train, "test": num_test}.items(), TRAIN_SEED):
-        pixels = draw_shapes(0, count, config.size, config.channels, seed)
-        splits[name] = ImageSplit(np.arange(count) % len(CLASS_NAMES), pixels, None, config)
-    description = f"shapes: {len(CLASS_NAMES)} classes, {num_train} images for training, {num_test} held out"
-    return ImageData(description, splits, list(CLASS_NAMES))
+def _load_drawn(config: DataConfig) -> ImageData:
+    """The splits of one of `DRAWN_SOURCES`.
+
+    Raises:
+        InputError: a setting does not apply to it.
+    """
+    for name in ("label_column", "caption_column", "vector_column", "maps", "value_range"):
+        if (given := getattr(config, name)) != DataConfig.model_fields[name].default:
+            raise InputError(
+                f"data.{name} {given!r}: does not apply to data.source={config.source}. Remove data.{name}"
+            )
+    if config.source == "captioned_shapes" and config.channels == 1:
+        raise InputError(
+            "data.channels 1: expected 3 or 4 for data.source=captioned_shapes, whose captions name colours. Set "
+            "data.channels=3, or data.source=shapes"
+        )
+    counts = drawn_splits(config.source, config.num_images)
+    _check_memory(config, sum(counts.values()))
+    splits = {name: _draw_images(config, name, count) for name, count in counts.items()}
+    found = f"{counts['train']} images for training, {counts['test']} held out"
+    if "unseen" in counts:
+        found += f", {counts['unseen']} held out with unseen combinations of colour and shape"
+    return ImageData(f"{config.source}: {len(CLASS_NAMES)} classes, {found}", splits, list(CLASS_NAMES))
+
+
+def _draw_images(config: DataConfig, split: str, count: int) -> ImageSplit:
+    drawn = draw_split(config.source, split, count, config.size, config.channels)
+    return ImageSplit(drawn.labels, drawn.pixels, None, config, captions=drawn.captions, maps=drawn.maps)
 
 
 def _apply_caption_policy(source: Source, config: DataConfig) -> None:

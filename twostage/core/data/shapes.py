@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["CLASS_NAMES", "draw_shapes"]
+__all__ = ["CLASS_NAMES", "draw_shapes", "paint", "shape_cover"]
 
 # Signed distances (negative inside) in coordinates in which the shape fits the unit circle; formulas after
 # https://iquilezles.org/articles/distfunctions2d/
@@ -83,35 +83,66 @@ def draw_shapes(start: int, count: int, size: tuple[int, int], channels: int, se
         size: (height, width).
 
     Returns:
-        (count, channels, H, W) uint8; 1 channel is the luminance, a 4th channel is opaque alpha.
+        (count, channels, H, W) uint8; see :func:`paint`.
     """
     images = np.empty((count, channels, *size), dtype=np.uint8)
     for first in range(start - start % _BLOCK, start + count, _BLOCK):
         draws = np.random.Generator(np.random.Philox(key=[seed, first])).random((_BLOCK, _DRAWS), dtype=np.float32)
-        for label, distance in enumerate(SHAPES.values()):
+        for label, shape in enumerate(CLASS_NAMES):
             rows = np.arange(first + label, first + _BLOCK, len(SHAPES))
             rows = rows[(rows >= start) & (rows < start + count)]
             if len(rows):
-                images[rows - start] = _draw(distance, draws[rows - first], size, channels)
+                images[rows - start] = _draw(shape, draws[rows - first], size, channels)
     return images
 
 
-def _draw(distance: Callable, draws: np.ndarray, size: tuple[int, int], channels: int) -> np.ndarray:
+def _draw(shape: str, draws: np.ndarray, size: tuple[int, int], channels: int) -> np.ndarray:
     height, width = size
-    u = draws.T[:, :, None, None]  # (draws, n, 1, 1)
+    u = draws.T  # (draws, n)
     radius = min(size) * (0.3 + 0.11 * u[0])  # in pixels
-    x = np.arange(width, dtype=np.float32)[None, None, :] + 0.5 - _centre(u[1], width, radius)
-    y = np.arange(height, dtype=np.float32)[None, :, None] + 0.5 - _centre(u[2], height, radius)
-    turn = MAX_ROTATION * (2 * u[3] - 1)
-    cos, sin = np.cos(turn), np.sin(turn)
-    signed = distance((cos * x + sin * y) / radius, (cos * y - sin * x) / radius) * radius
-    cover = np.clip(0.5 - signed, 0, 1)[..., None]  # (n, h, w, 1): the share of the pixel that the shape covers
-
+    centre = _centre(u[1], width, radius), _centre(u[2], height, radius)
+    cover = shape_cover(shape, radius, centre, MAX_ROTATION * (2 * u[3] - 1), size)
     # With a small palette, a prior spends few nats on the colour and most of its capacity on the shape.
-    dark = draws[:, 4] < 0.5  # a bright shape on a dark background, or the other way round
-    hue, ground_hue = np.floor(draws[:, 5:7] * NUM_HUES).T / NUM_HUES
+    dark = u[4] < 0.5  # a bright shape on a dark background, or the other way round
+    hue, ground_hue = np.floor(u[5:7] * NUM_HUES) / NUM_HUES
     ink = _colour(hue, 0.95, np.where(dark, 0.95, 0.6))
-    ground = _colour(ground_hue, np.where(dark, 0.5, 0.16) * (draws[:, 7] < 0.5), np.where(dark, 0.14, 0.96))
+    ground = _colour(ground_hue, np.where(dark, 0.5, 0.16) * (u[7] < 0.5), np.where(dark, 0.14, 0.96))
+    return paint(cover, ink, ground, channels)
+
+
+def shape_cover(
+    shape: str, radius: np.ndarray, centre: tuple[np.ndarray, np.ndarray], turn: np.ndarray, size: tuple[int, int]
+) -> np.ndarray:
+    """The share of each pixel that a shape covers, anti-aliased.
+
+    Args:
+        shape: one of `CLASS_NAMES`.
+        radius: of the circle that the shape fits into, in pixels, (n,).
+        centre: of this circle: x and y in pixels, (n,) each.
+        turn: in radians, (n,).
+        size: (height, width).
+
+    Returns:
+        (n, H, W) in [0, 1].
+    """
+    height, width = size
+    radius, x, y, cos, sin = (part[:, None, None] for part in (radius, *centre, np.cos(turn), np.sin(turn)))
+    x = np.arange(width, dtype=np.float32)[None, None, :] + 0.5 - x
+    y = np.arange(height, dtype=np.float32)[None, :, None] + 0.5 - y
+    signed = SHAPES[shape]((cos * x + sin * y) / radius, (cos * y - sin * x) / radius) * radius
+    return np.clip(0.5 - signed, 0, 1)
+
+
+def paint(cover: np.ndarray, ink: np.ndarray, ground: np.ndarray, channels: int) -> np.ndarray:
+    """Paint shapes in the colour ``ink`` (n, 3) on ``ground`` (n, 3), both RGB in [0, 1].
+
+    Args:
+        cover: see :func:`shape_cover`.
+
+    Returns:
+        (n, channels, H, W) uint8; 1 channel is the luminance, a 4th channel is opaque alpha.
+    """
+    cover = cover[..., None]
     rgb = (ground[:, None, None] * (1 - cover) + ink[:, None, None] * cover).transpose(0, 3, 1, 2)
     if channels == 1:
         rgb = np.tensordot(np.array([0.299, 0.587, 0.114], dtype=np.float32), rgb, axes=(0, 1))[:, None]

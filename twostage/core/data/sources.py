@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from twostage.core.data.drawn_sources import DRAWN_SOURCES
 from twostage.core.data.folder_columns import source_of_folder
 from twostage.core.data.image_folder import FolderContent, list_folder, understand_folder
 from twostage.core.data.records import Columns, Source
@@ -44,8 +45,8 @@ def find_source(name: str, columns: Columns | None = None) -> Source:
 
 
 def find_local(name: str) -> Path | None:
-    """The file or folder on this disk that ``name`` stands for; None for `shapes`, or if there is none."""
-    if name == "shapes":
+    """The file or folder on this disk that ``name`` stands for; None if twostage draws it, or if there is none."""
+    if name in DRAWN_SOURCES:
         return None
     return next((candidate for candidate in _candidates(name)[0] if candidate.exists()), None)
 

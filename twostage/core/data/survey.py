@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from twostage.core.data.drawn_sources import DRAWN_SOURCES, drawn_splits
 from twostage.core.data.records import AUTO, Columns, Records
 from twostage.core.data.shapes import CLASS_NAMES
 from twostage.core.data.sources import find_source
@@ -52,8 +53,9 @@ def survey(source: str, label_column: str | None = AUTO) -> Survey:
     Raises:
         InputError: see :func:`find_source`.
     """
-    if source == "shapes":
-        return Survey((32, 32), 3, 20_000, dict.fromkeys(CLASS_NAMES, 2_500))
+    if source in DRAWN_SOURCES:
+        num_train = drawn_splits(source, None)["train"]
+        return Survey((32, 32), 3, num_train, dict.fromkeys(CLASS_NAMES, num_train // len(CLASS_NAMES)))
     quiet_decoders()
     found = find_source(source, Columns(label=label_column, caption=None))
     records = found.splits.get("train") or next(iter(found.splits.values()))
