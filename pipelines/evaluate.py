@@ -69,7 +69,6 @@ def command(
     for_samples = _sample_options(num_samples, seed, sampling)
     if saved.kind == "prior":
         _refuse_others(model, "prior", "tokenizers", {"--weights-dir": weights_dir})
-        _check_judge(features or inception, for_samples)
         samples = SampleRequest(num_samples or 1000, seed or 0, sampling)
         found = evaluate_prior(model, codes, tokenizer, data, split, samples=samples, batch_size=batch_size, **common)
     else:
@@ -89,15 +88,6 @@ def _sample_options(num_samples: int | None, seed: int | None, sampling: Samplin
     settings = sampling.model_dump(exclude_defaults=True)
     named = {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
     return {"--num-samples": num_samples, "--seed": seed} | named
-
-
-def _check_judge(network: str | Path | None, for_samples: dict[str, Any]) -> None:
-    given = [f"{option} {value}" for option, value in for_samples.items() if value is not None]
-    if given and not network:
-        raise InputError(
-            f"{', '.join(given)}: samples are only drawn if a network judges them. Add --features imagenet, "
-            "--features runs/NAME (twostage train-features) or --inception FILE, or remove these options."
-        )
 
 
 def _refuse_others(model: str, kind: str, others: str, options: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipelines.drawing.two_stage import TwoStagePipeline
+from pipelines.evaluation.attributes import can_judge_attributes, measure_attributes
 from pipelines.evaluation.evaluation_report import Evaluation, Sheet, describe_machine, describe_weights
 from pipelines.evaluation.judged_images import RealImages
 from pipelines.evaluation.judges import Judge, not_evidence, open_judge
@@ -64,6 +65,9 @@ def evaluate_prior(
     model.check_sampling(samples.sampling)
     network = open_judge(inception, features, model.config.channels)
     held_out = _held_out_codes(saved, model, codes, split, num_images)
+    judges_shapes = can_judge_attributes(model, held_out)
+    if not network and not judges_shapes:
+        _refuse_samples(samples)
     required = tokenizer is not None or network is not None
     pipeline, reason = _open(lambda: TwoStagePipeline.from_prior(model, saved, tokenizer).to(work.device), required)
     images = None
@@ -78,6 +82,8 @@ def evaluate_prior(
         found.append(Measurement(ImageCost(), {"chain_rule_nats_per_image": reason}))
     real = RealImages.judge(network, images, samples.num_samples, work) if pipeline and network and images else None
     drawn = measure_samples(pipeline, network, samples, work, real, reason) if pipeline and network else None
+    if pipeline and judges_shapes:
+        found.append(measure_attributes(pipeline, held_out, samples, work))
     found += drawn.measurements if drawn else [unmeasured_samples()]
     settings = {"batch_size": batch_size, "processes": work.state.num_processes, **describe_machine(work)}
     return Evaluation(
@@ -103,6 +109,20 @@ def _open(opens: Callable[[], OpenedT], required: bool) -> tuple[OpenedT | None,
         if required:
             raise
         return None, str(error)
+
+
+def _refuse_samples(request: SampleRequest) -> None:
+    """Refuses settings of samples that nothing judges."""
+    plain = SampleRequest()
+    given = {"num-samples": request.num_samples} if request.num_samples != plain.num_samples else {}
+    given |= {"seed": request.seed} if request.seed != plain.seed else {}
+    given |= request.sampling.model_dump(exclude_defaults=True)
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+        raise InputError(
+            f"{options}: samples are only drawn if a network judges them. Add --features imagenet, --features "
+            "runs/NAME (twostage train-features) or --inception FILE, or remove these options."
+        )
 
 
 def _held_out_codes(

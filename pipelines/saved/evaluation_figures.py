@@ -12,6 +12,7 @@ __all__ = [
     "PRIOR_ROWS",
     "SAMPLE_ROWS",
     "TOKENIZER_ROWS",
+    "AttributeAccuracy",
     "CodeCost",
     "CodebookUse",
     "Cost",
@@ -296,6 +297,50 @@ class SampleQuality(Figures):
 
 
 @dataclass(frozen=True)
+class AttributeAccuracy(Figures):
+    """Whether drawn shapes are as their captions and maps say."""
+
+    all_right: float | None = figure("all five attributes", "{:.1%}", "as the caption says; higher is better")
+    shape_right: float | None = figure("  shape", "{:.1%}", "as the caption says; higher is better")
+    colour_right: float | None = figure("  colour", "{:.1%}", "as the caption says; higher is better")
+    size_right: float | None = figure("  size", "{:.1%}", "as the caption says; higher is better")
+    place_right: float | None = figure("  place", "{:.1%}", "as the caption says; higher is better")
+    ground_right: float | None = figure("  ground", "{:.1%}", "as the caption says; higher is better")
+    colour_and_shape_right: float | None = figure(
+        "  colour and shape", "{:.1%}", "as the caption says; higher is better"
+    )
+    map_overlap: float | None = figure(
+        "overlap with the map", "{:.3f}", "intersection over union of the drawn shape and its map"
+    )
+    all_right_unseen: float | None = figure(
+        "  unseen: all five attributes", "{:.1%}", "as the caption says, never trained on together; higher is better"
+    )
+    shape_right_unseen: float | None = figure(
+        "  unseen: shape", "{:.1%}", "as the caption says, never trained on together; higher is better"
+    )
+    colour_right_unseen: float | None = figure(
+        "  unseen: colour", "{:.1%}", "as the caption says, never trained on together; higher is better"
+    )
+    size_right_unseen: float | None = figure(
+        "  unseen: size", "{:.1%}", "as the caption says, never trained on together; higher is better"
+    )
+    place_right_unseen: float | None = figure(
+        "  unseen: place", "{:.1%}", "as the caption says, never trained on together; higher is better"
+    )
+    ground_right_unseen: float | None = figure(
+        "  unseen: ground", "{:.1%}", "as the caption says, never trained on together; higher is better"
+    )
+    colour_and_shape_right_unseen: float | None = figure(
+        "  unseen colour and shape", "{:.1%}", "as the caption says, never trained on together; higher is better"
+    )
+    map_overlap_unseen: float | None = figure(
+        "  unseen: with the map",
+        "{:.3f}",
+        "intersection over union, for shapes never trained on",
+    )
+
+
+@dataclass(frozen=True)
 class SampleNovelty(Figures):
     """Whether samples are copies of training images."""
 
@@ -315,7 +360,7 @@ def _rows_of(*figures: type[Figures]) -> Rows:
 
 TOKENIZER_ROWS = _rows_of(ImageQuality, JudgedReconstructions, LikelihoodBound, LatentUnits, CodebookUse)
 SAMPLE_ROWS = _rows_of(SampleCounts, SampleQuality, SampleNovelty)
-PRIOR_ROWS = _rows_of(CodeCost, Listening, ImageCost) | SAMPLE_ROWS
+PRIOR_ROWS = _rows_of(CodeCost, Listening, ImageCost, AttributeAccuracy) | SAMPLE_ROWS
 
 
 def evidence_warnings(not_evidence: Mapping[str, str], rows: Rows) -> list[str]:
