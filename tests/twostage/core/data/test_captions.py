@@ -213,6 +213,12 @@ def test_metadata_that_names_missing_files(images):
     data = load(root)
     assert data.unmatched_captions == ["../7.png in metadata.jsonl", "None in metadata.jsonl"]
     assert_names(" ".join(data.notices), "2 captions", "belong to no image", "../7.png")
+    write_jsonl(root / "metadata.jsonl", *[{"file_name": f"wrong/{i}.png", "text": "a"} for i in range(2)])
+    data = load(root)
+    assert data.splits["train"].captions is None
+    assert len(data.unmatched_captions) == 2, "a mistake in all paths is not overlooked"
+    assert load(root, caption_column=None).unmatched_captions == []
+    assert "2 captions" in " ".join(load(root, caption_column=None).notices)
 
 
 @pytest.mark.parametrize(
