@@ -244,6 +244,7 @@ def find_data(config: DataConfig, remembered_by: Path, known: Record | None) -> 
     """
     if config.source in DRAWN_SOURCES:
         return config
+    config = _find_maps(config, remembered_by)
     places = find_places(config.source, remembered_by, recorded=known and known.place)
     if known is None:
         if len(places.direct) > 1:
@@ -265,6 +266,14 @@ def find_data(config: DataConfig, remembered_by: Path, known: Record | None) -> 
     if chosen is None or (here and same_place(str(here), str(chosen))):
         return config
     return config.model_copy(update={"source": str(chosen)})
+
+
+def _find_maps(config: DataConfig, remembered_by: Path) -> DataConfig:
+    """The group with a folder of maps that is found from the current folder; the name of a column stays."""
+    if config.maps is None or "/" not in config.maps or Path(config.maps).is_dir():
+        return config
+    found = next(iter(find_places(config.maps, remembered_by)), None)
+    return config if found is None else config.model_copy(update={"maps": str(found)})
 
 
 def _holds(config: DataConfig, place: Path, facts: dict[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """`inspect` shows what a source holds, names unreadable files, and saves the images as a model would see them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,35 @@ def test_captioned_shapes_have_a_split_of_unseen_combinations(twostage, tmp_path
     ]
     assert "data.image_size=32 data.channels=3, configs/tokenizer/vqvae_shapes.yaml" in lines[-2]
     assert lines[-1].endswith("twostage train-tokenizer captioned_shapes")
+
+
+def test_captions_vectors_and_maps(folder, twostage, tmp_path):
+    rows = [f'train/cat/{i}.png,{"a black cat" if i else ""},"[{i}, 0]"' for i in range(4)]
+    rows += [f'{name}/{i}.png,A dog,"[9, 9]"' for name, n in (("train/dog", 2), ("test/dog", 1)) for i in range(n)]
+    rows += ['test/cat/0.png,the cat; on a mat,"[9, 9]"', "test/cat/7.png,none,"]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,text,probe", *rows]) + "\n")
+    (folder / "train" / "cat" / "broken.png").unlink()
+    for file in folder.rglob("*.png"):
+        with Image.open(file) as image:
+            size = image.size
+        there = tmp_path / "maps" / file.relative_to(folder)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", size, 3 if "cat" in str(file) else 1).save(there)
+    options = ["--vector-column", "probe", "--maps", tmp_path / "maps"]
+    ended = twostage("inspect", folder, *options, "--out", tmp_path / "sheet.png", "--json", tmp_path / "about.json")
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    first = "  captions: 7 of 8 images have one; 3 words in the median, 5 in the longest; 7 different words"
+    assert lines[lines.index(first) + 1 :][:3] == ["    'a black cat'", "    'a black cat'", "    'A dog'"]
+    assert f"  images without a caption: {folder}/train/cat/0.png" in lines
+    assert "  captions that belong to no image: test/cat/7.png in metadata.csv" in lines
+    assert "  vectors: 2 numbers for each image" in lines
+    assert "  maps: 8 of 2 classes (1, 3)" in lines
+    assert f"data.vector_column=probe data.maps={tmp_path / 'maps'}" in lines[-1]
+    assert json.loads((tmp_path / "about.json").read_text())["captions"]["test"] == [["the cat; on a mat"], ["A dog"]]
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size[0] == 6 * (2 * 20 * 2 + 4) + 4
+        assert sheet.getpixel((4 + 20 * 2 + 5, 10)) == (128, 128, 0), "class 3, to the right of its image"
+    plain = twostage("inspect", folder, "--caption-column", "null", "--out", tmp_path / "sheet.png").out
+    assert "captions: " not in plain
+    assert "data.caption_column=null" in plain.splitlines()[-1]

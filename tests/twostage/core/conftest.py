@@ -47,14 +47,16 @@ def images(tmp_path: Path) -> WriteSheets:
 
 @pytest.fixture
 def table(tmp_path: Path) -> WriteTable:
-    """``table("train.parquet", labels=[0, 1])`` writes one image per label; the red of the i-th is 10 i."""
+    """``table("train.parquet", labels=[0, 1], caption=["a", "b"])`` writes one image per label; the red of the i-th is
+    10 i."""
 
     def write(name: str, labels: list | None = None, *, count: int | None = None, column: str = "image",
-              class_names: list[str] | None = None, as_struct: bool = True) -> Path:  # fmt: skip
+              class_names: list[str] | None = None, as_struct: bool = True, **others: list) -> Path:  # fmt: skip
         cells = [_png(i) for i in range(count if labels is None else len(labels))]
         columns = {column: [{"bytes": cell, "path": None} for cell in cells] if as_struct else cells}
         if labels is not None:
             columns["label"] = labels
+        columns |= others
         content = pa.table(columns)
         if class_names:
             features = {"label": {"names": class_names, "_type": "ClassLabel"}}

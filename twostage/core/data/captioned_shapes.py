@@ -37,7 +37,7 @@ COLOURS = {
     "pink": (240, 110, 190),
 }
 GROUNDS = {"white": (250, 250, 250), "black": (22, 22, 26), "grey": (132, 132, 138), "beige": (230, 208, 165)}
-RADII = {"small": (0.16, 0.175), "large": (0.24, 0.26)}
+RADII = {"small": (0.18, 0.195), "large": (0.265, 0.285)}
 """The smallest and the largest radius of each size, as shares of the image's shorter side."""
 PLACES = {
     "top left": (0, 0),
@@ -68,7 +68,7 @@ UNSEEN = {
 """Combinations of colour and shape for held-out images only: one of each shape, one or two of each colour."""
 MAP_NAMES = ["ground", *CLASS_NAMES]
 """The classes of a map's pixels."""
-MARGIN = 0.295
+MARGIN = 0.32
 """The distance of a corner's shapes from the edges, from their centre, as a share of the shorter side."""
 SHIFT = 0.02
 """The largest distance from a place along each axis, as a share of the shorter side."""

@@ -58,8 +58,8 @@ def source_of_folder(root: Path, content: FolderContent, found: ImageFolder, col
             splits[split] = with_maps(splits[split], file_records(files, columns.maps))
     for file in metadata.files:
         del content.skipped[file]
-    if unmatched:
-        notices.append(f"{len(unmatched):,} captions or rows of metadata belong to no image: {some_of(unmatched)}")
+    if nameless := list(dict.fromkeys([*metadata.unmatched, *unmatched])):
+        notices.append(f"{len(nameless):,} captions or rows of metadata belong to no image: {some_of(nameless)}")
     if content.skipped:
         shown = some_of(f"{printable(path)} ({reason})" for path, reason in content.skipped.items())
         notices = [f"{len(content.skipped)} files skipped because they are not images: {shown}", *notices]
@@ -138,7 +138,9 @@ def _captions(
             captions[row] = captions[row] or beside
         found[split] = captions
     any_captions = any(map(has_captions, found.values()))
-    return found if any_captions else dict.fromkeys(images), [*metadata.unmatched, *unmatched]
+    if column not in (None, _TEXT_FILES):
+        unmatched = [*metadata.unmatched, *unmatched]
+    return found if any_captions else dict.fromkeys(images), unmatched
 
 
 def _is_text(value: Any) -> bool:

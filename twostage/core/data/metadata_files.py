@@ -46,14 +46,16 @@ def read_metadata(root: Path, content: FolderContent) -> Metadata:
             continue
         metadata.files.append(file)
         for row in rows:
-            name = row.get(_FILE_NAME)
+            name, others = row.get(_FILE_NAME), {key: value for key, value in row.items() if key != _FILE_NAME}
+            for column in others:
+                metadata.columns.setdefault(column, {})
             path = Path(os.path.normpath(file.parent / name)) if isinstance(name, str) else None
             if path is None or path not in images:
                 shown = printable(name) if isinstance(name, str) else short_repr(name)
                 metadata.unmatched.append(f"{shown} in {printable(file)}")
                 continue
-            for column, value in row.items():
-                known = metadata.columns.setdefault(column, {}) if column != _FILE_NAME else {}
+            for column, value in others.items():
+                known = metadata.columns[column]
                 if value is not None and known.setdefault(path, value) != value:
                     raise InputError(
                         f"data.source {root}: the metadata files have two values of {column!r} for {printable(path)}, "

@@ -37,7 +37,8 @@ def read_vectors(cells: pa.ChunkedArray, names: Sequence[str], column: str) -> n
     if not (pa.types.is_integer(numbers.type) or pa.types.is_floating(numbers.type)):
         first = short_repr(cells[0].as_py(), 60)
         raise InputError(f"data.source {names[0]}: {column} is {first}, expected a list of numbers. {_OTHER}")
-    vectors = np.asarray(numbers.to_numpy(), dtype=np.float32).reshape(len(cells), -1)
+    with np.errstate(over="ignore"):  # too large numbers become infinite, which is refused below
+        vectors = np.asarray(numbers.to_numpy(), dtype=np.float32).reshape(len(cells), -1)
     if len(wrong := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
         raise InputError(
             f"data.source {names[wrong[0]]}: {column} contains a missing, infinite or too large number, expected "
