@@ -1,0 +1,88 @@
+"""From a dataset with captions to images by prompt, through the commands."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from messages import assert_names
+from PIL import Image
+
+SHORT = {"batch_size": 16, "max_steps": 4, "lr": 1e-3, "validate_every": 2, "checkpoint_every": 2}
+
+
+@pytest.fixture(scope="module")
+def made(works, tmp_path_factory):
+    """A tokenizer of captioned shapes, its codes, and a prior over them by caption, map and class."""
+    folder = tmp_path_factory.mktemp("captions")
+    tokenizer = {
+        "run": {"dir": str(folder / "tokenizer"), "trackers": []},
+        "data": {"source": "captioned_shapes", "image_size": 16, "num_images": 96},
+        "model": {
+            "latent_channels": 4,
+            "backbone": {"type": "conv", "channels": 8, "channel_mult": [1, 1], "num_res_blocks": [0, 0]},
+            "bottleneck": {"type": "vector", "codebook_size": 16},
+        },
+        "train": SHORT,
+    }
+    prior = {
+        "run": {"dir": str(folder / "prior"), "trackers": []},
+        "codes": str(folder / "codes"),
+        "condition": [{"type": "text", "units": "words", "depth": 1}, {"type": "map", "depth": 1}, {"type": "class"}],
+        "model": {"type": "masked_transformer", "hidden_size": 16, "depth": 1, "num_heads": 2},
+        "train": SHORT,
+    }
+    for name, document in {"tokenizer": tokenizer, "prior": prior}.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    works("train-tokenizer", folder / "tokenizer.yaml")
+    works("encode", folder / "tokenizer", "--out", folder / "codes")
+    works("train-prior", folder / "prior.yaml")
+    return folder
+
+
+def test_training_draws_held_out_captions(made):
+    assert {path.name for path in (made / "prior" / "samples").iterdir()} == {"step_00000002.png", "step_00000004.png"}
+    config = json.loads((made / "prior" / "model" / "config.json").read_text())
+    assert [each["type"] for each in config["conditions"]] == ["text", "map", "class"]
+    assert "turquoise" in config["conditions"][0]["vocabulary"]["entries"]
+
+
+def test_prompts_maps_and_classes_are_drawn_and_stored(made, works, tmp_path):
+    prompts = ["a small red star in the centre, on black", "a large blue circle at the top left, on white"]
+    (tmp_path / "prompts.txt").write_text(prompts[1] + "\n\n", encoding="utf-8")
+    Image.fromarray(np.full((16, 16), 5, dtype=np.uint8)).save(tmp_path / "map.png")
+    words = ["generate", made / "prior", "--num-images", 4, "--prompt", prompts[0], "--prompts",
+             tmp_path / "prompts.txt", "--negative-prompt", "a ring", "--guidance-scale", "text=3,class=2"]  # fmt: skip
+    works(*words, "--out", tmp_path / "plain")
+    settings = json.loads((tmp_path / "plain" / "settings.json").read_text())
+    assert settings["prompts"] == prompts
+    assert settings["guidance_scale"] == {"text": 3.0, "class": 2.0}
+    works(*words, "--map", tmp_path / "map.png", "--class-name", "star", "--out", tmp_path / "mapped")
+    first, second = (tmp_path / name / "images" / "000000.png" for name in ("plain", "mapped"))
+    assert first.read_bytes() != second.read_bytes()
+    assert "4 were already there" in works(*words, "--out", tmp_path / "plain")
+    image = tmp_path / "plain" / "images" / "000000.png"
+    works("inpaint", made / "prior", image, "left", "--prompt", prompts[1], "--out", tmp_path / "inpainted")
+
+
+def test_mistakes_are_named(made, twostage, tmp_path):
+    for words, named in (
+        (["--prompt", "a purple star"], ("'purple'", "star")),
+        (["--prompt", ""], ("prompt ''", "Omit")),
+        (["--guidance-scale", "style=2"], ("guidance_scale 'style'", "text and map and class")),
+        (["--guidance-scale", "lots"], ("guidance_scale", "'lots'", "class=1.5,text=4")),
+        (["--map", made / "prior" / "losses.png"], ("--map", "mode RGB", "palette or grey")),
+    ):
+        ended = twostage("generate", made / "prior", *words, "--out", tmp_path / "refused")
+        assert ended.code == 2
+        assert_names(ended.err, *named)
+        assert not (tmp_path / "refused").exists()
+
+
+def test_evaluation_measures_what_the_prior_listens_to_and_draws(made, works):
+    works("evaluate", made / "prior", "--num-images", 20, "--num-samples", 10)
+    figures = json.loads((made / "prior" / "evaluation" / "evaluation.json").read_text())["figures"]
+    for kind in ("text", "map", "class"):
+        assert {f"{kind}_saves", f"wrong_{kind}_costs", f"{kind}_matches"} <= figures.keys()
+    assert figures["text_matches_by_chance"] == pytest.approx(1 / 16)
+    assert {"all_right", "colour_and_shape_right_unseen", "map_overlap"} <= figures.keys()
