@@ -50,7 +50,7 @@ class Pair:
 GUIDED = ("--guidance-scale", "2", "--temperature", "0.9")
 PAIRS = {
     "photos_64": Pair("photos_64", "gpt_photos_64", "clothing", GUIDED, ("--horizontal-flip", "--crops", "2")),
-    "photos_128": Pair("photos_128", "maskgit_photos_128", "clothing", GUIDED, ("--horizontal-flip", "--crops", "2")),
+    "photos_128": Pair("photos_128", "gpt_photos_128", "clothing", GUIDED, ("--horizontal-flip", "--crops", "2")),
     "emoji_64": Pair("emoji_64", "gpt_emoji_64", "emoji", GUIDED),
 }
 

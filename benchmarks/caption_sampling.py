@@ -2,9 +2,9 @@
 
 python -m benchmarks.caption_sampling [--batch-sizes 1 8] [--repeats 5] [--json FILE]
 
-Each prior is built twice with the same sizes: conditioned on 10 classes, and on captions of 32 tokens, which its encoder
-reads anew for every call. Both sample 16x16 codes out of 512 without guidance, with random weights. The ratio is the
-speed by caption, as a share of the speed by class.
+Each prior is built twice with the same sizes: conditioned on 10 classes, and on captions of 32 tokens, which its
+encoder reads anew for every call. Both sample 16x16 codes out of 512 without guidance, with random weights. The ratio
+is the speed by caption, as a share of the speed by class.
 """
 
 from functools import partial

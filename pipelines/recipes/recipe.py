@@ -51,7 +51,7 @@ RECIPES = {
     "colour": Recipe("small images", "vqvae_cifar10.yaml", "pixelcnn_cifar10.yaml"),
     "transparent": Recipe("icons with transparency", "emoji_64.yaml", "gpt_emoji_64.yaml"),
     "photos": Recipe("photographs", "photos_64.yaml", "gpt_photos_64.yaml"),
-    "large photos": Recipe("photographs", "photos_128.yaml", "maskgit_photos_128.yaml"),
+    "large photos": Recipe("photographs", "photos_128.yaml", "gpt_photos_128.yaml"),
 }
 
 
