@@ -151,6 +151,9 @@ def _fit_prior(codes: str) -> tuple[Document, list[str]]:
             f"heart. Add images ({FEW_IMAGES} or more), or at least rows of cropped and mirrored ones: twostage encode "
             f"{shlex.quote(manifest.tokenizer.path)} --crops 8 --horizontal-flip."
         )
+    if manifest.has_captions and not manifest.class_names:
+        document["condition"] = {"type": "text"}
+        about.append("The images have captions and no classes, so it is conditioned on captions.")
     _limit_batch(document, rows)
     return document, about
 

@@ -47,6 +47,7 @@ class Recipe:
 
 RECIPES = {
     "shapes": Recipe("drawn shapes", "vqvae_shapes.yaml", "gpt_shapes.yaml"),
+    "captioned_shapes": Recipe("drawn shapes", "vqvae_captioned_shapes.yaml", "gpt_captioned_shapes.yaml"),
     "grey": Recipe("small grey images", "vqvae_mnist.yaml", "pixelcnn_mnist.yaml"),
     "colour": Recipe("small images", "vqvae_cifar10.yaml", "pixelcnn_cifar10.yaml"),
     "transparent": Recipe("icons with transparency", "emoji_64.yaml", "gpt_emoji_64.yaml"),
@@ -59,7 +60,7 @@ def recipe_for(source: str, size: tuple[int, int], channels: int) -> Recipe:
     """The recipe for images of a training ``size`` (height, width)."""
     side = math.sqrt(size[0] * size[1])
     if source in DRAWN_SOURCES:
-        return RECIPES["shapes"]
+        return RECIPES[source]
     if channels == 4:
         return RECIPES["transparent"]
     if side <= ICON_SIDE:

@@ -73,7 +73,7 @@ def test_captioned_shapes_have_a_split_of_unseen_combinations(twostage, tmp_path
         "  test: 2,000 images",
         "  unseen: 2,000 images",
     ]
-    assert "data.image_size=32 data.channels=3, configs/tokenizer/vqvae_shapes.yaml" in lines[-2]
+    assert "data.image_size=32 data.channels=3, configs/tokenizer/vqvae_captioned_shapes.yaml" in lines[-2]
     assert lines[-1].endswith("twostage train-tokenizer captioned_shapes")
 
 
