@@ -76,10 +76,7 @@ def evaluate_prior(
             lambda: _held_out_images(pipeline, model, source, held_out, num_images), required=source is not None
         )
     found: list[Measurement] = [measure_codes(model, held_out, work), measure_listening(model, held_out, work)]
-    if pipeline and images:
-        found.append(measure_images(model, pipeline.tokenizer, images, work))
-    else:
-        found.append(Measurement(ImageCost(), {"chain_rule_nats_per_image": reason}))
+    found.append(_measure_images(pipeline, images, reason, work))
     real = RealImages.judge(network, images, samples.num_samples, work) if pipeline and network and images else None
     drawn = measure_samples(pipeline, network, samples, work, real, reason) if pipeline and network else None
     if pipeline and judges_shapes:
@@ -96,6 +93,15 @@ def evaluate_prior(
         refusal=drawn.refusal if drawn else None,
         sheets=_sheets(drawn, pipeline) if drawn and pipeline else (),
     )
+
+
+def _measure_images(
+    pipeline: TwoStagePipeline | None, images: HeldOutImages | None, reason: str, work: SharedWork
+) -> Measurement[ImageCost]:
+    """The cost of images; without them, the ``reason`` why it is missing."""
+    if pipeline and pipeline.prior and images:
+        return measure_images(pipeline.prior, pipeline.tokenizer, images, work)
+    return Measurement(ImageCost(), {"chain_rule_nats_per_image": reason})
 
 
 # --- opening what it needs ------------------------------------------------------------------------------------------
