@@ -66,15 +66,12 @@ def evaluate_prior(
     network = open_judge(inception, features, model.config.channels)
     held_out = _held_out_codes(saved, model, codes, split, num_images)
     judges_shapes = can_judge_attributes(model, held_out)
-    if not network and not judges_shapes:
-        _refuse_samples(samples)
+    _check_judge(network is not None or judges_shapes, samples)
     required = tokenizer is not None or network is not None
     pipeline, reason = _open(lambda: TwoStagePipeline.from_prior(model, saved, tokenizer).to(work.device), required)
     images = None
     if pipeline:
-        images, reason = _open(
-            lambda: _held_out_images(pipeline, model, source, held_out, num_images), required=source is not None
-        )
+        images, reason = _open(lambda: _held_out_images(pipeline, source, held_out, num_images), source is not None)
     found: list[Measurement] = [measure_codes(model, held_out, work), measure_listening(model, held_out, work)]
     found.append(_measure_images(pipeline, images, reason, work))
     real = RealImages.judge(network, images, samples.num_samples, work) if pipeline and network and images else None
@@ -117,13 +114,13 @@ def _open(opens: Callable[[], OpenedT], required: bool) -> tuple[OpenedT | None,
         return None, str(error)
 
 
-def _refuse_samples(request: SampleRequest) -> None:
+def _check_judge(is_judged: bool, request: SampleRequest) -> None:
     """Refuses settings of samples that nothing judges."""
     plain = SampleRequest()
     given = {"num-samples": request.num_samples} if request.num_samples != plain.num_samples else {}
     given |= {"seed": request.seed} if request.seed != plain.seed else {}
     given |= request.sampling.model_dump(exclude_defaults=True)
-    if given:
+    if given and not is_judged:
         options = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
         raise InputError(
             f"{options}: samples are only drawn if a network judges them. Add --features imagenet, --features "
@@ -163,16 +160,17 @@ def _held_out_codes(
 
 
 def _held_out_images(
-    pipeline: TwoStagePipeline, prior: Prior, source: str | None, codes: HeldOutCodes, num_images: int | None
+    pipeline: TwoStagePipeline, source: str | None, codes: HeldOutCodes, num_images: int | None
 ) -> HeldOutImages:
     """The images of ``source``, or those that the codes were made from, in the size that the tokenizer takes."""
     assert pipeline.saved_tokenizer
+    assert pipeline.prior
     manifest = codes.cache.manifest
     config = pipeline.saved_tokenizer.training_data(source or manifest.source)
     if source is None:
         config = config.model_copy(update=manifest.condition_settings or {})
         config = find_data(config, codes.cache.path, manifest.images)
-    data, names = load_images(config), prior.config.class_names
+    data, names = load_images(config), pipeline.prior.config.class_names
     if names and data.class_names != names:
         raise InputError(
             f"data.source {config.source}: has the classes {data.class_names}, but the prior was trained on {names}. "
