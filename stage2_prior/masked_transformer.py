@@ -210,7 +210,7 @@ class MaskedPredictor(FastTransformer):
         self.context, self.mask_token_id = context, model.mask_token_id
         on_cpu = model.norm.weight.device.type == "cpu"
         self.images = max(1, PREDICTED_ROWS // model.cells) if on_cpu else max(1, context.size)
-        self.kind = same_context(context)
+        self.kind = same_context(context).to(model.norm.weight.device)
         self.memory = [
             None if context.sequence is None else block.sequence_kv(context.sequence) for block in self.blocks
         ]
@@ -258,7 +258,7 @@ class MaskedPredictor(FastTransformer):
 def same_context(context: Context) -> Tensor:
     """For each image, the number of the first image with the same context: (B,) int64."""
     all_parts = context.labels, context.pooled, context.cells, context.sequence, context.present
-    parts = [part.view(context.size, -1).float() for part in all_parts if part is not None]
+    parts = [part.reshape(context.size, -1).float() for part in all_parts if part is not None]
     if not parts:
         return torch.zeros(context.size, dtype=torch.long)
     rows = torch.cat(parts, 1)

@@ -50,7 +50,7 @@ class NetworkConfig(OpenUnion, Section):
         """The number of codes of an image that one sampling step predicts."""
         return 1
 
-    def sampling_floats(self, grid: tuple[int, int]) -> int:
+    def sampling_floats(self, grid: tuple[int, int], form: ContextForm) -> int:
         """Upper estimate of the numbers that sampling keeps per image: caches and activations, not logits."""
         return 0
 

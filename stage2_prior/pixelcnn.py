@@ -47,8 +47,9 @@ class PixelCNNConfig(NetworkConfig):
     def context_space(self, grid: tuple[int, int]) -> ContextSpace:
         return ContextSpace(self.context_channels, 1.0, grid)
 
-    def sampling_floats(self, grid: tuple[int, int]) -> int:
-        return 4 * self.channels * (self.depth * grid[0] * grid[1] + 8 * grid[1])
+    def sampling_floats(self, grid: tuple[int, int], form: ContextForm) -> int:
+        each = 8 if form.cells else 4  # with the gates of all cells
+        return each * self.channels * (self.depth * grid[0] * grid[1] + 8 * grid[1])
 
     @model_validator(mode="after")
     def _kernels_have_a_centre(self) -> "PixelCNNConfig":

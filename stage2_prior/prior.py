@@ -17,7 +17,7 @@ from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import CodeCache, TokenizerReference
 from stage2_prior.conditions.class_condition import ClassConditionConfig
 from stage2_prior.conditions.condition import ConditionConfig
-from stage2_prior.conditions.conditions import Conditions, Given, context_form
+from stage2_prior.conditions.conditions import NAMES, Conditions, Given, context_form
 from stage2_prior.conditions.context import join_contexts
 from stage2_prior.conditions.map_condition import MapConditionConfig
 from stage2_prior.conditions.text_condition import TextConditionConfig
@@ -116,7 +116,7 @@ class Prior(nn.Module):
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.config = config
-        form = context_form(config.conditions)
+        self.form = form = context_form(config.conditions)
         self.num_classes = form.num_classes
         self.conditions = Conditions(config.conditions, config.model.context_space(config.grid))
         self.network: PriorNetwork = config.model.build(config.codebook_size, config.grid, form)
@@ -195,6 +195,10 @@ class Prior(nn.Module):
                 )
             check_weights(sampling.weights)
 
+    def needs(self, condition: str) -> bool:
+        """Whether it cannot draw without this condition, because it was never hidden in training."""
+        return any(each.type == condition and not self.dropout_of(each) for each in self.config.conditions)
+
     def _check_guidance(self, sampling: SamplingConfig) -> None:
         scale = sampling.guidance_scale
         if isinstance(scale, dict) and (unknown := [name for name in scale if name not in self.conditions]):
@@ -204,8 +208,9 @@ class Prior(nn.Module):
             return
         if not self.config.conditions:
             raise InputError(f"guidance_scale {scale}: this prior has no classes or prompts. Use guidance_scale 1")
+        hidden = {name for _, names in sampling.scales_of(list(self.conditions)) for name in names}
         for condition in self.config.conditions:
-            if not self.dropout_of(condition):
+            if condition.type in hidden and not self.dropout_of(condition):
                 raise InputError(
                     f"guidance_scale {scale}: this prior was trained with {self.dropout_setting(condition)}, so it "
                     f"cannot sample without a {condition.type}. Use guidance_scale 1"
@@ -275,13 +280,23 @@ class Prior(nn.Module):
     def _branches(
         self, given: Given | Tensor | None, negative: Given | None, sampling: SamplingConfig, count: int
     ) -> Branches:
-        values, without = self.conditions.complete(given, count), self.conditions.complete(negative, count)
-        contexts, scales = [self.conditions.encode_each(values, count)], []
-        for scale, hidden in sampling.scales_of(list(self.conditions)):
-            values = values | {name: without[name] for name in hidden}
+        device = next(self.parameters()).device
+        values, without = (
+            {name: value.to(device) for name, value in self.conditions.complete(each, count).items()}
+            for each in (given, negative)
+        )
+        steps = sampling.scales_of(list(self.conditions))
+        hidden = {name for _, names in steps for name in names}
+        if useless := [name for name in negative or {} if name not in hidden]:
+            raise InputError(
+                f"negative {NAMES.get(useless[0], useless[0])}: has no effect with the guidance_scale "
+                f"{sampling.guidance_scale}. Set a guidance_scale above 1, or remove it"
+            )
+        contexts = [self.conditions.encode_each(values, count)]
+        for _, names in steps:
+            values = values | {name: without[name] for name in names}
             contexts.append(self.conditions.encode_each(values, count))
-            scales.append(scale)
-        return Branches(join_contexts(contexts), tuple(scales))
+        return Branches(join_contexts(contexts), tuple(scale for scale, _ in steps))
 
     def _check_known(self, known: Tensor, count: int) -> None:
         if known.shape != (count, *self.config.grid):
@@ -315,6 +330,7 @@ class Prior(nn.Module):
             del config["untrained_classes"]
         if config["conditions"] == _class_alone(config["class_names"]):
             del config["conditions"]
+            config["model"].pop("context_channels", None)
         save_model_folder(Path(folder), "prior", config, state)
 
     @classmethod

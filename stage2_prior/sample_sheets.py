@@ -32,6 +32,7 @@ def draw_samples(prior: Prior, decode: Decoder, seed: int) -> Image.Image:
     trained = [label for label, name in enumerate(names) if name not in prior.config.untrained_classes]
     shown = [trained[row] for row in spread(len(trained), MAX_CLASSES).tolist()] if trained else []
     prompts = prior.example_prompts()[:ABOUT]
+    shown = shown if not prompts or prior.needs("class") else []
     count = len(shown) * max(1, round(ABOUT / len(shown))) if shown else ABOUT
     given: dict[str, Tensor] = {}
     if shown:

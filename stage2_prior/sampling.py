@@ -101,6 +101,8 @@ class SamplingConfig(Section):
             if any(isinstance(number, bool) for number in numbers):
                 raise ValueError
             numbers = [float(number) for number in numbers]
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError
         except (TypeError, ValueError):
             raise ValueError(
                 f"expected a number, or one for each condition such as class=1.5,text=4, got {value!r}"

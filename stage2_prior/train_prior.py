@@ -135,6 +135,8 @@ def train(
         sharded_methods=["nats_per_image"],
     )
     final = network.final
+    for condition in final.config.conditions:
+        run.report(*condition.notices(cache))
     run.attach(batches, [network], {"codes": cache.contents()})
     if isinstance(run, TrainingRun) and (checkpoint := run.latest_checkpoint()):
         run.load(checkpoint, config.model.per_process_setting())

@@ -60,8 +60,9 @@ class TransformerConfig(NetworkConfig):
     def context_space(self, grid: tuple[int, int]) -> ContextSpace:
         return ContextSpace(self.hidden_size, 0.02, grid)
 
-    def sampling_floats(self, grid: tuple[int, int]) -> int:
-        return 2 * self.hidden_size * (self.depth * math.prod(grid) + 8 * self.codes_at_once(grid))
+    def sampling_floats(self, grid: tuple[int, int], form: ContextForm) -> int:
+        places = math.prod(grid) + form.sequence
+        return 2 * self.hidden_size * (self.depth * places + 8 * self.codes_at_once(grid))
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "TransformerConfig":

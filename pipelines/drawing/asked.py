@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stage2_prior.conditions.conditions import NAMES
 from stage2_prior.prior import Prior
 from twostage.core.errors import InputError
 
@@ -15,12 +16,14 @@ __all__ = ["Asked", "Cycle", "values_of"]
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What images are to show. They cycle through each list: image i gets entry i modulo its length."""
+    """What images are to show. They cycle through each list: image i gets entry i modulo its length.
+
+    If nothing is given, they show all classes in turn, or the examples that a prior with captions keeps. Otherwise a
+    condition that is not given is left out, if the prior can draw without it.
+    """
 
     class_names: list[str] | None = None
-    """None: all classes, where there are any."""
     prompts: list[str] | None = None
-    """None: the examples that a prior with captions keeps."""
     negative_prompt: str | None = None
     """What guidance leads away from; None: from no prompt at all."""
     maps: list[Any] | None = None
@@ -72,12 +75,19 @@ def values_of(asked: Asked, prior: Prior | None) -> Cycle:
     negative = {"text": [asked.negative_prompt]} if asked.negative_prompt is not None else {}
     if prior is None:
         if given := [*asked.others, *negative]:
-            raise InputError(f"{given[0]}: a variational autoencoder draws no {given[0]}. Omit it")
+            raise InputError(f"{NAMES[given[0]]}: this is a variational autoencoder, which takes none. Omit it")
         return Cycle()
-    captions = prior.example_prompts() if asked.prompts is None else asked.prompts
+    asks_nothing = asked.class_names is None and not asked.others
+    captions = prior.example_prompts() if asks_nothing or prior.needs("text") else ()
     others = ({"text": captions} if captions else {}) | asked.others
+    for condition in prior.config.conditions:
+        if condition.type not in ("class", *others) and prior.needs(condition.type):
+            raise InputError(
+                f"{NAMES.get(condition.type, condition.type)}: missing; this prior was trained with "
+                f"{prior.dropout_setting(condition)} and cannot draw without a {condition.type}. Give one"
+            )
     return Cycle(
         values={name: prior.parse(name, values) for name, values in others.items()},
         negative={name: prior.parse(name, values) for name, values in negative.items()},
-        captions=captions,
+        captions=asked.prompts or captions,
     )

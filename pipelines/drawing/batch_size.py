@@ -25,7 +25,7 @@ def sampling_bytes(prior: Prior, sampling: SamplingConfig) -> int:
     model, grid = prior.config.model, prior.config.grid
     branches = 1 + len(sampling.scales_of(list(prior.conditions)))
     logits = model.codes_at_once(grid) * prior.config.codebook_size
-    return branches * (model.sampling_floats(grid) + logits) * 4 + 5 * logits * 8
+    return branches * (model.sampling_floats(grid, prior.form) + logits) * 4 + 5 * logits * 8
 
 
 def fitting_batch_size(prior: Prior | None, sampling: SamplingConfig, device: torch.device) -> int:

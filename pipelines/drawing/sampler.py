@@ -169,7 +169,9 @@ class ImageSampler:
         Raises:
             InputError: a class, prompt, map or vector that it cannot draw; the message says why.
         """
-        return replace(values_of(asked, self.prior), labels=self.labels_for(asked.class_names))
+        cycle = values_of(asked, self.prior)
+        shows_class = asked.class_names is not None or not cycle.values or not self.prior or self.prior.needs("class")
+        return replace(cycle, labels=self.labels_for(asked.class_names) if shows_class else None)
 
     def sheet(self, images: Tensor) -> Image.Image:
         """A contact sheet of images (n, C, H, W) uint8 of a request that asks for nothing in particular: below each is

@@ -156,6 +156,13 @@ def _held_out_codes(
             f"--split {held_out.split_name}: has no labels, but {saved.path} was trained with classes. Choose another "
             "split."
         )
+    beside = {"text": held_out.split.captions, "map": held_out.split.maps, "vector": held_out.split.vectors}
+    for condition in config.conditions:
+        if beside.get(condition.type, held_out) is None:
+            raise InputError(
+                f"codes {path}: have no {condition.plural}, but {saved.path} was trained with them. Use --codes DIR "
+                "with such codes."
+            )
     return held_out
 
 

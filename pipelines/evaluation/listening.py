@@ -26,6 +26,7 @@ def measure_listening(prior: Prior, codes: HeldOutCodes, work: SharedWork) -> Me
     rows = codes.rows[spread(len(codes.rows), MAX_ROWS)]
     given, cells = prior.conditions.read(codes.split, rows), codes.split.codes[0].size
     saved: dict[str, float] = {}
+    missing: dict[str, str] = {}
     for name in prior.conditions:
         distinct, which = given[name].unique(dim=0, return_inverse=True)
         if len(distinct) < 2:
@@ -34,14 +35,18 @@ def measure_listening(prior: Prior, codes: HeldOutCodes, work: SharedWork) -> Me
         nothing = prior.conditions.nothing(len(rows))[name].expand_as(given[name])
         nats = _nats(prior, codes, rows, [given, given | {name: wrong}, given | {name: nothing}], work)
         right, of_wrong, without = (nats / cells).mean(0).tolist()
-        saved |= {f"{name}_saves": without - right, f"wrong_{name}_costs": of_wrong - right}
+        saved[f"wrong_{name}_costs"] = of_wrong - right
+        if prior.needs(name):
+            missing[f"{name}_saves"] = "the condition was never hidden in training"
+        else:
+            saved[f"{name}_saves"] = without - right
         saved |= _matching(prior, codes, rows, given, name, distinct, which, work)
     protocol = {
         "rows": len(rows),
         "right, wrong, none": "nats per code of the same rows with their own condition, that of another row, and none",
         "matching": f"up to {MAX_MATCHED} rows; the right one and up to {NUM_CHOICES - 1} other held-out ones",
     }
-    return Measurement(Listening(saved), {}, {"conditions": protocol} if saved else {})
+    return Measurement(Listening(saved), missing, {"conditions": protocol} if saved else {})
 
 
 def _matching(

@@ -229,11 +229,17 @@ def _class_quality(images: JudgedImages, labels: Tensor | None, ending: str) -> 
 # --- the protocol, in words -----------------------------------------------------------------------------------------
 
 
+def _prompt_protocol(sampler: ImageSampler) -> dict[str, str]:
+    prompts = sampler.prior.example_prompts() if sampler.prior else ()
+    return {"prompts": f"{len(prompts)} held-out captions in turn"} if prompts else {}
+
+
 def _sample_protocol(sampler: ImageSampler, request: SampleRequest, duplicates: int) -> dict[str, Any]:
     protocol = {
         "seed": request.seed,
         "sampling": request.sampling.model_dump(mode="json"),
         "classes": "all in turn" if sampler.class_names else None,
+        **_prompt_protocol(sampler),
         "duplicates": duplicates,
         "duplicates_allowed": f"{MAX_DUPLICATES:.0%} of the samples",
         "pixels": "clipped and rounded to 8 bits",

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from twostage.core.errors import InputError
+from twostage.core.images.conversion import classes_to_uint8, upright_size
 from twostage.core.wording import one_line
 
 __all__ = ["all_prompts", "read_map_file", "read_vector_file"]
@@ -21,7 +22,7 @@ def all_prompts(given: Sequence[str], file: Path | None) -> list[str] | None:
     if file is None:
         return list(given) or None
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError:
         raise InputError(
             f"--prompts {file}: not a text in UTF-8. Save it as UTF-8, with a prompt in each line"
@@ -39,14 +40,12 @@ def read_map_file(path: Path) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            image.load()
+            width, height = upright_size(image)
+            return classes_to_uint8(image, (height, width))[0]
     except (OSError, ValueError) as error:
-        raise InputError(f"--map {path}: not a readable image ({one_line(error)}). Give a PNG of labels") from None
-    if image.mode not in ("P", "L", "1"):
         raise InputError(
-            f"--map {path}: has the mode {image.mode}, expected labels: a palette or grey image. Save it as one"
-        )
-    return np.asarray(image.convert("L") if image.mode == "1" else image)
+            f"--map {path}: not a label map ({one_line(error)}). Give a PNG whose palette or grey values are labels"
+        ) from None
 
 
 def read_vector_file(path: Path) -> list[np.ndarray]:

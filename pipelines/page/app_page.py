@@ -88,7 +88,10 @@ def _generate_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -
             class_name = gr.Dropdown(
                 [ALL_CLASSES, *(names or [])], label="Class", allow_custom_value=True, visible=bool(names)
             )
-            prompt, negative_prompt = _prompt_boxes(handlers.pipeline)
+            prompt = _prompt_box(handlers.pipeline, "Empty: example prompts.")
+            negative_prompt = gr.Textbox(
+                label="Negative prompt", info="What guidance leads away from.", visible=_reads_text(handlers.pipeline)
+            )
             num_images = gr.Slider(1, MAX_IMAGES, 2 * columns, step=1, label="Number of images")
             seed, controls = _seed_box(), _sampling_controls(handlers.pipeline)
             button = gr.Button("Generate", variant="primary")
@@ -141,7 +144,7 @@ def _inpaint_tab(handlers: Handlers, generated: gr.State, selected: gr.State) ->
             note = gr.Markdown()
             part = gr.Dropdown(parts, value=first_part, label="Redraw")
             class_name = gr.Dropdown(choices, label="Class", allow_custom_value=True, visible=bool(names))
-            prompt, _ = _prompt_boxes(handlers.pipeline)
+            prompt = _prompt_box(handlers.pipeline, "Empty: without a prompt.")
             num_images = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Number of completions")
             feather = gr.Slider(0, 8, 0, step=1, label="Feather in pixels", info="How far kept pixels blend in.")
             seed, controls = _seed_box(), _sampling_controls(handlers.pipeline)
@@ -239,15 +242,15 @@ def _sampling_controls(pipeline: TwoStagePipeline) -> dict[str, Component]:
         }  # fmt: skip
 
 
-def _prompt_boxes(pipeline: TwoStagePipeline) -> tuple[gr.Textbox, gr.Textbox]:
-    """What to draw and what to lead away from, for a prior that is conditioned on captions."""
+def _reads_text(pipeline: TwoStagePipeline) -> bool:
+    return bool(pipeline.prior and "text" in pipeline.prior.conditions)
+
+
+def _prompt_box(pipeline: TwoStagePipeline, info: str) -> gr.Textbox:
+    """What to draw, for a prior that is conditioned on captions."""
     examples = pipeline.prior.example_prompts() if pipeline.prior else ()
-    reads_text = bool(pipeline.prior and "text" in pipeline.prior.conditions)
     hint = f"Such as: {examples[0]}" if examples else None
-    return (
-        gr.Textbox(label="Prompt", placeholder=hint, info="Empty: example prompts.", visible=reads_text),
-        gr.Textbox(label="Negative prompt", info="What guidance leads away from.", visible=reads_text),
-    )
+    return gr.Textbox(label="Prompt", placeholder=hint, info=info, visible=_reads_text(pipeline))
 
 
 def _seed_box() -> gr.Number:

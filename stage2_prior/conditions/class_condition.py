@@ -62,6 +62,8 @@ class ClassCondition(Condition):
         return torch.tensor([value])
 
     def check(self, values: Tensor) -> None:
+        if values.ndim != 1 or values.is_floating_point():
+            raise InputError(f"labels: expected whole numbers of the shape (images,), got {tuple(values.shape)}")
         wrong = values[(values < 0) | (values > self.num_classes)]
         if len(wrong):
             raise InputError(

@@ -60,6 +60,10 @@ class ConditionConfig(OpenUnion, Section):
         """
         raise NotImplementedError
 
+    def notices(self, cache: CodeCache) -> list[str]:
+        """What to know about this condition in the codes, after :meth:`learned_from`: one sentence each."""
+        return []
+
     def build(self, space: ContextSpace) -> "Condition":
         """The network that writes contexts in ``space``."""
         raise NotImplementedError

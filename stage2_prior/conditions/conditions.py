@@ -47,14 +47,19 @@ class Conditions(nn.ModuleDict):
 
     def hide(self, given: Given, dropout: float, random: BatchRandom) -> dict[str, Tensor]:
         """Hides each condition from its share of the images, independently of the others; ``dropout`` is the share of
-        those that have none of their own."""
+        those that have none of their own.
+
+        Of several conditions, all that are ever hidden are also hidden together from the share ``dropout``: guidance
+        needs images without any.
+        """
         hidden = {}
         for name, condition in self._each():
-            purpose = "class dropout" if name == "class" else f"{name} dropout"
-            share = self.dropouts[name]
-            values = condition.one_of_each(given[name], random)
-            draws = random.uniform(purpose, (), values.device)
-            hidden[name] = condition.hide(values, draws < (dropout if share is None else share))
+            values, share = condition.one_of_each(given[name], random), self.dropouts[name]
+            share = dropout if share is None else share
+            gone = random.uniform(f"{name} dropout", (), values.device) < share
+            if len(self) > 1 and share:
+                gone |= random.uniform("dropout of all conditions", (), values.device) < dropout
+            hidden[name] = condition.hide(values, gone)
         return hidden
 
     def parse(self, name: str, values: Sequence[Any]) -> Tensor:
@@ -64,9 +69,9 @@ class Conditions(nn.ModuleDict):
             InputError: there is no such condition, no value, or one that it cannot have.
         """
         if name not in self:
-            raise InputError(f"{NAMES[name]}: this model was trained without {name} conditions. Omit it")
+            raise InputError(f"{NAMES.get(name, name)}: this model was trained without {name} conditions. Omit it")
         if not values:
-            raise InputError(f"{NAMES[name]}: expected at least one, got none. Omit it")
+            raise InputError(f"{NAMES.get(name, name)}: expected at least one, got none. Omit it")
         condition = dict(self._each())[name]
         return torch.cat([condition.parse(value) for value in values])
 
@@ -101,14 +106,13 @@ class Conditions(nn.ModuleDict):
 
     @torch.no_grad()
     def encode_each(self, given: Given, count: int) -> Context:
-        """:meth:`forward` for sampling, on the device of this module: each condition's distinct values are encoded one
+        """:meth:`forward` for sampling: each condition's distinct values are encoded one
         by one, so that an image's context does not depend on its neighbours, not even in the last bit."""
-        device = next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
         contexts = []
         for name, condition in self._each():
             distinct, which = given[name].unique(dim=0, return_inverse=True)
-            each = join_contexts([condition(value[None].to(device)) for value in distinct])
-            contexts.append(each.rows(which.to(device)))
+            each = join_contexts([condition(value[None]) for value in distinct])
+            contexts.append(each.rows(which))
         return merge_contexts(count, contexts)
 
     def _each(self) -> list[tuple[str, Condition]]:

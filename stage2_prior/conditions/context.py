@@ -59,8 +59,8 @@ class Context:
     """(B, L) bool: False where the sequence has ended. Such places are never attended to."""
 
     def rows(self, rows: Tensor | slice) -> "Context":
-        """The context of some of the images."""
-        size = len(torch.arange(self.size)[rows])
+        """The context of some of the images, by their numbers."""
+        size = len(range(self.size)[rows]) if isinstance(rows, slice) else len(rows)
         return self._with(size, lambda part: part[rows])
 
     def split(self, size: int) -> "list[Context]":

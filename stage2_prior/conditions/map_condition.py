@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from stage2_prior.codes import CodeCache
 from stage2_prior.conditions.condition import Condition, ConditionConfig, ConditionedSplit
 from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
-from twostage.core.config.sections import Count, Depth
+from twostage.core.config.sections import Count, Depth, Size
 from twostage.core.errors import InputError
+from twostage.core.wording import some_of
 
 __all__ = ["NO_LABEL", "MapCondition", "MapConditionConfig"]
 
 NO_LABEL = 255
-"""A pixel without a label; a map of such pixels alone says nothing."""
+"""A pixel without a label, as in many datasets; a map of such pixels alone says nothing."""
+ROWS_AT_ONCE = 1024
 
 
 class MapConditionConfig(ConditionConfig):
@@ -30,8 +32,8 @@ class MapConditionConfig(ConditionConfig):
     type: Literal["map"] = "map"
     depth: Depth = 2
     """Residual convolutions over the cells."""
-    num_labels: Count | None = None
-    """Labels are 0 to ``num_labels - 1``; set from the codes."""
+    labels: tuple[Size, ...] = ()
+    """Those of the training maps; set from the codes."""
     size: tuple[Count, Count] | None = None
     """(height, width) of the maps."""
 
@@ -40,28 +42,42 @@ class MapConditionConfig(ConditionConfig):
         return ContextForm(cells=True)
 
     def learned_from(self, cache: CodeCache) -> "MapConditionConfig":
-        num_labels = cache.manifest.map_classes
-        if num_labels is None:
+        maps = cache.manifest.maps
+        if maps is None or maps.classes is None:
             raise InputError(
-                f"condition.type 'map': the codes {cache.path} have no maps. Encode images with data.maps=COLUMN or "
-                "data.maps=FOLDER"
+                f"condition.type 'map': the codes {cache.path} have no label maps. Encode images with data.maps=COLUMN "
+                "or data.maps=FOLDER, and data.map_kind=labels"
             )
-        return self.model_copy(update={"num_labels": num_labels, "size": cache.manifest.image_size})
+        labels = [label for label in maps.classes if label != NO_LABEL]
+        for name, split in cache.splits.items():
+            for start in range(0, len(split), ROWS_AT_ONCE):
+                part = split.read_maps(torch.arange(start, min(start + ROWS_AT_ONCE, len(split))))
+                unknown = set() if part is None else set(part.unique().tolist()) - {*labels, NO_LABEL}
+                if unknown:
+                    raise InputError(
+                        f"condition.type 'map': the maps of `{name}` contain the label {min(unknown)}, which those of "
+                        f"`train` lack. Move some of these images to `train`, or set these pixels to {NO_LABEL}"
+                    )
+        return self.model_copy(update={"labels": tuple(labels), "size": cache.manifest.image_size})
 
     def build(self, space: ContextSpace) -> "MapCondition":
         assert self.size is not None
-        assert self.num_labels is not None
-        return MapCondition(self.num_labels, self.size, self.depth, space)
+        return MapCondition(self.labels, self.size, self.depth, space)
 
 
 class MapCondition(Condition):
     """Values are maps (B, H, W) uint8; `NO_LABEL` where nothing is known."""
 
-    def __init__(self, num_labels: int, size: tuple[int, int], depth: int, space: ContextSpace) -> None:
+    number: Tensor
+
+    def __init__(self, labels: tuple[int, ...], size: tuple[int, int], depth: int, space: ContextSpace) -> None:
         super().__init__()
-        self.num_labels, self.size = num_labels, size
+        self.labels, self.size = labels, size
+        number = torch.full((256,), -1)
+        number[list(labels)] = torch.arange(len(labels))
+        self.register_buffer("number", number, persistent=False)
         patch = size[0] // space.grid[0], size[1] // space.grid[1]
-        self.patches = nn.Conv2d(num_labels, space.width, patch, stride=patch)
+        self.patches = nn.Conv2d(len(labels), space.width, patch, stride=patch)
         self.blocks = nn.ModuleList(nn.Conv2d(space.width, space.width, 3, padding=1) for _ in range(depth))
         self.cells_out = nn.Conv2d(space.width, space.width, 1)
         nn.init.normal_(self.cells_out.weight, std=space.std * space.width**-0.5)
@@ -74,7 +90,10 @@ class MapCondition(Condition):
         return self.nothing(len(rows)) if maps is None else maps
 
     def parse(self, value: Any) -> Tensor:
-        values = torch.from_numpy(np.asarray(value).astype(np.uint8))[None]
+        found = np.asarray(value)
+        if found.dtype.kind not in "iu" or found.size == 0 or found.min() < 0 or found.max() > NO_LABEL:
+            raise InputError(f"map: expected whole numbers from 0 to {NO_LABEL}, got {found.dtype} {found.shape}")
+        values = torch.from_numpy(found.astype(np.uint8))[None]
         self.check(values)
         return values
 
@@ -84,17 +103,18 @@ class MapCondition(Condition):
                 f"map: expected {self.size[0]}x{self.size[1]} labels (height x width), got {values.dtype} of the shape "
                 f"{tuple(values.shape[1:])}. Resize it without blending labels"
             )
-        unknown = values[(values >= self.num_labels) & (values != NO_LABEL)]
-        if len(unknown):
+        if unknown := sorted(set(values.unique().tolist()) - {*self.labels, NO_LABEL}):
             raise InputError(
-                f"map: the label {unknown[0].item()} never occurs in the training maps. Use 0 to "
-                f"{self.num_labels - 1}, or {NO_LABEL} where anything may be"
+                f"map: the label {unknown[0]} never occurs in the training maps. Use {some_of(self.labels, 20)}, or "
+                f"{NO_LABEL} where anything may be"
             )
 
     def forward(self, values: Tensor) -> Context:
-        known = values != NO_LABEL
-        one_hot = F.one_hot(values.long() * known, self.num_labels) * known[..., None]  # (B, H, W, M)
-        x = F.silu(self.patches(one_hot.movedim(-1, 1).to(self.patches.weight.dtype)))
+        number = self.number[values.long()]  # (B, H, W), -1 where nothing is known
+        known, weight = number >= 0, self.patches.weight
+        one_hot = torch.zeros(len(values), len(self.labels), *self.size, dtype=weight.dtype, device=weight.device)
+        one_hot.scatter_(1, number.clamp(min=0)[:, None], known[:, None].to(weight.dtype))
+        x = F.silu(self.patches(one_hot))
         for block in self.blocks:
             x = x + F.silu(block(x))
         cells = self.cells_out(x).flatten(2).transpose(1, 2)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage2_prior.codes import CodeCache, CodeSplit
+from stage2_prior.codes import CodeCache
 from stage2_prior.conditions.condition import Condition, ConditionConfig, ConditionedSplit
 from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
 from stage2_prior.conditions.vocabulary import Units, Vocabulary
@@ -17,6 +17,7 @@ from twostage.core.config.sections import Count, Depth
 from twostage.core.data.spread import spread
 from twostage.core.errors import InputError
 from twostage.core.training.random import BatchRandom
+from twostage.core.wording import some_of
 
 __all__ = ["TextCondition", "TextConditionConfig"]
 
@@ -48,7 +49,7 @@ class TextConditionConfig(ConditionConfig):
         return ContextForm(pooled=True, sequence=self.max_length)
 
     def learned_from(self, cache: CodeCache) -> "TextConditionConfig":
-        captions = _all_captions(cache.splits["train"])
+        captions = _captions_of(cache)
         if captions is None:
             raise InputError(
                 f"condition.type 'text': the codes {cache.path} have no captions. Encode images with captions (a "
@@ -60,6 +61,22 @@ class TextConditionConfig(ConditionConfig):
         examples = [text for texts in shown for text in texts[:1] if self._can_be_read(text, vocabulary)]
         return self.model_copy(update={"vocabulary": vocabulary, "examples": tuple(dict.fromkeys(examples))})
 
+    def notices(self, cache: CodeCache) -> list[str]:
+        captions, found = _captions_of(cache) or [], []
+        assert self.vocabulary is not None
+        if cut := sum(len(self.vocabulary.tokens(text)) > self.max_length for text in captions):
+            found.append(
+                f"{cut:,} of {len(captions):,} captions have more than {self.max_length} tokens, so their ends are "
+                "not used; to use more, set condition.max_length"
+            )
+        held_out = cache.validation
+        others = [t for texts in held_out.read_captions(torch.arange(len(held_out))) or [] for t in texts]
+        unknown = {word for text in others for word in self.vocabulary.unknown_words(text)}
+        if unknown:
+            words = some_of(sorted(unknown))
+            found.append(f"words of held-out captions that no training caption has, and that are not used: {words}")
+        return found
+
     def _can_be_read(self, text: str, vocabulary: Vocabulary) -> bool:
         return not vocabulary.unknown_words(text) and 0 < len(vocabulary.tokens(text)) <= self.max_length
 
@@ -68,10 +85,11 @@ class TextConditionConfig(ConditionConfig):
         return TextCondition(self, self.vocabulary, space)
 
 
-def _all_captions(split: CodeSplit) -> list[str] | None:
-    """Those of the plain images; variants of an image have the same."""
-    found = split.read_captions(torch.arange(len(split)))
-    return None if found is None else [text for texts in dict.fromkeys(found) for text in texts]
+def _captions_of(cache: CodeCache) -> list[str] | None:
+    """The captions of the training images; variants of an image have the same."""
+    train = cache.splits["train"]
+    found = train.read_captions(torch.arange(len(train) // cache.manifest.augmentation.variants))
+    return None if found is None else [text for texts in found for text in texts]
 
 
 class EncoderBlock(nn.Module):
@@ -130,10 +148,15 @@ class TextCondition(Condition):
         return self._tokens([(value,)])
 
     def check(self, values: Tensor) -> None:
-        if values.ndim != 3 or values.shape[2] != self.max_length or values.is_floating_point():
+        if (
+            values.ndim != 3
+            or values.shape[2] != self.max_length
+            or values.is_floating_point()
+            or values.max() >= self.vocabulary.size
+        ):
             raise InputError(
-                f"condition 'text': expected tokens of the shape (images, captions, {self.max_length}), got "
-                f"{values.dtype} of the shape {tuple(values.shape)}"
+                f"condition 'text': expected tokens below {self.vocabulary.size} of the shape (images, captions, "
+                f"{self.max_length}), got {values.dtype} of the shape {tuple(values.shape)}"
             )
 
     def one_of_each(self, values: Tensor, random: BatchRandom) -> Tensor:

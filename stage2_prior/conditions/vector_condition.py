@@ -15,10 +15,12 @@ from stage2_prior.conditions.condition import Condition, ConditionConfig, Condit
 from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
 from twostage.core.config.sections import Number
 from twostage.core.errors import InputError
+from twostage.core.wording import short_repr
 
 __all__ = ["VectorCondition", "VectorConditionConfig"]
 
 MIN_STD = 1e-6
+"""Numbers that vary less than this in training are only shifted."""
 
 
 class VectorConditionConfig(ConditionConfig):
@@ -37,13 +39,15 @@ class VectorConditionConfig(ConditionConfig):
         return ContextForm(pooled=True)
 
     def learned_from(self, cache: CodeCache) -> "VectorConditionConfig":
-        vectors = cache.splits["train"].read_vectors(torch.arange(len(cache.splits["train"])))
+        train = cache.splits["train"]
+        vectors = train.read_vectors(torch.arange(len(train) // cache.manifest.augmentation.variants))
         if vectors is None:
             raise InputError(
                 f"condition.type 'vector': the codes {cache.path} have no vectors. Encode images with "
                 "data.vector_column=NAME"
             )
-        mean, std = vectors.double().mean(0), vectors.double().std(0).clamp(min=MIN_STD)
+        std, mean = torch.std_mean(vectors.double(), 0, correction=0)
+        std = torch.where(std < MIN_STD, 1.0, std)
         return self.model_copy(update={"mean": tuple(mean.tolist()), "std": tuple(std.tolist())})
 
     def build(self, space: ContextSpace) -> "VectorCondition":
@@ -78,7 +82,10 @@ class VectorCondition(Condition):
         return self.nothing(len(rows)) if vectors is None else vectors
 
     def parse(self, value: Any) -> Tensor:
-        vector = torch.from_numpy(np.asarray(value, dtype=np.float32))
+        try:
+            vector = torch.from_numpy(np.array(value, dtype=np.float32))
+        except (TypeError, ValueError):
+            raise InputError(f"vector: expected {self.length} numbers, got {short_repr(value)}") from None
         if vector.shape != (self.length,) or not vector.isfinite().all():
             raise InputError(
                 f"vector: expected {self.length} finite numbers, got the shape {tuple(vector.shape)}. Give a vector "
@@ -96,5 +103,5 @@ class VectorCondition(Condition):
     def forward(self, values: Tensor) -> Context:
         missing = values.isnan().any(1, keepdim=True)
         standard = ((values - self.mean) / self.std).masked_fill(missing, 0.0)
-        pooled = self.pooled_out(F.silu(self.hidden(standard)))
+        pooled = self.pooled_out(F.silu(self.hidden(standard.to(self.hidden.weight.dtype))))
         return Context(len(values), pooled=pooled * ~missing)

@@ -71,7 +71,7 @@ def test_mistakes_are_named(made, twostage, tmp_path):
         (["--prompt", ""], ("prompt ''", "Omit")),
         (["--guidance-scale", "style=2"], ("guidance_scale 'style'", "text and map and class")),
         (["--guidance-scale", "lots"], ("guidance_scale", "'lots'", "class=1.5,text=4")),
-        (["--map", made / "prior" / "losses.png"], ("--map", "mode RGB", "palette or grey")),
+        (["--map", made / "prior" / "losses.png"], ("--map", "mode RGB", "palette or grey values")),
     ):
         ended = twostage("generate", made / "prior", *words, "--out", tmp_path / "refused")
         assert ended.code == 2
