@@ -66,9 +66,9 @@ class PriorTrainingConfig(Section):
     @field_validator("condition", mode="before")
     @classmethod
     def _as_list(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return [] if value == {"type": "none"} else [value]
-        return value
+        groups = value if isinstance(value, list) or value is None else [value]
+        groups = groups and [{"type": each} if isinstance(each, str) else each for each in groups]
+        return [] if groups == [{"type": "none"}] else groups
 
     @field_validator("condition")
     @classmethod

@@ -23,6 +23,7 @@ MADE = {
         "generated/emoji/grid.png",
         "runs/demo/reconstructions.png",
         "runs/demo/generated/grid.png",
+        "generated/ring/grid.png",
         "runs/demo/prior/losses.png",
         "runs/vqvae_mnist/reconstructions.png",
         "runs/vqgan_mnist/evaluation/worst.png",
@@ -79,8 +80,9 @@ def tiny(command: str) -> str:
     """The command with a shorter training; this checkout replaces the clone, and the page stops once it answers."""
     if command.startswith("git clone"):
         return ":"
-    if command == "make demo":
-        return f'make -C {REPOSITORY} demo DEMO=$PWD/runs/demo DEMO_OPTIONS="{TINY}"'
+    if command in ("make demo", "make demo-text"):
+        folders = "DEMO=$PWD/runs/demo DEMO_TEXT=$PWD/runs/demo_text"
+        return f'{command.replace("make ", f"make -C {REPOSITORY} ")} {folders} DEMO_OPTIONS="{TINY}"'
     if command.startswith("pip install"):  # do not change the shared environment
         return f"(cd {REPOSITORY} && {command} --dry-run --quiet)"
     if command.startswith("make "):  # the target may be followed by && and another command

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from twostage.core.config.overrides import apply_overrides
 from twostage.core.config.registry import OpenUnion
-from twostage.core.config.schema import alternatives, groups, tag
+from twostage.core.config.schema import alternatives, groups, item_annotation, tag
 from twostage.core.config.yaml_text import read_yaml, with_texts
 from twostage.core.errors import InputError
 from twostage.core.files import expand_home
@@ -222,6 +222,9 @@ def _locate(schema: type[Section], location: tuple[int | str, ...]) -> tuple[str
             group = tagged[0]
             continue
         shown.append(str(part))
+        if isinstance(part, int):
+            holder, group = None, item_annotation(group, part)
+            continue
         holder = members[0] if members else None
         field = holder.model_fields.get(str(part)) if holder else None
         group = field.annotation if field else None
