@@ -100,7 +100,7 @@ def _generate_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -
 
     def generate(progress: gr.Progress = PROGRESS, *given: Any) -> tuple[list[Any], list[PageImage], None]:
         count, name, text, against, number, *sampling = given
-        texts = text.strip() or None, against.strip() or None
+        texts = _given(text), _given(against)
         settings = dict(zip(controls, sampling, strict=True))
         images = handlers.generate(count, name, number, settings, _shown(progress), *texts)
         return [(to_pil(image.pixels), image.prompt or image.class_name) for image in images], images, None
@@ -166,7 +166,7 @@ def _inpaint_tab(handlers: Handlers, generated: gr.State, selected: gr.State) ->
         layers = edited["layers"] if edited else []
         settings = dict(zip(controls, sampling, strict=True))
         asked = chosen, layers, which, count, name, number, width, settings
-        images = handlers.inpaint(*asked, _shown(progress), text.strip() or None)
+        images = handlers.inpaint(*asked, _shown(progress), _given(text))
         return [to_pil(pixels) for pixels in images]
 
     inputs = [image, editor, part, num_images, class_name, prompt, seed, feather, *controls.values()]
@@ -251,6 +251,11 @@ def _prompt_box(pipeline: TwoStagePipeline, info: str) -> gr.Textbox:
     examples = pipeline.prior.example_prompts() if pipeline.prior else ()
     hint = f"Such as: {examples[0]}" if examples else None
     return gr.Textbox(label="Prompt", placeholder=hint, info=info, visible=_reads_text(pipeline))
+
+
+def _given(text: str | None) -> str | None:
+    """What was written into a box, if anything."""
+    return (text or "").strip() or None
 
 
 def _seed_box() -> gr.Number:
