@@ -170,9 +170,8 @@ class PixelCNN(Autoregressive):
     def conditions(self, context: Context) -> tuple[Tensor, Tensor | None]:
         """The labels (B,), and the other conditions at the cells: (B, D, h, w), (B, D, 1, 1) if they are the same
         everywhere, or None."""
-        labels, added = context.labels, context.added()
-        if labels is None:
-            labels = torch.full((context.size,), self.num_classes, device=self.code_embedding.weight.device)
+        labels = context.class_numbers(self.num_classes, self.code_embedding.weight.device)
+        added = context.added()
         if added is not None:
             added = added.transpose(1, 2).unflatten(2, self.grid if context.cells is not None else (1, 1))
         return labels, added

@@ -356,9 +356,7 @@ class Transformer(nn.Module):
 
     def added(self, context: Context) -> Tensor:
         """What the conditions add at the cells: (B, N, D), or (B, 1, D) if it is the same everywhere."""
-        labels = context.labels
-        if labels is None:
-            labels = torch.full((context.size,), self.num_classes, device=self.class_embedding.weight.device)
+        labels = context.class_numbers(self.num_classes, self.class_embedding.weight.device)
         of_class = self.class_embedding(labels)[:, None]
         return of_class if (added := context.added()) is None else of_class + added
 

@@ -1,6 +1,6 @@
 """What images are asked to show, and the same as values of a prior's conditions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,9 @@ from stage2_prior.conditions.conditions import NAMES
 from stage2_prior.prior import Prior
 from twostage.core.errors import InputError
 
-__all__ = ["Asked", "Cycle", "values_of"]
+__all__ = ["Asked", "Cycle", "check_needed", "values_of"]
+
+OPTIONS = {"class": "--class-name", "text": "--prompt", "map": "--map", "vector": "--vector"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,23 @@ class Cycle:
         return {name: value.expand(count, *value.shape[1:]) for name, value in self.negative.items()}
 
 
+def check_needed(prior: Prior, given: Collection[str]) -> None:
+    """Refuses to draw without a condition that was never hidden in training; ``given`` are the others' types.
+
+    Raises:
+        InputError: such a condition is missing.
+    """
+    for condition in prior.config.conditions:
+        if condition.type not in given and prior.needs(condition.type):
+            trained = [name for name in prior.config.class_names or [] if name not in prior.config.untrained_classes]
+            names = f", one of: {', '.join(trained)}" if condition.type == "class" else ""
+            raise InputError(
+                f"{NAMES.get(condition.type, condition.type)}: missing; this prior was trained with "
+                f"{prior.dropout_setting(condition)} and cannot draw without a {condition.type}. Give "
+                f"{OPTIONS.get(condition.type, condition.type)}{names}"
+            )
+
+
 def values_of(asked: Asked, prior: Prior | None) -> Cycle:
     """The conditions beside the class that ``asked`` gives, checked.
 
@@ -80,12 +99,7 @@ def values_of(asked: Asked, prior: Prior | None) -> Cycle:
     asks_nothing = asked.class_names is None and not asked.others
     captions = prior.example_prompts() if asks_nothing or prior.needs("text") else ()
     others = ({"text": captions} if captions else {}) | asked.others
-    for condition in prior.config.conditions:
-        if condition.type not in ("class", *others) and prior.needs(condition.type):
-            raise InputError(
-                f"{NAMES.get(condition.type, condition.type)}: missing; this prior was trained with "
-                f"{prior.dropout_setting(condition)} and cannot draw without a {condition.type}. Give one"
-            )
+    check_needed(prior, {"class", *others})  # without a class, all are drawn in turn
     return Cycle(
         values={name: prior.parse(name, values) for name, values in others.items()},
         negative={name: prior.parse(name, values) for name, values in negative.items()},

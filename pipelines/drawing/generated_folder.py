@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from pipelines.drawing.asked import Asked
+from pipelines.drawing.asked import Asked, Cycle
 from pipelines.drawing.batch_size import fitting_batch_size
 from pipelines.drawing.sampler import ImageSampler
 from pipelines.files.image_files import FileFormat, ImageFiles, ParquetShards, PngFiles
@@ -55,9 +55,10 @@ def generate_folder(sampler: ImageSampler, request: GenerateRequest, out: Path) 
     """
     state = join_processes()
     sampler.to(state.device or "cpu")
-    cycle, names = sampler.cycle(request.asked), request.asked.class_names or sampler.class_names
+    cycle = sampler.cycle(request.asked)
+    names = None if cycle.labels is None else request.asked.class_names or sampler.class_names
     sampler.check_sampling(request.sampling)
-    settings = _settings(sampler, request)
+    settings = _settings(sampler, request, cycle)
     _check_folder(out, settings)
     state.wait_for_everyone()  # nobody writes before everyone has looked
     form = (out / "images", sampler.image_size, sampler.channels)
@@ -91,7 +92,7 @@ def generate_folder(sampler: ImageSampler, request: GenerateRequest, out: Path) 
         print(f"overview: {out / 'grid.png'}; settings: {out / 'settings.json'}")
 
 
-def _settings(sampler: ImageSampler, request: GenerateRequest) -> dict[str, Any]:
+def _settings(sampler: ImageSampler, request: GenerateRequest, cycle: Cycle) -> dict[str, Any]:
     """All settings that determine the images, as in settings.json."""
     models = [model for model in (sampler.prior, sampler.tokenizer) if model]
     return {
@@ -99,17 +100,16 @@ def _settings(sampler: ImageSampler, request: GenerateRequest) -> dict[str, Any]
         "tokenizer": sampler.tokenizer.content_hash(),
         "seed": request.seed,
         "class_names": request.asked.class_names,
-        **_asked_settings(sampler, request.asked),
+        **_condition_settings(request.asked, cycle),
         **request.sampling.model_dump(mode="json"),
         "file_format": request.file_format,
     }
 
 
-def _asked_settings(sampler: ImageSampler, asked: Asked) -> dict[str, Any]:
-    """The conditions beside the class, for a prior that has any."""
-    cycle = sampler.cycle(asked)
+def _condition_settings(asked: Asked, cycle: Cycle) -> dict[str, Any]:
+    """The conditions beside the class, if there are any."""
     found: dict[str, Any] = {}
-    if cycle.captions:
+    if cycle.captions or cycle.negative:
         found |= {"prompts": list(cycle.captions), "negative_prompt": asked.negative_prompt}
     hashes = {name: hash_tensors([(name, value)]) for name, value in cycle.values.items() if name != "text"}
     return found | ({"conditions_sha256": hashes} if hashes else {})

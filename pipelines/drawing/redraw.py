@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.drawing.asked import Asked, Cycle, values_of
+from pipelines.drawing.asked import Asked, Cycle, check_needed, values_of
 from pipelines.drawing.rebuilt_images import check_image, encode_in_parts
 from pipelines.drawing.sampler import ImageSampler, PipelineOutput, in_shares
 from pipelines.files.masks import MASK_NAMES, named_mask
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage2_prior.conditions.conditions import NAMES
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.errors import InputError
 from twostage.core.training.random import seed_for
@@ -213,16 +212,10 @@ def _checked_cycle(sampler: ImageSampler, request: RedrawRequest) -> Cycle:
     cycle = Cycle() if request.prompt is None else values_of(asked, prior)
     if request.class_name is not None:
         cycle = replace(cycle, labels=sampler.labels_for([request.class_name]))
-    given = {"class": request.class_name, "text": request.prompt}
-    for condition in prior.config.conditions:
-        if given.get(condition.type) is None and not prior.dropout_of(condition):
-            option = {"class": "--class-name", "text": "--prompt"}.get(condition.type, condition.type)
-            names = f", one of: {', '.join(sampler.class_names or [])}" if condition.type == "class" else ""
-            raise InputError(
-                f"{NAMES[condition.type]}: missing; this prior was trained with {prior.dropout_setting(condition)} and "
-                f"cannot draw without a {condition.type}. Give {option}{names}"
-            )
-    if request.sampling.is_guided and not any(given.values()):
+    named = {"class": request.class_name, "text": request.prompt}
+    given = {name for name, value in named.items() if value is not None}
+    check_needed(prior, given)
+    if request.sampling.is_guided and not given:
         raise InputError(
             f"guidance_scale {request.sampling.guidance_scale}: guidance needs a class or a prompt, and none is given. "
             "Give --class-name or --prompt too, or set guidance_scale to 1"

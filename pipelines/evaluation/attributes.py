@@ -54,7 +54,7 @@ def measure_attributes(
         "seed": request.seed,
         "judge": "geometry: ground, colour, size, place and shape of each image; a map by intersection over union",
     }
-    return Measurement(AttributeAccuracy(**found), {}, {"attributes": about})
+    return Measurement(AttributeAccuracy(found), {}, {"attributes": about})
 
 
 def _shares(right: Tensor, names: Sequence[str]) -> dict[str, float]:

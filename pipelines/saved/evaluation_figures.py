@@ -67,6 +67,18 @@ class Figures:
         return {each.name: each.metadata["row"] for each in fields(cls)}
 
 
+@dataclass(frozen=True)
+class NamedFigures(Figures):
+    """Figures whose keys follow a pattern: a subclass lists them in its rows."""
+
+    values: Mapping[str, float]
+    """By their key in evaluation.json."""
+
+    def by_key(self) -> dict[str, float]:
+        """The figures that were measured, by their key in evaluation.json."""
+        return dict(self.values)
+
+
 # --- tokenizers -----------------------------------------------------------------------------------------------------
 
 
@@ -223,14 +235,8 @@ class ImageCost(Figures):
 
 
 @dataclass(frozen=True)
-class Listening(Figures):
-    """How much a prior listens to each condition; the keys begin or end with its type."""
-
-    values: Mapping[str, float]
-
-    def by_key(self) -> dict[str, float]:
-        """The figures, such as `text_saves`."""
-        return dict(self.values)
+class Listening(NamedFigures):
+    """How much a prior listens to each condition; the keys, such as `text_saves`, begin or end with its type."""
 
     @classmethod
     def rows(cls) -> Rows:
@@ -296,48 +302,39 @@ class SampleQuality(Figures):
     recall_real: float | None = figure(REAL, "{:.2%}", "the value to expect")
 
 
-@dataclass(frozen=True)
-class AttributeAccuracy(Figures):
-    """Whether drawn shapes are as their captions and maps say."""
+ATTRIBUTE_TITLES = {
+    "all": "all five attributes",
+    "shape": "shape",
+    "colour": "colour",
+    "size": "size",
+    "place": "place",
+    "ground": "ground",
+    "colour_and_shape": "colour and shape",
+}
 
-    all_right: float | None = figure("all five attributes", "{:.1%}", "as the caption says; higher is better")
-    shape_right: float | None = figure("  shape", "{:.1%}", "as the caption says; higher is better")
-    colour_right: float | None = figure("  colour", "{:.1%}", "as the caption says; higher is better")
-    size_right: float | None = figure("  size", "{:.1%}", "as the caption says; higher is better")
-    place_right: float | None = figure("  place", "{:.1%}", "as the caption says; higher is better")
-    ground_right: float | None = figure("  ground", "{:.1%}", "as the caption says; higher is better")
-    colour_and_shape_right: float | None = figure(
-        "  colour and shape", "{:.1%}", "as the caption says; higher is better"
-    )
-    map_overlap: float | None = figure(
-        "overlap with the map", "{:.3f}", "intersection over union of the drawn shape and its map"
-    )
-    all_right_unseen: float | None = figure(
-        "  unseen: all five attributes", "{:.1%}", "as the caption says, never trained on together; higher is better"
-    )
-    shape_right_unseen: float | None = figure(
-        "  unseen: shape", "{:.1%}", "as the caption says, never trained on together; higher is better"
-    )
-    colour_right_unseen: float | None = figure(
-        "  unseen: colour", "{:.1%}", "as the caption says, never trained on together; higher is better"
-    )
-    size_right_unseen: float | None = figure(
-        "  unseen: size", "{:.1%}", "as the caption says, never trained on together; higher is better"
-    )
-    place_right_unseen: float | None = figure(
-        "  unseen: place", "{:.1%}", "as the caption says, never trained on together; higher is better"
-    )
-    ground_right_unseen: float | None = figure(
-        "  unseen: ground", "{:.1%}", "as the caption says, never trained on together; higher is better"
-    )
-    colour_and_shape_right_unseen: float | None = figure(
-        "  unseen colour and shape", "{:.1%}", "as the caption says, never trained on together; higher is better"
-    )
-    map_overlap_unseen: float | None = figure(
-        "  unseen: with the map",
-        "{:.3f}",
-        "intersection over union, for shapes never trained on",
-    )
+
+@dataclass(frozen=True)
+class AttributeAccuracy(NamedFigures):
+    """Whether drawn shapes are as their captions and maps say; the keys of combinations that were never trained on end
+    in `_unseen`."""
+
+    @classmethod
+    def rows(cls) -> Rows:
+        """The rows of all keys."""
+        rows = {}
+        for name, title in ATTRIBUTE_TITLES.items():
+            indented = title if name == "all" else f"  {title}"
+            rows[f"{name}_right"] = Row(indented, "{:.1%}", "as the caption says; higher is better")
+        rows["map_overlap"] = Row(
+            "overlap with the map", "{:.3f}", "intersection over union of the drawn shape and its map"
+        )
+        for name, title in ATTRIBUTE_TITLES.items():
+            meaning = "as the caption says, never trained on together; higher is better"
+            rows[f"{name}_right_unseen"] = Row(f"  unseen: {title}", "{:.1%}", meaning)
+        rows["map_overlap_unseen"] = Row(
+            "  unseen: with the map", "{:.3f}", "intersection over union, for shapes never trained on"
+        )
+        return rows
 
 
 @dataclass(frozen=True)

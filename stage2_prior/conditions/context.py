@@ -58,6 +58,10 @@ class Context:
     present: Tensor | None = None
     """(B, L) bool: False where the sequence has ended. Such places are never attended to."""
 
+    def class_numbers(self, no_class: int, device: torch.device) -> Tensor:
+        """The labels (B,), ``no_class`` for all images if none has a class."""
+        return torch.full((self.size,), no_class, device=device) if self.labels is None else self.labels
+
     def rows(self, rows: Tensor | slice) -> "Context":
         """The context of some of the images, by their numbers."""
         size = len(range(self.size)[rows]) if isinstance(rows, slice) else len(rows)

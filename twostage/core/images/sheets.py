@@ -70,7 +70,7 @@ def contact_sheet(
     height, width = pixels.shape[-2:]
     scale = max(1, round(88 / max(height, width)))
     below_each = [_wrapped(caption, width * scale + MARGIN - 2, lines) for caption in captions or ()]
-    below = 3 + LINE_HEIGHT * max(1, *map(len, below_each), 1) if captions else 0
+    below = 3 + LINE_HEIGHT * max(1, *map(len, below_each)) if captions else 0
     titles = [_Text(title, MAX_TITLE) for title in row_titles or ()]
     left = 8 + max((title.width for title in titles), default=0) if titles else 0
     rows = -(-len(pixels) // columns)
