@@ -4,7 +4,7 @@ accelerate launch -m pipelines.generate runs/PRIOR --num-images 64 --class-name 
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +12,7 @@ from pipelines.drawing.asked import Asked
 from pipelines.drawing.generated_folder import GenerateRequest, generate_folder
 from pipelines.drawing.sampling_options import with_sampling_options
 from pipelines.drawing.two_stage import TwoStagePipeline
-from pipelines.files.given_conditions import all_prompts, read_map_file, read_vector_file
+from pipelines.files.given_conditions import read_map_file, read_vector_file, with_lines
 from pipelines.files.image_files import FileFormat
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.machine.command import run_command
@@ -35,7 +35,12 @@ def command(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A file with a prompt in each line.", exists=True, dir_okay=False),
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="One prompt per line, or one JSON object (prompt, negative_prompt, class, map, vector).",
+        ),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="A text that guidance leads away from.")] = None,
     map_file: Annotated[
@@ -64,17 +69,26 @@ def command(
 ) -> None:
     """Generate images with a trained prior and its tokenizer."""
     pipeline = TwoStagePipeline.from_pretrained(prior, tokenizer)
-    asked = Asked(
-        class_names=class_name or None, prompts=all_prompts(prompt or [], prompts), negative_prompt=negative_prompt,
-        maps=[read_map_file(path) for path in map_file] if map_file else None,
-        vectors=None if vector is None else read_vector_file(vector),
-    )  # fmt: skip
+    given = {
+        "class": class_name,
+        "prompt": prompt,
+        "negative_prompt": None if negative_prompt is None else [negative_prompt],
+        "map": [read_map_file(path, f"--map {path}") for path in map_file or []],
+        "vector": None if vector is None else read_vector_file(vector, f"--vector {vector}"),
+    }
     request = GenerateRequest(
-        num_images=num_images, asked=asked, seed=seed, sampling=sampling, batch_size=batch_size,
-        file_format=file_format,
+        num_images=num_images, asked=_asked(with_lines(given, prompts)), seed=seed, sampling=sampling,
+        batch_size=batch_size, file_format=file_format,
     )  # fmt: skip
     with resumable():
         generate_folder(pipeline, request, out or Path("generated") / Path(prior).resolve().name)
+
+
+def _asked(given: dict[str, list[Any]]) -> Asked:
+    return Asked(
+        class_names=given.get("class"), prompts=given.get("prompt"), negative_prompts=given.get("negative_prompt"),
+        maps=given.get("map"), vectors=given.get("vector"),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

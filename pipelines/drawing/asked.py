@@ -26,7 +26,7 @@ class Asked:
 
     class_names: list[str] | None = None
     prompts: list[str] | None = None
-    negative_prompt: str | None = None
+    negative_prompts: list[str] | None = None
     """What guidance leads away from; None: from no prompt at all."""
     maps: list[Any] | None = None
     """Label maps (H, W)."""
@@ -49,7 +49,7 @@ class Cycle:
     values: Mapping[str, Tensor] = field(default_factory=dict)
     """Of the other conditions, by type: (n, ...) each."""
     negative: Mapping[str, Tensor] = field(default_factory=dict)
-    """Those that guidance leads away from: (1, ...) each."""
+    """Those that guidance leads away from: (n, ...) each."""
     captions: Sequence[str] = ()
     """The prompts, to write below images."""
 
@@ -59,13 +59,17 @@ class Cycle:
 
     def given(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """The values of the images ``numbers``, for `Prior.sample`."""
-        labels, places = self.labels_of(numbers), torch.tensor(list(numbers))
-        of_class = {} if labels is None else {"class": torch.tensor(labels)}
-        return of_class | {name: values[places % len(values)] for name, values in self.values.items()}
+        labels = self.labels_of(numbers)
+        return ({} if labels is None else {"class": torch.tensor(labels)}) | _cycled(self.values, numbers)
 
-    def against(self, count: int) -> dict[str, Tensor]:
-        """The values that guidance leads ``count`` images away from."""
-        return {name: value.expand(count, *value.shape[1:]) for name, value in self.negative.items()}
+    def against(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """The values that guidance leads the images ``numbers`` away from."""
+        return _cycled(self.negative, numbers)
+
+
+def _cycled(values: Mapping[str, Tensor], numbers: Sequence[int]) -> dict[str, Tensor]:
+    places = torch.tensor(list(numbers))
+    return {name: value[places % len(value)] for name, value in values.items()}
 
 
 def check_needed(prior: Prior, given: Collection[str]) -> None:
@@ -91,7 +95,7 @@ def values_of(asked: Asked, prior: Prior | None) -> Cycle:
     Raises:
         InputError: one that the model was not trained with, or a value that it cannot have.
     """
-    negative = {"text": [asked.negative_prompt]} if asked.negative_prompt is not None else {}
+    negative = {"text": asked.negative_prompts} if asked.negative_prompts is not None else {}
     if prior is None:
         if given := [*asked.others, *negative]:
             raise InputError(f"{NAMES[given[0]]}: this is a variational autoencoder, which takes none. Omit it")

@@ -110,7 +110,9 @@ def _condition_settings(asked: Asked, cycle: Cycle) -> dict[str, Any]:
     """The conditions beside the class, if there are any."""
     found: dict[str, Any] = {}
     if cycle.captions or cycle.negative:
-        found |= {"prompts": list(cycle.captions), "negative_prompt": asked.negative_prompt}
+        against = asked.negative_prompts
+        found["prompts"] = list(cycle.captions)
+        found["negative_prompt"] = against[0] if against and len(against) == 1 else against  # as in earlier versions
     hashes = {name: hash_tensors([(name, value)]) for name, value in cycle.values.items() if name != "text"}
     return found | ({"conditions_sha256": hashes} if hashes else {})
 

@@ -206,16 +206,17 @@ class ImageSampler:
         for start in range(numbers.start, numbers.stop, batch_size):
             count = min(batch_size, numbers.stop - start)
             padded = -(-count // ROWS) * ROWS
-            given = cycle.given(range(start, start + padded))
+            drawn = range(start, start + padded)
+            given = cycle.given(drawn)
             seeds = image_seeds(seed, start, padded)
             if self.prior:
                 to_draw = math.prod(self.prior.config.grid) if known is None else int((known[0] < 0).sum())
                 images_per_code = count / padded / to_draw
-                rows = torch.arange(start, start + padded).clamp(max=numbers.stop - 1) - numbers.start
+                rows = torch.tensor(drawn).clamp(max=numbers.stop - 1) - numbers.start
                 kept = None if known is None else known[rows]
                 codes = self.prior.sample(
                     given, sampling, seeds, kept, lambda n, each=images_per_code: on_progress(n * each),
-                    cycle.against(padded),
+                    cycle.against(drawn),
                 )  # fmt: skip
                 yield self.decode(codes[:count]), codes[:count].cpu()
             else:

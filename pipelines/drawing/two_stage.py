@@ -148,7 +148,7 @@ class TwoStagePipeline(ImageSampler):
         seed: int = 0,
         *,
         prompt: str | list[str] | None = None,
-        negative_prompt: str | None = None,
+        negative_prompt: str | list[str] | None = None,
         maps: list[Any] | None = None,
         vectors: list[Any] | None = None,
         batch_size: int | None = None,
@@ -162,7 +162,7 @@ class TwoStagePipeline(ImageSampler):
             class_names: image i has the class ``class_names[i % len(class_names)]``; None: cycle through all classes.
             labels: the same by number; not together with ``class_names``.
             prompt: image i shows ``prompt[i % len(prompt)]``; None: the examples of a prior with captions.
-            negative_prompt: what guidance leads away from.
+            negative_prompt: what guidance leads away from; a list is cycled through like the prompts.
             maps: image i shows the label map (H, W) ``maps[i % len(maps)]``.
             vectors: image i has the vector ``vectors[i % len(vectors)]``.
             batch_size: images to draw at a time, which changes memory and speed but no image; None: as many as fit the
@@ -185,8 +185,8 @@ class TwoStagePipeline(ImageSampler):
         settings = parse_config(SamplingConfig, sampling, "the sampling settings")
         self.check_sampling(settings)
         asked = Asked(
-            class_names=class_names, prompts=[prompt] if isinstance(prompt, str) else prompt,
-            negative_prompt=negative_prompt, maps=maps, vectors=vectors,
+            class_names=class_names, prompts=_as_list(prompt), negative_prompts=_as_list(negative_prompt), maps=maps,
+            vectors=vectors,
         )  # fmt: skip
         cycle = self.cycle(asked)
         cycle = cycle if labels is None else replace(cycle, labels=labels)
@@ -294,6 +294,10 @@ class TwoStagePipeline(ImageSampler):
             prompt=prompt, seed=seed, sampling=settings,
         )  # fmt: skip
         return outpaint(self, request, on_progress)
+
+
+def _as_list(text: str | list[str] | None) -> list[str] | None:
+    return [text] if isinstance(text, str) else text
 
 
 def _as_type(pixels: Tensor, output_type: str) -> list[Image.Image] | Tensor | np.ndarray:

@@ -73,7 +73,13 @@ class Conditions(nn.ModuleDict):
         if not values:
             raise InputError(f"{NAMES.get(name, name)}: expected at least one, got none. Omit it")
         condition = dict(self._each())[name]
-        return torch.cat([condition.parse(value) for value in values])
+        parsed = []
+        for number, value in enumerate(values, 1):
+            try:
+                parsed.append(condition.parse(value))
+            except InputError as error:
+                raise (InputError(f"number {number} of {len(values)}: {error}") if len(values) > 1 else error) from None
+        return torch.cat(parsed)
 
     def complete(self, given: "Given | Tensor | None", count: int) -> dict[str, Tensor]:
         """The values of all conditions for ``count`` images, with nothing where they are missing.

@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 import yaml
-from messages import assert_names
+from messages import assert_names, refuses
 from PIL import Image
+
+from pipelines.drawing.two_stage import TwoStagePipeline
+from pipelines.files.given_conditions import with_lines
 
 SHORT = {"batch_size": 16, "max_steps": 4, "lr": 1e-3, "validate_every": 2, "checkpoint_every": 2}
 
@@ -86,3 +89,76 @@ def test_evaluation_measures_what_the_prior_listens_to_and_draws(made, works):
         assert {f"{kind}_saves", f"wrong_{kind}_costs", f"{kind}_matches"} <= figures.keys()
     assert figures["text_matches_by_chance"] == pytest.approx(1 / 16)
     assert {"all_right", "colour_and_shape_right_unseen", "map_overlap"} <= figures.keys()
+
+
+def test_a_line_may_be_an_object(made, works, tmp_path):
+    prompt = "a small red star in the centre, on black"
+    Image.fromarray(np.full((16, 16), 5, dtype=np.uint8)).save(tmp_path / "five.png")
+    Image.fromarray(np.zeros((16, 16), dtype=np.uint8)).save(tmp_path / "zero.png")
+    lines = [
+        {"class": "star", "prompt": prompt, "map": "five.png", "negative_prompt": "a ring"},
+        {"prompt": "a large blue circle", "negative_prompt": "a star", "class": "circle", "map": "zero.png"},
+    ]
+    file = tmp_path / "lines.jsonl"
+    file.write_text("\n\n".join(map(json.dumps, lines)), encoding="utf-8")
+    words = ["generate", made / "prior", "--guidance-scale", 2]
+    works(*words, "--num-images", 3, "--prompts", file, "--out", tmp_path / "both")
+    settings = json.loads((tmp_path / "both" / "settings.json").read_text())
+    assert settings["prompts"] == [prompt, "a large blue circle"]
+    assert settings["negative_prompt"] == ["a ring", "a star"]
+    assert settings["classes"] == ["star", "circle", "star"]
+    # Image 0 is what the same options draw alone.
+    one = ["--num-images", 1, "--prompt", prompt, "--negative-prompt", "a ring", "--map", tmp_path / "five.png"]
+    works(*words, *one, "--class-name", "star", "--out", tmp_path / "one")
+    first, same = (tmp_path / name / "images" / "000000.png" for name in ("both", "one"))
+    assert first.read_bytes() == same.read_bytes()
+    # Image 1 is what the pipeline draws of the second line.
+    pipeline = TwoStagePipeline.from_pretrained(made / "prior")
+    second = pipeline(
+        2, ["circle"], prompt="a large blue circle", negative_prompt="a star", maps=[np.zeros((16, 16), np.uint8)],
+        guidance_scale=2.0,
+    ).images[1]  # fmt: skip
+    assert np.array_equal(np.asarray(second), np.asarray(Image.open(tmp_path / "both" / "images" / "000001.png")))
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('a star\n\n{"prompt": "a ring"', ("lines.jsonl, line 3", "not a JSON object", '{"prompt": "a star"')),
+        ('{"promt": "a star"}', ("line 1", "'promt'", "did you mean 'prompt'?")),
+        ('{"colour": "red"}', ("line 1", "'colour'", "expected prompt, negative_prompt, class, map, vector")),
+        ('{"prompt": 5}', ("line 1: prompt", "text in quotes", "got 5")),
+        ('{"prompt": null}', ("line 1: prompt", "text in quotes", "got None")),
+        ("{}", ("line 1", "empty object", "at least one of")),
+        ('{"map": "none.png"}', ("line 1: map none.png", "no such file", "expected an image")),
+        ('{"vector": ["x"]}', ("line 1: vector", "list of numbers", "['x']")),
+        ('{"vector": {"x": 1}}', ("line 1: vector", ".npy file or a list of numbers", "{'x': 1}")),
+        ('{"vector": "two.npy"}', ("line 1: vector two.npy", "expected one vector", "got 2")),
+        ('a star\n{"prompt": "a ring", "class": "ring"}', ("line 2", "prompt and class", "Give every line the same")),
+        ("\n \n", ("lines.jsonl", "has no prompt", "Write one")),
+    ],
+)  # fmt: skip
+def test_a_wrong_line_is_named(text, named, tmp_path):
+    np.save(tmp_path / "two.npy", np.zeros((2, 3)))
+    (tmp_path / "lines.jsonl").write_text(text, encoding="utf-8")
+    with refuses(*named) as refused:
+        with_lines({}, tmp_path / "lines.jsonl")
+    assert "\n" not in str(refused.value)
+
+
+def test_lines_go_with_options(tmp_path):
+    file = tmp_path / "lines.jsonl"
+    file.write_text('{"vector": [1, 2.5]}\n{"vector": "v.npy"}', encoding="utf-8")
+    np.save(tmp_path / "v.npy", np.ones(2))
+    merged = with_lines({"class": ["star"]}, file)
+    assert (merged["class"], merged["vector"][0], merged["vector"][1].tolist()) == (["star"], [1, 2.5], [1, 1])
+    with refuses("--vector", "lines.jsonl", "Remove one"):
+        with_lines({"vector": [[0, 0]]}, file)
+
+
+def test_the_number_of_a_wrong_value_is_named(made):
+    pipeline = TwoStagePipeline.from_pretrained(made / "prior")
+    with refuses("number 2 of 2", "'purple'"):
+        pipeline(1, prompt=["a red star", "a purple star"])
+    with refuses("number 1 of 2", "label 9", "Use 0"):
+        pipeline(1, maps=[np.full((16, 16), 9), np.zeros((16, 16), int)])
