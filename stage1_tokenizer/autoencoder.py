@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
 
 # These modules register the types of `model.backbone` and `model.bottleneck`.
@@ -19,6 +19,7 @@ from stage1_tokenizer import continuous, finite_scalar, lookup_free, mlp_backbon
 from stage1_tokenizer.backbone import BackboneConfig
 from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput
 from stage1_tokenizer.code_perturbation import PerturbationConfig, perturb_latent
+from stage1_tokenizer.conditional_network import ConditionalNetwork
 from stage1_tokenizer.conv_backbone import ConvConfig
 from stage1_tokenizer.objective import ObjectiveConfig, corrupt, negative_log_likelihood, reconstruction_loss
 from stage1_tokenizer.vector_quantizer import VectorConfig
@@ -41,11 +42,18 @@ class ModelConfig(Section):
     """Channels of the latent grid (alias: `z_channels`); with the `mlp` backbone, the dimensions of the latent."""
     backbone: BackboneConfig = ConvConfig()
     bottleneck: BottleneckConfig = VectorConfig()
+    condition: Literal["class"] | None = None
+    """`class`: the encoder and the decoder of a VAE see the class of each image; needs the bottleneck `gaussian`."""
 
     @model_validator(mode="after")
     def _channels_fit_the_bottleneck(self) -> "ModelConfig":
         self.bottleneck.check_channels(self.latent_channels)
         return self
+
+    @model_serializer(mode="wrap")
+    def _readable_by_earlier_versions(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """They do not know `condition`, so it is written only if it says something."""
+        return {key: value for key, value in handler(self).items() if key != "condition" or value}
 
 
 class PerceptualNetwork(Section):
@@ -115,7 +123,8 @@ class Autoencoder(nn.Module):
     back.
 
     Raises:
-        InputError: the bottleneck needs classes, and the config names none.
+        InputError: the bottleneck or the condition needs classes, and the config names none; or the condition does not
+            suit the bottleneck.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -128,6 +137,15 @@ class Autoencoder(nn.Module):
         self.encoder, self.decoder = model.backbone.build(
             (config.channels, *config.image_size), self.bottleneck.encoded_channels, model.latent_channels
         )
+        if model.condition:
+            if not self.bottleneck.variational or self.bottleneck.num_classes:
+                raise InputError(
+                    f"model.condition {model.condition!r}: needs the bottleneck gaussian, whose prior is the same for "
+                    f"all classes, got {model.bottleneck.type!r}. Set model.bottleneck.type=gaussian or "
+                    "model.condition=null."
+                )
+            networks, num_classes = (self.encoder, self.decoder), len(config.class_names or [])
+            self.encoder, self.decoder = (ConditionalNetwork(network, num_classes) for network in networks)
 
     @property
     def codebook_size(self) -> int | None:
@@ -152,7 +170,12 @@ class Autoencoder(nn.Module):
     @property
     def class_conditional(self) -> bool:
         """Whether :meth:`sample` takes a class for each image."""
-        return self.bottleneck.num_classes > 0
+        return self.bottleneck.num_classes > 0 or self.sees_class
+
+    @property
+    def sees_class(self) -> bool:
+        """Whether encoder and decoder see the class, so that all methods need ``labels`` (B,). Others ignore them."""
+        return self.config.model.condition == "class"
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -178,12 +201,12 @@ class Autoencoder(nn.Module):
             self._range_known = True  # checked once: reading values back makes the GPU wait
         corruption = self.config.loss.corruption
         inputs = corrupt(images, corruption, random) if corruption else images
-        latent = self.bottleneck(self.run_encoder(inputs), labels, random)
+        latent = self.bottleneck(self.run_encoder(inputs, labels), labels, random)
         z = latent.z
         if perturbation:
             assert latent.indices is not None
             z = perturb_latent(z, latent.indices, self.bottleneck, perturbation, random)
-        decoded = self.run_decoder(z)
+        decoded = self.run_decoder(z, labels)
         metrics: dict[str, Tensor] = {}
         if self.variational:
             distortion, level = negative_log_likelihood(decoded, images, self.config.loss)
@@ -198,26 +221,27 @@ class Autoencoder(nn.Module):
         metrics = {name: value.detach() for name, value in metrics.items()}
         return AutoencoderOutput(loss, distortion, decoded, latent, metrics)
 
-    def run_encoder(self, images: Tensor) -> Tensor:
+    def run_encoder(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """The encoder's raw output (B, encoded_channels, h, w) for images (B, C, H, W), padded if needed."""
         below, right = (-side % self.factor for side in images.shape[2:])
-        return self.encoder(F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images)
+        padded = F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
+        return self.encoder(padded, labels) if self.sees_class else self.encoder(padded)
 
-    def run_decoder(self, z: Tensor) -> Tensor:
+    def run_decoder(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """The decoder's raw output (B, C, H, W), pixels or logits, without padding, for (B, latent_channels, h, w)."""
         height, width = self.config.image_size
-        decoded = self.decoder(z)
+        decoded = self.decoder(z, labels) if self.sees_class else self.decoder(z)
         return decoded[..., :height, :width] if z.shape[2:] == self.grid else decoded
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> BottleneckOutput:
+    def encode(self, images: Tensor, labels: Tensor | None = None) -> BottleneckOutput:
         """The latent z of images (B, C, H, W) in [-1, 1], with codes if the bottleneck is discrete."""
-        return self.bottleneck.encode(self.run_encoder(images))
+        return self.bottleneck.encode(self.run_encoder(images, labels))
 
     @torch.no_grad()
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """A latent (B, latent_channels, h, w) -> images (B, C, H, W) in [-1, 1]."""
-        return self.to_images(self.run_decoder(z))
+        return self.to_images(self.run_decoder(z, labels))
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor) -> Tensor:
@@ -233,9 +257,9 @@ class Autoencoder(nn.Module):
         return self.decode(self.bottleneck.lookup(indices))
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> Tensor:
+    def reconstruct(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [-1, 1], encoded and decoded."""
-        return self.decode(self.encode(images).z)
+        return self.decode(self.encode(images, labels).z, labels)
 
     @torch.no_grad()
     def sample(self, num_images: int, labels: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
@@ -266,7 +290,7 @@ class Autoencoder(nn.Module):
                 f"model.bottleneck.type {self.config.model.bottleneck.type!r}: has no prior of its own to sample from. "
                 "Train one on its codes: twostage encode, then twostage train-prior."
             )
-        return self.decode(self.bottleneck.sample(noise, labels))
+        return self.decode(self.bottleneck.sample(noise, labels), labels)
 
     def content_hash(self) -> str:
         """A hash of everything that determines the codes: the images' size and channels, the encoder, the codebook. It
@@ -276,6 +300,7 @@ class Autoencoder(nn.Module):
         for name, part in {"backbone": model.backbone, "bottleneck": model.bottleneck}.items():
             # Without defaults, so that a new setting does not change the hashes of earlier models.
             form[name] = {"type": part.type} | part.model_dump(mode="json", exclude_defaults=True)
+        form |= {"condition": model.condition} if model.condition else {}
         weights = {f"encoder.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
         weights |= {f"bottleneck.{name}": tensor for name, tensor in self.bottleneck.state_dict().items()}
         labelled = [

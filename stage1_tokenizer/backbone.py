@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from twostage.core.config.registry import OpenUnion
 from twostage.core.config.sections import Section
 
-__all__ = ["BackboneConfig", "Networks", "ResBlock", "group_norm"]
+__all__ = ["BackboneConfig", "Networks", "ResBlock", "group_norm", "shifted"]
 
 Networks = tuple[nn.Module, nn.Module]
 """The encoder and the decoder."""
@@ -35,6 +35,9 @@ class BackboneConfig(OpenUnion, Section):
         images (B, C, H, W).
 
         The decoder's last layer is linear: pixels in [-1, 1], or logits for a Bernoulli likelihood.
+
+        For `model.condition`, the ``forward`` of both also takes ``shift``: (B, c), which it adds to the output of the
+        first layer (a `Linear` or a `Conv2d`), see :func:`shifted`; None by default.
 
         Args:
             image_shape: (C, H, W); H and W are multiples of ``factor``.
@@ -61,6 +64,13 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
         return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)))
+
+
+def shifted(features: Tensor, shift: Tensor | None) -> Tensor:
+    """``features`` (B, c, ...) plus ``shift`` (B, c) in every cell; None: unchanged."""
+    if shift is None:
+        return features
+    return features + shift.to(features.dtype).view(*shift.shape, *[1] * (features.ndim - 2))
 
 
 def group_norm(channels: int, group_channels: int = 4) -> nn.GroupNorm:

@@ -12,7 +12,7 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from stage1_tokenizer.backbone import BackboneConfig, Networks, ResBlock, group_norm
+from stage1_tokenizer.backbone import BackboneConfig, Networks, ResBlock, group_norm, shifted
 from twostage.core.config.sections import Count, Size, Width
 
 __all__ = ["ConvConfig"]
@@ -111,9 +111,9 @@ class ConvEncoder(nn.Module):
         layers += [nn.SiLU(), nn.Conv2d(widths[-1], encoded_channels, 1)]
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, shift: Tensor | None = None) -> Tensor:
         patches = F.pixel_unshuffle(images, self.patch_size).contiguous(memory_format=self.memory_format)
-        return self.layers(patches)  # (B, encoded_channels, h, w)
+        return self.layers[1:](shifted(self.layers[0](patches), shift))  # (B, encoded_channels, h, w)
 
 
 class ConvDecoder(nn.Module):
@@ -131,9 +131,9 @@ class ConvDecoder(nn.Module):
         layers.append(nn.Conv2d(widths[0], channels * config.patch_size**2, 3, padding=1))
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, z: Tensor) -> Tensor:
-        z = z.contiguous(memory_format=self.memory_format)
-        for layer in self.layers[:-1]:
+    def forward(self, z: Tensor, shift: Tensor | None = None) -> Tensor:
+        z = shifted(self.layers[0](z.contiguous(memory_format=self.memory_format)), shift)
+        for layer in self.layers[1:-1]:
             z = layer(z)
         with torch.autocast(z.device.type, enabled=False):  # full precision for pixels and for the adaptive weight
             return F.pixel_shuffle(self.layers[-1](z.float()), self.patch_size)  # (B, C, H, W)

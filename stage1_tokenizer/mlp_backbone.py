@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from stage1_tokenizer.backbone import BackboneConfig, Networks
+from stage1_tokenizer.backbone import BackboneConfig, Networks, shifted
 from twostage.core.config.sections import Width
 
 __all__ = ["MLPConfig"]
@@ -39,9 +39,20 @@ class MLPConfig(BackboneConfig):
         encoder = _mlp([pixels, *self.hidden_sizes, encoded_channels])
         decoder = _mlp([latent_channels, *reversed(self.hidden_sizes), pixels])
         return (
-            nn.Sequential(UnitRange(), nn.Flatten(), encoder, nn.Unflatten(1, (encoded_channels, 1, 1))),
-            nn.Sequential(nn.Flatten(), decoder, nn.Unflatten(1, image_shape)),
+            MLP(UnitRange(), nn.Flatten(), encoder, nn.Unflatten(1, (encoded_channels, 1, 1))),
+            MLP(nn.Flatten(), decoder, nn.Unflatten(1, image_shape)),
         )
+
+
+class MLP(nn.Sequential):
+    """Prepares the input, runs the layers, and shapes the output."""
+
+    def forward(self, input: Tensor, shift: Tensor | None = None) -> Tensor:
+        *prepare, layers, shape = self
+        for module in prepare:
+            input = module(input)
+        assert isinstance(layers, nn.Sequential)
+        return shape(layers[1:](shifted(layers[0](input), shift)))
 
 
 class UnitRange(nn.Module):

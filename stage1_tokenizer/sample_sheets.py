@@ -19,6 +19,7 @@ __all__ = ["draw_images"]
 
 COLUMNS = 12
 INTERPOLATIONS = 2
+STYLES = 4  # rows of the sheet of classes
 MANIFOLD_SIDE = 20
 LEGEND_WIDTH = 160  # pixels of a class name in the legend
 MAX_POINTS = 5000  # in the scatter plot
@@ -29,14 +30,16 @@ def draw_images(model: Autoencoder, data: ImageData, seed: int) -> dict[str, Ima
     """Sheets of a model by name.
 
     "": originals, corrupted originals and reconstructions; samples, if the model is variational; interpolations, if the
-    latent is continuous. "classes": samples, one column per class. "manifold" and "scatter": a two-dimensional latent.
+    latent is continuous. "classes": samples, one column per class and one noise per row. "manifold" and "scatter": a
+    two-dimensional latent. A model that sees the class has no interpolations and no manifold, which would need a class.
     """
     model.eval()
     sheets = {"": _overview(model, data, seed)}
     if model.class_conditional and data.class_names:
         sheets["classes"] = _classes(model, data, seed)
     if model.codebook_size is None and model.config.model.latent_channels == 2 and model.grid == (1, 1):
-        sheets["manifold"] = _manifold(model)
+        if not model.sees_class:
+            sheets["manifold"] = _manifold(model)
         sheets["scatter"] = _scatter(model, data.validation, data.class_names)
     return sheets
 
@@ -44,7 +47,7 @@ def draw_images(model: Autoencoder, data: ImageData, seed: int) -> dict[str, Ima
 def _overview(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
     rows = spread_over_classes(data.validation.labels, len(data.validation), COLUMNS)
     device = model.last_layer.device
-    originals = data.validation.read(rows)
+    originals, labels = data.validation.read(rows), data.validation.read_labels(rows)
     images = to_float(originals.to(device))
     strips, titles = [originals], ["original"]
     inputs = images
@@ -53,12 +56,12 @@ def _overview(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
         inputs = corrupt(images, model.config.loss.corruption, random)
         strips.append(to_uint8(inputs))
         titles.append("corrupted")
-    strips.append(to_uint8(model.reconstruct(inputs)))
+    strips.append(to_uint8(model.reconstruct(inputs, labels)))
     titles.append("reconstruction")
     if model.variational:
         strips.append(to_uint8(model.sample(len(rows), generator=_generator(seed, device))))
         titles.append("sample")
-    if model.codebook_size is None and len(rows) >= 2 * INTERPOLATIONS:
+    if model.codebook_size is None and not model.sees_class and len(rows) >= 2 * INTERPOLATIONS:
         z = model.encode(inputs[: 2 * INTERPOLATIONS]).z
         shares = torch.linspace(0, 1, len(rows), device=device).view(-1, 1, 1, 1)
         for first, second in zip(z[::2], z[1::2], strict=True):
@@ -70,8 +73,9 @@ def _overview(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
 def _classes(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
     device, names = model.last_layer.device, data.class_names or []
     trained = [label for label, name in enumerate(names) if name not in data.untrained_classes][:COLUMNS]
-    labels, captions = torch.tensor(trained).repeat(4), class_labels(names)
-    samples = to_uint8(model.sample(len(labels), labels, _generator(seed, device))).cpu()
+    labels, captions = torch.tensor(trained).repeat(STYLES), class_labels(names)
+    noise = torch.randn(STYLES, *model.latent_shape, generator=_generator(seed, device), device=device)
+    samples = to_uint8(model.sample_from(noise.repeat_interleave(len(trained), 0), labels)).cpu()
     return contact_sheet(samples, columns=len(trained), captions=[captions[i] for i in labels.tolist()])
 
 
@@ -86,8 +90,13 @@ def _manifold(model: Autoencoder) -> Image.Image:
 def _scatter(model: Autoencoder, split: ImageSplit, class_names: list[str] | None) -> Image.Image:
     rows = spread_over_classes(split.labels, len(split), MAX_POINTS)
     device = model.last_layer.device
-    z = torch.cat([model.encode(to_float(split.read(part).to(device))).z.flatten(1).cpu() for part in rows.split(500)])
     labels = split.read_labels(rows)
+    z = torch.cat(
+        [
+            model.encode(to_float(split.read(part).to(device)), split.read_labels(part)).z.flatten(1).cpu()
+            for part in rows.split(500)
+        ]
+    )
     canvas, figure = figure_canvas((6.4, 6.0))
     axes = figure.subplots()
     groups: list[tuple[str | None, Tensor]] = [(None, z)]

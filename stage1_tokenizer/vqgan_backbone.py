@@ -14,7 +14,7 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from stage1_tokenizer.backbone import BackboneConfig, Networks, ResBlock
+from stage1_tokenizer.backbone import BackboneConfig, Networks, ResBlock, shifted
 from twostage.core.config.sections import Count, Depth, Flag, Width
 
 __all__ = ["VQGANConfig", "VQGANDecoder", "VQGANEncoder"]
@@ -174,8 +174,8 @@ class VQGANEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.inner_channels, 3, padding=1)
         self.quant_conv = nn.Conv2d(config.inner_channels, encoded_channels, 1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in(images)
+    def forward(self, images: Tensor, shift: Tensor | None = None) -> Tensor:
+        x = shifted(self.conv_in(images), shift)
         for level in self.levels:
             x = level(x)
         x = self.middle(x)  # (B, c, h, w)
@@ -201,8 +201,8 @@ class VQGANDecoder(nn.Module):
         self.norm_out = config.norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], channels, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.middle(self.conv_in(self.post_quant_conv(z)))  # (B, c, h, w)
+    def forward(self, z: Tensor, shift: Tensor | None = None) -> Tensor:
+        x = self.middle(self.conv_in(shifted(self.post_quant_conv(z), shift)))  # (B, c, h, w)
         for level in self.levels:
             x = level(x)
         x = F.silu(self.norm_out(x))

@@ -60,6 +60,12 @@ class ComparedModel:
         return figures_of(self.measurements)
 
     @property
+    def data_classes(self) -> list[str] | None:
+        """The classes that its images must have; None: any, or none."""
+        own = self.tokenizer.config.class_names if self.tokenizer.class_conditional else None
+        return self.pipeline.label_names if self.pipeline else own
+
+    @property
     def shows_classes(self) -> bool:
         """Whether new images have the classes of the columns."""
         return bool(self.pipeline and self.pipeline.class_names)

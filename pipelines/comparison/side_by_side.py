@@ -79,19 +79,19 @@ def compare_models(
     network = open_judge(None, features, config.channels)
     images = HeldOutImages.choose(config, load_images(config), None, NUM_MEASURED_IMAGES)
     for model in models:
-        own = model.tokenizer.config.class_names if model.tokenizer.class_conditional else None
-        if names := model.pipeline.label_names if model.pipeline else own:
+        if names := model.data_classes:
             images.check_classes(names, model.path)
     needed = isinstance(network, ImageNetFeatures) or any(model.pipeline for model in models)
     real = RealImages.judge(network, images, request.num_samples, work) if network and needed else None
-    originals = images.split.read(spread_over_classes(images.split.labels, len(images.split), num_images))
+    shown = spread_over_classes(images.split.labels, len(images.split), num_images)
+    originals, labels = images.split.read(shown), images.split.read_labels(shown)
     classes = _column_classes(models, class_names, len(originals))
     for model in models:
         model.tokenizer.to(work.device)
         if model.reconstructs:
             found = measure_reconstructions(model.tokenizer, images, work, network)
             model.measurements += [_size_of(model.tokenizer), *found.measurements]
-            model.reconstructions = rebuild_images(model.tokenizer, originals)
+            model.reconstructions = rebuild_images(model.tokenizer, originals, labels)
         if model.pipeline:
             _measure_pipeline(model, images, len(originals), classes, request, real, work)
         judged = [name for name in (*JUDGED_RECONSTRUCTIONS, *JUDGED_SAMPLES) if name in model.figures]

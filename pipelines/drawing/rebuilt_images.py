@@ -3,6 +3,8 @@
 Axes: n images, C channels, H and W pixels, h and w cells of the code grid.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,14 +26,20 @@ def decode_codes(tokenizer: Autoencoder, codes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def rebuild_images(tokenizer: Autoencoder, images: Tensor) -> Tensor:
-    """The reconstructions of images (n, C, H, W) uint8; each is independent of the others in its batch."""
-    latents = [tokenizer.bottleneck.encode(part).z for part in encode_in_parts(tokenizer, images)]
-    return _decode_parts(tokenizer, latents, len(images))
+def rebuild_images(tokenizer: Autoencoder, images: Tensor, labels: Tensor | None = None) -> Tensor:
+    """The reconstructions of images (n, C, H, W) uint8; each is independent of the others in its batch.
+
+    Args:
+        labels: (n,), needed if the tokenizer sees the class.
+    """
+    latents = [tokenizer.bottleneck.encode(part).z for part in encode_in_parts(tokenizer, images, labels)]
+    return _decode_parts(tokenizer, latents, len(images), labels)
 
 
 @torch.no_grad()
-def blend_images(tokenizer: Autoencoder, first: Tensor, second: Tensor, num_images: int) -> Tensor:
+def blend_images(
+    tokenizer: Autoencoder, first: Tensor, second: Tensor, num_images: int, label: int | None = None
+) -> Tensor:
     """Images from ``first`` to ``second``, both (C, H, W) uint8: (num_images, C, H, W) uint8. The first and the last
     are the reconstructions of the two.
 
@@ -39,15 +47,19 @@ def blend_images(tokenizer: Autoencoder, first: Tensor, second: Tensor, num_imag
     plain autoencoder, and the posterior means of a variational one, are blended as they are. For a quantizer, each cell
     takes the code nearest to its blend, so that every image between the two can be written in codes.
 
+    Args:
+        label: the class of both, needed if the tokenizer sees the class.
+
     Raises:
         InputError: fewer than 2 images.
     """
     if num_images < 2:
         raise InputError(f"num_images {num_images}: expected at least 2, which include both ends")
-    (both,) = encode_in_parts(tokenizer, torch.stack([first, second]))
+    labels = None if label is None else torch.full((num_images,), label)
+    (both,) = encode_in_parts(tokenizer, torch.stack([first, second]), None if labels is None else labels[:2])
     shares = torch.linspace(0, 1, num_images, device=both.device).view(-1, 1, 1, 1)
     blends = _in_parts(torch.lerp(both[:1], both[1:2], shares))
-    return _decode_parts(tokenizer, [tokenizer.bottleneck.encode(part).z for part in blends], num_images)
+    return _decode_parts(tokenizer, [tokenizer.bottleneck.encode(part).z for part in blends], num_images, labels)
 
 
 def check_image(tokenizer: Autoencoder, image: Tensor, name: str = "image", batch: bool = False) -> None:
@@ -65,10 +77,11 @@ def check_image(tokenizer: Autoencoder, image: Tensor, name: str = "image", batc
         )
 
 
-def encode_in_parts(tokenizer: Autoencoder, images: Tensor) -> list[Tensor]:
+def encode_in_parts(tokenizer: Autoencoder, images: Tensor, labels: Tensor | None = None) -> list[Tensor]:
     """The encoder's output for images (n, C, H, W) uint8, in batches of `ROWS`, the last one filled up."""
-    device = next(tokenizer.parameters()).device
-    return [tokenizer.run_encoder(to_float(part.to(device))) for part in _in_parts(images)]
+    device, parts = next(tokenizer.parameters()).device, _in_parts(images)
+    pairs = zip(parts, _labels_of_parts(labels, len(parts)), strict=True)
+    return [tokenizer.run_encoder(to_float(part.to(device)), given) for part, given in pairs]
 
 
 def _in_parts(rows: Tensor) -> tuple[Tensor, ...]:
@@ -76,6 +89,11 @@ def _in_parts(rows: Tensor) -> tuple[Tensor, ...]:
     return rows[torch.arange(-(-len(rows) // ROWS) * ROWS).clamp(max=len(rows) - 1)].split(ROWS)
 
 
-def _decode_parts(tokenizer: Autoencoder, latents: list[Tensor], count: int) -> Tensor:
+def _labels_of_parts(labels: Tensor | None, num_parts: int) -> Sequence[Tensor | None]:
+    return [None] * num_parts if labels is None else _in_parts(labels)
+
+
+def _decode_parts(tokenizer: Autoencoder, latents: list[Tensor], count: int, labels: Tensor | None) -> Tensor:
     """The first ``count`` images (count, C, H, W) uint8, on the CPU."""
-    return torch.cat([to_uint8(tokenizer.decode(z)).cpu() for z in latents])[:count]
+    pairs = zip(latents, _labels_of_parts(labels, len(latents)), strict=True)
+    return torch.cat([to_uint8(tokenizer.decode(z, given)).cpu() for z, given in pairs])[:count]

@@ -9,8 +9,9 @@ from pipelines.drawing.rebuilt_images import blend_images, rebuild_images
 from pipelines.files.given_images import find_images, read_images
 from pipelines.files.image_files import check_output_file
 from pipelines.saved.saved_model import SavedModel
+from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.validation import psnr
-from twostage.core.data.spread import spread_over_classes
+from twostage.core.data.spread import spread, spread_over_classes
 from twostage.core.errors import InputError
 from twostage.core.images.fonts import class_labels
 from twostage.core.images.sheets import contact_sheet, save_image
@@ -36,12 +37,15 @@ def draw_reconstructions(
     images = find_images(images or [], num_images, "--num-images")
     check_output_file(out, images)
     saved, tokenizer = model.open_tokenizer()
+    labels = None
     if images:
+        _check_files(tokenizer, images)
         originals = read_images(images, tokenizer.config)
     else:
-        held_out = saved.held_out_images(source)
-        originals = held_out.read(spread_over_classes(held_out.labels, len(held_out), num_images))
-    reconstructions = rebuild_images(tokenizer, originals)
+        held_out = saved.held_out_images(source, _needed_classes(tokenizer))
+        rows = spread_over_classes(held_out.labels, len(held_out), num_images)
+        originals, labels = held_out.read(rows), held_out.read_labels(rows)
+    reconstructions = rebuild_images(tokenizer, originals, labels)
     columns, strips = min(COLUMNS, len(originals)), []
     for part in torch.arange(len(originals)).split(columns):
         strips += [_padded(originals[part], columns), _padded(reconstructions[part], columns)]
@@ -63,7 +67,8 @@ def draw_interpolations(
 
     Args:
         images: files and folders; each two images are a pair. At most ``num_pairs`` pairs per folder. None:
-            ``num_pairs`` pairs of held-out images, of two classes each if there are classes.
+            ``num_pairs`` pairs of held-out images, of two classes each if there are classes; for a tokenizer that sees
+            the class, of the same class each.
 
     Raises:
         InputError: an odd number of images, fewer than two held-out images, and what :func:`draw_reconstructions`
@@ -74,38 +79,64 @@ def draw_interpolations(
         raise InputError(f"--image: got {len(images)} image{'s' * (len(images) > 1)}, expected two for each strip")
     check_output_file(out, images)
     saved, tokenizer = model.open_tokenizer()
+    labels = None
     if images:
+        _check_files(tokenizer, images)
         ends, titles = read_images(images, tokenizer.config), [file.stem for file in images]
     else:
-        held_out = saved.held_out_images(source)
-        rows = pairs_of_rows(held_out.labels, len(held_out), num_pairs)
+        held_out = saved.held_out_images(source, _needed_classes(tokenizer))
+        rows = pairs_of_rows(held_out.labels, len(held_out), num_pairs, same_class=tokenizer.sees_class)
         ends, labels = held_out.read(rows), held_out.read_labels(rows)
         names = class_labels(tokenizer.config.class_names or []) if source is None else None
         titles = [names[label] for label in labels.tolist()] if names and labels is not None else None
-    pairs = zip(ends[::2], ends[1::2], strict=True)
-    strips = [blend_images(tokenizer, first, second, num_images) for first, second in pairs]
+    classes = labels[::2].tolist() if labels is not None else [None] * (len(ends) // 2)
+    pairs = zip(ends[::2], ends[1::2], classes, strict=True)
+    strips = [blend_images(tokenizer, first, second, num_images, label) for first, second, label in pairs]
     row_titles = [f"{a} to {b}" for a, b in zip(titles[::2], titles[1::2], strict=True)] if titles else None
     save_image(contact_sheet(torch.cat(strips), num_images, row_titles=row_titles), out)
     return len(strips)
 
 
-def pairs_of_rows(labels: Tensor | None, count: int, num_pairs: int) -> Tensor:
+def pairs_of_rows(labels: Tensor | None, count: int, num_pairs: int, same_class: bool = False) -> Tensor:
     """Pairs of rows, one after the other: (2 pairs,), spread over the classes of ``labels`` (count,). The two rows of a
-    pair have different classes where possible.
+    pair have different classes where possible; or, for ``same_class``, always the same.
 
     Raises:
-        InputError: fewer than two rows.
+        InputError: fewer than two rows, or no two of the same class.
     """
-    if count < 2:
-        raise InputError(f"{count} held-out images, expected at least 2, the ends of a strip. Give --image twice")
-    left, pairs = spread_over_classes(labels, count, 2 * num_pairs).tolist(), []
+    rows = torch.arange(count)
+    if same_class and labels is not None:
+        classes = labels.unique()
+        rows = rows[torch.isin(labels, classes[spread(len(classes), num_pairs)])]
+    chosen = spread_over_classes(None if labels is None else labels[rows], len(rows), 2 * num_pairs)
+    left, pairs = rows[chosen].tolist(), []
     while len(left) > 1:
         first = left.pop(0)
-        other = (row for row in left if labels is not None and labels[row] != labels[first])
-        second = next(other, left[0])
-        left.remove(second)
-        pairs += [first, second]
+        fitting = (row for row in left if labels is not None and (labels[row] == labels[first]) == same_class)
+        second = next(fitting, None if same_class else left[0])
+        if second is not None:
+            left.remove(second)
+            pairs += [first, second]
+    if not pairs:
+        of_class = " of the same class" * same_class
+        raise InputError(
+            f"{count} held-out images, expected at least 2{of_class}, the ends of a strip. "
+            + ("Use --data with more images" if same_class else "Give --image twice")
+        )
     return torch.tensor(pairs)
+
+
+def _needed_classes(tokenizer: Autoencoder) -> list[str] | None:
+    """The classes that held-out images must have; None: any."""
+    return tokenizer.config.class_names if tokenizer.sees_class else None
+
+
+def _check_files(tokenizer: Autoencoder, files: list[Path]) -> None:
+    if tokenizer.sees_class:
+        raise InputError(
+            f"--image {files[0]}: this model sees the class of each image (model.condition 'class'), and files have "
+            "none. Omit --image to use held-out images, or choose other labelled images with --data"
+        )
 
 
 def _padded(strip: Tensor, columns: int) -> Tensor:

@@ -199,25 +199,44 @@ class TwoStagePipeline(ImageSampler):
             prompts,
         )  # fmt: skip
 
-    def reconstruct(self, images: Tensor) -> Tensor:
+    def reconstruct(self, images: Tensor, labels: list[int] | None = None) -> Tensor:
         """Encodes and decodes images (n, C, H, W) uint8; each is independent of the others in its batch.
 
+        Args:
+            labels: the class of each image, for a tokenizer that sees the class.
+
         Raises:
-            InputError: images of another shape.
+            InputError: images of another shape, or classes that are missing or that the tokenizer does not take.
         """
         check_image(self.tokenizer, images, "images", batch=True)
-        return rebuild_images(self.tokenizer, images)
+        self._check_classes_of_images(labels, len(images))
+        return rebuild_images(self.tokenizer, images, None if labels is None else torch.tensor(labels))
 
-    def interpolate(self, first: Tensor, second: Tensor, num_images: int = 9) -> Tensor:
+    def interpolate(self, first: Tensor, second: Tensor, num_images: int = 9, label: int | None = None) -> Tensor:
         """Images from ``first`` to ``second``, both (C, H, W) uint8: (num_images, C, H, W) uint8, including both ends;
         see :func:`pipelines.drawing.rebuilt_images.blend_images`.
 
+        Args:
+            label: the class of both, for a tokenizer that sees the class.
+
         Raises:
-            InputError: images of another shape, or fewer than 2 of them.
+            InputError: images of another shape, fewer than 2 of them, or a class that is missing or that the tokenizer
+                does not take.
         """
         check_image(self.tokenizer, first, "first image")
         check_image(self.tokenizer, second, "second image")
-        return blend_images(self.tokenizer, first, second, num_images)
+        self._check_classes_of_images(None if label is None else [label], 1)
+        return blend_images(self.tokenizer, first, second, num_images, label)
+
+    def _check_classes_of_images(self, labels: list[int] | None, count: int) -> None:
+        """Refuses classes of given images that do not suit the tokenizer; it refuses missing ones itself."""
+        if labels is None:
+            return
+        if not self.tokenizer.sees_class:
+            raise InputError(f"labels {labels}: this tokenizer does not see the class of an image. Omit labels")
+        self.check_labels(labels)
+        if len(labels) != count:
+            raise InputError(f"labels {labels}: expected one for each of {count} images")
 
     def inpaint(
         self,

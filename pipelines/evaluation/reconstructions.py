@@ -128,8 +128,8 @@ def measure_reconstructions(
         pixels, labels = split.read(rows[places]), split.read_labels(rows[places])
         digests.update(places, pixels)
         originals, labels = pixels.to(work.device), None if labels is None else labels.to(work.device)
-        latent = model.encode(to_float(originals))
-        decoded = to_uint8(model.decode(latent.z))
+        latent = model.encode(to_float(originals), labels)
+        decoded = to_uint8(model.decode(latent.z, labels))
         values = _image_values(model, originals, decoded, labels, rows[places], lpips)
         for column, name in enumerate(columns):
             table[places, column] = values[name].cpu().double()

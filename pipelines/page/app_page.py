@@ -50,13 +50,16 @@ def build_page(pipeline: TwoStagePipeline, name: str) -> gr.Blocks:
         generated, selected = gr.State([]), gr.State(None)
         with gr.Tab("Generate"):
             _generate_tab(handlers, generated, selected)
-        with gr.Tab("Reconstruct"):
-            _reconstruct_tab(handlers)
+        takes_uploads = not pipeline.tokenizer.sees_class  # an uploaded image has no class
+        if takes_uploads:
+            with gr.Tab("Reconstruct"):
+                _reconstruct_tab(handlers)
         if pipeline.prior:
             with gr.Tab("Inpaint"):
                 _inpaint_tab(handlers, generated, selected)
-        with gr.Tab("Interpolate"):
-            _interpolate_tab(handlers, generated, selected)
+        if takes_uploads:
+            with gr.Tab("Interpolate"):
+                _interpolate_tab(handlers, generated, selected)
     # One model does one thing at a time.
     page.queue(default_concurrency_limit=1)
     return page

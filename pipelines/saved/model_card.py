@@ -187,6 +187,7 @@ class ModelCard:
         if tokenizer.codebook_size:
             codes = f"{'x'.join(map(str, tokenizer.code_grid))} codes from a codebook of {tokenizer.codebook_size:,}"
         kinds = f"backbone `{config.model.backbone.type}`, bottleneck `{config.model.bottleneck.type}`"
+        kinds += ", encoder and decoder see the class" if tokenizer.sees_class else ""
         rows = [
             ["images", f"{height}x{width}, {({1: 'grey', 3: 'RGB', 4: 'RGBA'})[config.channels]}"],
             ["classes", ", ".join(self.class_names) if self.class_names else "none"],

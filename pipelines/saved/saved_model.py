@@ -134,11 +134,14 @@ class SavedModel:
             return config
         return find_data(config, self.home, self.run.stored_sources().get("data.source"))
 
-    def held_out_images(self, source: str | None = None) -> ImageSplit:
+    def held_out_images(self, source: str | None = None, class_names: list[str] | None = None) -> ImageSplit:
         """The held-out images of this tokenizer's training source, or of ``source``, whose notices are printed.
 
+        Args:
+            class_names: the classes that the images must have; None: any, or none.
+
         Raises:
-            InputError: no ``source``, and no config.yaml or no images.
+            InputError: no ``source``, and no config.yaml or no images; or images without these classes.
         """
         if source is None and not self.run:
             raise InputError(
@@ -148,6 +151,11 @@ class SavedModel:
         data = load_images(self.training_data(source))
         for line in data.notices if source else []:
             print(line)
+        if class_names is not None and (data.class_names != class_names or data.validation.labels is None):
+            raise InputError(
+                f"{self.path}: needs the class of each image, one of {class_names}, but the held-out images of "
+                f"{source or 'its training source'} have {data.class_names}. Use --data with images of the same classes"
+            )
         return data.validation
 
     def default_output(self, name: str) -> Path:

@@ -24,6 +24,7 @@ Format = Literal["onnx", "torch_export"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 Run = Callable[[Tensor], Tensor]
 
+OPTIONS = {"onnx": "--onnx", "torch_export": "--torch-export"}
 SUFFIX = {"onnx": "onnx", "torch_export": "pt2"}
 BATCHES = (1, 5, *[16] * 4)
 """The batch sizes of the comparison: 70 images in all."""
@@ -69,9 +70,17 @@ def export_programs(model: Autoencoder, folder: Path, formats: Sequence[Format])
         A sentence for each program: how it was compared and how well it agrees.
 
     Raises:
-        InputError: libraries are missing, a program cannot be written, or it does not compute what PyTorch does. A
-            program that fails is removed.
+        InputError: the model sees the class, libraries are missing, a program cannot be written, or it does not compute
+            what PyTorch does. A program that fails is removed.
     """
+    if not formats:
+        return []
+    if model.sees_class:
+        options = ", ".join(OPTIONS[form] for form in formats)
+        raise InputError(
+            f"{options}: programs take images or latents only, but this model also "
+            "sees the class (model.condition 'class'). Omit the option; the exported folder works with twostage"
+        )
     libraries = ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats else ()
     if missing := [name for name in libraries if importlib.util.find_spec(name) is None]:
         raise InputError(f"--onnx: {' and '.join(missing)} not installed. Run pip install 'twostage[export]'.")

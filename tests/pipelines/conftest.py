@@ -43,7 +43,8 @@ def changed_tokenizer(runs, tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def variational(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``variational("gaussian")``: the model folder of a small VAE with that bottleneck, untrained."""
+    """``variational("gaussian")``: the model folder of a small VAE with that bottleneck, untrained; "conditional": one
+    that sees the class."""
     root = tmp_path_factory.mktemp("variational")
 
     def make(family: str) -> Path:
@@ -56,7 +57,8 @@ def variational(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
                 "model": {
                     "latent_channels": 4,
                     "backbone": {"type": "conv", "channels": 8, "channel_mult": [1, 1], "num_res_blocks": [0, 0]},
-                    "bottleneck": {"type": family},
+                    "bottleneck": {"type": "gaussian" if family == "conditional" else family},
+                    "condition": "class" if family == "conditional" else None,
                 },
                 "loss": {"reconstruction": "l2"},
             }

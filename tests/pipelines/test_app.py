@@ -214,15 +214,18 @@ for model in sys.argv[1:]:
 def test_the_page_has_the_controls_that_apply_to_the_model(runs, masked, variational, tmp_path):
     """In its own process: importing Gradio leaves open sockets to the garbage collector, which warns about them."""
     masked.pipeline.save_pretrained(tmp_path / "masked")
-    words = [sys.executable, "-c", LABELS, runs.prior, tmp_path / "masked", variational("gaussian")]
+    vaes = variational("gaussian"), variational("conditional")
+    words = [sys.executable, "-c", LABELS, runs.prior, tmp_path / "masked", *vaes]
     root = Path(__file__).parents[2]
     shown = subprocess.run(words, capture_output=True, text=True, check=True, cwd=root).stdout
     pages = [
         {label for kind, label, visible in json.loads(line) if visible} for line in shown.splitlines() if line[0] == "["
     ]
-    causal, parallel, continuous = pages
+    causal, parallel, continuous, conditional = pages
     assert {"Generate", "Reconstruct", "Inpaint", "Interpolate", "Class", "Guidance scale", "Top-k", "Top-p"} <= causal
     assert parallel - causal == {"Steps"}
     assert causal - parallel == set()
     assert {"Generate", "Reconstruct", "Interpolate", "Temperature", "Seed"} <= continuous
     assert not {"Inpaint", "Class", "Guidance scale", "Top-k", "Top-p", "Steps"} & continuous
+    assert {"Generate", "Class"} <= conditional
+    assert not {"Reconstruct", "Interpolate"} & conditional, "an uploaded image has no class"

@@ -208,6 +208,29 @@ def test_a_class_vae_learns_means_and_draws_one_column_per_class(document, start
     assert torch.equal(one, other)
 
 
+def test_a_conditional_vae_learns_its_classes_and_resumes_exactly(document, start):
+    config = document(bottleneck={"type": "gaussian"}, ema_decay=0.9)
+    config["model"] |= {"latent_channels": 2, "backbone": {"type": "mlp", "hidden_sizes": [16]}, "condition": "class"}
+    run = start(config)
+    uninterrupted = contents(run)
+    for name in ("encoder.shifts.weight", "decoder.shifts.weight"):
+        before, after = (tensors(run, step, "model")[name] for step in (2, 6))
+        assert (before != after).any(1).all(), name
+    drawn = {path.name.removeprefix("step_00000006") for path in (run / "samples").iterdir()}
+    assert drawn == {".png", "_classes.png", "_scatter.png"}
+    for step in (4, 6):
+        shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
+    again = contents(start(config))
+    assert {name: again[name] for name in uninterrupted if name.startswith("model/")} == {
+        name: content for name, content in uninterrupted.items() if name.startswith("model/")
+    }
+    plain = document(bottleneck={"type": "gaussian"}) | {"init_from": str(run)}
+    plain["run"] = {"dir": f"{run}_plain", "trackers": []}
+    plain["model"] |= {key: value for key, value in config["model"].items() if key != "condition"}
+    with refuses("init_from", run, "model.condition: was 'class', now '(absent)'"):
+        start(plain)
+
+
 def test_the_drawings_of_a_two_dimensional_latent(document, start):
     config = document(bottleneck={"type": "gaussian"})
     config["model"] = {

@@ -169,7 +169,7 @@ def test_a_prior_without_classes_has_no_labels(pipeline):
         free(labels=[0])
 
 
-@pytest.mark.parametrize("family", ["gaussian", "class_gaussian"])
+@pytest.mark.parametrize("family", ["gaussian", "class_gaussian", "conditional"])
 def test_a_variational_autoencoder_is_a_pipeline_too(variational, family, tmp_path):
     run = variational(family)
     pipeline = TwoStagePipeline.from_pretrained(run)
