@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Literal
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from twostage.core.config.sections import Section
 from twostage.core.errors import InputError
@@ -17,7 +17,10 @@ from twostage.core.wording import some_of
 __all__ = ["Units", "Vocabulary"]
 
 Units = Literal["words", "bytes", "byte_pairs"]
-_WORD = re.compile(r"\w+|[^\w\s]")
+_WORD = re.compile(r"\w+(?:-\w+)*|[^\w\s]")
+"""A word with its hyphens, because `medium-dark` is neither `medium` nor `dark`; or a punctuation mark."""
+_SPACED_WORD = Regex(r" ?\w+(?:-\w+)*| ?[^\w\s]")
+"""The same with the space before it; no byte pair reaches across."""
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 """The 256 characters that stand for bytes in `tokenizers`."""
 
@@ -95,7 +98,9 @@ def _words(caption: str) -> list[str]:
 def _byte_pair_tokenizer(merges: list[tuple[str, str]]) -> Tokenizer:
     units = [*_BYTES, *dict.fromkeys(first + second for first, second in merges)]
     tokenizer = Tokenizer(models.BPE(vocab={unit: i for i, unit in enumerate(units)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[assignment]
+    words = pre_tokenizers.Split(_SPACED_WORD, "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])  # type: ignore[assignment]
     return tokenizer
 
 
