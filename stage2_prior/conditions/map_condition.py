@@ -1,8 +1,10 @@
-"""Label maps as a condition: for each pixel, the number of what is there.
+"""Maps as a condition: for each pixel, the label of what is there (a segmentation), or values (edges, depth, a sketch).
 
-Axes: B images, H and W pixels, M labels, h and w cells of the code grid, N = h w, D the width of a network's contexts.
+Axes: B images, H and W pixels, M labels, C channels, h and w cells of the code grid, N = h w, D the width of a
+network's contexts.
 """
 
+from abc import abstractmethod
 from typing import Any, Literal
 
 import numpy as np
@@ -15,17 +17,20 @@ from stage2_prior.conditions.condition import Condition, ConditionConfig, Condit
 from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
 from twostage.core.config.sections import Count, Depth, Size
 from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_float
 from twostage.core.wording import some_of
 
-__all__ = ["NO_LABEL", "MapCondition", "MapConditionConfig"]
+__all__ = ["NO_LABEL", "ImageMapCondition", "LabelMapCondition", "MapConditionConfig"]
 
 NO_LABEL = 255
 """A pixel without a label, as in many datasets; a map of such pixels alone says nothing."""
+NO_VALUE = -1
+"""A pixel of an image without a map."""
 ROWS_AT_ONCE = 1024
 
 
 class MapConditionConfig(ConditionConfig):
-    """The image's label map."""
+    """The map beside the image."""
 
     plural = "maps"
 
@@ -33,7 +38,9 @@ class MapConditionConfig(ConditionConfig):
     depth: Depth = 2
     """Residual convolutions over the cells."""
     labels: tuple[Size, ...] = ()
-    """Those of the training maps; set from the codes."""
+    """Those of the training maps; set from the codes. None if the maps are images."""
+    channels: Literal[1, 3] | None = None
+    """Those of maps that are images; set from the codes."""
     size: tuple[Count, Count] | None = None
     """(height, width) of the maps."""
 
@@ -42,12 +49,14 @@ class MapConditionConfig(ConditionConfig):
         return ContextForm(cells=True)
 
     def learned_from(self, cache: CodeCache) -> "MapConditionConfig":
-        maps = cache.manifest.maps
-        if maps is None or maps.classes is None:
+        maps, size = cache.manifest.maps, cache.manifest.image_size
+        if maps is None:
             raise InputError(
-                f"condition.type 'map': the codes {cache.path} have no label maps. Encode images with data.maps=COLUMN "
-                "or data.maps=FOLDER, and data.map_kind=labels"
+                f"condition.type 'map': the codes {cache.path} have no maps. Encode images with data.maps=COLUMN or "
+                "data.maps=FOLDER"
             )
+        if maps.classes is None:
+            return self.model_copy(update={"labels": (), "channels": maps.channels, "size": size})
         labels = [label for label in maps.classes if label != NO_LABEL]
         for name, split in cache.splits.items():
             for start in range(0, len(split), ROWS_AT_ONCE):
@@ -58,11 +67,13 @@ class MapConditionConfig(ConditionConfig):
                         f"condition.type 'map': the maps of `{name}` contain the label {min(unknown)}, which those of "
                         f"`train` lack. Move some of these images to `train`, or set these pixels to {NO_LABEL}"
                     )
-        return self.model_copy(update={"labels": tuple(labels), "size": cache.manifest.image_size})
+        return self.model_copy(update={"labels": tuple(labels), "channels": None, "size": size})
 
     def build(self, space: ContextSpace) -> "MapCondition":
         assert self.size is not None
-        return MapCondition(self.labels, self.size, self.depth, space)
+        if self.channels is not None:
+            return ImageMapCondition(self.channels, self.size, self.depth, space)
+        return LabelMapCondition(self.labels, self.size, self.depth, space)
 
 
 def _labels_in(maps: Tensor) -> set[int]:
@@ -72,28 +83,48 @@ def _labels_in(maps: Tensor) -> set[int]:
 
 
 class MapCondition(Condition):
+    """Convolutions that turn planes of pixels into something for each cell."""
+
+    def __init__(self, planes: int, size: tuple[int, int], depth: int, space: ContextSpace) -> None:
+        super().__init__()
+        self.size = size
+        patch = size[0] // space.grid[0], size[1] // space.grid[1]
+        self.patches = nn.Conv2d(planes, space.width, patch, stride=patch)
+        self.blocks = nn.ModuleList(nn.Conv2d(space.width, space.width, 3, padding=1) for _ in range(depth))
+        self.cells_out = nn.Conv2d(space.width, space.width, 1)
+        nn.init.normal_(self.cells_out.weight, std=space.std * space.width**-0.5)
+
+    @abstractmethod
+    def planes(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Planes (B, planes, H, W), and the pixels that say something (B, H, W) bool."""
+
+    def read(self, split: ConditionedSplit, rows: Tensor) -> Tensor:
+        maps, nothing = split.read_maps(rows), self.nothing(len(rows))
+        return nothing if maps is None else maps.to(nothing.dtype)
+
+    def forward(self, values: Tensor) -> Context:
+        planes, known = self.planes(values)
+        x = F.silu(self.patches(planes))
+        for block in self.blocks:
+            x = x + F.silu(block(x))
+        cells = self.cells_out(x).flatten(2).transpose(1, 2)
+        return Context(len(values), cells=cells * known.flatten(1).any(1)[:, None, None])
+
+
+class LabelMapCondition(MapCondition):
     """Values are maps (B, H, W) uint8; `NO_LABEL` where nothing is known."""
 
     number: Tensor
 
     def __init__(self, labels: tuple[int, ...], size: tuple[int, int], depth: int, space: ContextSpace) -> None:
-        super().__init__()
-        self.labels, self.size = labels, size
+        super().__init__(len(labels), size, depth, space)
+        self.labels = labels
         number = torch.full((256,), -1)
         number[list(labels)] = torch.arange(len(labels))
         self.register_buffer("number", number, persistent=False)
-        patch = size[0] // space.grid[0], size[1] // space.grid[1]
-        self.patches = nn.Conv2d(len(labels), space.width, patch, stride=patch)
-        self.blocks = nn.ModuleList(nn.Conv2d(space.width, space.width, 3, padding=1) for _ in range(depth))
-        self.cells_out = nn.Conv2d(space.width, space.width, 1)
-        nn.init.normal_(self.cells_out.weight, std=space.std * space.width**-0.5)
 
     def nothing(self, count: int) -> Tensor:
         return torch.full((count, *self.size), NO_LABEL, dtype=torch.uint8)
-
-    def read(self, split: ConditionedSplit, rows: Tensor) -> Tensor:
-        maps = split.read_maps(rows)
-        return self.nothing(len(rows)) if maps is None else maps
 
     def parse(self, value: Any) -> Tensor:
         found = np.asarray(value)
@@ -115,13 +146,43 @@ class MapCondition(Condition):
                 f"{NO_LABEL} where anything may be"
             )
 
-    def forward(self, values: Tensor) -> Context:
+    def planes(self, values: Tensor) -> tuple[Tensor, Tensor]:
         number = self.number[values.long()]  # (B, H, W), -1 where nothing is known
         known, weight = number >= 0, self.patches.weight
         one_hot = torch.zeros(len(values), len(self.labels), *self.size, dtype=weight.dtype, device=weight.device)
         one_hot.scatter_(1, number.clamp(min=0)[:, None], known[:, None].to(weight.dtype))
-        x = F.silu(self.patches(one_hot))
-        for block in self.blocks:
-            x = x + F.silu(block(x))
-        cells = self.cells_out(x).flatten(2).transpose(1, 2)
-        return Context(len(values), cells=cells * known.flatten(1).any(1)[:, None, None])
+        return one_hot, known
+
+
+class ImageMapCondition(MapCondition):
+    """Values are images (B, C, H, W) int16 from 0 to 255; `NO_VALUE` in all pixels of an image without a map."""
+
+    def __init__(self, channels: int, size: tuple[int, int], depth: int, space: ContextSpace) -> None:
+        super().__init__(channels, size, depth, space)
+        self.channels = channels
+
+    def nothing(self, count: int) -> Tensor:
+        return torch.full((count, self.channels, *self.size), NO_VALUE, dtype=torch.int16)
+
+    def parse(self, value: Any) -> Tensor:
+        found = np.asarray(value)
+        if found.dtype != np.uint8 or found.ndim != 3:
+            raise InputError(
+                f"map: expected an image of the type uint8 and the shape (channels, height, width), got {found.dtype} "
+                f"{found.shape}. Read it with Pillow, and put the channels first"
+            )
+        values = torch.from_numpy(found.astype(np.int16))[None]
+        self.check(values)
+        return values
+
+    def check(self, values: Tensor) -> None:
+        if values.shape[1:] != (self.channels, *self.size) or values.dtype != torch.int16:
+            raise InputError(
+                f"map: expected {self.channels} channel{'s' * (self.channels > 1)} of {self.size[0]}x{self.size[1]} "
+                f"pixels (height x width), got {values.dtype} of the shape {tuple(values.shape[1:])}. Convert and "
+                "resize the image"
+            )
+
+    def planes(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        known = (values != NO_VALUE).all(1)
+        return to_float(values).to(self.patches.weight.dtype) * known[:, None], known

@@ -32,6 +32,7 @@ KINDS: dict[str, ConditionConfig] = {
     "map": MapConditionConfig(labels=(0, 1, 2), size=(8, 12)),
     "vector": VectorConditionConfig(mean=(1.0, 2.0), std=(0.5, 3.0)),
 }
+IMAGE_MAP = MapConditionConfig(channels=3, size=(8, 12))
 NETWORKS: dict[str, NetworkConfig] = {
     "causal": CausalTransformerConfig(hidden_size=16, depth=2, num_heads=2, dropout=0.0),
     "relative": CausalTransformerConfig(
@@ -46,7 +47,7 @@ def build(model: str, *kinds: str, dropout: float = 0.1) -> Prior:
     torch.manual_seed(0)
     config = PriorConfig(
         model=NETWORKS[model],
-        conditions=[KINDS[kind] for kind in kinds],
+        conditions=[{**KINDS, "image map": IMAGE_MAP}[kind] for kind in kinds],
         loss=PriorLossConfig(class_dropout_prob=dropout),
         codebook_size=CODES,
         grid=GRID,
@@ -98,6 +99,22 @@ def test_every_prior_listens_to_every_kind(model, kind):
     assert not torch.allclose(prior.nats_per_image(codes, others, whole(4)), right, rtol=1e-4)
     without = {name: value for name, value in values.items() if name != kind}
     assert not torch.allclose(prior.nats_per_image(codes, without, whole(4)), right, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_maps_may_be_images(model):
+    prior, codes = build(model, "image map"), codes_of(3)
+    maps = torch.from_numpy(np.random.Generator(np.random.Philox(0)).integers(0, 256, (3, 3, 8, 12), dtype=np.uint8))
+    maps[0] = 0
+    right = prior.nats_per_image(codes, {"map": prior.parse("map", list(maps.numpy()))}, whole(3))
+    others = prior.nats_per_image(codes, {"map": prior.parse("map", list(maps.flip(1).numpy()))}, whole(3))
+    assert torch.equal(right[0], others[0])
+    assert not torch.isclose(right[1:], others[1:], rtol=1e-4).any()
+    # A black map is not a missing one.
+    assert not torch.isclose(prior.nats_per_image(codes, None, whole(3))[0], right[0], rtol=1e-4)
+    for wrong in (maps[0, :1], maps[0, :, :4], maps[0].float(), maps[0, 0]):
+        with refuses("map", "channels", str(tuple(wrong.shape))):
+            prior.parse("map", [wrong.numpy()])
 
 
 @pytest.mark.parametrize("model", NETWORKS)
