@@ -7,10 +7,11 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 .PHONY: demo demo-text test test-lowest soak lint format
 
 # From nothing to generated images in a few minutes; the results are in runs/demo/.
-# DEMO_OPTIONS applies to both training runs, for example train.max_steps=100; DEMO sets another folder.
+# DEMO_OPTIONS applies to both training runs, for example train.max_steps=100, and DEMO_DATA to the images, for example
+# data.num_images=1000; DEMO sets another folder.
 DEMO ?= runs/demo
 demo: $(VENV)/.installed
-	$(BIN)/twostage train-tokenizer configs/tokenizer/vqvae_shapes.yaml run.dir=$(DEMO)/tokenizer $(DEMO_OPTIONS)
+	$(BIN)/twostage train-tokenizer configs/tokenizer/vqvae_shapes.yaml run.dir=$(DEMO)/tokenizer $(DEMO_DATA) $(DEMO_OPTIONS)
 	$(BIN)/twostage encode $(DEMO)/tokenizer --out $(DEMO)/codes
 	$(BIN)/twostage train-prior configs/prior/gpt_shapes.yaml codes=$(DEMO)/codes run.dir=$(DEMO)/prior $(DEMO_OPTIONS)
 	$(BIN)/twostage reconstruct $(DEMO)/tokenizer --out $(DEMO)/reconstructions.png
@@ -20,14 +21,14 @@ demo: $(VENV)/.installed
 # From nothing to images by caption; the results are in runs/demo_text/.
 DEMO_TEXT ?= runs/demo_text
 demo-text: $(VENV)/.installed
-	$(BIN)/twostage train-tokenizer configs/tokenizer/vqvae_captioned_shapes.yaml run.dir=$(DEMO_TEXT)/tokenizer $(DEMO_OPTIONS)
+	$(BIN)/twostage train-tokenizer configs/tokenizer/vqvae_captioned_shapes.yaml run.dir=$(DEMO_TEXT)/tokenizer $(DEMO_DATA) $(DEMO_OPTIONS)
 	$(BIN)/twostage encode $(DEMO_TEXT)/tokenizer --out $(DEMO_TEXT)/codes
 	$(BIN)/twostage train-prior configs/prior/gpt_captioned_shapes.yaml codes=$(DEMO_TEXT)/codes run.dir=$(DEMO_TEXT)/prior $(DEMO_OPTIONS)
 	$(BIN)/twostage generate $(DEMO_TEXT)/prior --num-images 32 --temperature 0.6 --out $(DEMO_TEXT)/generated
 	@echo "Look at $(DEMO_TEXT)/generated/grid.png, then ask for more: twostage generate $(DEMO_TEXT)/prior --prompt \"a large red ring in the centre, on black\" --num-images 8"
 
 # Without a network if the system allows that: tests/offline.py.
-PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.installed-dev
 	$(BIN)/python tests/offline.py $(BIN)/python $(PYTEST)
 

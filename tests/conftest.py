@@ -18,6 +18,14 @@ from pipelines.cli import main
 from twostage.core.config.sections import parse_config
 
 REPOSITORY = Path(__file__).parents[1]
+SLOW_FILES = ("test_kills.py", "test_tour.py", "test_stopping.py", "test_two_processes.py", "test_fsdp.py",
+              "test_hostile_files.py", "test_odd_folders.py", "test_disk.py", "test_environments.py")  # fmt: skip
+"""From the slowest on: they come first, so that all workers of a parallel run end at about the same time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)

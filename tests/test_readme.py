@@ -16,6 +16,7 @@ from PIL import Image
 from twostage.core.data.shapes import draw_shapes
 
 REPOSITORY = Path(__file__).parents[1]
+FEW = "data.num_images=320"
 TINY = "train.max_steps=4 train.batch_size=8 train.warmup_steps=0 train.validate_every=2 train.checkpoint_every=2"
 MADE = {
     "docs/reliability.md": ["runs/limited/losses.png"],
@@ -81,8 +82,8 @@ def tiny(command: str) -> str:
     if command.startswith("git clone"):
         return ":"
     if command in ("make demo", "make demo-text"):
-        folders = "DEMO=$PWD/runs/demo DEMO_TEXT=$PWD/runs/demo_text"
-        return f'{command.replace("make ", f"make -C {REPOSITORY} ")} {folders} DEMO_OPTIONS="{TINY}"'
+        settings = f"DEMO=$PWD/runs/demo DEMO_TEXT=$PWD/runs/demo_text DEMO_DATA={FEW}"
+        return f'{command.replace("make ", f"make -C {REPOSITORY} ")} {settings} DEMO_OPTIONS="{TINY}"'
     if command.startswith("pip install"):  # do not change the shared environment
         return f"(cd {REPOSITORY} && {command} --dry-run --quiet)"
     if command.startswith("make "):  # the target may be followed by && and another command
@@ -97,7 +98,7 @@ def tiny(command: str) -> str:
     if re.match(r"twostage evaluate runs/(maskgit|gpt)", command):
         return f"{command} --num-samples 40"
     if re.search(r"train[-_]tokenizer", command):
-        return f"{command} {TINY} data.num_images=320"
+        return f"{command} {TINY} {FEW}"
     return f"{command} {TINY}" if re.search(r"train[-_]prior", command) else command
 
 

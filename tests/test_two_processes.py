@@ -1,5 +1,6 @@
 """Two processes do what one does: the same losses, codebook, codes and images."""
 
+import gc
 import json
 import os
 import shutil
@@ -39,6 +40,7 @@ PRIORS = {
     "causal": ["train.optimizer=muon"],
     "masked": ["model={type: masked_transformer, hidden_size: 16, num_heads: 2, dropout: 0, predict_replaced: true}"],
     "pixelcnn": ["model={type: pixelcnn, channels: 8, depth: 3}"],
+    "captioned": ["condition={type: text, units: words, max_length: 20}"],
 }
 
 # Train once for each list of overrides; each process writes the hash of its final codebook.
@@ -154,9 +156,13 @@ def test_both_processes_have_one_codebook(configs, alone, tmp_path):
         assert_same_losses(tmp_path / name, one)
 
 
-def test_the_prior_command(runs, configs, alone, tmp_path):
+def test_the_prior_command(runs, configs, alone, twostage, tmp_path):
     (tmp_path / "each.py").write_text(EACH, encoding="utf-8")
-    words = {name: [configs / "prior.yaml", f"codes={runs.codes}", *STEPS, *PRIOR, *model]
+    captioned = ["data.source=captioned_shapes", f"run.dir={tmp_path / 'tokenizer'}", "train.max_steps=20"]
+    alone("train-tokenizer", configs / "tokenizer.yaml", *captioned)
+    alone("encode", tmp_path / "tokenizer", "--out", tmp_path / "captioned_codes")
+    codes = dict.fromkeys(PRIORS, runs.codes) | {"captioned": tmp_path / "captioned_codes"}
+    words = {name: [configs / "prior.yaml", f"codes={codes[name]}", *STEPS, *PRIOR, *model]
              for name, model in PRIORS.items()}  # fmt: skip
     commands = [["pipelines.train_prior", *each, f"run.dir={tmp_path / name}"] for name, each in words.items()]
     launch(tmp_path / "each.py", json.dumps(commands, default=str))
@@ -166,6 +172,12 @@ def test_the_prior_command(runs, configs, alone, tmp_path):
         assert_same_losses(tmp_path / name, one)
         sheets = contents(one / "samples").keys()
         assert sheets == contents(tmp_path / name / "samples").keys() == {"step_00000010.png", "step_00000020.png"}
+    stopped = [*words["captioned"], f"run.dir={tmp_path / 'stopped'}"]
+    assert twostage("train-prior", *stopped, "--time-limit", "0").code == 75
+    gc.collect()  # what stopped it still refers to the run, which locks its folder until it is collected
+    alone("train-prior", *stopped)
+    for file in ("metrics.jsonl", "model/model.safetensors", "checkpoints/step_00000020/optimizer.safetensors"):
+        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "captioned_alone" / file).read_bytes()
 
 
 def test_codes_images_and_figures(runs, alone, tmp_path):

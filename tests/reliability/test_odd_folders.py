@@ -10,7 +10,6 @@ import pytest
 from messages import assert_names, refuses
 from PIL import Image
 
-from benchmarks.reliability.processes import Command, run
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import DataConfig, load_images
 
@@ -198,19 +197,19 @@ def test_a_format_that_can_start_a_program_is_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["error", "skip"])
-def test_an_image_that_disappears_while_training(configs, tmp_path, policy):
+def test_an_image_that_disappears_while_training(configs, begin, done, here, tmp_path, policy):
     for i in range(40):
         draw(tmp_path / "images" / f"{i:02d}.png", 6 * i)
     words = [
-        *("-m", "stage1_tokenizer.train_tokenizer", configs / "tokenizer.yaml", "run.dir=run", "data.num_images=null"),
+        *("train-tokenizer", configs / "tokenizer.yaml", "run.dir=run", "data.num_images=null"),
         *(f"data.source={tmp_path / 'images'}", "data.in_memory_gb=0", f"data.on_bad_image={policy}"),
         *("train.max_steps=120", "train.checkpoint_every=10", "train.validate_every=60", "train.log_every=5"),
     ]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    run(words, whole)
-    command = Command(words, broken)
+    done(words, whole)
+    command = begin(words, broken)
     assert command.wait_until(lambda: (broken / "run/checkpoints/step_00000020").exists())
     gone = tmp_path / "images" / "17.png"
     content = gone.read_bytes()
@@ -221,11 +220,11 @@ def test_an_image_that_disappears_while_training(configs, tmp_path, policy):
     assert str(gone) in command.said
     assert list((broken / "run/checkpoints").glob("step_*"))
 
-    again = Command(words, broken)
-    assert again.wait() == 2
-    assert_names(again.said, "data.source", "different images")
+    again = here(words, broken)
+    assert again.code == 2
+    assert_names(again.err, "data.source", "different images")
 
     gone.write_bytes(content)
-    run(words, broken)
+    done(words, broken)
     for name in ("checkpoints/step_00000120/model.safetensors", "metrics.jsonl"):
         assert (broken / "run" / name).read_bytes() == (whole / "run" / name).read_bytes()

@@ -10,16 +10,14 @@ import torch
 from messages import assert_names
 from safetensors.torch import load_file
 
-from benchmarks.reliability.processes import Command, run
+from benchmarks.reliability.processes import Command
 
 TRAIN = ["train.max_steps=300", "train.log_every=7", "train.checkpoint_every=100", "train.validate_every=50"]
 EMA = ["train.ema_decay=0.9", "train.max_grad_norm=0.5", "data.horizontal_flip=true"]
-TOKENIZER = ["-m", "stage1_tokenizer.train_tokenizer"]
-PRIOR = ["-m", "stage2_prior.train_prior"]
 
 
 def tokenizer_words(configs: Path, *more: str) -> list[str]:
-    return [*TOKENIZER, str(configs / "tokenizer.yaml"), "run.dir=run", *TRAIN, *EMA, *more]
+    return ["train-tokenizer", str(configs / "tokenizer.yaml"), "run.dir=run", *TRAIN, *EMA, *more]
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -41,7 +39,8 @@ def ended(folder: Path) -> dict[str, bytes]:
     run = folder / "run"
     files = (path for path in run.rglob("*") if path.is_file())
     kept = {str(path.relative_to(run)): path.read_bytes() for path in files}
-    return {name: content for name, content in kept.items() if "step_" not in name or "step_00000300" in name}
+    last = f"step_{stopped_at(folder):08d}"
+    return {name: content for name, content in kept.items() if "step_" not in name or last in name}
 
 
 def errors(command: Command) -> str:
@@ -55,16 +54,16 @@ def new(tmp_path: Path, name: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(configs, tmp_path_factory) -> Path:
+def whole(configs, done, tmp_path_factory) -> Path:
     """An uninterrupted training of a tokenizer."""
     folder = tmp_path_factory.mktemp("whole")
-    run(tokenizer_words(configs), folder)
+    done(tokenizer_words(configs), folder)
     return folder
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_resumes(configs, whole, tmp_path, number):
-    command = Command(tokenizer_words(configs), tmp_path)
+def test_a_signal_saves_and_the_same_command_resumes(configs, begin, done, whole, tmp_path, number):
+    command = begin(tokenizer_words(configs), tmp_path)
     assert command.wait_until(lambda: last_step(tmp_path) > 10)
     command.process.send_signal(number)
     status, reason = (130, "Ctrl-C") if number == signal.SIGINT else (75, number.name)
@@ -75,13 +74,13 @@ def test_a_signal_saves_and_the_same_command_resumes(configs, whole, tmp_path, n
     assert ("Ctrl-C again" in command.said) == (number == signal.SIGINT)
     note = (tmp_path / "run" / "stopped.txt").read_text().splitlines()
     assert note == [f"step {step}: {reason}", "Run the same command again to resume."]
-    assert f"Resuming from step {step} " in run(tokenizer_words(configs), tmp_path)
+    assert f"Resuming from step {step} " in done(tokenizer_words(configs), tmp_path)
     assert ended(tmp_path) == ended(whole), "bit for bit, unfinished means too"
 
 
-def test_a_second_interrupt_stops_at_once(configs, tmp_path):
+def test_a_second_interrupt_stops_at_once(configs, begin, tmp_path):
     # Long steps, so that the second one arrives before the first is noticed.
-    command = Command(tokenizer_words(configs, "train.batch_size=320", "train.checkpoint_every=5"), tmp_path)
+    command = begin(tokenizer_words(configs, "train.batch_size=320", "train.checkpoint_every=5"), tmp_path)
     assert command.wait_until(lambda: (tmp_path / "run/checkpoints/step_00000005").exists())
     command.process.send_signal(signal.SIGINT)
     assert command.wait_until(lambda: "Ctrl-C again" in command.said)
@@ -90,25 +89,24 @@ def test_a_second_interrupt_stops_at_once(configs, tmp_path):
     assert_names(command.said, "last checkpoint", "same command")
 
 
-def test_a_time_limit_makes_progress_each_time(configs, whole, tmp_path):
+def test_a_time_limit_makes_progress_each_time(configs, here, whole, tmp_path):
     starts = 0
     while True:
         before = stopped_at(tmp_path) if starts else 0
         limit = round(0.02 * 1.5**starts, 2)  # on a busy machine, the shortest one is over after a single step
-        command = Command([*tokenizer_words(configs), "--time-limit", limit], tmp_path)
-        status = command.wait()
+        stopped = here([*tokenizer_words(configs), "--time-limit", limit], tmp_path)
         starts += 1
-        if status == 0:
+        if stopped.code == 0:
             break
-        assert status == 75, command.said
-        assert f"stopped (the time limit of {limit:g} minutes)" in command.said
+        assert stopped.code == 75, stopped.err
+        assert f"stopped (the time limit of {limit:g} minutes)" in stopped.out + stopped.err
         assert stopped_at(tmp_path) > before
     assert starts > 1
     assert ended(tmp_path) == ended(whole)
 
 
-def test_a_signal_before_the_first_step(configs, tmp_path):
-    command = Command(tokenizer_words(configs, "data.num_images=100000"), tmp_path)
+def test_a_signal_before_the_first_step(configs, begin, tmp_path):
+    command = begin(tokenizer_words(configs, "data.num_images=100000"), tmp_path)
     assert command.wait_until(lambda: signal.SIGTERM.name in caught(command.process.pid))
     command.process.send_signal(signal.SIGTERM)
     assert command.wait() == 75, command.said
@@ -125,12 +123,12 @@ def caught(process: int) -> set[str]:
     return {number.name for number in signal.Signals if mask >> (number - 1) & 1}
 
 
-def test_two_processes_agree_and_resume(configs, tmp_path):
+def test_two_processes_agree_and_resume(configs, begin, tmp_path):
     whole, stopped = new(tmp_path, "whole"), new(tmp_path, "stopped")
-    words = tokenizer_words(configs)
-    uninterrupted = Command(words, whole, processes=2)
+    words = tokenizer_words(configs, "train.max_steps=150")
+    uninterrupted = begin(words, whole, processes=2)
     assert uninterrupted.wait() == 0, uninterrupted.said
-    command = Command(words, stopped, processes=2)
+    command = begin(words, stopped, processes=2)
     assert command.wait_until(lambda: last_step(stopped) > 10)
     command.workers()[1].send_signal(signal.SIGUSR1)  # one of them alone
     command.wait()
@@ -140,31 +138,31 @@ def test_two_processes_agree_and_resume(configs, tmp_path):
     assert command.said.count("stopped (") == 1, command.said
     assert "exitcode  : 75" in command.said, "the launcher reports the status of its processes"
 
-    command = Command(words, stopped, processes=2)
+    command = begin(words, stopped, processes=2)
     assert command.wait_until(lambda: last_step(stopped) > first + 20)
     command.process.send_signal(signal.SIGTERM)  # to the launcher, which passes it on
     command.wait()
     assert stopped_at(stopped) > first
     assert f"step {stopped_at(stopped)}: " in (stopped / "run" / "stopped.txt").read_text()
-    run(words, stopped, processes=2)
+    assert begin(words, stopped, processes=2).wait() == 0
     assert ended(stopped) == ended(whole)
 
 
-def test_encoding_and_generation_resume(runs, tmp_path):
-    encode = ["-m", "pipelines.encode_dataset", str(runs.tokenizer), "--crops", "30", "--out", "codes"]
-    generate = ["-m", "pipelines.generate", str(runs.prior), "--num-images", "400", "--batch-size", "8", "--out", "out"]
+def test_encoding_and_generation_resume(runs, begin, done, tmp_path):
+    encode = ["encode", str(runs.tokenizer), "--crops", "30", "--out", "codes"]
+    generate = ["generate", str(runs.prior), "--num-images", "400", "--batch-size", "8", "--out", "out"]
     for words, begun in [(encode, ".codes.partial/identity.json"), (generate, "out/images/000008.png")]:
-        whole, stopped = (new(tmp_path, f"{words[1]}_{name}") for name in ("whole", "stopped"))
-        run(words, whole)
-        command = Command(words, stopped)
+        whole, stopped = (new(tmp_path, f"{words[0]}_{name}") for name in ("whole", "stopped"))
+        done(words, whole)
+        command = begin(words, stopped)
         assert command.wait_until((stopped / begun).exists)
         command.process.send_signal(signal.SIGTERM)
         assert command.wait() == 75, command.said
         assert_names(command.said, "stopped (SIGTERM)", "same command")
-        run(words, stopped)
+        done(words, stopped)
         files = {path.relative_to(whole): path.read_bytes() for path in whole.rglob("*") if path.is_file()}
         found = {path.relative_to(stopped): path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
-        del files[Path("said.txt")], found[Path("said.txt")]
+        del found[Path("said.txt")]
         assert found == files
 
 
@@ -173,17 +171,17 @@ def test_encoding_and_generation_resume(runs, tmp_path):
 
 def prior_words(configs: Path, runs, dropout: float) -> list[str]:
     model = f"model={{type: causal_transformer, hidden_size: 32, depth: 2, num_heads: 2, dropout: {dropout}}}"
-    return [*PRIOR, str(configs / "prior.yaml"), f"codes={runs.codes}", "run.dir=run", *TRAIN, model]
+    return ["train-prior", str(configs / "prior.yaml"), f"codes={runs.codes}", "run.dir=run", *TRAIN, model]
 
 
-def test_the_number_of_processes_may_change_without_dropout(configs, runs, tmp_path):
+def test_the_number_of_processes_may_change_without_dropout(configs, runs, begin, done, tmp_path):
     whole, changed = new(tmp_path, "whole"), new(tmp_path, "changed")
     words = prior_words(configs, runs, dropout=0.0)
-    run(words, whole)
-    command = Command([*words, "--time-limit", "0.02"], changed, processes=2)
+    done(words, whole)
+    command = begin([*words, "--time-limit", "0.02"], changed, processes=2)
     command.wait()
     assert 0 < stopped_at(changed) < 300
-    said = run(words, changed)
+    said = done(words, changed)
     assert "with 1 process instead of 2" in said
     for name, tensor in load_file(whole / "run/checkpoints/step_00000300/model.safetensors").items():
         found = load_file(changed / "run/checkpoints/step_00000300/model.safetensors")[name]
@@ -192,10 +190,11 @@ def test_the_number_of_processes_may_change_without_dropout(configs, runs, tmp_p
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_the_number_of_processes_may_not_change_with_dropout(configs, runs, tmp_path):
+def test_the_number_of_processes_may_not_change_with_dropout(configs, runs, begin, here, tmp_path):
     words = prior_words(configs, runs, dropout=0.1)
-    assert Command([*words, "--time-limit", "0"], tmp_path).wait() == 75
-    command = Command(words, tmp_path, processes=2)
+    assert here([*words, "--time-limit", "0"], tmp_path).code == 75
+    assert stopped_at(tmp_path) == 1
+    command = begin(words, tmp_path, processes=2)
     assert command.wait() != 0
     assert_names(errors(command), "run: ", "1 process", "step 1", "2 processes", "model.dropout=0.1")
     assert_names(errors(command), "--num_processes 1")
@@ -203,8 +202,8 @@ def test_the_number_of_processes_may_not_change_with_dropout(configs, runs, tmp_
     assert stopped_at(tmp_path) == 1
 
 
-def test_one_process_dying_ends_the_others(configs, tmp_path):
-    command = Command(tokenizer_words(configs, "train.max_steps=100000"), tmp_path, processes=2)
+def test_one_process_dying_ends_the_others(configs, begin, tmp_path):
+    command = begin(tokenizer_words(configs, "train.max_steps=100000"), tmp_path, processes=2)
     assert command.wait_until(lambda: last_step(tmp_path) > 10)
     workers, start = command.workers(), time.monotonic()
     workers[1].kill()
@@ -216,13 +215,13 @@ def test_one_process_dying_ends_the_others(configs, tmp_path):
     assert "error: " in said or "stopped (SIGTERM)" in said, "the second if the launcher was faster"
 
 
-def test_an_error_of_one_process_is_printed_once(configs, tmp_path):
+def test_an_error_of_one_process_is_printed_once(configs, begin, tmp_path):
     """The images that only the second process reads disappear."""
     from benchmarks.reliability.drawn_images import draw_images
 
     images = draw_images(tmp_path / "images", 64, 16)
     more = [f"data.source={images}", "data.in_memory_gb=0", "train.max_steps=100000", "data.num_images=null"]
-    command = Command(tokenizer_words(configs, *more), tmp_path, processes=2)
+    command = begin(tokenizer_words(configs, *more), tmp_path, processes=2)
     assert command.wait_until(lambda: last_step(tmp_path) > 5)
     for file in images.rglob("*.png"):
         file.unlink()
@@ -233,11 +232,11 @@ def test_an_error_of_one_process_is_printed_once(configs, tmp_path):
     assert ".png" in errors(command)
 
 
-def test_two_commands_do_not_train_into_one_folder(configs, tmp_path):
+def test_two_commands_do_not_train_into_one_folder(configs, begin, tmp_path):
     words = tokenizer_words(configs, "train.max_steps=100000")
-    first = Command(words, tmp_path)
+    first = begin(words, tmp_path)
     assert first.wait_until(lambda: last_step(tmp_path) > 5)
-    second = Command(words, tmp_path)
+    second = begin(words, tmp_path)
     assert second.wait() == 2
     assert_names(errors(second), "run.dir run", "another process", "run.dir=")
     assert first.running
