@@ -24,7 +24,7 @@ demo-text: $(VENV)/.installed
 	$(BIN)/twostage train-tokenizer configs/tokenizer/vqvae_captioned_shapes.yaml run.dir=$(DEMO_TEXT)/tokenizer $(DEMO_DATA) $(DEMO_OPTIONS)
 	$(BIN)/twostage encode $(DEMO_TEXT)/tokenizer --out $(DEMO_TEXT)/codes
 	$(BIN)/twostage train-prior configs/prior/gpt_captioned_shapes.yaml codes=$(DEMO_TEXT)/codes run.dir=$(DEMO_TEXT)/prior $(DEMO_OPTIONS)
-	$(BIN)/twostage generate $(DEMO_TEXT)/prior --num-images 32 --temperature 0.6 --out $(DEMO_TEXT)/generated
+	$(BIN)/twostage generate $(DEMO_TEXT)/prior --num-images 32 --temperature 0.5 --out $(DEMO_TEXT)/generated
 	@echo "Look at $(DEMO_TEXT)/generated/grid.png, then ask for more: twostage generate $(DEMO_TEXT)/prior --prompt \"a large red ring in the centre, on black\" --num-images 8"
 
 # Without a network if the system allows that: tests/offline.py.

@@ -46,7 +46,7 @@ def command(
     map_file: Annotated[
         list[Path] | None,
         typer.Option(
-            "--map", metavar="FILE", help="A label map as an image, for a prior with maps; repeat for several."
+            "--map", metavar="FILE", help="A map of labels, or an image, for a prior with maps; repeat for several."
         ),
     ] = None,
     vector: Annotated[
@@ -69,15 +69,16 @@ def command(
 ) -> None:
     """Generate images with a trained prior and its tokenizer."""
     pipeline = TwoStagePipeline.from_pretrained(prior, tokenizer)
+    channels = pipeline.map_channels
     given = {
         "class": class_name,
         "prompt": prompt,
         "negative_prompt": None if negative_prompt is None else [negative_prompt],
-        "map": [read_map_file(path, f"--map {path}") for path in map_file or []],
+        "map": [read_map_file(path, f"--map {path}", channels) for path in map_file or []],
         "vector": None if vector is None else read_vector_file(vector, f"--vector {vector}"),
     }
     request = GenerateRequest(
-        num_images=num_images, asked=_asked(with_lines(given, prompts)), seed=seed, sampling=sampling,
+        num_images=num_images, asked=_asked(with_lines(given, prompts, channels)), seed=seed, sampling=sampling,
         batch_size=batch_size, file_format=file_format,
     )  # fmt: skip
     with resumable():

@@ -18,6 +18,7 @@ from pipelines.drawing.batch_size import ROWS, fitting_batch_size
 from pipelines.drawing.rebuilt_images import decode_codes
 from pipelines.saved.saved_model import check_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
+from stage2_prior.conditions.map_condition import MapConditionConfig
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig, image_seeds
 from twostage.core.errors import InputError
@@ -90,6 +91,16 @@ class ImageSampler:
     def channels(self) -> int:
         """1 grey, 3 RGB, 4 RGBA."""
         return self.tokenizer.config.channels
+
+    @property
+    def map_channels(self) -> int | None:
+        """Those of the maps that the prior is conditioned on, if they are images; None for labels, and without maps."""
+        found = (
+            [each for each in self.prior.config.conditions if isinstance(each, MapConditionConfig)]
+            if self.prior
+            else []
+        )
+        return found[0].channels if found else None
 
     @property
     def device(self) -> torch.device:

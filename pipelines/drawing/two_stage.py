@@ -163,7 +163,7 @@ class TwoStagePipeline(ImageSampler):
             labels: the same by number; not together with ``class_names``.
             prompt: image i shows ``prompt[i % len(prompt)]``; None: the examples of a prior with captions.
             negative_prompt: what guidance leads away from; a list is cycled through like the prompts.
-            maps: image i shows the label map (H, W) ``maps[i % len(maps)]``.
+            maps: image i shows the map ``maps[i % len(maps)]``: labels (H, W), or an image (C, H, W) uint8.
             vectors: image i has the vector ``vectors[i % len(vectors)]``.
             batch_size: images to draw at a time, which changes memory and speed but no image; None: as many as fit the
                 free memory.

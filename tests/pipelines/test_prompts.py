@@ -50,6 +50,30 @@ def test_training_draws_held_out_captions(made):
     assert "turquoise" in config["conditions"][0]["vocabulary"]["entries"]
 
 
+def test_maps_may_be_images(made, works, tmp_path):
+    """Sketches beside images, in grey: through `encode`, `train-prior` and `generate`."""
+    random = np.random.Generator(np.random.Philox(0))
+    for split, count in {"train": 16, "val": 8}.items():
+        for i in range(count):
+            for folder, shape in {"images": (16, 16, 3), "sketches": (16, 16)}.items():
+                path = tmp_path / folder / split / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(path)
+    works("encode", made / "tokenizer", "--data", tmp_path / "images", "--out", tmp_path / "codes",
+          f"data.maps={tmp_path / 'sketches'}", "data.map_kind=image")  # fmt: skip
+    works("train-prior", made / "prior.yaml", f"codes={tmp_path / 'codes'}", f"run.dir={tmp_path / 'prior'}",
+          "condition=map", "train.max_steps=2")  # fmt: skip
+    images = []
+    for name in ("0.png", "1.png"):
+        sketch = tmp_path / "sketches" / "val" / name
+        works("generate", tmp_path / "prior", "--map", sketch, "--num-images", 1, "--out", tmp_path / f"drawn {name}")
+        images.append((tmp_path / f"drawn {name}" / "images" / "000000.png").read_bytes())
+    pipeline = TwoStagePipeline.from_pretrained(tmp_path / "prior")
+    assert pipeline.map_channels == 1
+    with refuses("map", "1 channel of 16x16", "(3, 16, 16)"):
+        pipeline(num_images=1, maps=[np.zeros((3, 16, 16), dtype=np.uint8)])
+
+
 def test_prompts_maps_and_classes_are_drawn_and_stored(made, works, tmp_path):
     prompts = ["a small red star in the centre, on black", "a large blue circle at the top left, on white"]
     (tmp_path / "prompts.txt").write_text(prompts[1] + "\n\n", encoding="utf-8")
