@@ -69,16 +69,15 @@ def command(
 ) -> None:
     """Generate images with a trained prior and its tokenizer."""
     pipeline = TwoStagePipeline.from_pretrained(prior, tokenizer)
-    channels = pipeline.map_channels
     given = {
         "class": class_name,
         "prompt": prompt,
         "negative_prompt": None if negative_prompt is None else [negative_prompt],
-        "map": [read_map_file(path, f"--map {path}", channels) for path in map_file or []],
+        "map": [read_map_file(path, f"--map {path}", pipeline.map_channels) for path in map_file or []],
         "vector": None if vector is None else read_vector_file(vector, f"--vector {vector}"),
     }
     request = GenerateRequest(
-        num_images=num_images, asked=_asked(with_lines(given, prompts, channels)), seed=seed, sampling=sampling,
+        num_images=num_images, asked=_asked(with_lines(given, prompts, pipeline.map_channels)), seed=seed, sampling=sampling,
         batch_size=batch_size, file_format=file_format,
     )  # fmt: skip
     with resumable():
