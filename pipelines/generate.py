@@ -76,9 +76,9 @@ def command(
         "map": [read_map_file(path, f"--map {path}", pipeline.map_channels) for path in map_file or []],
         "vector": None if vector is None else read_vector_file(vector, f"--vector {vector}"),
     }
+    asked = _asked(with_lines(given, prompts, pipeline.map_channels))
     request = GenerateRequest(
-        num_images=num_images, asked=_asked(with_lines(given, prompts, pipeline.map_channels)), seed=seed, sampling=sampling,
-        batch_size=batch_size, file_format=file_format,
+        num_images=num_images, asked=asked, seed=seed, sampling=sampling, batch_size=batch_size, file_format=file_format
     )  # fmt: skip
     with resumable():
         generate_folder(pipeline, request, out or Path("generated") / Path(prior).resolve().name)

@@ -7,14 +7,17 @@ here they only show images.
 import functools
 import html
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import gradio.themes
 from gradio.components import Component
+from PIL import Image
 
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.page.app_handlers import ALL_CLASSES, NO_CLASS, Handlers, PageImage, draw_codes, enlarge
+from pipelines.page.painted_maps import draw_map, hex_colour
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
@@ -32,6 +35,8 @@ CSS = """
 .pixels .grid-wrap { margin-top: 26px; }
 .pixels .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)); }
 .pixels .caption-label { font-size: 11px; padding: 0 5px; }
+.labels .wrap { max-height: 180px; overflow-y: auto; }
+.labels .wrap label span { color: #1e293b; }
 .shown img { box-sizing: border-box; padding-top: 28px; object-fit: contain !important; }
 """
 """Galleries show small images with square pixels and all columns; no label covers an image."""
@@ -95,26 +100,53 @@ def _generate_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -
             negative_prompt = gr.Textbox(
                 label="Negative prompt", info="What guidance leads away from.", visible=_reads_text(handlers.pipeline)
             )
+            uploaded, editor = _map_editor(handlers) if handlers.map_condition else (gr.State(), gr.State())
             num_images = gr.Slider(1, MAX_IMAGES, 2 * columns, step=1, label="Number of images")
             seed, controls = _seed_box(), _sampling_controls(handlers.pipeline)
             button = gr.Button("Generate", variant="primary")
         with gr.Column(scale=2):
+            if isinstance(editor, gr.ImageEditor):
+                editor.render()
             gallery = _gallery("Generated", columns, height=480)
 
     def generate(progress: gr.Progress = PROGRESS, *given: Any) -> tuple[list[Any], list[PageImage], None]:
-        count, name, text, against, number, *sampling = given
+        count, name, text, against, number, below, edited, *sampling = given
         texts = _given(text), _given(against)
         settings = dict(zip(controls, sampling, strict=True))
-        images = handlers.generate(count, name, number, settings, _shown(progress), *texts)
+        label_map = handlers.painted_map(below, edited["background"], edited["layers"]) if edited else None
+        images = handlers.generate(count, name, number, settings, _shown(progress), *texts, label_map)
         return [(to_pil(image.pixels), image.prompt or image.class_name) for image in images], images, None
 
-    inputs = [num_images, class_name, prompt, negative_prompt, seed, *controls.values()]
+    inputs = [num_images, class_name, prompt, negative_prompt, seed, uploaded, editor, *controls.values()]
     _on(button.click, generate, inputs, [gallery, generated, selected])
 
     def select(event: gr.SelectData) -> int:
         return event.index
 
     gallery.select(select, None, selected, api_visibility="private")
+
+
+def _map_editor(handlers: Handlers) -> tuple[gr.State, gr.ImageEditor]:
+    """The controls of a label map: its uploaded file, or None, and what it is painted on, to be rendered elsewhere."""
+    assert handlers.map_condition
+    labels, empty, uploaded = handlers.map_condition.labels, enlarge(draw_map(handlers.empty_map())), gr.State()
+    editor = _editor("Paint a label map", hex_colour(labels[-1]), empty)
+    upload, note = _upload_button("Upload a label map"), gr.Markdown()
+    info = f"The rest keeps the uploaded label, or {labels[0]}. Nothing painted or uploaded: no map."
+    label = gr.Radio(
+        list(map(str, labels)), value=str(labels[-1]), label="Label to paint", info=info, elem_classes="labels"
+    )
+    rules = [f".labels label:nth-of-type({i}) {{ background: {hex_colour(each)} }}" for i, each in enumerate(labels, 1)]
+    gr.HTML(f"<style>{' '.join(rules)}</style>", visible="hidden")
+
+    def show(path: str) -> tuple[Any, ...]:
+        labels = handlers.read_map(path)
+        said = f"{Path(path).name} is on the canvas. Clear the canvas to remove it."
+        return labels, _ground(enlarge(draw_map(labels))), said
+
+    _on(upload.upload, show, [upload], [uploaded, editor, note])
+    _on(label.change, lambda chosen: gr.ImageEditor(brush=_brush(hex_colour(int(chosen)))), [label], [editor])
+    return uploaded, editor
 
 
 def _reconstruct_tab(handlers: Handlers) -> None:
@@ -153,12 +185,15 @@ def _inpaint_tab(handlers: Handlers, generated: gr.State, selected: gr.State) ->
             seed, controls = _seed_box(), _sampling_controls(handlers.pipeline)
             button = gr.Button("Inpaint", variant="primary")
         with gr.Column(scale=2):
-            editor, gallery = _editor("Brush over what is to be redrawn"), _gallery("Completions", 8, height=260)
+            editor, gallery = _editor("Brush over what is to be redrawn", BRUSH), _gallery("Completions", 8, height=260)
 
     def show(chosen: PageImage) -> tuple[Any, ...]:
-        shown = enlarge(chosen.pixels)
-        value = {"background": shown, "layers": [], "composite": shown}
-        return chosen, value, chosen.note, chosen.class_name or (NO_CLASS if NO_CLASS in choices else names[0])
+        return (
+            chosen,
+            _ground(enlarge(chosen.pixels)),
+            chosen.note,
+            chosen.class_name or (NO_CLASS if NO_CLASS in choices else names[0]),
+        )
 
     outputs = [image, editor, note, class_name]
     _on(upload.upload, lambda path: show(handlers.read(path)), [upload], outputs)
@@ -287,19 +322,31 @@ def _image_box(label: str, visible: bool = True, height: int = 420) -> gr.Image:
     )
 
 
-def _editor(label: str) -> gr.ImageEditor:
+def _editor(label: str, colour: str, value: Image.Image | None = None) -> gr.ImageEditor:
     return gr.ImageEditor(
+        _ground(value) if value else None,  # type: ignore[arg-type]
         label=label,
         type="numpy",
         format="png",
         sources=[],
         transforms=[],
         layers=False,
-        brush=gr.Brush(default_size=28, colors=[BRUSH], color_mode="fixed"),
+        brush=_brush(colour),
         eraser=gr.Eraser(default_size=28),
         buttons=[],
         height=480,
+        canvas_size=value.size if value else (800, 800),
+        render=value is None,
     )
+
+
+def _ground(image: Image.Image) -> dict[str, Any]:
+    """An editor's value before anything is painted."""
+    return {"background": image, "layers": [], "composite": image}
+
+
+def _brush(colour: str) -> gr.Brush:
+    return gr.Brush(default_size=28, colors=[colour], color_mode="fixed")
 
 
 def _gallery(label: str, columns: int, height: int) -> gr.Gallery:

@@ -23,6 +23,8 @@ from pipelines.page.app_handlers import (
     draw_codes,
     enlarge,
 )
+from pipelines.page.painted_maps import LABEL_COLOURS, draw_map, painted_map
+from stage2_prior.conditions.map_condition import MapConditionConfig
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.prior import Prior
 from twostage.core.errors import InputError
@@ -148,6 +150,55 @@ def test_bad_inpaint_input_is_refused(handlers, page_image):
     with refuses("this prior is a causal_transformer", "(bottom)"):
         inpaint(page_image, [brushed(16, 16, slice(0, 4), slice(0, 4))])
     assert inpaint(page_image, [], "bottom").shape == (2, 3, 16, 16)
+
+
+def test_a_painted_map_is_a_label_map():
+    ground = np.arange(256, dtype=np.uint8).reshape(16, 16) // 90
+    layer = np.zeros((384, 384, 4), np.uint8)
+    layer[24:72, 0:48] = (*LABEL_COLOURS[5], 255)  # rows 1 and 2, columns 0 and 1
+    layer[24:72, 24:37] = (*np.add(LABEL_COLOURS[2], 3), 255)  # more than half of column 1, nearly in that colour
+    layer[200:210, 200:210] = (*LABEL_COLOURS[5], 255)  # less than half of a pixel
+    layer[300:, 300:] = (*LABEL_COLOURS[5], 100)  # too faint
+    expected = ground.copy()
+    expected[1:3, :2] = [5, 2]
+    assert np.array_equal(painted_map(ground, [layer], [0, 2, 5]), expected)
+    assert np.array_equal(painted_map(ground, [], [0]), ground)
+    assert len(set(LABEL_COLOURS)) == 256
+    assert draw_map(ground)[:, 15, 15].tolist() == [*LABEL_COLOURS[2]]
+
+
+def test_images_follow_a_map(masked, tmp_path):
+    config = masked.pipeline.prior.config
+    form = MapConditionConfig(labels=(1, 2), size=(16, 16), depth=1, dropout=0)
+    prior = Prior(config.model_copy(update={"conditions": [*config.conditions, form]}))
+    handlers = Handlers(TwoStagePipeline(masked.pipeline.tokenizer, prior))
+    with refuses("no map", "upload or paint"):
+        handlers.generate(1, ALL_CLASSES, 0, {}, silent)
+    assert handlers.painted_map(None, None, [np.zeros((9, 9, 4), np.uint8)]) is None
+    layer = np.zeros((32, 32, 4), np.uint8)
+    layer[:16] = (*LABEL_COLOURS[2], 255)
+    label_map = handlers.painted_map(None, None, [layer])
+    assert label_map is not None
+    assert (label_map[:8] == 2).all()
+    assert (label_map[8:] == 1).all(), "the smallest label is below"
+    shown = np.full((32, 32, 4), 200, np.uint8)
+    on_upload = handlers.painted_map(np.full((16, 16), 2, np.uint8), shown, [])
+    assert on_upload is not None
+    assert (on_upload == 2).all()
+    for cleared in (None, np.full_like(shown, 255)):
+        assert handlers.painted_map(np.full((16, 16), 2, np.uint8), cleared, []) is None
+    drawn = handlers.generate(2, "star", 0, {}, silent, label_map=label_map)
+    expected = handlers.pipeline(2, ["star"], maps=[label_map], output_type="pt").images
+    assert torch.equal(torch.stack([image.pixels for image in drawn]), expected)
+    for name, image, parts in (
+        ("size.png", Image.new("L", (9, 16), 1), ("map: expected 16x16 labels", "(16, 9)", "Resize")),
+        ("label.png", Image.new("L", (16, 16), 7), ("the label 7 never occurs", "Use 1, 2")),
+        ("colour.png", Image.new("RGB", (16, 16), (1, 2, 3)), ("colour.png: not a label map", "Give a PNG")),
+    ):
+        image.save(tmp_path / name)
+        with refuses(*parts) as refused:
+            handlers.read_map(str(tmp_path / name))
+        assert str(tmp_path) not in str(refused.value)
 
 
 def test_interpolates_between_two(handlers, page_image):

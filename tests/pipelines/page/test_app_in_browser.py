@@ -24,6 +24,7 @@ from PIL import Image
 
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.files.given_images import read_image
+from stage2_prior.conditions.map_condition import MapConditionConfig
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.prior import Prior
 from twostage.core.images.conversion import to_float, to_pil
@@ -60,10 +61,11 @@ class Server:
 
 @pytest.fixture(scope="module")
 def masked(pipeline) -> TwoStagePipeline:
-    """With an untrained masked transformer, which can redraw any part."""
+    """With an untrained masked transformer, which can redraw any part, by class and label map."""
     torch.manual_seed(0)
     model = MaskedTransformerConfig(hidden_size=32, depth=2, num_heads=2, dropout=0.0)
-    prior = Prior(pipeline.prior.config.model_copy(update={"model": model}))
+    conditions = [*pipeline.prior.config.conditions, MapConditionConfig(labels=(0, 1, 2), size=(16, 16), depth=1)]
+    prior = Prior(pipeline.prior.config.model_copy(update={"model": model, "conditions": conditions}))
     for parameter in prior.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return TwoStagePipeline(pipeline.tokenizer, prior)
@@ -199,6 +201,44 @@ def test_an_unknown_class_shows_a_message(page, masked):
     panel.get_by_role("button", name="Generate", exact=True).click()
     _, pixels = gallery(panel, 16, unlike=before)
     assert np.array_equal(pixels, as_array(masked(16, ["star"], seed=7, guidance_scale=2.0, output_type="pt").images))
+
+
+def test_label_maps_are_uploaded_and_painted(page, masked, tmp_path):
+    def drawn(label_map: np.ndarray) -> np.ndarray:
+        return as_array(masked(16, ["star"], seed=7, maps=[label_map], guidance_scale=2.0, output_type="pt").images)
+
+    panel = tab(page, "Generate")
+    before, _ = gallery(panel, 16)
+    upload = panel.locator("input[type=file]").first
+    Image.new("L", (9, 16)).save(tmp_path / "narrow.png")
+    upload.set_input_files(tmp_path / "narrow.png")
+    assert "expected 16x16 labels" in said(page, "map: expected")
+    label_map = np.arange(256, dtype=np.uint8).reshape(16, 16) // 90
+    Image.fromarray(label_map).save(tmp_path / "map.png")
+    upload.set_input_files(tmp_path / "map.png")
+    panel.get_by_text("map.png is on the canvas").wait_for()
+    panel.get_by_role("button", name="Generate", exact=True).click()
+    uploaded, pixels = gallery(panel, 16, unlike=before)
+    assert np.array_equal(pixels, drawn(label_map))
+    page.evaluate("scrollTo(0, 0)")
+    box = panel.locator("canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    for row in range(-200, 201, 40):  # all of it, with the brush's first label
+        page.mouse.move(x - 200, y + row)
+        page.mouse.down()
+        page.mouse.move(x + 200, y + row, steps=6)
+        page.mouse.up()
+    page.wait_for_timeout(500)  # the editor does not show when it has drawn the last stroke
+    panel.get_by_role("button", name="Generate", exact=True).click()
+    painted, pixels = gallery(panel, 16, unlike=uploaded)
+    assert np.array_equal(pixels, drawn(np.full((16, 16), 2, np.uint8)))
+    page.evaluate("scrollTo(0, 0)")
+    panel.get_by_role("button", name="Clear").click()
+    panel.get_by_text("select the draw tool to start").wait_for()
+    panel.get_by_role("button", name="Generate", exact=True).click()
+    _, pixels = gallery(panel, 16, unlike=painted)
+    expected = masked(16, ["star"], seed=7, guidance_scale=2.0, output_type="pt").images
+    assert np.array_equal(pixels, as_array(expected)), "without a map"
 
 
 def test_bad_uploads_show_a_message_and_good_ones_are_reconstructed(page, masked, star, tmp_path):
