@@ -29,7 +29,7 @@ class Asked:
     negative_prompts: list[str] | None = None
     """What guidance leads away from; None: from no prompt at all."""
     maps: list[Any] | None = None
-    """Label maps (H, W)."""
+    """Labels (H, W), or images (C, H, W) uint8."""
     vectors: list[Any] | None = None
     """Lists or arrays of numbers."""
 

@@ -95,12 +95,8 @@ class ImageSampler:
     @property
     def map_channels(self) -> int | None:
         """Those of the maps that the prior is conditioned on, if they are images; None for labels, and without maps."""
-        found = (
-            [each for each in self.prior.config.conditions if isinstance(each, MapConditionConfig)]
-            if self.prior
-            else []
-        )
-        return found[0].channels if found else None
+        configs = self.prior.config.conditions if self.prior else []
+        return next((config.channels for config in configs if isinstance(config, MapConditionConfig)), None)
 
     @property
     def device(self) -> torch.device:

@@ -75,7 +75,7 @@ class Handlers:
     @property
     def map_condition(self) -> LabelMapCondition | None:
         """The prior's label maps; None: it is not conditioned on them."""
-        found = self.pipeline.prior.conditions["map"] if self.reads("map") and self.pipeline.prior else None
+        found = dict(self.pipeline.prior.conditions.items()).get("map") if self.pipeline.prior else None
         return found if isinstance(found, LabelMapCondition) else None
 
     def reads(self, condition: str) -> bool:

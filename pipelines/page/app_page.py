@@ -96,9 +96,9 @@ def _generate_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -
             class_name = gr.Dropdown(
                 [ALL_CLASSES, *(names or [])], label="Class", allow_custom_value=True, visible=bool(names)
             )
-            prompt = _prompt_box(handlers.pipeline, "Empty: example prompts.")
+            prompt = _prompt_box(handlers, "Empty: example prompts.")
             negative_prompt = gr.Textbox(
-                label="Negative prompt", info="What guidance leads away from.", visible=_reads_text(handlers.pipeline)
+                label="Negative prompt", info="What guidance leads away from.", visible=handlers.reads("text")
             )
             uploaded, editor = _map_editor(handlers) if handlers.map_condition else (gr.State(), gr.State())
             num_images = gr.Slider(1, MAX_IMAGES, 2 * columns, step=1, label="Number of images")
@@ -179,7 +179,7 @@ def _inpaint_tab(handlers: Handlers, generated: gr.State, selected: gr.State) ->
             note = gr.Markdown()
             part = gr.Dropdown(parts, value=first_part, label="Redraw")
             class_name = gr.Dropdown(choices, label="Class", allow_custom_value=True, visible=bool(names))
-            prompt = _prompt_box(handlers.pipeline, "Empty: without a prompt.")
+            prompt = _prompt_box(handlers, "Empty: without a prompt.")
             num_images = gr.Slider(1, MAX_IMAGES, 8, step=1, label="Number of completions")
             feather = gr.Slider(0, 8, 0, step=1, label="Feather in pixels", info="How far kept pixels blend in.")
             seed, controls = _seed_box(), _sampling_controls(handlers.pipeline)
@@ -280,15 +280,12 @@ def _sampling_controls(pipeline: TwoStagePipeline) -> dict[str, Component]:
         }  # fmt: skip
 
 
-def _reads_text(pipeline: TwoStagePipeline) -> bool:
-    return bool(pipeline.prior and "text" in pipeline.prior.conditions)
-
-
-def _prompt_box(pipeline: TwoStagePipeline, info: str) -> gr.Textbox:
+def _prompt_box(handlers: Handlers, info: str) -> gr.Textbox:
     """What to draw, for a prior that is conditioned on captions."""
-    examples = pipeline.prior.example_prompts() if pipeline.prior else ()
+    prior = handlers.pipeline.prior
+    examples = prior.example_prompts() if prior else ()
     hint = f"Such as: {examples[0]}" if examples else None
-    return gr.Textbox(label="Prompt", placeholder=hint, info=info, visible=_reads_text(pipeline))
+    return gr.Textbox(label="Prompt", placeholder=hint, info=info, visible=handlers.reads("text"))
 
 
 def _given(text: str | None) -> str | None:

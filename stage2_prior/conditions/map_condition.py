@@ -38,7 +38,7 @@ class MapConditionConfig(ConditionConfig):
     depth: Depth = 2
     """Residual convolutions over the cells."""
     labels: tuple[Size, ...] = ()
-    """Those of the training maps; set from the codes. None if the maps are images."""
+    """Those of the training maps; set from the codes. Empty if the maps are images."""
     channels: Literal[1, 3] | None = None
     """Those of maps that are images; set from the codes."""
     size: tuple[Count, Count] | None = None

@@ -45,7 +45,7 @@ class Vocabulary(Section):
             case "byte_pairs":
                 learned = _byte_pair_tokenizer([])
                 trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=_BYTES, show_progress=False)
-                learned.train_from_iterator(map(_plain, captions), trainer)
+                learned.train_from_iterator(map(_spaced, captions), trainer)
                 merges = _merges_of(learned)
                 return cls(units=units, entries=tuple(merges))
 
@@ -58,7 +58,7 @@ class Vocabulary(Section):
         """The tokens of a caption, without the words that :meth:`check` refuses."""
         if self.units == "words":
             return [self._numbers[word] for word in _words(caption) if word in self._numbers]
-        return [1 + number for number in self._byte_pairs.encode(_plain(caption)).ids]
+        return [1 + number for number in self._byte_pairs.encode(_spaced(caption)).ids]
 
     def check(self, prompt: str) -> None:
         """Refuses a prompt with words that never occur in the training captions, if the units are words.
@@ -91,6 +91,11 @@ def _plain(caption: str) -> str:
     return " ".join(unicodedata.normalize("NFC", caption).lower().split())
 
 
+def _spaced(caption: str) -> str:
+    """The plain caption with a space before it, so that a word is the same at the beginning as elsewhere."""
+    return f" {plain}" if (plain := _plain(caption)) else ""
+
+
 def _words(caption: str) -> list[str]:
     return _WORD.findall(_plain(caption))
 
@@ -99,7 +104,7 @@ def _byte_pair_tokenizer(merges: list[tuple[str, str]]) -> Tokenizer:
     units = [*_BYTES, *dict.fromkeys(first + second for first, second in merges)]
     tokenizer = Tokenizer(models.BPE(vocab={unit: i for i, unit in enumerate(units)}, merges=merges))
     words = pre_tokenizers.Split(_SPACED_WORD, "isolated")
-    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])  # type: ignore[assignment]
     return tokenizer
 

@@ -36,3 +36,18 @@ def test_a_word_that_was_never_seen_is_refused_by_a_list_of_words_only():
         words.check("a purple star")
     assert words.tokens("a purple star") == words.tokens("a star")
     pairs.check("a purple star")
+
+
+def test_a_mark_has_no_space_of_its_own():
+    text = "medium-dark, (tall) woman's"
+    assert len(Vocabulary(units="bytes").tokens(text)) == len(f" {text}"), "a byte each, and one space before"
+    assert Vocabulary.learned_from([text] * 3, "words", 9).entries == (
+        "'",
+        "(",
+        ")",
+        ",",
+        "medium-dark",
+        "s",
+        "tall",
+        "woman",
+    )
