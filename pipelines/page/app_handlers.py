@@ -14,12 +14,10 @@ from torch import Tensor
 
 from pipelines.drawing.redraw import InpaintRequest, can_redraw, inpaint
 from pipelines.drawing.two_stage import TwoStagePipeline
-from pipelines.files.given_conditions import read_map_file
 from pipelines.files.given_images import read_image
 from pipelines.files.masks import MASK_NAMES, brushed_mask, named_mask
-from pipelines.page.painted_maps import BLANK, number_colour, painted_map
+from pipelines.page.painted_maps import MapCanvas, number_colour
 from stage1_tokenizer.validation import psnr
-from stage2_prior.conditions.map_condition import LabelMapCondition
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.errors import InputError
@@ -72,48 +70,15 @@ class Handlers:
             raise InputError(str(error).replace(path, name)) from None
         return PageImage(pixels, note=f"{name}: {changes or 'used as it is'}.")
 
-    @property
-    def map_condition(self) -> LabelMapCondition | None:
-        """The prior's label maps; None: it is not conditioned on them."""
-        found = dict(self.pipeline.prior.conditions.items()).get("map") if self.pipeline.prior else None
-        return found if isinstance(found, LabelMapCondition) else None
-
     def reads(self, condition: str) -> bool:
         """Whether the prior is conditioned on this."""
         return bool(self.pipeline.prior and condition in self.pipeline.prior.conditions)
 
-    def empty_map(self) -> np.ndarray:
-        """A map (H, W) uint8 of the smallest label alone, usually the ground."""
-        condition = self.map_condition
-        assert condition
-        return np.full(condition.size, min(condition.labels), dtype=np.uint8)
-
-    def read_map(self, path: str) -> np.ndarray:
-        """The labels (H, W) uint8 of an uploaded map.
-
-        Raises:
-            InputError: see `read_map_file`; a map that the prior cannot have.
-        """
-        labels = read_map_file(Path(path), Path(path).name)
-        if self.pipeline.prior:
-            self.pipeline.prior.parse("map", [labels])
-        return labels
-
-    def painted_map(
-        self, uploaded: np.ndarray | None, below: np.ndarray | None, layers: list[np.ndarray]
-    ) -> np.ndarray | None:
-        """The map that was painted on ``uploaded``, or on an empty one; None if nothing was painted or uploaded.
-
-        Args:
-            below: what the editor shows below the ``layers`` (see :func:`painted_map`); if it was cleared, nothing or
-                `BLANK`, and then the uploaded map no longer counts.
-        """
-        condition = self.map_condition
-        if below is None or (below == BLANK).all():
-            uploaded = None
-        if condition is None or (uploaded is None and not any(layer[..., 3].any() for layer in layers)):
-            return None
-        return painted_map(self.empty_map() if uploaded is None else uploaded, layers, list(condition.labels))
+    @property
+    def canvas(self) -> MapCanvas | None:
+        """What maps are painted on; None: the prior is not conditioned on maps."""
+        prior = self.pipeline.prior
+        return MapCanvas(prior) if prior and "map" in prior.conditions else None
 
     def generate(
         self,
@@ -124,17 +89,16 @@ class Handlers:
         on_progress: OnProgress,
         prompt: str | None = None,
         negative_prompt: str | None = None,
-        label_map: np.ndarray | None = None,
+        map_given: np.ndarray | None = None,
     ) -> list[PageImage]:
-        """Generates images of a class, a prompt and a label map (H, W); None and `ALL_CLASSES` cycle through all
+        """Generates images of a class, a prompt and a map, see `MapCanvas`; None and `ALL_CLASSES` cycle through all
         classes, and None through the prior's example prompts."""
         chosen = None if class_name in (None, ALL_CLASSES) else [class_name]
-        prior = self.pipeline.prior
-        if label_map is None and self.map_condition and prior and prior.needs("map"):
+        if map_given is None and self.pipeline.prior and self.pipeline.prior.needs("map"):
             raise InputError("no map: upload or paint one")
         output = self.pipeline(
             num_images, chosen, seed=_seed(seed), prompt=prompt, negative_prompt=negative_prompt,
-            maps=None if label_map is None else [label_map], output_type="pt", on_progress=on_progress, **sampling,
+            maps=None if map_given is None else [map_given], output_type="pt", on_progress=on_progress, **sampling,
         )  # fmt: skip
         known = self.pipeline.label_names
         names = [known[label] if known else None for label in output.labels or [0] * num_images]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.page.app_handlers import ALL_CLASSES, NO_CLASS, Handlers, PageImage, draw_codes, enlarge
-from pipelines.page.painted_maps import draw_map, hex_colour
+from pipelines.page.painted_maps import MapCanvas, hex_colour
 from stage2_prior.sampling import SamplingConfig
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
@@ -89,7 +89,7 @@ def describe(pipeline: TwoStagePipeline) -> str:
 
 def _generate_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -> None:
     names = handlers.pipeline.class_names
-    columns = len(names) if names and 4 <= len(names) <= 12 else 8
+    columns, canvas = len(names) if names and 4 <= len(names) <= 12 else 8, handlers.canvas
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             # A custom value gets our own message, which suggests the nearest name.
@@ -100,7 +100,7 @@ def _generate_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -
             negative_prompt = gr.Textbox(
                 label="Negative prompt", info="What guidance leads away from.", visible=handlers.reads("text")
             )
-            uploaded, editor = _map_editor(handlers) if handlers.map_condition else (gr.State(), gr.State())
+            uploaded, editor = _map_editor(canvas) if canvas else (gr.State(), gr.State())
             num_images = gr.Slider(1, MAX_IMAGES, 2 * columns, step=1, label="Number of images")
             seed, controls = _seed_box(), _sampling_controls(handlers.pipeline)
             button = gr.Button("Generate", variant="primary")
@@ -113,8 +113,8 @@ def _generate_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -
         count, name, text, against, number, below, edited, *sampling = given
         texts = _given(text), _given(against)
         settings = dict(zip(controls, sampling, strict=True))
-        label_map = handlers.painted_map(below, edited["background"], edited["layers"]) if edited else None
-        images = handlers.generate(count, name, number, settings, _shown(progress), *texts, label_map)
+        given_map = canvas.painted(below, edited["background"], edited["layers"]) if canvas and edited else None
+        images = handlers.generate(count, name, number, settings, _shown(progress), *texts, given_map)
         return [(to_pil(image.pixels), image.prompt or image.class_name) for image in images], images, None
 
     inputs = [num_images, class_name, prompt, negative_prompt, seed, uploaded, editor, *controls.values()]
@@ -126,27 +126,32 @@ def _generate_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -
     gallery.select(select, None, selected, api_visibility="private")
 
 
-def _map_editor(handlers: Handlers) -> tuple[gr.State, gr.ImageEditor]:
-    """The controls of a label map: its uploaded file, or None, and what it is painted on, to be rendered elsewhere."""
-    assert handlers.map_condition
-    labels, empty, uploaded = handlers.map_condition.labels, enlarge(draw_map(handlers.empty_map())), gr.State()
-    editor = _editor("Paint a label map", hex_colour(labels[-1]), empty)
-    upload, note = _upload_button("Upload a label map"), gr.Markdown()
-    info = f"The rest keeps the uploaded label, or {labels[0]}. Nothing painted or uploaded: no map."
-    label = gr.Radio(
-        list(map(str, labels)), value=str(labels[-1]), label="Label to paint", info=info, elem_classes="labels"
-    )
-    rules = [f".labels label:nth-of-type({i}) {{ background: {hex_colour(each)} }}" for i, each in enumerate(labels, 1)]
-    gr.HTML(f"<style>{' '.join(rules)}</style>", visible="hidden")
+def _map_editor(canvas: MapCanvas) -> tuple[gr.State, gr.ImageEditor]:
+    """The controls of a map: the uploaded one, or None, and what it is painted on, to be rendered elsewhere."""
+    labels, empty, uploaded = canvas.labels, enlarge(canvas.draw(canvas.empty())), gr.State()
+    brush = _brush(hex_colour(labels[-1])) if labels else gr.Brush(default_size=6, default_color="#000000")
+    editor = _editor("Paint a map", brush, empty)
+    upload, note = _upload_button("Upload a map"), gr.Markdown()
 
     def show(path: str) -> tuple[Any, ...]:
-        labels = handlers.read_map(path)
+        found = canvas.read(path)
         said = f"{Path(path).name} is on the canvas. Clear the canvas to remove it."
-        return labels, _ground(enlarge(draw_map(labels))), said
+        return found, _ground(enlarge(canvas.draw(found))), said
 
     _on(upload.upload, show, [upload], [uploaded, editor, note])
-    _on(label.change, lambda chosen: gr.ImageEditor(brush=_brush(hex_colour(int(chosen)))), [label], [editor])
+    if labels:
+        _label_choice(labels, editor)
     return uploaded, editor
+
+
+def _label_choice(labels: list[int], editor: gr.ImageEditor) -> None:
+    """Which label the brush paints."""
+    info = f"The rest keeps the uploaded label, or {labels[0]}. Nothing painted or uploaded: no map."
+    choices = list(map(str, labels))
+    label = gr.Radio(choices, value=choices[-1], label="Label to paint", info=info, elem_classes="labels")
+    rules = [f".labels label:nth-of-type({i}) {{ background: {hex_colour(each)} }}" for i, each in enumerate(labels, 1)]
+    gr.HTML(f"<style>{' '.join(rules)}</style>", visible="hidden")
+    _on(label.change, lambda chosen: gr.ImageEditor(brush=_brush(hex_colour(int(chosen)))), [label], [editor])
 
 
 def _reconstruct_tab(handlers: Handlers) -> None:
@@ -185,7 +190,10 @@ def _inpaint_tab(handlers: Handlers, generated: gr.State, selected: gr.State) ->
             seed, controls = _seed_box(), _sampling_controls(handlers.pipeline)
             button = gr.Button("Inpaint", variant="primary")
         with gr.Column(scale=2):
-            editor, gallery = _editor("Brush over what is to be redrawn", BRUSH), _gallery("Completions", 8, height=260)
+            editor, gallery = (
+                _editor("Brush over what is to be redrawn", _brush(BRUSH)),
+                _gallery("Completions", 8, height=260),
+            )
 
     def show(chosen: PageImage) -> tuple[Any, ...]:
         return (
@@ -319,7 +327,7 @@ def _image_box(label: str, visible: bool = True, height: int = 420) -> gr.Image:
     )
 
 
-def _editor(label: str, colour: str, value: Image.Image | None = None) -> gr.ImageEditor:
+def _editor(label: str, brush: gr.Brush, value: Image.Image | None = None) -> gr.ImageEditor:
     return gr.ImageEditor(
         _ground(value) if value else None,  # type: ignore[arg-type]
         label=label,
@@ -328,7 +336,7 @@ def _editor(label: str, colour: str, value: Image.Image | None = None) -> gr.Ima
         sources=[],
         transforms=[],
         layers=False,
-        brush=_brush(colour),
+        brush=brush,
         eraser=gr.Eraser(default_size=28),
         buttons=[],
         height=480,

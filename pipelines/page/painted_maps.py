@@ -1,21 +1,24 @@
-"""Label maps on the page: the colours of labels, and what is painted with these.
+"""Maps on the page: the colours of labels, and what is painted.
 
-Axes: H and W pixels of a map.
+Axes: C channels, H and W pixels of a map.
 """
 
 import colorsys
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage2_prior.conditions.map_condition import NO_LABEL
+from pipelines.files.given_conditions import read_map_file
+from stage2_prior.conditions.map_condition import NO_LABEL, ImageMapCondition, LabelMapCondition
+from stage2_prior.prior import Prior
 
-__all__ = ["BLANK", "LABEL_COLOURS", "draw_map", "hex_colour", "number_colour", "painted_map"]
+__all__ = ["LABEL_COLOURS", "MapCanvas", "hex_colour", "number_colour", "painted_image", "painted_labels"]
 
 BLANK = 255
-"""The grey value of an editor that was cleared."""
+"""The value of all pixels of an editor that was cleared, and of an empty map that is an image."""
 OPAQUE = 128
 """The alpha value from which a pixel of a layer counts as painted."""
 
@@ -37,12 +40,61 @@ def hex_colour(label: int) -> str:
     return "#{:02x}{:02x}{:02x}".format(*LABEL_COLOURS[label])
 
 
-def draw_map(labels: np.ndarray) -> Tensor:
-    """Labels (H, W) uint8 in their colours: (3, H, W) uint8."""
-    return torch.tensor(LABEL_COLOURS, dtype=torch.uint8)[torch.from_numpy(labels.astype(np.int64))].permute(2, 0, 1)
+class MapCanvas:
+    """What maps look like on the page, and which map was painted, for a prior that is conditioned on maps.
+
+    Maps are (H, W) uint8 with labels, or (C, H, W) uint8 if they are images.
+    """
+
+    def __init__(self, prior: Prior) -> None:
+        self._prior = prior
+        condition = prior.conditions["map"]
+        assert isinstance(condition, LabelMapCondition | ImageMapCondition)
+        self.labels = list(condition.labels) if isinstance(condition, LabelMapCondition) else []
+        """Those that can be painted; none if maps are images."""
+        self._channels = None if isinstance(condition, LabelMapCondition) else condition.channels
+        self._size = condition.size
+
+    def empty(self) -> np.ndarray:
+        """A map of the smallest label alone, usually the ground; or a white image."""
+        shape = self._size if self._channels is None else (self._channels, *self._size)
+        return np.full(shape, self.labels[0] if self.labels else BLANK, dtype=np.uint8)
+
+    def read(self, path: str) -> np.ndarray:
+        """An uploaded map.
+
+        Raises:
+            InputError: see `read_map_file`; a map that the prior cannot have.
+        """
+        found = read_map_file(Path(path), Path(path).name, self._channels)
+        self._prior.parse("map", [found])
+        return found
+
+    def draw(self, found: np.ndarray) -> Tensor:
+        """A map as an image (C, H, W) uint8."""
+        if self._channels is not None:
+            return torch.from_numpy(found.copy())
+        return torch.tensor(LABEL_COLOURS, dtype=torch.uint8)[torch.from_numpy(found.astype(np.int64))].permute(2, 0, 1)
+
+    def painted(
+        self, uploaded: np.ndarray | None, below: np.ndarray | None, layers: list[np.ndarray]
+    ) -> np.ndarray | None:
+        """The map that was painted on ``uploaded``, or on an empty one; None if nothing was painted or uploaded.
+
+        Args:
+            below: what the editor shows below the ``layers``; if it was cleared, nothing or `BLANK`, and then the
+                uploaded map no longer counts.
+            layers: (height, width, 4) uint8 RGBA each, transparent where nothing is painted.
+        """
+        if below is None or (below == BLANK).all():
+            uploaded = None
+        if uploaded is None and not any(layer[..., 3].any() for layer in layers):
+            return None
+        ground = self.empty() if uploaded is None else uploaded
+        return painted_labels(ground, layers, self.labels) if self.labels else painted_image(ground, layers)
 
 
-def painted_map(ground: np.ndarray, layers: list[np.ndarray], labels: list[int]) -> np.ndarray:
+def painted_labels(ground: np.ndarray, layers: list[np.ndarray], labels: list[int]) -> np.ndarray:
     """The labels (H, W) uint8 of a map that was painted on: where at least half of a pixel is covered, the label that
     covers most of it.
 
@@ -65,6 +117,23 @@ def painted_map(ground: np.ndarray, layers: list[np.ndarray], labels: list[int])
             covered = shares.sum(0) >= 0.5
             painted[covered] = torch.tensor(labels)[shares.argmax(0)][covered]
     return painted.numpy().astype(np.uint8)
+
+
+def painted_image(ground: np.ndarray, layers: list[np.ndarray]) -> np.ndarray:
+    """The pixels (C, H, W) uint8 of a map that was painted on, resized to the mean colour.
+
+    Args:
+        ground: (C, H, W) uint8: the image below.
+        layers: (height, width, 4) uint8 RGBA each, an enlarged map.
+    """
+    painted, (_, height, width) = torch.tensor(ground).float(), ground.shape
+    for layer in layers:
+        pixels = torch.tensor(layer).permute(2, 0, 1).float()
+        alpha = pixels[3:] / 255
+        colours = pixels[:3] if len(painted) == 3 else pixels[:3].mean(0, keepdim=True)
+        cover, ink = (F.adaptive_avg_pool2d(each, (height, width)) for each in (alpha, colours * alpha))
+        painted = painted * (1 - cover) + ink
+    return painted.round().numpy().astype(np.uint8)
 
 
 def _shares(pixels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -23,7 +23,7 @@ from pipelines.page.app_handlers import (
     draw_codes,
     enlarge,
 )
-from pipelines.page.painted_maps import LABEL_COLOURS, draw_map, painted_map
+from pipelines.page.painted_maps import LABEL_COLOURS, painted_labels
 from stage2_prior.conditions.map_condition import MapConditionConfig
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.prior import Prior
@@ -161,10 +161,9 @@ def test_a_painted_map_is_a_label_map():
     layer[300:, 300:] = (*LABEL_COLOURS[5], 100)  # too faint
     expected = ground.copy()
     expected[1:3, :2] = [5, 2]
-    assert np.array_equal(painted_map(ground, [layer], [0, 2, 5]), expected)
-    assert np.array_equal(painted_map(ground, [], [0]), ground)
+    assert np.array_equal(painted_labels(ground, [layer], [0, 2, 5]), expected)
+    assert np.array_equal(painted_labels(ground, [], [0]), ground)
     assert len(set(LABEL_COLOURS)) == 256
-    assert draw_map(ground)[:, 15, 15].tolist() == [*LABEL_COLOURS[2]]
 
 
 def test_images_follow_a_map(masked, tmp_path):
@@ -172,22 +171,25 @@ def test_images_follow_a_map(masked, tmp_path):
     form = MapConditionConfig(labels=(1, 2), size=(16, 16), depth=1, dropout=0)
     prior = Prior(config.model_copy(update={"conditions": [*config.conditions, form]}))
     handlers = Handlers(TwoStagePipeline(masked.pipeline.tokenizer, prior))
+    canvas = handlers.canvas
+    assert canvas
     with refuses("no map", "upload or paint"):
         handlers.generate(1, ALL_CLASSES, 0, {}, silent)
-    assert handlers.painted_map(None, None, [np.zeros((9, 9, 4), np.uint8)]) is None
+    assert canvas.painted(None, None, [np.zeros((9, 9, 4), np.uint8)]) is None
     layer = np.zeros((32, 32, 4), np.uint8)
     layer[:16] = (*LABEL_COLOURS[2], 255)
-    label_map = handlers.painted_map(None, None, [layer])
+    label_map = canvas.painted(None, None, [layer])
     assert label_map is not None
     assert (label_map[:8] == 2).all()
     assert (label_map[8:] == 1).all(), "the smallest label is below"
     shown = np.full((32, 32, 4), 200, np.uint8)
-    on_upload = handlers.painted_map(np.full((16, 16), 2, np.uint8), shown, [])
+    on_upload = canvas.painted(np.full((16, 16), 2, np.uint8), shown, [])
     assert on_upload is not None
     assert (on_upload == 2).all()
     for cleared in (None, np.full_like(shown, 255)):
-        assert handlers.painted_map(np.full((16, 16), 2, np.uint8), cleared, []) is None
-    drawn = handlers.generate(2, "star", 0, {}, silent, label_map=label_map)
+        assert canvas.painted(np.full((16, 16), 2, np.uint8), cleared, []) is None
+    assert canvas.draw(label_map)[:, 0, 0].tolist() == [*LABEL_COLOURS[2]]
+    drawn = handlers.generate(2, "star", 0, {}, silent, map_given=label_map)
     expected = handlers.pipeline(2, ["star"], maps=[label_map], output_type="pt").images
     assert torch.equal(torch.stack([image.pixels for image in drawn]), expected)
     for name, image, parts in (
@@ -197,8 +199,32 @@ def test_images_follow_a_map(masked, tmp_path):
     ):
         image.save(tmp_path / name)
         with refuses(*parts) as refused:
-            handlers.read_map(str(tmp_path / name))
+            canvas.read(str(tmp_path / name))
         assert str(tmp_path) not in str(refused.value)
+
+
+def test_maps_that_are_images_are_painted_too(masked, tmp_path):
+    config = masked.pipeline.prior.config
+    form = MapConditionConfig(channels=1, size=(16, 16), depth=1)
+    prior = Prior(config.model_copy(update={"conditions": [*config.conditions, form]}))
+    handlers = Handlers(TwoStagePipeline(masked.pipeline.tokenizer, prior))
+    canvas = handlers.canvas
+    assert canvas
+    assert canvas.labels == []
+    Image.new("RGB", (16, 16), (90, 90, 90)).save(tmp_path / "grey.png")
+    found = canvas.read(str(tmp_path / "grey.png"))
+    layer = np.zeros((32, 32, 4), np.uint8)
+    layer[:16] = (30, 0, 0, 255)
+    layer[31, :, 3] = 255  # half of the last row
+    painted = canvas.painted(found, np.full((32, 32, 4), 90, np.uint8), [layer])
+    assert painted is not None
+    assert painted[0, :, 3].tolist() == [10] * 8 + [90] * 7 + [45]
+    assert len(handlers.generate(2, "star", 0, {}, silent, map_given=painted)) == 2
+    on_white = canvas.painted(None, None, [layer])
+    assert on_white is not None
+    assert on_white[0, 10, 0] == 255
+    with refuses("1 channel", "16x16"):
+        handlers.generate(1, "star", 0, {}, silent, map_given=painted[:, :9])
 
 
 def test_interpolates_between_two(handlers, page_image):
