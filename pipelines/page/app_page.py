@@ -135,7 +135,7 @@ def _map_editor(canvas: MapCanvas) -> tuple[gr.State, gr.ImageEditor]:
 
     def show(path: str) -> tuple[Any, ...]:
         found = canvas.read(path)
-        said = f"{Path(path).name} is on the canvas. Clear the canvas to remove it."
+        said = f"Loaded {Path(path).name}. Clear the canvas to remove it."
         return found, _ground(enlarge(canvas.draw(found))), said
 
     _on(upload.upload, show, [upload], [uploaded, editor, note])

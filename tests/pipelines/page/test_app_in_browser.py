@@ -216,7 +216,7 @@ def test_label_maps_are_uploaded_and_painted(page, masked, tmp_path):
     label_map = np.arange(256, dtype=np.uint8).reshape(16, 16) // 90
     Image.fromarray(label_map).save(tmp_path / "map.png")
     upload.set_input_files(tmp_path / "map.png")
-    panel.get_by_text("map.png is on the canvas").wait_for()
+    panel.get_by_text("Loaded map.png").wait_for()
     panel.get_by_role("button", name="Generate", exact=True).click()
     uploaded, pixels = gallery(panel, 16, unlike=before)
     assert np.array_equal(pixels, drawn(label_map))
