@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from messages import assert_names
 from safetensors.torch import load_file
 
