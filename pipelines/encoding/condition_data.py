@@ -50,6 +50,8 @@ def condition_settings(data: DataConfig, final: Path) -> dict[str, str | None]:
     settings = {key: getattr(data, key) for key in CONDITION_KEYS}
     if data.maps is not None and Path(data.maps).is_dir():
         settings["maps"] = portable(data.maps, final)
+    if data.vector_file:
+        settings["vector_column"] = portable(data.vector_file, final)
     return settings
 
 

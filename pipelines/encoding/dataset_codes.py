@@ -176,7 +176,8 @@ def _partial_codes(
 ) -> PartialCodes:
     augmentation, group = splits["train"].augmentation.model_dump(mode="json"), config.model_dump(mode="json")
     common = {"tokenizer": reference.hash, "augmentation": augmentation}
-    identity = common | {"data": {**group, "source": None, "maps": None}, "images": images.facts}
+    places = dict.fromkeys(("source", "maps", *(("vector_column",) if config.vector_file else ())))
+    identity = common | {"data": group | places, "images": images.facts}
     return PartialCodes(final, identity, splits, former=common | {"data": group})
 
 

@@ -252,7 +252,7 @@ def find_data(config: DataConfig, remembered_by: Path, known: Record | None) -> 
     """
     if config.source in DRAWN_SOURCES:
         return config
-    config = _find_maps(config, remembered_by)
+    config = _find_beside(config, remembered_by)
     places = find_places(config.source, remembered_by, recorded=known and known.place)
     if known is None:
         if len(places.direct) > 1:
@@ -276,12 +276,15 @@ def find_data(config: DataConfig, remembered_by: Path, known: Record | None) -> 
     return config.model_copy(update={"source": str(chosen)})
 
 
-def _find_maps(config: DataConfig, remembered_by: Path) -> DataConfig:
-    """The group with a folder of maps that is found from the current folder; the name of a column stays."""
-    if config.maps is None or "/" not in config.maps or Path(config.maps).is_dir():
-        return config
-    found = next(iter(find_places(config.maps, remembered_by)), None)
-    return config if found is None else config.model_copy(update={"maps": str(found)})
+def _find_beside(config: DataConfig, remembered_by: Path) -> DataConfig:
+    """The group with a folder of maps and a file of vectors that are found from the current folder; names of columns
+    stay."""
+    found = {}
+    if config.maps is not None and "/" in config.maps and not Path(config.maps).is_dir():
+        found["maps"] = next(iter(find_places(config.maps, remembered_by)), None)
+    if config.vector_file and not config.vector_file.is_file():
+        found["vector_column"] = next(iter(find_places(str(config.vector_file), remembered_by)), None)
+    return config.model_copy(update={key: str(place) for key, place in found.items() if place is not None})
 
 
 def _holds(config: DataConfig, place: Path, facts: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ on demand, in threads.
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from twostage.core.data.records import AUTO, Captions, Columns, Records, Source
 from twostage.core.data.shapes import CLASS_NAMES
 from twostage.core.data.sources import find_local, find_source
 from twostage.core.data.spread import names_without_images, spread
+from twostage.core.data.vectors import VECTOR_FILE, add_vectors
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import quiet_decoders
 from twostage.core.images.pixel_values import UsedValues, is_grey
@@ -71,7 +73,8 @@ class DataConfig(Section):
     on_missing_caption: Literal["error", "skip", "empty"] = "error"
     """Whether images without a caption stop `twostage encode`, are skipped, or have an empty caption."""
     vector_column: Annotated[str, Field(min_length=1)] | None = None
-    """The column with a vector for each image: lists of numbers, all of the same length."""
+    """The column with a vector for each image: lists of numbers, all of the same length. Or a `.npz` file of
+    `twostage embed`."""
     maps: PathName | None = None
     """A map for each image, such as a segmentation: another image column, or a folder of images with the same names."""
     map_kind: MapKind = "labels"
@@ -119,7 +122,14 @@ class DataConfig(Section):
     @property
     def columns(self) -> Columns:
         """What to read beside the images."""
-        return Columns(self.label_column, self.caption_column, self.vector_column, self.maps)
+        vectors = None if self.vector_file else self.vector_column
+        return Columns(self.label_column, self.caption_column, vectors, self.maps)
+
+    @property
+    def vector_file(self) -> Path | None:
+        """The file that ``vector_column`` names, if it is no column."""
+        given = self.vector_column
+        return Path(given) if given is not None and given.endswith(VECTOR_FILE) else None
 
 
 class ImageSplit:
@@ -329,6 +339,8 @@ def load_images(config: DataConfig) -> ImageData:
         return _load_drawn(config)
     quiet_decoders()
     source = find_source(config.source, config.columns)
+    if config.vector_file:
+        source.splits = add_vectors(source.splits, config.vector_file)
     _apply_caption_policy(source, config)
     _limit_and_hold_out(source, config)
     count = sum(map(len, source.splits.values()))

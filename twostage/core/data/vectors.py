@@ -1,15 +1,23 @@
-"""The column with a vector for each image."""
+"""A vector for each image: from a column, or from a file of `twostage embed`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from twostage.core.data.records import Records
 from twostage.core.errors import InputError
-from twostage.core.wording import short_repr
+from twostage.core.files import replacing
+from twostage.core.wording import short_repr, some_of
 
-__all__ = ["check_same_length", "read_vectors"]
+__all__ = ["VECTOR_FILE", "add_vectors", "check_same_length", "read_vectors", "write_vectors"]
+
+VECTOR_FILE = ".npz"
+"""The ending of files of vectors."""
 
 _REMEDY = "Fix this row, or set data.vector_column=null to use the images without vectors"
 _OTHER = "Set data.vector_column to another column, or to null to use the images without vectors"
@@ -57,3 +65,55 @@ def check_same_length(vectors: Mapping[str, np.ndarray | None], column: str) -> 
     if len(set(lengths.values())) > 1:
         shown = ", ".join(f"{length} in `{split}`" for split, length in lengths.items())
         raise InputError(f"data.vector_column {column!r}: has vectors of {shown}, expected one length. {_OTHER}")
+
+
+def write_vectors(file: Path, splits: Mapping[str, Records], vectors: Mapping[str, np.ndarray]) -> None:
+    """Write the vectors (n, d) of the images of each split with what identifies the images, as a `.npz` of `vectors`
+    (N, d) float32, `names` and `splits` (N,), and, if the images have classes, `labels` (N,) int64."""
+    names = [name for records in splits.values() for name in _names(records)]
+    arrays = {
+        "vectors": np.concatenate([vectors[split] for split in splits]).astype(np.float32),
+        "names": np.array(names),
+        "splits": np.repeat(list(splits), [len(records) for records in splits.values()]),
+    }
+    labels = [records.labels for records in splits.values() if records.labels is not None]
+    if len(labels) == len(splits):
+        arrays["labels"] = np.concatenate(labels)
+    with replacing(file) as partial, partial.open("wb") as opened:
+        np.savez(opened, **arrays)
+
+
+def add_vectors(splits: Mapping[str, Records], file: Path) -> dict[str, Records]:
+    """The splits with the vectors of a `.npz` of :func:`write_vectors`, by the images' names.
+
+    Raises:
+        InputError: not such a file, or one without some of the images.
+    """
+    try:
+        with np.load(file) as arrays:
+            vectors, rows = arrays["vectors"], {name: row for row, name in enumerate(arrays["names"].tolist())}
+    except FileNotFoundError:
+        raise InputError(f"data.vector_column {file}: no such file. Write it with twostage embed") from None
+    except (OSError, ValueError, KeyError, BadZipFile, AttributeError):  # another file
+        raise InputError(
+            f"data.vector_column {file}: expected arrays `vectors` and `names`. Write it with twostage embed"
+        ) from None
+    if vectors.ndim != 2 or len(vectors) != len(rows) or vectors.dtype != np.float32 or not np.isfinite(vectors).all():
+        raise InputError(
+            f"data.vector_column {file}: expected a float32 array `vectors` with a row of finite numbers for each of "
+            f"{len(rows)} names, got {vectors.dtype} of the shape {vectors.shape}. Write it with twostage embed"
+        )
+    if missing := [name for records in splits.values() for name in _names(records) if name not in rows]:
+        raise InputError(
+            f"data.vector_column {file}: has no vectors of {len(missing):,} of the images: {some_of(missing)}. Write "
+            "it again with twostage embed"
+        )
+    return {
+        split: replace(records, vectors=vectors[[rows[name] for name in _names(records)]])
+        for split, records in splits.items()
+    }
+
+
+def _names(records: Records) -> Iterable[str]:
+    """The names of the images without their location."""
+    return (name.removeprefix(records.origin).lstrip("/:") for name in records.names)
