@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipelines.drawing.asked import Cycle
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.evaluation.likelihood import HeldOutCodes
 from pipelines.evaluation.measurement import Measurement
-from pipelines.evaluation.samples import SampleRequest
+from pipelines.evaluation.samples import SampleRequest, held_out_cycle
 from pipelines.evaluation.shape_attributes import judge_shapes, map_overlap
 from pipelines.evaluation.shared_work import SharedWork
 from pipelines.saved.evaluation_figures import AttributeAccuracy
@@ -70,9 +69,7 @@ def _draw(
     assert pipeline.prior
     split = codes.cache.splits[name]
     rows = spread(len(split), request.num_samples)
-    given = pipeline.prior.conditions.read(split, rows)
-    labels = given.pop("class").tolist() if "class" in given else None
-    cycle, maps = Cycle(labels, given), split.read_maps(rows)
+    cycle, maps = held_out_cycle(pipeline.prior, split, rows), split.read_maps(rows)
     wanted = {key: torch.from_numpy(each)[rows] for key, each in split_attributes(name, len(split)).items()}
     right = torch.zeros(len(rows), len(ATTRIBUTES), dtype=torch.int64)
     overlap = torch.zeros(len(rows), dtype=torch.float64)

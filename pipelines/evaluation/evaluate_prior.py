@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipelines.drawing.asked import Cycle
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.evaluation.attributes import can_judge_attributes, measure_attributes
 from pipelines.evaluation.evaluation_report import Evaluation, Sheet, describe_machine, describe_weights
@@ -13,14 +14,23 @@ from pipelines.evaluation.likelihood import HeldOutCodes, measure_codes, measure
 from pipelines.evaluation.listening import measure_listening
 from pipelines.evaluation.measurement import HeldOutImages, Measurement, figures_of
 from pipelines.evaluation.novelty import neighbours_sheet
-from pipelines.evaluation.samples import JUDGED_SAMPLES, SampleRequest, Samples, measure_samples, unmeasured_samples
+from pipelines.evaluation.samples import (
+    JUDGED_SAMPLES,
+    SampleRequest,
+    Samples,
+    held_out_cycle,
+    measure_samples,
+    unmeasured_samples,
+)
 from pipelines.evaluation.shared_work import SharedWork
 from pipelines.saved.evaluation_figures import PRIOR_ROWS, ImageCost
 from pipelines.saved.saved_model import SavedModel, find_data
 from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Prior
 from twostage.core.data.dataset import load_images
+from twostage.core.data.spread import spread
 from twostage.core.errors import InputError
+from twostage.core.images.sheets import prompt_sheet
 
 __all__ = ["evaluate_prior"]
 
@@ -75,7 +85,8 @@ def evaluate_prior(
     found: list[Measurement] = [measure_codes(model, held_out, work), measure_listening(model, held_out, work)]
     found.append(_measure_images(pipeline, images, reason, work))
     real = RealImages.judge(network, images, samples.num_samples, work) if pipeline and network and images else None
-    drawn = measure_samples(pipeline, network, samples, work, real, reason) if pipeline and network else None
+    cycle = _asked(model, held_out, samples)
+    drawn = measure_samples(pipeline, network, samples, work, real, reason, cycle) if pipeline and network else None
     if pipeline and judges_shapes:
         found.append(measure_attributes(pipeline, held_out, samples, work))
     found += drawn.measurements if drawn else [unmeasured_samples()]
@@ -88,8 +99,16 @@ def evaluate_prior(
         settings={"image_size": list(model.config.image_size), "channels": model.config.channels, **settings},
         not_evidence=_doubts(pipeline, network, drawn, source or held_out.cache.manifest.source),
         refusal=drawn.refusal if drawn else None,
-        sheets=_sheets(drawn, pipeline) if drawn and pipeline else (),
+        sheets=_sheets(drawn, pipeline, cycle) if drawn and pipeline else (),
     )
+
+
+def _asked(prior: Prior, held_out: HeldOutCodes, samples: SampleRequest) -> Cycle | None:
+    """What samples show: the captions, maps and vectors of held-out images; None: the prior has none, and they show all
+    classes in turn."""
+    if {condition.type for condition in prior.config.conditions} <= {"class"}:
+        return None
+    return held_out_cycle(prior, held_out.split, spread(len(held_out.split), samples.num_samples))
 
 
 def _measure_images(
@@ -212,9 +231,12 @@ def _doubts(
     return not_evidence(pipeline.tokenizer.config, pipeline.saved_tokenizer.path, network, source, judged)
 
 
-def _sheets(drawn: Samples, pipeline: TwoStagePipeline) -> list[Sheet]:
-    classes = pipeline.class_names, pipeline.labels_for(None)
-    sheets = [Sheet("samples", pipeline.sheet(drawn.images), "The first samples.")]
+def _sheets(drawn: Samples, pipeline: TwoStagePipeline, cycle: Cycle | None) -> list[Sheet]:
+    captions = cycle.captions if cycle else ()
+    labels = cycle.labels if cycle else pipeline.labels_for(None)
+    names = [pipeline.label_names[label] for label in labels] if labels and pipeline.label_names else None
+    sheet = prompt_sheet(drawn.images, captions) if captions else pipeline.sheet(drawn.images)
+    sheets = [Sheet("samples", sheet, "The first samples.")]
     if drawn.neighbours:
-        sheets.append(Sheet("neighbours", neighbours_sheet(drawn.neighbours, *classes), NEIGHBOURS_CAPTION))
+        sheets.append(Sheet("neighbours", neighbours_sheet(drawn.neighbours, names, labels), NEIGHBOURS_CAPTION))
     return sheets

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.drawing.asked import Asked
+from pipelines.drawing.asked import Asked, Cycle
 from pipelines.drawing.sampler import ImageSampler
 from pipelines.evaluation.distances import (
     NUM_NEIGHBOURS,
@@ -32,9 +32,11 @@ from pipelines.evaluation.measurement import Measurement
 from pipelines.evaluation.novelty import Neighbours, measure_novelty
 from pipelines.evaluation.shared_work import SharedWork
 from pipelines.saved.evaluation_figures import SampleCounts, SampleNovelty, SampleQuality
+from stage2_prior.codes import CodeSplit
+from stage2_prior.prior import Prior
 from stage2_prior.sampling import SamplingConfig
 
-__all__ = ["JUDGED_SAMPLES", "SampleRequest", "Samples", "measure_samples", "unmeasured_samples"]
+__all__ = ["JUDGED_SAMPLES", "SampleRequest", "Samples", "held_out_cycle", "measure_samples", "unmeasured_samples"]
 
 MAX_KEPT = 80
 """Samples on the sheet of samples."""
@@ -85,6 +87,14 @@ def unmeasured_samples() -> Measurement[SampleCounts]:
     return Measurement(SampleCounts(), dict.fromkeys((*SAMPLE_FIGURES, "codes_per_s"), NO_NETWORK))
 
 
+def held_out_cycle(prior: Prior, split: CodeSplit, rows: Tensor) -> Cycle:
+    """What the held-out images ``rows`` show: a sample for each is asked to show the same."""
+    given = prior.conditions.read(split, rows)
+    labels = given.pop("class").tolist() if "class" in given else None
+    texts = split.read_captions(rows) if "text" in given else None
+    return Cycle(labels, given, captions=[each[0] if each else "" for each in texts or []])
+
+
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
@@ -96,17 +106,20 @@ def measure_samples(
     work: SharedWork,
     real: RealImages | None,
     no_images: str = "",
+    cycle: Cycle | None = None,
 ) -> Samples:
-    """Draws samples, cycling through all classes, and measures them and real images with ``network``.
+    """Draws samples and measures them and real images with ``network``.
 
     Args:
+        cycle: what the samples show, with the conditions of held-out images; None: all classes in turn.
         real: the images that as many samples are compared with; None: no comparison.
         no_images: the reason if there are no ``real`` images.
     """
-    samples, kept, codes_per_s = _draw_samples(sampler, network, request, work)
+    asked = cycle or sampler.cycle(Asked())
+    samples, kept, codes_per_s = _draw_samples(sampler, asked, network, request, work)
     copies = samples.digests.duplicates
     counts = SampleCounts(request.num_samples, request.num_samples - copies, codes_per_s)
-    protocol = _sample_protocol(sampler, request, copies)
+    protocol = _sample_protocol(sampler, cycle, request, copies)
     notes = [distance_note(network)]
     if copies:
         notes.insert(0, f"{copies:,} of the samples are copies of others among them.")
@@ -116,7 +129,7 @@ def measure_samples(
         refused = {"samples": protocol | {"refused": refusal}, "frechet_distance": network.protocol}
         return Samples([Measurement(counts, missing, refused, (), notes)], kept, refusal=refusal)
     found: list[Measurement] = [Measurement(counts, {}, {"samples": protocol}, (), notes)]
-    found.append(_measure_quality(sampler, samples, real, work))
+    found.append(_measure_quality(sampler, asked.labels, samples, real, work))
     if not real:
         return Samples([*found, Measurement(SampleNovelty(), dict.fromkeys(REAL_FIGURES, no_images))], kept)
     novelty, neighbours = measure_novelty(samples, kept, real, len(sampler.class_names or []), work)
@@ -124,10 +137,10 @@ def measure_samples(
 
 
 def _draw_samples(
-    sampler: ImageSampler, network: Judge, request: SampleRequest, work: SharedWork
+    sampler: ImageSampler, cycle: Cycle, network: Judge, request: SampleRequest, work: SharedWork
 ) -> tuple[JudgedImages, Tensor, float | None]:
     """The samples as the network sees them, the first of them (n, C, H, W) uint8, and the codes drawn per second."""
-    count, cycle = request.num_samples, sampler.cycle(Asked())
+    count = request.num_samples
     samples = JudgedImages(network, count, work)
     kept = torch.zeros(min(count, MAX_KEPT), sampler.channels, *sampler.image_size, dtype=torch.uint8)
     seconds = torch.zeros(work.state.num_processes, dtype=torch.float64)
@@ -162,10 +175,11 @@ class Stopwatch:
 
 
 def _measure_quality(
-    sampler: ImageSampler, samples: JudgedImages, real: RealImages | None, work: SharedWork
+    sampler: ImageSampler, cycle: list[int] | None, samples: JudgedImages, real: RealImages | None, work: SharedWork
 ) -> Measurement[SampleQuality]:
-    """The classes of the samples, and how the samples and held-out images compare with training images."""
-    network, cycle, count = samples.network, sampler.labels_for(None), len(samples)
+    """The classes of the samples, which cycle through ``cycle``, and how the samples and held-out images compare with
+    training images."""
+    network, count = samples.network, len(samples)
     mismatch = class_mismatch(network, sampler.label_names, "model")
     missing = {"class_accuracy": mismatch} if mismatch else {}
     labels = None if mismatch or cycle is None else torch.tensor(cycle)[torch.arange(count) % len(cycle)]
@@ -229,17 +243,20 @@ def _class_quality(images: JudgedImages, labels: Tensor | None, ending: str) -> 
 # --- the protocol, in words -----------------------------------------------------------------------------------------
 
 
-def _prompt_protocol(sampler: ImageSampler) -> dict[str, str]:
-    prompts = sampler.prior.example_prompts() if sampler.prior else ()
-    return {"prompts": f"{len(prompts)} held-out captions in turn"} if prompts else {}
+def _condition_protocol(sampler: ImageSampler, cycle: Cycle | None) -> dict[str, str | None]:
+    if cycle is None:
+        return {"classes": "all in turn" if sampler.class_names else None}
+    names, count = [*(["class"] if cycle.labels else []), *cycle.values], len(next(iter(cycle.values.values())))
+    return {"conditions": f"{', '.join(names)} of {count:,} held-out images in turn"}
 
 
-def _sample_protocol(sampler: ImageSampler, request: SampleRequest, duplicates: int) -> dict[str, Any]:
+def _sample_protocol(
+    sampler: ImageSampler, cycle: Cycle | None, request: SampleRequest, duplicates: int
+) -> dict[str, Any]:
     protocol = {
         "seed": request.seed,
         "sampling": request.sampling.model_dump(mode="json"),
-        "classes": "all in turn" if sampler.class_names else None,
-        **_prompt_protocol(sampler),
+        **_condition_protocol(sampler, cycle),
         "duplicates": duplicates,
         "duplicates_allowed": f"{MAX_DUPLICATES:.0%} of the samples",
         "pixels": "clipped and rounded to 8 bits",

@@ -4,12 +4,18 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from messages import assert_names, refuses
 from PIL import Image
 
 from pipelines.drawing.two_stage import TwoStagePipeline
+from pipelines.evaluation.samples import held_out_cycle
 from pipelines.files.given_conditions import with_lines
+from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
+from stage2_prior.codes import CodeCache
+from stage2_prior.sampling import SamplingConfig
+from twostage.core.data.spread import spread
 
 SHORT = {"batch_size": 16, "max_steps": 4, "lr": 1e-3, "validate_every": 2, "checkpoint_every": 2}
 
@@ -113,6 +119,25 @@ def test_evaluation_measures_what_the_prior_listens_to_and_draws(made, works):
         assert {f"{kind}_saves", f"wrong_{kind}_costs", f"{kind}_matches"} <= figures.keys()
     assert figures["text_matches_by_chance"] == pytest.approx(1 / 16)
     assert {"all_right", "colour_and_shape_right_unseen", "map_overlap"} <= figures.keys()
+
+
+def test_judged_samples_show_what_held_out_images_show(made, works, tmp_path):
+    pipeline = TwoStagePipeline.from_pretrained(made / "prior")
+    config = FeatureNetworkConfig(image_size=(16, 16), channels=3, class_names=pipeline.label_names, widths=[4])
+    FeatureNetwork(config).save_pretrained(tmp_path / "network")
+    works("evaluate", made / "prior", "--num-images", 20, "--num-samples", 6, "--features", tmp_path / "network",
+          "--json", tmp_path / "found.json")  # fmt: skip
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["protocol"]["samples"]["conditions"] == "class, text, map of 6 held-out images in turn"
+    assert "class_accuracy" in found["figures"]
+    split = CodeCache(made / "codes").validation
+    rows = spread(len(split), 6)
+    cycle = held_out_cycle(pipeline.prior, split, rows)
+    assert list(cycle.captions) == [texts[0] for texts in split.read_captions(rows)]
+    names = [pipeline.label_names[label] for label in split.read_labels(rows)]
+    asked = {"class_names": names, "prompt": list(cycle.captions), "maps": list(split.read_maps(rows).numpy())}
+    images = torch.cat([pixels for pixels, _ in pipeline.draw(range(6), cycle, SamplingConfig(), seed=0)])
+    assert torch.equal(images, pipeline(num_images=6, seed=0, output_type="pt", **asked).images)
 
 
 def test_a_line_may_be_an_object(made, works, tmp_path):
