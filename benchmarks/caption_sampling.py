@@ -22,7 +22,7 @@ from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.network import NetworkConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.machine.processes import share_cores
 
 GRID, CODES, LENGTH = (16, 16), 512, 32

@@ -20,7 +20,7 @@ from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
 from pipelines.evaluation.samples import SampleRequest
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage1_tokenizer.train_tokenizer import train as train_tokenizer
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from stage2_prior.train_prior import PriorTrainingConfig
 from stage2_prior.train_prior import train as train_prior
 from twostage.core.config.sections import load_config

@@ -20,7 +20,8 @@ from benchmarks.reporting import alternate, compared, parser, report
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
 from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.masked_transformer import MaskedTransformer, MaskedTransformerConfig
-from stage2_prior.sampling import Branches, SamplingConfig, Weights
+from stage2_prior.sampling import Branches
+from stage2_prior.sampling_config import SamplingConfig, Weights
 from stage2_prior.transformer import Block, rotate
 from twostage.core.machine.processes import share_cores
 

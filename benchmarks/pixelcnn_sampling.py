@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from benchmarks.reporting import alternate, compared, parser, report
 from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.pixelcnn import PixelCNN, PixelCNNConfig
-from stage2_prior.sampling import Branches, SamplingConfig, choose, uniform_noise
+from stage2_prior.sampling import Branches, choose, uniform_noise
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.machine.processes import share_cores
 
 CODES, GRID = 512, (16, 16)

@@ -8,10 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.drawing.two_stage import TwoStagePipeline
-from pipelines.page.server import check_server, serve
 from twostage.core.machine.command import run_command
-from twostage.core.machine.processes import join_processes
 
 __all__ = ["command"]
 
@@ -23,6 +20,10 @@ def command(
     tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, if it has moved.")] = None,
 ) -> None:
     """Open a page in the browser to try a trained model."""
+    from pipelines.drawing.two_stage import TwoStagePipeline
+    from pipelines.page.server import check_server, serve
+    from twostage.core.machine.processes import join_processes
+
     check_server(host, port)
     pipeline = TwoStagePipeline.from_pretrained(model, tokenizer).to(join_processes().device or "cpu")
     name = Path(model).resolve().name if Path(model).exists() else model

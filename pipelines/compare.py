@@ -9,12 +9,8 @@ from typing import Annotated
 
 import typer
 
-from pipelines.comparison.comparison_report import comparison_document, text_table, write_comparison
-from pipelines.comparison.side_by_side import compare_models
-from pipelines.comparison.tour import DEFAULT_MINUTES, take_tour
 from pipelines.drawing.sampling_options import with_sampling_options
-from pipelines.evaluation.samples import SampleRequest
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.errors import InputError
 from twostage.core.files import write_json
 from twostage.core.machine.command import run_command
@@ -44,12 +40,17 @@ def command(
         typer.Option("--tour", help="Train nine models, from AE to MaskGIT, and compare them (guidance scale 2)."),
     ] = False,
     minutes: Annotated[
-        float | None, typer.Option(help=f"Training time for each model of the tour; by default {DEFAULT_MINUTES}.")
+        float | None, typer.Option(help="Training time for each model of the tour; by default 1.0.")
     ] = None,
     *,
     sampling: SamplingConfig,
 ) -> None:
     """Compare trained models side by side, or train all families and compare them."""
+    from pipelines.comparison.comparison_report import comparison_document, text_table, write_comparison
+    from pipelines.comparison.side_by_side import compare_models
+    from pipelines.comparison.tour import DEFAULT_MINUTES, take_tour
+    from pipelines.evaluation.samples import SampleRequest
+
     if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
         raise InputError(f"--json {json_file}: expected a file in an existing folder.")
     if out and out.is_file():
@@ -58,13 +59,7 @@ def command(
         raise InputError(f"--minutes {minutes:g}: expected a number above 0, such as {DEFAULT_MINUTES:g}.")
     request = SampleRequest(seed=seed, sampling=sampling)
     if train_all:
-        for option, value in {"runs": runs, "--features": features, "--class-name": class_name}.items():
-            if value:
-                shown = " ".join(value) if isinstance(value, list) else value
-                raise InputError(
-                    f"{option} {shown}: does not apply to --tour, which trains its own models and its own judge and "
-                    "shows all classes. Remove it."
-                )
+        _refuse_for_tour({"runs": runs, "--features": features, "--class-name": class_name})
         out = out or Path("runs/tour")
         comparison = take_tour(out, data or "shapes", minutes or DEFAULT_MINUTES, num_images, request)
     else:
@@ -81,6 +76,16 @@ def command(
         write_json(json_file, comparison_document(comparison))
     print(text_table(comparison))
     print(f"{out / 'compare.html'}; images: {out / 'compare.png'}; figures: {out / 'compare.json'}")
+
+
+def _refuse_for_tour(options: dict[str, str | list[str] | None]) -> None:
+    for option, value in options.items():
+        if value:
+            shown = " ".join(value) if isinstance(value, list) else value
+            raise InputError(
+                f"{option} {shown}: does not apply to --tour, which trains its own models and its own judge and "
+                "shows all classes. Remove it."
+            )
 
 
 if __name__ == "__main__":

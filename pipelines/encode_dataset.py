@@ -10,10 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.encoding.dataset_codes import encode_dataset
-from stage2_prior.codes import Augmentation
 from twostage.core.machine.command import run_command
-from twostage.core.machine.stopping import resumable
 
 __all__ = ["command"]
 
@@ -36,6 +33,10 @@ def command(
     crops: Annotated[int, typer.Option(min=0, help="Also encode this many crops of each training image.")] = 0,
 ) -> None:
     """Encode a dataset with a trained tokenizer. Run the same command again to resume."""
+    from pipelines.encoding.dataset_codes import encode_dataset
+    from stage2_prior.codes import Augmentation
+    from twostage.core.machine.stopping import resumable
+
     with resumable():
         encode_dataset(tokenizer, out, data, Augmentation(horizontal_flip=horizontal_flip, crops=crops), settings)
 

@@ -7,14 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from accelerate import PartialState
 
 from pipelines.drawing.sampling_options import with_sampling_options
-from pipelines.evaluation.evaluate_prior import evaluate_prior
-from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
-from pipelines.evaluation.samples import SampleRequest
-from pipelines.saved.saved_model import SavedModel
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.errors import InputError
 from twostage.core.files import write_json
 from twostage.core.machine.command import run_command
@@ -62,6 +57,13 @@ def command(
     sampling: SamplingConfig,
 ) -> None:
     """Measure a tokenizer and judge whether it is ready for stage two, or measure a prior."""
+    from accelerate import PartialState
+
+    from pipelines.evaluation.evaluate_prior import evaluate_prior
+    from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
+    from pipelines.evaluation.samples import SampleRequest
+    from pipelines.saved.saved_model import SavedModel
+
     if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
         raise InputError(f"--json {json_file}: expected a file in an existing folder.")
     saved = SavedModel.find_run(model)

@@ -4,20 +4,12 @@ twostage export runs/PRIOR --out DIR [--onnx] [--torch-export] [--license mit] [
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from pipelines.drawing.two_stage import TwoStagePipeline
-from pipelines.saved.model_card import CardFields, gather_records
-from pipelines.saved.pipeline_folder import StoredWeights, push_folder
-from pipelines.saved.saved_model import SavedModel
-from pipelines.sharing.exported_folder import export_pipeline, export_tokenizer
-from pipelines.sharing.exported_programs import FORMATS, Format
-from stage1_tokenizer.autoencoder import Autoencoder
 from twostage.core.errors import InputError
 from twostage.core.machine.command import run_command
-from twostage.core.machine.processes import share_cores
 
 __all__ = ["command"]
 
@@ -33,7 +25,7 @@ def command(
         bool, typer.Option("--torch-export", help="Also write encoder and decoder as torch.export programs.")
     ] = False,
     weights: Annotated[
-        StoredWeights,
+        Literal["float32", "bfloat16"],
         typer.Option(
             help="Precision of the weights on disk. bfloat16 halves the size of prior and decoder; the codes stay "
             "exactly the same. For a tokenizer, it writes a rounded one, to train a prior on its codes."
@@ -46,6 +38,15 @@ def command(
     tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, if it has moved.")] = None,
 ) -> None:
     """Export a model as a folder to share, and as ONNX and torch.export programs."""
+    from pipelines.drawing.two_stage import TwoStagePipeline
+    from pipelines.saved.model_card import CardFields, gather_records
+    from pipelines.saved.pipeline_folder import push_folder
+    from pipelines.saved.saved_model import SavedModel
+    from pipelines.sharing.exported_folder import export_pipeline, export_tokenizer
+    from pipelines.sharing.exported_programs import FORMATS, Format
+    from stage1_tokenizer.autoencoder import Autoencoder
+    from twostage.core.machine.processes import share_cores
+
     share_cores()
     formats: list[Format] = [form for form, asked in zip(FORMATS, (onnx, torch_export), strict=True) if asked]
     if private and not push:

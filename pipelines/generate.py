@@ -4,19 +4,13 @@ accelerate launch -m pipelines.generate runs/PRIOR --num-images 64 --class-name 
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
-from pipelines.drawing.asked import Asked
-from pipelines.drawing.generated_folder import GenerateRequest, generate_folder
 from pipelines.drawing.sampling_options import with_sampling_options
-from pipelines.drawing.two_stage import TwoStagePipeline
-from pipelines.files.given_conditions import read_map_file, read_vector_file, with_lines
-from pipelines.files.image_files import FileFormat
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.machine.command import run_command
-from twostage.core.machine.stopping import resumable
 
 __all__ = ["command"]
 
@@ -63,32 +57,24 @@ def command(
         typer.Option(min=1, help="Images that each process generates at a time; by default as many as fit in memory."),
     ] = None,
     file_format: Annotated[
-        FileFormat, typer.Option("--format", help="One PNG per image, or parquet files of 1,000 images each.")
+        Literal["png", "parquet"],
+        typer.Option("--format", help="One PNG per image, or parquet files of 1,000 images each."),
     ] = "png",
     tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, if it has moved.")] = None,
 ) -> None:
     """Generate images with a trained prior and its tokenizer."""
+    from pipelines.drawing.asked import read_asked
+    from pipelines.drawing.generated_folder import GenerateRequest, generate_folder
+    from pipelines.drawing.two_stage import TwoStagePipeline
+    from twostage.core.machine.stopping import resumable
+
     pipeline = TwoStagePipeline.from_pretrained(prior, tokenizer)
-    given = {
-        "class": class_name,
-        "prompt": prompt,
-        "negative_prompt": None if negative_prompt is None else [negative_prompt],
-        "map": [read_map_file(path, f"--map {path}", pipeline.map_channels) for path in map_file or []],
-        "vector": None if vector is None else read_vector_file(vector, f"--vector {vector}"),
-    }
-    asked = _asked(with_lines(given, prompts, pipeline.map_channels))
+    asked = read_asked(class_name, prompt, negative_prompt, map_file, vector, prompts, pipeline.map_channels)
     request = GenerateRequest(
         num_images=num_images, asked=asked, seed=seed, sampling=sampling, batch_size=batch_size, file_format=file_format
     )  # fmt: skip
     with resumable():
         generate_folder(pipeline, request, out or Path("generated") / Path(prior).resolve().name)
-
-
-def _asked(given: dict[str, list[Any]]) -> Asked:
-    return Asked(
-        class_names=given.get("class"), prompts=given.get("prompt"), negative_prompts=given.get("negative_prompt"),
-        maps=given.get("map"), vectors=given.get("vector"),
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -8,9 +8,6 @@ from typing import Annotated
 
 import typer
 
-from pipelines.sharing.imported_tokenizer import import_tokenizer
-from stage1_tokenizer.vector_quantizer import VectorConfig
-from stage1_tokenizer.vqgan_backbone import VQGANConfig
 from twostage.core.machine.command import run_command
 
 __all__ = ["command"]
@@ -32,6 +29,10 @@ def command(
     ] = None,
 ) -> None:
     """Import a pretrained VQ tokenizer from taming-transformers, diffusers or LlamaGen."""
+    from pipelines.sharing.imported_tokenizer import import_tokenizer
+    from stage1_tokenizer.vector_quantizer import VectorConfig
+    from stage1_tokenizer.vqgan_backbone import VQGANConfig
+
     model, weights = import_tokenizer(source, out, config, kind, image_size)
     backbone, quantizer = model.config.model.backbone, model.config.model.bottleneck
     assert isinstance(backbone, VQGANConfig)

@@ -8,16 +8,9 @@ from typing import Annotated
 
 import typer
 
-from pipelines.drawing.redraw import InpaintRequest
-from pipelines.drawing.redrawn_files import write_inpainted
 from pipelines.drawing.sampling_options import with_sampling_options
-from pipelines.drawing.two_stage import TwoStagePipeline
-from pipelines.files.given_images import read_images
-from pipelines.files.image_files import check_new_folder
-from pipelines.files.masks import read_mask
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.machine.command import run_command
-from twostage.core.machine.processes import join_processes
 
 __all__ = ["command"]
 
@@ -46,6 +39,14 @@ def command(
     tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, if it has moved.")] = None,
 ) -> None:
     """Redraw the masked part of an image; all other pixels stay as they are."""
+    from pipelines.drawing.redraw import InpaintRequest
+    from pipelines.drawing.redrawn_files import write_inpainted
+    from pipelines.drawing.two_stage import TwoStagePipeline
+    from pipelines.files.given_images import read_images
+    from pipelines.files.image_files import check_new_folder
+    from pipelines.files.masks import read_mask
+    from twostage.core.machine.processes import join_processes
+
     pipeline = TwoStagePipeline.from_pretrained(model, tokenizer).to(join_processes().device or "cpu")
     check_new_folder(out)
     (original,) = read_images([image], pipeline.tokenizer.config)

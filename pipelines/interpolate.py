@@ -5,10 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.drawing.tokenizer_sheets import draw_interpolations
-from pipelines.saved.saved_model import SavedModel
 from twostage.core.machine.command import run_command
-from twostage.core.machine.processes import share_cores
 
 __all__ = ["command"]
 
@@ -28,6 +25,10 @@ def command(
     out: Annotated[Path | None, typer.Option(help="A PNG; by default interpolations.png in the run folder.")] = None,
 ) -> None:
     """Blend between two images: held-out images, or your own."""
+    from pipelines.drawing.tokenizer_sheets import draw_interpolations
+    from pipelines.saved.saved_model import SavedModel
+    from twostage.core.machine.processes import share_cores
+
     share_cores()
     saved = SavedModel.find(model)
     out = out or saved.default_output("interpolations.png")

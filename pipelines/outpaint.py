@@ -8,15 +8,9 @@ from typing import Annotated
 
 import typer
 
-from pipelines.drawing.redraw import OutpaintRequest
-from pipelines.drawing.redrawn_files import write_outpainted
 from pipelines.drawing.sampling_options import with_sampling_options
-from pipelines.drawing.two_stage import TwoStagePipeline
-from pipelines.files.given_images import read_images
-from pipelines.files.image_files import check_new_folder
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.machine.command import run_command
-from twostage.core.machine.processes import join_processes
 
 __all__ = ["command"]
 
@@ -43,6 +37,13 @@ def command(
     tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, if it has moved.")] = None,
 ) -> None:
     """Extend an image beyond its borders; its own pixels stay as they are."""
+    from pipelines.drawing.redraw import OutpaintRequest
+    from pipelines.drawing.redrawn_files import write_outpainted
+    from pipelines.drawing.two_stage import TwoStagePipeline
+    from pipelines.files.given_images import read_images
+    from pipelines.files.image_files import check_new_folder
+    from twostage.core.machine.processes import join_processes
+
     pipeline = TwoStagePipeline.from_pretrained(model, tokenizer).to(join_processes().device or "cpu")
     check_new_folder(out)
     (original,) = read_images([image], pipeline.tokenizer.config)

@@ -5,10 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.drawing.tokenizer_sheets import draw_reconstructions
-from pipelines.saved.saved_model import SavedModel
 from twostage.core.machine.command import run_command
-from twostage.core.machine.processes import share_cores
 
 __all__ = ["command"]
 
@@ -27,6 +24,10 @@ def command(
     out: Annotated[Path | None, typer.Option(help="A PNG; by default reconstructions.png in the run folder.")] = None,
 ) -> None:
     """Show images above their reconstructions: held-out images, or your own."""
+    from pipelines.drawing.tokenizer_sheets import draw_reconstructions
+    from pipelines.saved.saved_model import SavedModel
+    from twostage.core.machine.processes import share_cores
+
     share_cores()
     saved = SavedModel.find(model)
     out = out or saved.default_output("reconstructions.png")

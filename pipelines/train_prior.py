@@ -10,18 +10,8 @@ from typing import Annotated
 
 import typer
 
-from pipelines.drawing.rebuilt_images import decode_codes
-from pipelines.recipes.fitting_config import is_config, open_prior_config
-from pipelines.saved.saved_model import tokenizer_of_codes
-from stage2_prior.codes import CodeCache
-from stage2_prior.sample_sheets import Decoder
-from stage2_prior.train_prior import PriorTrainingConfig, train
-from twostage.core.errors import InputError
-from twostage.core.machine.command import print_once, run_command
-from twostage.core.machine.stopping import TimeLimitOption
-from twostage.core.training.base_run import BaseRun
-from twostage.core.training.dry_run import DryRunOption, JsonOption, run_training
-from twostage.core.training.training_run import TrainingRun
+from twostage.core.machine.command import run_command
+from twostage.core.options import DryRunOption, JsonOption, TimeLimitOption
 
 __all__ = ["command"]
 
@@ -42,30 +32,21 @@ def command(
 ) -> None:
     """Train a prior over a tokenizer's codes. It draws samples at each validation. Run the same command again to
     resume."""
+    from pipelines.drawing.rebuilt_images import find_decoder
+    from pipelines.recipes.fitting_config import is_config, open_prior_config
+    from stage2_prior.train_prior import PriorTrainingConfig, train
+    from twostage.core.training.base_run import BaseRun
+    from twostage.core.training.dry_run import run_training
+    from twostage.core.training.training_run import TrainingRun
 
     def start() -> BaseRun[PriorTrainingConfig]:
         opened = open_prior_config(config, overrides or [], dry_run)
-        run = train(opened, dry_run, time_limit, None if dry_run else _find_decoder(opened.codes))
+        run = train(opened, dry_run, time_limit, None if dry_run else find_decoder(opened.codes))
         if isinstance(run, TrainingRun) and not is_config(config):
             run.report(f"Next: {shlex.join(['twostage', 'generate', str(run.folder.path)])}")
         return run
 
     run_training(start, dry_run, json_file)
-
-
-def _find_decoder(codes: str) -> Decoder | None:
-    """Decodes by the tokenizer that wrote the codes; None, with a line that says why, if it is not found.
-
-    Raises:
-        InputError: there are no such codes.
-    """
-    cache = CodeCache(codes)
-    try:
-        tokenizer = tokenizer_of_codes(cache)
-    except (InputError, OSError) as error:
-        print_once(f"No samples are drawn during training: {error}")
-        return None
-    return lambda given: decode_codes(tokenizer.to(given.device), given)
 
 
 if __name__ == "__main__":

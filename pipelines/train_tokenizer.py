@@ -9,13 +9,8 @@ from typing import Annotated
 
 import typer
 
-from pipelines.recipes.fitting_config import is_config, open_tokenizer_config
-from stage1_tokenizer.train_tokenizer import OverridesArgument, TokenizerConfig, WeightsDirOption, train
 from twostage.core.machine.command import run_command
-from twostage.core.machine.stopping import TimeLimitOption
-from twostage.core.training.base_run import BaseRun
-from twostage.core.training.dry_run import DryRunOption, JsonOption, run_training
-from twostage.core.training.training_run import TrainingRun
+from twostage.core.options import DryRunOption, JsonOption, OverridesArgument, TimeLimitOption, WeightsDirOption
 
 __all__ = ["command"]
 
@@ -37,6 +32,11 @@ def command(
 ) -> None:
     """Train a tokenizer or another autoencoder, by a config file or one that fits your images. Run the same command
     again to resume."""
+    from pipelines.recipes.fitting_config import is_config, open_tokenizer_config
+    from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
+    from twostage.core.training.base_run import BaseRun
+    from twostage.core.training.dry_run import run_training
+    from twostage.core.training.training_run import TrainingRun
 
     def start() -> BaseRun[TokenizerConfig]:
         run = train(open_tokenizer_config(config, overrides or [], dry_run), weights_dir, dry_run, time_limit)

@@ -29,22 +29,26 @@ from twostage.core.files import expand_home
 from twostage.core.images.conversion import to_float
 from twostage.core.machine.command import print_once, run_command
 from twostage.core.machine.memory import check_model
-from twostage.core.machine.stopping import TimeLimitOption
+from twostage.core.options import (
+    DryRunOption,
+    JsonOption,
+    OverridesArgument,
+    TimeLimitOption,
+    WeightsDirOption,
+)
 from twostage.core.runs.contents import Contents, weights_at
 from twostage.core.runs.model_folder import fill, load_model_folder
 from twostage.core.training.base_run import BaseRun
 from twostage.core.training.batches import Batches
-from twostage.core.training.dry_run import DryRun, DryRunOption, JsonOption, run_training
+from twostage.core.training.dry_run import DryRun, run_training
 from twostage.core.training.optimizer import TrainedNetwork
 from twostage.core.training.random import seed_for
 from twostage.core.training.train_config import TrainConfig
 from twostage.core.training.training_run import TrainingRun
 
 __all__ = [
-    "OverridesArgument",
     "TokenizerConfig",
     "TokenizerTrainConfig",
-    "WeightsDirOption",
     "autoencoder_config",
     "train",
 ]
@@ -350,14 +354,6 @@ def initialize_codebook(
     quantizer.initialize(torch.cat(encoded), torch.Generator().manual_seed(seed_for(batches.seed, "k-means")))
     for tensor in quantizer.state_dict().values():  # sums on GPUs may differ in the last bit between processes
         tensor.copy_(broadcast(tensor))
-
-
-OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(help="Settings as key=value, for example train.lr=1e-4.")
-]
-WeightsDirOption = Annotated[
-    Path | None, typer.Option(help="The folder that holds vgg16-397923af.pth for LPIPS; by default torch's cache.")
-]
 
 
 def command(

@@ -12,15 +12,8 @@ from torch import Tensor, nn
 
 from stage2_prior.conditions.context import Context
 from stage2_prior.network import OnProgress
-from stage2_prior.sampling import (
-    Branches,
-    SamplingConfig,
-    Weights,
-    choose,
-    filter_logits,
-    guidance_at,
-    uniform_noise,
-)
+from stage2_prior.sampling import Branches, choose, filter_logits, guidance_at, uniform_noise
+from stage2_prior.sampling_config import SamplingConfig, Weights
 from twostage.core.training.random import BatchRandom
 
 __all__ = ["ORDERS", "Autoregressive", "Order", "Step", "cell_order", "code_nats", "images_at_once", "sample_in_order"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stage2_prior.autoregressive import Autoregressive, Order, Step, cell_order, code_nats
 from stage2_prior.conditions.context import Context, ContextForm
-from stage2_prior.sampling import Weights
+from stage2_prior.sampling_config import Weights
 from stage2_prior.transformer import FastTransformer, Transformer, TransformerConfig, turn
 from twostage.core.training.random import BatchRandom
 

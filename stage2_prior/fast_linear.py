@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from stage2_prior.sampling import Weights
+from stage2_prior.sampling_config import Weights
 from twostage.core.errors import InputError
 from twostage.core.machine.onednn import add_product, has_bfloat16, has_onednn, pack, product
 

@@ -26,7 +26,8 @@ from stage2_prior.fast_linear import check_weights
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.network import NetworkConfig, OnProgress, PriorNetwork
 from stage2_prior.pixelcnn import PixelCNNConfig
-from stage2_prior.sampling import Branches, SamplingConfig
+from stage2_prior.sampling import Branches
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.config.schema import tag
 from twostage.core.config.sections import Count, Number, Section, Share, parse_config
 from twostage.core.errors import InputError

@@ -7,7 +7,8 @@ from PIL import Image
 from torch import Tensor
 
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import SamplingConfig, image_seeds
+from stage2_prior.sampling import image_seeds
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.data.spread import spread
 from twostage.core.images.sheets import class_sheet, prompt_sheet
 

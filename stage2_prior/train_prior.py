@@ -26,10 +26,10 @@ from twostage.core.errors import InputError
 from twostage.core.machine.command import print_once, run_command
 from twostage.core.machine.memory import check_model
 from twostage.core.machine.sharding import full_tensors
-from twostage.core.machine.stopping import TimeLimitOption
+from twostage.core.options import DryRunOption, JsonOption, TimeLimitOption
 from twostage.core.training.base_run import BaseRun
 from twostage.core.training.batches import Batches
-from twostage.core.training.dry_run import DryRun, DryRunOption, JsonOption, run_training
+from twostage.core.training.dry_run import DryRun, run_training
 from twostage.core.training.optimizer import TrainedNetwork
 from twostage.core.training.random import BatchRandom, seed_for
 from twostage.core.training.train_config import TrainConfig

@@ -21,7 +21,8 @@ from stage2_prior import autoregressive
 from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Prior
 from stage2_prior.sample_sheets import draw_samples
-from stage2_prior.sampling import SamplingConfig, image_seeds
+from stage2_prior.sampling import image_seeds
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.machine.sharding import units_to_shard
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pipelines.drawing.two_stage import TwoStagePipeline
     from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
     from stage2_prior.prior import Prior, PriorConfig
-    from stage2_prior.sampling import SamplingConfig
+    from stage2_prior.sampling_config import SamplingConfig
     from twostage.core.config.sections import load_config
     from twostage.core.data.dataset import DataConfig, load_images
     from twostage.core.errors import InputError
@@ -37,7 +37,7 @@ MODULES = {
     "InputError": "twostage.core.errors",
     "Prior": "stage2_prior.prior",
     "PriorConfig": "stage2_prior.prior",
-    "SamplingConfig": "stage2_prior.sampling",
+    "SamplingConfig": "stage2_prior.sampling_config",
     "TwoStagePipeline": "pipelines.drawing.two_stage",
     "load_config": "twostage.core.config.sections",
     "load_images": "twostage.core.data.dataset",

@@ -17,7 +17,7 @@ from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.encoding.dataset_codes import encode_dataset
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage1_tokenizer.train_tokenizer import train as train_tokenizer
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from stage2_prior.train_prior import PriorTrainingConfig
 from stage2_prior.train_prior import train as train_prior
 from twostage.core.config.sections import parse_config

@@ -13,7 +13,7 @@ from pipelines.evaluation.measurement import Measurement, figures_of
 from pipelines.saved.evaluation_figures import Figures
 from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import DataConfig
 from twostage.core.errors import InputError

@@ -28,7 +28,7 @@ from pipelines.evaluation.measurement import HeldOutImages, Measurement
 from pipelines.evaluation.reconstructions import JUDGED_RECONSTRUCTIONS, measure_reconstructions
 from pipelines.evaluation.samples import JUDGED_SAMPLES, SampleRequest, measure_samples
 from pipelines.evaluation.shared_work import SharedWork
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.data.dataset import ImageData, load_images
 from twostage.core.data.spread import spread_over_classes
 from twostage.core.errors import InputError

@@ -22,11 +22,11 @@ from pipelines.evaluation.samples import SampleRequest
 from pipelines.evaluation.shared_work import SharedWork
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import WIDTHS
-from stage1_tokenizer.train_features import FeaturesTrainingConfig, features_config
-from stage1_tokenizer.train_features import train as train_features
+from stage1_tokenizer.feature_training import FeaturesTrainingConfig, features_config
+from stage1_tokenizer.feature_training import train as train_features
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage1_tokenizer.train_tokenizer import train as train_tokenizer
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from stage2_prior.train_prior import PriorTrainingConfig
 from stage2_prior.train_prior import train as train_prior
 from twostage.core.config.sections import parse_config

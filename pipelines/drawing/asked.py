@@ -2,16 +2,18 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipelines.files.given_conditions import read_map_file, read_vector_file, with_lines
 from stage2_prior.conditions.conditions import NAMES
 from stage2_prior.prior import Prior
 from twostage.core.errors import InputError
 
-__all__ = ["Asked", "Cycle", "check_needed", "values_of"]
+__all__ = ["Asked", "Cycle", "check_needed", "read_asked", "values_of"]
 
 OPTIONS = {"class": "--class-name", "text": "--prompt", "map": "--map", "vector": "--vector"}
 
@@ -38,6 +40,35 @@ class Asked:
         """The conditions beside the class that are given, by type."""
         found = {"text": self.prompts, "map": self.maps, "vector": self.vectors}
         return {name: values for name, values in found.items() if values is not None}
+
+
+def read_asked(
+    class_names: list[str] | None,
+    prompts: list[str] | None,
+    negative_prompt: str | None,
+    map_files: list[Path] | None,
+    vector_file: Path | None,
+    file: Path | None,
+    map_channels: int | None,
+) -> Asked:
+    """What the command line asks for.
+
+    Args:
+        file: more of the same, see :func:`pipelines.files.given_conditions.with_lines`.
+        map_channels: see :func:`pipelines.files.given_conditions.read_map_file`.
+    """
+    options = {
+        "class": class_names,
+        "prompt": prompts,
+        "negative_prompt": None if negative_prompt is None else [negative_prompt],
+        "map": [read_map_file(path, f"--map {path}", map_channels) for path in map_files or []],
+        "vector": None if vector_file is None else read_vector_file(vector_file, f"--vector {vector_file}"),
+    }
+    given = with_lines(options, file, map_channels)
+    return Asked(
+        class_names=given.get("class"), prompts=given.get("prompt"), negative_prompts=given.get("negative_prompt"),
+        maps=given.get("map"), vectors=given.get("vector"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import psutil
 import torch
 
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 
 __all__ = ["ROWS", "fitting_batch_size", "sampling_bytes"]
 

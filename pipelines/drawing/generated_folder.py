@@ -14,7 +14,7 @@ from pipelines.drawing.asked import Asked, Cycle
 from pipelines.drawing.batch_size import fitting_batch_size
 from pipelines.drawing.sampler import ImageSampler
 from pipelines.files.image_files import FileFormat, ImageFiles, ParquetShards, PngFiles
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.config.sections import describe_differences
 from twostage.core.errors import InputError
 from twostage.core.files import read_json, write_json

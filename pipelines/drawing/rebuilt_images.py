@@ -3,18 +3,21 @@
 Axes: n images, C channels, H and W pixels, h and w cells of the code grid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.drawing.batch_size import ROWS
+from pipelines.saved.saved_model import tokenizer_of_codes
 from stage1_tokenizer.autoencoder import Autoencoder
+from stage2_prior.codes import CodeCache
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float, to_uint8
+from twostage.core.machine.command import print_once
 
-__all__ = ["blend_images", "check_image", "decode_codes", "encode_in_parts", "rebuild_images"]
+__all__ = ["blend_images", "check_image", "decode_codes", "encode_in_parts", "find_decoder", "rebuild_images"]
 
 
 @torch.no_grad()
@@ -23,6 +26,21 @@ def decode_codes(tokenizer: Autoencoder, codes: Tensor) -> Tensor:
     padded = F.pad(codes, (0, 0, 0, 0, 0, -len(codes) % ROWS))
     images = [to_uint8(tokenizer.decode_indices(part)).cpu() for part in padded.split(ROWS)]
     return torch.cat(images)[: len(codes)]
+
+
+def find_decoder(codes: str) -> Callable[[Tensor], Tensor] | None:
+    """Decodes by the tokenizer that wrote the codes; None, with a line that says why, if it is not found.
+
+    Raises:
+        InputError: there are no such codes.
+    """
+    cache = CodeCache(codes)
+    try:
+        tokenizer = tokenizer_of_codes(cache)
+    except (InputError, OSError) as error:
+        print_once(f"No samples are drawn during training: {error}")
+        return None
+    return lambda given: decode_codes(tokenizer.to(given.device), given)
 
 
 @torch.no_grad()

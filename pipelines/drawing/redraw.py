@@ -18,7 +18,7 @@ from pipelines.drawing.rebuilt_images import check_image, encode_in_parts
 from pipelines.drawing.sampler import ImageSampler, PipelineOutput, in_shares
 from pipelines.files.masks import MASK_NAMES, named_mask
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.errors import InputError
 from twostage.core.training.random import seed_for
 

@@ -20,7 +20,8 @@ from pipelines.saved.saved_model import check_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.conditions.map_condition import MapConditionConfig
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import SamplingConfig, image_seeds
+from stage2_prior.sampling import image_seeds
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_uint8
 from twostage.core.images.sheets import class_sheet, prompt_sheet

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Union, get_origin
 
 import typer
 
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.config.schema import alternatives
 from twostage.core.config.sections import parse_config
 

@@ -24,7 +24,7 @@ from pipelines.saved.pipeline_folder import StoredWeights, push_folder, read_pip
 from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil

@@ -34,7 +34,7 @@ from pipelines.evaluation.shared_work import SharedWork
 from pipelines.saved.evaluation_figures import SampleCounts, SampleNovelty, SampleQuality
 from stage2_prior.codes import CodeSplit
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 
 __all__ = ["JUDGED_SAMPLES", "SampleRequest", "Samples", "held_out_cycle", "measure_samples", "unmeasured_samples"]
 

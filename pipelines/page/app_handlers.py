@@ -18,7 +18,7 @@ from pipelines.files.given_images import read_image
 from pipelines.files.masks import MASK_NAMES, brushed_mask, named_mask
 from pipelines.page.painted_maps import MapCanvas, number_colour
 from stage1_tokenizer.validation import psnr
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float, to_pil

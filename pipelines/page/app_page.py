@@ -18,7 +18,7 @@ from PIL import Image
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.page.app_handlers import ALL_CLASSES, NO_CLASS, Handlers, PageImage, draw_codes, enlarge
 from pipelines.page.painted_maps import MapCanvas, hex_colour
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
 

@@ -16,7 +16,7 @@ from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.validation import psnr
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.data.dataset import load_images
 from twostage.core.data.spread import spread_over_classes
 from twostage.core.images.conversion import to_float, to_uint8

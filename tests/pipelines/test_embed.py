@@ -8,7 +8,7 @@ import torch
 from messages import refuses
 from PIL import Image
 
-from pipelines.embed import embed
+from pipelines.evaluation.embeddings import embed
 from pipelines.evaluation.judges import OwnFeatures
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage2_prior.codes import CodeCache

@@ -29,7 +29,7 @@ from stage2_prior.codes import CodeCache
 from stage2_prior.conditions.context import Context
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.data.dataset import DataConfig, load_images
 from twostage.core.images.conversion import to_float
 

@@ -11,7 +11,7 @@ import torch
 from messages import assert_names
 from PIL import Image
 
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.data.dataset import DataConfig, load_images
 
 

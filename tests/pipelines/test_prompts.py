@@ -14,7 +14,7 @@ from pipelines.evaluation.samples import held_out_cycle
 from pipelines.files.given_conditions import with_lines
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage2_prior.codes import CodeCache
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.data.spread import spread
 
 SHORT = {"batch_size": 16, "max_steps": 4, "lr": 1e-3, "validate_every": 2, "checkpoint_every": 2}

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from stage2_prior.conditions.context import Context
 from stage2_prior.network import OnProgress, PriorNetwork
-from stage2_prior.sampling import Branches, SamplingConfig
+from stage2_prior.sampling import Branches
+from stage2_prior.sampling_config import SamplingConfig
 
 
 class ClassNetwork(PriorNetwork, Protocol):

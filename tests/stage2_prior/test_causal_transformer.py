@@ -11,7 +11,8 @@ from stage2_prior.autoregressive import ORDERS
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig, CausalTransformerDecoder
 from stage2_prior.conditions.context import ContextForm
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import SamplingConfig, guidance_at, image_seeds, uniform_noise
+from stage2_prior.sampling import guidance_at, image_seeds, uniform_noise
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.training.random import BatchRandom
 
 CODES, GRID, CLASSES = 5, (2, 3), 3

@@ -19,7 +19,8 @@ from stage2_prior.masked_transformer import (
     num_left_masked,
     sample_in_parallel,
 )
-from stage2_prior.sampling import SamplingConfig, guidance_at, image_seeds, uniform_noise
+from stage2_prior.sampling import guidance_at, image_seeds, uniform_noise
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.errors import InputError
 from twostage.core.training.random import BatchRandom
 

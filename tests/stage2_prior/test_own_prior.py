@@ -13,7 +13,8 @@ from stage2_prior.autoregressive import Autoregressive, Step, cell_order
 from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
 from stage2_prior.network import NetworkConfig
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import SamplingConfig, Weights, image_seeds
+from stage2_prior.sampling import image_seeds
+from stage2_prior.sampling_config import SamplingConfig, Weights
 
 
 class UnigramConfig(NetworkConfig):

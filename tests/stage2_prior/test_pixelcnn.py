@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from stage2_prior.conditions.context import ContextForm
 from stage2_prior.pixelcnn import PixelCNN, PixelCNNConfig, PixelCNNDecoder
-from stage2_prior.sampling import SamplingConfig, guidance_at, image_seeds, uniform_noise
+from stage2_prior.sampling import guidance_at, image_seeds, uniform_noise
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.training.random import BatchRandom
 

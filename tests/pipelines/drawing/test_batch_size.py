@@ -9,7 +9,7 @@ from pipelines.drawing.batch_size import fitting_batch_size, sampling_bytes
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 
 CPU = torch.device("cpu")
 MODELS = {

@@ -15,7 +15,7 @@ from pipelines.evaluation.samples import SampleRequest, Samples, measure_samples
 from pipelines.evaluation.shared_work import SharedWork
 from pipelines.saved.evaluation_figures import SampleNovelty
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
-from stage2_prior.sampling import SamplingConfig
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.data.dataset import DataConfig, ImageSplit, load_images
 from twostage.core.data.shapes import CLASS_NAMES
 

@@ -19,7 +19,8 @@ from stage2_prior.masked_transformer import MaskedPredictor, MaskedTransformerCo
 from stage2_prior.network import NetworkConfig
 from stage2_prior.pixelcnn import PixelCNNConfig, PixelCNNDecoder
 from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
-from stage2_prior.sampling import Branches, SamplingConfig, image_seeds
+from stage2_prior.sampling import Branches, image_seeds
+from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.training.random import BatchRandom
 
 GRID, CODES, CELLS = (2, 3), 5, 6

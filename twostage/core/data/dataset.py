@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-import typer
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -37,21 +36,11 @@ __all__ = [
     "DataConfig",
     "ImageData",
     "ImageSplit",
-    "LabelColumnOption",
-    "ValueRangeOption",
     "load_images",
     "load_larger",
 ]
 
 MAX_SIDE = 65_536  # pixels
-LabelColumnOption = Annotated[
-    str,
-    typer.Option(help="The table column that holds the classes. auto finds it by its name; null ignores the classes."),
-]
-ValueRangeOption = Annotated[
-    tuple[float, float] | None,
-    typer.Option(metavar="BLACK WHITE", help="The values in the files that become black and white, such as 0 4095."),
-]
 Share = Annotated[Number, Field(gt=0.0, lt=1.0)]
 
 

@@ -6,27 +6,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import typer
 from torch import Tensor
 
 from twostage.core.errors import INTERRUPTED, StopAsked
 from twostage.core.machine.command import is_first_process
 
-__all__ = ["StopRequests", "TimeLimitOption", "resumable"]
-
-TimeLimitOption = Annotated[
-    float | None,
-    typer.Option(
-        "--time-limit",
-        min=0,
-        metavar="MINUTES",
-        help="Save and exit with status 75 after this many minutes. Run the same command again to resume.",
-    ),
-]
+__all__ = ["StopRequests", "resumable"]
 
 
 @contextmanager

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.module_tracker import ModuleTracker
@@ -21,12 +20,7 @@ from twostage.core.machine.stopping import resumable
 from twostage.core.training.base_run import BaseRun, ConfigT, DataT, resolve_precision
 from twostage.core.training.random import BatchRandom
 
-__all__ = ["DryRun", "DryRunOption", "JsonOption", "count_flops", "run_training"]
-
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Measure FLOPs, memory and time of a few steps, and write nothing.")
-]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write what --dry-run measures to this file.")]
+__all__ = ["DryRun", "count_flops", "run_training"]
 
 aten = torch.ops.aten
 # Operators that torch counts on a GPU, but not yet on a CPU.

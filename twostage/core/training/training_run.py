@@ -1,6 +1,6 @@
 """A training run: how it begins, takes its steps, saves and ends.
 
-The steps are visible in `train_tokenizer`, `train_features` and `train_prior`. :class:`Journal` keeps what they
+The steps are visible in `train_tokenizer`, `feature_training` and `train_prior`. :class:`Journal` keeps what they
 measure, :class:`Health` stops the run if its numbers break.
 """
 
