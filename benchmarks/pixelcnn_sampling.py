@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.reporting import alternate, compared, parser, report
 from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.pixelcnn import PixelCNN, PixelCNNConfig
-from stage2_prior.sampling import Branches, choose, uniform_noise
+from stage2_prior.sampling import Branches, CodeNoise
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.machine.processes import share_cores
 
@@ -24,11 +24,11 @@ CONFIG = PixelCNNConfig(channels=64, depth=15, first_kernel=7, kernel=3, head_ch
 
 def plain_sample(model: PixelCNN, noise: Tensor) -> Tensor:
     """Codes (B, N), with a full forward pass for each."""
-    codes = torch.zeros(noise.shape, dtype=torch.long)
+    codes = torch.zeros(noise.shape[:2], dtype=torch.long)
     context = Context(len(codes))
     with torch.no_grad():
         for cell in range(CELLS):
-            codes[:, cell] = choose(model(codes, context)[:, cell], noise[:, cell])
+            codes[:, cell] = (model(codes, context)[:, cell] + noise[:, cell]).argmax(1)
     return codes
 
 
@@ -51,7 +51,7 @@ def main() -> None:
             drawn["ours"] = model.sample(Branches(Context(len(seeds))), SamplingConfig(), seeds)
 
         def plain(seeds: list[int] = seeds, drawn: dict[str, Tensor] = drawn) -> None:
-            drawn["peer"] = plain_sample(model, uniform_noise(seeds, CELLS))
+            drawn["peer"] = plain_sample(model, CodeNoise(seeds, CODES).next(CELLS))
 
         seconds = alternate({"ours": sample, "peer": plain}, options.repeats)
         rows.append(compared(f"batch {batch}", seconds["ours"], seconds["peer"]))

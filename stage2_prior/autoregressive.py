@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage2_prior.conditions.context import Context
+from stage2_prior.jumps import Window, sample_in_jumps
 from stage2_prior.network import OnProgress
-from stage2_prior.sampling import Branches, choose, filter_logits, guidance_at, uniform_noise
+from stage2_prior.sampling import Branches, CodeNoise, filter_logits, guidance_at
 from stage2_prior.sampling_config import SamplingConfig, Weights
 from twostage.core.training.random import BatchRandom
 
@@ -76,6 +77,10 @@ class Autoregressive(nn.Module):
         """The function that predicts one cell after another when codes are sampled."""
         raise NotImplementedError
 
+    def window_decoder(self, context: Context, weights: Weights) -> "Window | None":
+        """The function that predicts several cells at once, for exact jumps; None: there is none."""
+        return None
+
     @property
     def keeps(self) -> str:
         return f"codes that come before all others in the order {self.order_name!r}"
@@ -109,10 +114,15 @@ class Autoregressive(nn.Module):
         on_progress: OnProgress | None = None,
     ) -> Tensor:
         """Codes (B, N), see `PriorNetwork.sample`. With guidance, all branches are predicted as one batch."""
-        step = self.decoder(branches.context.in_order(self.order), sampling.weights)
-        noise = uniform_noise(seeds, len(self.order)).to(self.order.device)
-        known = None if known is None else known[:, self.order]
-        return sample_in_order(step, branches, noise, sampling, known, on_progress)[:, self.order.argsort()]
+        context, noise = branches.context.in_order(self.order), CodeNoise(seeds, self.codebook_size)
+        codes = torch.full((len(seeds), len(self.order)), -1, device=self.order.device) if known is None else known
+        codes = codes[:, self.order]
+        if len(seeds) == 1 and (predict := self.window_decoder(context, sampling.weights)):
+            found = sample_in_jumps(predict, branches, noise, sampling, codes, on_progress)
+        else:
+            step = self.decoder(context, sampling.weights)
+            found = sample_in_order(step, branches, noise, sampling, codes, on_progress)
+        return found[:, self.order.argsort()]
 
 
 def code_nats(logits: Tensor, codes: Tensor) -> Tensor:
@@ -128,30 +138,30 @@ def images_at_once(cells: int, codebook_size: int) -> int:
 def sample_in_order(
     step: Step,
     branches: Branches,
-    noise: Tensor,
+    noise: CodeNoise,
     sampling: SamplingConfig,
-    known: Tensor | None,
+    known: Tensor,
     on_progress: OnProgress | None,
 ) -> Tensor:
     """Samples one cell after another.
 
     Args:
         step: predicts for all n ``branches`` at once: (n B,) -> (n B, K).
-        noise: uniform, (B, N).
         known: (B, N) int64 in the same order: codes to keep, -1 where a code is to be sampled.
 
     Returns:
         (B, N) int64.
     """
-    images, cells = noise.shape
-    codes = torch.full_like(noise, -1, dtype=torch.long) if known is None else known.clone()
+    codes = known.clone()
+    images, cells = codes.shape
     to_sample = (codes < 0).any(0).tolist()
     for cell in range(cells):
         before = codes[:, cell - 1] if cell else None
         logits = step(None if before is None else branches.repeat(before))
+        noise_here = noise.next(1)[:, 0].to(logits.device)
         if to_sample[cell]:
             logits = branches.combine(logits, guidance_at(cell, cells, sampling))
-            sampled = choose(filter_logits(logits, sampling), noise[:, cell])
+            sampled = (filter_logits(logits, sampling) + noise_here).argmax(-1)
             codes[:, cell] = torch.where(codes[:, cell] < 0, sampled, codes[:, cell])
             if on_progress:
                 on_progress(images)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stage2_prior.autoregressive import Autoregressive, Order, Step, cell_order, code_nats
 from stage2_prior.conditions.context import Context, ContextForm
+from stage2_prior.jumps import Window
 from stage2_prior.sampling_config import Weights
 from stage2_prior.transformer import FastTransformer, Transformer, TransformerConfig, turn
 from twostage.core.training.random import BatchRandom
@@ -20,6 +21,8 @@ __all__ = ["CausalTransformer", "CausalTransformerConfig", "CausalTransformerDec
 
 class CausalTransformerConfig(TransformerConfig):
     """A GPT: predicts each code from those before it."""
+
+    jumps = True
 
     type: Literal["causal_transformer"] = "causal_transformer"
     order: Order = "raster"
@@ -59,6 +62,9 @@ class CausalTransformer(Autoregressive, Transformer):
     def decoder(self, context: Context, weights: Weights) -> Step:
         return CausalTransformerDecoder(self, context, weights).step
 
+    def window_decoder(self, context: Context, weights: Weights) -> Window:
+        return CausalTransformerDecoder(self, context, weights).window
+
     @torch.no_grad()
     def decoded_nats(self, codes: Tensor, context: Context, weights: Weights = "float32") -> Tensor:
         """-log p(codes | conditions), (B,), from the sampling decoder, so it includes the cost of rounded weights."""
@@ -82,13 +88,14 @@ class CausalTransformerDecoder(FastTransformer):
         width = model.config.hidden_size // heads
         self.cell = 0
         added = model.added(context)
-        self.added = added.expand(-1, cells, -1).unbind(1)  # (B, D) at each cell
+        self.added = added.expand(-1, cells, -1)
         self.places = 0 if context.sequence is None else context.sequence.shape[1]
         shape = (model.config.depth, 2, context.size, heads, self.places + cells, width)
         self.caches = added.new_empty(shape).unbind()
         self.absent = None
         if context.sequence is not None and context.present is not None:
-            self.absent = ~context.present[:, None].repeat(1, heads, 1).flatten(0, 1)[:, None]  # (B H, 1, L)
+            absent = added.new_zeros(context.present.shape).masked_fill_(~context.present, -torch.inf)
+            self.absent = absent.repeat_interleave(heads, 0)[:, None]  # (B H, 1, L): added to scores
             for block, cache in zip(self.blocks, self.caches, strict=True):
                 if (keys_values := block.sequence_kv(context.sequence)) is not None:
                     cache[:, :, :, : self.places] = keys_values
@@ -99,32 +106,54 @@ class CausalTransformerDecoder(FastTransformer):
     @torch.no_grad()
     def step(self, codes: Tensor | None) -> Tensor:
         """Logits (B, K) of the next cell; ``codes`` (B,) are those of the cell before, None at the first cell."""
-        model = self.model
-        x = self.added[self.cell]
-        if model.positions is not None:
-            x = x + model.positions[self.cell]
-        if codes is not None:
-            x = x + model.code_embedding(codes)
-        for number, block in enumerate(self.blocks):
-            x = block.finish(x, self._attend(number, block.qkv(x)))
+        before = self.added.new_zeros(len(self.added), dtype=torch.long) if codes is None else codes
         self.cell += 1
-        return self.predict(x)
+        return self.window(self.cell - 1, before[:, None])[:, 0]
 
-    def _attend(self, number: int, qkv: Tensor) -> Tensor:
-        """Writes this cell's key and value to the block's cache and attends to all cells so far.
+    @torch.no_grad()
+    def window(self, first: int, before: Tensor) -> Tensor:
+        """Logits (B, W, K) of the cells from ``first`` on, see :data:`Window`. What it wrote to the caches for later
+        cells than ``first`` is written again when those cells are predicted."""
+        model, here = self.model, slice(first, first + before.shape[1])
+        x = self.added[:, here]
+        if model.positions is not None:
+            x = x + model.positions[here]
+        embedded = model.code_embedding(before)
+        if first == 0:
+            embedded[:, 0] = 0  # the first cell sees only the conditions
+        x = (x + embedded).flatten(0, 1)
+        for number, block in enumerate(self.blocks):
+            x = block.finish(x, self._attend(number, block.qkv(x), first, before.shape[1]))
+        return self.predict(x).unflatten(0, before.shape)
 
-        Takes (B, 3, H, E), returns (B, D). In float32 on a CPU, two products are faster than torch's fused kernel, if
-        the query is a row: with the keys on the left they take four times as long.
+    def _attend(self, number: int, qkv: Tensor, first: int, count: int) -> Tensor:
+        """Writes the keys and values of ``count`` cells to the block's cache. Each attends to itself and all before it.
+
+        Takes (B W, 3, H, E), returns (B W, D). In float32 on a CPU, two products for each cell are faster than torch's
+        fused kernel, if the query is a row: with the keys on the left they take four times as long.
         """
+        qkv = qkv.unflatten(0, (-1, count))  # (B, W, 3, H, E)
         if self.rotation is not None:
-            turn(qkv, self.rotation[self.cell])
-        seen = self.places + self.cell + 1
-        self.caches[number][:, :, :, seen - 1] = qkv[:, 1:].transpose(0, 1)
-        keys, values = self.keys[number], self.values[number]
-        scores = torch.bmm(qkv[:, 0].reshape(len(keys), 1, -1), keys[:, :, :seen])  # (B H, 1, n)
+            turn(qkv, self.rotation[first : first + count, None, None])
+        start = self.places + first
+        self.caches[number][:, :, :, start : start + count] = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
+        keys, values, attended = self.keys[number], self.values[number], []
+        for cell in range(first, first + count):
+            seen, query = self.places + cell + 1, qkv[:, cell - first, 0].reshape(len(keys), 1, -1)
+            added = self._added_scores(number, cell)
+            scores = keys[:, :, :seen]  # (B H, E, n)
+            scores = torch.bmm(query, scores) if added is None else torch.baddbmm(added, query, scores)
+            attended.append(torch.bmm(scores.softmax(-1), values[:, :seen]).view(len(qkv), -1))
+        return torch.stack(attended, 1).flatten(0, 1)
+
+    def _added_scores(self, number: int, cell: int) -> Tensor | None:
+        """What is added to a block's scores of a cell, (B H, 1, L + cell + 1), if anything."""
         bias = self.biases[number]
         if bias is not None:
-            scores.view(len(qkv), -1, seen)[..., self.places :].add_(bias[:, self.cell, : self.cell + 1])
-        if self.absent is not None:
-            scores[..., : self.places].masked_fill_(self.absent, -torch.inf)
-        return torch.bmm(scores.softmax(-1), values[:, :seen]).view(len(qkv), -1)
+            bias = bias[:, cell : cell + 1, : cell + 1]
+            bias = bias if len(self.added) == 1 else bias.repeat(len(self.added), 1, 1)
+        if self.absent is None:
+            return bias
+        if bias is None:
+            bias = self.absent.new_zeros(len(self.absent), 1, cell + 1)
+        return torch.cat([self.absent, bias], 2)

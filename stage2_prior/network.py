@@ -31,6 +31,8 @@ class NetworkConfig(OpenUnion, Section):
     """The settings of `SamplingConfig` that the network understands."""
     shardable: ClassVar[bool] = False
     """Whether training can share the weights among processes (FSDP)."""
+    jumps: ClassVar[bool] = False
+    """Whether the network draws a single image by exact jumps, see :mod:`stage2_prior.jumps`."""
 
     def build(self, codebook_size: int, grid: tuple[int, int], form: ContextForm) -> "PriorNetwork":
         """The network, an `nn.Module`, for codes 0 to ``codebook_size - 1`` on a ``grid`` (h, w), and for contexts of

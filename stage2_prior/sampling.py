@@ -17,6 +17,7 @@ from twostage.core.training.random import seed_for
 
 __all__ = [
     "Branches",
+    "CodeNoise",
     "choose",
     "filter_logits",
     "guidance_at",
@@ -33,6 +34,23 @@ def image_seeds(seed: int, first: int, count: int) -> list[int]:
 def uniform_noise(seeds: list[int], count: int) -> Tensor:
     """``count`` uniform numbers in [0, 1) for each seed, (len(seeds), count) float64."""
     return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(key=s)).random(count) for s in seeds]))
+
+
+class CodeNoise:
+    """Gumbel noise for the codes of each cell, for each seed from its own generator: the code with the largest sum of
+    logit and noise is a sample (the Gumbel-max trick). Unlike a code that inverts its cumulative distribution, it
+    mostly stays the same if the logits change a little, which :mod:`stage2_prior.jumps` needs.
+    """
+
+    def __init__(self, seeds: list[int], codebook_size: int) -> None:
+        self.generators = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
+        self.codebook_size = codebook_size
+
+    def next(self, cells: int) -> Tensor:
+        """The noise of the next cells, (len(seeds), cells, K) float32."""
+        shape = cells, self.codebook_size
+        uniform = torch.from_numpy(np.stack([each.random(shape, dtype=np.float32) for each in self.generators]))
+        return uniform.add_(2**-25).log_().neg_().log_().neg_()  # numbers are multiples of 2^-24, and 0 is one
 
 
 @dataclass(frozen=True)

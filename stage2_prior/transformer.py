@@ -4,7 +4,9 @@ Axes: B images, N = h w cells of a grid, L places of a context's sequence, D hid
 """
 
 import math
+from dataclasses import dataclass
 from typing import Literal, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
-from stage2_prior.fast_linear import TrainedLinear, fast_linear, linear
+from stage2_prior.fast_linear import Linear, TrainedLinear, fast_linear, linear
 from stage2_prior.network import COMMON_SETTINGS, NetworkConfig
 from stage2_prior.sampling_config import Weights
 from twostage.core.config.sections import Depth, Flag, Share, Width
@@ -27,6 +29,7 @@ __all__ = [
     "TransformerConfig",
     "attention",
     "offsets",
+    "packed_layers",
     "rotate",
     "rotations",
     "turn",
@@ -377,6 +380,37 @@ class Transformer(nn.Module):
         return linear(hidden, self.head_weight, None)
 
 
+@dataclass(frozen=True)
+class PackedLayers:
+    """A transformer's weights as its layers for inference hold them."""
+
+    blocks: list[FastBlock]
+    head: Linear
+    biases: list[Tensor | None]
+    """What is added to the scores of each block, (H, N, N), if anything."""
+
+
+_PACKED: WeakKeyDictionary[nn.Module, tuple[object, PackedLayers]] = WeakKeyDictionary()
+"""What :func:`packed_layers` made of each transformer, with the state of the weights that it was made from. Packing
+takes as long as ten sampling steps."""
+
+
+def packed_layers(model: "Transformer", weights: Weights) -> PackedLayers:
+    """The layers of ``model`` for inference: those of the last call, unless its weights have changed since."""
+    state = weights, tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
+    found = _PACKED.get(model)
+    if found is None or found[0] != state:
+        layers = cast(list[Block], list(model.blocks))
+        biases = [block.bias(model.offsets) for block in layers]
+        packed = PackedLayers(
+            [FastBlock(block, weights) for block in layers],
+            fast_linear(model.head_weight, None, weights),
+            [None if bias is None else bias.detach() for bias in biases],
+        )
+        _PACKED[model] = found = state, packed
+    return found[1]
+
+
 class FastTransformer:
     """A transformer's layers for inference. The weights are read now.
 
@@ -385,16 +419,12 @@ class FastTransformer:
     """
 
     def __init__(self, model: Transformer, weights: Weights) -> None:
-        self.model = model
-        self.blocks = [FastBlock(block, weights) for block in cast(list[Block], list(model.blocks))]
-        biases = [block.bias(model.offsets) for block in cast(list[Block], list(model.blocks))]
-        self.biases = [None if bias is None else bias.detach() for bias in biases]
-        """What is added to the scores of each block, (H, N, N), if anything."""
+        self.model, packed = model, packed_layers(model, weights)
+        self.blocks, self.biases, self._head = packed.blocks, packed.biases, packed.head
         self.rotation = None
         """(N, E / 2): the rotations that :func:`turn` takes."""
         if model.rotation is not None:
             self.rotation = torch.complex(*model.rotation.to(model.norm.weight.dtype))
-        self._head = fast_linear(model.head_weight, None, weights)
 
     def predict(self, x: Tensor) -> Tensor:
         """The output of the last block (R, D) -> logits (R, K)."""

@@ -100,6 +100,11 @@ class ImageSampler:
         return next((config.channels for config in configs if isinstance(config, MapConditionConfig)), None)
 
     @property
+    def jumps(self) -> bool:
+        """Whether a single image is drawn by exact jumps, with the codes that it has in a batch."""
+        return self.prior is not None and self.prior.config.model.jumps
+
+    @property
     def device(self) -> torch.device:
         """The device of both models."""
         return next(self.tokenizer.parameters()).device
@@ -213,7 +218,7 @@ class ImageSampler:
         batch_size = batch_size or fitting_batch_size(self.prior, sampling, self.device)
         for start in range(numbers.start, numbers.stop, batch_size):
             count = min(batch_size, numbers.stop - start)
-            padded = -(-count // ROWS) * ROWS
+            padded = 1 if count == 1 and self.jumps else -(-count // ROWS) * ROWS
             drawn = range(start, start + padded)
             given = cycle.given(drawn)
             seeds = image_seeds(seed, start, padded)

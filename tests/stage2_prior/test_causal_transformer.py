@@ -11,7 +11,7 @@ from stage2_prior.autoregressive import ORDERS
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig, CausalTransformerDecoder
 from stage2_prior.conditions.context import ContextForm
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import guidance_at, image_seeds, uniform_noise
+from stage2_prior.sampling import CodeNoise, guidance_at, image_seeds
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.training.random import BatchRandom
 
@@ -63,7 +63,7 @@ def plain_sample(
         if sampling.top_k:
             unlikely = logits.argsort(descending=True)[:, sampling.top_k :]
             logits = logits.scatter(1, unlikely, -torch.inf)
-        codes[:, place] = (logits.double().softmax(1).cumsum(1) <= noise[:, place, None]).sum(1)
+        codes[:, place] = (logits + noise[:, place]).argmax(1)
         if known is not None:
             codes[:, place] = torch.where(known[:, cell] < 0, codes[:, place], known[:, cell])
     return codes[:, model.order.argsort()]
@@ -163,7 +163,7 @@ KNOWN = torch.tensor([[1, 0, 4, -1, -1, -1], [3, 3, 3, 3, 3, -1], [-1] * 6, [2, 
 def test_samples_equal_those_of_a_plain_implementation(order, sampling):
     model = build(order=order).double()
     labels, seeds, options = torch.tensor([0, 1, 2] * 4), image_seeds(1, 0, 12), SamplingConfig(**sampling)
-    noise = uniform_noise(seeds, CELLS)
+    noise = CodeNoise(seeds, CODES).next(CELLS)
     expected = plain_sample(model, labels, options, noise)
     assert torch.equal(sample(model, labels, options, seeds), expected)
     assert len(expected.unique()) > 2

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stage2_prior.conditions.context import ContextForm
 from stage2_prior.pixelcnn import PixelCNN, PixelCNNConfig, PixelCNNDecoder
-from stage2_prior.sampling import guidance_at, image_seeds, uniform_noise
+from stage2_prior.sampling import CodeNoise, guidance_at, image_seeds
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.training.random import BatchRandom
@@ -60,7 +60,7 @@ def plain_sample(
     model: PixelCNN, labels: Tensor, sampling: SamplingConfig, noise: Tensor, known: Tensor | None = None
 ) -> Tensor:
     """Guided sampling as papers write it: one full forward pass for each code."""
-    codes = torch.zeros(noise.shape, dtype=torch.long)
+    codes = torch.zeros(noise.shape[:2], dtype=torch.long)
     cells = noise.shape[1]
     for cell in range(cells):
         branches = (labels, torch.full_like(labels, NO_CLASS))
@@ -71,7 +71,7 @@ def plain_sample(
         if sampling.top_k:
             unlikely = logits.argsort(descending=True)[:, sampling.top_k :]
             logits = logits.scatter(1, unlikely, -torch.inf)
-        drawn = (logits.softmax(1).cumsum(1) <= noise[:, cell, None]).sum(1)
+        drawn = (logits + noise[:, cell]).argmax(1)
         codes[:, cell] = drawn if known is None else torch.where(known[:, cell] < 0, drawn, known[:, cell])
     return codes
 
@@ -211,7 +211,7 @@ def test_samples_equal_those_of_one_full_forward_pass_per_code(sampling, known_c
     labels, seeds = torch.tensor([0, 1, 2, NO_CLASS] * 8), image_seeds(1, 0, 32)
     known = torch.full((32, CELLS), -1)
     known[1:, :known_cells] = torch.randint(CODES, (31, known_cells), generator=torch.Generator().manual_seed(2))
-    expected = plain_sample(model, labels, options, uniform_noise(seeds, CELLS), known)
+    expected = plain_sample(model, labels, options, CodeNoise(seeds, CODES).next(CELLS), known)
     assert torch.equal(sample(model, labels, options, seeds, known), expected)
     assert len(expected.unique(dim=0)) == 32
 

@@ -3,7 +3,7 @@ import torch
 from messages import refuses
 
 from stage2_prior.conditions.context import Context
-from stage2_prior.sampling import Branches, choose, filter_logits, guidance_at, image_seeds, uniform_noise
+from stage2_prior.sampling import Branches, CodeNoise, choose, filter_logits, guidance_at, image_seeds, uniform_noise
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.config.sections import parse_config
 
@@ -32,6 +32,18 @@ def guide(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float, 
 def test_an_images_seed_does_not_depend_on_where_a_batch_begins():
     assert image_seeds(3, 0, 10)[4:7] == image_seeds(3, 4, 3)
     assert len({*image_seeds(3, 0, 100), *image_seeds(4, 0, 100)}) == 200
+
+
+def test_the_noise_of_codes_depends_only_on_an_images_seed_and_gives_the_distribution():
+    seeds = image_seeds(0, 0, 400)
+    noise = CodeNoise(seeds, 5).next(50)
+    assert torch.equal(CodeNoise(seeds[10:12], 5).next(50), noise[10:12])
+    parts = CodeNoise(seeds, 5)
+    assert torch.equal(torch.cat([parts.next(1), parts.next(49)], 1), noise)
+    shares = torch.tensor([0.1, 0.0, 0.45, 0.05, 0.4])
+    counts = (shares.log() + noise).argmax(-1).flatten().bincount(minlength=5)
+    torch.testing.assert_close(counts / counts.sum(), shares, atol=0.01, rtol=0)
+    assert noise.isfinite().all()
 
 
 def test_noise_is_uniform_and_depends_only_on_a_rows_seed():

@@ -1,0 +1,70 @@
+"""Exact jumps: an autoregressive prior draws several codes in one pass, and the same codes as one after another.
+
+With its noise fixed, each code is a function of those before it. So the codes of the next cells can be guessed and
+predicted together, from the guesses: those up to the first wrong guess are right, and the predictions behind it are
+the next guesses (predictive sampling, Wiggers and Hoogeboom 2020, arXiv 2002.09928; the Jacobi iteration of Song et
+al. 2021, arXiv 2002.03629).
+
+Axes: n branches, W cells of a window, N cells of the grid, K codes.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from stage2_prior.network import OnProgress
+from stage2_prior.sampling import Branches, CodeNoise, filter_logits, guidance_at
+from stage2_prior.sampling_config import SamplingConfig
+
+__all__ = ["WINDOW", "Window", "sample_in_jumps"]
+
+WINDOW = 8
+"""W: the cells that are predicted together. On a CPU, a product of 8 rows takes little longer than one of a single row,
+and it is computed like that of 8 images, so that the codes are the same to the last bit."""
+Window = Callable[[int, Tensor], Tensor]
+"""Takes the number of a cell and the codes (n, W) before it and before those that follow (the one before cell 0 is
+ignored); returns the logits (n, W, K) of these cells."""
+
+
+def sample_in_jumps(
+    predict: Window,
+    branches: Branches,
+    noise: CodeNoise,
+    sampling: SamplingConfig,
+    known: Tensor,
+    on_progress: OnProgress | None,
+) -> Tensor:
+    """The codes (1, N) int64 of one image.
+
+    Args:
+        predict: predicts for all n ``branches`` at once.
+        known: (1, N) int64: codes to keep, -1 where a code is to be sampled.
+    """
+    cells = known.shape[1]
+    size = min(WINDOW, cells)
+    guesses = torch.cat([known.new_zeros(1), known[0].clamp(min=0)])  # guesses[i + 1] is that of cell i
+    ahead = noise.next(size)[0].to(known.device)  # (W, K): of the cells in the window
+    cell, begin = 0, 0
+    while cell < cells:
+        here = slice(begin, begin + size)
+        logits = predict(begin, branches.repeat(guesses[None, here]))
+        shares = torch.tensor([guidance_at(i, cells, sampling) for i in range(begin, begin + size)])
+        logits = branches.combine(logits, shares[:, None].to(logits))[0]
+        logits = filter_logits(logits, sampling)
+        drawn = (logits + ahead).argmax(-1)
+        drawn = torch.where(known[0, here] < 0, drawn, known[0, here])
+        wrong = (drawn != guesses[begin + 1 : begin + 1 + size])[cell - begin :].nonzero()
+        right = cell + int(wrong[0]) + 1 if len(wrong) else begin + size  # the first cell that is not certain
+        guesses[begin + 1 : begin + 1 + size] = drawn
+        if on_progress:
+            on_progress(int((known[0, cell:right] < 0).sum()))
+        # The last windows begin before the first uncertain cell, so that all windows have the same size.
+        cell, moved = right, min(right, cells - size) - begin
+        if moved:
+            entering = noise.next(moved)[0].to(known.device)
+            begin, ahead = begin + moved, torch.cat([ahead[moved:], entering])
+            # Their first guesses: what the last prediction makes of their noise.
+            guess, there = (logits[-1] + entering).argmax(-1), slice(begin + size - moved, begin + size)
+            guesses[1:][there] = torch.where(known[0, there] < 0, guess, known[0, there])
+    return guesses[None, 1:]

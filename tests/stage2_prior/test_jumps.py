@@ -1,0 +1,116 @@
+"""Exact jumps draw the codes of drawing one after another, in fewer passes."""
+
+import pytest
+import torch
+from contexts import branches, sample
+from torch import Tensor, nn
+
+from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
+from stage2_prior.conditions.context import Context, ContextForm
+from stage2_prior.jumps import WINDOW
+from stage2_prior.sampling import Branches, image_seeds
+from stage2_prior.sampling_config import SamplingConfig
+from stage2_prior.transformer import packed_layers
+
+CODES, GRID, CLASSES = 7, (5, 6), 3
+CELLS = GRID[0] * GRID[1]
+LABELS = torch.arange(8) % CLASSES
+
+
+def build(grid: tuple[int, int] = GRID, form: ContextForm | None = None, **options: object) -> CausalTransformer:
+    torch.manual_seed(0)
+    config = CausalTransformerConfig.model_validate({"hidden_size": 16, "depth": 2, "num_heads": 2} | options)
+    model = CausalTransformer(config, CODES, grid, form or ContextForm(num_classes=CLASSES)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def one_by_one(model: CausalTransformer, sampling: SamplingConfig, known: Tensor | None = None) -> Tensor:
+    seeds = image_seeds(3, 0, len(LABELS))
+    drawn = [
+        sample(model, LABELS[i : i + 1], sampling, seeds[i : i + 1], None if known is None else known[i : i + 1])
+        for i in range(len(LABELS))
+    ]
+    return torch.cat(drawn)
+
+
+@pytest.mark.parametrize("grid", [GRID, (2, 3), (1, 1)])
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"guidance_scale": 2.5, "guidance_schedule": "linear"}, {"top_k": 3, "temperature": 0.7}, {"top_p": 0.8}],
+)
+@pytest.mark.parametrize("options", [{"positions": "relative", "order": "spiral"}, {"positions": "both"}])
+def test_the_codes_are_those_of_one_after_another(grid, sampling, options):
+    model, settings = build(grid, **options).double(), SamplingConfig.model_validate(sampling)
+    expected = sample(model, LABELS, settings, image_seeds(3, 0, len(LABELS)))
+    assert torch.equal(one_by_one(model, settings), expected)
+    known = torch.full_like(expected, -1)
+    known[:, model.order[: len(model.order) // 2]] = 1
+    kept = sample(model, LABELS, settings, image_seeds(3, 0, len(LABELS)), known)
+    assert torch.equal(one_by_one(model, settings, known), kept)
+
+
+def test_captions_of_any_length_are_seen():
+    model = build(form=ContextForm(sequence=4, pooled=True)).double()
+    present = torch.tensor([[True, True, False, False], [True, True, True, True]] * 4)
+    random = torch.Generator().manual_seed(0)
+    sequence = torch.randn(8, 4, 16, generator=random, dtype=torch.float64)
+    context = Context(8, pooled=sequence[:, 0], sequence=sequence, present=present)
+    seeds = image_seeds(0, 0, 8)
+    together = model.sample(Branches(context), SamplingConfig(), seeds)
+    alone = [
+        model.sample(Branches(context.rows(slice(i, i + 1))), SamplingConfig(), seeds[i : i + 1]) for i in range(8)
+    ]
+    assert torch.equal(torch.cat(alone), together)
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_a_window_is_computed_like_a_batch_of_as_many_images(weights, monkeypatch):
+    monkeypatch.setattr("stage2_prior.fast_linear.MIN_PACKED", 0)
+    model = build(positions="relative", mlp="squared_relu", biases=False)
+    codes = torch.randint(CODES, (1, CELLS + 1), generator=torch.Generator().manual_seed(0))
+    context = Context(1, LABELS[:1])
+    window, step = model.window_decoder(context, weights), model.decoder(context.rows(torch.zeros(8).long()), weights)
+    together = torch.cat([window(first, codes[:, first : first + WINDOW]) for first in range(0, 24, WINDOW)], 1)
+    steps = [step(codes[:, cell].expand(8) if cell else None)[:1] for cell in range(24)]
+    assert torch.equal(together, torch.stack(steps, 1))
+
+
+def test_there_are_fewer_passes_than_codes(monkeypatch):
+    model, passes = build(positions="relative"), []
+    predict = model.window_decoder
+
+    def counted(*given):
+        window = predict(*given)
+        return lambda *asked: passes.append(asked) or window(*asked)
+
+    monkeypatch.setattr(model, "window_decoder", counted)
+    one_by_one(model, SamplingConfig(temperature=0.5))
+    assert len(passes) < 0.7 * 8 * CELLS
+    passes.clear()
+    known = torch.ones(8, CELLS, dtype=torch.long)
+    one_by_one(model, SamplingConfig(), known)
+    assert len(passes) == 8 * -(-CELLS // WINDOW)  # known codes need no guesses
+
+
+def test_progress_is_reported_for_each_code():
+    reported: list[int] = []
+    known = torch.full((1, CELLS), -1)
+    known[0, :5] = 2
+    model = build()
+    model.sample(branches(LABELS[:1], CLASSES, SamplingConfig()), SamplingConfig(), [1], known, reported.append)
+    assert sum(reported) == CELLS - 5
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_packed_weights_are_made_again_when_weights_change(optimizer):
+    model = build()
+    first = packed_layers(model, "float32")
+    assert packed_layers(model, "float32") is first
+    model.code_embedding.weight.grad = torch.ones_like(model.code_embedding.weight)
+    optimizer(model.parameters(), lr=0.1).step()
+    second = packed_layers(model, "float32")
+    assert second is not first
+    model.load_state_dict(model.state_dict())
+    assert packed_layers(model, "float32") is not second
