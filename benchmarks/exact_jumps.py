@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.reporting import Row, alternate, compared, parser, report
-from stage2_prior.autoregressive import Autoregressive, sample_in_order
-from stage2_prior.conditions.context import join_contexts
-from stage2_prior.jumps import sample_in_jumps
+from stage2_prior.autoregressive import Autoregressive
+from stage2_prior.jumps import Window
 from stage2_prior.prior import Prior
-from stage2_prior.sampling import Branches, CodeNoise, image_seeds
+from stage2_prior.sampling import image_seeds
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.machine.processes import share_cores
 
@@ -25,39 +24,36 @@ BATCH = 8
 
 
 class Draw:
-    """Draws the codes (n, N), in the order in which they are written, of images 0 to n - 1 of seed 0."""
+    """Draws the codes (n, h, w) of images 0 to n - 1 of seed 0, each alone."""
 
     def __init__(self, prior: Prior, sampling: SamplingConfig, images: int) -> None:
         assert isinstance(prior.network, Autoregressive)
-        self.network, self.sampling, self.images, self.passes = prior.network, sampling, images, 0
-        classes = max(1, len(prior.config.class_names or []))
-        self.scales = () if sampling.guidance_scale == 1 else (sampling.guidance_scale,)
-        self.contexts = []
-        for i in range(images):
-            given = {"class": torch.tensor([i % classes])} if prior.config.class_names else {}
-            both = [given] if not self.scales else [given, {}]
-            self.contexts.append([prior.conditions(each, 1) for each in both])
+        self.prior, self.sampling, self.images, self.passes = prior, sampling, images, 0
+        self.window_decoder = prior.network.window_decoder
 
-    def one(self, i: int, jumps: bool, copies: int = 1) -> Tensor:
-        rows = torch.zeros(copies, dtype=torch.long)
-        context = join_contexts([each.rows(rows) for each in self.contexts[i]]).in_order(self.network.order)
-        seeds = image_seeds(0, i, 1) * copies
-        branches, noise = Branches(context, self.scales), CodeNoise(seeds, self.network.codebook_size)
-        known = torch.full((copies, len(self.network.order)), -1)
-        if not jumps:
-            step = self.network.decoder(context, self.sampling.weights)
-            return sample_in_order(step, branches, noise, self.sampling, known, None)[:1]
-        window = self.network.window_decoder(context, self.sampling.weights)
-        assert window is not None
+    def by_jumps(self) -> Tensor:
+        def counting(*given) -> Window:
+            window = self.window_decoder(*given)
+            assert window is not None
 
-        def counted(first: int, before: Tensor) -> Tensor:
-            self.passes += 1
-            return window(first, before)
+            def counted(first: int, before: Tensor) -> Tensor:
+                self.passes += 1
+                return window(first, before)
 
-        return sample_in_jumps(counted, branches, noise, self.sampling, known, None)
+            return counted
 
-    def all(self, jumps: bool, copies: int = 1) -> Tensor:
-        return torch.cat([self.one(i, jumps, copies) for i in range(self.images)])
+        return self._draw(counting)
+
+    def by_steps(self, copies: int = 1) -> Tensor:
+        return self._draw(lambda *given: None, copies)
+
+    def _draw(self, window_decoder, copies: int = 1) -> Tensor:
+        self.prior.network.window_decoder = window_decoder
+        classes, drawn = len(self.prior.config.class_names or []), []
+        for i in range(self.images):
+            given = {"class": torch.full((copies,), i % classes)} if classes else {}
+            drawn.append(self.prior.sample(given, self.sampling, image_seeds(0, i, 1) * copies)[:1])
+        return torch.cat(drawn)
 
 
 def measure(run: str, sampling: SamplingConfig, images: int, repeats: int) -> Row:
@@ -65,19 +61,19 @@ def measure(run: str, sampling: SamplingConfig, images: int, repeats: int) -> Ro
     found: dict[str, Tensor] = {}
     seconds = alternate(
         {
-            "jumps": lambda: found.update(jumps=draw.all(True)),
-            "steps": lambda: found.update(steps=draw.all(False)),
-            "batch": lambda: found.update(batch=draw.all(False, BATCH)),
+            "jumps": lambda: found.update(jumps=draw.by_jumps()),
+            "steps": lambda: found.update(steps=draw.by_steps()),
+            "batch": lambda: found.update(batch=draw.by_steps(BATCH)),
         },
         repeats,
     )
     row = compared(f"{run.split('/')[-1]}, {sampling.weights}", seconds["jumps"], seconds["steps"])
-    cells, passes = len(draw.network.order), draw.passes / images / (repeats + 1)
+    cells, passes = draw.prior.config.grid[0] * draw.prior.config.grid[1], draw.passes / images / (repeats + 1)
     return row | {
         "batch_ratio": statistics.median(seconds["batch"]) / statistics.median(seconds["jumps"]),
         "passes": passes,
         "fewer_passes": cells / passes,
-        "equal_images": (found["jumps"] == found["batch"]).all(1).float().mean().item(),
+        "equal_images": (found["jumps"] == found["batch"]).flatten(1).all(1).float().mean().item(),
     }
 
 
