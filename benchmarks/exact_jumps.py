@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.reporting import Row, alternate, compared, parser, report
 from stage2_prior.autoregressive import Autoregressive
-from stage2_prior.jumps import Window
+from stage2_prior.jumps import Windows
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import image_seeds
 from stage2_prior.sampling_config import SamplingConfig
@@ -32,15 +32,17 @@ class Draw:
         self.window_decoder = prior.network.window_decoder
 
     def by_jumps(self) -> Tensor:
-        def counting(*given) -> Window:
-            window = self.window_decoder(*given)
-            assert window is not None
+        def counting(*given) -> Windows:
+            windows = self.window_decoder(*given)
+            assert windows is not None
+            predict = windows.predict
 
             def counted(first: int, before: Tensor) -> Tensor:
                 self.passes += 1
-                return window(first, before)
+                return predict(first, before)
 
-            return counted
+            windows.predict = counted
+            return windows
 
         return self._draw(counting)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage2_prior.conditions.context import Context
-from stage2_prior.jumps import Window, sample_in_jumps
+from stage2_prior.jumps import Windows, sample_in_jumps
 from stage2_prior.network import OnProgress
 from stage2_prior.sampling import Branches, CodeNoise, filter_logits, guidance_at
 from stage2_prior.sampling_config import SamplingConfig, Weights
@@ -77,8 +77,8 @@ class Autoregressive(nn.Module):
         """The function that predicts one cell after another when codes are sampled."""
         raise NotImplementedError
 
-    def window_decoder(self, context: Context, weights: Weights) -> "Window | None":
-        """The function that predicts several cells at once, for exact jumps; None: there is none."""
+    def window_decoder(self, context: Context, weights: Weights) -> "Windows | None":
+        """What predicts several cells at once, for exact jumps; None: there is no such thing."""
         return None
 
     @property
@@ -117,8 +117,8 @@ class Autoregressive(nn.Module):
         context, noise = branches.context.in_order(self.order), CodeNoise(seeds, self.codebook_size)
         codes = torch.full((len(seeds), len(self.order)), -1, device=self.order.device) if known is None else known
         codes = codes[:, self.order]
-        if len(seeds) == 1 and (predict := self.window_decoder(context, sampling.weights)):
-            found = sample_in_jumps(predict, branches, noise, sampling, codes, on_progress)
+        if len(seeds) == 1 and (windows := self.window_decoder(context, sampling.weights)):
+            found = sample_in_jumps(windows, branches, noise, sampling, codes, on_progress)
         else:
             step = self.decoder(context, sampling.weights)
             found = sample_in_order(step, branches, noise, sampling, codes, on_progress)

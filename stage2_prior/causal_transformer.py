@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stage2_prior.autoregressive import Autoregressive, Order, Step, cell_order, code_nats
 from stage2_prior.conditions.context import Context, ContextForm
-from stage2_prior.jumps import Window
+from stage2_prior.jumps import WINDOW, Windows
 from stage2_prior.sampling_config import Weights
 from stage2_prior.transformer import FastTransformer, Transformer, TransformerConfig, turn
 from twostage.core.training.random import BatchRandom
@@ -62,8 +62,8 @@ class CausalTransformer(Autoregressive, Transformer):
     def decoder(self, context: Context, weights: Weights) -> Step:
         return CausalTransformerDecoder(self, context, weights).step
 
-    def window_decoder(self, context: Context, weights: Weights) -> Window:
-        return CausalTransformerDecoder(self, context, weights).window
+    def window_decoder(self, context: Context, weights: Weights) -> Windows:
+        return CausalTransformerDecoder(self, context, weights)
 
     @torch.no_grad()
     def decoded_nats(self, codes: Tensor, context: Context, weights: Weights = "float32") -> Tensor:
@@ -86,7 +86,7 @@ class CausalTransformerDecoder(FastTransformer):
         super().__init__(model, weights)
         heads, cells = model.config.num_heads, model.cells
         width = model.config.hidden_size // heads
-        self.cell = 0
+        self.cell, self.size = 0, min(WINDOW, cells)
         added = model.added(context)
         self.added = added.expand(-1, cells, -1)
         self.places = 0 if context.sequence is None else context.sequence.shape[1]
@@ -108,12 +108,15 @@ class CausalTransformerDecoder(FastTransformer):
         """Logits (B, K) of the next cell; ``codes`` (B,) are those of the cell before, None at the first cell."""
         before = self.added.new_zeros(len(self.added), dtype=torch.long) if codes is None else codes
         self.cell += 1
-        return self.window(self.cell - 1, before[:, None])[:, 0]
+        return self.predict(self.cell - 1, before[:, None])[:, 0]
+
+    def begin(self, cell: int) -> int:
+        return min(cell, self.model.cells - self.size)
 
     @torch.no_grad()
-    def window(self, first: int, before: Tensor) -> Tensor:
-        """Logits (B, W, K) of the cells from ``first`` on, see :data:`Window`. What it wrote to the caches for later
-        cells than ``first`` is written again when those cells are predicted."""
+    def predict(self, first: int, before: Tensor) -> Tensor:
+        """Logits (B, W, K) of the cells from ``first`` on, given the codes (B, W) before each of them. What it writes
+        to the caches for uncertain cells is written again when they are predicted again."""
         model, here = self.model, slice(first, first + before.shape[1])
         x = self.added[:, here]
         if model.positions is not None:
@@ -124,7 +127,7 @@ class CausalTransformerDecoder(FastTransformer):
         x = (x + embedded).flatten(0, 1)
         for number, block in enumerate(self.blocks):
             x = block.finish(x, self._attend(number, block.qkv(x), first, before.shape[1]))
-        return self.predict(x).unflatten(0, before.shape)
+        return self.head(x).unflatten(0, before.shape)
 
     def _attend(self, number: int, qkv: Tensor, first: int, count: int) -> Tensor:
         """Writes the keys and values of ``count`` cells to the block's cache. Each attends to itself and all before it.

@@ -8,7 +8,7 @@ al. 2021, arXiv 2002.03629).
 Axes: n branches, W cells of a window, N cells of the grid, K codes.
 """
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,18 +17,31 @@ from stage2_prior.network import OnProgress
 from stage2_prior.sampling import Branches, CodeNoise, filter_logits, guidance_at
 from stage2_prior.sampling_config import SamplingConfig
 
-__all__ = ["WINDOW", "Window", "sample_in_jumps"]
+__all__ = ["WINDOW", "Windows", "sample_in_jumps"]
 
 WINDOW = 8
-"""W: the cells that are predicted together. On a CPU, a product of 8 rows takes little longer than one of a single row,
+"""The cells that are predicted together. On a CPU, a product of 8 rows takes little longer than one of a single row,
 and it is computed like that of 8 images, so that the codes are the same to the last bit."""
-Window = Callable[[int, Tensor], Tensor]
-"""Takes the number of a cell and the codes (n, W) before it and before those that follow (the one before cell 0 is
-ignored); returns the logits (n, W, K) of these cells."""
+
+
+class Windows(Protocol):
+    """Predicts several cells at once for sampling."""
+
+    size: int
+    """W: the cells of each window."""
+
+    def begin(self, cell: int) -> int:
+        """The first cell of the window in which ``cell`` is predicted. It never decreases from one cell to the next."""
+        ...
+
+    def predict(self, first: int, before: Tensor) -> Tensor:
+        """Logits (n, W, K) of the cells from ``first`` on, given the codes (n, W) before each of them; the one before
+        cell 0 is ignored. The codes of all cells before ``first`` are certain."""
+        ...
 
 
 def sample_in_jumps(
-    predict: Window,
+    windows: Windows,
     branches: Branches,
     noise: CodeNoise,
     sampling: SamplingConfig,
@@ -38,17 +51,16 @@ def sample_in_jumps(
     """The codes (1, N) int64 of one image.
 
     Args:
-        predict: predicts for all n ``branches`` at once.
+        windows: predicts for all n ``branches`` at once.
         known: (1, N) int64: codes to keep, -1 where a code is to be sampled.
     """
-    cells = known.shape[1]
-    size = min(WINDOW, cells)
+    cells, size = known.shape[1], windows.size
     guesses = torch.cat([known.new_zeros(1), known[0].clamp(min=0)])  # guesses[i + 1] is that of cell i
     ahead = noise.next(size)[0].to(known.device)  # (W, K): of the cells in the window
     cell, begin = 0, 0
     while cell < cells:
         here = slice(begin, begin + size)
-        logits = predict(begin, branches.repeat(guesses[None, here]))
+        logits = windows.predict(begin, branches.repeat(guesses[None, here]))
         shares = torch.tensor([guidance_at(i, cells, sampling) for i in range(begin, begin + size)])
         logits = branches.combine(logits, shares[:, None].to(logits))[0]
         logits = filter_logits(logits, sampling)
@@ -59,9 +71,8 @@ def sample_in_jumps(
         guesses[begin + 1 : begin + 1 + size] = drawn
         if on_progress:
             on_progress(int((known[0, cell:right] < 0).sum()))
-        # The last windows begin before the first uncertain cell, so that all windows have the same size.
-        cell, moved = right, min(right, cells - size) - begin
-        if moved:
+        cell = right
+        if cell < cells and (moved := windows.begin(cell) - begin):
             entering = noise.next(moved)[0].to(known.device)
             begin, ahead = begin + moved, torch.cat([ahead[moved:], entering])
             # Their first guesses: what the last prediction makes of their noise.

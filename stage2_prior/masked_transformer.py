@@ -244,7 +244,7 @@ class MaskedPredictor(FastTransformer):
             if block is self.blocks[-1]:  # from here on, no cell depends on another
                 x, attended = x[masked], attended[masked]  # (M, D)
             x = block.finish(x, attended)
-        return self.predict(x)
+        return self.head(x)
 
 
 def same_context(context: Context) -> Tensor:

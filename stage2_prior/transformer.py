@@ -426,6 +426,6 @@ class FastTransformer:
         if model.rotation is not None:
             self.rotation = torch.complex(*model.rotation.to(model.norm.weight.dtype))
 
-    def predict(self, x: Tensor) -> Tensor:
+    def head(self, x: Tensor) -> Tensor:
         """The output of the last block (R, D) -> logits (R, K)."""
         return self._head(_normalized(x, self.model.norm))
