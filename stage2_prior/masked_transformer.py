@@ -101,12 +101,17 @@ class MaskedTransformer(Transformer):
         global batch are evenly spaced on the schedule from a random start, so their mean varies little.
         `predict_replaced` adds the replaced codes to the sum.
         """
-        share = masked_share(_evenly_spaced(random), self.config.mask_schedule)
-        masked = _random_cells((share * self.cells).round().long().clamp(min=1), codes, random)
-        wanted = masked | (inputs != codes) if self.config.predict_replaced else masked
+        counts = _num_masked(random, self.cells, self.config.mask_schedule)
+        masked = _random_cells(counts, codes, random)
         hidden = self.hide(codes, random)
         hidden = None if hidden is None else hidden & ~masked
-        nats = self._nats(codes, context, inputs.masked_fill(masked, self.mask_token_id), wanted, hidden)
+        inputs = inputs.masked_fill(masked, self.mask_token_id)
+        if self.config.predict_replaced:  # only the device knows how many codes were replaced, so all are predicted
+            logits = self.predict(self.run(self.embed(inputs, hidden), context))
+            nats = F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten(), reduction="none")
+            nats = nats * (inputs != codes).flatten()
+        else:
+            nats = self._nats(codes, context, inputs, masked, sum(counts.tolist()), hidden)
         return nats.sum() / (codes.numel() * MEAN_MASKED_SHARE)
 
     def nats_per_image(self, codes: Tensor, context: Context, random: BatchRandom) -> Tensor:
@@ -121,18 +126,21 @@ class MaskedTransformer(Transformer):
         with k uniform in 1 ... N and m uniform among the sets of k cells. Each image gets one k, evenly spaced over the
         batch.
         """
-        counts = (_evenly_spaced(random) * self.cells).long() + 1
+        counts = _num_masked(random, self.cells)
         masked = _random_cells(counts, codes, random)
-        nats = self._nats(codes, context, codes.masked_fill(masked, self.mask_token_id), masked)
+        inputs = codes.masked_fill(masked, self.mask_token_id)
+        nats = self._nats(codes, context, inputs, masked, sum(counts.tolist()))
         sums = nats.new_zeros(codes.shape).masked_scatter(masked, nats).sum(1)
         return sums * (self.cells / counts.to(sums))
 
     def _nats(
-        self, codes: Tensor, context: Context, inputs: Tensor, wanted: Tensor, hidden: Tensor | None = None
+        self, codes: Tensor, context: Context, inputs: Tensor, masked: Tensor, count: int, hidden: Tensor | None = None
     ) -> Tensor:
-        """-log p of the ``wanted`` (B, N) codes given ``inputs``: (M,). Nothing else is predicted."""
-        output = self.run(self.embed(inputs, hidden), context)[wanted]
-        return F.cross_entropy(self.predict(output).float(), codes[wanted], reduction="none")
+        """-log p of the M = ``count`` codes that are ``masked`` (B, N), given ``inputs``: (M,). Nothing else is
+        predicted. The caller knows the count, because a GPU would have to wait for it."""
+        cells = masked.flatten().nonzero_static(size=count).squeeze(1)
+        output = self.run(self.embed(inputs, hidden), context).flatten(0, 1)[cells]
+        return F.cross_entropy(self.predict(output).float(), codes.flatten()[cells], reduction="none")
 
     def can_keep(self, known: Tensor) -> bool:
         return True
@@ -173,10 +181,16 @@ def masked_share(progress: Tensor, schedule: MaskSchedule) -> Tensor:
     return (math.pi / 2 * progress).cos() if schedule == "cosine" else progress.acos() / (math.pi / 2)
 
 
-def _evenly_spaced(random: BatchRandom) -> Tensor:
-    """Points in [0, 1), evenly spaced over the global batch from a random start: (B,) float64, on the CPU."""
+def _num_masked(random: BatchRandom, cells: int, schedule: MaskSchedule | None = None) -> Tensor:
+    """The number of codes to mask in each image: (B,) int64, on the CPU. None: uniform in 1 ... N.
+
+    The points on the schedule are evenly spaced over the global batch from a random start.
+    """
     start = torch.rand((), generator=random.generator("mask start", torch.device("cpu")), dtype=torch.double)
-    return (start + torch.arange(random.batch_size)[random.rows] / random.batch_size) % 1
+    points = (start + torch.arange(random.batch_size)[random.rows] / random.batch_size) % 1
+    if schedule is None:
+        return (points * cells).long() + 1
+    return (masked_share(points, schedule) * cells).round().long().clamp(min=1)
 
 
 def _random_cells(counts: Tensor, codes: Tensor, random: BatchRandom) -> Tensor:

@@ -41,30 +41,33 @@ class Muon(AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Updates all weights that have a gradient. Matrices have none afterwards."""
-        found_inf = getattr(self, "found_inf", None)  # set when an update may have to be skipped, see `check_gradient`
-        is_skipped = found_inf is not None and bool(found_inf)
         for group in self.param_groups:
             if not group.get("matrices"):
                 continue
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            if weights and not is_skipped:
-                self._update(group, weights)
+            if weights:
+                self._update(group, weights, getattr(self, "found_inf", None))
             for weight in weights:
                 weight.grad = None  # AdamW passes over weights without a gradient
         return super().step(closure)
 
-    def _update(self, group: dict[str, Any], weights: list[Tensor]) -> None:
+    def _update(self, group: dict[str, Any], weights: list[Tensor], found_inf: Tensor | None) -> None:
+        """Updates ``weights``, unless ``found_inf`` is 1, see `check_gradient`; then it changes nothing. The device
+        decides that by itself, so that nothing waits for it."""
+        share: Tensor | float = 1.0 if found_inf is None else 1 - found_inf
         ahead = []
         for weight in weights:
             gradient, state = weight.grad, self.state[weight]
             assert gradient is not None
+            if found_inf is not None:
+                gradient = torch.where(found_inf > 0, 0.0, gradient)
             if not state:
                 state["momentum"] = torch.zeros_like(weight)
-            momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+            momentum = state["momentum"].lerp_(gradient, (1 - MOMENTUM) * share)
             ahead.append(gradient.lerp(momentum, MOMENTUM).flatten(1))  # Nesterov's
         for weight, update in zip(weights, orthogonalized(ahead, self.dtype), strict=True):
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_(update.view_as(weight), alpha=-group["lr"] * RMS * max(update.shape) ** 0.5)
+            weight.mul_(1 - share * group["lr"] * group["weight_decay"])
+            weight.sub_(update.view_as(weight) * (share * group["lr"] * RMS * max(update.shape) ** 0.5))
 
 
 def orthogonalized(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

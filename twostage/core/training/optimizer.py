@@ -91,12 +91,17 @@ def averaged_copy(model: nn.Module, decay: float) -> AveragedModel:
     so that the first weights do not hold back a short run.
     """
 
-    @torch.no_grad()
-    def update(averaged: Any, current: Any, num_averaged: Tensor | int) -> None:
-        count = float(num_averaged)
-        get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(averaged, current, num_averaged)
+    averaged = AveragedModel(model)
 
-    return AveragedModel(model, multi_avg_fn=update)
+    @torch.no_grad()
+    def update(weights: Any, current: Any, num_averaged: Tensor | int) -> None:
+        count = int(
+            averaged.n_averaged
+        )  # on the CPU; `num_averaged` is a copy on a GPU, which would have to be awaited
+        get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(weights, current, num_averaged)
+
+    averaged.multi_avg_fn = update
+    return averaged
 
 
 class TrainedNetwork(Generic[ModuleT]):
