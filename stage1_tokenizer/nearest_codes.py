@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from stage1_tokenizer.shortlist import proven_nearest_codes
 from twostage.core.machine.onednn import has_onednn, pack, product
 
 __all__ = ["k_means", "nearest_codes", "neighbour"]
@@ -15,7 +16,6 @@ __all__ = ["k_means", "nearest_codes", "neighbour"]
 CPU_TILE = 1 << 20  # scores computed at a time on a CPU: 4 MiB, which stays in its cache
 GPU_TILE = 1 << 26  # a GPU is faster with few large products than with many small ones
 TOPK_MEMORY = 4  # a GPU sorts for `topk`, in about this many times the memory of the scores
-MAX_TILE_CODES = 1 << 13  # 2 MiB of codes at 64 dimensions, which every tile of vectors reads
 
 
 @torch.no_grad()
@@ -23,29 +23,15 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """The index of each vector's nearest code, (N, D) and (K, D) -> (N,) int64.
 
     Computes argmin |v - e|^2 = argmax v.e - |e|^2 / 2 in tiles. This needs no (N, K) matrix, and no |v|^2, whose
-    rounding would hide the differences between close codes. An exported program (ONNX, torch.export) computes it in
-    one product, because the size of its batch is unknown during tracing.
+    rounding would hide the differences between close codes. On a CPU the codes are those of float64. An exported
+    program (ONNX, torch.export) computes it in one product, because the size of its batch is unknown during tracing.
     """
     if torch.compiler.is_exporting():
         return torch.addmm(codebook.square().sum(1) * -0.5, vectors, codebook.t()).argmax(1)
-    tile = CPU_TILE if vectors.device.type == "cpu" else GPU_TILE
-    best, indices = None, torch.zeros(len(vectors), dtype=torch.long, device=vectors.device)
-    for first in range(0, len(codebook), MAX_TILE_CODES):
-        codes = codebook[first : first + MAX_TILE_CODES]
-        score = _scorer(codes)
-        size = max(16, tile // len(codes))
-        for start in range(0, len(vectors), size):
-            part = slice(start, start + size)
-            values, places = _row_maxima(score(vectors[part]))
-            if len(codes) == len(codebook):
-                indices[part] = places
-                continue
-            if best is None:
-                best = vectors.new_full((len(vectors),), -torch.inf)
-            better = values > best[part]
-            indices[part] = torch.where(better, places + first, indices[part])
-            best[part] = torch.maximum(values, best[part])
-    return indices
+    if vectors.device.type == "cpu":
+        return proven_nearest_codes(vectors, codebook)
+    score, size = _scorer(codebook), max(16, GPU_TILE // len(codebook))
+    return torch.cat([score(part).argmax(1) for part in vectors.split(size)])
 
 
 def _scorer(codes: Tensor) -> Callable[[Tensor], Tensor]:
@@ -55,21 +41,6 @@ def _scorer(codes: Tensor) -> Callable[[Tensor], Tensor]:
         packed = pack(codes.contiguous())
         return lambda x: product(x, packed, bias)
     return lambda x: torch.addmm(bias, x, codes.t())
-
-
-def _row_maxima(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest value of each row (n, K) and its index. On a CPU `amax` is fifteen times as fast as `argmax`, so
-    `argmax` only searches the best block of each row."""
-    rows, size = scores.shape
-    block = 64
-    if scores.device.type != "cpu" or size % block or size == block:
-        values, places = scores.max(1)
-        return values, places
-    blocks = scores.view(rows, size // block, block)
-    maxima = blocks.amax(2)
-    values, chosen = maxima.max(1)
-    within = blocks[torch.arange(rows), chosen].argmax(1)
-    return values, chosen * block + within
 
 
 @torch.no_grad()

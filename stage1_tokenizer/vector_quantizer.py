@@ -182,11 +182,10 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def _gather_statistics(self, vectors: Tensor, indices: Tensor, random: BatchRandom) -> None:
-        finite = vectors.isfinite().all()  # a batch whose update is skipped must leave no trace
-        vectors = torch.where(finite, vectors, 0.0)
+        finite = vectors.sum().isfinite()  # a batch whose update is skipped must leave no trace
         self.count(indices, finite)
         if self.config.codebook == "ema":
-            self.pending_sums.index_add_(0, indices, vectors)
+            self.pending_sums.index_add_(0, indices, torch.where(finite, vectors, 0.0))
         # Candidates are positions in the global batch; each process fills in those of its own part.
         per_sample = len(vectors) // (random.rows.stop - random.rows.start)
         generator = random.generator("revival", vectors.device)
@@ -195,7 +194,8 @@ class VectorQuantizer(Quantizer):
         )
         places -= random.rows.start * per_sample
         mine = (places >= 0) & (places < len(vectors))
-        self.pending_candidates += vectors[places.clamp(0, len(vectors) - 1)] * mine[:, None]
+        chosen = vectors.index_select(0, places.clamp(0, len(vectors) - 1))
+        self.pending_candidates += torch.where((mine & finite)[:, None], chosen, 0.0)
 
     def _normalized(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.l2_normalize else vectors

@@ -2,10 +2,11 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from stage1_tokenizer import nearest_codes as nearest
+from stage1_tokenizer import shortlist
 from stage1_tokenizer.nearest_codes import k_means, nearest_codes
 from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
 from twostage.core.training.random import BatchRandom
@@ -57,7 +58,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 @pytest.mark.parametrize(("count", "size", "dim"), [(1, 2, 1), (16, 5, 3), (333, 50, 8)])
 def test_nearest_codes_equal_brute_force_in_tiles(count, size, dim, scale, monkeypatch):
-    monkeypatch.setattr(nearest, "CPU_TILE", 20 * 50)  # 20 rows or fewer at a time: 333 is no multiple
+    monkeypatch.setattr(shortlist, "VECTORS", 100)  # 333 is no multiple
     vectors = torch.randn(count, dim, generator=generator(1))
     codebook = torch.randn(size, dim, generator=generator(2)) * scale
     assert torch.equal(nearest_codes(vectors, codebook), brute_force(vectors, codebook))
@@ -67,6 +68,62 @@ def test_long_vectors_do_not_hide_the_differences_between_codes():
     codebook = torch.randn(64, 4, generator=generator()) * 1e-4
     vectors = torch.randn(500, 4, generator=generator(1)) * 100
     assert torch.equal(nearest_codes(vectors, codebook), brute_force(vectors, codebook))
+
+
+def hard_cases() -> dict[str, tuple[Tensor, Tensor]]:
+    """Vectors and codebooks in which scores in bfloat16, or float32, cannot tell codes apart."""
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=source)
+
+    source = generator(3)
+    vectors, codes = randn(300, 8), randn(700, 8)
+    clusters = randn(4, 8)[torch.arange(700) % 4]
+    middle = (codes[:300] + codes[1:301]) / 2
+    nudged = torch.cat([codes, torch.nextafter(codes, torch.zeros(()))])
+    return {
+        "plain": (vectors, codes),
+        "bfloat16 inputs": (vectors.bfloat16().float(), codes.bfloat16().float()),
+        "unit length": (F.normalize(vectors), F.normalize(codes)),
+        "far from zero": (vectors + 1000, codes + 1000),
+        "close clusters": (clusters[:300] + randn(300, 8) * 1e-3, clusters + randn(700, 8) * 1e-3),
+        "one cluster": (vectors, codes * 1e-5 + 1),
+        "halfway between two codes": (middle, codes),
+        "one bit apart": (vectors, nudged),
+        "short vectors": (vectors * 1e-6, codes),
+        "tiny": (vectors * 1e-30, codes * 1e-30),
+        "one long code": (vectors, torch.cat([codes, torch.full((1, 8), 1e4)])),
+    }
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("name", hard_cases())
+def test_codes_are_those_of_float64_on_every_processor(name, bfloat16, monkeypatch):
+    monkeypatch.setattr(shortlist, "reason_for_precision", lambda _: ("bf16" if bfloat16 else "no", ""))
+    vectors, codebook = hard_cases()[name]
+    assert torch.equal(nearest_codes(vectors, codebook), brute_force(vectors, codebook))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_shortlist_answers_without_comparing_all_codes(dtype):
+    vectors, codebook = hard_cases()["plain"]
+    found = shortlist._shortlist(codebook, dtype)(vectors)
+    assert found is not None
+    assert torch.equal(found, brute_force(vectors, codebook))
+    assert shortlist._shortlist(codebook[:1].expand(700, 8), dtype)(vectors) is None
+
+
+def test_the_first_of_equal_codes_is_found():
+    codebook = torch.randn(5, 4, generator=generator())[torch.tensor([3, 1, 4, 0, 2])].repeat(100, 1)
+    assert nearest_codes(codebook, codebook).tolist() == list(range(5)) * 100
+
+
+def test_vectors_that_are_not_finite_get_some_code():
+    vectors, codebook = hard_cases()["plain"]
+    vectors = vectors.index_fill(0, torch.arange(100), torch.nan).index_fill(0, torch.arange(100, 150), torch.inf)
+    codes = nearest_codes(vectors, codebook)
+    assert 0 <= codes.min() <= codes.max() < 700
+    assert torch.equal(codes[150:], brute_force(vectors[150:], codebook))
 
 
 def test_a_code_finds_itself():
