@@ -77,6 +77,13 @@ class Autoregressive(nn.Module):
         """The function that predicts one cell after another when codes are sampled."""
         raise NotImplementedError
 
+    def continued(self, context: Context, weights: Weights, codes: Tensor) -> Step:
+        """:meth:`decoder` after the ``codes`` (B, n) of the first n cells: it predicts the cell after them next."""
+        step = self.decoder(context, weights)
+        for cell in range(codes.shape[1]):
+            step(codes[:, cell - 1] if cell else None)
+        return step
+
     def window_decoder(self, context: Context, weights: Weights) -> "Windows | None":
         """What predicts several cells at once, for exact jumps; None: there is no such thing."""
         return None
@@ -120,8 +127,9 @@ class Autoregressive(nn.Module):
         if len(seeds) == 1 and (windows := self.window_decoder(context, sampling.weights)):
             found = sample_in_jumps(windows, branches, noise, sampling, codes, on_progress)
         else:
-            step = self.decoder(context, sampling.weights)
-            found = sample_in_order(step, branches, noise, sampling, codes, on_progress)
+            first = 0 if known is None else int((codes >= 0).all(0).cumprod(0).sum())
+            step = self.continued(context, sampling.weights, branches.repeat(codes[:, :first]))
+            found = sample_in_order(step, branches, noise, sampling, codes, on_progress, first)
         return found[:, self.order.argsort()]
 
 
@@ -142,27 +150,28 @@ def sample_in_order(
     sampling: SamplingConfig,
     known: Tensor,
     on_progress: OnProgress | None,
+    first: int = 0,
 ) -> Tensor:
-    """Samples one cell after another.
+    """Samples one cell after another. Nothing makes the host wait for a GPU.
 
     Args:
         step: predicts for all n ``branches`` at once: (n B,) -> (n B, K).
         known: (B, N) int64 in the same order: codes to keep, -1 where a code is to be sampled.
+        first: the cell that ``step`` predicts first. The codes before it are known.
 
     Returns:
         (B, N) int64.
     """
     codes = known.clone()
     images, cells = codes.shape
-    to_sample = (codes < 0).any(0).tolist()
-    for cell in range(cells):
+    noise.next(first)
+    for cell in range(first, cells):
         before = codes[:, cell - 1] if cell else None
         logits = step(None if before is None else branches.repeat(before))
         noise_here = noise.next(1)[:, 0].to(logits.device)
-        if to_sample[cell]:
-            logits = branches.combine(logits, guidance_at(cell, cells, sampling))
-            sampled = (filter_logits(logits, sampling) + noise_here).argmax(-1)
-            codes[:, cell] = torch.where(codes[:, cell] < 0, sampled, codes[:, cell])
-            if on_progress:
-                on_progress(images)
+        logits = branches.combine(logits, guidance_at(cell, cells, sampling))
+        sampled = (filter_logits(logits, sampling) + noise_here).argmax(-1)
+        codes[:, cell] = torch.where(codes[:, cell] < 0, sampled, codes[:, cell])
+        if on_progress:
+            on_progress(images)
     return codes

@@ -13,7 +13,7 @@ from stage2_prior.autoregressive import Autoregressive, Order, Step, cell_order,
 from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.jumps import WINDOW, Windows
 from stage2_prior.sampling_config import Weights
-from stage2_prior.transformer import FastTransformer, Transformer, TransformerConfig, turn
+from stage2_prior.transformer import FastTransformer, Transformer, TransformerConfig, sequence_mask, turn
 from twostage.core.training.random import BatchRandom
 
 __all__ = ["CausalTransformer", "CausalTransformerConfig", "CausalTransformerDecoder"]
@@ -62,6 +62,12 @@ class CausalTransformer(Autoregressive, Transformer):
     def decoder(self, context: Context, weights: Weights) -> Step:
         return CausalTransformerDecoder(self, context, weights).step
 
+    def continued(self, context: Context, weights: Weights, codes: Tensor) -> Step:
+        decoder = CausalTransformerDecoder(self, context, weights)
+        if codes.shape[1]:
+            decoder.read(codes)
+        return decoder.step
+
     def window_decoder(self, context: Context, weights: Weights) -> Windows:
         return CausalTransformerDecoder(self, context, weights)
 
@@ -92,7 +98,7 @@ class CausalTransformerDecoder(FastTransformer):
         self.places = 0 if context.sequence is None else context.sequence.shape[1]
         shape = (model.config.depth, 2, context.size, heads, self.places + cells, width)
         self.caches = added.new_empty(shape).unbind()
-        self.absent = None
+        self.absent, self.present = None, context.present
         if context.sequence is not None and context.present is not None:
             absent = added.new_zeros(context.present.shape).masked_fill_(~context.present, -torch.inf)
             self.absent = absent.repeat_interleave(heads, 0)[:, None]  # (B H, 1, L): added to scores
@@ -110,6 +116,24 @@ class CausalTransformerDecoder(FastTransformer):
         self.cell += 1
         return self.predict(self.cell - 1, before[:, None])[:, 0]
 
+    @torch.no_grad()
+    def read(self, codes: Tensor) -> None:
+        """Reads the codes (B, n) of the first n cells in one pass; then :meth:`step` predicts the cell after them."""
+        count = self.cell = codes.shape[1]
+        x = self._embedded(0, F.pad(codes[:, :-1], (1, 0))).flatten(0, 1)  # (B n, D)
+        later = x.new_full((count, count), -torch.inf).triu(1)
+        for number, block in enumerate(self.blocks):
+            qkv = self._cached(number, block.qkv(x), 0, count)
+            if block is self.blocks[-1]:  # only its keys and values are needed
+                return
+            bias = self.biases[number]
+            mask = later if bias is None else later + bias[:, :count, :count]
+            if self.present is not None:
+                mask = sequence_mask(self.present, mask, count, x.dtype)
+            keys, values = self.caches[number][:, :, :, : self.places + count]
+            attended = F.scaled_dot_product_attention(qkv[:, :, 0].transpose(1, 2), keys, values, mask, scale=1.0)
+            x = block.finish(x, attended.transpose(1, 2).reshape(x.shape))
+
     def begin(self, cell: int) -> int:
         return min(cell, self.model.cells - self.size)
 
@@ -117,6 +141,13 @@ class CausalTransformerDecoder(FastTransformer):
     def predict(self, first: int, before: Tensor) -> Tensor:
         """Logits (B, W, K) of the cells from ``first`` on, given the codes (B, W) before each of them. What it writes
         to the caches for uncertain cells is written again when they are predicted again."""
+        x = self._embedded(first, before).flatten(0, 1)
+        for number, block in enumerate(self.blocks):
+            x = block.finish(x, self._attend(number, block.qkv(x), first, before.shape[1]))
+        return self.head(x).unflatten(0, before.shape)
+
+    def _embedded(self, first: int, before: Tensor) -> Tensor:
+        """The input of the first block at the cells from ``first`` on, for the codes (B, W) before them: (B, W, D)."""
         model, here = self.model, slice(first, first + before.shape[1])
         x = self.added[:, here]
         if model.positions is not None:
@@ -124,10 +155,17 @@ class CausalTransformerDecoder(FastTransformer):
         embedded = model.code_embedding(before)
         if first == 0:
             embedded[:, 0] = 0  # the first cell sees only the conditions
-        x = (x + embedded).flatten(0, 1)
-        for number, block in enumerate(self.blocks):
-            x = block.finish(x, self._attend(number, block.qkv(x), first, before.shape[1]))
-        return self.head(x).unflatten(0, before.shape)
+        return x + embedded
+
+    def _cached(self, number: int, qkv: Tensor, first: int, count: int) -> Tensor:
+        """Writes the keys and values of ``count`` cells, (B W, 3, H, E), to the block's cache; returns (B, W, 3, H, E),
+        rotated."""
+        qkv = qkv.unflatten(0, (-1, count))
+        if self.rotation is not None:
+            turn(qkv, self.rotation[first : first + count, None, None])
+        start = self.places + first
+        self.caches[number][:, :, :, start : start + count] = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
+        return qkv
 
     def _attend(self, number: int, qkv: Tensor, first: int, count: int) -> Tensor:
         """Writes the keys and values of ``count`` cells to the block's cache. Each attends to itself and all before it.
@@ -135,11 +173,7 @@ class CausalTransformerDecoder(FastTransformer):
         Takes (B W, 3, H, E), returns (B W, D). In float32 on a CPU, two products for each cell are faster than torch's
         fused kernel, if the query is a row: with the keys on the left they take four times as long.
         """
-        qkv = qkv.unflatten(0, (-1, count))  # (B, W, 3, H, E)
-        if self.rotation is not None:
-            turn(qkv, self.rotation[first : first + count, None, None])
-        start = self.places + first
-        self.caches[number][:, :, :, start : start + count] = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
+        qkv = self._cached(number, qkv, first, count)
         keys, values, attended = self.keys[number], self.values[number], []
         for cell in range(first, first + count):
             seen, query = self.places + cell + 1, qkv[:, cell - first, 0].reshape(len(keys), 1, -1)

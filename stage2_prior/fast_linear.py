@@ -44,7 +44,7 @@ def fast_linear(weight: Tensor, bias: Tensor | None, weights: Weights = "float32
     Raises:
         InputError: see :func:`check_weights`.
     """
-    check_weights(weights)
+    check_weights(weights, weight.device)
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     match weights:
         case "float32" if has_onednn(weight) and weight.numel() >= MIN_PACKED:
@@ -57,12 +57,22 @@ def fast_linear(weight: Tensor, bias: Tensor | None, weights: Weights = "float32
             return _int8(weight, bias, gelu)
 
 
-def check_weights(weights: Weights) -> None:
-    """Refuses a precision for which this torch or this processor has no products.
+def check_weights(weights: Weights, device: torch.device) -> None:
+    """Refuses a precision for which this torch or this device has no products.
 
     Raises:
         InputError: names what to use instead.
     """
+    if device.type == "cuda":
+        if weights == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise InputError("weights 'bfloat16': this GPU only emulates bfloat16. Use float32")
+        if weights == "int8":
+            raise InputError("weights 'int8': only works on a CPU. Use bfloat16 or float32")
+        return
+    if weights != "float32" and device.type != "cpu":
+        raise InputError(
+            f"weights {weights!r}: needs a CPU or a CUDA device, but this prior is on {device.type}. Use float32"
+        )
     if weights == "bfloat16" and not has_bfloat16():
         raise InputError(
             "weights 'bfloat16': this torch or this processor has no fast products in bfloat16. Use float32 or int8"
@@ -96,7 +106,8 @@ def _packed(weight: Tensor, bias: Tensor | None, gelu: bool) -> Linear:
 
 
 def _bfloat16(weight: Tensor, bias: Tensor | None, gelu: bool) -> Linear:
-    packed = _packed(weight.bfloat16(), None if bias is None else bias.bfloat16(), gelu)
+    form = _packed if weight.device.type == "cpu" else _plain
+    packed = form(weight.bfloat16(), None if bias is None else bias.bfloat16(), gelu)
 
     def multiply(x: Tensor, added: Tensor | None = None) -> Tensor:
         y = packed(x.bfloat16())

@@ -188,13 +188,7 @@ class Prior(nn.Module):
         if sampling.num_steps is not None and sampling.num_steps > cells:
             raise InputError(f"num_steps {sampling.num_steps}: expected at most {cells}, the number of codes in a grid")
         self._check_guidance(sampling)
-        if sampling.weights != "float32":
-            device = next(self.parameters()).device.type
-            if device != "cpu":
-                raise InputError(
-                    f"weights {sampling.weights!r}: only applies on a CPU, but this prior is on {device}. Use float32"
-                )
-            check_weights(sampling.weights)
+        check_weights(sampling.weights, next(self.parameters()).device)
 
     def needs(self, condition: str) -> bool:
         """Whether it cannot draw without this condition, because it was never hidden in training."""

@@ -67,7 +67,8 @@ class SamplingConfig(Section):
         description="Masked transformers: randomness in choosing which codes each step keeps. Default: 4.5.",
     )
     weights: Weights = Field(
-        default="float32", description="Transformers on a CPU: precision of the weights. Lower precision is faster."
+        default="float32",
+        description="Transformers: precision of the weights. Lower precision is faster; int8 only works on a CPU.",
     )
 
     @field_validator("guidance_scale", mode="before")

@@ -37,6 +37,7 @@ def fake_gpu() -> Iterator[None]:
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
         patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**40))
         patch.setattr(FakeTensor, "__deepcopy__", _copy, raising=False)  # that of torch asks for an address
+        patch.setattr(FakeTensor, "data_ptr", lambda self: id(self), raising=False)
         patch.setattr(nn.Module, "_apply", _apply)
         patch.setattr(torch.autograd, "grad", _grad)
         patch.setattr(Tensor, "backward", _backward)

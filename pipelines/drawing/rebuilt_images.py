@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.drawing.batch_size import ROWS
+from pipelines.drawing.batch_size import ROWS, ROWS_DECODED_ON_GPU
 from pipelines.saved.saved_model import tokenizer_of_codes
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.codes import CodeCache
@@ -24,8 +24,9 @@ __all__ = ["blend_images", "check_image", "decode_codes", "encode_in_parts", "fi
 def decode_codes(tokenizer: Autoencoder, codes: Tensor) -> Tensor:
     """Codes (n, h, w) -> images (n, C, H, W) uint8 on the CPU; each is independent of the others in its batch."""
     padded = F.pad(codes, (0, 0, 0, 0, 0, -len(codes) % ROWS))
-    images = [to_uint8(tokenizer.decode_indices(part)).cpu() for part in padded.split(ROWS)]
-    return torch.cat(images)[: len(codes)]
+    at_once = ROWS if codes.device.type == "cpu" else ROWS_DECODED_ON_GPU
+    images = [to_uint8(tokenizer.decode_indices(part)) for part in padded.split(at_once)]
+    return torch.cat(images).cpu()[: len(codes)]
 
 
 def find_decoder(codes: str) -> Callable[[Tensor], Tensor] | None:

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -7,9 +8,9 @@ from contexts import of, sample
 from torch import Tensor, nn
 
 from stage2_prior import fast_linear
-from stage2_prior.autoregressive import ORDERS
+from stage2_prior.autoregressive import ORDERS, Autoregressive
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig, CausalTransformerDecoder
-from stage2_prior.conditions.context import ContextForm
+from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import CodeNoise, guidance_at, image_seeds
 from stage2_prior.sampling_config import SamplingConfig
@@ -266,3 +267,26 @@ def test_a_grid_may_have_a_single_cell(labels):
     model = CausalTransformer(config, CODES, (1, 1), FORM).eval()
     assert model(torch.zeros(4, 1, dtype=torch.long), of(labels)).shape == (4, 1, CODES)
     assert sample(model, labels, SamplingConfig(), image_seeds(0, 0, 4)).shape == (4, 1)
+
+
+@pytest.mark.parametrize("count", [1, 4, CELLS - 1])
+@pytest.mark.parametrize("options", [{"positions": "relative", "order": "spiral"}, {"positions": "both"}])
+@pytest.mark.parametrize("sequence", [0, 3])
+def test_known_codes_are_read_in_one_pass_as_one_by_one(options, count, sequence):
+    form = ContextForm(num_classes=2, pooled=bool(sequence), sequence=sequence)
+    config = CausalTransformerConfig(hidden_size=16, depth=3, num_heads=2, **options)
+    torch.manual_seed(0)
+    model = CausalTransformer(config, CODES, GRID, form).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    context = Context(3, torch.tensor([0, 1, 2]))
+    if sequence:
+        present = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
+        states = torch.randn(3, sequence, 16, dtype=torch.double)
+        context = dataclasses.replace(context, pooled=states[:, 0], sequence=states, present=present)
+    codes = torch.randint(CODES, (3, CELLS))
+    at_once = model.continued(context, "float32", codes[:, :count])
+    one_by_one = Autoregressive.continued(model, context, "float32", codes[:, :count])
+    for cell in range(count, CELLS):
+        found, expected = at_once(codes[:, cell - 1]), one_by_one(codes[:, cell - 1])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

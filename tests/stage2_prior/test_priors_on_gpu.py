@@ -3,15 +3,22 @@ training step makes the host wait. The GPU has no data."""
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from fake_gpu import different_configs, fake_gpu, take_one_step
+import torch
+from fake_gpu import GPU, different_configs, fake_gpu, outside, take_one_step
 
 from stage2_prior import masked_transformer, train_prior
+from stage2_prior.autoregressive import sample_in_order
 from stage2_prior.codes import CodeCache
 from stage2_prior.conditions.conditions import Conditions
+from stage2_prior.conditions.context import join_contexts
 from stage2_prior.conditions.text_condition import TextConditionConfig
+from stage2_prior.prior import Prior, prior_config
+from stage2_prior.sampling import Branches, CodeNoise
+from stage2_prior.sampling_config import SamplingConfig
 from stage2_prior.stored_captions import StoredCaptions
 from stage2_prior.train_prior import PriorTrainingConfig
 from twostage.core.config.sections import parse_config
@@ -67,14 +74,14 @@ def codes(tmp_path_factory, write_codes) -> Path:
     return folder
 
 
+def more(name: str, codes: Path) -> dict[str, Any]:
+    document = {"run": {"dir": "runs/none"}, **copy.deepcopy(MORE[name]), "codes": str(codes)}
+    return document | {"train": {"max_steps": 2, "lr": 1e-3} | document.get("train", {})}
+
+
 @pytest.mark.parametrize("name", [*CONFIGS, *MORE])
 def test_a_prior_trains(name, codes, new_process, monkeypatch):
-    if name in MORE:
-        document = {"run": {"dir": "runs/none"}, **MORE[name]}
-        document["train"] = {"max_steps": 2, "lr": 1e-3} | document.get("train", {})
-    else:
-        document = copy.deepcopy(CONFIGS[name])
-    document["codes"] = str(codes)
+    document = more(name, codes) if name in MORE else {**copy.deepcopy(CONFIGS[name]), "codes": str(codes)}
     document["train"] |= {"batch_size": 4, "mixed_precision": "bf16"}
     document["model"]["depth"] = 2
     take_one_step(monkeypatch, OUTSIDE)
@@ -84,3 +91,23 @@ def test_a_prior_trains(name, codes, new_process, monkeypatch):
         run = train_prior.train(config, dry_run=True)
     assert run.step == 1
     assert {weight.device.type for weight in run._networks[0].module.parameters()} == {"cuda"}
+
+
+@pytest.mark.parametrize("known", [0, 5])
+@pytest.mark.parametrize(("name", "weights"), [("GPT", "float32"), ("GPT", "bfloat16"), ("PixelCNN", "float32")])
+def test_an_autoregressive_prior_samples_without_waiting(name, weights, known, codes, monkeypatch):
+    settings = parse_config(PriorTrainingConfig, more(f"{name} of every condition", codes), name)
+    form = prior_config(settings.model, settings.condition, settings.loss, CodeCache(codes))
+    monkeypatch.setattr(CodeNoise, "next", outside(CodeNoise.next))
+    sampling = SamplingConfig(guidance_scale=2.0, guidance_schedule="cosine", top_k=5, top_p=0.9, weights=weights)
+    with fake_gpu():
+        prior = Prior(form).to(GPU).eval()
+        values = {key: value.to(GPU) for key, value in outside(prior.conditions.nothing)(2).items()}
+        contexts = [prior.conditions(values, 2).in_order(prior.network.order)] * 2
+        branches = Branches(join_contexts(contexts), (2.0,))
+        prior.check_sampling(sampling)
+        grids = torch.zeros(2, 16, dtype=torch.long, device=GPU)
+        with torch.no_grad():
+            step = prior.network.continued(branches.context, weights, branches.repeat(grids[:, :known]))
+            drawn = sample_in_order(step, branches, CodeNoise([0, 1], 16), sampling, grids, None, known)
+        assert (drawn.device.type, drawn.dtype, drawn.shape) == ("cuda", torch.long, (2, 16))

@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-__all__ = ["MixedPrecision", "reason_for_precision"]
+__all__ = ["MixedPrecision", "reason_for_precision", "state_float32"]
 
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 
@@ -26,3 +26,10 @@ def reason_for_precision(device: torch.device) -> tuple[Literal["no", "bf16"], s
     if processor.get("avx512_bf16") and "AMD" in processor.get("cpu_name", ""):
         return "bf16", "the processor is from AMD and has AVX512-BF16"
     return "no", "the processor has no AMX and is not an AMD one with AVX512-BF16"
+
+
+def state_float32() -> None:
+    """On NVIDIA GPUs, float32 matrix products are exact float32, because the nearest codes depend on their last bits;
+    convolutions use TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = True

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from twostage.core.config.sections import RunConfig
 from twostage.core.errors import InputError
 from twostage.core.machine.launch import overruled
-from twostage.core.machine.precision import reason_for_precision
+from twostage.core.machine.precision import reason_for_precision, state_float32
 from twostage.core.runs.contents import Contents
 from twostage.core.training.batches import Batches
 from twostage.core.training.journal import print_above_bar
@@ -69,6 +69,7 @@ class BaseRun(Generic[ConfigT]):
                 # Broadcasting buffers would overwrite every process's codebook with that of the main process.
                 kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             )
+        state_float32()
         device = self.accelerator.device
         if train.on_not_finite == "skip" and device.type not in FUSED_DEVICES:
             raise InputError(
