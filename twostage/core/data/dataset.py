@@ -17,7 +17,8 @@ from torch import Tensor
 
 from twostage.core.config.sections import Count, Flag, Number, PathName, Section
 from twostage.core.data.captions import has_captions
-from twostage.core.data.decoding import Findings, check, decode
+from twostage.core.data.decoded_cache import decode_all
+from twostage.core.data.decoding import Findings, decode
 from twostage.core.data.drawn_sources import DRAWN_SOURCES, draw_split, drawn_splits
 from twostage.core.data.maps import MapKind, decode_maps
 from twostage.core.data.records import AUTO, Captions, Columns, Records, Source
@@ -313,7 +314,9 @@ def load_larger(data: ImageData, size: tuple[int, int]) -> ImageSplit:
     in_memory = plain_bytes + len(train) * _bytes_each(config) <= config.in_memory_gb * 1e9
     _check_memory(config, len(train) if in_memory else 1)
     if in_memory:
-        larger.pixels = larger.read(torch.arange(len(train)))
+        pixels, found = decode_all(train.records, (config.channels, *size), config.value_range, in_memory)
+        _check_readable(train.records, found)
+        larger.pixels = None if pixels is None else torch.from_numpy(pixels)
     return larger
 
 
@@ -337,8 +340,7 @@ def load_images(config: DataConfig) -> ImageData:
     _check_memory(config, count if in_memory else 1)
     splits, bad, total = {}, [], Findings()
     for name, records in source.splits.items():
-        pixels = np.empty((len(records), config.channels, *config.size), dtype=np.uint8) if in_memory else None
-        found = check(records, pixels, (config.channels, *config.size), config.value_range)
+        pixels, found = decode_all(records, (config.channels, *config.size), config.value_range, in_memory)
         bad += [f"{records.names[row]} ({reason})" for row, reason in found.bad.items()]
         total.add(found)
         if found.bad:

@@ -1,25 +1,19 @@
-"""Decode or check all images of a split in threads, and count their modes, sizes and values."""
+"""Decode images in threads, and count their modes, sizes and values."""
 
-import contextlib
-import hashlib
-import json
-import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
 from twostage.core.data.records import Records
-from twostage.core.files import expand_home
 from twostage.core.images.conversion import classes_to_uint8, image_to_uint8
 from twostage.core.images.pixel_values import UsedValues, ValueRange
 from twostage.core.wording import one_line, printable
 
-__all__ = ["Findings", "check", "decode"]
+__all__ = ["Findings", "decode"]
 
 
 @dataclass
@@ -91,45 +85,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return "too large: more than 89 million pixels"
     return one_line(printable(str(error)) or type(error).__name__)
-
-
-def check(
-    records: Records,
-    pixels: np.ndarray | None,
-    form: tuple[int, int, int],
-    value_range: ValueRange | None,
-    classes: bool = False,
-) -> Findings:
-    """Decode every image into ``pixels``, (n, *form); None: only check that images decode, and cache the result."""
-    if pixels is not None:
-        return decode(records, list(range(len(records))), pixels, value_range, classes)
-    cache = _scan_cache(records, "classes" if classes else "")
-    if cache.is_file():
-        stored = json.loads(cache.read_text(encoding="utf-8"))
-        bad = {int(row): reason for row, reason in stored["bad"].items()}
-        values = {
-            kind: UsedValues(**used | {"type_range": tuple(used["type_range"])})
-            for kind, used in stored["values"].items()
-        }
-        return Findings(bad, Counter(stored["modes"]), Counter(stored["sizes"]), stored["animated"], values)
-    findings = Findings()
-    for start in range(0, len(records), 1024):
-        rows = list(range(start, min(start + 1024, len(records))))
-        findings.add(decode(records, rows, np.empty((len(rows), *form), dtype=np.uint8), value_range, classes))
-    values = {kind: vars(used) for kind, used in findings.values.items()}
-    with contextlib.suppress(OSError):  # if the home folder is read-only, the next run checks again
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(vars(findings) | {"values": values}), encoding="utf-8")
-        partial.replace(cache)
-    return findings
-
-
-def _scan_cache(records: Records, kind: str) -> Path:
-    digest = hashlib.sha256(f"3 {len(records)} {kind}{records.version}".encode())
-    for file in records.files or []:
-        stat = file.stat() if file.exists() else None  # a table can name a missing file
-        about = f"|{stat.st_size}|{stat.st_mtime_ns}\n" if stat else "|missing\n"
-        digest.update(os.fsencode(file.absolute()) + about.encode())
-    root = Path(expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
-    return root / "twostage" / "scans" / f"{digest.hexdigest()[:32]}.json"

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from twostage.core.data.decoding import check
+from twostage.core.data.decoded_cache import decode_all
 from twostage.core.data.image_folder import IMAGE_SUFFIXES, list_folder
 from twostage.core.data.records import Records
 from twostage.core.errors import InputError
@@ -35,7 +35,7 @@ def with_maps(images: Records, maps: Records) -> Records:
             raise ValueError(f"{map_width} x {map_height} pixels, but its image has {width} x {height}")
         return opened
 
-    return replace(images, maps=replace(maps, open=open_map, version=f"maps {maps.version} {images.version}"))
+    return replace(images, maps=replace(maps, open=open_map, version=f"maps {maps.version} {images.state()}"))
 
 
 def map_files(folder: Path, images: dict[str, list[Path]]) -> dict[str, list[Path]]:
@@ -108,8 +108,7 @@ def decode_maps(
     classes, bad, modes, found = kind == "labels", [], set(), {}
     form = (1 if classes else 3, *size)
     for name, maps in splits.items():
-        found[name] = np.empty((len(maps), *form), dtype=np.uint8) if in_memory else None
-        findings = check(maps, found[name], form, None, classes)
+        found[name], findings = decode_all(maps, form, None, in_memory, classes)
         bad += [f"{maps.names[row]} ({reason})" for row, reason in findings.bad.items()]
         modes |= set(findings.modes)
     if bad:

@@ -1,5 +1,7 @@
 """The content of `data.source`: the images of each split, not yet decoded."""
 
+import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,6 +52,15 @@ class Records:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def state(self) -> str:
+        """The sha256 of the names, sizes and times of the files: it changes whenever an image may have changed."""
+        digest = hashlib.sha256("\n".join([self.version, *self.names]).encode("utf-8", "surrogatepass"))
+        for file in self.files or []:
+            stat = file.stat() if file.exists() else None  # a table can name a missing file
+            about = f"|{stat.st_size}|{stat.st_mtime_ns}\n" if stat else "|missing\n"
+            digest.update(os.fsencode(file.absolute()) + about.encode())
+        return digest.hexdigest()
 
     def take(self, rows: np.ndarray) -> "Records":
         """These rows, in this order."""

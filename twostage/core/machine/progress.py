@@ -1,18 +1,36 @@
 """Progress bars on a terminal, plain lines elsewhere."""
 
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
-__all__ = ["ProgressBar", "on_terminal"]
+from twostage.core.machine.command import print_once
+
+__all__ = ["ProgressBar", "announced", "on_terminal"]
 
 SECONDS_BETWEEN_LINES = 60.0
+SECONDS_OF_SILENCE = 1.0
 
 
 def on_terminal() -> bool:
     """Whether progress bars, which overwrite their line, are readable."""
     return sys.stderr.isatty()
+
+
+@contextmanager
+def announced(sentence: str) -> Iterator[None]:
+    """Print ``sentence`` if the block takes more than a second."""
+    timer = threading.Timer(SECONDS_OF_SILENCE, print_once, [sentence])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class ProgressBar(tqdm):
