@@ -5,6 +5,7 @@ Axes: B images, C channels, H and W pixels, h and w cells of the latent grid.
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ Networks = tuple[nn.Module, nn.Module]
 
 class BackboneConfig(OpenUnion, Section):
     """The group `model.backbone`; its `type` selects the encoder and the decoder."""
+
+    fast_in_bf16: ClassVar[bool] = True
+    """Whether `mixed_precision: auto` may choose bf16 on a CPU."""
 
     @property
     def factor(self) -> int:

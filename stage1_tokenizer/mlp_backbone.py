@@ -5,7 +5,7 @@ Axes: B images, C channels, H and W pixels.
 
 import itertools
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ __all__ = ["MLPConfig"]
 class MLPConfig(BackboneConfig):
     """Fully connected layers with ReLU: 784-400-20 is ``hidden_sizes: [400]`` with 20 latent channels."""
 
+    fast_in_bf16: ClassVar[bool] = False
     type: Literal["mlp"] = "mlp"
     hidden_sizes: list[Width] = Field(default=[400], min_length=1, max_length=64)
     """Widths from the image to the latent; the decoder mirrors them."""

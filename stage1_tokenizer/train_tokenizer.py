@@ -92,6 +92,11 @@ class TokenizerConfig(Section):
             raise ValueError("train.parts 'decoder': needs a trained encoder; set init_from=RUN")
         return self
 
+    @property
+    def fast_in_bf16(self) -> bool:
+        """Whether `mixed_precision: auto` may choose bf16 on a CPU."""
+        return self.model.backbone.fast_in_bf16
+
 
 def autoencoder_config(config: TokenizerConfig, data: ImageData) -> AutoencoderConfig:
     """The trained model's config, from the run's configuration and the data."""

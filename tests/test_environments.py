@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 import yaml
-from messages import assert_names
+from accelerate import PartialState
+from messages import assert_names, refuses
 from PIL import Image
 
 from pipelines.saved.proxies import broken_proxy
+from stage1_tokenizer.train_tokenizer import TokenizerConfig
+from twostage.core.config.sections import parse_config
 from twostage.core.machine import launch, precision, processes, progress
 from twostage.core.machine.launch import Launch, _command, is_thread_count
 from twostage.core.machine.precision import reason_for_precision
 from twostage.core.machine.progress import ProgressBar
+from twostage.core.training.base_run import resolve_precision
 
 ROOT = Path(__file__).parents[1]
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DOMAIN_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT",
@@ -114,6 +118,46 @@ def test_whether_the_user_set_the_threads(monkeypatch, variables, launched_with,
     assert processes.threads_of(4) == (5 if threads else 1)
 
 
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
+@pytest.mark.parametrize("value", ["many", "0", "-2", "1.5"])
+def test_a_number_of_threads_that_makes_no_sense_is_refused(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with refuses(f"environment variable {name}='{value}'", "expected a number of threads, such as 4", "unset it"):
+        processes.share_cores()
+
+
+@pytest.mark.parametrize(
+    ("threads", "local_processes", "busy", "words"),
+    [
+        (None, "1", 0.3, []),
+        (None, "1", 1.9, ["2 threads of this command", "other programs, which use 1.9 cores", "share 2 cores"]),
+        ("1", "1", 1.2, []),
+        ("1", "1", 1.9, ["1 thread of this command"]),
+        ("3", "1", 0.0, ["3 threads of this command share 2 cores"]),
+        ("2", "2", 0.0, ["4 threads of this command share 2 cores"]),
+        (None, "2", 2.0, []),  # that is the other process of the same command
+    ],
+)
+def test_a_lack_of_cores_is_reported(monkeypatch, threads, local_processes, busy, words):
+    monkeypatch.setattr(processes, "find_launch", lambda: None)
+    monkeypatch.setattr(processes, "available_cores", lambda: 2)
+    monkeypatch.setattr(processes, "busy_cores", lambda: busy)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local_processes)
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        monkeypatch.setattr(processes.torch, "get_num_threads", lambda: int(threads))
+    found = processes.lack_of_cores()
+    assert (found is None) == (not words)
+    assert [word for word in words if word not in (found or "")] == []
+
+
+def test_busy_cores_are_counted():
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        found = [processes.busy_cores() for _ in range(3)]
+        other.kill()
+    assert 0.4 < max(found) <= processes.available_cores()
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -179,6 +223,16 @@ def test_auto_follows_from_the_processor(monkeypatch, processor, expected):
     torch = precision.torch
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
     assert {reason_for_precision(torch.device("cpu"))[0] for _ in range(20)} == {expected}
+
+
+@pytest.mark.parametrize(("backbone", "expected"), [("mlp", "no"), ("conv", "bf16"), ("vqgan", "bf16")])
+def test_auto_follows_from_the_network_too(monkeypatch, backbone, expected):
+    monkeypatch.setattr(precision.torch.cpu, "get_capabilities", lambda: {"amx_tile": True, "amx_bf16": True})
+    document = {"run": {"dir": "x"}, "train": {"max_steps": 1, "mixed_precision": "auto"}}
+    config = parse_config(TokenizerConfig, document | {"model": {"backbone": {"type": backbone}}}, "config")
+    assert resolve_precision(config, PartialState(cpu=True), False).train.mixed_precision == expected
+    resumed = resolve_precision(config, PartialState(cpu=True), False, {"train": {"mixed_precision": "bf16"}})
+    assert resumed.train.mixed_precision == "bf16", "a run keeps the precision that it was started with"
 
 
 def test_auto_needs_onednn(monkeypatch):

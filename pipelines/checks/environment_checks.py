@@ -46,10 +46,11 @@ RULES = [
         "Unset it, or list GPUs (0,1).",
     ),
     Rule(
-        ("OMP_NUM_THREADS",),
-        lambda value: not is_thread_count("OMP_NUM_THREADS", value),
-        "is not a number of threads: `accelerate launch` stops, other commands ignore it",
+        ("OMP_NUM_THREADS", "MKL_NUM_THREADS"),
+        lambda value: bool(value.strip()) and not is_thread_count("OMP_NUM_THREADS", value),
+        "is not a number of threads, so every command stops",
         "Set a number of threads, or unset it to use all cores.",
+        problem,
     ),
     Rule(
         ("CUDA_LAUNCH_BLOCKING", "TORCH_DISTRIBUTED_DEBUG"),

@@ -81,7 +81,7 @@ def check_cpu() -> Iterator[Finding]:
     import torch
 
     from twostage.core.machine.precision import reason_for_precision
-    from twostage.core.machine.processes import available_cores, thread_variable, threads_of
+    from twostage.core.machine.processes import available_cores, lack_of_cores, thread_variable, threads_of
 
     cores, all_cores, quota = available_cores(), os.cpu_count() or 1, _cgroup_cores()
     memory, variable = psutil.virtual_memory(), thread_variable()
@@ -94,10 +94,14 @@ def check_cpu() -> Iterator[Finding]:
     if quota is not None and quota < threads_of(1):
         advice = f"export OMP_NUM_THREADS={max(1, round(quota))}, or start the container with --cpuset-cpus"
         yield warning("CPU", f"{message}; the container limits it to {quota:g} cores, so threads have to wait", advice)
+    elif lack := lack_of_cores():
+        advice = f"Stop other programs, or export OMP_NUM_THREADS={max(1, cores // 2)}."
+        yield warning("CPU", f"{message}; {lack}", advice)
     else:
         yield ok("CPU", message)
     precision, reason = reason_for_precision(torch.device("cpu"))
-    yield ok("CPU", f"train.mixed_precision=auto means {precision} here: {reason}")
+    exception = ", but no for the backbone mlp" if precision == "bf16" else ""
+    yield ok("CPU", f"train.mixed_precision=auto means {precision} here: {reason}{exception}")
 
 
 def _cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> float | None:

@@ -135,8 +135,9 @@ def test_a_clean_environment():
     ("name", "bad", "good", "status"),
     [
         ("CUDA_VISIBLE_DEVICES", "", "0,1", "warning"),
-        ("OMP_NUM_THREADS", "many", "4", "warning"),
-        ("OMP_NUM_THREADS", "0", "1", "warning"),
+        ("OMP_NUM_THREADS", "many", "4", "problem"),
+        ("OMP_NUM_THREADS", "0", "1", "problem"),
+        ("MKL_NUM_THREADS", "many", "4", "problem"),
         ("TORCH_DISTRIBUTED_DEBUG", "detail", "INFO", "warning"),
         ("CUDA_LAUNCH_BLOCKING", "1", "0", "warning"),
         ("NCCL_SOCKET_IFNAME", "nowhere", "^docker", "problem"),

@@ -15,7 +15,7 @@ import psutil
 
 from twostage.core.errors import InputError
 
-__all__ = ["THREAD_VARIABLES", "Launch", "check_flags", "find_launch", "is_thread_count", "overruled"]
+__all__ = ["THREAD_VARIABLES", "Launch", "check_flags", "check_threads", "find_launch", "is_thread_count", "overruled"]
 
 MODULES = {
     "accelerate.commands.accelerate_cli": "accelerate",
@@ -95,6 +95,21 @@ def check_flags() -> None:
 def is_thread_count(name: str, value: str) -> bool:
     """Whether torch accepts ``value`` for one of the `THREAD_VARIABLES`."""
     return re.fullmatch(THREAD_VARIABLES[name], value, re.DOTALL) is not None
+
+
+def check_threads() -> None:
+    """Check the variables that set the number of threads, which OpenMP ignores and MKL misreads if they are wrong.
+
+    Raises:
+        InputError: a variable is not a number of threads.
+    """
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        value = os.environ.get(name, "")
+        if value.strip() and not is_thread_count("OMP_NUM_THREADS", value):
+            raise InputError(
+                f"environment variable {name}={value!r}: expected a number of threads, such as 4. Set it to one, or "
+                "unset it to use all cores"
+            )
 
 
 def overruled(mixed_precision: str, gradient_accumulation_steps: int) -> list[str]:

@@ -2,13 +2,14 @@
 
 import os
 
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, patch_environment
 
-from twostage.core.machine.launch import THREAD_VARIABLES, check_flags, find_launch, is_thread_count
+from twostage.core.machine.launch import THREAD_VARIABLES, check_flags, check_threads, find_launch, is_thread_count
 
-__all__ = ["available_cores", "join_processes", "share_cores", "thread_variable", "threads_of"]
+__all__ = ["available_cores", "join_processes", "lack_of_cores", "share_cores", "thread_variable", "threads_of"]
 
 
 def available_cores() -> int:
@@ -40,8 +41,40 @@ def threads_of(processes: int) -> int:
 
 
 def share_cores() -> None:
-    """Set this process's CPU threads to :func:`threads_of` the command's processes on this machine."""
-    torch.set_num_threads(threads_of(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    """Set this process's CPU threads to :func:`threads_of` the command's processes on this machine.
+
+    Raises:
+        InputError: an environment variable is not a number of threads.
+    """
+    check_threads()
+    torch.set_num_threads(threads_of(_local_processes()))
+
+
+def lack_of_cores() -> str | None:
+    """A sentence if this command's threads and other programs want more cores than there are, else None.
+
+    Call it before the command computes: it measures for a fifth of a second.
+    """
+    processes, cores = _local_processes(), available_cores()
+    threads = processes * threads_of(processes)
+    others = 0.0 if processes > 1 else busy_cores()
+    if threads + others <= cores + 0.5:
+        return None
+    used = f"{threads} thread{'s' * (threads != 1)} of this command"
+    if others >= 0.5:
+        used += f" and other programs, which use {others:.1f} cores,"
+    return f"{used} share {cores} core{'s' * (cores != 1)}: a step takes longer than on a quiet machine"
+
+
+def busy_cores() -> float:
+    """The cores, of those that this process may use, that are computing now."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    shares = psutil.cpu_percent(interval=0.2, percpu=True)
+    return sum(share for core, share in enumerate(shares) if core in allowed) / 100
+
+
+def _local_processes() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def join_processes() -> PartialState:
@@ -50,7 +83,8 @@ def join_processes() -> PartialState:
     Without a GPU, Accelerate needs `cpu=True`; otherwise each process believes that it is the only one.
 
     Raises:
-        InputError: one of Accelerate's variables is neither true nor false.
+        InputError: one of Accelerate's variables is neither true nor false, or one that sets the number of threads is
+            wrong.
     """
     check_flags()
     share_cores()

@@ -5,22 +5,23 @@ An accelerate file asks for it (`configs/accelerate/fsdp_8.yaml`). Accelerate's 
 model (not its average), and silently does something else on CPUs (accelerate 1.15).
 """
 
+import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from twostage.core.errors import InputError
 from twostage.core.machine.launch import check_flags
 from twostage.core.machine.precision import MixedPrecision
 
-__all__ = ["full_tensors", "shard", "share_like", "units_to_shard"]
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
+__all__ = ["full_tensors", "is_sharded", "shard", "share_like", "units_to_shard"]
 
 UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 """Accelerate's other engines: with these variables it would fail, or train only one of two models."""
@@ -77,6 +78,9 @@ def shard(model: nn.Module, units: Sequence[str], precision: MixedPrecision, *me
     Raises:
         InputError: ``model`` has no such module.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # these three are slow to import
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     state = PartialState()
     assert state.device is not None
     mesh = init_device_mesh(state.device.type, (state.num_processes,))
@@ -90,6 +94,12 @@ def shard(model: nn.Module, units: Sequence[str], precision: MixedPrecision, *me
         register_fsdp_forward_method(model, method)
 
 
+def is_sharded(tensor: Any) -> "TypeGuard[DTensor]":
+    """Whether ``tensor`` is this process's share of a larger one."""
+    module = sys.modules.get("torch.distributed.tensor")  # importing it takes half a second
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, with shards gathered on the CPU of the main process; {} in other processes.
 
@@ -97,7 +107,7 @@ def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     full, is_main = {}, PartialState().is_main_process
     for name, tensor in tensors.items():
-        gathered = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+        gathered = tensor.full_tensor().cpu() if is_sharded(tensor) else tensor
         if is_main:
             full[name] = gathered
     return full
@@ -105,6 +115,8 @@ def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def share_like(tensor: Tensor, own: Tensor) -> Tensor:
     """This process's share of a full ``tensor`` if ``own`` is sharded, else ``tensor`` itself."""
-    if not isinstance(own, DTensor):
+    if not is_sharded(own):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)

@@ -178,7 +178,9 @@ def resolve_precision(
         raise InputError("train.mixed_precision 'fp16': does not work with FSDP. Set it to bf16 or no")
     if precision != "auto":
         return config
-    choice = [(stored_config or {}).get("train", {}).get("mixed_precision") or reason_for_precision(device)[0]]
+    fast_in_bf16 = getattr(config, "fast_in_bf16", True)
+    stored = (stored_config or {}).get("train", {}).get("mixed_precision")
+    choice = [stored or reason_for_precision(device, fast_in_bf16)[0]]
     if state.num_processes > 1:
         broadcast_object_list(choice)
     return config.model_copy(update={"train": config.train.model_copy(update={"mixed_precision": choice[0]})})

@@ -14,7 +14,7 @@ from twostage.core.errors import InputError
 from twostage.core.files import write_json
 from twostage.core.machine.memory import MEASURED_BY, peak_memory
 from twostage.core.machine.onednn import FLOP_FORMULAS
-from twostage.core.machine.processes import join_processes
+from twostage.core.machine.processes import join_processes, lack_of_cores
 from twostage.core.machine.sharding import units_to_shard
 from twostage.core.machine.stopping import resumable
 from twostage.core.training.base_run import BaseRun, ConfigT, DataT, resolve_precision
@@ -62,6 +62,7 @@ class DryRun(BaseRun[ConfigT]):
     def __init__(self, config: ConfigT, shardable: bool = False) -> None:
         units = units_to_shard(shardable)
         super().__init__(resolve_precision(config, join_processes(), bool(units)), units)
+        self._lack_of_cores = lack_of_cores()
         self.figures: dict[str, Any] = {}
 
     @property
@@ -109,7 +110,7 @@ class DryRun(BaseRun[ConfigT]):
         Args:
             num_held_out: held-out images.
         """
-        self.figures["num_held_out"] = num_held_out
+        self.figures |= {"num_held_out": num_held_out, "lack_of_cores": self._lack_of_cores}
         self.report(*_describe(self.figures), f"dry run: nothing was written to {self.config.run.dir}")
 
     def _now(self) -> float:
@@ -165,4 +166,6 @@ def _describe(figures: dict[str, Any]) -> list[str]:
         f"{f' in {parts} accumulation steps' if parts > 1 else ''}",
         "precision": f"train.mixed_precision {figures['mixed_precision']}, on {figures['device']}",
     }
+    if figures["lack_of_cores"]:
+        rows["cores"] = figures["lack_of_cores"]
     return [f"{name:<17} {value}" for name, value in rows.items()]

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from twostage.core.errors import InputError
+from twostage.core.machine.sharding import is_sharded
 from twostage.core.runs.run_folder import RunFolder
 from twostage.core.training.running_means import Means
 from twostage.core.wording import some_of
@@ -63,7 +63,7 @@ class Health:
 
     def weights_norm(self, tensors: Mapping[str, Tensor]) -> float:
         """The norms of the floating-point tensors, summed, so every process sees a NaN in any process's share."""
-        shares = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values() if t.is_floating_point()]
+        shares = [t.to_local() if is_sharded(t) else t for t in tensors.values() if t.is_floating_point()]
         norm = self.accelerator.reduce(get_total_norm([share.float() for share in shares]), "sum")
         assert isinstance(norm, Tensor)
         return norm.item()
@@ -74,7 +74,7 @@ class Health:
         Raises:
             InputError: names them.
         """
-        common = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
+        common = {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}
         if self.accelerator.num_processes == 1 or not common:
             return
         hashes = [torch.hash_tensor(t.contiguous()).view(torch.int64) for t in common.values()]

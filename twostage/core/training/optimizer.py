@@ -7,13 +7,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from twostage.core.errors import InputError
-from twostage.core.machine.sharding import shard
+from twostage.core.machine.sharding import is_sharded, shard
 from twostage.core.training.muon import Muon, hidden_matrices
 from twostage.core.training.train_config import TrainConfig
 
@@ -74,7 +73,7 @@ def check_gradient(net: nn.Module, optimizer: Optimizer, accelerator: Accelerato
     norm = get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
     if train.max_grad_norm:
         clip_grads_with_norm_(net.parameters(), train.max_grad_norm, norm)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = norm.full_tensor() if is_sharded(norm) else norm
     if accelerator.scaler is not None:  # it skips such updates by itself, and lowers fp16's scale
         return norm.nan_to_num(0.0, 0.0, 0.0)
     if train.on_not_finite == "skip":

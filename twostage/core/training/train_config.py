@@ -43,7 +43,8 @@ class TrainConfig(Section):
     ema_decay: Number | None = Field(default=None, gt=0, lt=1)
     """Decay of the averaged weights, which validation measures and inference loads; None: no averaging."""
     mixed_precision: MixedPrecision = "no"
-    """`auto`: bf16 if the GPU has it or the processor is fast with it (AMX, or AMD's AVX512-BF16), else `no`."""
+    """`auto`: bf16 if the GPU has it or the processor is fast with it (AMX, or AMD's AVX512-BF16), else `no`. On a CPU
+    it is also `no` for the `mlp` backbone, which does not gain from bf16."""
     on_not_finite: Literal["stop", "skip"] = "stop"
     """What to do if a loss or a gradient is not finite: stop the run and keep its last checkpoint, or skip the update
     and count it. Both name the term, the step and the images."""
