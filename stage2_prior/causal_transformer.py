@@ -63,9 +63,14 @@ class CausalTransformer(Autoregressive, Transformer):
         return CausalTransformerDecoder(self, context, weights).step
 
     def continued(self, context: Context, weights: Weights, codes: Tensor) -> Step:
-        decoder = CausalTransformerDecoder(self, context, weights)
-        if codes.shape[1]:
+        decoder, count = CausalTransformerDecoder(self, context, weights), codes.shape[1]
+        if count and codes.device.type != "cpu":
             decoder.read(codes)
+        else:  # in windows, so that an image is the same to the last bit as when it is drawn alone
+            before = F.pad(codes, (1, 0))
+            for first in range(0, count, WINDOW):
+                decoder.predict(first, before[:, first : min(first + WINDOW, count)])
+            decoder.cell = count
         return decoder.step
 
     def window_decoder(self, context: Context, weights: Weights) -> Windows:

@@ -285,8 +285,11 @@ def test_known_codes_are_read_in_one_pass_as_one_by_one(options, count, sequence
         states = torch.randn(3, sequence, 16, dtype=torch.double)
         context = dataclasses.replace(context, pooled=states[:, 0], sequence=states, present=present)
     codes = torch.randint(CODES, (3, CELLS))
-    at_once = model.continued(context, "float32", codes[:, :count])
+    at_once = CausalTransformerDecoder(model, context)  # as a GPU does it
+    at_once.read(codes[:, :count])
+    in_windows = model.continued(context, "float32", codes[:, :count])
     one_by_one = Autoregressive.continued(model, context, "float32", codes[:, :count])
     for cell in range(count, CELLS):
-        found, expected = at_once(codes[:, cell - 1]), one_by_one(codes[:, cell - 1])
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        expected = one_by_one(codes[:, cell - 1])
+        torch.testing.assert_close(at_once.step(codes[:, cell - 1]), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(in_windows(codes[:, cell - 1]), expected, rtol=0, atol=1e-12)

@@ -91,6 +91,16 @@ def test_a_row_of_a_pixelcnn_is_computed_like_a_batch(width):
     check_windows(build_pixelcnn((4, width)), "float32")
 
 
+def test_known_codes_change_nothing_about_an_image_drawn_alone(monkeypatch):
+    monkeypatch.setattr("stage2_prior.fast_linear.MIN_PACKED", 0)
+    model = build(positions="relative")
+    known = torch.full((8, CELLS), -1)
+    known[:, :11] = torch.randint(CODES, (8, 11), generator=torch.Generator().manual_seed(1))
+    together = sample(model, LABELS, SamplingConfig(), image_seeds(3, 0, 8), known)
+    assert torch.equal(one_by_one(model, SamplingConfig(), known), together)
+    assert torch.equal(together[:, :11], known[:, :11])
+
+
 def check_windows(model: Autoregressive, weights: Weights) -> None:
     """All cells by windows, and by steps of a batch of the same image."""
     cells = len(model.order)
