@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, patch_environment
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -59,6 +60,8 @@ class BaseRun(Generic[ConfigT]):
         # FSDP models are sharded before Accelerate sees them. The other variable does more in Accelerate than the
         # argument of the same name.
         parts = train.gradient_accumulation_steps
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != train.mixed_precision:
+            AcceleratorState._reset_state()  # of an earlier training in this process, with another precision
         with patch_environment(accelerate_use_fsdp="false", accelerate_gradient_accumulation_steps=parts):
             self.accelerator = Accelerator(
                 mixed_precision=train.mixed_precision,
