@@ -46,6 +46,6 @@ def test_it_draws_something_on_nothing(opacity):
 def test_flags_are_flags(opacity):
     """They reach the left and the right border, but not the upper and the lower one; people do so less."""
     wide = opacity[:, 28:36, :4].mean((1, 2)) - opacity[:, :4, 28:36].mean((1, 2))
-    flags, people = wide[::2].mean(), wide[1::2].mean()
-    assert flags > 0.6
-    assert flags > people + 0.4
+    flags, people = wide[::2], wide[1::2]
+    assert (flags > 0.25).mean() >= 0.75, flags  # those of one style are a little narrower
+    assert flags.mean() > people.mean() + 0.3, people
