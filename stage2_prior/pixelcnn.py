@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from stage2_prior.autoregressive import Autoregressive, Step, cell_order
 from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
-from stage2_prior.jumps import WINDOW, Windows
 from stage2_prior.network import NetworkConfig
 from stage2_prior.sampling_config import Weights
 from twostage.core.config.sections import Depth, Share, Width
@@ -28,8 +27,6 @@ __all__ = ["PixelCNN", "PixelCNNConfig", "PixelCNNDecoder"]
 
 class PixelCNNConfig(NetworkConfig):
     """A vertical stack that sees the rows above and a horizontal stack that sees the row to the left."""
-
-    jumps = True
 
     type: Literal["pixelcnn"] = "pixelcnn"
     channels: Width = 64
@@ -182,9 +179,6 @@ class PixelCNN(Autoregressive):
     def decoder(self, context: Context, weights: Weights) -> Step:
         return PixelCNNDecoder(self, context).step
 
-    def window_decoder(self, context: Context, weights: Weights) -> Windows:
-        return PixelCNNRows(self, context)
-
 
 @dataclass
 class HorizontalStep:
@@ -261,15 +255,16 @@ class PixelCNNDecoder:
         if codes is not None:
             self.cells[0][column - 1].copy_(model.code_embedding(codes))
         if column == 0:
-            self.start_row(self.cell // self.model.grid[1])
+            self._start_row()
         for step in self.columns[column]:
             step.run()
         self.cell += 1
         return model.head_out(model.head_in(self.cells[-1][column]).relu_())
 
-    def start_row(self, number: int) -> None:
-        """Runs the vertical stack at the row ``number``, on the codes of the row before (zeros at the first row)."""
+    def _start_row(self) -> None:
+        """Runs the vertical stack at a new row, on the codes of the row before (zeros at the first row)."""
         row = torch.stack(self.cells[0], 2).unsqueeze(2)  # (B, C, 1, w)
+        number = self.cell // self.model.grid[1]
         for i, layer in enumerate(self.layers):
             added = self.added[i]
             if added.shape[2] > 1:
@@ -278,67 +273,3 @@ class PixelCNNDecoder:
             down, to_horizontal = layer.down(F.pad(self.above[i], (layer.reach, layer.reach)), added)
             row = down if layer.first else row + down
             torch.mul(to_horizontal.squeeze(2).permute(2, 0, 1), self.halving, out=self.hidden[i])
-
-
-class PixelCNNRows:
-    """Predicts all cells of a row at once from guesses, for exact jumps: a window is a row, because the vertical stack
-    needs the whole row above.
-
-    Products have as many rows as those of a batch of 8 images, and the vertical stack computes 8 copies, so the codes
-    are those of such a batch to the last bit. The weights are read now.
-
-    Args:
-        context: of n images.
-    """
-
-    @torch.no_grad()
-    def __init__(self, model: PixelCNN, context: Context) -> None:
-        copies = torch.arange(context.size).repeat_interleave(WINDOW)
-        self.model, self.decoder = model, PixelCNNDecoder(model, context.rows(copies))
-        self.size, self.first = model.grid[1], -1
-        columns, channels = -(-self.size // WINDOW) * WINDOW, model.config.channels
-        self.reaches = [cast(GatedLayer, layer).reach for layer in model.layers] + [0]
-        zeros = model.code_embedding.weight.new_zeros
-        # Each layer's inputs in this row, with the zeros to the left of the grid, and the last layer's outputs.
-        self.rows = [zeros(context.size, reach + columns, channels) for reach in self.reaches]
-        self.zeros = zeros(columns * context.size, channels)
-
-    def begin(self, cell: int) -> int:
-        return cell // self.size * self.size
-
-    @torch.no_grad()
-    def predict(self, first: int, before: Tensor) -> Tensor:
-        """Logits (n, w, K) of the row that begins with the cell ``first``, given the codes (n, w) before each cell."""
-        model, embedded = self.model, self.model.code_embedding(before)
-        codes = self.rows[0][:, self.reaches[0] :]  # (n, columns, C)
-        if first != self.first:
-            if first:
-                codes[:, self.size - 1] = embedded[:, 0]
-                for cell, code in zip(self.decoder.cells[0], codes.unbind(1), strict=False):
-                    cell.copy_(code.repeat_interleave(WINDOW, 0))
-            self.decoder.start_row(first // self.size)
-            self.first = first
-        codes[:, : self.size - 1] = embedded[:, 1:]
-        for i, step in enumerate(self.decoder.columns[0]):
-            self._run(i, step)
-        hidden = model.head_in(self._by_column(self.rows[-1])).relu_()
-        return model.head_out(hidden).unflatten(0, (-1, len(before)))[: self.size].transpose(0, 1)
-
-    def _run(self, number: int, layer: HorizontalStep) -> None:
-        """One layer of the horizontal stack at all columns, see :meth:`HorizontalStep.run`."""
-        row, reach = self.rows[number], self.reaches[number]
-        count, channels = len(row), row.shape[2]
-        taps = len(layer.weight) // channels
-        seen = row[:, : row.shape[1] - reach + taps - 1].unfold(1, taps, 1)  # (n, columns, C, T)
-        seen = seen.permute(1, 0, 3, 2).reshape(-1, taps * channels)
-        added = self.decoder.hidden[number][:, ::WINDOW]  # (w, n, 2 C)
-        added = F.pad(added, (0, 0, 0, 0, 0, len(seen) // count - self.size)).flatten(0, 1)
-        a, b = torch.addmm(added, seen, layer.weight).tanh_().chunk(2, 1)
-        residual = self.zeros if number == 0 else self._by_column(row[:, reach:])
-        output = torch.addmm(residual, torch.addcmul(a, a, b), layer.out_weight)
-        self.rows[number + 1][:, self.reaches[number + 1] :] = output.unflatten(0, (-1, count)).transpose(0, 1)
-
-    @staticmethod
-    def _by_column(row: Tensor) -> Tensor:
-        """(n, columns, C) -> (columns n, C)."""
-        return row.transpose(0, 1).flatten(0, 1)

@@ -11,7 +11,6 @@ from stage2_prior.autoregressive import Autoregressive
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
 from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.network import PriorNetwork
-from stage2_prior.pixelcnn import PixelCNN, PixelCNNConfig
 from stage2_prior.sampling import Branches, image_seeds
 from stage2_prior.sampling_config import SamplingConfig, Weights
 from stage2_prior.transformer import packed_layers
@@ -24,11 +23,6 @@ LABELS = torch.arange(8) % CLASSES
 def build(grid: tuple[int, int] = GRID, form: ContextForm | None = None, **options: object) -> CausalTransformer:
     config = CausalTransformerConfig.model_validate({"hidden_size": 16, "depth": 2, "num_heads": 2} | options)
     return cast(CausalTransformer, trained(config.build(CODES, grid, form or ContextForm(num_classes=CLASSES))))
-
-
-def build_pixelcnn(grid: tuple[int, int] = GRID, form: ContextForm | None = None) -> PixelCNN:
-    config = PixelCNNConfig(channels=8, depth=3, first_kernel=5, kernel=3, head_channels=16, context_channels=8)
-    return cast(PixelCNN, trained(config.build(CODES, grid, form or ContextForm(num_classes=CLASSES))))
 
 
 def trained(network: PriorNetwork) -> nn.Module:
@@ -54,9 +48,9 @@ def one_by_one(model: ClassNetwork, sampling: SamplingConfig, known: Tensor | No
     "sampling",
     [{}, {"guidance_scale": 2.5, "guidance_schedule": "linear"}, {"top_k": 3, "temperature": 0.7}, {"top_p": 0.8}],
 )
-@pytest.mark.parametrize("options", [{"positions": "relative", "order": "spiral"}, {"positions": "both"}, None])
+@pytest.mark.parametrize("options", [{"positions": "relative", "order": "spiral"}, {"positions": "both"}])
 def test_the_codes_are_those_of_one_after_another(grid, sampling, options):
-    model = (build_pixelcnn(grid) if options is None else build(grid, **options)).double()
+    model = build(grid, **options).double()
     settings = SamplingConfig.model_validate(sampling)
     expected = sample(model, LABELS, settings, image_seeds(3, 0, len(LABELS)))
     assert torch.equal(one_by_one(model, settings), expected)
@@ -86,11 +80,6 @@ def test_a_window_is_computed_like_a_batch_of_as_many_images(weights, monkeypatc
     check_windows(build(positions="relative", mlp="squared_relu", biases=False), weights)
 
 
-@pytest.mark.parametrize("width", [6, 8, 11])
-def test_a_row_of_a_pixelcnn_is_computed_like_a_batch(width):
-    check_windows(build_pixelcnn((4, width)), "float32")
-
-
 def test_known_codes_change_nothing_about_an_image_drawn_alone(monkeypatch):
     monkeypatch.setattr("stage2_prior.fast_linear.MIN_PACKED", 0)
     model = build(positions="relative")
@@ -114,9 +103,9 @@ def check_windows(model: Autoregressive, weights: Weights) -> None:
     assert torch.equal(torch.cat(together, 1), torch.stack(steps, 1))
 
 
-@pytest.mark.parametrize("model", [build(positions="relative"), build_pixelcnn()], ids=["transformer", "pixelcnn"])
-def test_there_are_fewer_passes_than_codes(model, monkeypatch):
-    passes, window_decoder = [], model.window_decoder
+def test_there_are_fewer_passes_than_codes(monkeypatch):
+    model, passes = build(positions="relative"), []
+    window_decoder = model.window_decoder
 
     def counting(*given):
         windows = window_decoder(*given)
