@@ -67,9 +67,9 @@ class CausalTransformer(Autoregressive, Transformer):
         if count and codes.device.type != "cpu":
             decoder.read(codes)
         else:  # in windows, so that an image is the same to the last bit as when it is drawn alone
-            before = F.pad(codes, (1, 0))
+            before = F.pad(codes, (1, 0))[:, :count]
             for first in range(0, count, WINDOW):
-                decoder.predict(first, before[:, first : min(first + WINDOW, count)])
+                decoder.predict(first, before[:, first : first + WINDOW])
             decoder.cell = count
         return decoder.step
 

@@ -89,14 +89,12 @@ def averaged_copy(model: nn.Module, decay: float) -> AveragedModel:
     The decay warms up as (1 + t) / (10 + t) until it reaches ``decay`` (as TensorFlow's ExponentialMovingAverage does),
     so that the first weights do not hold back a short run.
     """
-
     averaged = AveragedModel(model)
 
     @torch.no_grad()
     def update(weights: Any, current: Any, num_averaged: Tensor | int) -> None:
-        count = int(
-            averaged.n_averaged
-        )  # on the CPU; `num_averaged` is a copy on a GPU, which would have to be awaited
+        # This number is on the CPU; `num_averaged` is a copy of it on a GPU, which would have to be awaited.
+        count = int(averaged.n_averaged)
         get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(weights, current, num_averaged)
 
     averaged.multi_avg_fn = update
