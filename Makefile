@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo demo-text test test-lowest soak lint format
+.PHONY: demo demo-text test test-lowest soak docs notebooks lint format
 
 # From nothing to generated images in a few minutes; the results are in runs/demo/.
 # DEMO_OPTIONS applies to both training runs, for example train.max_steps=100, and DEMO_DATA to the images, for example
@@ -41,7 +41,8 @@ test-lowest: $(LOWEST)/.installed
 $(LOWEST)/.installed: pyproject.toml
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	  extras = p["optional-dependencies"]; all = p["dependencies"] + extras["app"] + extras["export"] + extras["imagenet"] + extras["dev"]; \
+	  extras = p["optional-dependencies"]; names = ["app", "export", "imagenet", "docs", "dev"]; \
+	  all = sum((extras[name] for name in names), p["dependencies"]); \
 	  print("\n".join(line.replace(">=", "==") for line in all if not line.startswith("twostage")))' > $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet 'setuptools>=77' -r $(LOWEST)/lowest.txt --editable .
 	touch $@
@@ -49,6 +50,15 @@ $(LOWEST)/.installed: pyproject.toml
 # Hours: kills, damaged images, data layouts, configurations, memory. Writes docs/reliability.md; PARTS=kills runs one part.
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.reliability $(PARTS)
+
+# The site with all documents, for reading without a network: build/site/index.html.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Open build/site/index.html"
+
+# Runs the notebooks and stores their outputs: about twelve minutes on one core. NOTEBOOKS="docs/notebooks/01*" runs one.
+notebooks: $(VENV)/.installed-docs
+	$(BIN)/python docs/site/run_notebooks.py $(NOTEBOOKS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -70,6 +80,10 @@ $(VENV)/constraints.txt: constraints.txt
 
 $(VENV)/.installed: $(VENV)/constraints.txt pyproject.toml
 	$(PIP) --constraint $< --editable .
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[docs]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
