@@ -151,7 +151,7 @@ def train(
     # 3. The weights: those of the latest checkpoint, or new ones.
     run.attach(batches, networks, {"data.source": data.contents(), **other_sources(config)}, split.names)
     if isinstance(run, TrainingRun) and (checkpoint := run.latest_checkpoint()):
-        run.load(checkpoint)
+        run.load(checkpoint, shares="loss.adversarial.start and ramp" if discriminator else "")
     else:
         if config.init_from:
             earlier = start_from(autoencoder, config.init_from, config.train.parts)

@@ -18,10 +18,10 @@ from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import CodeCache, CodeSplit, Manifest
 from stage2_prior.conditions.condition import ConditionConfig
 from stage2_prior.network import NetworkConfig
-from stage2_prior.prior import Prior, PriorLossConfig, prior_config
+from stage2_prior.prior import Prior, PriorLossConfig, ReplaceSchedule, prior_config
 from stage2_prior.sample_sheets import Decoder, draw_samples
 from stage2_prior.transformer import TransformerConfig
-from twostage.core.config.sections import Count, PathName, RunConfig, Section, load_config
+from twostage.core.config.sections import MAY_CHANGE, Count, PathName, RunConfig, Section, load_config
 from twostage.core.errors import InputError
 from twostage.core.machine.command import print_once, run_command
 from twostage.core.machine.memory import check_model
@@ -46,8 +46,14 @@ OVERFITTING_PATIENCE = 2
 class PriorTrainConfig(TrainConfig):
     """The `train` group of priors."""
 
-    patience: Count | None = None
+    patience: Annotated[Count | None, MAY_CHANGE] = None
     """Validations without improvement of the held-out loss after which training stops; None: never."""
+
+    def reason_to_end(self, step: int, max_steps: int, facts: dict[str, Any]) -> str | None:
+        """Why a run ends after ``step`` updates, out of patience too; None: it continues."""
+        if self.patience is not None and facts.get("validations_since_best", 0) >= self.patience:
+            return f"the held-out loss has not improved since step {facts['best_step']}"
+        return super().reason_to_end(step, max_steps, facts)
 
 
 class PriorTrainingConfig(Section):
@@ -139,7 +145,8 @@ def train(
         run.report(*condition.notices(cache))
     run.attach(batches, [network], {"codes": cache.contents()})
     if isinstance(run, TrainingRun) and (checkpoint := run.latest_checkpoint()):
-        run.load(checkpoint, config.model.per_process_setting())
+        shares = "loss.replace_prob" if isinstance(config.loss.replace_prob, ReplaceSchedule) else ""
+        run.load(checkpoint, config.model.per_process_setting(), shares)
     else:
         run.facts |= {"best_loss": math.inf, "best_step": 0, "validations_since_best": 0}
 
@@ -256,9 +263,8 @@ def show_samples(run: TrainingRun[PriorTrainingConfig], prior: Prior, decode: De
 
 
 def keep_best(run: TrainingRun[PriorTrainingConfig], prior: Prior, loss: float) -> None:
-    """Writes `model/` if the held-out loss is the best so far; otherwise warns of overfitting, and ends the run if
-    `train.patience` is exceeded."""
-    facts, patience = run.facts, run.config.train.patience
+    """Writes `model/` if the held-out loss is the best so far; otherwise warns of overfitting."""
+    facts = run.facts
     if loss < facts["best_loss"]:
         run.facts |= {"best_loss": loss, "best_step": run.step, "validations_since_best": 0}
         state = full_tensors(prior.state_dict())
@@ -273,8 +279,6 @@ def keep_best(run: TrainingRun[PriorTrainingConfig], prior: Prior, loss: float) 
             "weights. Try a higher model.dropout or loss.replace_prob, codes of cropped and flipped images "
             "(twostage encode --crops 4 --horizontal-flip), or a smaller model"
         )
-    if facts["validations_since_best"] == patience:
-        run.finished = f"the {held_out_loss(prior)} has not improved since step {facts['best_step']}"
 
 
 def held_out_loss(prior: Prior) -> str:

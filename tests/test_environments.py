@@ -325,7 +325,6 @@ def test_a_tracker_that_cannot_start_prevents_the_run(configs, tmp_path):
     assert ended.returncode == 2, said
     assert "run.trackers wandb: could not be started (No API key configured)" in said
     assert "Traceback" not in said
-    assert not (tmp_path / "run").exists(), "or the run could not start with other run.trackers"
 
 
 # --- everything at once, under a launcher -----------------------------------------------------------------------------

@@ -157,6 +157,29 @@ def test_a_finished_run_has_nothing_left_to_do(document, start, capsys):
     assert (run / "checkpoints" / "step_00000002").stat().st_mtime_ns == checkpoint
 
 
+def test_an_extended_run_equals_one_of_that_length(document, start, tmp_path):
+    config = document(max_steps=4, checkpoint_every=4, ema_decay=0.8)
+    start(config)
+    config["train"] |= {"max_steps": 8, "keep_checkpoints": 3}
+    extended = start(config)
+    config["run"]["dir"] = str(tmp_path / "meant")
+    meant = start(config)
+    for folder in ("checkpoints/step_00000008", "model", "samples"):
+        for path in [path for path in (meant / folder).iterdir() if path.suffix in (".safetensors", ".png")]:
+            assert path.read_bytes() == (extended / folder / path.name).read_bytes(), path
+    assert read_metrics(extended) == read_metrics(meant)
+
+
+def test_an_extended_run_keeps_its_discriminator(document, start, capsys):
+    config = document(max_steps=2, log_every=1)
+    config["loss"] = {"adversarial": {"start": 0.5, "ramp": 0.0, "channels": 8, "num_layers": 1}}
+    start(config)
+    config["train"]["max_steps"] = 4
+    lines = [line for line in read_metrics(start(config)) if line["split"] == "train"]
+    assert ["adversarial" in line for line in lines] == [False, True, True, True]
+    assert_names(capsys.readouterr().out, "4 steps instead of 2", "loss.adversarial.start and ramp", "the 2 steps")
+
+
 def test_a_different_config_is_refused_and_changes_nothing(document, start):
     run = start(document(max_steps=2))
     before = contents(run)

@@ -176,12 +176,16 @@ def test_the_average_follows_the_weights(regular, document, start):
 def test_patience_is_counted_from_the_last_best(document, new_process, tiny_prior):
     run = TrainingRun(parse_config(PriorTrainingConfig, document(patience=2), "config"))
     run.facts = {"best_loss": math.inf, "best_step": 0, "validations_since_best": 0}
+
+    def finished() -> str | None:
+        return run.config.train.reason_to_end(run.step, 99, run.facts)
+
     for loss in (3.0, 4.0, 2.0, 3.0, 1.0, 2.0):
         run.step += 1
         keep_best(run, tiny_prior(), loss)
-        assert not run.finished
+        assert not finished()
     keep_best(run, tiny_prior(), 1.0)  # equal is not better
-    assert run.finished == "the held-out loss has not improved since step 5"
+    assert finished() == "the held-out loss has not improved since step 5"
 
 
 @pytest.mark.parametrize("codes", ["regular", "noise"])
@@ -224,6 +228,46 @@ def test_a_finished_run_has_nothing_left_to_do(regular, document, start, capsys)
     assert_names(capsys.readouterr().out, "finished at step 2 (all steps done)", "nothing left to do")
     assert contents(run) == before
     assert (run / "checkpoints" / "step_00000002").stat().st_mtime_ns == checkpoint
+
+
+def test_an_extended_run_equals_one_of_that_length(regular, document, start, tmp_path):
+    config = document({"replace_prob": 0.3}, ema_decay=0.8, warmup_steps=2, max_steps=4, checkpoint_every=4)
+    config["model"]["dropout"] = 0.2
+    start(config)
+    config["train"]["max_steps"] = 8
+    extended = contents(start(config))
+    config["run"]["dir"] = str(tmp_path / "meant")
+    meant = contents(start(config))
+    del extended["config.yaml"], meant["config.yaml"]  # they name the folder
+    del extended["losses.png"], meant["losses.png"]  # its title too
+    for files in (extended, meant):  # the planned steps
+        state = json.loads(files["checkpoints/step_00000008/state.json"])
+        assert state["facts"].pop("planned_steps", 4) == 4
+        files["checkpoints/step_00000008/state.json"] = json.dumps(state).encode()
+        del files["checkpoints/step_00000008/manifest.json"], files["checkpoints/step_00000004/manifest.json"]
+        del files["checkpoints/step_00000004/state.json"]  # whether it was the last
+    assert extended == meant
+
+
+def test_a_run_out_of_patience_trains_on_with_more(noise, document, start, capsys):
+    config = document(max_steps=60, lr=3e-2, patience=1)
+    stopped = max(held_out(start(config)))
+    config["train"] |= {"patience": 3, "log_every": 5}
+    assert max(held_out(start(config))) >= stopped + 4
+    assert f"Resuming from step {stopped}" in capsys.readouterr().out
+
+
+def test_a_schedule_keeps_its_planned_length(regular, document, start, capsys):
+    replaced = {"start": 0.4, "end": 0.1}
+    start(document({"replace_prob": replaced}, max_steps=2, lr_schedule="cosine"))
+    run = start(document({"replace_prob": replaced}, max_steps=4, lr_schedule="cosine", log_every=1))
+    said = capsys.readouterr().out
+    assert_names(said, "4 steps instead of 2", "the cosine over 4 steps: 0.005 here, 0 at the end",
+                 "loss.replace_prob still count the 2 steps")  # fmt: skip
+    rates = [line["lr"] for line in read_metrics(run) if line["split"] == "train"]
+    assert rates == pytest.approx([5e-3, 5e-3, 1e-2 * (1 - math.sqrt(0.5)) / 2])
+    with refuses("train.max_steps 3", "step 3", str(run), "4 steps", "larger train.max_steps"):
+        start(document({"replace_prob": replaced}, max_steps=3, lr_schedule="cosine"))
 
 
 def test_a_different_config_is_refused_and_changes_nothing(regular, document, start):

@@ -3,12 +3,13 @@
 import difflib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from twostage.core.config.overrides import apply_overrides
@@ -20,6 +21,7 @@ from twostage.core.files import expand_home
 from twostage.core.wording import short_repr
 
 __all__ = [
+    "MAY_CHANGE",
     "Count",
     "Depth",
     "Flag",
@@ -31,6 +33,7 @@ __all__ = [
     "Share",
     "Size",
     "Width",
+    "changeable_keys",
     "describe_differences",
     "dump_config",
     "load_config",
@@ -63,6 +66,10 @@ _IS_PATH = AfterValidator(_can_be_a_path)
 PathName = Annotated[str, Field(min_length=1), _IS_PATH]
 """A file, a folder, or another name for data; `~` becomes the user's home folder."""
 
+MAY_CHANGE = "may change when a run resumes"
+"""Marks a key, by `Annotated[..., MAY_CHANGE]`, that a resumed run may change: the steps already taken do not depend on
+it."""
+
 
 class Section(BaseModel):
     """A group of a configuration: immutable; unknown keys are errors."""
@@ -79,7 +86,7 @@ class RunConfig(Section):
     """The run folder; run the same command with the same folder to resume."""
     seed: Seed = 0
     """Determines every random number of the run."""
-    trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+    trackers: Annotated[list[Literal["tensorboard", "wandb"]], MAY_CHANGE] = ["tensorboard"]
     """Accelerate's trackers to use; `metrics.jsonl` is written in any case."""
 
 
@@ -140,16 +147,28 @@ def dump_config(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def path_values(config: Section, prefix: str = "") -> dict[str, str | None]:
+def path_values(config: Section) -> dict[str, str | None]:
     """The values of all :data:`PathName` keys, by their full names such as `data.source`."""
-    found: dict[str, str | None] = {}
+    return {
+        name: value
+        for name, field, value in _keys(config)
+        if _IS_PATH in field.metadata or any(_IS_PATH in get_args(one)[1:] for one in get_args(field.annotation))
+    }
+
+
+def changeable_keys(config: Section) -> set[str]:
+    """The full names of all keys that are marked with :data:`MAY_CHANGE`, such as `train.log_every`."""
+    return {name for name, field, _ in _keys(config) if MAY_CHANGE in field.metadata}
+
+
+def _keys(config: Section, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
+    """The full name, the declaration and the value of each key."""
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if isinstance(value, Section):
-            found |= path_values(value, f"{prefix}{name}.")
-        elif _IS_PATH in field.metadata or any(_IS_PATH in get_args(one)[1:] for one in get_args(field.annotation)):
-            found[f"{prefix}{name}"] = value
-    return found
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field, value
 
 
 def describe_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -15,6 +15,7 @@ import yaml
 
 from twostage.core.config.sections import (
     Section,
+    changeable_keys,
     describe_differences,
     dump_config,
     parse_config,
@@ -84,7 +85,8 @@ class RunFolder:
         return document
 
     def check(self, config: Section) -> None:
-        """Refuses settings that differ from the stored ones. Paths may differ: :meth:`check_sources` compares content.
+        """Refuses settings that differ from the stored ones, except keys that may change, and paths:
+        :meth:`check_sources` compares their content.
 
         Raises:
             InputError: shows the differences.
@@ -94,10 +96,14 @@ class RunFolder:
             return
         old, new = stored.model_dump(mode="json"), config.model_dump(mode="json")
         old_paths, new_paths = path_values(stored), path_values(config)
-        for name in old_paths.keys() & new_paths.keys():
-            if old_paths[name] is not None and new_paths[name] is not None:
-                _drop(old, name)
-                _drop(new, name)
+        moved = {
+            name
+            for name in old_paths.keys() & new_paths.keys()
+            if old_paths[name] is not None and new_paths[name] is not None
+        }
+        for name in moved | (changeable_keys(stored) & changeable_keys(config)):
+            _drop(old, name)
+            _drop(new, name)
         if differences := describe_differences(old, new):
             raise self._refusal(differences)
 
@@ -188,12 +194,12 @@ class RunFolder:
             ) from None
 
     def create(self, config: Section, sources: Mapping[str, Contents] = MappingProxyType({})) -> None:
-        """Creates and locks the folder; writes the configuration and the records of its sources, or updates paths."""
+        """Creates and locks the folder; writes or updates the configuration and the records of its sources."""
         self.lock()
         self.samples.mkdir(parents=True, exist_ok=True)
         (self.path / STOPPED).unlink(missing_ok=True)
         stored = self._stored(config) if self.config_file.exists() else None
-        if stored is None or path_values(stored) != path_values(config):
+        if stored != config:
             with replacing(self.config_file, durable=True) as partial:
                 partial.write_text(dump_config(config), encoding="utf-8")
         before = self.stored_sources()

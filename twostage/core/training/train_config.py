@@ -1,11 +1,11 @@
 """The `train` group of all trainings."""
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from twostage.core.config.sections import Count, Number, Section, Size
+from twostage.core.config.sections import MAY_CHANGE, Count, Number, Section, Size
 from twostage.core.machine.precision import MixedPrecision
 
 __all__ = ["Beta", "TrainConfig"]
@@ -20,9 +20,9 @@ class TrainConfig(Section):
 
     batch_size: Count = 128
     """Samples per update, in total over all processes and accumulation steps."""
-    max_steps: Count | None = None
+    max_steps: Annotated[Count | None, MAY_CHANGE] = None
     """Number of updates; the alternative is `epochs`."""
-    epochs: Count | None = None
+    epochs: Annotated[Count | None, MAY_CHANGE] = None
     """Passes over the training split; an incomplete last batch is skipped."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon`: Muon for linear layers and convolutions with at least 8 inputs and outputs, except a prior's head; AdamW
@@ -45,16 +45,16 @@ class TrainConfig(Section):
     mixed_precision: MixedPrecision = "no"
     """`auto`: bf16 if the GPU has it or the processor is fast with it (AMX, or AMD's AVX512-BF16), else `no`. On a CPU
     it is also `no` for the `mlp` backbone, which does not gain from bf16."""
-    on_not_finite: Literal["stop", "skip"] = "stop"
+    on_not_finite: Annotated[Literal["stop", "skip"], MAY_CHANGE] = "stop"
     """What to do if a loss or a gradient is not finite: stop the run and keep its last checkpoint, or skip the update
     and count it. Both name the term, the step and the images."""
-    log_every: Count = 50
+    log_every: Annotated[Count, MAY_CHANGE] = 50
     """Steps between training lines in metrics.jsonl; each line is the mean since the previous one."""
-    validate_every: Count | None = None
+    validate_every: Annotated[Count | None, MAY_CHANGE] = None
     """Steps between validations and sample sheets; None: once per epoch."""
-    checkpoint_every: Count | None = None
+    checkpoint_every: Annotated[Count | None, MAY_CHANGE] = None
     """Steps between checkpoints; None: once per epoch."""
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Annotated[Count, MAY_CHANGE] = 2
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
@@ -71,3 +71,11 @@ class TrainConfig(Section):
             return 1.0
         progress = (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def reason_to_end(self, step: int, max_steps: int, facts: dict[str, Any]) -> str | None:
+        """Why a run ends after ``step`` updates; None: it continues.
+
+        Args:
+            facts: the run's facts, see `BaseRun.facts`.
+        """
+        return "all steps done" if step >= max_steps else None

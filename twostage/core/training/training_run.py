@@ -5,9 +5,9 @@ measure, :class:`Health` stops the run if its numbers break.
 """
 
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -50,9 +50,17 @@ class TrainingRun(BaseRun[ConfigT]):
         super().__init__(config, units, config.run.trackers)
         self.health = Health(self.accelerator, self.folder)
         self.journal = Journal(self.folder, self.accelerator, config.train.keep_checkpoints)
-        self.finished: str | None = None
-        """Why the run ends after this step; None: it continues."""
         self._stop: StopAsked | None = None
+
+    @property
+    def finished(self) -> str | None:
+        """Why the run ends after this step; None: it continues."""
+        return self.config.train.reason_to_end(self.step, self.batches.max_steps, self.facts)
+
+    @property
+    def progress(self) -> float:
+        """The share of the planned steps that are done, in [0, 1]; a run that was extended later stays at 1."""
+        return min(1.0, self.step / self.facts.get("planned_steps", self.batches.max_steps))
 
     # --- beginning ----------------------------------------------------------------------------------------------------
 
@@ -68,18 +76,20 @@ class TrainingRun(BaseRun[ConfigT]):
             self.folder.check_sources(self.config, self._sources, begun=False)  # type: ignore[arg-type]
         return checkpoint
 
-    def load(self, checkpoint: Path, process_setting: str = "") -> None:
+    def load(self, checkpoint: Path, process_setting: str = "", shares: str = "") -> None:
         """Continues from a checkpoint.
 
         Args:
             process_setting: a setting, if any, that makes each process draw for itself (such as `model.dropout=0.1`):
                 the number of processes must then stay the same.
+            shares: the settings, if any, that count in shares of the planned steps, see :attr:`progress`.
 
         Raises:
-            InputError: files are missing, sources have changed, or the number of processes has.
+            InputError: files are missing, sources or the number of processes have changed, or the run is already longer
+                than its new length.
         """
         tensors, state = self.journal.checkpoints.load(checkpoint)
-        self.step, self.facts, self.finished = state["step"], state["facts"], state["finished"]
+        self.step, self.facts = state["step"], state["facts"]
         remembered = {key: self.facts[name] for key, name in FORMER_FACTS.items() if name in self.facts}
         self.folder.check_sources(self.config, self._sources, remembered)  # type: ignore[arg-type]
         processes = self.accelerator.num_processes
@@ -90,6 +100,7 @@ class TrainingRun(BaseRun[ConfigT]):
                 f"launched with {_count_processes(processes)}. With {process_setting} each process draws its own "
                 f"random numbers, so the result would change. Launch it with --num_processes {processes_before}"
             )
+        self._report_length(state, shares)
         self._load_tensors(tensors, checkpoint)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -104,6 +115,28 @@ class TrainingRun(BaseRun[ConfigT]):
                 f"with {_count_processes(processes)} instead of {processes_before}: the batches and the random numbers "
                 "stay the same, only the order of sums changes"
             )
+
+    def _report_length(self, state: dict[str, Any], shares: str) -> None:
+        """Reports what it means if the run has another length than at its checkpoint, and keeps the planned steps."""
+        train, new = self.config.train, self.batches.max_steps
+        # Checkpoints of earlier versions do not have the length.
+        before = state.get("max_steps") or (self.step if state["finished"] == "all steps done" else new)
+        if before == new:
+            return
+        if new < self.step or (new == self.step and not state["finished"]):
+            key, value = ("max_steps", train.max_steps) if train.max_steps else ("epochs", train.epochs)
+            raise InputError(
+                f"train.{key} {value}: the run would end at step {new}, but {self.folder.path} has already taken "
+                f"{self.step} steps. Set a larger train.{key}"
+            )
+        self.facts["planned_steps"] = planned = min(self.facts.get("planned_steps", before), new)
+        line = f"{self.folder.path}: {new} steps instead of {before}"
+        if train.lr_schedule == "cosine":
+            rate = train.lr * train.lr_share(self.step, new)
+            line += f"; the learning rate now follows the cosine over {new} steps: {rate:.3g} here, 0 at the end"
+        if shares and planned < new:
+            line += f"; {shares} still count the {planned} steps that were planned"
+        self.report(line)
 
     def _load_tensors(self, tensors: dict[str, dict[str, Tensor]], checkpoint: Path) -> None:
         optimizers = {f"{network.prefix}optimizer": network for network in self._networks}
@@ -129,18 +162,13 @@ class TrainingRun(BaseRun[ConfigT]):
         Raises:
             StopAsked: after the step at which the processes agreed to stop; its checkpoint is written.
         """
-        is_new = self._create_folder()
+        self._create_folder()
         if self.finished:
             return
-        try:
-            self.journal.start_trackers(self.config.run.trackers, self.step)
-        except InputError:
-            if is_new:  # config.yaml names the tracker, so this folder would refuse another one
-                shutil.rmtree(self.folder.path, ignore_errors=True)
-            raise
+        self.journal.start_trackers(self.config.run.trackers, self.step)
         ahead = self.batches.read_ahead(self.step, read) if read_ahead else None
         with self.journal.progress_bar(self.batches, self.step), self._stop_requests.listening():
-            while self.step < self.batches.max_steps and not self.finished and not self._stop:
+            while not self.finished and not self._stop:
                 self.begin_step()
                 yield next(ahead) if ahead else self.batches.at(self.step, read)
         self.accelerator.end_training()
@@ -150,16 +178,13 @@ class TrainingRun(BaseRun[ConfigT]):
                 self.folder.write_note(STOPPED, lines)
             raise self._stop
 
-    def _create_folder(self) -> bool:
-        """Creates the folder, or drops its records of later steps; returns whether it is new (main process only)."""
-        is_new = False
+    def _create_folder(self) -> None:
+        """Creates the folder, or drops its records of later steps."""
         self.accelerator.wait_for_everyone()  # no process writes before all have checked the folder
         if self.accelerator.is_main_process:
-            is_new = not self.folder.config_file.exists()
             self.folder.create(self.config, self._sources)  # type: ignore[arg-type]
             self.folder.cut_metrics(self.step)
         self.accelerator.wait_for_everyone()
-        return is_new
 
     def record(self, metrics: dict[str, Tensor]) -> None:
         """Adds scalars by name, from one part of a batch or one update; their mean is logged."""
@@ -230,8 +255,6 @@ class TrainingRun(BaseRun[ConfigT]):
         Raises:
             InputError: weights are not finite or not the same in all processes, or the checkpoint cannot be written.
         """
-        if self.step == self.batches.max_steps and not self.finished:
-            self.finished = "all steps done"
         self._check_weights()
         tensors = {name: module.state_dict() for name, module in self._modules.items()}
         for network in self._networks:
@@ -240,6 +263,7 @@ class TrainingRun(BaseRun[ConfigT]):
         state = {
             "facts": self.facts,
             "finished": self.finished,
+            "max_steps": self.batches.max_steps,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "processes": self.accelerator.num_processes,
         }

@@ -54,6 +54,14 @@ def test_a_different_configuration_is_refused_and_nothing_is_changed(folder):
     assert everything_in(folder) == before
 
 
+def test_keys_that_change_no_step_may_change(folder):
+    folder.create(config(folder))
+    changed = config(folder, run={"dir": str(folder.path), "trackers": []})
+    folder.check(changed)
+    folder.create(changed)
+    assert (folder.stored_config() or {})["run"]["trackers"] == []
+
+
 def test_a_folder_of_something_else_is_refused(folder):
     folder.path.mkdir(parents=True)
     folder.check(config(folder))  # an empty folder counts as new
