@@ -5,9 +5,10 @@ Axes: B images, C channels, H and W pixels, h and w cells of the latent grid.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from stage1_tokenizer.conditional_network import ConditionalNetwork
 from stage1_tokenizer.conv_backbone import ConvConfig
 from stage1_tokenizer.objective import ObjectiveConfig, corrupt, negative_log_likelihood, reconstruction_loss
 from stage1_tokenizer.vector_quantizer import VectorConfig
-from twostage.core.config.sections import Count, Flag, Section, Width, parse_config
+from twostage.core.config.sections import Count, Flag, Section, Sides, Width, parse_config
 from twostage.core.errors import InputError
 from twostage.core.runs.model_folder import filled, hash_tensors, load_model_folder, save_model_folder
 from twostage.core.training.random import BatchRandom
@@ -70,20 +71,35 @@ class PerceptualNetwork(Section):
 class AutoencoderConfig(Section):
     """Everything needed to rebuild a trained autoencoder: the content of its `config.json`."""
 
-    image_size: tuple[Count, Count]
-    channels: Count
+    image_size: Sides
+    """(height, width) of its images; one number for squares."""
+    channels: Count = 3
+    """1 grey, 3 RGB, 4 RGBA."""
     class_names: list[str] | None = None
     """The classes of its training data."""
     untrained_classes: tuple[str, ...] = ()
     """The classes that had no training image."""
     value_range: tuple[float, float] | None = None
     """The values in image files that became black and white (`data.value_range`)."""
-    model: ModelConfig
-    loss: ObjectiveConfig
+    model: ModelConfig = ModelConfig()
+    loss: ObjectiveConfig = ObjectiveConfig()
     trained_against: list[PerceptualNetwork] = Field(default=[])
     """The networks of the perceptual losses that its weights were trained with, those of `init_from` first."""
     adversarial: Flag = False
     """Whether a discriminator took part in its training."""
+
+    if TYPE_CHECKING:  # what editors know of the constructor: the keys that one sets, and that a number is a square
+
+        def __init__(
+            self,
+            *,
+            image_size: int | tuple[int, int],
+            channels: int = 3,
+            class_names: list[str] | None = None,
+            model: ModelConfig = ...,
+            loss: ObjectiveConfig = ...,
+            **record: Any,
+        ) -> None: ...
 
     @model_validator(mode="before")
     @classmethod
@@ -118,9 +134,9 @@ class AutoencoderOutput:
 class Autoencoder(nn.Module):
     """Images -> latent -> images.
 
-    Use ``encode``, ``decode``, ``decode_indices``, ``reconstruct`` and ``sample``; training (and DDP) calls
-    ``forward``. Images are padded at the right and at the bottom to a multiple of the backbone's factor, and cropped
-    back.
+    Use ``encode``, ``decode``, ``encode_indices``, ``decode_indices``, ``reconstruct`` and ``sample``; training (and
+    DDP) calls ``forward``, then ``update_codebook``. Images are padded at the right and at the bottom to a multiple of
+    the backbone's factor, and cropped back.
 
     Raises:
         InputError: the bottleneck or the condition needs classes, and the config names none; or the condition does not
@@ -187,15 +203,17 @@ class Autoencoder(nn.Module):
     def forward(
         self,
         images: Tensor,
-        labels: Tensor | None,
-        random: BatchRandom,
+        labels: Tensor | None = None,
+        random: BatchRandom | None = None,
         perturbation: PerturbationConfig | None = None,
     ) -> AutoencoderOutput:
         """The loss on images (B, C, H, W) in [-1, 1]; class-conditional families need ``labels`` (B,).
 
         Args:
+            random: the source of all random numbers; None: :meth:`BatchRandom.from_torch`.
             perturbation: how the decoder's codes are replaced; None: it gets the encoder's own codes.
         """
+        random = random or BatchRandom.from_torch(len(images))
         if not self._range_known:
             check_range(images)
             self._range_known = True  # checked once: reading values back makes the GPU wait
@@ -223,6 +241,11 @@ class Autoencoder(nn.Module):
 
     def run_encoder(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """The encoder's raw output (B, encoded_channels, h, w) for images (B, C, H, W), padded if needed."""
+        if images.ndim != 4 or images.shape[1] != self.config.channels or not images.is_floating_point():
+            raise InputError(
+                f"images: expected floats in [-1, 1] of the shape (images, {self.config.channels}, height, width), got "
+                f"{images.dtype} of the shape {tuple(images.shape)}. Convert uint8 with twostage.to_float"
+            )
         below, right = (-side % self.factor for side in images.shape[2:])
         padded = F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
         return self.encoder(padded, labels) if self.sees_class else self.encoder(padded)
@@ -238,6 +261,17 @@ class Autoencoder(nn.Module):
         """The latent z of images (B, C, H, W) in [-1, 1], with codes if the bottleneck is discrete."""
         return self.bottleneck.encode(self.run_encoder(images, labels))
 
+    def encode_indices(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The codes (B, *:attr:`code_grid`) int64 of images (B, C, H, W) in [-1, 1].
+
+        Raises:
+            InputError: the bottleneck has no codes.
+        """
+        self._check_codes("encode(images).z")
+        indices = self.encode(images, labels).indices
+        assert indices is not None
+        return indices
+
     @torch.no_grad()
     def decode(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """A latent (B, latent_channels, h, w) -> images (B, C, H, W) in [-1, 1]."""
@@ -250,11 +284,14 @@ class Autoencoder(nn.Module):
         Raises:
             InputError: the bottleneck has no codes.
         """
+        self._check_codes("decode(z)")
+        return self.decode(self.bottleneck.lookup(indices.long()))
+
+    def _check_codes(self, instead: str) -> None:
         if self.codebook_size is None:
             raise InputError(
-                f"model.bottleneck.type {self.config.model.bottleneck.type!r}: has no codes to decode. Use decode(z)."
+                f"model.bottleneck.type {self.config.model.bottleneck.type!r}: has no codes. Use {instead}"
             )
-        return self.decode(self.bottleneck.lookup(indices))
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -291,6 +328,15 @@ class Autoencoder(nn.Module):
                 "Train one on its codes: twostage encode, then twostage train-prior."
             )
         return self.decode(self.bottleneck.sample(noise, labels), labels)
+
+    def update_codebook(self, reduce_sum: Callable[[Tensor], Tensor] = lambda statistics: statistics) -> None:
+        """Applies the statistics that ``forward`` has collected for the codebook, if there is one. Call it once per
+        update, after the optimizer.
+
+        Args:
+            reduce_sum: sums a tensor over all processes, if there are several.
+        """
+        self.bottleneck.update_codebook(reduce_sum)
 
     def content_hash(self) -> str:
         """A hash of everything that determines the codes: the images' size and channels, the encoder, the codebook. It

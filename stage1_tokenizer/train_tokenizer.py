@@ -193,7 +193,7 @@ def train(
                     terms |= adversary.module.observe(loss, *logits)
             run.record(with_terms(output.metrics, terms))
         if config.train.parts == "all":
-            autoencoder.bottleneck.update_codebook(run.sum)
+            autoencoder.update_codebook(run.sum)
         if adversary:
             adversary.module.update_statistics(run.sum)
         network.update_average()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stage2_prior.causal_transformer import CausalTransformerConfig
@@ -29,7 +29,7 @@ from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.sampling import Branches
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.config.schema import tag
-from twostage.core.config.sections import Count, Number, Section, Share, parse_config
+from twostage.core.config.sections import Count, Number, Section, Share, Sides, parse_config
 from twostage.core.errors import InputError
 from twostage.core.runs.model_folder import filled, load_model_folder, save_model_folder
 from twostage.core.training.random import BatchRandom
@@ -65,20 +65,31 @@ class PriorLossConfig(Section):
 class PriorConfig(Section):
     """A prior's `config.json`: everything needed to build the prior and to refuse another tokenizer's codes."""
 
-    model: NetworkConfig
-    conditions: list[ConditionConfig]
-    loss: PriorLossConfig
+    model: NetworkConfig = CausalTransformerConfig()
+    conditions: list[ConditionConfig] = Field(default=[])
+    """What it is conditioned on; by default the class if there are ``class_names``."""
+    loss: PriorLossConfig = PriorLossConfig()
     codebook_size: Count
     grid: tuple[Count, Count]
-    class_names: list[str] | None
+    """Cells (h, w)."""
+    class_names: list[str] | None = None
     """Those that the prior draws; None: it is not conditioned on the class."""
     untrained_classes: tuple[str, ...] = ()
     """The classes that had no training image."""
-    image_size: tuple[Count, Count]
+    image_size: Sides
+    """(height, width) of the images that the codes stand for."""
     channels: Count
-    tokenizer: TokenizerReference
-    unigram_nats_per_code: Number = Field(ge=0)
-    """The held-out baseline, see `Manifest`."""
+    tokenizer: TokenizerReference = TokenizerReference(hash="", path="")
+    """The tokenizer of its codes; by default none that twostage knows."""
+    unigram_nats_per_code: Number | None = Field(default=None, ge=0)
+    """The held-out baseline, see `Manifest`; None: not known."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _class_by_default(cls, document: Any) -> Any:
+        if not isinstance(document, dict):
+            return document
+        return {"conditions": _class_alone(document.get("class_names"))} | document
 
 
 def prior_config(
@@ -127,9 +138,21 @@ class Prior(nn.Module):
         """Whether :meth:`nats_per_image` is exact; otherwise it is an upper bound."""
         return self.network.exact_likelihood
 
-    def forward(self, indices: Tensor, given: Given | Tensor | None, random: BatchRandom, progress: float) -> Tensor:
-        """The training loss, nats per code as a scalar, of codes (B, h, w) and their conditions, see
-        `Conditions.complete`, at ``progress`` in [0, 1] of the run."""
+    def forward(
+        self,
+        indices: Tensor,
+        given: Given | Tensor | None = None,
+        random: BatchRandom | None = None,
+        progress: float = 0.0,
+    ) -> Tensor:
+        """The training loss, nats per code as a scalar, of codes (B, h, w).
+
+        Args:
+            given: the conditions, such as labels (B,), see `Conditions.complete`.
+            random: the source of all random numbers; None: `BatchRandom.from_torch`.
+            progress: how much of the run is done, in [0, 1], for a schedule of `loss.replace_prob`.
+        """
+        random = random or BatchRandom.from_torch(len(indices))
         codes, options = indices.flatten(1), self.config.loss
         inputs = replace_codes(
             codes, replace_prob_at(progress, options.replace_prob), self.config.codebook_size, random
@@ -138,20 +161,24 @@ class Prior(nn.Module):
         return self.network.loss(codes, self.conditions(values, len(codes)), inputs, random)
 
     @torch.no_grad()
-    def nats_per_image(self, indices: Tensor, given: Given | Tensor | None, random: BatchRandom) -> Tensor:
+    def nats_per_image(
+        self, indices: Tensor, given: Given | Tensor | None = None, random: BatchRandom | None = None
+    ) -> Tensor:
         """-log p(codes | conditions) of codes (B, h, w), or an upper bound on it (see :attr:`exact_likelihood`) that
         uses ``random``: (B,). No code is replaced and no condition hidden.
 
         Args:
             given: the conditions, see `Conditions.complete`.
+            random: None: `BatchRandom.from_torch`.
 
         Raises:
             InputError: a condition is not one of this prior, or out of range.
         """
+        random = random or BatchRandom.from_torch(len(indices))
         codes = indices.flatten(1)
         return self.network.nats_per_image(codes, self.conditions(self._complete(given, codes), len(codes)), random)
 
-    def log_likelihood(self, indices: Tensor, given: Given | Tensor | None) -> Tensor:
+    def log_likelihood(self, indices: Tensor, given: Given | Tensor | None = None) -> Tensor:
         """log p(codes | conditions) in nats per image, (B,).
 
         Raises:
@@ -240,9 +267,9 @@ class Prior(nn.Module):
     @torch.no_grad()
     def sample(
         self,
-        given: Given | Tensor | None,
-        sampling: SamplingConfig,
-        seeds: list[int],
+        given: Given | Tensor | None = None,
+        sampling: SamplingConfig | None = None,
+        seeds: Sequence[int] = (0,),
         known: Tensor | None = None,
         on_progress: OnProgress | None = None,
         negative: Given | None = None,
@@ -252,6 +279,8 @@ class Prior(nn.Module):
 
         Args:
             given: the conditions, see `Conditions.complete`; those that are missing are nothing for all images.
+            sampling: None: temperature 1 and no guidance.
+            seeds: one for each image.
             negative: what guidance leads away from, instead of nothing: the same for some of the conditions.
             known: (B, h, w) int64: codes to keep, -1 where a code is to be sampled, see :meth:`can_keep`.
 
@@ -259,13 +288,14 @@ class Prior(nn.Module):
             InputError: a condition is out of range, :meth:`check_sampling` refuses the settings, or the known codes
                 have another grid or codebook or cannot be kept.
         """
+        sampling = sampling or SamplingConfig()
         self.check_sampling(sampling)
         device = next(self.parameters()).device
         branches = self._branches(given, negative, sampling, len(seeds))
         if known is not None:
             self._check_known(known, len(seeds))
             known = known.flatten(1).long().to(device)
-        codes = self.network.sample(branches, sampling, seeds, known, on_progress)
+        codes = self.network.sample(branches, sampling, list(seeds), known, on_progress)
         return codes.view(len(seeds), *self.config.grid)
 
     def _complete(self, given: Given | Tensor | None, codes: Tensor) -> dict[str, Tensor]:
@@ -332,14 +362,12 @@ class Prior(nn.Module):
     def from_pretrained(cls, path: str | Path) -> "Prior":
         """Reads a model folder, or the `model/` of a run folder. The prior is on the CPU, in evaluation mode."""
         document, state = load_model_folder(path, "prior")
-        if "conditions" not in document:
-            document["conditions"] = _class_alone(document.get("class_names"))
         config = parse_config(PriorConfig, document, f"{path}: config.json")
         return filled(lambda: cls(config), state, path)
 
 
 def _class_alone(class_names: list[str] | None) -> list[dict[str, Any]]:
-    """The `conditions` of a prior that is conditioned on the class if there are classes: of all earlier priors."""
+    """The `conditions` of a prior that is conditioned on the class if there are classes, and are not stored then."""
     return [ClassConditionConfig(num_classes=len(class_names)).model_dump(mode="json")] if class_names else []
 
 

@@ -7,40 +7,115 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipelines.drawing.two_stage import TwoStagePipeline
-    from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
-    from stage2_prior.prior import Prior, PriorConfig
+    from pipelines.encoding.new_prior import new_prior
+    from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderOutput, ModelConfig
+    from stage1_tokenizer.backbone import BackboneConfig
+    from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput, Quantizer
+    from stage1_tokenizer.continuous import ClassGaussianConfig, GaussianConfig, IdentityConfig
+    from stage1_tokenizer.conv_backbone import ConvConfig
+    from stage1_tokenizer.finite_scalar import FiniteScalarConfig
+    from stage1_tokenizer.lookup_free import LookupFreeConfig
+    from stage1_tokenizer.mlp_backbone import MLPConfig
+    from stage1_tokenizer.objective import CorruptionConfig, ObjectiveConfig
+    from stage1_tokenizer.residual_quantizer import ResidualConfig
+    from stage1_tokenizer.vector_quantizer import VectorConfig
+    from stage1_tokenizer.vqgan_backbone import VQGANConfig
+    from stage2_prior.causal_transformer import CausalTransformerConfig
+    from stage2_prior.masked_transformer import MaskedTransformerConfig
+    from stage2_prior.network import NetworkConfig
+    from stage2_prior.pixelcnn import PixelCNNConfig
+    from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
     from stage2_prior.sampling_config import SamplingConfig
     from twostage.core.config.sections import load_config
     from twostage.core.data.dataset import DataConfig, load_images
     from twostage.core.errors import InputError
+    from twostage.core.images.conversion import to_float, to_uint8
+    from twostage.core.training.optimizer import AveragedCopy
+    from twostage.core.training.random import BatchRandom
 
     __version__: str
 
 __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
+    "AutoencoderOutput",
+    "AveragedCopy",
+    "BackboneConfig",
+    "BatchRandom",
+    "BottleneckConfig",
+    "BottleneckOutput",
+    "CausalTransformerConfig",
+    "ClassGaussianConfig",
+    "ConvConfig",
+    "CorruptionConfig",
     "DataConfig",
+    "FiniteScalarConfig",
+    "GaussianConfig",
+    "IdentityConfig",
     "InputError",
+    "LookupFreeConfig",
+    "MLPConfig",
+    "MaskedTransformerConfig",
+    "ModelConfig",
+    "NetworkConfig",
+    "ObjectiveConfig",
+    "PixelCNNConfig",
     "Prior",
     "PriorConfig",
+    "PriorLossConfig",
+    "Quantizer",
+    "ResidualConfig",
     "SamplingConfig",
     "TwoStagePipeline",
+    "VQGANConfig",
+    "VectorConfig",
     "__version__",
     "load_config",
     "load_images",
+    "new_prior",
+    "to_float",
+    "to_uint8",
 ]
 
 MODULES = {
     "Autoencoder": "stage1_tokenizer.autoencoder",
     "AutoencoderConfig": "stage1_tokenizer.autoencoder",
+    "AutoencoderOutput": "stage1_tokenizer.autoencoder",
+    "AveragedCopy": "twostage.core.training.optimizer",
+    "BackboneConfig": "stage1_tokenizer.backbone",
+    "BatchRandom": "twostage.core.training.random",
+    "BottleneckConfig": "stage1_tokenizer.bottleneck",
+    "BottleneckOutput": "stage1_tokenizer.bottleneck",
+    "CausalTransformerConfig": "stage2_prior.causal_transformer",
+    "ClassGaussianConfig": "stage1_tokenizer.continuous",
+    "ConvConfig": "stage1_tokenizer.conv_backbone",
+    "CorruptionConfig": "stage1_tokenizer.objective",
     "DataConfig": "twostage.core.data.dataset",
+    "FiniteScalarConfig": "stage1_tokenizer.finite_scalar",
+    "GaussianConfig": "stage1_tokenizer.continuous",
+    "IdentityConfig": "stage1_tokenizer.continuous",
     "InputError": "twostage.core.errors",
+    "LookupFreeConfig": "stage1_tokenizer.lookup_free",
+    "MLPConfig": "stage1_tokenizer.mlp_backbone",
+    "MaskedTransformerConfig": "stage2_prior.masked_transformer",
+    "ModelConfig": "stage1_tokenizer.autoencoder",
+    "NetworkConfig": "stage2_prior.network",
+    "ObjectiveConfig": "stage1_tokenizer.objective",
+    "PixelCNNConfig": "stage2_prior.pixelcnn",
     "Prior": "stage2_prior.prior",
     "PriorConfig": "stage2_prior.prior",
+    "PriorLossConfig": "stage2_prior.prior",
+    "Quantizer": "stage1_tokenizer.bottleneck",
+    "ResidualConfig": "stage1_tokenizer.residual_quantizer",
     "SamplingConfig": "stage2_prior.sampling_config",
     "TwoStagePipeline": "pipelines.drawing.two_stage",
+    "VQGANConfig": "stage1_tokenizer.vqgan_backbone",
+    "VectorConfig": "stage1_tokenizer.vector_quantizer",
     "load_config": "twostage.core.config.sections",
     "load_images": "twostage.core.data.dataset",
+    "new_prior": "pipelines.encoding.new_prior",
+    "to_float": "twostage.core.images.conversion",
+    "to_uint8": "twostage.core.images.conversion",
 }
 """The module that defines each public name."""
 

@@ -26,11 +26,7 @@ MORE: dict[str, dict[str, list[str]]] = {
 
 def api_pages() -> dict[str, str]:
     """Markdown by page."""
-    face = [f"{module}.{name}" for name, module in twostage.MODULES.items()]
-    python = "# Python\n\n## from twostage import ...\n\n" + _show(face)
-    for heading, modules in MORE.items():
-        python += f"## {heading}\n\n" + _show(f"{module}.{name}" for module, names in modules.items() for name in names)
-    configuration = "# Configuration\n\nThe groups and keys of the YAML files.\n\n"
+    configuration = "# Configuration\n\nThe groups and keys of the YAML files, and their classes in Python.\n\n"
     for heading, root in {"Tokenizers": TokenizerConfig, "Priors": PriorTrainingConfig}.items():
         configuration += f"## {heading}\n\n"
         for model in _models(root):
@@ -38,8 +34,13 @@ def api_pages() -> dict[str, str]:
                 f"{model.__module__}.{model.__name__}",
                 [key for key in model.model_fields if key in vars(model)["__annotations__"]],
             )
-            if name not in face and f"::: {name}\n" not in configuration:
+            if f"::: {name}\n" not in configuration:
                 configuration += f"::: {name}\n    options: {{members: [{', '.join(keys)}]}}\n\n"
+    face = [f"{module}.{name}" for name, module in twostage.MODULES.items()]
+    python = "# Python\n\n## from twostage import ...\n\n"
+    python += _show(name for name in face if f"::: {name}\n" not in configuration)
+    for heading, modules in MORE.items():
+        python += f"## {heading}\n\n" + _show(f"{module}.{name}" for module, names in modules.items() for name in names)
     return {"api/python.md": python, "api/configuration.md": configuration}
 
 

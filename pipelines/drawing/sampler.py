@@ -124,6 +124,8 @@ class ImageSampler:
         Raises:
             InputError: an unknown class name; the message lists the known ones.
         """
+        if isinstance(class_names, str):
+            raise InputError(f"class_names {class_names!r}: expected a list of names, such as [{class_names!r}]")
         known, every = self.class_names, self.label_names
         if not known or not every:
             if class_names:
@@ -131,8 +133,6 @@ class ImageSampler:
                     f"class name {class_names[0]!r}: this model was trained without classes. Omit the class name"
                 )
             return None
-        if isinstance(class_names, str):
-            raise InputError(f"class_names {class_names!r}: expected a list of names, such as [{class_names!r}]")
         for name in class_names or []:
             if name in every and name not in known:
                 raise InputError(

@@ -15,7 +15,7 @@ from stage1_tokenizer.feature_training import FeaturesTrainingConfig
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import ImageData
-from twostage.core.training.optimizer import averaged_copy
+from twostage.core.training.optimizer import AveragedCopy
 from twostage.core.training.running_means import RunningMeans
 
 CONFIGS = different_configs(Path(__file__).parents[2] / "configs" / "tokenizer")
@@ -101,7 +101,7 @@ def test_a_feature_network_trains(gpu_training):
 def test_the_average_of_the_weights_needs_no_value_of_the_gpu():
     with fake_gpu():
         model = torch.nn.Linear(2, 2, device=GPU)
-        averaged = averaged_copy(model, 0.9)
+        averaged = AveragedCopy(model, 0.9)
         for _ in range(3):
             averaged.update_parameters(model)
         means = RunningMeans()

@@ -31,6 +31,7 @@ __all__ = [
     "Section",
     "Seed",
     "Share",
+    "Sides",
     "Size",
     "Width",
     "changeable_keys",
@@ -54,6 +55,8 @@ Seed = Annotated[int, Field(strict=True, ge=0)]
 Number = Annotated[float, BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)]
 Share = Annotated[Number, Field(ge=0.0, le=1.0)]
 Flag = Annotated[bool, Field(strict=True)]
+Sides = Annotated[tuple[Count, Count], BeforeValidator(lambda value: (value, value) if type(value) is int else value)]
+"""(height, width); one number for squares."""
 
 
 def _can_be_a_path(value: str) -> str:

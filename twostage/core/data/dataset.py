@@ -8,12 +8,13 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, overload
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from twostage.core.config.sections import Count, Flag, Number, PathName, Section
 from twostage.core.data.captions import has_captions
@@ -27,7 +28,7 @@ from twostage.core.data.sources import find_local, find_source
 from twostage.core.data.spread import names_without_images, spread
 from twostage.core.data.vectors import VECTOR_FILE, add_vectors
 from twostage.core.errors import InputError
-from twostage.core.images.conversion import quiet_decoders
+from twostage.core.images.conversion import quiet_decoders, to_float
 from twostage.core.images.pixel_values import UsedValues, is_grey
 from twostage.core.machine.memory import check_bytes
 from twostage.core.runs.contents import Contents
@@ -122,8 +123,11 @@ class DataConfig(Section):
         return Path(given) if given is not None and given.endswith(VECTOR_FILE) else None
 
 
-class ImageSplit:
-    """The images of one split.
+class ImageSplit(Dataset[tuple[Tensor, int]]):
+    """The images of one split, a dataset for a `DataLoader`.
+
+    ``split[i]`` is an image (C, H, W) in [-1, 1] and its class, -1 for none. ``split[:100]`` is (100, C, H, W) images
+    and (100,) classes.
 
     Args:
         labels: (n,) int64, or None.
@@ -156,6 +160,17 @@ class ImageSplit:
 
     def __len__(self) -> int:
         return len(self.records or [] if self.pixels is None else self.pixels)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Tensor, Tensor]: ...
+    def __getitem__(self, index: int | slice) -> tuple[Tensor, int | Tensor]:
+        rows = torch.arange(len(self))[index]  # an IndexError ends a loop over the split
+        labels = torch.full_like(rows, -1) if self.labels is None else self.labels[rows]
+        if rows.ndim == 0:
+            return to_float(self.read(rows[None]))[0], int(labels)
+        return to_float(self.read(rows)), labels
 
     @property
     def in_memory(self) -> bool:

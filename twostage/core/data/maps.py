@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,18 +25,19 @@ MapKind = Literal["labels", "image"]
 
 def with_maps(images: Records, maps: Records) -> Records:
     """``images`` with ``maps`` of the same rows; a map of another size than its image cannot be opened."""
+    open_map, version = partial(_open_map, images, maps), f"maps {maps.version} {images.state()}"
+    return replace(images, maps=replace(maps, open=open_map, version=version))
 
-    def open_map(row: int) -> Image.Image:
-        with images.open(row) as image:
-            expected = upright_size(image)
-        opened = maps.open(row)
-        if (found := upright_size(opened)) != expected:
-            opened.close()
-            (width, height), (map_width, map_height) = expected, found
-            raise ValueError(f"{map_width} x {map_height} pixels, but its image has {width} x {height}")
-        return opened
 
-    return replace(images, maps=replace(maps, open=open_map, version=f"maps {maps.version} {images.state()}"))
+def _open_map(images: Records, maps: Records, row: int) -> Image.Image:
+    with images.open(row) as image:
+        expected = upright_size(image)
+    opened = maps.open(row)
+    if (found := upright_size(opened)) != expected:
+        opened.close()
+        (width, height), (map_width, map_height) = expected, found
+        raise ValueError(f"{map_width} x {map_height} pixels, but its image has {width} x {height}")
+    return opened
 
 
 def map_files(folder: Path, images: dict[str, list[Path]]) -> dict[str, list[Path]]:
@@ -81,11 +83,19 @@ def file_records(files: Sequence[Path], origin: str) -> Records:
     return Records(
         [printable(file) for file in files],
         None,
-        lambda row: open_image(files[row]),
-        lambda: np.array([file.stat().st_size if file.exists() else 0 for file in files], np.int64),
+        partial(_open_file, files),
+        partial(_file_sizes, files),
         origin,
         list(files),
     )
+
+
+def _open_file(files: Sequence[Path], row: int) -> Image.Image:
+    return open_image(files[row])
+
+
+def _file_sizes(files: Sequence[Path]) -> np.ndarray:
+    return np.array([file.stat().st_size if file.exists() else 0 for file in files], np.int64)
 
 
 def decode_maps(

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ class Columns:
 
 @dataclass
 class Records:
-    """The images of one split, not yet decoded."""
+    """The images of one split, not yet decoded. They can be pickled, for the worker processes of a `DataLoader`."""
 
     names: list[str]
     """The name of each image in messages."""
@@ -68,13 +69,21 @@ class Records:
             self,
             names=[self.names[row] for row in rows],
             labels=None if self.labels is None else self.labels[rows],
-            open=lambda i: self.open(int(rows[i])),
-            sizes=lambda: self.sizes()[rows],
+            open=partial(_open_one_of, self.open, rows),
+            sizes=partial(_some_sizes, self.sizes, rows),
             files=None if self.files is None else [self.files[row] for row in rows],
             captions=None if self.captions is None else [self.captions[row] for row in rows],
             vectors=None if self.vectors is None else self.vectors[rows],
             maps=None if self.maps is None else self.maps.take(rows),
         )
+
+
+def _open_one_of(open_row: Callable[[int], Image.Image], rows: np.ndarray, i: int) -> Image.Image:
+    return open_row(int(rows[i]))
+
+
+def _some_sizes(sizes: Callable[[], np.ndarray], rows: np.ndarray) -> np.ndarray:
+    return sizes()[rows]
 
 
 @dataclass

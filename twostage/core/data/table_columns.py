@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,8 @@ def _images(cells: pa.ChunkedArray, prefix: str, origin: str, version: str, fold
     return Records(
         [f"{prefix}{row}" for row in range(len(cells))],
         None,
-        lambda row: _open_cell(cells[row].as_py(), folder),
-        lambda: _cell_sizes(cells, folder),
+        partial(_open_cell, cells, folder),
+        partial(_cell_sizes, cells, folder),
         origin,
         files=_cell_files(cells, folder),
         version=version,
@@ -155,8 +156,9 @@ def _image_column(schema: pa.Schema, origin: str) -> str:
     )
 
 
-def _open_cell(cell: Any, folder: Path | None) -> Image.Image:
+def _open_cell(cells: pa.ChunkedArray, folder: Path | None, row: int) -> Image.Image:
     """The image in a cell: its bytes, or a file inside ``folder``; None for ``folder`` allows every file."""
+    cell: Any = cells[row].as_py()
     content = cell.get("bytes") if isinstance(cell, dict) else cell
     if isinstance(content, bytes):
         return open_image(io.BytesIO(content))

@@ -1,7 +1,7 @@
 """A network together with its optimizer and the average of its weights; its gradients are checked and clipped."""
 
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from twostage.core.machine.sharding import is_sharded, shard
 from twostage.core.training.muon import Muon, hidden_matrices
 from twostage.core.training.train_config import TrainConfig
 
-__all__ = ["FUSED_DEVICES", "TrainedNetwork", "averaged_copy", "check_gradient", "make_optimizer"]
+__all__ = ["FUSED_DEVICES", "AveragedCopy", "TrainedNetwork", "check_gradient", "make_optimizer"]
 
 FUSED_DEVICES = ("cpu", "cuda")
 """Devices whose optimizer updates all weights at once, and can skip an update by a flag on the device."""
@@ -83,22 +83,25 @@ def check_gradient(net: nn.Module, optimizer: Optimizer, accelerator: Accelerato
     return norm
 
 
-def averaged_copy(model: nn.Module, decay: float) -> AveragedModel:
-    """An :class:`AveragedModel` whose ``update_parameters(model)`` keeps the average; buffers are copied.
+class AveragedCopy(AveragedModel, Generic[ModuleT]):
+    """A copy of a model, ``module``, with the moving average (EMA) of its weights. Call ``update_parameters(model)``
+    after each update; buffers are copied.
 
     The decay warms up as (1 + t) / (10 + t) until it reaches ``decay`` (as TensorFlow's ExponentialMovingAverage does),
     so that the first weights do not hold back a short run.
     """
-    averaged = AveragedModel(model)
+
+    module: ModuleT
+
+    def __init__(self, model: ModuleT, decay: float) -> None:
+        super().__init__(model, multi_avg_fn=self._average)
+        self.decay = decay
 
     @torch.no_grad()
-    def update(weights: Any, current: Any, num_averaged: Tensor | int) -> None:
+    def _average(self, weights: Any, current: Any, num_averaged: Tensor | int) -> None:
         # This number is on the CPU; `num_averaged` is a copy of it on a GPU, which would have to be awaited.
-        count = int(averaged.n_averaged)
-        get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(weights, current, num_averaged)
-
-    averaged.multi_avg_fn = update
-    return averaged
+        count = int(self.n_averaged)
+        get_ema_multi_avg_fn(min(self.decay, (1 + count) / (10 + count)))(weights, current, num_averaged)
 
 
 class TrainedNetwork(Generic[ModuleT]):
@@ -133,8 +136,8 @@ class TrainedNetwork(Generic[ModuleT]):
     ) -> None:
         self.module, self.name = module, name
         self.prefix = "" if name == "model" else f"{name}_"
-        self.averaged = averaged_copy(module, ema_decay) if ema_decay else None
-        self.final: ModuleT = cast("ModuleT", self.averaged.module) if self.averaged else module
+        self.averaged = AveragedCopy(module, ema_decay) if ema_decay else None
+        self.final: ModuleT = self.averaged.module if self.averaged else module
         """The averaged weights, if there are any: validation measures them, and inference loads them."""
         muon = muon and train.optimizer == "muon"
         if units_to_shard:

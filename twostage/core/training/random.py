@@ -29,6 +29,12 @@ class BatchRandom:
     def __init__(self, seed: int, rows: slice, batch_size: int) -> None:
         self.seed, self.rows, self.batch_size = seed, rows, batch_size
 
+    @classmethod
+    def from_torch(cls, batch_size: int) -> "BatchRandom":
+        """For a training loop of your own in one process: the seed comes from torch's generator, so
+        `torch.manual_seed` makes the loop repeatable. The commands never use this."""
+        return cls(int(torch.randint(2**62, ())), slice(0, batch_size), batch_size)
+
     def generator(self, purpose: str, device: torch.device) -> torch.Generator:
         """The generator for a purpose, the same in every process."""
         return torch.Generator(device).manual_seed(seed_for(self.seed, purpose))

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from twostage.core.training.optimizer import averaged_copy
+from twostage.core.training.optimizer import AveragedCopy
 
 
 def weights_over_time(decay: float, values: list[float]) -> list[float]:
     model = nn.Linear(1, 1, bias=False)
-    averaged = averaged_copy(model, decay)
+    averaged = AveragedCopy(model, decay)
     seen = []
     for value in values:
         model.weight.data.fill_(value)
@@ -32,7 +32,7 @@ def test_the_decay_warms_up():
 
 def test_the_average_is_separate_from_the_model():
     model = nn.Linear(2, 2)
-    averaged = averaged_copy(model, 0.5)
+    averaged = AveragedCopy(model, 0.5)
     averaged.update_parameters(model)
     before = averaged.module.weight.clone()
     model.weight.data.add_(1)
@@ -41,7 +41,7 @@ def test_the_average_is_separate_from_the_model():
 
 def test_buffers_are_copied():
     model = nn.BatchNorm1d(2)
-    averaged = averaged_copy(model, 0.9)
+    averaged = AveragedCopy(model, 0.9)
     for value in (1.0, 5.0):
         model.running_mean.fill_(value)
         averaged.update_parameters(model)
@@ -50,10 +50,10 @@ def test_buffers_are_copied():
 
 def test_the_count_of_updates_is_part_of_the_state():
     model = nn.Linear(1, 1)
-    averaged = averaged_copy(model, 0.5)
+    averaged = AveragedCopy(model, 0.5)
     for _ in range(3):
         averaged.update_parameters(model)
-    restored = averaged_copy(nn.Linear(1, 1), 0.5)
+    restored = AveragedCopy(nn.Linear(1, 1), 0.5)
     restored.load_state_dict(averaged.state_dict())
     model.weight.data.fill_(3.0)
     for copy in (averaged, restored):

@@ -1,0 +1,48 @@
+"""A new prior for a tokenizer, built in Python without a config file."""
+
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage2_prior.causal_transformer import CausalTransformerConfig
+from stage2_prior.codes import TokenizerReference
+from stage2_prior.network import NetworkConfig
+from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
+from twostage.core.errors import InputError
+
+__all__ = ["new_prior"]
+
+
+def new_prior(
+    tokenizer: Autoencoder,
+    model: NetworkConfig | None = None,
+    *,
+    loss: PriorLossConfig | None = None,
+    class_names: list[str] | None = None,
+) -> Prior:
+    """An untrained prior for the codes of a trained tokenizer. It belongs to these codes: if the encoder or the
+    codebook is trained further, :class:`TwoStagePipeline` refuses the two together.
+
+    Args:
+        model: the network; None: a small GPT.
+        class_names: the classes that the prior is conditioned on; None: those of the tokenizer; []: none.
+
+    Raises:
+        InputError: the tokenizer has no codes.
+    """
+    if tokenizer.codebook_size is None:
+        kind = tokenizer.config.model.bottleneck.type
+        raise InputError(
+            f"model.bottleneck.type {kind!r}: has no codes for a prior. Use a tokenizer with another bottleneck, such "
+            "as VectorConfig()"
+        )
+    names = tokenizer.config.class_names if class_names is None else class_names
+    return Prior(
+        PriorConfig(
+            model=model or CausalTransformerConfig(),
+            loss=loss or PriorLossConfig(),
+            codebook_size=tokenizer.codebook_size,
+            grid=tokenizer.code_grid,
+            class_names=names or None,
+            image_size=tokenizer.config.image_size,
+            channels=tokenizer.config.channels,
+            tokenizer=TokenizerReference(hash=tokenizer.content_hash(), path="(in memory)"),
+        )
+    )

@@ -1,0 +1,97 @@
+"""The code of docs/python.md, run as it stands on fewer images and steps."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from twostage import Autoencoder, AutoencoderConfig, InputError, Prior, TwoStagePipeline
+
+REPOSITORY = Path(__file__).parents[1]
+PAGE = (REPOSITORY / "docs" / "python.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+SMALLER = {"STEPS, NUM_IMAGES = 500, 5000": "STEPS, NUM_IMAGES = 3, 80"}
+MAX_LINES = 45
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> dict[str, Any]:
+    """The names that the page's code defines, in a folder of its own."""
+    names: dict[str, Any] = {"__name__": "__main__", "folder": tmp_path_factory.mktemp("page")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(names["folder"])
+        for code in BLOCKS:
+            for old, new in SMALLER.items():
+                code = code.replace(old, new)
+            exec(code, names)
+    return names
+
+
+def test_the_script_is_short():
+    assert all(text in PAGE for text in SMALLER)
+    assert len([line for line in BLOCKS[0].splitlines() if line and not line.startswith("#")]) <= MAX_LINES
+
+
+def test_the_script_makes_a_pipeline(page):
+    assert page["images"].shape == (80, 3, 28, 28)
+    assert page["prior"].config.grid == (7, 7)
+    assert page["prior"].num_classes == len(page["data"].class_names)
+    assert (page["folder"] / "star.png").is_file()
+    loaded = TwoStagePipeline.from_pretrained(page["folder"] / "my_pipeline")
+    again, first = (each(num_images=2, seed=3, output_type="pt") for each in (loaded, page["pipeline"]))
+    assert torch.equal(again.images, first.images)
+
+
+def test_the_codebook_moves_and_the_average_follows(page):
+    tokenizer, average = page["average"].module, page["average"]
+    assert average.n_averaged == 3
+    assert not torch.equal(tokenizer.bottleneck.ema_counts, torch.ones(128)), "its codes were counted"
+
+
+def test_numpy_round_trip(page):
+    assert page["codes"].shape == (64, 7, 7)
+    assert page["pixels"].shape == (64, 3, 28, 28)
+    assert page["pixels"].dtype == "uint8"
+
+
+def test_the_names_in_its_text_exist(page):
+    for name in re.findall(r"`(tokenizer|prior)\.(\w+)", PAGE):
+        assert hasattr(page[name[0]], name[1]), name
+    names = page | vars(__import__("twostage"))
+    for code in re.findall(r"`(tokenizer\.bottleneck\.initialize\(.+?\)|Prior\(PriorConfig\(.+?)`", PAGE):
+        names |= {name: getattr(__import__("twostage"), name) for name in ("Prior", "PriorConfig", "PixelCNNConfig")}
+        exec(code, names)
+
+
+def test_an_unnamed_random_follows_torch(page):
+    tokenizer, images = page["tokenizer"], page["images"][:4]
+    vae = Autoencoder(AutoencoderConfig.model_validate({"image_size": 28, "model": {"bottleneck": {"type": "gaussian"},
+                      "latent_channels": 2, "backbone": {"type": "mlp", "hidden_sizes": [4]}}}))  # fmt: skip
+    torch.manual_seed(1)
+    first, other = vae(images).loss, vae(images).loss
+    torch.manual_seed(1)
+    assert torch.equal(vae(images).loss, first)
+    assert not torch.equal(first, other), "each step has noise of its own"
+    assert tokenizer.config.image_size == (28, 28), "one number is a square"
+
+
+def test_a_prior_of_other_codes_is_not_used_with_a_tokenizer(page):
+    config = page["prior"].config.model_dump(exclude={"tokenizer"})
+    assert config["conditions"][0]["type"] == "class"
+    with pytest.raises(InputError, match="new_prior"):
+        TwoStagePipeline(page["tokenizer"], Prior(type(page["prior"].config)(**config)))
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 28, 28, dtype=torch.uint8), torch.zeros(3, 28, 28),
+                                    torch.zeros(2, 1, 28, 28)])  # fmt: skip
+def test_images_of_another_form_are_refused(page, images):
+    with pytest.raises(InputError, match=r"to_float") as error:
+        page["tokenizer"](images)
+    assert str(tuple(images.shape)) in str(error.value)
+
+
+def test_one_name_where_a_list_is_wanted(page):
+    with pytest.raises(InputError, match=r"class_names 'star'.*\['star'\]"):
+        page["pipeline"](class_names="star")
