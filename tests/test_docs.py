@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops
 
+import twostage
 from pipelines.cli import VERBS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -58,6 +59,11 @@ def test_every_family_has_an_equation_an_image_and_a_config():
         title = section.partition("\n")[0]
         assert "```math" in section, title
         assert re.search(r"!\[.+\]\(images/\S+\.png\)", section), title
+
+
+def test_the_site_shows_every_public_class():
+    pages = "\n".join(runpy.run_path(str(REPOSITORY / "docs" / "site" / "api_pages.py"))["api_pages"]().values())
+    assert [name for name, module in twostage.MODULES.items() if pages.count(f"::: {module}.{name}\n") != 1] == []
 
 
 def test_the_strips_match_the_contact_sheets():

@@ -232,8 +232,9 @@ def check_tokenizer(tokenizer: Autoencoder, config: PriorConfig) -> None:
     """
     if not config.tokenizer.hash:
         raise InputError(
-            f"prior {config.model.type}: does not know which tokenizer made its codes. Use twostage.new_prior(tokenizer) "
-            "to build it, or decode its codes yourself with tokenizer.decode_indices(prior.sample(...))"
+            f"prior {config.model.type}: does not know which tokenizer made its codes. Use "
+            "twostage.new_prior(tokenizer) to build it, or decode its codes yourself with "
+            "tokenizer.decode_indices(prior.sample(...))"
         )
     if (found := tokenizer.content_hash()) != (expected := config.tokenizer.hash):
         raise InputError(
