@@ -49,7 +49,7 @@ def decode_all(
         The pixels (n, C, H, W) uint8, or None; and what was found.
     """
     kept = f"{form} {value_range}" if in_memory else ""
-    key = f"4 {PIL.__version__} {'classes' if classes else ''} {kept} {records.state()}"
+    key = f"5 {PIL.__version__} {'classes' if classes else ''} {kept} {records.state()}"
     name, cache = hashlib.sha256(key.encode()).hexdigest()[:32], _folder()
     scan, copy = cache / "scans" / f"{name}.json", cache / "decoded" / f"{name}.npy"
     shape = (len(records), *form)

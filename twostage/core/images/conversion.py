@@ -74,13 +74,15 @@ def image_to_uint8(
     """Convert any image to (channels, H, W) uint8.
 
     Apply the EXIF orientation, convert the mode, crop at the centre to the wanted shape and resize (Lanczos,
-    antialiased). Transparent images get a white background if ``channels`` is below 4.
+    antialiased). Transparent images get a white background if ``channels`` is below 4. A JPEG at least four times as
+    large is decoded at 1/2, 1/4 or 1/8 of its size, but at least at twice the wanted one.
 
     Args:
         size: (H, W).
         value_range: the values that become black and white; None: the range of the file's type.
         used: collects the values that occur, by type.
     """
+    image.draft(None, (2 * max(size), 2 * max(size)))  # for other formats than JPEG this does nothing
     (kind, type_range), inverted = value_type(image), white_is_zero(image)
     values = UsedValues(type_range, images=1)
     image = ImageOps.exif_transpose(image)

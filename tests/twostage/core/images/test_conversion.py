@@ -127,3 +127,16 @@ def test_to_pil_is_the_inverse(channels, mode):
     image = to_pil(pixels)
     assert (image.mode, image.size) == (mode, (7, 5))
     assert np.array_equal(image_to_uint8(image, (5, 7), channels), pixels.numpy())
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_photographs_are_decoded_smaller(orientation: int):
+    """Which is faster, and differs by less than rounding to 8 bits can show."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photograph = reopened(gradient(450, 600), "JPEG", quality=95, exif=exif)
+    whole = image_to_uint8(photograph.copy(), (40, 90), 3)
+    smaller = image_to_uint8(reopened(gradient(450, 600), "JPEG", quality=95, exif=exif), (40, 90), 3)
+    difference = np.abs(whole.astype(int) - smaller.astype(int))
+    assert 0 < difference.mean() < 0.5
+    assert difference.max() <= 2
