@@ -41,7 +41,7 @@ from stage2_prior.sampling import image_seeds
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.machine.precision import reason_for_precision, state_float32
-from twostage.core.training.dry_run import count_flops
+from twostage.core.training.flops import count_flops
 from twostage.core.training.optimizer import TrainedNetwork
 from twostage.core.training.random import BatchRandom
 from twostage.core.training.train_config import TrainConfig

@@ -6,47 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from torch.utils.module_tracker import ModuleTracker
 from tqdm import tqdm
 
 from twostage.core.errors import InputError
 from twostage.core.files import write_json
 from twostage.core.machine.memory import MEASURED_BY, peak_memory
-from twostage.core.machine.onednn import FLOP_FORMULAS
 from twostage.core.machine.processes import join_processes, lack_of_cores
 from twostage.core.machine.sharding import units_to_shard
 from twostage.core.machine.stopping import resumable
 from twostage.core.training.base_run import BaseRun, ConfigT, DataT, resolve_precision
 from twostage.core.training.random import BatchRandom
 
-__all__ = ["DryRun", "count_flops", "run_training"]
-
-aten = torch.ops.aten
-# Operators that torch counts on a GPU, but not yet on a CPU.
-CPU_FLOPS = FLOP_FORMULAS | {
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
-    ),
-}
-
-
-class _NoModules(ModuleTracker):
-    """Replaces the hooks that count FLOPs by module: they cannot follow a step that calls autograd.grad."""
-
-    def __enter__(self) -> "_NoModules":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-def count_flops() -> FlopCounterMode:
-    """A context whose `get_total_flops()` counts its matrix products, convolutions and attention."""
-    counter = FlopCounterMode(display=False, custom_mapping=CPU_FLOPS)
-    counter.mod_tracker = _NoModules()
-    return counter
+__all__ = ["DryRun", "run_training"]
 
 
 class DryRun(BaseRun[ConfigT]):
@@ -72,6 +43,8 @@ class DryRun(BaseRun[ConfigT]):
 
     def steps(self, read: Callable[[Tensor], DataT], read_ahead: bool) -> Iterator[list[tuple[DataT, BatchRandom]]]:
         """Yields the batches of three steps, times reading them too, and fills :attr:`figures`."""
+        from twostage.core.training.flops import count_flops
+
         device = self.accelerator.device
         seconds = []
         for _ in range(2):
