@@ -77,7 +77,7 @@ class VectorQuantizer(Quantizer):
         self.config = config
         self.l2_normalize = isinstance(config, VectorConfig) and config.l2_normalize
         size, dim = config.codebook_size, latent_channels
-        codes = self._normalized(torch.randn(size, dim) * dim**-0.5)
+        codes = self._normalized(nn.init.normal_(torch.empty(size, dim), std=dim**-0.5))
         if config.codebook == "learned":
             self.codebook = nn.Parameter(codes)
         else:

@@ -123,7 +123,7 @@ class SavedModel:
             raise InputError(f"{self.path}: no config.yaml says what it was trained on. Give --data SOURCE")
         document = ((self.run.stored_config() or {})["data"]) if self.run else {}
         model = read_json(self.folder / "config.json", "copy the model again")
-        document |= {"image_size": model["image_size"], "channels": model["channels"]}
+        document |= {key: model[key] for key in ("image_size", "channels") if key in model}
         if source:  # tables have columns of their own, and drawn images no range
             document |= {"source": source, "label_column": AUTO, "caption_column": AUTO}
             document |= {"vector_column": None, "maps": None} | (

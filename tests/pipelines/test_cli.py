@@ -53,3 +53,21 @@ def test_a_verb_that_is_not_there(twostage):
     ended = twostage("generat")
     assert ended.code == 2
     assert "No such command 'generat'" in ended.err
+
+
+TRAIN = """
+import sys
+from pipelines.cli import main
+sys.argv = ["twostage", "train-tokenizer", *sys.argv[1:]]
+try:
+    main()
+finally:
+    print("LOADED", sorted({"torch._dynamo", "triton", "datasets", "matplotlib"} & sys.modules.keys()))
+"""
+
+
+def test_a_finished_run_answers_without_slow_imports(runs, configs):
+    words = [configs / "tokenizer.yaml", f"run.dir={runs.tokenizer}"]
+    ended = subprocess.run([sys.executable, "-c", TRAIN, *words], capture_output=True, text=True, check=False)
+    assert ended.stdout.splitlines()[-1] == "LOADED []", ended.stderr
+    assert "nothing left to do" in ended.stdout

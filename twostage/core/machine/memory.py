@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from twostage.core.errors import InputError
+from twostage.core.machine.unallocated import unallocated
 
 __all__ = ["MEASURED_BY", "check_bytes", "check_model", "peak_memory"]
 
@@ -90,7 +91,7 @@ def check_model(build: Callable[[], nn.Module], settings: dict[str, Any], name: 
         InputError: training does not fit in memory; names the settings that make the model large.
     """
     try:
-        with torch.device("meta"):
+        with unallocated():
             count = sum(p.numel() for p in build().parameters())
     except (RuntimeError, OverflowError, TypeError):  # too large even for a tensor's shape
         count = 2**62

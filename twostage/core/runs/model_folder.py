@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from twostage.core.errors import InputError
 from twostage.core.files import read_json, replacing, write_json
+from twostage.core.machine.unallocated import unallocated
 from twostage.core.wording import one_line, some_of
 
 __all__ = [
@@ -117,7 +118,7 @@ def filled(build: Callable[[], ModuleT], state: dict[str, Tensor], where: str | 
         InputError: names or shapes differ.
     """
     try:
-        with torch.device("meta"):
+        with unallocated():
             skeleton = build().state_dict()
     except (RuntimeError, OverflowError, TypeError) as error:
         raise InputError(

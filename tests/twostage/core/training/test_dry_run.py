@@ -19,7 +19,8 @@ from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
 from twostage.core.config.sections import parse_config
 from twostage.core.machine.memory import peak_memory
-from twostage.core.training.dry_run import DryRun, count_flops
+from twostage.core.training.dry_run import DryRun
+from twostage.core.training.flops import count_flops
 
 ROOT = Path(__file__).parents[4]
 PIXELS, HIDDEN, LATENT, BATCH = 8 * 8 * 3, 16, 4, 16
