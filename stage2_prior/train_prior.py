@@ -20,13 +20,16 @@ from stage2_prior.conditions.condition import ConditionConfig
 from stage2_prior.network import NetworkConfig
 from stage2_prior.prior import Prior, PriorLossConfig, ReplaceSchedule, prior_config
 from stage2_prior.sample_sheets import Decoder, draw_samples
+from stage2_prior.start_from import network_of, start_from
 from stage2_prior.transformer import TransformerConfig
 from twostage.core.config.sections import MAY_CHANGE, Count, PathName, RunConfig, Section, load_config
 from twostage.core.errors import InputError
+from twostage.core.files import expand_home
 from twostage.core.machine.command import print_once, run_command
 from twostage.core.machine.memory import check_model
 from twostage.core.machine.sharding import full_tensors
 from twostage.core.options import DryRunOption, JsonOption, TimeLimitOption
+from twostage.core.runs.contents import Contents, weights_at
 from twostage.core.training.base_run import BaseRun
 from twostage.core.training.batches import Batches
 from twostage.core.training.dry_run import DryRun, run_training
@@ -62,12 +65,22 @@ class PriorTrainingConfig(Section):
     run: RunConfig
     codes: PathName
     """The folder that `twostage encode` wrote."""
+    init_from: PathName | None = None
+    """A trained prior over the same tokenizer's codes to start from: a run or a model folder. If the config has no
+    `model` group, this prior's group is used. New classes and words get new rows."""
     model: NetworkConfig = CausalTransformerConfig()
     condition: list[ConditionConfig] | None = None
     """What the codes are predicted from besides each other: `{type: class}`, `{type: text}`, `{type: map}` or
     `{type: vector}`, a list of several, or `{type: none}`. null: the class, if the codes have classes."""
     loss: PriorLossConfig = PriorLossConfig()
     train: PriorTrainConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_of_init_from(cls, document: Any) -> Any:
+        if isinstance(document, dict) and isinstance(document.get("init_from"), str) and "model" not in document:
+            return document | {"model": network_of(expand_home(document["init_from"]))}
+        return document
 
     @field_validator("condition", mode="before")
     @classmethod
@@ -143,11 +156,14 @@ def train(
     final = network.final
     for condition in final.config.conditions:
         run.report(*condition.notices(cache))
-    run.attach(batches, [network], {"codes": cache.contents()})
+    run.attach(batches, [network], sources_of(config, cache))
     if isinstance(run, TrainingRun) and (checkpoint := run.latest_checkpoint()):
         shares = "loss.replace_prob" if isinstance(config.loss.replace_prob, ReplaceSchedule) else ""
         run.load(checkpoint, config.model.per_process_setting(), shares)
     else:
+        if config.init_from:
+            run.report(start_from(network.module, config.init_from))
+            network.restart_average()
         run.facts |= {"best_loss": math.inf, "best_step": 0, "validations_since_best": 0}
 
     # 3. The training.
@@ -194,6 +210,14 @@ def make_prior(config: PriorTrainingConfig, cache: CodeCache, run: BaseRun[Prior
     processes = run.accelerator.num_processes if run.units_to_shard else 1
     check_model(lambda: Prior(form), config.model.model_dump(), "model", device, processes)
     return Prior(form).to(device)
+
+
+def sources_of(config: PriorTrainingConfig, cache: CodeCache) -> dict[str, Contents]:
+    """The content behind each path in a configuration."""
+    found = {"codes": cache.contents()}
+    if config.init_from and Path(config.init_from).exists():  # a resumed run no longer needs it
+        found["init_from"] = weights_at(config.init_from, only_to_begin=True)
+    return found
 
 
 def check_entropy(manifest: Manifest, codes: str) -> None:

@@ -108,6 +108,10 @@ class Condition(nn.Module, ABC):
         """What a training step uses of the values (B, ...), if an image can have several."""
         return values
 
+    def taken_over(self, earlier: Any) -> tuple[dict[str, Tensor], str]:
+        """The weights of an ``earlier`` condition of the same type, for this one, and what to know about them or ""."""
+        return earlier.state_dict(), ""
+
     def hide(self, values: Tensor, hidden: Tensor) -> Tensor:
         """The values (B, ...), with nothing where ``hidden`` (B,) is True."""
         nothing = self.nothing(1).to(values.device)

@@ -121,5 +121,15 @@ class Conditions(nn.ModuleDict):
             contexts.append(each.rows(which))
         return merge_contexts(count, contexts)
 
+    def taken_over(self, earlier: "Conditions") -> tuple[dict[str, Tensor], list[str]]:
+        """The weights of ``earlier`` conditions of the same types, for these, and what to know about them."""
+        before, weights, notes = dict(earlier._each()), {}, []
+        for kind, condition in self._each():
+            if kind in before:
+                state, note = condition.taken_over(before[kind])
+                weights |= {f"{kind}.{name}": tensor for name, tensor in state.items()}
+                notes += [note] if note else []
+        return weights, notes
+
     def _each(self) -> list[tuple[str, Condition]]:
         return list(self.items())  # type: ignore[arg-type]

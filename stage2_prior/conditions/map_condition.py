@@ -153,6 +153,14 @@ class LabelMapCondition(MapCondition):
         one_hot.scatter_(1, number.clamp(min=0)[:, None], known[:, None].to(weight.dtype))
         return one_hot, known
 
+    def taken_over(self, earlier: "MapCondition") -> tuple[dict[str, Tensor], str]:
+        """The weights of each label; new ones start at 0."""
+        state, labels = earlier.state_dict(), list(getattr(earlier, "labels", ()))
+        before = state["patches.weight"]  # (D, M, height, width)
+        planes = [before[:, labels.index(one)] if one in labels else before[:, 0] * 0.0 for one in self.labels]
+        state["patches.weight"] = torch.stack(planes, 1)
+        return state, f"{len(set(labels) & set(self.labels))} of {len(self.labels)} labels of maps are the same"
+
 
 class ImageMapCondition(MapCondition):
     """Values are images (B, C, H, W) int16 from 0 to 255; `NO_VALUE` in all pixels of an image without a map."""

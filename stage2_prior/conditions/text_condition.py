@@ -182,6 +182,17 @@ class TextCondition(Condition):
         pooled = self.pooled_out(mean) * present.any(1, keepdim=True)
         return Context(len(tokens), pooled=pooled, sequence=x, present=present)
 
+    def taken_over(self, earlier: "TextCondition") -> tuple[dict[str, Tensor], str]:
+        """Tokens by their text; new ones start as the mean of all."""
+        state, names = earlier.state_dict(), self.vocabulary.token_names
+        rows = {name: row for row, name in enumerate(earlier.vocabulary.token_names)}
+        before = state["token_embedding.weight"]
+        table = before[1:].mean(0).repeat(self.vocabulary.size, 1)
+        known = [row for row, name in enumerate(names) if name in rows]
+        table[known] = before[[rows[names[row]] for row in known]]
+        state["token_embedding.weight"] = table
+        return state, f"{len(known) - 1:,} of {len(names) - 1:,} tokens of captions are the same"
+
     def _tokens(self, captions: list[tuple[str, ...]]) -> Tensor:
         """(B, A, L) int64: A is the largest number of captions that have tokens."""
         found = [[t for text in texts if (t := self.vocabulary.tokens(text)[: self.max_length])] for texts in captions]

@@ -54,6 +54,13 @@ class Vocabulary(Section):
         """The number of tokens, with padding."""
         return 1 + len(self.entries) + (0 if self.units == "words" else len(_BYTES))
 
+    @property
+    def token_names(self) -> list[str]:
+        """The text of each token, by its number; that of padding is empty."""
+        if self.units == "words":
+            return ["", *self.entries]
+        return ["", *_byte_units(pair.replace(" ", "") for pair in self.entries)]
+
     def tokens(self, caption: str) -> list[int]:
         """The tokens of a caption, without the words that :meth:`check` refuses."""
         if self.units == "words":
@@ -101,12 +108,17 @@ def _words(caption: str) -> list[str]:
 
 
 def _byte_pair_tokenizer(merges: list[tuple[str, str]]) -> Tokenizer:
-    units = [*_BYTES, *dict.fromkeys(first + second for first, second in merges)]
+    units = _byte_units(first + second for first, second in merges)
     tokenizer = Tokenizer(models.BPE(vocab={unit: i for i, unit in enumerate(units)}, merges=merges))
     words = pre_tokenizers.Split(_SPACED_WORD, "isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])  # type: ignore[assignment]
     return tokenizer
+
+
+def _byte_units(merged: Iterable[str]) -> list[str]:
+    """All units in order: the bytes, then each merged pair once."""
+    return [*_BYTES, *dict.fromkeys(merged)]
 
 
 def _merges_of(tokenizer: Tokenizer) -> list[str]:
