@@ -33,6 +33,7 @@ VERBS = {
     "interpolate": ("pipelines.interpolate", "Blend between two images."),
     "inpaint": ("pipelines.inpaint", "Redraw the masked part of an image."),
     "outpaint": ("pipelines.outpaint", "Extend an image beyond its borders."),
+    "sweep": ("pipelines.sweep", "Train every combination of some settings, and show one table."),
     "compare": ("pipelines.compare", "Compare trained models side by side, or train all families and compare them."),
     "export": ("pipelines.export", "Export a model as a folder to share, and as ONNX and torch.export programs."),
     "app": ("pipelines.app", "Open a page in the browser to try a trained model."),

@@ -46,7 +46,7 @@ def command(
     sampling: SamplingConfig,
 ) -> None:
     """Compare trained models side by side, or train all families and compare them."""
-    from pipelines.comparison.comparison_report import comparison_document, text_table, write_comparison
+    from pipelines.comparison.comparison_report import comparison_document, comparison_text, write_comparison
     from pipelines.comparison.side_by_side import compare_models
     from pipelines.comparison.tour import DEFAULT_MINUTES, take_tour
     from pipelines.evaluation.samples import SampleRequest
@@ -74,7 +74,7 @@ def command(
         write_comparison(comparison, out)
     if json_file:
         write_json(json_file, comparison_document(comparison))
-    print(text_table(comparison))
+    print(comparison_text(comparison))
     print(f"{out / 'compare.html'}; images: {out / 'compare.png'}; figures: {out / 'compare.json'}")
 
 

@@ -98,7 +98,7 @@ def tiny(command: str) -> str:
         return f"{command} --time-limit 600"  # other tests may run at the same time
     if re.match(r"twostage evaluate runs/(maskgit|gpt)", command):
         return f"{command} --num-samples 40"
-    if re.search(r"train[-_]tokenizer", command):
+    if re.search(r"train[-_]tokenizer|twostage sweep", command):
         return f"{command} {TINY} {FEW}"
     return f"{command} {TINY}" if re.search(r"train[-_]prior", command) else command
 

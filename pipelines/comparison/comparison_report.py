@@ -12,6 +12,7 @@ from torch import Tensor
 from pipelines.comparison.compared_models import ComparedModel
 from pipelines.comparison.side_by_side import Comparison
 from pipelines.files.report import Report
+from pipelines.files.text_table import text_table
 from pipelines.saved.evaluation_figures import NO_EVIDENCE
 from twostage.core.files import write_json
 from twostage.core.images.fonts import class_labels
@@ -22,10 +23,11 @@ __all__ = [
     "column_labels",
     "comparison_document",
     "comparison_sheet",
+    "comparison_text",
     "doubt_notes",
     "figure_rows",
     "strip_sheet",
-    "text_table",
+    "used_columns",
     "write_comparison",
 ]
 
@@ -78,14 +80,15 @@ def doubt_notes(models: Sequence[ComparedModel]) -> list[str]:
     ]
 
 
-def text_table(comparison: Comparison) -> str:
+def used_columns(rows: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The columns that some row has."""
+    return {key: title for key, title in COLUMNS.items() if any(key in row for row in rows)}
+
+
+def comparison_text(comparison: Comparison) -> str:
     """The text that the command prints: the table without empty columns, and the notes."""
     rows = figure_rows(comparison.models)
-    columns = {key: title for key, title in COLUMNS.items() if any(key in row for row in rows)}
-    cells = [list(columns.values()), *([row.get(key, "") for key in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
-    return "\n".join([*(line.rstrip() for line in lines), *doubt_notes(comparison.models)])
+    return "\n".join([text_table(used_columns(rows), rows), *doubt_notes(comparison.models)])
 
 
 def strip_sheet(
@@ -141,7 +144,8 @@ def write_comparison(comparison: Comparison, out: Path) -> None:
     """Writes compare.html, compare.png and compare.json into ``out``."""
     sheet = comparison_sheet(comparison)
     report = Report("Models side by side")
-    report.table(COLUMNS, figure_rows(comparison.models))
+    rows = figure_rows(comparison.models)
+    report.table(used_columns(rows), rows)
     for note in doubt_notes(comparison.models):
         report.text(note)
     about = comparison.protocol["data"]

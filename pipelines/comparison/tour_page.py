@@ -10,12 +10,12 @@ from torch import Tensor
 
 from pipelines.comparison.compared_models import ComparedModel
 from pipelines.comparison.comparison_report import (
-    COLUMNS,
     column_labels,
     comparison_document,
     comparison_sheet,
     figure_rows,
     strip_sheet,
+    used_columns,
 )
 from pipelines.comparison.side_by_side import Comparison
 from pipelines.comparison.tour_families import FAMILIES, Family
@@ -66,7 +66,8 @@ def write_tour(
         report.details(summary, yaml.safe_dump(dict(family.document), sort_keys=False))
     report.heading("All models")
     report.text(_ranking(comparison))
-    report.table(COLUMNS, figure_rows(comparison.models))
+    rows = figure_rows(comparison.models)
+    report.table(used_columns(rows), rows)
     report.image(sheet, "Held-out images, their reconstructions by every tokenizer, and new images.")
     report.details("How this was measured", json.dumps(comparison.protocol, indent=2))
     report.save(out / "compare.html")
@@ -90,7 +91,7 @@ def _write_model(
     with_classes = ["new images"] if model.samples is not None and model.shows_classes else []
     report.image(strip_sheet(strips, column_labels(comparison), with_classes), _caption(FAMILIES[name], model, latents))
     (row,) = figure_rows([model])
-    report.table({key: title for key, title in COLUMNS.items() if key in row}, [row])
+    report.table(used_columns([row]), [row])
 
 
 def _opening(comparison: Comparison, out: Path, judge_seed: int, minutes: float) -> str:

@@ -21,6 +21,7 @@ from twostage.core.files import expand_home
 from twostage.core.wording import short_repr
 
 __all__ = [
+    "CHANGES_NO_NUMBER",
     "MAY_CHANGE",
     "Count",
     "Depth",
@@ -34,9 +35,9 @@ __all__ = [
     "Sides",
     "Size",
     "Width",
-    "changeable_keys",
     "describe_differences",
     "dump_config",
+    "keys_marked",
     "load_config",
     "parse_config",
     "path_values",
@@ -72,6 +73,8 @@ PathName = Annotated[str, Field(min_length=1), _IS_PATH]
 MAY_CHANGE = "may change when a run resumes"
 """Marks a key, by `Annotated[..., MAY_CHANGE]`, that a resumed run may change: the steps already taken do not depend on
 it."""
+CHANGES_NO_NUMBER = "changes no number of a run"
+"""Marks a key on which no result depends. A resumed run may change it too, and there is nothing to compare by it."""
 
 
 class Section(BaseModel):
@@ -82,6 +85,10 @@ class Section(BaseModel):
     """Groups of keys that exclude each other; the last override wins."""
 
 
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class RunConfig(Section):
     """The run's folder, seed and trackers."""
 
@@ -89,8 +96,12 @@ class RunConfig(Section):
     """The run folder; run the same command with the same folder to resume."""
     seed: Seed = 0
     """Determines every random number of the run."""
-    trackers: Annotated[list[Literal["tensorboard", "wandb"]], MAY_CHANGE] = ["tensorboard"]
-    """Accelerate's trackers to use; `metrics.jsonl` is written in any case."""
+    trackers: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_one_or_more), CHANGES_NO_NUMBER] = [
+        "tensorboard"
+    ]
+    """`tensorboard`, `wandb` or a list of both; `[]`: none. `metrics.jsonl` is written in any case."""
+    project: Annotated[str, Field(min_length=1), CHANGES_NO_NUMBER] = "twostage"
+    """The project in which wandb shows the run, by the name of its folder."""
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -159,9 +170,9 @@ def path_values(config: Section) -> dict[str, str | None]:
     }
 
 
-def changeable_keys(config: Section) -> set[str]:
-    """The full names of all keys that are marked with :data:`MAY_CHANGE`, such as `train.log_every`."""
-    return {name for name, field, _ in _keys(config) if MAY_CHANGE in field.metadata}
+def keys_marked(config: Section, *marks: str) -> set[str]:
+    """The full names, such as `train.log_every`, of all keys that have one of the marks, such as :data:`MAY_CHANGE`."""
+    return {name for name, field, _ in _keys(config) if any(mark in field.metadata for mark in marks)}
 
 
 def _keys(config: Section, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:

@@ -14,10 +14,12 @@ from typing import Any
 import yaml
 
 from twostage.core.config.sections import (
+    CHANGES_NO_NUMBER,
+    MAY_CHANGE,
     Section,
-    changeable_keys,
     describe_differences,
     dump_config,
+    keys_marked,
     parse_config,
     path_values,
     summarize_differences,
@@ -101,7 +103,8 @@ class RunFolder:
             for name in old_paths.keys() & new_paths.keys()
             if old_paths[name] is not None and new_paths[name] is not None
         }
-        for name in moved | (changeable_keys(stored) & changeable_keys(config)):
+        free = [keys_marked(one, MAY_CHANGE, CHANGES_NO_NUMBER) for one in (stored, config)]
+        for name in moved | (free[0] & free[1]):
             _drop(old, name)
             _drop(new, name)
         if differences := describe_differences(old, new):

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from twostage.core.config.sections import MAY_CHANGE, Count, Number, Section, Size
+from twostage.core.config.sections import CHANGES_NO_NUMBER, MAY_CHANGE, Count, Number, Section, Size
 from twostage.core.machine.precision import MixedPrecision
 
 __all__ = ["Beta", "TrainConfig"]
@@ -48,13 +48,13 @@ class TrainConfig(Section):
     on_not_finite: Annotated[Literal["stop", "skip"], MAY_CHANGE] = "stop"
     """What to do if a loss or a gradient is not finite: stop the run and keep its last checkpoint, or skip the update
     and count it. Both name the term, the step and the images."""
-    log_every: Annotated[Count, MAY_CHANGE] = 50
+    log_every: Annotated[Count, CHANGES_NO_NUMBER] = 50
     """Steps between training lines in metrics.jsonl; each line is the mean since the previous one."""
     validate_every: Annotated[Count | None, MAY_CHANGE] = None
     """Steps between validations and sample sheets; None: once per epoch."""
-    checkpoint_every: Annotated[Count | None, MAY_CHANGE] = None
+    checkpoint_every: Annotated[Count | None, CHANGES_NO_NUMBER] = None
     """Steps between checkpoints; None: once per epoch."""
-    keep_checkpoints: Annotated[Count, MAY_CHANGE] = 2
+    keep_checkpoints: Annotated[Count, CHANGES_NO_NUMBER] = 2
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":

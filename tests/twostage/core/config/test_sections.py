@@ -67,6 +67,10 @@ def mistakes(schema: type[Section], document: dict) -> list[str]:
     return lines
 
 
+def test_a_list_of_trackers_may_be_one_word(load):
+    assert load("", "run.trackers=wandb", "run.dir=run").run.trackers == ["wandb"]
+
+
 def test_overrides_win_over_the_file_and_the_file_over_defaults(load):
     config = load(
         "{lr: 1, copies: 2, run: {dir: x}}",

@@ -33,7 +33,8 @@ def test_a_new_folder_gets_the_resolved_configuration(folder):
     folder.create(config(folder))
     assert folder.samples.is_dir()
     assert folder.stored_config() == yaml.safe_load(folder.config_file.read_text()) == {
-        "run": {"dir": str(folder.path), "seed": 0, "trackers": ["tensorboard"]}, "lr": 0.001, "sizes": [8, 8]
+        "run": {"dir": str(folder.path), "seed": 0, "trackers": ["tensorboard"], "project": "twostage"},
+        "lr": 0.001, "sizes": [8, 8]
     }  # fmt: skip
 
 
