@@ -9,6 +9,7 @@ from messages import assert_names
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
 from pipelines.drawing.two_stage import TwoStagePipeline
 from twostage.core.images.sheets import class_sheet
@@ -37,7 +38,7 @@ def test_the_last_samples_are_those_that_generate_draws(run):
 
 def shown_in_tensorboard(run: Path, tag: str) -> list[tuple[int, tuple[int, int]]]:
     """The step and size of each image."""
-    events = EventAccumulator(str(run / "tensorboard"))
+    events = EventAccumulator(str(run))
     events.Reload()
     return [(image.step, (image.width, image.height)) for image in events.Images(tag)]
 
@@ -49,6 +50,26 @@ def test_tensorboard_shows_the_sheets(run, configs, works, tmp_path):
     works("train-tokenizer", configs / "tokenizer.yaml", *words)
     with Image.open(tmp_path / "run" / "samples" / "step_00000002.png") as drawn:
         assert shown_in_tensorboard(tmp_path / "run", "reconstructions") == [(2, drawn.size)]
+    runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    assert list(runs.Runs()) == ["run"], "a run has the name of its folder"
+    assert "max_steps: 2" in str(runs.Tensors("run", "config/text_summary")[0].tensor_proto)
+
+
+def test_wandb_shows_the_run(configs, works, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed (pip install wandb)")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    started = []
+    begin = wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **settings: started.append(begin(**settings)) or started[-1])
+    folder = tmp_path / "vqvae"
+    words = ["run.trackers=wandb", "run.project=digits", f"run.dir={folder}", "train.validate_every=2"]
+    works("train-tokenizer", configs / "tokenizer.yaml", *words, "train.max_steps=2")
+    works("train-tokenizer", configs / "tokenizer.yaml", *words, "train.max_steps=4")
+    first, second = started
+    assert (first.project, first.name, first.id) == ("digits", "vqvae", second.id)
+    assert first.config["train"]["max_steps"] == 2
+    shown = list(folder.glob("wandb/*/files/media/images/reconstructions_*.png"))
+    assert {Image.open(file).size for file in shown} == {Image.open(folder / "samples" / "step_00000002.png").size}
 
 
 def test_without_the_tokenizer_the_same_prior_is_trained_and_a_line_says_why(run, runs, configs, works, tmp_path):

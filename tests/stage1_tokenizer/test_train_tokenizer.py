@@ -66,8 +66,11 @@ def test_a_run_writes_its_folder(document, tmp_path, new_process):
     assert (run / "losses.png").is_file()
 
 
-def test_a_vae_reports_nats_and_bits_and_shows_samples(document, start):
+def test_a_vae_reports_nats_and_bits_and_shows_samples(document, start, capsys):
     run = start(document(VAE, max_steps=2))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "nats_per_image" in line]
+    assert len(lines) == 2, "training and validation"
+    assert not any("loss" in line for line in lines), "the same number twice"
     for line in read_metrics(run):
         assert line.keys() >= {"loss", "nats_per_image", "bits_per_dim", "kl"}
         assert line["loss"] == line["nats_per_image"]

@@ -52,7 +52,7 @@ class BaseRun(Generic[ConfigT]):
 
     clock = staticmethod(time.perf_counter)
 
-    def __init__(self, config: ConfigT, units_to_shard: list[str], trackers: Sequence[str] = ()) -> None:
+    def __init__(self, config: ConfigT, units_to_shard: list[str]) -> None:
         self.config, self.units_to_shard = config, units_to_shard
         train = config.train
         # torch 2.14 has a newer name for `broadcast_buffers`, which older versions and Accelerate do not know yet.
@@ -67,8 +67,6 @@ class BaseRun(Generic[ConfigT]):
                 mixed_precision=train.mixed_precision,
                 gradient_accumulation_steps=parts,
                 dynamo_backend="no",
-                log_with=list(trackers) or None,  # it warns about an empty list
-                project_dir=config.run.dir,
                 # Broadcasting buffers would overwrite every process's codebook with that of the main process.
                 kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             )

@@ -1,18 +1,16 @@
 """The journal of a run: metrics, progress, trackers, curves and checkpoints."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator, PartialState
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from twostage.core.errors import InputError
 from twostage.core.images.sheets import draw_curves, save_image
 from twostage.core.machine.progress import on_terminal
 from twostage.core.machine.sharding import full_tensors
@@ -20,9 +18,9 @@ from twostage.core.runs.checkpoint import Checkpoints
 from twostage.core.runs.run_folder import RunFolder, read_metrics
 from twostage.core.training.batches import Batches
 from twostage.core.training.running_means import Means, RunningMeans
-from twostage.core.wording import one_line
+from twostage.core.training.trackers import show_in_trackers
 
-__all__ = ["Journal", "check_trackers", "print_above_bar"]
+__all__ = ["Journal", "print_above_bar"]
 
 
 def print_above_bar(*messages: str) -> None:
@@ -62,28 +60,12 @@ class Journal:
         print_above_bar(*damaged)
         return checkpoint
 
-    def start_trackers(self, names: Sequence[str], step: int) -> None:
-        """Starts the trackers of a run at ``step``; tensorboard drops later steps.
-
-        Raises:
-            InputError: one cannot start, for example without a login or a network.
-        """
-        purge = {"tensorboard": {"purge_step": step}} if "tensorboard" in names else {}
-        try:
-            self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
-        except Exception as error:  # a tracker can raise anything: no login, no network, a broken installation
-            raise InputError(
-                f"run.trackers {', '.join(names)}: could not be started ({one_line(error)}). Log in (wandb login), set "
-                "WANDB_MODE=offline, or remove the tracker: run.trackers=[]"
-            ) from error
-
     def progress_bar(self, batches: Batches, step: int) -> tqdm:
-        """A bar of images from ``step`` to the last; it is only drawn on a terminal."""
+        """A bar of steps from ``step`` to the last; it is only drawn on a terminal."""
         self.bar = tqdm(
-            total=batches.max_steps * batches.batch_size,
-            initial=step * batches.batch_size,
-            unit="img",
-            unit_scale=True,
+            total=batches.max_steps,
+            initial=step,
+            unit="step",
             smoothing=0.05,
             dynamic_ncols=True,
             mininterval=0.5,
@@ -112,12 +94,14 @@ class Journal:
         """
         metrics = {name: value for name, value in means.values.items() if np.isfinite(value)}
         self.write_metrics("train", step, metrics | {"lr": lr})
-        self.bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
+        shown = _shown(metrics)
+        if seconds_per_step > 0:
+            shown += f", {batches.batch_size / seconds_per_step:.4g} img/s"
+        self.bar.set_postfix_str(shown, refresh=False)
         if not on_terminal():
-            line = f"step {step}/{batches.max_steps}: {_shown(metrics)}"
+            line = f"step {step}/{batches.max_steps}: {shown}"
             if seconds_per_step > 0:
-                time_left = tqdm.format_interval(seconds_per_step * (batches.max_steps - step))
-                line += f", {batches.batch_size / seconds_per_step:.4g} img/s, {time_left} left"
+                line += f", {tqdm.format_interval(seconds_per_step * (batches.max_steps - step))} left"
             print_above_bar(line)
         return metrics
 
@@ -133,9 +117,7 @@ class Journal:
             name: the end of the file's name, after the step; "" for a run's main images.
         """
         save_image(image, self.folder.samples / f"step_{step:08d}{name and '_'}{name}.png")
-        for tracker in self.accelerator.trackers:
-            form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({tag: np.asarray(image)[None]}, step=step, **form)
+        show_in_trackers(self.accelerator, image, step, tag)
 
     def save(
         self,
@@ -164,21 +146,7 @@ class Journal:
         self.accelerator.wait_for_everyone()
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Refuses `run.trackers` that are not installed.
-
-    Raises:
-        InputError: says how to install the tracker, or how to train without it.
-    """
-    missing = set(names) - {str(tracker) for tracker in get_available_trackers()}
-    if missing:
-        name = min(missing)
-        others = [other for other in names if other not in missing]
-        raise InputError(
-            f"run.trackers {name}: {name} is not installed; install it (pip install {name}) or set "
-            f"run.trackers=[{', '.join(others)}]"
-        )
-
-
 def _shown(metrics: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    """The metrics as text; a loss that is the nats per image is shown once."""
+    twice = metrics.get("loss") == metrics.get("nats_per_image")
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if not (twice and name == "loss"))

@@ -21,8 +21,9 @@ from twostage.core.runs.model_folder import fill
 from twostage.core.runs.run_folder import STOPPED, RunFolder
 from twostage.core.training.base_run import BaseRun, ConfigT, DataT, resolve_precision
 from twostage.core.training.health import ADVICE, GRADIENT_NORMS, Health
-from twostage.core.training.journal import Journal, check_trackers
+from twostage.core.training.journal import Journal
 from twostage.core.training.random import BatchRandom
+from twostage.core.training.trackers import check_trackers, start_trackers
 
 __all__ = ["TrainingRun"]
 
@@ -47,7 +48,7 @@ class TrainingRun(BaseRun[ConfigT]):
         config = resolve_precision(config, state, bool(units), self.folder.stored_config())
         self.folder.check(config)  # type: ignore[arg-type]
         state.wait_for_everyone()
-        super().__init__(config, units, config.run.trackers)
+        super().__init__(config, units)
         self.health = Health(self.accelerator, self.folder)
         self.journal = Journal(self.folder, self.accelerator, config.train.keep_checkpoints)
         self._stop: StopAsked | None = None
@@ -165,7 +166,7 @@ class TrainingRun(BaseRun[ConfigT]):
         self._create_folder()
         if self.finished:
             return
-        self.journal.start_trackers(self.config.run.trackers, self.step)
+        start_trackers(self.accelerator, self.folder, self.config.run, self.config, self.step)  # type: ignore[arg-type]
         ahead = self.batches.read_ahead(self.step, read) if read_ahead else None
         with self.journal.progress_bar(self.batches, self.step), self._stop_requests.listening():
             while not self.finished and not self._stop:
@@ -198,7 +199,7 @@ class TrainingRun(BaseRun[ConfigT]):
         self._gradient_norms = {}
         super().advance()
         self._stop = self._stop_requests.agreed()
-        self.journal.bar.update(self.batches.batch_size)
+        self.journal.bar.update()
         if self.step % self.config.train.log_every == 0 or self._scheduled("validate") or self._scheduled("checkpoint"):
             return self._log_training()
         return None
