@@ -47,7 +47,7 @@ def combinations(settings: Sequence[str]) -> tuple[list[Combination], list[str]]
         if key in varied:
             raise InputError(f"{setting}: {key} is given twice. Give all its values at once, separated by commas")
         if key == "run.dir" and len(values) > 1:
-            raise InputError(f"{setting}: each run already has a folder of its own. Vary another key")
+            raise InputError(f"{setting}: each run already has a folder of its own. Use another key")
         if len(values) > 1:
             varied[key] = values
         else:

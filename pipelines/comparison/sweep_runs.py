@@ -94,7 +94,7 @@ def _check_effect(runs: Sequence[SweptRun]) -> None:
         assert run.config
         if useless := run.values.keys() & keys_marked(run.config, CHANGES_NO_NUMBER):
             key = min(useless)
-            raise InputError(f"{key}={run.values[key]}: has no effect on the results of a run. Vary another key")
+            raise InputError(f"{key}={run.values[key]}: has no effect on the results of a run. Use another key")
         same = run.config.model_copy(update={"run": run.config.run.model_copy(update={"dir": ""})}).model_dump_json()
         if same in seen:
             raise InputError(f"{seen[same]} and {run.label}: are the same configuration. Remove a value of them")

@@ -69,7 +69,10 @@ def test_wandb_shows_the_run(configs, works, tmp_path, monkeypatch):
     assert (first.project, first.name, first.id) == ("digits", "vqvae", second.id)
     assert first.config["train"]["max_steps"] == 2
     shown = list(folder.glob("wandb/*/files/media/images/reconstructions_*.png"))
-    assert {Image.open(file).size for file in shown} == {Image.open(folder / "samples" / "step_00000002.png").size}
+    for file in shown:
+        with Image.open(file) as there, Image.open(folder / "samples" / "step_00000002.png") as drawn:
+            assert there.size == drawn.size
+    assert {path.name.split("_")[1] for path in shown} == {"2", "4"}
 
 
 def test_without_the_tokenizer_the_same_prior_is_trained_and_a_line_says_why(run, runs, configs, works, tmp_path):
