@@ -17,7 +17,7 @@ VERBS = {
         "stage1_tokenizer.train_features",
         "Train a feature network for perceptual losses, Frechet distances and class accuracy.",
     ),
-    "embed": ("pipelines.embed", "Write a vector for each image: the features of a network."),
+    "embed": ("pipelines.embed", "Write what a network makes of each image: features, latents or codes."),
     "import": (
         "pipelines.import_tokenizer",
         "Import a pretrained VQ tokenizer from taming-transformers, diffusers or LlamaGen.",

@@ -3,16 +3,19 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
-from messages import refuses
+from messages import assert_names, refuses
 from PIL import Image
 
-from pipelines.evaluation.embeddings import embed
+from pipelines.evaluation.embeddings import embed, features_of
 from pipelines.evaluation.judges import OwnFeatures
+from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage2_prior.codes import CodeCache
 from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.images.conversion import to_float
 
 
 @pytest.fixture
@@ -78,6 +81,34 @@ def test_other_files_are_refused(images, network, tmp_path):
 
 def test_what_cannot_be_embedded_is_refused(images, network, tmp_path):
     with refuses("source shapes", "images in files", "folder or table"):
-        embed("shapes", OwnFeatures(network), tmp_path / "out.npz")
+        embed("shapes", features_of(OwnFeatures(network)), tmp_path / "out.npz")
     with refuses("--out", "out.csv", "ends in .npz", "out.npz"):
-        embed(str(images), OwnFeatures(network), tmp_path / "out.csv")
+        embed(str(images), features_of(OwnFeatures(network)), tmp_path / "out.csv")
+
+
+def test_latents_and_codes_of_a_tokenizer(runs, images, works, tmp_path):
+    model = Autoencoder.from_pretrained(runs.tokenizer)
+    works("embed", images, "--codes", runs.tokenizer, "--out", tmp_path / "codes.npz")
+    works("embed", images, "--latents", runs.tokenizer, "--out", tmp_path / "latents.parquet")
+    table = pq.read_table(tmp_path / "latents.parquet")
+    assert table.schema.metadata[b"shape"] == b"4,4,4"
+    latents = dict(zip(table["names"].to_pylist(), table["latents"].to_pylist(), strict=True))
+    assert [name.partition("/")[0] for name in latents] == table["class"].to_pylist()
+    with np.load(tmp_path / "codes.npz") as stored:
+        assert stored["class_names"].tolist() == ["dark", "light"]
+        codes = dict(zip(stored["names"].tolist(), stored["codes"], strict=True))
+    for path in images.rglob("*.png"):
+        pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+        encoded, name = model.encode(to_float(pixels[None])), str(path.relative_to(images))
+        assert encoded.indices is not None
+        assert torch.equal(torch.from_numpy(codes[name]), encoded.indices[0])
+        np.testing.assert_allclose(latents[name], encoded.z.flatten().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_exactly_one_kind_is_written(twostage, images, runs, variational):
+    ended = twostage("embed", images)
+    assert ended.code == 2
+    assert_names(ended.err, "--features, --latents, --codes", "exactly one", "got none")
+    ended = twostage("embed", images, "--codes", variational("gaussian"))
+    assert ended.code == 2
+    assert_names(ended.err, "--codes", "'gaussian' has no codes", "--latents")

@@ -8,16 +8,18 @@ from zipfile import BadZipFile
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from twostage.core.data.records import Records
 from twostage.core.errors import InputError
 from twostage.core.files import replacing
 from twostage.core.wording import short_repr, some_of
 
-__all__ = ["VECTOR_FILE", "add_vectors", "check_same_length", "read_vectors", "write_vectors"]
+__all__ = ["TABLE_FILE", "VECTOR_FILE", "add_vectors", "check_same_length", "read_vectors", "write_embeddings"]
 
 VECTOR_FILE = ".npz"
 """The ending of files of vectors."""
+TABLE_FILE = ".parquet"
 
 _REMEDY = "Fix this row, or set data.vector_column=null to use the images without vectors"
 _OTHER = "Set data.vector_column to another column, or to null to use the images without vectors"
@@ -67,24 +69,52 @@ def check_same_length(vectors: Mapping[str, np.ndarray | None], column: str) -> 
         raise InputError(f"data.vector_column {column!r}: has vectors of {shown}, expected one length. {_OTHER}")
 
 
-def write_vectors(file: Path, splits: Mapping[str, Records], vectors: Mapping[str, np.ndarray]) -> None:
-    """Write the vectors (n, d) of the images of each split with what identifies the images, as a `.npz` of `vectors`
-    (N, d) float32, `names` and `splits` (N,), and, if the images have classes, `labels` (N,) int64."""
-    names = [name for records in splits.values() for name in _names(records)]
+def write_embeddings(
+    file: Path,
+    splits: Mapping[str, Records],
+    what: str,
+    values: Mapping[str, np.ndarray],
+    class_names: Sequence[str] | None,
+) -> None:
+    """Write the values (n, ...) of the images of each split with what identifies the images.
+
+    A `.npz` has the arrays ``what`` (N, ...), `names` and `splits` (N,), and, if the images have classes, `labels` (N,)
+    int64 and `class_names`. A `.parquet` has the same columns, with `class` instead of `class_names`; each value is a
+    flat list, whose shape is in the table's metadata.
+
+    Args:
+        what: `vectors`, `latents` or `codes`.
+    """
     arrays = {
-        "vectors": np.concatenate([vectors[split] for split in splits]).astype(np.float32),
-        "names": np.array(names),
+        what: np.concatenate([values[split] for split in splits]),
+        "names": np.array([name for records in splits.values() for name in _names(records)]),
         "splits": np.repeat(list(splits), [len(records) for records in splits.values()]),
     }
     labels = [records.labels for records in splits.values() if records.labels is not None]
     if len(labels) == len(splits):
         arrays["labels"] = np.concatenate(labels)
+        if class_names is not None:
+            arrays["class_names"] = np.array(class_names)
     with replacing(file) as partial, partial.open("wb") as opened:
-        np.savez(opened, **arrays)
+        if file.suffix == TABLE_FILE:
+            pq.write_table(_as_table(arrays, what), opened)
+        else:
+            np.savez(opened, **arrays)
+
+
+def _as_table(arrays: dict[str, np.ndarray], what: str) -> pa.Table:
+    values, columns = arrays[what], {key: pa.array(arrays[key]) for key in ("names", "splits")}
+    if "labels" in arrays:
+        columns["labels"] = pa.array(arrays["labels"])
+    if "class_names" in arrays:
+        columns["class"] = pa.array(arrays["class_names"][arrays["labels"]])
+    flat = pa.array(values.reshape(-1))
+    columns[what] = pa.FixedSizeListArray.from_arrays(flat, values[0].size)
+    return pa.table(columns).replace_schema_metadata({"shape": ",".join(map(str, values.shape[1:]))})
 
 
 def add_vectors(splits: Mapping[str, Records], file: Path) -> dict[str, Records]:
-    """The splits with the vectors of a `.npz` of :func:`write_vectors`, by the images' names.
+    """The splits with the vectors of a `.npz` of :func:`write_embeddings`, by the images' names.
 
     Raises:
         InputError: not such a file, or one without some of the images.
