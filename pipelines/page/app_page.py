@@ -33,13 +33,20 @@ THEME = gradio.themes.Default(
 CSS = """
 .pixels img { image-rendering: pixelated; object-fit: contain !important; }
 .pixels .grid-wrap { margin-top: 26px; }
-.pixels .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)); }
-.pixels .caption-label { font-size: 11px; padding: 0 5px; }
+.pixels .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)); grid-auto-rows: auto; }
+.pixels .thumbnail-lg { aspect-ratio: auto; height: auto; }
+.pixels .thumbnail-lg img { height: auto; }
+.pixels .caption-label { position: static; display: block; max-width: none; margin: 0; padding: 2px 3px; border: 0;
+  font-size: 11px; line-height: 1.3; text-align: center; white-space: normal; overflow-wrap: anywhere; }
 .labels .wrap { max-height: 180px; overflow-y: auto; }
 .labels .wrap label span { color: #1e293b; }
 .shown img { box-sizing: border-box; padding-top: 28px; object-fit: contain !important; }
+@media (max-width: 700px) {
+  .pixels .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+}
 """
-"""Galleries show small images with square pixels and all columns; no label covers an image."""
+"""Galleries show small images with square pixels, whole captions and all columns, or three on a telephone; no label
+covers an image."""
 BRUSH = "#e11d48"
 PROGRESS = gr.Progress()
 """A default argument that makes Gradio show a progress bar on the page."""
@@ -58,7 +65,7 @@ def build_page(pipeline: TwoStagePipeline, name: str) -> gr.Blocks:
         takes_uploads = not pipeline.tokenizer.sees_class  # an uploaded image has no class
         if takes_uploads:
             with gr.Tab("Reconstruct"):
-                _reconstruct_tab(handlers)
+                _reconstruct_tab(handlers, generated, selected)
         if pipeline.prior:
             with gr.Tab("Inpaint"):
                 _inpaint_tab(handlers, generated, selected)
@@ -154,22 +161,27 @@ def _label_choice(labels: list[int], editor: gr.ImageEditor) -> None:
     _on(label.change, lambda chosen: gr.ImageEditor(brush=_brush(hex_colour(int(chosen)))), [label], [editor])
 
 
-def _reconstruct_tab(handlers: Handlers) -> None:
+def _reconstruct_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -> None:
     pipeline = handlers.pipeline
-    upload, note = _upload_button("Upload an image"), gr.Markdown()
+    upload, take = _source_buttons("Upload an image")
+    note = gr.Markdown()
     with gr.Row():
         given, back = _image_box("Your image, as the model sees it"), _image_box("Its reconstruction")
         rows, columns = pipeline.tokenizer.code_grid
         label = f"Its codes: {rows} x {columns} from {pipeline.tokenizer.codebook_size}"
         codes = _image_box(label, visible=bool(pipeline.prior))
 
-    def reconstruct(path: str) -> tuple[Any, ...]:
-        image = handlers.read(path)
+    def reconstruct(image: PageImage) -> tuple[Any, ...]:
         pixels, indices, quality = handlers.reconstruct(image)
         drawn = None if indices is None else draw_codes(indices, pipeline.tokenizer.codebook_size or 0)
         return enlarge(image.pixels), enlarge(pixels), drawn, f"{image.note} {quality}"
 
-    _on(upload.upload, reconstruct, [upload], [given, back, codes, note])
+    def taken(images: list[PageImage], index: int | None) -> tuple[Any, ...]:
+        return reconstruct(_taken(handlers, images, index, 0))
+
+    outputs = [given, back, codes, note]
+    _on(upload.upload, lambda path: reconstruct(handlers.read(path)), [upload], outputs)
+    _on(take.click, taken, [generated, selected], outputs)
 
 
 def _inpaint_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -> None:
@@ -205,7 +217,7 @@ def _inpaint_tab(handlers: Handlers, generated: gr.State, selected: gr.State) ->
 
     outputs = [image, editor, note, class_name]
     _on(upload.upload, lambda path: show(handlers.read(path)), [upload], outputs)
-    _on(take.click, lambda images, index: show(_taken(images, index, 0)), [generated, selected], outputs)
+    _on(take.click, lambda images, index: show(_taken(handlers, images, index, 0)), [generated, selected], outputs)
 
     def inpaint(progress: gr.Progress = PROGRESS, *given: Any) -> list[Any]:
         chosen, edited, which, count, name, text, number, width, *sampling = given
@@ -232,7 +244,7 @@ def _interpolate_tab(handlers: Handlers, generated: gr.State, selected: gr.State
                 return chosen, enlarge(chosen.pixels), chosen.note
 
             def taken(images: list[PageImage], index: int | None, place: int = place) -> tuple[Any, ...]:
-                return show(_taken(images, index, place))
+                return show(_taken(handlers, images, index, place))
 
             outputs = [image, shown, note]
             _on(upload.upload, lambda path: show(handlers.read(path)), [upload], outputs)
@@ -252,40 +264,41 @@ def _interpolate_tab(handlers: Handlers, generated: gr.State, selected: gr.State
 
 
 def _on(trigger: Event, handler: Event, inputs: list[Component], outputs: list[Component]) -> None:
-    """Calls a handler on an event: one at a time over the whole page, and with a message for bad input."""
+    """Calls a handler on an event: one at a time over the whole page. Bad input shows a message and changes nothing."""
 
     @functools.wraps(handler)
     def with_message(*given: Any) -> Any:
         try:
             return handler(*given)
         except InputError as error:
-            message = html.escape(str(error))  # Gradio takes it for HTML
-            raise gr.Error(message, duration=None, print_exception=False) from None
+            gr.Warning(html.escape(str(error)), duration=None)  # Gradio takes it for HTML
+            return [gr.skip() for _ in outputs] if len(outputs) > 1 else gr.skip()
 
     trigger(with_message, inputs, outputs, concurrency_id="model", concurrency_limit=1, api_visibility="private")
 
 
 def _sampling_controls(pipeline: TwoStagePipeline) -> dict[str, Component]:
-    """The settings that apply to this model, by field of `SamplingConfig`."""
+    """The settings that apply to this model, by field of `SamplingConfig`, with the defaults of `twostage generate`."""
     ranges: dict[str, tuple[float, float, float, float]] = {"temperature": (0.1, 2, 1, 0.05)}  # lowest to highest, step
     if pipeline.prior:
         config = pipeline.prior.config
         if config.conditions and all(map(pipeline.prior.dropout_of, config.conditions)):
-            ranges["guidance_scale"] = (0, 8, 2, 0.25)
+            ranges["guidance_scale"] = (0, 8, 1, 0.25)
         ranges["top_k"] = (1, config.codebook_size, config.codebook_size, 1)
         ranges["top_p"] = (0.05, 1, 1, 0.05)
         if "num_steps" in config.model.sampling_settings:
             cells = config.grid[0] * config.grid[1]
             ranges["num_steps"] = (1, min(64, cells), min(8, cells), 1)
     fields = SamplingConfig.model_fields
+
+    def slider(name: str) -> Component:
+        low, high, value, step = ranges[name]
+        label = fields[name].title or name.replace("_", " ").capitalize()
+        return gr.Slider(low, high, value, step=step, label=label, info=fields[name].description)
+
+    shown = {name: slider(name) for name in ranges if name == "guidance_scale"}
     with gr.Accordion("Sampling", open=False):
-        return {
-            name: gr.Slider(
-                low, high, value, step=step, label=fields[name].title or name.replace("_", " ").capitalize(),
-                info=fields[name].description,
-            )
-            for name, (low, high, value, step) in ranges.items()
-        }  # fmt: skip
+        return shown | {name: slider(name) for name in ranges if name != "guidance_scale"}
 
 
 def _prompt_box(handlers: Handlers, info: str) -> gr.Textbox:
@@ -367,10 +380,10 @@ def _gallery(label: str, columns: int, height: int) -> gr.Gallery:
     )
 
 
-def _taken(images: list[PageImage], index: int | None, place: int) -> PageImage:
-    """The generated image that is selected, or the one at ``place``."""
+def _taken(handlers: Handlers, images: list[PageImage], index: int | None, place: int) -> PageImage:
+    """The generated image that is selected, or the one at ``place``; if there are none yet, one is generated."""
     if not images:
-        raise InputError("no generated images yet: create some on the Generate tab")
+        return handlers.generate(place + 1, None, 0, {}, lambda _: None)[place]
     return images[min(place if index is None else index, len(images) - 1)]
 
 
