@@ -24,7 +24,7 @@ def command(
         list[str] | None, typer.Argument(help="runs/NAME of tokenizers, VAEs or priors, or pipelines.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Source of the images; by default the models' own.")] = None,
-    num_images: Annotated[int, typer.Option(min=1, max=32, help="Images to show for each model.")] = 12,
+    num_images: Annotated[int, typer.Option(min=1, max=32, help="Images to show for each model.")] = 10,
     features: Annotated[
         str | None,
         typer.Option(help="imagenet, or runs/NAME of a feature network, for distances and class accuracy."),

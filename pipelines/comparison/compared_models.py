@@ -27,6 +27,9 @@ class ModelFigures(Figures):
     """Figures of a model that only a comparison has."""
 
     parameters: int | None = None
+    steps: int | None = None
+    """Those after which the compared weights were kept."""
+    learning_rate: float | None = None
     images_per_s: float | None = None
     nats_per_code: float | None = None
 
@@ -44,6 +47,8 @@ class ComparedModel:
     """False for a prior whose tokenizer has a row of its own."""
     pipeline: TwoStagePipeline | None
     """The pipeline that makes new images; None for a model that cannot make any by itself."""
+    saved: SavedModel | None
+    """The stored model itself, which may record its training."""
     measurements: list[Measurement] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
     """Why a figure of its samples is missing, by its key."""
@@ -85,16 +90,17 @@ def open_models(runs: Sequence[str | Path]) -> list[ComparedModel]:
         if saved.kind == "tokenizer":
             tokenizer = Autoencoder.from_pretrained(run)
             pipeline = TwoStagePipeline(tokenizer) if tokenizer.variational else None
-            models.append(ComparedModel(name, str(run), tokenizer, saved, True, pipeline))
+            models.append(ComparedModel(name, str(run), tokenizer, saved, True, pipeline, saved))
         else:
             pipeline = TwoStagePipeline.from_saved(saved)
             is_vae = pipeline.prior is None
-            models.append(ComparedModel(name, str(run), pipeline.tokenizer, pipeline.saved_tokenizer, is_vae, pipeline))
+            stored = pipeline.saved_tokenizer
+            models.append(ComparedModel(name, str(run), pipeline.tokenizer, stored, is_vae, pipeline, saved))
     for model in [model for model in models if not model.reconstructs]:
         if not any(other.reconstructs and _same_weights(other.tokenizer, model.tokenizer) for other in models):
             where = model.saved_tokenizer
             path = str(where.path) if where else ""
-            models.append(ComparedModel(f"tokenizer of {model.name}", path, model.tokenizer, where, True, None))
+            models.append(ComparedModel(f"tokenizer of {model.name}", path, model.tokenizer, where, True, None, where))
     for model in models[1:]:
         first, other = (_image_form(one.tokenizer) for one in (models[0], model))
         if first != other:

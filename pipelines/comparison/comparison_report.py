@@ -20,7 +20,7 @@ from twostage.core.images.sheets import contact_sheet, save_image
 
 __all__ = [
     "COLUMNS",
-    "column_labels",
+    "class_captions",
     "comparison_document",
     "comparison_sheet",
     "comparison_text",
@@ -34,6 +34,8 @@ __all__ = [
 FORMS = {
     "name": ("model", ""),
     "parameters": ("parameters", "{:,.0f}"),
+    "steps": ("steps", "{:,.0f}"),
+    "learning_rate": ("learning rate", "{:.3g}"),
     "psnr": ("PSNR, dB", "{:.2f}"),
     "ssim": ("SSIM", "{:.3f}"),
     "recognised": ("recognised reconstructions", "{:.1%}"),
@@ -91,28 +93,21 @@ def comparison_text(comparison: Comparison) -> str:
     return "\n".join([text_table(used_columns(rows), rows), *doubt_notes(comparison.models)])
 
 
-def strip_sheet(
-    strips: Mapping[str, Tensor], classes: list[str] | None = None, with_classes: Sequence[str] = ()
-) -> Image.Image:
+def strip_sheet(strips: Mapping[str, Tensor], captions: Mapping[str, Sequence[str] | None]) -> Image.Image:
     """A contact sheet: rows of images (n, C, H, W) uint8 by their titles.
 
     Args:
-        classes: the class of each column.
-        with_classes: the titles of the rows that show these classes.
+        captions: those of the images of a row, by its title.
     """
     columns = len(next(iter(strips.values())))
-    captions = None
-    if classes and with_classes:
-        captions = [name for title in strips for name in (classes if title in with_classes else [""] * columns)]
-    return contact_sheet(torch.cat(list(strips.values())), columns, captions, list(strips))
+    below = [caption for title in strips for caption in captions.get(title) or [None] * columns]
+    return contact_sheet(torch.cat(list(strips.values())), columns, below, list(strips))
 
 
-def column_labels(comparison: Comparison) -> list[str] | None:
-    """The captions that name the classes of the columns."""
-    if comparison.classes is None:
-        return None
-    known = next(m.pipeline.label_names for m in comparison.models if m.pipeline and m.pipeline.label_names)
-    return class_labels(comparison.classes, [known.index(name) for name in comparison.classes])
+def class_captions(comparison: Comparison, classes: list[str] | None) -> list[str] | None:
+    """The captions that name the classes of a row of images."""
+    known = comparison.data.class_names
+    return class_labels(classes, [known.index(name) for name in classes]) if classes and known else None
 
 
 def comparison_sheet(comparison: Comparison, more: Mapping[str, Tensor] | None = None) -> Image.Image:
@@ -121,8 +116,9 @@ def comparison_sheet(comparison: Comparison, more: Mapping[str, Tensor] | None =
     strips |= {m.name: m.reconstructions for m in comparison.models if m.reconstructions is not None}
     strips |= more or {}
     strips |= {f"{m.name}: new": m.samples for m in comparison.models if m.samples is not None}
-    named = [f"{m.name}: new" for m in comparison.models if m.samples is not None and m.shows_classes]
-    return strip_sheet(strips, column_labels(comparison), named)
+    drawn = class_captions(comparison, comparison.classes)
+    captions = {f"{m.name}: new": drawn for m in comparison.models if m.samples is not None and m.shows_classes}
+    return strip_sheet(strips, captions | {"original": class_captions(comparison, comparison.original_classes)})
 
 
 def comparison_document(comparison: Comparison) -> dict[str, Any]:

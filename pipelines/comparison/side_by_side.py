@@ -45,6 +45,8 @@ class Comparison:
     models: list[ComparedModel]
     originals: Tensor
     """The held-out images that are shown, (n, C, H, W) uint8."""
+    original_classes: list[str] | None
+    """The class of each of them; None: they have none."""
     classes: list[str] | None
     """The class of each column of samples; None: no model has classes."""
     data: ImageData
@@ -86,7 +88,10 @@ def compare_models(
     shown = spread_over_classes(images.split.labels, len(images.split), num_images)
     originals, labels = images.split.read(shown), images.split.read_labels(shown)
     classes = _column_classes(models, class_names, len(originals))
+    names = images.data.class_names
+    own = None if labels is None or names is None else [names[label] for label in labels.tolist()]
     for model in models:
+        model.measurements += _training_of(model)
         model.tokenizer.to(work.device)
         if model.reconstructs:
             found = measure_reconstructions(model.tokenizer, images, work, network)
@@ -110,7 +115,7 @@ def compare_models(
         "threads": torch.get_num_threads(),
         **describe_machine(work),
     }
-    return Comparison(models, originals, classes, images.data, protocol)
+    return Comparison(models, originals, own, classes, images.data, protocol)
 
 
 def _column_classes(models: list[ComparedModel], class_names: list[str] | None, count: int) -> list[str] | None:
@@ -153,6 +158,15 @@ def _measure_pipeline(
         found = measure_samples(pipeline, real.training.network, own, work, real)
         model.measurements += found.measurements
         model.missing = {name: reason for each in found.measurements for name, reason in each.missing.items()}
+
+
+def _training_of(model: ComparedModel) -> list[Measurement[ModelFigures]]:
+    """How the model was trained, if its run is there."""
+    run, line = model.saved and model.saved.run, model.saved and model.saved.held_out_figures()
+    if not run or not line:
+        return []
+    rate = (run.stored_config() or {}).get("train", {}).get("lr")
+    return [Measurement(ModelFigures(steps=int(line["step"]), learning_rate=rate))]
 
 
 def _size_of(module: nn.Module) -> Measurement[ModelFigures]:

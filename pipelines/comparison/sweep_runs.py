@@ -9,6 +9,7 @@ from typing import Any
 from pipelines.comparison.combinations import Combination
 from pipelines.drawing.rebuilt_images import find_decoder
 from pipelines.files.text_table import text_table
+from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage1_tokenizer.train_tokenizer import train as train_tokenizer
 from stage2_prior.train_prior import PriorTrainingConfig
@@ -17,7 +18,6 @@ from twostage.core.config.sections import CHANGES_NO_NUMBER, keys_marked, load_c
 from twostage.core.config.yaml_text import read_yaml
 from twostage.core.errors import InputError
 from twostage.core.machine.command import print_once
-from twostage.core.runs.run_folder import RunFolder, read_metrics
 from twostage.core.wording import one_line
 
 __all__ = ["SweptRun", "open_sweep", "sweep_document", "sweep_table", "train_all"]
@@ -127,9 +127,8 @@ def _train(config: Config) -> None:
 
 
 def _result(config: Config) -> tuple[int, dict[str, float]]:
-    lines = [line for line in read_metrics(RunFolder(config.run.dir).metrics_file) if line["split"] == "val"]
-    line = min(lines, key=lambda line: line["loss"]) if isinstance(config, PriorTrainingConfig) else lines[-1]
-    return line["step"], {key: value for key, value in line.items() if key not in {"step", "split", *BASELINES}}
+    line = SavedModel.find_run(config.run.dir).held_out_figures()
+    return int(line["step"]), {key: value for key, value in line.items() if key not in {"step", *BASELINES}}
 
 
 def sweep_table(runs: Sequence[SweptRun]) -> str:

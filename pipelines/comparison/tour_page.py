@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipelines.comparison.compared_models import ComparedModel
 from pipelines.comparison.comparison_report import (
-    column_labels,
+    class_captions,
     comparison_document,
     comparison_sheet,
     figure_rows,
@@ -88,8 +88,9 @@ def _write_model(
         strips["reconstruction"] = model.reconstructions
     strips |= {"random latents": latents} if latents is not None else {}
     strips |= {"new images": model.samples} if model.samples is not None else {}
-    with_classes = ["new images"] if model.samples is not None and model.shows_classes else []
-    report.image(strip_sheet(strips, column_labels(comparison), with_classes), _caption(FAMILIES[name], model, latents))
+    captions = {"original": class_captions(comparison, comparison.original_classes)}
+    captions |= {"new images": class_captions(comparison, comparison.classes)} if model.shows_classes else {}
+    report.image(strip_sheet(strips, captions), _caption(FAMILIES[name], model, latents))
     (row,) = figure_rows([model])
     report.table(used_columns([row]), [row])
 

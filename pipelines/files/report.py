@@ -14,13 +14,14 @@ __all__ = ["Report"]
 
 STYLE = """
 :root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #8884; }
 table { border-collapse: collapse; display: block; overflow-x: auto; }
-th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8883; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 10rem; }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #8883; white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 8rem; }
 figure { margin: 1.5rem 0; } figcaption { opacity: .75; }
-img { max-width: 100%; height: auto; image-rendering: pixelated; background: white; }
+img { max-width: 100%; height: auto; background: white; }
 pre { overflow-x: auto; padding: 1rem; background: #8881; font-size: .8rem; }
 """
 

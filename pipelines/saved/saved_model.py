@@ -22,7 +22,7 @@ from twostage.core.errors import InputError
 from twostage.core.files import read_json
 from twostage.core.runs.contents import Record, same_place
 from twostage.core.runs.model_folder import find_model_folder
-from twostage.core.runs.run_folder import RunFolder
+from twostage.core.runs.run_folder import RunFolder, read_metrics
 
 __all__ = ["Kind", "SavedModel", "check_tokenizer", "find_data", "tokenizer_of_codes"]
 
@@ -75,6 +75,15 @@ class SavedModel:
     def run(self) -> RunFolder | None:
         """The run that trained the model, if its config.yaml is there."""
         return RunFolder(self.home) if (self.home / "config.yaml").is_file() else None
+
+    def held_out_figures(self) -> dict[str, float]:
+        """The line of metrics.jsonl about the weights in `model/`, with their step: the best one of a prior, the last
+        one of another model. Empty if it is not known."""
+        lines = read_metrics(self.run.metrics_file) if self.run else []
+        found = [{k: v for k, v in line.items() if k != "split"} for line in lines if line["split"] == "val"]
+        if not found:
+            return {}
+        return min(found, key=lambda line: line["loss"]) if self.kind == "prior" else found[-1]
 
     def open_tokenizer(self) -> tuple["SavedModel", Autoencoder]:
         """The tokenizer: this model itself, a pipeline's, or the one whose codes this prior was trained on.

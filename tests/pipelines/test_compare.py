@@ -7,6 +7,7 @@ import torch
 from messages import assert_names, refuses
 from PIL import Image
 
+from pipelines.comparison import comparison_report
 from pipelines.comparison.compared_models import open_models
 from pipelines.comparison.comparison_report import figure_rows
 from pipelines.comparison.side_by_side import compare_models
@@ -58,6 +59,24 @@ def test_pictures_are_of_the_same_rows_classes_and_seeds(comparison, runs):
     asked = {"num_images": 5, "class_names": ["star", "ring"], "seed": 3, "output_type": "pt", "temperature": 0.9}
     assert torch.equal(prior.samples, TwoStagePipeline.from_runs(runs.prior)(**asked, top_k=4).images)
     assert torch.equal(vae.samples, TwoStagePipeline(vae.tokenizer)(**asked).images)  # which has no top_k
+
+
+def test_each_row_has_captions_of_its_own(comparison, monkeypatch):
+    sheets = {}
+    monkeypatch.setattr(comparison_report, "contact_sheet", lambda *sheet: sheets.update(sheet=sheet))
+    comparison_report.comparison_sheet(comparison)
+    _, columns, captions, titles = sheets["sheet"]
+    rows = {title: captions[row * columns : (row + 1) * columns] for row, title in enumerate(titles)}
+    assert rows["original"] == comparison.original_classes == ["circle", "ring", "square", "triangle", "star"]
+    assert rows["prior: new"] == comparison.classes
+    assert rows["tokenizer"] == [None] * 5
+
+
+def test_the_table_tells_how_each_model_was_trained(comparison):
+    tokenizer, vae, prior = figure_rows(comparison.models)
+    assert {model["steps"] for model in (tokenizer, prior)} == {"40"}
+    assert {model["learning_rate"] for model in (tokenizer, prior)} == {"0.003"}
+    assert "class_accuracy" not in comparison_report.used_columns([tokenizer, vae, prior]), "nobody has it"
 
 
 def test_a_figure_that_does_not_apply_is_an_empty_cell(comparison):

@@ -1,5 +1,6 @@
 """Contact sheets with captions, and loss curves."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def _wrapped(text: str, width: int, max_lines: int) -> list[_Text]:
 def contact_sheet(
     pixels: Tensor,
     columns: int,
-    captions: Sequence[str] | None = None,
+    captions: Sequence[str | None] | None = None,
     row_titles: Sequence[str] | None = None,
     lines: int = 1,
 ) -> Image.Image:
@@ -63,22 +64,24 @@ def contact_sheet(
 
     Args:
         pixels: (n, C, H, W) uint8, row by row.
-        captions: one below each image, shortened to its width.
+        captions: one below each image, shortened to its width; below a row of None there is no room for them.
         row_titles: one to the left of each row.
         lines: the largest number of lines of a caption.
     """
     height, width = pixels.shape[-2:]
     scale = max(1, round(88 / max(height, width)))
-    below_each = [_wrapped(caption, width * scale + MARGIN - 2, lines) for caption in captions or ()]
-    below = 3 + LINE_HEIGHT * max(1, *map(len, below_each)) if captions else 0
+    below_each = [_wrapped(caption or "", width * scale + MARGIN - 2, lines) for caption in captions or ()]
+    room = 3 + LINE_HEIGHT * max([1, *map(len, below_each)])
     titles = [_Text(title, MAX_TITLE) for title in row_titles or ()]
     left = 8 + max((title.width for title in titles), default=0) if titles else 0
-    rows = -(-len(pixels) // columns)
-    cell_width, cell_height = width * scale + MARGIN, height * scale + MARGIN + below
-    sheet = Image.new("RGB", (left + columns * cell_width + MARGIN, rows * cell_height + MARGIN), "white")
+    starts, captioned = range(0, len(pixels), columns), [caption is not None for caption in captions or ()]
+    heights = [height * scale + MARGIN + room * any(captioned[start : start + columns]) for start in starts]
+    tops = list(itertools.accumulate(heights, initial=MARGIN))
+    cell_width = width * scale + MARGIN
+    sheet = Image.new("RGB", (left + columns * cell_width + MARGIN, tops[-1]), "white")
     draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(pixels):
-        x, y = left + MARGIN + (i % columns) * cell_width, MARGIN + (i // columns) * cell_height
+        x, y = left + MARGIN + (i % columns) * cell_width, tops[i // columns]
         tile = to_pil(image).convert("RGBA" if len(image) == 4 else "RGB")
         tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
         sheet.paste(tile, (x, y), tile if tile.mode == "RGBA" else None)
