@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from stage1_tokenizer.autoencoder import AutoencoderConfig
-from twostage.core.data.image_folder import IMAGE_SUFFIXES
+from twostage.core.data.folder_content import IMAGE_SUFFIXES
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import MODES, image_to_uint8, open_image
 from twostage.core.images.pixel_values import UsedValues, ValueRange
@@ -23,7 +23,7 @@ MAX_PIXELS = 25_000_000
 """Images are resized to a few hundred pixels a side, so a larger file only costs memory."""
 MAX_NAMED = 20
 """Maximum unreadable images of a folder that are named."""
-FILE_TYPES = "PNG, JPEG, WebP, GIF, TIFF or BMP"
+FILE_TYPES = "PNG, JPEG, WebP, AVIF, GIF, TIFF or BMP"
 
 
 def open_given_image(path: str | Path) -> Image.Image:

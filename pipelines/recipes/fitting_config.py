@@ -23,8 +23,8 @@ from twostage.core.config.overrides import apply_overrides
 from twostage.core.config.sections import ConfigT, load_config, parse_config, path_values
 from twostage.core.data.dataset import DataConfig
 from twostage.core.data.drawn_sources import DRAWN_SOURCES
+from twostage.core.data.sources import FILE_SUFFIXES, is_source_file
 from twostage.core.data.survey import Survey, survey
-from twostage.core.data.tables import TABLE_SUFFIXES
 from twostage.core.errors import InputError
 from twostage.core.files import expand_home, replacing
 from twostage.core.machine.command import is_first_process, print_once
@@ -56,10 +56,10 @@ def open_tokenizer_config(given: str, overrides: Sequence[str], dry_run: bool = 
     given = expand_home(given)
     if is_config(given):
         return load_config(TokenizerConfig, given, list(overrides), print_once)
-    if Path(given).is_file() and not _is_table(given):
+    if Path(given).is_file() and not is_source_file(Path(given)):
         raise InputError(
-            f"{given}: expected a .yaml config, a folder of images, or a .parquet or .arrow file, got another file. "
-            "Give its folder or, if it is a config, rename it to end in .yaml"
+            f"{given}: expected a .yaml config, a folder of images, or a file of images ({' '.join(FILE_SUFFIXES)}), "
+            "got another file. Give its folder or, if it is a config, rename it to end in .yaml"
         )
     asked = apply_overrides(TokenizerConfig, {}, list(overrides), lambda line: None)
     written = _Written(TokenizerConfig, "train-tokenizer", "data.source", given, f"{_name(given)}_tokenizer", asked)
@@ -232,13 +232,9 @@ def is_config(given: str) -> bool:
     return Path(given).suffix.lower() in (".yaml", ".yml")
 
 
-def _is_table(given: str) -> bool:
-    return Path(given).suffix.lower() in TABLE_SUFFIXES
-
-
 def _name(given: str) -> str:
     path = Path(given).resolve()
-    return path.stem if _is_table(given) else path.name
+    return path.stem if is_source_file(path) else path.name
 
 
 def _group(document: Document, key: str) -> Document:

@@ -161,7 +161,7 @@ def test_settings_cannot_change_what_a_config_is_for(dry_run):
 
 def test_other_files_are_no_configs():
     image = f"{write_photos('photos', 1)}/0.png"
-    with refuses(image, "a .yaml config, a folder of images, or a .parquet or .arrow file"):
+    with refuses(image, "a .yaml config, a folder of images, or a file of images", ".parquet"):
         open_tokenizer_config(image, [])
     with refuses(image, "a .yaml config", "a folder of codes", "twostage encode"):
         open_prior_config(image, [])

@@ -1,7 +1,7 @@
 """All images of a split, decoded once: later starts find the result in the user's cache folder.
 
-It is in `$XDG_CACHE_HOME/twostage` (`~/.cache/twostage`): `scans` says which images are readable, `decoded` holds the
-pixels of sets that fit in memory. Both may be removed at any time. Nothing is stored if the folder cannot be written.
+There, `scans` says which images are readable, and `decoded` holds the pixels of sets that fit in memory. Nothing is
+stored if the folder cannot be written.
 """
 
 import contextlib
@@ -10,15 +10,14 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import PIL
 
+from twostage.core.data.cache_files import cache_folder, replacing_in_cache
 from twostage.core.data.decoding import Findings, decode
 from twostage.core.data.records import Records
-from twostage.core.files import expand_home
 from twostage.core.images.pixel_values import UsedValues, ValueRange
 from twostage.core.machine.progress import announced
 
@@ -50,7 +49,7 @@ def decode_all(
     """
     kept = f"{form} {value_range}" if in_memory else ""
     key = f"5 {PIL.__version__} {'classes' if classes else ''} {kept} {records.state()}"
-    name, cache = hashlib.sha256(key.encode()).hexdigest()[:32], _folder()
+    name, cache = hashlib.sha256(key.encode()).hexdigest()[:32], cache_folder()
     scan, copy = cache / "scans" / f"{name}.json", cache / "decoded" / f"{name}.npy"
     shape = (len(records), *form)
     with contextlib.suppress(
@@ -76,10 +75,6 @@ def decode_all(
     return pixels, findings
 
 
-def _folder() -> Path:
-    return Path(expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "twostage"
-
-
 def _read_scan(file: Path) -> Findings:
     stored = json.loads(file.read_text(encoding="utf-8"))
     bad = {int(row): reason for row, reason in stored["bad"].items()}
@@ -91,20 +86,8 @@ def _read_scan(file: Path) -> Findings:
 
 def _write_scan(findings: Findings, file: Path) -> None:
     values = {kind: vars(used) for kind, used in findings.values.items()}
-    with _replacing(file) as partial:
+    with replacing_in_cache(file) as partial:
         partial.write_text(json.dumps(vars(findings) | {"values": values}), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
-    """A name of this process's own to write to: the processes of one command store the same."""
-    partial = file.with_name(f"{file.stem}.{os.getpid()}{file.suffix}")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _store(pixels: np.ndarray, file: Path) -> bool:
@@ -114,7 +97,7 @@ def _store(pixels: np.ndarray, file: Path) -> bool:
     file.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(file.parent).free < 2 * pixels.nbytes:
         return False
-    with _replacing(file) as partial:
+    with replacing_in_cache(file) as partial:
         np.save(partial, pixels)
     others = sorted(file.parent.glob("*.npy"), key=lambda other: other.stat().st_mtime)
     total = sum(other.stat().st_size for other in others)

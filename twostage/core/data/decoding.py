@@ -55,9 +55,10 @@ def decode(
         for place in chunk:
             try:
                 with records.open(rows[place]) as image:
-                    mode, size = image.mode, f"{image.width} x {image.height}"
+                    mode, size = image.mode, "{} x {}".format(*image.size)
                     animated = bool(getattr(image, "is_animated", False))
                     if classes:
+                        assert isinstance(image, Image.Image), "arrays have no maps"
                         out[place] = classes_to_uint8(image, (height, width))
                     else:
                         out[place] = image_to_uint8(image, (height, width), channels, value_range, findings.values)

@@ -10,26 +10,29 @@ import numpy as np
 import pyarrow as pa
 
 from twostage.core.data.captions import CAPTION_NAMES, has_captions, read_captions
-from twostage.core.data.image_folder import FolderContent, ImageFolder
+from twostage.core.data.folder_content import FolderContent, file_records
+from twostage.core.data.image_folder import ImageFolder
 from twostage.core.data.labels import LABEL_NAMES, read_labels
-from twostage.core.data.maps import file_records, map_files, with_maps
+from twostage.core.data.maps import map_files, with_maps
 from twostage.core.data.metadata_files import Metadata, read_metadata
 from twostage.core.data.records import AUTO, Captions, Columns, Records, Source
+from twostage.core.data.sample_files import CLASS_COLUMN, read_samples
 from twostage.core.data.vectors import check_same_length, read_vectors
 from twostage.core.errors import InputError
-from twostage.core.wording import one_line, printable, short_repr, some_of
+from twostage.core.wording import printable, short_repr, some_of
 
 __all__ = ["source_of_folder"]
 
 _TEXT_FILES = "txt"
 """The `data.caption_column` that stands for text files beside the images."""
+_METADATA = "metadata.jsonl, metadata.csv, labels.csv or other files beside the images"
 _INTEGER = re.compile(r"-?(?:0|[1-9]\d*)")
 
 Paths = dict[str, list[Path]]
 """The images of each split, relative to the folder."""
 
 
-def source_of_folder(root: Path, content: FolderContent, found: ImageFolder, columns: Columns) -> Source:
+def source_of_folder(content: FolderContent, found: ImageFolder, columns: Columns) -> Source:
     """The splits of a folder of images.
 
     Args:
@@ -40,18 +43,20 @@ def source_of_folder(root: Path, content: FolderContent, found: ImageFolder, col
     Raises:
         InputError: a column does not exist, or what lies beside the images is damaged, missing or contradictory.
     """
-    images = {split: [file.relative_to(root) for file in files] for split, files in found.splits.items()}
+    images = found.splits
     reads_metadata = (columns.label, columns.caption, columns.vector) != (None, None, None)
-    metadata = read_metadata(root, content) if reads_metadata else Metadata()
-    notices, origin = found.notices, printable(root)
-    class_names, labels, more = _labels(root, found, images, metadata, columns.label)
+    metadata = read_metadata(content) if reads_metadata else Metadata()
+    if reads_metadata:
+        read_samples(content, metadata)
+    notices = found.notices
+    class_names, labels, more = _labels(content, found, metadata, columns.label)
     notices += more
-    captions, unmatched = _captions(root, content, images, metadata, columns.caption)
-    vectors = _vectors(root, images, metadata, columns.vector)
+    captions, unmatched = _captions(content, images, metadata, columns.caption)
+    vectors = _vectors(content, images, metadata, columns.vector)
     splits: dict[str, Records] = {}
-    for split, files in found.splits.items():
+    for split, paths in images.items():
         splits[split] = replace(
-            file_records(files, origin), labels=labels[split], captions=captions[split], vectors=vectors[split]
+            content.records(paths), labels=labels[split], captions=captions[split], vectors=vectors[split]
         )
     if columns.maps is not None:
         for split, files in map_files(Path(columns.maps), images).items():
@@ -63,18 +68,24 @@ def source_of_folder(root: Path, content: FolderContent, found: ImageFolder, col
     if content.skipped:
         shown = some_of(f"{printable(path)} ({reason})" for path, reason in content.skipped.items())
         notices = [f"{len(content.skipped)} files skipped because they are not images: {shown}", *notices]
-    skipped = [f"{printable(root / path)} ({reason})" for path, reason in content.skipped.items()]
-    return Source(f"folder {origin}: {found.layout}", splits, class_names, notices, skipped, unmatched)
+    skipped = [f"{content.name(path)} ({reason})" for path, reason in content.skipped.items()]
+    classes = "images without classes"
+    if class_names is not None:
+        in_folders = found.class_names is not None and columns.label == AUTO and not metadata.decides_classes
+        classes = f"{'one folder per class' if in_folders else 'images with classes'} ({len(class_names)} classes)"
+    description = f"{content.kind} {printable(content.root)}: {found.layout}{classes}"
+    return Source(description, splits, class_names, notices, skipped, unmatched)
 
 
 def _labels(
-    root: Path, found: ImageFolder, images: Paths, metadata: Metadata, wanted: str | None
+    content: FolderContent, found: ImageFolder, metadata: Metadata, wanted: str | None
 ) -> tuple[list[str] | None, dict[str, np.ndarray | None], list[str]]:
     """The class names, the labels of each split, and notices."""
+    images, root = found.splits, content.root
     if wanted is None:
         return None, dict.fromkeys(images), []
-    usual = next((name for name in LABEL_NAMES if name in metadata.columns), None)
-    if wanted == AUTO and found.labels is not None:
+    usual = next((name for name in (*LABEL_NAMES, CLASS_COLUMN) if name in metadata.columns), None)
+    if wanted == AUTO and found.labels is not None and not metadata.decides_classes:
         labels = {
             split: None if numbers is None else np.array(numbers, dtype=np.int64)
             for split, numbers in found.labels.items()
@@ -86,13 +97,15 @@ def _labels(
                 f"data.label_column={usual}"
             )
         return [printable(name) for name in found.class_names or []], labels, notices
+    if wanted == AUTO and usual not in (None, CLASS_COLUMN):
+        _check_same_classes(content, metadata, str(usual))
     column = usual if wanted == AUTO else wanted
     if column is None:
         return None, dict.fromkeys(images), []
     if column not in metadata.columns:
         raise InputError(
-            f"data.label_column {column!r}: {root} is a folder of images, whose classes are its folders or a column of "
-            f"metadata.jsonl or metadata.csv, which have {list(metadata.columns)}. Remove data.label_column"
+            f"data.label_column {column!r}: {root} has images in folders, whose classes are the folders or a column of "
+            f"{_METADATA}, which have {list(metadata.columns)}. Remove data.label_column"
         )
     known = metadata.columns[column]
     numbers = all(isinstance(value, str) and _INTEGER.fullmatch(value) for value in known.values())
@@ -100,14 +113,32 @@ def _labels(
         split: [int(value) if numbers and (value := known.get(path)) is not None else known.get(path) for path in paths]
         for split, paths in images.items()
     }
-    return read_labels(cells, column, printable(root), lambda split, row: f"{printable(root / images[split][row])}")
+    return read_labels(cells, column, printable(root), lambda split, row: content.name(images[split][row]))
+
+
+def _check_same_classes(content: FolderContent, metadata: Metadata, column: str) -> None:
+    """Refuse classes in ``column`` that contradict the `.cls` files; one may divide the classes of the other further.
+
+    Raises:
+        InputError: two images have one class here and two there, and the other way round.
+    """
+    named, numbered = metadata.columns[column], metadata.columns.get(CLASS_COLUMN, {})
+    pairs = {(str(named[path]), str(number)): path for path, number in numbered.items() if path in named}
+    sizes = [len({pair[side] for pair in pairs}) for side in (0, 1)]
+    if len(pairs) > max(sizes):
+        (name, number), path = next(reversed(pairs.items()))
+        raise InputError(
+            f"data.source {content.name(path)}: its class is {name!r} in {column!r} and {number!r} in its .cls file, "
+            f"and these two sources contradict each other; expected the same classes. Set data.label_column={column} "
+            f"or data.label_column={CLASS_COLUMN}"
+        )
 
 
 # --- captions -------------------------------------------------------------------------------------------------------
 
 
 def _captions(
-    root: Path, content: FolderContent, images: Paths, metadata: Metadata, wanted: str | None
+    content: FolderContent, images: Paths, metadata: Metadata, wanted: str | None
 ) -> tuple[dict[str, Captions | None], list[str]]:
     """The captions of each split (None in all of them if no image has one), and the sources that belong to no image."""
     if wanted is None:
@@ -118,18 +149,18 @@ def _captions(
         column = next((name for name in usual if all(map(_is_text, metadata.columns[name].values()))), None)
     elif wanted != _TEXT_FILES and wanted not in metadata.columns:
         raise InputError(
-            f"data.caption_column {wanted!r}: expected a column of metadata.jsonl or metadata.csv in {root}, which "
-            f"have {list(metadata.columns)}, or {_TEXT_FILES} for the text files beside the images"
+            f"data.caption_column {wanted!r}: expected a column of {_METADATA} in {content.root}, which have "
+            f"{list(metadata.columns)}, or {_TEXT_FILES} for the text files beside the images"
         )
-    texts, unmatched = _text_files(root, content) if wanted in (AUTO, _TEXT_FILES) else ({}, [])
+    texts, unmatched = _text_files(content) if wanted in (AUTO, _TEXT_FILES) else ({}, [])
     known = metadata.columns.get(column or "", {})
     found: dict[str, Captions | None] = {}
     for split, paths in images.items():
-        names = [printable(root / path) for path in paths]
+        names = [content.name(path) for path in paths]
         captions = read_captions([known.get(path) for path in paths], names, str(column))
         for row, path in enumerate(paths):
             beside = texts.get(path, ())
-            if captions[row] and beside and captions[row] != beside:
+            if captions[row] and beside and _words(captions[row]) != _words(beside):
                 raise InputError(
                     f"data.source {names[row]}: its caption is {short_repr(captions[row][0], 60)} in the metadata and "
                     f"{short_repr(beside[0], 60)} in the text file beside it; expected the same. Fix one, or choose "
@@ -143,11 +174,15 @@ def _captions(
     return found if any_captions else dict.fromkeys(images), unmatched
 
 
+def _words(captions: tuple[str, ...]) -> list[str]:
+    return [word for text in captions for word in text.split()]
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str | None) for text in value))
 
 
-def _text_files(root: Path, content: FolderContent) -> tuple[dict[Path, tuple[str, ...]], list[str]]:
+def _text_files(content: FolderContent) -> tuple[dict[Path, tuple[str, ...]], list[str]]:
     """The captions in `NAME.txt` beside `NAME.png`, one in each line, and the files without an image beside them."""
     by_stem: dict[Path, list[Path]] = {}
     for image in content.images:
@@ -160,35 +195,31 @@ def _text_files(root: Path, content: FolderContent) -> tuple[dict[Path, tuple[st
     captions = {}
     for path in used:
         del content.skipped[path]
-        captions |= dict.fromkeys(by_stem[path.with_suffix("")], _lines(root / path))
+        captions |= dict.fromkeys(by_stem[path.with_suffix("")], _lines(content, path))
     return captions, [printable(path) for path in unmatched]
 
 
-def _lines(file: Path) -> tuple[str, ...]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"data.source {printable(file)}: not readable as UTF-8 ({one_line(error)}). Save it as UTF-8, or set "
-            "data.caption_column=null to use the images without captions"
-        ) from None
+def _lines(content: FolderContent, file: Path) -> tuple[str, ...]:
+    text = content.read_text(file, "Or set data.caption_column=null to use the images without captions")
     return tuple(line.strip() for line in text.replace("\0", " ").splitlines() if line.strip())
 
 
 # --- vectors --------------------------------------------------------------------------------------------------------
 
 
-def _vectors(root: Path, images: Paths, metadata: Metadata, column: str | None) -> dict[str, np.ndarray | None]:
+def _vectors(
+    content: FolderContent, images: Paths, metadata: Metadata, column: str | None
+) -> dict[str, np.ndarray | None]:
     if column is None:
         return dict.fromkeys(images)
     if column not in metadata.columns:
         raise InputError(
-            f"data.vector_column {column!r}: expected a column of metadata.jsonl or metadata.csv in {root}, which have "
-            f"{list(metadata.columns)}"
+            f"data.vector_column {column!r}: expected a column of {_METADATA} in {content.root}, "
+            f"which have {list(metadata.columns)}"
         )
     known, found = metadata.columns[column], {}
     for split, paths in images.items():
-        names = [printable(root / path) for path in paths]
+        names = [content.name(path) for path in paths]
         cells = [_numbers(known.get(path), name, column) for path, name in zip(paths, names, strict=True)]
         found[split] = read_vectors(pa.chunked_array([cells], pa.list_(pa.float64())), names, column)
     check_same_length(found, column)

@@ -1,28 +1,14 @@
-"""A folder of images: each file below it becomes an image of a split, or is reported with the reason why not."""
+"""The splits and classes of a folder of images, from the names of its folders and files."""
 
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from twostage.core.data.folder_content import IMAGE_SUFFIXES, FolderContent
 from twostage.core.data.splits import HELD_OUT, exact_split, reads_as_held_out, spelled_splits
 from twostage.core.errors import InputError
 from twostage.core.wording import printable, some_of
 
-__all__ = ["IMAGE_SUFFIXES", "FolderContent", "ImageFolder", "list_folder", "understand_folder"]
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-
-@dataclass
-class FolderContent:
-    """The files below a folder; paths are relative to it."""
-
-    images: list[Path] = field(default_factory=list)
-    skipped: dict[Path, str] = field(default_factory=dict)
-    """Paths that are not images, each with the reason: other files, hidden files, broken links, links to a parent
-    folder, unreadable folders."""
-    empty: list[Path] = field(default_factory=list)
-    """Folders without any image below them (only the topmost of each branch)."""
+__all__ = ["ImageFolder", "understand_folder"]
 
 
 @dataclass
@@ -30,75 +16,30 @@ class ImageFolder:
     """The splits and classes of a folder of images."""
 
     splits: dict[str, list[Path]]
-    """The files of each split, sorted by class."""
+    """The images of each split, sorted by class; paths are relative to the folder."""
     labels: dict[str, list[int] | None] | None
     """The class of each file; None for a held-out split without class folders, or if nothing has classes."""
     class_names: list[str] | None
     """The names of the class folders, sorted."""
     layout: str
-    """One sentence on where the splits and classes were found."""
+    """Where the splits were found, as the beginning of a sentence; "" without splits."""
     notices: list[str]
     """Warnings about names that could be read in another way."""
 
 
-def list_folder(root: Path) -> FolderContent:
-    """List everything below ``root``, following links to folders."""
-    content = FolderContent()
-    _walk(root, root, (), content, hidden=False)
-    content.skipped = {path.relative_to(root): reason for path, reason in content.skipped.items()}
-    return content
-
-
-def _walk(root: Path, folder: Path, above: tuple[tuple[int, int], ...], content: FolderContent, hidden: bool) -> bool:
-    """Sort all files below ``folder`` into ``content``; return whether any is an image."""
-    try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-        status = folder.stat()
-    except OSError as error:
-        content.skipped[folder] = "hidden" if hidden else f"cannot be read: {error.strerror}"
-        return False
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        content.skipped[folder] = "hidden" if hidden else "a link to a parent folder"
-        return False
-    has_images, empty_before = False, len(content.empty)
-    for entry in entries:
-        path, is_hidden = folder / entry.name, hidden or entry.name.startswith(".")
-        try:
-            is_folder, is_file = entry.is_dir(), entry.is_file()
-        except OSError:  # a link to itself
-            is_folder = is_file = False
-        if is_folder:
-            has_images |= _walk(root, path, (*above, here), content, is_hidden)
-        elif is_hidden:
-            content.skipped[path] = "hidden"
-        elif not is_file:
-            # Opening a pipe would block.
-            content.skipped[path] = "a broken link" if entry.is_symlink() else "not a regular file"
-        elif path.suffix.lower() not in IMAGE_SUFFIXES:
-            content.skipped[path] = f"not an image: {path.suffix}" if path.suffix else "not an image"
-        else:
-            content.images.append(path.relative_to(root))
-            has_images = True
-    if not has_images and not hidden:
-        content.empty[empty_before:] = [folder.relative_to(root)]
-    return has_images
-
-
-# --- splits and classes ---------------------------------------------------------------------------------------------
-
-
-def understand_folder(root: Path, content: FolderContent) -> ImageFolder:
+def understand_folder(content: FolderContent) -> ImageFolder:
     """Find the splits and classes of images from the names of their folders.
 
     Raises:
         InputError: there are no images, or the layout can be read in two ways.
     """
-    images = content.images
+    root, images = content.root, content.images
     if not images:
         known = " ".join(sorted(IMAGE_SUFFIXES))
-        raise InputError(f"data.source {root}: expected images in this folder ({known}, .parquet or .arrow), got none")
+        raise InputError(
+            f"data.source {root}: expected images in it ({known}), or tables, archives or arrays of images (.parquet "
+            ".arrow .tar .zip .npy .npz), got none"
+        )
     depth, notices = _split_depth(root, images), []
     split_of = dict.fromkeys(images, "train")
     if depth is not None:
@@ -127,11 +68,7 @@ def understand_folder(root: Path, content: FolderContent) -> ImageFolder:
                 notices.append(f"`{split}` has no class folders and is used without classes")
     if empty := [printable(path) for path in content.empty if path.parts]:
         notices.append(f"folders without images: {some_of(empty)}")
-    layout = _describe_splits(splits, depth) + (
-        "images without classes" if class_names is None else f"one folder per class ({len(class_names)} classes)"
-    )
-    files = {split: [root / path for path in paths] for split, paths in splits.items()}
-    return ImageFolder(files, labels, class_names, layout, notices)
+    return ImageFolder(splits, labels, class_names, _describe_splits(splits, depth), notices)
 
 
 def _folders_at(images: list[Path], depth: int) -> set[str]:

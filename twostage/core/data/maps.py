@@ -1,23 +1,22 @@
 """Maps: an image beside each image, of the same size, such as a segmentation or a drawing of edges."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from twostage.core.data.decoded_cache import decode_all
-from twostage.core.data.image_folder import IMAGE_SUFFIXES, list_folder
+from twostage.core.data.folder_content import IMAGE_SUFFIXES, list_folder
 from twostage.core.data.records import Records
 from twostage.core.errors import InputError
-from twostage.core.images.conversion import open_image, upright_size
+from twostage.core.images.arrays import OpenedImage
+from twostage.core.images.conversion import upright_size
 from twostage.core.images.pixel_values import is_grey
 from twostage.core.wording import printable, some_of
 
-__all__ = ["MapKind", "decode_maps", "file_records", "map_files", "with_maps"]
+__all__ = ["MapKind", "decode_maps", "map_files", "with_maps"]
 
 MapKind = Literal["labels", "image"]
 """Whether the values of maps are classes or colours."""
@@ -29,7 +28,7 @@ def with_maps(images: Records, maps: Records) -> Records:
     return replace(images, maps=replace(maps, open=open_map, version=version))
 
 
-def _open_map(images: Records, maps: Records, row: int) -> Image.Image:
+def _open_map(images: Records, maps: Records, row: int) -> OpenedImage:
     with images.open(row) as image:
         expected = upright_size(image)
     opened = maps.open(row)
@@ -76,26 +75,6 @@ def map_files(folder: Path, images: dict[str, list[Path]]) -> dict[str, list[Pat
             "remove data.maps"
         )
     return found
-
-
-def file_records(files: Sequence[Path], origin: str) -> Records:
-    """Images that have a file each."""
-    return Records(
-        [printable(file) for file in files],
-        None,
-        partial(_open_file, files),
-        partial(_file_sizes, files),
-        origin,
-        list(files),
-    )
-
-
-def _open_file(files: Sequence[Path], row: int) -> Image.Image:
-    return open_image(files[row])
-
-
-def _file_sizes(files: Sequence[Path]) -> np.ndarray:
-    return np.array([file.stat().st_size if file.exists() else 0 for file in files], np.int64)
 
 
 def decode_maps(

@@ -1,100 +1,210 @@
-"""`metadata.jsonl` and `metadata.csv` in a folder of images, as Hugging Face's `imagefolder` reads them.
+"""Files about the images in a folder: `metadata.jsonl` and `metadata.csv` as Hugging Face's `imagefolder` reads them,
+other CSV files such as `labels.csv`, and StyleGAN's `dataset.json`.
 
-Each row names an image, `file_name`, relative to the file; its other columns belong to that image.
+Each row names an image, relative to the file; its other columns belong to that image.
 """
 
 import csv
 import io
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twostage.core.data.image_folder import FolderContent
+from twostage.core.data.captions import CAPTION_NAMES
+from twostage.core.data.folder_content import FolderContent
+from twostage.core.data.labels import LABEL_NAMES
 from twostage.core.errors import InputError
-from twostage.core.wording import one_line, printable, short_repr
+from twostage.core.wording import one_line, printable, short_repr, some_of
 
 __all__ = ["Metadata", "read_metadata"]
 
-_NAMES = ("metadata.jsonl", "metadata.csv")
-_FILE_NAME = "file_name"
+_METADATA_NAMES, _STYLEGAN_NAME = ("metadata.jsonl", "metadata.csv"), "dataset.json"
+_FILE_NAME, _LABEL = "file_name", LABEL_NAMES[0]
+_NAME_COLUMNS = (_FILE_NAME, "filename", "file", "image", "image_name", "image_path", "image_id", "path", "name", "id")
+"""The usual names of the column with the names of the images in other CSV files; case does not matter."""
+_VAGUE_NAMES = {"name", "id"}
+"""These can name anything, so a table without any image is about something else."""
+
+Row = dict[str, Any]
 
 
 @dataclass
 class Metadata:
-    """The columns of all metadata files in a folder."""
+    """The columns of all files about the images in a folder."""
 
     columns: dict[str, dict[Path, Any]] = field(default_factory=dict)
     """By name: the value for each image that has one; the image's path is relative to the folder."""
     files: list[Path] = field(default_factory=list)
-    """The metadata files, relative to the folder."""
+    """These files, relative to the folder."""
     unmatched: list[str] = field(default_factory=list)
     """The rows that name no image."""
+    decides_classes: bool = False
+    """Whether the folders of images are no classes: a `dataset.json` says which classes there are."""
+
+    def add(self, place: str, image: Path, values: Row) -> None:
+        """Add the values of an image.
+
+        Raises:
+            InputError: it has other ones.
+        """
+        for column, value in values.items():
+            known = self.columns.setdefault(column, {})
+            if value is not None and str(known.setdefault(image, value)) != str(value):
+                raise InputError(
+                    f"data.source {place}: the files beside the images have two values of {column!r} for "
+                    f"{printable(image)}, {short_repr(known[image], 60)} and {short_repr(value, 60)}; expected one. "
+                    "Remove the wrong one"
+                )
 
 
-def read_metadata(root: Path, content: FolderContent) -> Metadata:
-    """Read the metadata files in a folder; those without a column `file_name` are something else.
+def read_metadata(content: FolderContent) -> Metadata:
+    """Read the files about the images in a folder; CSV and JSON files with other contents are something else.
 
     Raises:
-        InputError: a file is not valid, or two rows disagree about an image.
+        InputError: a file is not valid, names none of the images, or two rows disagree about an image.
     """
-    metadata, images = Metadata(), set(content.images)
-    for file in [path for path, why in sorted(content.skipped.items()) if path.name in _NAMES and why != "hidden"]:
-        rows = (_jsonl_rows if file.suffix == ".jsonl" else _csv_rows)(root / file)
-        if not any(_FILE_NAME in row for row in rows):
+    metadata, names = Metadata(), _Names(content.images)
+    for file in [path for path, reason in sorted(content.skipped.items()) if reason != "hidden"]:
+        rows = _rows(content, file, names)
+        if rows is None:
             continue
         metadata.files.append(file)
+        metadata.decides_classes |= file.name == _STYLEGAN_NAME
+        for column in dict.fromkeys(column for row in rows for column in row if column != _FILE_NAME):
+            metadata.columns.setdefault(column, {})
         for row in rows:
-            name, others = row.get(_FILE_NAME), {key: value for key, value in row.items() if key != _FILE_NAME}
-            for column in others:
-                metadata.columns.setdefault(column, {})
-            path = Path(os.path.normpath(file.parent / name)) if isinstance(name, str) else None
-            if path is None or path not in images:
+            name = row.pop(_FILE_NAME, None)
+            image = names.find(file.parent, name) if isinstance(name, str) else None
+            if image is None:
                 shown = printable(name) if isinstance(name, str) else short_repr(name)
                 metadata.unmatched.append(f"{shown} in {printable(file)}")
-                continue
-            for column, value in others.items():
-                known = metadata.columns[column]
-                if value is not None and known.setdefault(path, value) != value:
-                    raise InputError(
-                        f"data.source {root}: the metadata files have two values of {column!r} for {printable(path)}, "
-                        f"{short_repr(known[path], 60)} and {short_repr(value, 60)}; expected one. Remove the wrong one"
-                    )
+            else:
+                metadata.add(printable(content.root), image, row)
     return metadata
 
 
-def _jsonl_rows(file: Path) -> list[dict[str, Any]]:
+class _Names:
+    """The images of a folder by the names that people write for them: with or without folders and suffix."""
+
+    def __init__(self, images: Iterable[Path]) -> None:
+        self.images = set(images)
+        self.by_name: dict[str, list[Path]] = {}
+        for path in self.images:
+            for name in (path.name, path.stem):
+                self.by_name.setdefault(name, []).append(path)
+
+    def find(self, folder: Path, name: str) -> Path | None:
+        """The image that a file in ``folder`` means by ``name``; None if there is none, or several."""
+        path = Path(os.path.normpath(folder / name))
+        if path in self.images:
+            return path
+        same_end = [one for one in self.by_name.get(path.name, []) if one.is_relative_to(folder)]
+        exact = [one for one in same_end if one.with_suffix("") == path]
+        if path.parent != folder:  # a name with folders is a path
+            same_end = exact
+        return same_end[0] if len(same_end) == 1 else None
+
+
+def _rows(content: FolderContent, file: Path, names: _Names) -> list[Row] | None:
+    """The rows of a file, whose image is always in the column `file_name`; None for a file about something else."""
+    if file.name in _METADATA_NAMES:
+        rows = _jsonl_rows(content, file) if file.suffix == ".jsonl" else _csv_rows(_csv_lines(content, file))
+        return rows if any(_FILE_NAME in row for row in rows) else None
+    if file.name == _STYLEGAN_NAME:
+        return _stylegan_rows(content, file)
+    return _named_rows(content, file, names) if file.suffix.lower() == ".csv" else None
+
+
+def _jsonl_rows(content: FolderContent, file: Path) -> list[Row]:
     rows = []
-    for number, line in enumerate(_text(file).split("\n"), 1):
+    for number, line in enumerate(content.read_text(file).split("\n"), 1):
         if not line.strip():
             continue
+        where = f"data.source {content.name(file)}, line {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"data.source {file}, line {number}: not valid JSON ({one_line(error)}). Fix this line"
-            ) from None
+            raise InputError(f"{where}: not valid JSON ({one_line(error)}). Fix this line") from None
         if not isinstance(row, dict):
             raise InputError(
-                f"data.source {file}, line {number}: expected an object such as "
-                f'{{"file_name": "1.png", "text": "a cat"}}, got {short_repr(row, 60)}'
+                f'{where}: expected an object such as {{"file_name": "1.png", "text": "a cat"}}, got '
+                f"{short_repr(row, 60)}"
             )
         rows.append(row)
     return rows
 
 
-def _csv_rows(file: Path) -> list[dict[str, Any]]:
+def _csv_rows(lines: list[list[str]]) -> list[Row]:
     """The rows of a CSV file with a header; empty cells are None."""
+    header = lines[0] if lines else []
+    return [
+        {column: value or None for column, value in zip(header, line, strict=False)}
+        | dict.fromkeys(header[len(line) :])
+        for line in lines[1:]
+    ]
+
+
+def _csv_lines(content: FolderContent, file: Path) -> list[list[str]]:
     try:
-        found = list(csv.DictReader(io.StringIO(_text(file), newline=""), strict=True))
+        return [line for line in csv.reader(io.StringIO(content.read_text(file), newline=""), strict=True) if line]
     except csv.Error as error:
-        raise InputError(f"data.source {file}: not valid CSV ({one_line(error)}). Save the table again") from None
-    return [{column: value or None for column, value in row.items() if isinstance(column, str)} for row in found]
+        raise InputError(
+            f"data.source {content.name(file)}: not valid CSV ({one_line(error)}). Save the table again"
+        ) from None
 
 
-def _text(file: Path) -> str:
+def _named_rows(content: FolderContent, file: Path, names: _Names) -> list[Row] | None:
+    """The rows of a CSV file with a column of names of images, or with a name and a class in each line.
+
+    Raises:
+        InputError: it has names and classes or captions, but names none of the images.
+    """
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data.source {file}: not readable as UTF-8 ({one_line(error)}). Save it as UTF-8") from None
+        lines = _csv_lines(content, file)
+    except InputError:  # it may have nothing to do with the images
+        content.skipped[file] = "not a CSV file in UTF-8"
+        return None
+    if lines and all(len(line) == 2 for line in lines) and names.find(file.parent, lines[0][0]):
+        return [{_FILE_NAME: name, _LABEL: value or None} for name, value in lines]
+    rows = _csv_rows(lines)
+    header = {column.casefold().strip(): column for column in (lines[0] if lines else [])}
+    column = next((name for name in _NAME_COLUMNS if name in header), None)
+    if column is None:
+        return None
+    for row in rows:
+        row[_FILE_NAME] = row.pop(header[column])
+    if any(row[_FILE_NAME] and names.find(file.parent, row[_FILE_NAME]) for row in rows):
+        return rows
+    if rows and names.images and column not in _VAGUE_NAMES and set(header) & {*LABEL_NAMES, *CAPTION_NAMES}:
+        example = os.path.relpath(min(names.images), file.parent)
+        raise InputError(
+            f"data.source {content.name(file)}: none of its {len(rows):,} rows names an image here, expected names "
+            f"such as {printable(example)}, got {some_of((printable(row[_FILE_NAME] or '') for row in rows), 3)}. "
+            "Fix the names, or remove the file"
+        )
+    content.skipped[file] = "a table that names no image here"
+    return None
+
+
+def _stylegan_rows(content: FolderContent, file: Path) -> list[Row] | None:
+    """`{"labels": [["00000/img0.png", 3], ...]}`; no labels at all if they are null."""
+    text = content.read_text(file)
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"data.source {content.name(file)}: not valid JSON ({one_line(error)}). Copy the file again, or remove it"
+        ) from None
+    if not isinstance(document, dict) or "labels" not in document:
+        return None
+    labels = document["labels"] or []
+    pairs = list(labels.items()) if isinstance(labels, dict) else labels
+    if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise InputError(
+            f"data.source {content.name(file)}: labels are {short_repr(labels, 60)}, expected pairs such as "
+            '["00000/img0.png", 3]. Fix them, or remove the file'
+        )
+    return [{_FILE_NAME: name, _LABEL: label} for name, label in pairs]

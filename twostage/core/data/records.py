@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+
+from twostage.core.images.arrays import OpenedImage
 
 __all__ = ["AUTO", "Captions", "Columns", "Records", "Source"]
 
@@ -36,7 +37,7 @@ class Records:
     """The name of each image in messages."""
     labels: np.ndarray | None
     """(n,) int64."""
-    open: Callable[[int], Image.Image]
+    open: Callable[[int], OpenedImage]
     sizes: Callable[[], np.ndarray]
     """Bytes of each image, (n,) int64; 0 for a missing one."""
     origin: str
@@ -78,7 +79,7 @@ class Records:
         )
 
 
-def _open_one_of(open_row: Callable[[int], Image.Image], rows: np.ndarray, i: int) -> Image.Image:
+def _open_one_of(open_row: Callable[[int], OpenedImage], rows: np.ndarray, i: int) -> OpenedImage:
     return open_row(int(rows[i]))
 
 

@@ -7,16 +7,23 @@ import os
 import re
 from pathlib import Path
 
+from twostage.core.data.archived_folder import find_archives, open_archives, refuse_compressed
+from twostage.core.data.archives import ARCHIVE_SUFFIXES
+from twostage.core.data.array_files import ARRAY_SUFFIXES, is_array_file
+from twostage.core.data.arrays import find_arrays, read_arrays
 from twostage.core.data.drawn_sources import DRAWN_SOURCES
 from twostage.core.data.folder_columns import source_of_folder
-from twostage.core.data.image_folder import FolderContent, list_folder, understand_folder
+from twostage.core.data.folder_content import FolderContent, list_folder
+from twostage.core.data.image_folder import understand_folder
 from twostage.core.data.records import Columns, Source
 from twostage.core.data.tables import TABLE_SUFFIXES, find_tables, read_hub, read_tables
 from twostage.core.errors import InputError
 from twostage.core.files import expand_home
 
-__all__ = ["find_local", "find_source"]
+__all__ = ["FILE_SUFFIXES", "find_local", "find_source", "is_source_file"]
 
+FILE_SUFFIXES = sorted(TABLE_SUFFIXES | ARCHIVE_SUFFIXES | ARRAY_SUFFIXES)
+"""The files that are datasets themselves."""
 KNOWN_NAMES = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist", "cifar10": "uoft-cs/cifar10"}
 
 
@@ -44,6 +51,11 @@ def find_source(name: str, columns: Columns | None = None) -> Source:
     raise InputError(f"data.source {name!r}: not found (searched: {', '.join(map(str, candidates))}). {remedy}")
 
 
+def is_source_file(path: Path) -> bool:
+    """Whether a file of this name is a dataset itself."""
+    return path.suffix.lower() in FILE_SUFFIXES or is_array_file(path)
+
+
 def find_local(name: str) -> Path | None:
     """The file or folder on this disk that ``name`` stands for; None if twostage draws it, or if there is none."""
     if name in DRAWN_SOURCES:
@@ -55,23 +67,39 @@ def _candidates(name: str) -> tuple[list[Path], bool]:
     """The paths to search for ``name``, and whether it can only be a path."""
     path = Path(expand_home(name))
     root = os.environ.get("TWOSTAGE_DATA")
-    looks_local = name.startswith((".", "/", "~")) or path.suffix.lower() in TABLE_SUFFIXES or name.count("/") > 1
+    looks_local = name.startswith((".", "/", "~")) or is_source_file(path) or name.count("/") > 1
     if not root or looks_local:
         return [path], looks_local
     return [path, *dict.fromkeys([Path(root) / name, Path(root) / Path(name).name])], looks_local
 
 
 def _read_local(path: Path, columns: Columns) -> Source:
+    """The one place that tells the layouts apart."""
     if path.is_file():
-        if path.suffix.lower() not in TABLE_SUFFIXES:
-            raise InputError(f"data.source {path}: expected a folder, or a .parquet or .arrow file, got another file")
-        return read_tables(path, [], columns, None)
+        return _read_file(path, columns)
     content = list_folder(path)
     if tables := find_tables(content):
         return read_tables(path, tables, columns, content)
-    if columns.maps is not None:
+    if archives := find_archives(content):
+        content = open_archives(path, archives, content)
+    elif arrays := find_arrays(content):
+        return read_arrays(path, arrays, columns, content)
+    elif columns.maps is not None:
         _remove_maps(path, content, Path(columns.maps))
-    return source_of_folder(path, content, understand_folder(path, content), columns)
+    return source_of_folder(content, understand_folder(content), columns)
+
+
+def _read_file(path: Path, columns: Columns) -> Source:
+    suffix = path.suffix.lower()
+    if suffix in TABLE_SUFFIXES:
+        return read_tables(path, [], columns, None)
+    if suffix in ARCHIVE_SUFFIXES:
+        content = open_archives(path, [], None)
+        return source_of_folder(content, understand_folder(content), columns)
+    if is_array_file(path):
+        return read_arrays(path, [], columns, None)
+    refuse_compressed(path)
+    raise InputError(f"data.source {path}: expected a folder, or a file ({' '.join(FILE_SUFFIXES)}), got another file")
 
 
 def _remove_maps(root: Path, content: FolderContent, maps: Path) -> None:

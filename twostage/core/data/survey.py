@@ -15,6 +15,7 @@ from twostage.core.data.records import AUTO, Columns, Records
 from twostage.core.data.shapes import CLASS_NAMES
 from twostage.core.data.sources import find_source
 from twostage.core.data.spread import spread
+from twostage.core.images.arrays import OpenedImage
 from twostage.core.images.conversion import quiet_decoders, upright_size
 from twostage.core.images.pixel_values import is_grey
 
@@ -87,12 +88,12 @@ def _forms(records: Records) -> tuple[Counter[tuple[int, int]], Literal[1, 3, 4]
     return sizes, 1 if 0 < grey == sizes.total() else 3
 
 
-def _has_alpha(image: Image.Image) -> bool:
+def _has_alpha(image: OpenedImage) -> bool:
     return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
 
 
-def _is_transparent(image: Image.Image) -> bool:
-    return image.convert("RGBA").getextrema()[3][0] < 255  # type: ignore[index]
+def _is_transparent(image: OpenedImage) -> bool:
+    return isinstance(image, Image.Image) and image.convert("RGBA").getextrema()[3][0] < 255  # type: ignore[index]
 
 
 def _usual_size(sizes: Counter[tuple[int, int]]) -> tuple[int, int]:

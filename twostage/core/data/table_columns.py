@@ -12,8 +12,9 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from twostage.core.data.captions import caption_column, column_cells, has_captions, read_captions
+from twostage.core.data.folder_content import file_records
 from twostage.core.data.labels import hub_features, label_candidates, label_column, table_labels
-from twostage.core.data.maps import file_records, map_files, with_maps
+from twostage.core.data.maps import map_files, with_maps
 from twostage.core.data.records import Captions, Columns, Records, Source
 from twostage.core.data.vectors import check_same_length, read_vectors
 from twostage.core.errors import InputError

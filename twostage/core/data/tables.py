@@ -1,6 +1,5 @@
 """Parquet and arrow files, and Hugging Face datasets, as sources of images."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,8 +7,9 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from twostage.core.data.image_folder import FolderContent
+from twostage.core.data.folder_content import FolderContent
 from twostage.core.data.records import Columns, Source
+from twostage.core.data.split_files import split_files
 from twostage.core.data.splits import exact_split, reads_as_held_out, spelled_splits
 from twostage.core.data.table_columns import source_of_tables
 from twostage.core.errors import InputError
@@ -19,20 +19,42 @@ from twostage.core.wording import one_line, printable, some_of
 __all__ = ["TABLE_SUFFIXES", "find_tables", "read_hub", "read_tables"]
 
 TABLE_SUFFIXES = {".parquet", ".arrow"}
-_SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 
 
 def find_tables(content: FolderContent) -> list[Path]:
-    """The tables of a folder that is a dataset of tables, relative to it; [] if tables only lie deeper than images.
+    """The tables of a folder that is a dataset of tables, relative to it.
 
-    Files named `cache-*.arrow` are ignored: `datasets` keeps copies in them.
+    Tables that only lie deeper than loose images are the dataset if they contain at least as many images; an overview
+    or a figure may lie above them. Files named `cache-*.arrow` are ignored: `datasets` keeps copies in them.
     """
     found = [
         path
         for path, reason in sorted(content.skipped.items())
         if path.suffix.lower() in TABLE_SUFFIXES and reason != "hidden" and not path.name.startswith("cache-")
     ]
-    return [] if content.images and not any(len(path.parts) == 1 for path in found) else found
+    if not content.images or any(len(path.parts) == 1 for path in found):
+        return found
+    return found if sum(_count_images(content.root / path) for path in found) >= len(content.images) else []
+
+
+def _count_images(file: Path) -> int:
+    """The rows of a table that contains images themselves; 0 for other tables."""
+    try:
+        if file.suffix.lower() == ".parquet":
+            with pq.ParquetFile(file) as opened:
+                schema, rows = opened.schema_arrow, opened.metadata.num_rows
+        else:
+            table = _read_table(file)
+            schema, rows = table.schema, table.num_rows
+    except (pa.ArrowException, OSError, InputError):  # named when it is used
+        return 0
+    return rows if any(map(_holds_bytes, schema.types)) else 0
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(_holds_bytes(field.type) for field in kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def read_tables(root: Path, files: list[Path], columns: Columns, content: FolderContent | None) -> Source:
@@ -48,7 +70,7 @@ def read_tables(root: Path, files: list[Path], columns: Columns, content: Folder
         InputError: a table is unreadable, or its split, images or labels are ambiguous.
     """
     folder = root if files else root.parent
-    by_split, ignored = _table_splits(root, files or [Path(root.name)])
+    by_split, ignored = split_files(root, files or [Path(root.name)])
     tables = {}
     for split, paths in by_split.items():
         parts = [_read_table(folder / path) for path in paths]
@@ -81,59 +103,6 @@ def read_tables(root: Path, files: list[Path], columns: Columns, content: Folder
             shown = some_of(map(printable, unused))
             source.notices.append(f"{len(unused):,} images next to the tables are in no table and not used: {shown}")
     return source
-
-
-def _table_splits(root: Path, files: list[Path]) -> tuple[dict[str, list[Path]], list[Path]]:
-    """The files of each split, by their own names or their folders' names, and the files that belong to none.
-
-    If no name spells a split, all files are `train`, or, if there are any, only those directly in ``root``.
-    """
-    splits = {file: _split_of(root, file) for file in files}
-    direct = {split for file, split in splits.items() if split and len(file.parts) == 1}
-    exact = {split for file, split in splits.items() if exact_split(_shard_name(file))}
-    by_split: dict[str, list[Path]] = {}
-    ignored = []
-    for file, split in splits.items():
-        name = _shard_name(file)
-        # For `datasets`, `train_extra-00000-of-00001` next to `train-00000-of-00001` is a split of its own.
-        another = _SHARD.fullmatch(file.stem) and split in exact and spelled_splits(name) and not exact_split(name)
-        # If the folder itself has a split's files, deeper ones are copies or another dataset.
-        if split is None or another or (split in direct and len(file.parts) > 1):
-            ignored.append(file)
-        else:
-            by_split.setdefault(split, []).append(file)
-    if not by_split:
-        used = [file for file in files if len(file.parts) == 1] or files
-        return {"train": used}, [file for file in files if file not in used]
-    if ignored and "train" not in by_split:
-        raise InputError(
-            f"data.source {root}: has the splits {sorted(by_split)} and tables whose names are not splits "
-            f"({some_of(map(printable, ignored))}), expected one named train. Rename the one to train on to "
-            "train.parquet"
-        )
-    return by_split, ignored
-
-
-def _split_of(root: Path, file: Path) -> str | None:
-    """The split that a table's name spells, or else the nearest folder above it.
-
-    Raises:
-        InputError: the name and the folder spell two splits.
-    """
-    own = spelled_splits(_shard_name(file))
-    above = next((splits for name in reversed(file.parts[:-1]) if (splits := spelled_splits(name))), set())
-    if len(own | above) > 1:
-        raise InputError(
-            f"data.source {root}: the table {printable(file)} could be {' or '.join(sorted(own | above))} by its name, "
-            "expected one split. Rename it or its folder"
-        )
-    return next(iter(own | above), None)
-
-
-def _shard_name(file: Path) -> str:
-    """`train` for `train-00000-of-00002.parquet`; the stem of a file that is not a shard."""
-    shard = _SHARD.fullmatch(file.stem)
-    return shard[1] if shard else file.stem
 
 
 def _read_table(file: Path) -> pa.Table:

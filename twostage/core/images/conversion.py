@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from twostage.core.images.arrays import ArrayImage, OpenedImage
 from twostage.core.images.pixel_values import (
     UsedValues,
     ValueRange,
@@ -33,7 +34,7 @@ __all__ = [
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's mode for each number of channels."""
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")
 """The image formats to read, whatever a file's name says. Other Pillow formats may start programs, as EPS does."""
 UNSOUND = {"group3", "group4", "tiff_ccitt", "jpeg", "tiff_jpeg"}
 """TIFF compressions in which Pillow 12.3 with libtiff 4.7.1 does not report damage, but fills missing pixels with
@@ -65,7 +66,7 @@ def quiet_decoders() -> None:
 
 
 def image_to_uint8(
-    image: Image.Image,
+    image: OpenedImage,
     size: tuple[int, int],
     channels: int,
     value_range: ValueRange | None = None,
@@ -82,19 +83,20 @@ def image_to_uint8(
         value_range: the values that become black and white; None: the range of the file's type.
         used: collects the values that occur, by type.
     """
-    image.draft(None, (2 * max(size), 2 * max(size)))  # for other formats than JPEG this does nothing
     (kind, type_range), inverted = value_type(image), white_is_zero(image)
     values = UsedValues(type_range, images=1)
-    image = ImageOps.exif_transpose(image)
+    if not isinstance(image, ArrayImage):
+        image.draft(None, (2 * max(size), 2 * max(size)))  # for other formats than JPEG this does nothing
+        image = ImageOps.exif_transpose(image)
     transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-    if is_wide(image):
+    if isinstance(image, ArrayImage) or is_wide(image):
         wide = pixel_values(image, kind)
         finite = wide[np.isfinite(wide)] if kind == "float" else wide
         values.not_finite = int(finite.size < wide.size)
         if finite.size:
             values.low, values.high = float(finite.min()), float(finite.max())
         pixels = scaled_to_8_bits(wide, value_range or type_range)
-        image = Image.fromarray(255 - pixels if inverted else pixels)
+        image = Image.fromarray(255 - pixels if inverted else _known_channels(pixels))
     else:
         image = image.convert("RGBA" if transparent and channels < 4 else MODES[channels])
         extremes: Any = image.getextrema()  # a pair, or one for each channel
@@ -113,6 +115,19 @@ def image_to_uint8(
         used.setdefault(kind, UsedValues(type_range)).add(values)
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _known_channels(pixels: np.ndarray) -> np.ndarray:
+    """Pixels (H, W) or (H, W, C) for Pillow, which knows 1, 3 or 4 channels.
+
+    Raises:
+        ValueError: it does not know them.
+    """
+    if pixels.ndim == 2 or pixels.shape[2] in (3, 4):
+        return pixels
+    if pixels.shape[2] != 1:
+        raise ValueError(f"{pixels.shape[2]} channels, expected 1, 3 or 4")
+    return pixels[..., 0]
 
 
 def classes_to_uint8(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
@@ -138,7 +153,7 @@ def classes_to_uint8(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(ImageOps.fit(classes, (width, height), Image.Resampling.NEAREST))[None]
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
+def upright_size(image: OpenedImage) -> tuple[int, int]:
     """(width, height) once the EXIF orientation is applied."""
     width, height = image.size
     return (height, width) if image.getexif().get(_ORIENTATION) in _TURNED else (width, height)

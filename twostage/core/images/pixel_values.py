@@ -1,9 +1,11 @@
 """The meaning of the numbers in an image file: the range from black to white, and the values that occur."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from PIL import Image
+
+from twostage.core.images.arrays import ArrayImage, OpenedImage
 
 __all__ = [
     "UsedValues",
@@ -32,13 +34,17 @@ def is_grey(mode: str) -> bool:
     return mode in ("1", "L", "LA", "La", "F") or mode.startswith("I")
 
 
-def is_wide(image: Image.Image) -> bool:
+def is_wide(image: OpenedImage) -> bool:
     """Whether its pixels are not 8-bit numbers, but 12, 16 or 32 bits or floats. Pillow only has grey ones."""
+    if isinstance(image, ArrayImage):
+        return True
     return image.mode == "F" or image.mode.startswith("I")
 
 
-def value_type(image: Image.Image) -> tuple[str, ValueRange]:
+def value_type(image: OpenedImage) -> tuple[str, ValueRange]:
     """The type of the file's values, such as `16-bit`, and the range of that type (0 to 1 for floats)."""
+    if isinstance(image, ArrayImage):
+        return _array_type(image.values.dtype)
     if not is_wide(image):
         return "8-bit", (0, 255)
     if image.mode == "F":
@@ -49,19 +55,30 @@ def value_type(image: Image.Image) -> tuple[str, ValueRange]:
         signed = tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0] == SIGNED
     elif image.format == "PNG":
         bits, signed = 16, False
+    return _integers(bits, signed)
+
+
+def _array_type(kind: np.dtype[Any]) -> tuple[str, ValueRange]:
+    return ("float", (0, 1)) if kind.kind == "f" else _integers(8 * kind.itemsize, kind.kind == "i")
+
+
+def _integers(bits: int, signed: bool) -> tuple[str, ValueRange]:
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     return f"{'signed ' if signed else ''}{bits}-bit", (low, high)
 
 
-def pixel_values(image: Image.Image, kind: str) -> np.ndarray:
-    """The values in the file of a wide image, (H, W) float64; ``kind`` is the type from :func:`value_type`."""
+def pixel_values(image: OpenedImage, kind: str) -> np.ndarray:
+    """The values in the file of a wide image, (H, W) or (H, W, C) float64; ``kind`` is the type from
+    :func:`value_type`."""
+    if isinstance(image, ArrayImage):
+        return image.values.astype(np.float64)
     values = np.asarray(image)
     if kind == "32-bit":
         values = values.view(np.uint32)  # Pillow reads them as signed numbers
     return values.astype(np.float64)
 
 
-def white_is_zero(image: Image.Image) -> bool:
+def white_is_zero(image: OpenedImage) -> bool:
     """Whether 0 is white in a wide image; Pillow only inverts 8-bit images itself."""
     return is_wide(image) and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
 

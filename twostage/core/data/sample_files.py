@@ -1,0 +1,52 @@
+"""Files that belong to one image each: `0001.cls` and `0001.json` beside `0001.jpg`, as in a WebDataset."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from twostage.core.data.folder_content import FolderContent
+from twostage.core.data.metadata_files import Metadata
+from twostage.core.errors import InputError
+from twostage.core.wording import one_line, printable
+
+__all__ = ["CLASS_COLUMN", "read_samples"]
+
+CLASS_COLUMN = "cls"
+"""The column with the content of the `.cls` files."""
+_SUFFIXES = {".cls", ".json"}
+
+
+def read_samples(content: FolderContent, metadata: Metadata) -> None:
+    """Add the values in the files beside the images to ``metadata``; the keys of a JSON object are columns.
+
+    Raises:
+        InputError: a file is unreadable, or disagrees with the other metadata.
+    """
+    images: dict[Path, list[Path]] = {}
+    for image in content.images:
+        images.setdefault(image.with_suffix(""), []).append(image)
+    for file, reason in content.skipped.items():
+        if file.suffix.lower() not in _SUFFIXES or reason == "hidden" or file in metadata.files:
+            continue
+        if not (described := images.get(file.with_suffix(""))):
+            continue
+        values = _values(content, file)
+        if values is None:
+            continue
+        metadata.files.append(file)
+        for image in described:
+            metadata.add(printable(content.root), image, values)
+
+
+def _values(content: FolderContent, file: Path) -> dict[str, Any] | None:
+    """What a file says about its image; None for a JSON file without columns."""
+    text = content.read_text(file).strip()
+    if file.suffix.lower() == ".cls":
+        return {CLASS_COLUMN: text or None}
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"data.source {content.name(file)}: not valid JSON ({one_line(error)}). Fix this file, or remove it"
+        ) from None
+    return document if isinstance(document, dict) else None
