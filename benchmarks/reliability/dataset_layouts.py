@@ -1,12 +1,18 @@
-"""Datasets in the layouts that people use: folders and tables x split names x label columns x image modes.
+"""Datasets in the layouts that people use: folders, tables, archives and arrays x split names x where the classes are
+x image modes.
 
 Every image has one shade that encodes its split, class and number. So for every dataset this verifies the splits and
 the labels, that every file is used or reported, and that no held-out image is used for training.
 """
 
+import gzip
 import io
+import json
+import pickle
 import random
 import shutil
+import tarfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +50,10 @@ TABLES = [
     "paths",
     "struct paths",
 ]
+STORES = ["folder", "zip", "tar", "zips by split", "shards"]
+SIDE_LABELS = ["metadata.csv", "metadata.jsonl", "labels.csv", "lines", "dataset.json", "cls", "json", "nothing"]
+"""The classes of images that are not in class folders; `lines` is a CSV file without a header."""
+ARRAYS = ["npz", "npz by split", "npy", "idx", "cifar"]
 LABELS = ["class names", "numbers", "sparse numbers", "texts", "floats", "lists of one", "another column", "none"]
 EXTRAS = ["nothing", "another table", "notes", "broken image", "hidden image", "empty folder"]
 
@@ -86,9 +96,9 @@ class Layout:
 def write(root: Path, seed: int) -> Layout:
     """Write a dataset below ``root``."""
     draws = random.Random(seed)
-    layout = draws.choice(FOLDERS + TABLES)
+    layout = draws.choice(FOLDERS + TABLES + STORES * 2 + ARRAYS)
     mode, labels, extra = draws.choice(MODES), draws.choice(LABELS), draws.choice(EXTRAS)
-    held_out = draws.choice([("val",), ("test",), ("val", "test")])
+    held_out = ("test",) if layout == "cifar" else draws.choice([("val",), ("test",), ("val", "test")])
     form = draws.choice(FORMS)
     spelled = {split: form.format(draws.choice(SPLIT_WORDS[split])) for split in ("train", *held_out)}
     if draws.random() < 0.3:
@@ -99,7 +109,18 @@ def write(root: Path, seed: int) -> Layout:
         for split in spelled for label in range(len(CLASSES)) for number in range(PER_CLASS)
     ]  # fmt: skip
     root.mkdir()
-    options: dict[str, Any] = {"image_size": 4, "channels": draws.choice([1, 3])}
+    options: dict[str, Any] = {"image_size": 4, "channels": draws.choice([1, 3]), "on_bad_image": "skip"}
+    if layout in STORES:
+        side = draws.choice(SIDE_LABELS)
+        named = _write_store(root, layout, spelled, images, side, suffix, extra)
+        return Layout(
+            f"seed {seed}: {layout}, {spelled}, {side}, {mode}, {extra}", root, options, side != "nothing", named
+        )
+    if layout in ARRAYS:
+        labels = draws.choice(["numbers", "none"])
+        _write_arrays(root, layout, spelled, images, labels != "none")
+        named = {path for path in root.rglob("*") if path.is_file() and "labels" not in path.name}
+        return Layout(f"seed {seed}: {layout}, {spelled}, {labels}", root, options, labels != "none", named)
     if layout in FOLDERS:
         labelled = "class" in layout
         for split, label, image, name in images:
@@ -114,7 +135,7 @@ def write(root: Path, seed: int) -> Layout:
     _add(root, extra, layout in FOLDERS)
     files = {path for path in root.rglob("*") if path.is_file()}
     description = f"seed {seed}: {layout}, {spelled}, {labels}, {mode}, {extra}"
-    return Layout(description, root, options | {"on_bad_image": "skip"}, labelled, files)
+    return Layout(description, root, options, labelled, files)
 
 
 def _path(layout: str, split: str, name: str, file: str) -> str:
@@ -124,6 +145,122 @@ def _path(layout: str, split: str, name: str, file: str) -> str:
     deep = {"split/class/deep": f"{split}/{name}/deep/er"}.get(layout)
     folder = deep or layout.replace("split", split).replace("class", name)
     return f"{folder}/{file if 'class' in layout else name + file}"
+
+
+def _write_store(
+    root: Path, store: str, spelled: dict[str, str], images: list[Any], side: str, suffix: str, extra: str
+) -> set[Path]:
+    """Images in folders of splits, or in archives; returns the files that must be used or reported."""
+    files: dict[str, dict[str, bytes]] = {split: {} for split in spelled}
+    rows = []
+    for split, label, image, name in images:
+        content = io.BytesIO()
+        image.save(content, "TIFF" if suffix == ".tif" else "PNG")
+        stem = f"{SPLITS.index(split)}{name}"
+        files[split][stem + suffix] = content.getvalue()
+        rows.append((split, stem + suffix, label))
+        if side in ("cls", "json"):
+            files[split][f"{stem}.{side}"] = (str(label) if side == "cls" else json.dumps({"label": label})).encode()
+    if extra == "broken image":
+        files["train"]["broken.png"] = b"\x89PNG no image"
+        rows.append(("train", "broken.png", 0))
+        if side in ("cls", "json"):
+            files["train"][f"broken.{side}"] = b"0" if side == "cls" else b'{"label": 0}'
+    elif extra == "notes":
+        files["train"]["notes.txt"] = b"no image"
+    elif extra == "hidden image":
+        files["train"][".hidden.png"] = b"no image"
+    named = [(name if "s" in store[3:] else f"{spelled[split]}/{name}", label) for split, name, label in rows]
+    about = _label_file(side, named)
+    members = {f"{spelled[split]}/{name}": content for split, found in files.items() for name, content in found.items()}
+    if store == "folder":
+        _write_files(root, members | about)
+        places = [root / name for name in members]
+    elif store in ("zip", "tar"):
+        archive = root / f"images.{store}"
+        _write_archive(archive, members | about)
+        places = [archive / name for name in members]
+    else:
+        kind = "zip" if store.startswith("zip") else "tar"
+        archives = {split: root / f"{spelled[split]}-000000.{kind}" for split in spelled}
+        for split, found in files.items():
+            _write_archive(archives[split], found)
+        _write_files(root, about)
+        places = [archives[split] / name for split, found in files.items() for name in found]
+    return {place for place in places if place.suffix not in (".cls", ".json")}
+
+
+def _label_file(side: str, rows: list[tuple[str, int]]) -> dict[str, bytes]:
+    """The file with the classes of all images."""
+    if side == "metadata.csv":
+        text = "file_name,label\n" + "".join(f"{name},{CLASSES[label]}\n" for name, label in rows)
+    elif side == "metadata.jsonl":
+        text = "".join(json.dumps({"file_name": name, "class": label}) + "\n" for name, label in rows)
+    elif side == "labels.csv":
+        text = "id,category\n" + "".join(f"{Path(name).with_suffix('')},{label}\n" for name, label in rows)
+    elif side == "lines":
+        text = "".join(f"{name},{CLASSES[label]}\n" for name, label in rows)
+    elif side == "dataset.json":
+        text = json.dumps({"labels": rows})
+    else:
+        return {}
+    return {"labels.csv" if side == "lines" else side: text.encode()}
+
+
+def _write_files(root: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+
+
+def _write_archive(archive: Path, files: dict[str, bytes]) -> None:
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as opened:
+            for name, content in files.items():
+                opened.writestr(name, content)
+        return
+    with tarfile.open(archive, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def _write_arrays(root: Path, layout: str, spelled: dict[str, str], images: list[Any], labelled: bool) -> None:
+    stacks = {}
+    for split in spelled:
+        rows = [(label, shade(split, label, int(name[-1]))) for where, label, _, name in images if where == split]
+        values = np.array([value for _, value in rows], np.uint8)
+        stacks[split] = np.tile(values[:, None, None], (1, 5, 6)), np.array([label for label, _ in rows], np.uint8)
+    if layout == "npz":
+        arrays = {f"x_{spelled[split]}": pixels for split, (pixels, _) in stacks.items()}
+        arrays |= {f"y_{spelled[split]}": labels for split, (_, labels) in stacks.items() if labelled}
+        np.savez(root / "data.npz", **arrays)
+    for split, (pixels, labels) in stacks.items():
+        name = spelled[split]
+        if layout == "npz by split":
+            np.savez_compressed(
+                root / f"{name}.npz", images=pixels[:, None], **({"labels": labels} if labelled else {})
+            )
+        elif layout == "npy":
+            np.save(root / f"{name}_images.npy", pixels[..., None].repeat(3, axis=3))
+            if labelled:
+                np.save(root / f"{name}_labels.npy", labels[:, None])
+        elif layout == "idx":
+            (root / f"{name}-images-idx3-ubyte.gz").write_bytes(gzip.compress(_idx(pixels)))
+            if labelled:
+                (root / f"{name}-labels-idx1-ubyte").write_bytes(_idx(labels))
+        elif layout == "cifar":
+            file = root / "batches" / ("data_batch_1" if split == "train" else "test_batch")
+            file.parent.mkdir(exist_ok=True)
+            data = np.tile(pixels[:, :1, :1].reshape(-1, 1), (1, 3072))
+            batch = {b"data": data} | ({b"labels": labels.tolist()} if labelled else {})
+            file.write_bytes(pickle.dumps(batch, protocol=2))
+
+
+def _idx(array: np.ndarray) -> bytes:
+    shape = b"".join(side.to_bytes(4, "big") for side in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + shape + array.tobytes()
 
 
 def _write_tables(

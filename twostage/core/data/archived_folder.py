@@ -86,6 +86,6 @@ def _skip_further_images(found: FolderContent) -> None:
     """In a WebDataset, `0001.seg.png` belongs to the sample `0001`, whose image is `0001.jpg`."""
     in_tar = [path for path in found.images if found.members[path].archive.suffix.lower() == ".tar"]
     keys = {path.with_suffix("") for path in in_tar if "." not in path.stem}
-    further = {path for path in in_tar if "." in path.stem and path.with_name(path.name.split(".")[0]) in keys}
+    further = {path: None for path in in_tar if "." in path.stem and path.with_name(path.name.split(".")[0]) in keys}
     found.skipped |= dict.fromkeys(further, "another image of the same sample")
     found.images = [path for path in found.images if path not in further]

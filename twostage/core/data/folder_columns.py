@@ -71,7 +71,7 @@ def source_of_folder(content: FolderContent, found: ImageFolder, columns: Column
     skipped = [f"{content.name(path)} ({reason})" for path, reason in content.skipped.items()]
     classes = "images without classes"
     if class_names is not None:
-        in_folders = found.class_names is not None and columns.label == AUTO and not metadata.decides_classes
+        in_folders = class_names == [printable(name) for name in found.class_names or []]
         classes = f"{'one folder per class' if in_folders else 'images with classes'} ({len(class_names)} classes)"
     description = f"{content.kind} {printable(content.root)}: {found.layout}{classes}"
     return Source(description, splits, class_names, notices, skipped, unmatched)
@@ -85,7 +85,8 @@ def _labels(
     if wanted is None:
         return None, dict.fromkeys(images), []
     usual = next((name for name in (*LABEL_NAMES, CLASS_COLUMN) if name in metadata.columns), None)
-    if wanted == AUTO and found.labels is not None and not metadata.decides_classes:
+    one_folder = usual is not None and len(found.class_names or []) == 1
+    if wanted == AUTO and found.labels is not None and not metadata.decides_classes and not one_folder:
         labels = {
             split: None if numbers is None else np.array(numbers, dtype=np.int64)
             for split, numbers in found.labels.items()

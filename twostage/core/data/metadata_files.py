@@ -174,11 +174,14 @@ def _named_rows(content: FolderContent, file: Path, names: _Names) -> list[Row] 
     column = next((name for name in _NAME_COLUMNS if name in header), None)
     if column is None:
         return None
+    usual = [name for name in (*LABEL_NAMES, *CAPTION_NAMES) if name in header]
     for row in rows:
         row[_FILE_NAME] = row.pop(header[column])
+        for name in usual:
+            row[name] = row.pop(header[name])
     if any(row[_FILE_NAME] and names.find(file.parent, row[_FILE_NAME]) for row in rows):
         return rows
-    if rows and names.images and column not in _VAGUE_NAMES and set(header) & {*LABEL_NAMES, *CAPTION_NAMES}:
+    if rows and names.images and column not in _VAGUE_NAMES and usual:
         example = os.path.relpath(min(names.images), file.parent)
         raise InputError(
             f"data.source {content.name(file)}: none of its {len(rows):,} rows names an image here, expected names "

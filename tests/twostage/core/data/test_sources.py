@@ -1,6 +1,7 @@
 """How a `data.source` is understood, and which messages refuse an ambiguous one."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -356,6 +357,37 @@ def test_a_folder_has_no_label_column(images):
     source = find_source(str(root), Columns(label=None))
     assert source.class_names is None
     assert source.splits["train"].labels is None
+
+
+def test_tables_below_an_overview_are_the_dataset(images, table):
+    """As `twostage generate --format parquet` and `hf download` leave them."""
+    root = images("grid.png")
+    out = table("images/shard_00000.parquet", [0, 1, 0]).parents[1]
+    shutil.copy(root / "grid.png", out)
+    source = find_source(str(out))
+    assert len(source.splits["train"]) == 3
+    assert [line.partition(" (")[0] for line in source.skipped] == [f"{out}/grid.png"]
+    for i in range(3):
+        shutil.copy(root / "grid.png", out / f"{i}.png")
+    assert len(find_source(str(out)).splits["train"]) == 4, "a table below more images is something else"
+
+
+@pytest.mark.parametrize("form", ["{}/train-00000-of-00001.parquet", "{}/train/0000.parquet"])
+def test_configurations_are_not_mixed(table, form):
+    for name in ("small", "large"):
+        root = table(form.format(name), [0, 1]).parents[form.count("/")]
+    with refuses(f"data.source {root}", f"Set data.source={root}/large", "two configurations"):
+        find_source(str(root))
+    assert len(find_source(str(root / "small")).splits["train"]) == 2
+
+
+@pytest.mark.parametrize("suffix", ["avif", "jfif"])
+def test_further_suffixes_of_images(images, suffix):
+    root = images("0.avif", "1.avif") if suffix == "avif" else images("0.jpg", "1.jpg")
+    for file in list(root.iterdir()):
+        file.rename(file.with_suffix(f".{suffix}"))
+    records = find_source(str(root)).splits["train"]
+    assert [records.open(row).convert("RGB").size for row in range(2)] == [(8, 8)] * 2
 
 
 def test_a_row_is_named_by_file_split_and_number(table):
