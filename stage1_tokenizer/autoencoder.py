@@ -239,6 +239,10 @@ class Autoencoder(nn.Module):
         metrics = {name: value.detach() for name, value in metrics.items()}
         return AutoencoderOutput(loss, distortion, decoded, latent, metrics)
 
+    if TYPE_CHECKING:  # torch says that a call returns anything
+
+        def __call__(self, *args: Any, **kwargs: Any) -> AutoencoderOutput: ...
+
     def run_encoder(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """The encoder's raw output (B, encoded_channels, h, w) for images (B, C, H, W), padded if needed."""
         if images.ndim != 4 or images.shape[1] != self.config.channels or not images.is_floating_point():

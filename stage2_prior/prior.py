@@ -7,7 +7,7 @@ Axes: B images, h and w cells of the code grid.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -159,6 +159,10 @@ class Prior(nn.Module):
         )
         values = self.conditions.hide(self._complete(given, codes), options.class_dropout_prob, random)
         return self.network.loss(codes, self.conditions(values, len(codes)), inputs, random)
+
+    if TYPE_CHECKING:  # torch says that a call returns anything
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
     @torch.no_grad()
     def nats_per_image(
