@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 # These modules register the types of `model.backbone` and `model.bottleneck`.
 from stage1_tokenizer import continuous, finite_scalar, lookup_free, mlp_backbone, residual_quantizer, vqgan_backbone  # noqa: F401
@@ -24,6 +25,7 @@ from stage1_tokenizer.conditional_network import ConditionalNetwork
 from stage1_tokenizer.conv_backbone import ConvConfig
 from stage1_tokenizer.objective import ObjectiveConfig, corrupt, negative_log_likelihood, reconstruction_loss
 from stage1_tokenizer.vector_quantizer import VectorConfig
+from twostage.core.config.registry import plugins_of
 from twostage.core.config.sections import Count, Flag, Section, Sides, Width, parse_config
 from twostage.core.errors import InputError
 from twostage.core.runs.model_folder import filled, hash_tensors, load_model_folder, save_model_folder
@@ -194,9 +196,14 @@ class Autoencoder(nn.Module):
         return self.config.model.condition == "class"
 
     @property
+    def device(self) -> torch.device:
+        """The device of its weights."""
+        return next(self.parameters()).device
+
+    @property
     def last_layer(self) -> nn.Parameter:
-        """The weights of the decoder's last layer."""
-        layers = [layer for layer in self.decoder.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        """The weights of the decoder's last layer: a linear layer, or a convolution of any kind."""
+        layers = [layer for layer in self.decoder.modules() if isinstance(layer, nn.Linear | _ConvNd)]
         assert isinstance(layers[-1].weight, nn.Parameter)
         return layers[-1].weight
 
@@ -313,8 +320,7 @@ class Autoencoder(nn.Module):
         Raises:
             InputError: the bottleneck has no prior of its own.
         """
-        device = next(self.parameters()).device
-        noise = torch.randn(num_images, *self.latent_shape, generator=generator, device=device)
+        noise = torch.randn(num_images, *self.latent_shape, generator=generator, device=self.device)
         if self.class_conditional and labels is None:
             labels = torch.arange(num_images) % len(self.config.class_names or [])
         return self.sample_from(noise, labels)
@@ -369,7 +375,8 @@ class Autoencoder(nn.Module):
         state = self.state_dict() if state is None else state
         written = self.config.model_dump(mode="json").items()
         config: dict[str, Any] = {key: value for key, value in written if value or key not in LATER_KEYS}
-        save_model_folder(Path(folder), "tokenizer", config | {"hash": self.content_hash()}, state)
+        config["hash"] = self.content_hash()
+        save_model_folder(Path(folder), "tokenizer", config, state, plugins_of(self.config))
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Autoencoder":

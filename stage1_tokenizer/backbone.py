@@ -5,16 +5,25 @@ Axes: B images, C channels, H and W pixels, h and w cells of the latent grid.
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twostage.core.config.registry import OpenUnion
 from twostage.core.config.sections import Section
 
-__all__ = ["BackboneConfig", "Networks", "ResBlock", "group_norm", "shifted"]
+__all__ = ["ACTIVATIONS", "Activation", "BackboneConfig", "Networks", "ResBlock", "group_norm", "shifted"]
 
+Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh"]
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
+"""torch's module for each activation, with torch's own settings, such as a slope of 0.01 for `leaky_relu`."""
 Networks = tuple[nn.Module, nn.Module]
 """The encoder and the decoder."""
 
@@ -50,15 +59,18 @@ class BackboneConfig(OpenUnion, Section):
 
 
 class ResBlock(nn.Module):
-    """shortcut(x) + conv(silu(norm(conv(silu(norm(x)))))), (B, inputs, H, W) -> (B, outputs, H, W) (He et al. 2016,
+    """shortcut(x) + conv(act(norm(conv(act(norm(x)))))), (B, inputs, H, W) -> (B, outputs, H, W) (He et al. 2016,
     pre-activation). The shortcut is a 1x1 convolution if the widths differ.
 
     Args:
         norm: makes the normalisation of a number of channels.
     """
 
-    def __init__(self, inputs: int, outputs: int, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, norm: Callable[[int], nn.Module], activation: Activation = "silu"
+    ) -> None:
         super().__init__()
+        self.act = ACTIVATIONS[activation]()
         self.norm1 = norm(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.norm2 = norm(outputs)
@@ -66,8 +78,8 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)))
+        y = self.conv1(self.act(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(self.act(self.norm2(y)))
 
 
 def shifted(features: Tensor, shift: Tensor | None) -> Tensor:

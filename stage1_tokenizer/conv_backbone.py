@@ -12,7 +12,7 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from stage1_tokenizer.backbone import BackboneConfig, Networks, ResBlock, group_norm, shifted
+from stage1_tokenizer.backbone import ACTIVATIONS, Activation, BackboneConfig, Networks, ResBlock, group_norm, shifted
 from twostage.core.config.sections import Count, Size, Width
 
 __all__ = ["ConvConfig"]
@@ -35,6 +35,7 @@ class ConvConfig(BackboneConfig):
     group_channels: Width = 4
     """The least channels that one group of a group normalisation holds. From 16 on, the network computes with its
     channels last in memory, which is faster on most machines; fewer make that slow."""
+    activation: Activation = "silu"
     attention_factors: list[Count] = Field(default=[])
     """Resolutions at which self-attention follows each residual block: 4 means a quarter of the image's sides."""
 
@@ -89,9 +90,10 @@ def _level(config: ConvConfig, level: int) -> list[nn.Module]:
     """The blocks of one resolution."""
     width, blocks = config.channels * config.channel_mult[level], config.num_res_blocks[level]
     if config.patch_size * 2**level not in config.attention_factors:
-        return [ResBlock(width, width, config.norm) for _ in range(blocks)]
+        return [ResBlock(width, width, config.norm, config.activation) for _ in range(blocks)]
     pairs: list[list[nn.Module]] = [
-        [ResBlock(width, width, config.norm), AttentionBlock(width, config.norm)] for _ in range(blocks)
+        [ResBlock(width, width, config.norm, config.activation), AttentionBlock(width, config.norm)]
+        for _ in range(blocks)
     ]
     return [block for pair in pairs for block in pair] or [AttentionBlock(width, config.norm)]
 
@@ -102,13 +104,13 @@ class ConvEncoder(nn.Module):
     def __init__(self, config: ConvConfig, channels: int, encoded_channels: int) -> None:
         super().__init__()
         self.patch_size, self.memory_format = config.patch_size, config.memory_format
-        widths = [config.channels * mult for mult in config.channel_mult]
+        widths, act = [config.channels * mult for mult in config.channel_mult], ACTIVATIONS[config.activation]
         layers: list[nn.Module] = [nn.Conv2d(channels * config.patch_size**2, widths[0], 3, padding=1)]
         for level, width in enumerate(widths):
             if level:
-                layers += [nn.SiLU(), nn.Conv2d(widths[level - 1], width, 4, stride=2, padding=1)]
+                layers += [act(), nn.Conv2d(widths[level - 1], width, 4, stride=2, padding=1)]
             layers += _level(config, level)
-        layers += [nn.SiLU(), nn.Conv2d(widths[-1], encoded_channels, 1)]
+        layers += [act(), nn.Conv2d(widths[-1], encoded_channels, 1)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -122,10 +124,10 @@ class ConvDecoder(nn.Module):
     def __init__(self, config: ConvConfig, channels: int, latent_channels: int) -> None:
         super().__init__()
         self.patch_size, self.memory_format = config.patch_size, config.memory_format
-        widths = [config.channels * mult for mult in config.channel_mult]
+        widths, act = [config.channels * mult for mult in config.channel_mult], ACTIVATIONS[config.activation]
         layers: list[nn.Module] = [nn.Conv2d(latent_channels, widths[-1], 3, padding=1)]
         for level in reversed(range(len(widths))):
-            layers += [*_level(config, level), nn.SiLU()]
+            layers += [*_level(config, level), act()]
             if level:
                 layers.append(nn.ConvTranspose2d(widths[level], widths[level - 1], 4, stride=2, padding=1))
         layers.append(nn.Conv2d(widths[0], channels * config.patch_size**2, 3, padding=1))

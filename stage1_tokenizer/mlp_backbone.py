@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from stage1_tokenizer.backbone import BackboneConfig, Networks, shifted
+from stage1_tokenizer.backbone import ACTIVATIONS, Activation, BackboneConfig, Networks, shifted
 from twostage.core.config.sections import Width
 
 __all__ = ["MLPConfig"]
@@ -18,12 +18,13 @@ __all__ = ["MLPConfig"]
 
 @BackboneConfig.register
 class MLPConfig(BackboneConfig):
-    """Fully connected layers with ReLU: 784-400-20 is ``hidden_sizes: [400]`` with 20 latent channels."""
+    """Fully connected layers: 784-400-20 is ``hidden_sizes: [400]`` with 20 latent channels."""
 
     fast_in_bf16: ClassVar[bool] = False
     type: Literal["mlp"] = "mlp"
     hidden_sizes: list[Width] = Field(default=[400], min_length=1, max_length=64)
     """Widths from the image to the latent; the decoder mirrors them."""
+    activation: Activation = "relu"
 
     @property
     def factor(self) -> int:
@@ -37,8 +38,8 @@ class MLPConfig(BackboneConfig):
     def build(self, image_shape: tuple[int, int, int], encoded_channels: int, latent_channels: int) -> Networks:
         """(B, C, H, W) -> (B, encoded_channels, 1, 1), and (B, latent_channels, 1, 1) -> (B, C, H, W)."""
         pixels = math.prod(image_shape)
-        encoder = _mlp([pixels, *self.hidden_sizes, encoded_channels])
-        decoder = _mlp([latent_channels, *reversed(self.hidden_sizes), pixels])
+        encoder = _mlp([pixels, *self.hidden_sizes, encoded_channels], self.activation)
+        decoder = _mlp([latent_channels, *reversed(self.hidden_sizes), pixels], self.activation)
         return (
             MLP(UnitRange(), nn.Flatten(), encoder, nn.Unflatten(1, (encoded_channels, 1, 1))),
             MLP(nn.Flatten(), decoder, nn.Unflatten(1, image_shape)),
@@ -64,8 +65,8 @@ class UnitRange(nn.Module):
         return images.add(1).mul_(0.5)
 
 
-def _mlp(sizes: list[int]) -> nn.Sequential:
+def _mlp(sizes: list[int], activation: Activation) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1])

@@ -46,7 +46,7 @@ def draw_images(model: Autoencoder, data: ImageData, seed: int) -> dict[str, Ima
 
 def _overview(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
     rows = spread_over_classes(data.validation.labels, len(data.validation), COLUMNS)
-    device = model.last_layer.device
+    device = model.device
     originals, labels = data.validation.read(rows), data.validation.read_labels(rows)
     images = to_float(originals.to(device))
     strips, titles = [originals], ["original"]
@@ -71,7 +71,7 @@ def _overview(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
 
 
 def _classes(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
-    device, names = model.last_layer.device, data.class_names or []
+    device, names = model.device, data.class_names or []
     trained = [label for label, name in enumerate(names) if name not in data.untrained_classes][:COLUMNS]
     labels, captions = torch.tensor(trained).repeat(STYLES), class_labels(names)
     noise = torch.randn(STYLES, *model.latent_shape, generator=_generator(seed, device), device=device)
@@ -84,12 +84,12 @@ def _manifold(model: Autoencoder) -> Image.Image:
     shares = torch.linspace(0.02, 0.98, MANIFOLD_SIDE)
     steps = torch.special.ndtri(shares)
     lattice = torch.cartesian_prod(-steps, steps).flip(1)[..., None, None]  # the second dimension grows upwards
-    return contact_sheet(to_uint8(model.decode(lattice.to(model.last_layer.device))).cpu(), columns=MANIFOLD_SIDE)
+    return contact_sheet(to_uint8(model.decode(lattice.to(model.device))).cpu(), columns=MANIFOLD_SIDE)
 
 
 def _scatter(model: Autoencoder, split: ImageSplit, class_names: list[str] | None) -> Image.Image:
     rows = spread_over_classes(split.labels, len(split), MAX_POINTS)
-    device = model.last_layer.device
+    device = model.device
     labels = split.read_labels(rows)
     z = torch.cat(
         [

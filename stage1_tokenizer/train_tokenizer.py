@@ -11,7 +11,7 @@ import torch
 import typer
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from stage1_tokenizer.augmentation import crop, flip_half
@@ -22,7 +22,15 @@ from stage1_tokenizer.perceptual import FeaturePerceptualConfig
 from stage1_tokenizer.sample_sheets import draw_images
 from stage1_tokenizer.training_losses import ImageLosses, LossConfig
 from stage1_tokenizer.validation import validate
-from twostage.core.config.sections import PathName, RunConfig, Section, describe_differences, load_config, parse_config
+from twostage.core.config.sections import (
+    PathName,
+    Plugins,
+    RunConfig,
+    Section,
+    describe_differences,
+    load_config,
+    parse_config,
+)
 from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_images, load_larger
 from twostage.core.errors import InputError
 from twostage.core.files import expand_home
@@ -71,6 +79,9 @@ class TokenizerConfig(Section):
     """A file of `configs/tokenizer/`."""
 
     run: RunConfig
+    plugins: Plugins = Field(default=[])
+    """Modules with quantizers, backbones or loss terms of your own, such as `[my_module]` for a my_module.py beside
+    this file or in the current folder (docs/extending.md)."""
     init_from: PathName | None = None
     """A trained model to start from: a run, or a model folder, for example from `twostage import`. If the config has no
     `model` group, this model's group is used."""
@@ -191,7 +202,7 @@ def train(
                     loss, logits = adversary_loss(adversary, images, fake)
                     run.update(adversary, loss)
                     terms |= adversary.module.observe(loss, *logits)
-            run.record(with_terms(output.metrics, terms))
+            run.record(output.metrics | terms)
         if config.train.parts == "all":
             autoencoder.update_codebook(run.sum)
         if adversary:
@@ -212,8 +223,8 @@ def train(
                 for name, image in draw_images(final, data, run.seed).items():
                     run.show_image(image, name or "reconstructions", name)
         if run.due("checkpoint"):
-            # The held-out loss has no perceptual and no adversarial term, so a metric of both splits is drawn.
-            curve = "reconstruction" if config.loss.perceptual or discriminator else "loss"
+            # The held-out loss has only the model's own terms, so a metric of both splits is drawn.
+            curve = "reconstruction" if config.loss.perceptual or config.loss.terms or discriminator else "loss"
             title = f"{run.folder.path.name}: {config.model.bottleneck.type} autoencoder"
             run.save(title, curve=curve, write_model=final.save_pretrained)
     if isinstance(run, DryRun):
@@ -271,11 +282,13 @@ def start_from(autoencoder: Autoencoder, source: str, parts: Literal["all", "dec
         InputError: a different architecture; lists the differences.
     """
     document, state = open_source(source)
-    own = autoencoder.config.model_dump(mode="json")
+    document.pop("hash", None)
+    earlier = parse_config(AutoencoderConfig, document, f"init_from {source}: config.json")
     compared = ["model"]
     compared += ["image_size", "channels"] if parts == "decoder" else []  # codes belong to images of one form
     compared += ["class_names"] if autoencoder.class_conditional else []
-    source_form, own_form = ({key: group[key] for key in compared} for group in (document, own))
+    own = autoencoder.config
+    source_form, own_form = (config.model_dump(mode="json", include={*compared}) for config in (earlier, own))
     if differences := describe_differences(source_form, own_form):
         raise InputError(
             f"init_from {source}: is a different model:\n  "
@@ -283,8 +296,7 @@ def start_from(autoencoder: Autoencoder, source: str, parts: Literal["all", "dec
             + "\nSet the same values, or choose another init_from="
         )
     fill(autoencoder, state, f"init_from {source}")
-    document.pop("hash", None)
-    return parse_config(AutoencoderConfig, document, f"init_from {source}: config.json").trained_against
+    return earlier.trained_against
 
 
 def make_discriminator(config: TokenizerConfig, accelerator: Accelerator) -> TrainedNetwork[Discriminator]:
@@ -327,14 +339,6 @@ def adversary_loss(
     if config.r1_weight:
         loss = loss + config.r1_weight * r1_penalty(logits_real, real)
     return loss, (logits_real, logits_fake)
-
-
-def with_terms(metrics: dict[str, Tensor], terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All metrics of a step; `loss` is what the autoencoder minimizes."""
-    loss = metrics["loss"] + terms.get("perceptual", 0)
-    if "adversarial" in terms:
-        loss = loss + terms["adversarial_weight"] * terms["adversarial"]
-    return metrics | {"loss": loss} | terms
 
 
 @torch.no_grad()

@@ -4,17 +4,20 @@ Each term is differentiated with respect to the pixels of a detached reconstruct
 backward pass for all of them, and neither the frozen network nor the discriminator ever gets a gradient from it.
 """
 
+from functools import reduce
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from pydantic import Field, field_validator
+from torch import Tensor, nn
 
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderOutput, PerceptualNetwork
 from stage1_tokenizer.code_perturbation import PerturbationConfig
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, adversarial_weight, generator_loss
 from stage1_tokenizer.feature_network import FeatureNetwork
 from stage1_tokenizer.imagenet_network import LOSS_WEIGHTS
+from stage1_tokenizer.loss_term import LossTermConfig
 from stage1_tokenizer.objective import ObjectiveConfig
 from stage1_tokenizer.perceptual import ImageNetPerceptualConfig, LPIPSConfig, PerceptualConfig, build_perceptual
 from twostage.core.training.random import BatchRandom
@@ -32,6 +35,16 @@ class LossConfig(ObjectiveConfig):
     perturbation: PerturbationConfig | None = None
     """Replaces codes by similar ones before the decoder, which then forgives more mistakes of a prior. Meant for
     VQ-GANs, because the other losses alone then blur images. null: none."""
+    terms: list[LossTermConfig] = Field(default=[])
+    """Loss terms of your own, such as `[{type: edges, weight: 0.1}]` (docs/extending.md)."""
+
+    @field_validator("terms")
+    @classmethod
+    def _each_once(cls, value: list[LossTermConfig]) -> list[LossTermConfig]:
+        types = [term.type for term in value]
+        if len(set(types)) < len(types):
+            raise ValueError(f"got the types {', '.join(types)}, expected each at most once. Remove one")
+        return value
 
     def objective(self) -> ObjectiveConfig:
         """The part that the trained model keeps."""
@@ -39,7 +52,7 @@ class LossConfig(ObjectiveConfig):
 
 
 class ImageLosses:
-    """The perceptual and the adversarial term of ``config``, both optional.
+    """The perceptual term, the terms of plugins, and the adversarial term of ``config``, all optional.
 
     Not a module: checkpoints do not contain LPIPS and feature networks, and the discriminator is trained separately.
 
@@ -58,10 +71,14 @@ class ImageLosses:
         accelerator: Accelerator,
     ) -> None:
         self.config, self.autoencoder, self.discriminator = config, autoencoder, discriminator
-        self.accelerator = accelerator
+        self.accelerator, form = accelerator, autoencoder.config
+        terms = [(term, term.build((form.channels, *form.image_size))) for term in config.terms]
+        self.terms = [
+            (term, built.to(accelerator.device).requires_grad_(False) if isinstance(built, nn.Module) else built)
+            for term, built in terms
+        ]
         self.perceptual = None
         if config.perceptual:
-            form = autoencoder.config
             built = build_perceptual(config.perceptual, form.channels, form.image_size, weights_dir)
             self.perceptual = built.to(accelerator.device)
 
@@ -90,7 +107,8 @@ class ImageLosses:
     def pixel_gradient(
         self, output: AutoencoderOutput, images: Tensor, progress: float, random: BatchRandom
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """d(weighted terms) / d(decoded), (B, C, H, W), or None without terms; and metrics by name.
+        """d(weighted terms) / d(decoded), (B, C, H, W), or None without terms; and metrics by name, among them the
+        whole `loss` that the autoencoder minimises.
 
         Args:
             images: the target images (B, C, H, W) in [-1, 1].
@@ -99,13 +117,16 @@ class ImageLosses:
         """
         decoded = output.decoded.detach().requires_grad_()
         pixels = self.autoencoder.to_pixels(decoded)
-        gradient, metrics = None, {}
+        terms = {term.type: term.weight * built(pixels, images) for term, built in self.terms}
         if self.perceptual is not None and self.config.perceptual:
             is_transparent = images.shape[1] == 4
             background = 2 * random.uniform("background", (3, 1, 1), images.device) - 1 if is_transparent else 1.0
-            term = self.config.perceptual.weight * self.perceptual(pixels, images, background)
-            (gradient,) = torch.autograd.grad(term, decoded, retain_graph=True)
-            metrics = {"perceptual": term.detach()}
+            terms["perceptual"] = self.config.perceptual.weight * self.perceptual(pixels, images, background)
+        gradient, metrics = None, {name: term.detach() for name, term in terms.items()}
+        if terms:
+            total = reduce(torch.add, terms.values())
+            (gradient,) = torch.autograd.grad(total, decoded, retain_graph=True)
+            metrics["loss"] = output.loss.detach() + total.detach()
         adversarial = self.config.adversarial
         if self.discriminator is not None and adversarial and progress >= adversarial.start:
             (logits,) = self.discriminator(pixels)
@@ -115,7 +136,8 @@ class ImageLosses:
             if adversarial.adaptive:
                 weight = weight * self._adaptive_ratio(output, gradient, pull, adversarial)
             gradient = weight * pull if gradient is None else gradient + weight * pull
-            metrics |= {"adversarial": term.detach(), "adversarial_weight": weight}
+            loss = metrics.get("loss", output.loss.detach()) + weight * term.detach()
+            metrics |= {"adversarial": term.detach(), "adversarial_weight": weight, "loss": loss}
         return gradient, metrics
 
     def _adaptive_ratio(

@@ -14,7 +14,7 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from stage1_tokenizer.backbone import BackboneConfig, Networks, ResBlock, shifted
+from stage1_tokenizer.backbone import ACTIVATIONS, Activation, BackboneConfig, Networks, ResBlock, shifted
 from twostage.core.config.sections import Count, Depth, Flag, Width
 
 __all__ = ["VQGANConfig", "VQGANDecoder", "VQGANEncoder"]
@@ -32,6 +32,8 @@ class VQGANConfig(BackboneConfig):
     """One multiplier per resolution, full one first: n numbers shrink each side by 2^(n-1) (alias: `ch_mult`)."""
     input_mult: Width = 1
     """The multiplier of the encoder's first convolution."""
+    activation: Activation = "silu"
+    """Published tokenizers use `silu`."""
     num_res_blocks: Depth = 2
     """Residual blocks at each resolution; the decoder has one more."""
     attention_factors: list[Count] | None = None
@@ -132,9 +134,12 @@ class Upsample(nn.Conv2d):
 class Level(nn.Module):
     """One resolution: residual blocks, each with or without attention, then the step to the next resolution."""
 
-    def __init__(self, widths: list[int], attend: bool, norm: Norm, resample: nn.Module) -> None:
+    def __init__(
+        self, widths: list[int], attend: bool, norm: Norm, activation: Activation, resample: nn.Module
+    ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(before, after, norm) for before, after in itertools.pairwise(widths))
+        pairs = itertools.pairwise(widths)
+        self.blocks = nn.ModuleList(ResBlock(before, after, norm, activation) for before, after in pairs)
         self.attentions = nn.ModuleList(Attention(w, norm) if attend else nn.Identity() for w in widths[1:])
         self.resample = resample
 
@@ -147,11 +152,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """The blocks in the middle, at the coarsest resolution, (B, c, h, w) -> (B, c, h, w)."""
 
-    def __init__(self, width: int, attend: bool, norm: Norm) -> None:
+    def __init__(self, width: int, attend: bool, norm: Norm, activation: Activation) -> None:
         super().__init__()
-        self.block1 = ResBlock(width, width, norm)
+        self.block1 = ResBlock(width, width, norm, activation)
         self.attention = Attention(width, norm) if attend else nn.Identity()
-        self.block2 = ResBlock(width, width, norm)
+        self.block2 = ResBlock(width, width, norm, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block2(self.attention(self.block1(x)))
@@ -168,9 +173,9 @@ class VQGANEncoder(nn.Module):
         for level, (before, width) in enumerate(itertools.pairwise([config.input_width, *widths])):
             resample = nn.Identity() if level == last else Downsample(width)
             blocks = [before] + [width] * config.num_res_blocks
-            self.levels.append(Level(blocks, config.attends(level), config.norm, resample))
-        self.middle = Middle(widths[-1], config.middle_attention, config.norm)
-        self.norm_out = config.norm(widths[-1])
+            self.levels.append(Level(blocks, config.attends(level), config.norm, config.activation, resample))
+        self.middle = Middle(widths[-1], config.middle_attention, config.norm, config.activation)
+        self.norm_out, self.act = config.norm(widths[-1]), ACTIVATIONS[config.activation]()
         self.conv_out = nn.Conv2d(widths[-1], config.inner_channels, 3, padding=1)
         self.quant_conv = nn.Conv2d(config.inner_channels, encoded_channels, 1)
 
@@ -179,7 +184,7 @@ class VQGANEncoder(nn.Module):
         for level in self.levels:
             x = level(x)
         x = self.middle(x)  # (B, c, h, w)
-        return self.quant_conv(self.conv_out(F.silu(self.norm_out(x))))
+        return self.quant_conv(self.conv_out(self.act(self.norm_out(x))))
 
 
 class VQGANDecoder(nn.Module):
@@ -190,21 +195,22 @@ class VQGANDecoder(nn.Module):
         widths = config.widths
         self.post_quant_conv = nn.Conv2d(latent_channels, config.inner_channels, 1)
         self.conv_in = nn.Conv2d(config.inner_channels, widths[-1], 3, padding=1)
-        self.middle = Middle(widths[-1], config.middle_attention, config.norm)
+        self.middle = Middle(widths[-1], config.middle_attention, config.norm, config.activation)
         self.levels = nn.ModuleList()  # coarsest resolution first
         before = widths[-1]
         for level, width in reversed(list(enumerate(widths))):
             resample = Upsample(width) if level else nn.Identity()
             blocks = [before] + [width] * (config.num_res_blocks + 1)
-            self.levels.append(Level(blocks, config.attends(level, decoder=True), config.norm, resample))
+            attend = config.attends(level, decoder=True)
+            self.levels.append(Level(blocks, attend, config.norm, config.activation, resample))
             before = width
-        self.norm_out = config.norm(widths[0])
+        self.norm_out, self.act = config.norm(widths[0]), ACTIVATIONS[config.activation]()
         self.conv_out = nn.Conv2d(widths[0], channels, 3, padding=1)
 
     def forward(self, z: Tensor, shift: Tensor | None = None) -> Tensor:
         x = self.middle(self.conv_in(shifted(self.post_quant_conv(z), shift)))  # (B, c, h, w)
         for level in self.levels:
             x = level(x)
-        x = F.silu(self.norm_out(x))
+        x = self.act(self.norm_out(x))
         with torch.autocast(z.device.type, enabled=False):  # full precision for pixels and for the adaptive weight
             return self.conv_out(x.float())  # (B, C, H, W)

@@ -3,7 +3,7 @@
 Axes: B images, N = h w codes of a grid, D hidden size, H heads, E = D / H, K codes.
 """
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from stage2_prior.autoregressive import Autoregressive, Order, Step, cell_order,
 from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.jumps import WINDOW, Windows
 from stage2_prior.sampling_config import Weights
-from stage2_prior.transformer import FastTransformer, Transformer, TransformerConfig, sequence_mask, turn
+from stage2_prior.transformer import Block, FastTransformer, Transformer, TransformerConfig, sequence_mask, turn
 from twostage.core.training.random import BatchRandom
 
 __all__ = ["CausalTransformer", "CausalTransformerConfig", "CausalTransformerDecoder"]
@@ -95,13 +95,13 @@ class CausalTransformerDecoder(FastTransformer):
     @torch.no_grad()
     def __init__(self, model: CausalTransformer, context: Context, weights: Weights = "float32") -> None:
         super().__init__(model, weights)
-        heads, cells = model.config.num_heads, model.cells
-        width = model.config.hidden_size // heads
+        heads, cells = cast(Block, model.blocks[0]).num_heads, model.cells
+        width = model.code_embedding.embedding_dim // heads
         self.cell, self.size = 0, min(WINDOW, cells)
         added = model.added(context)
         self.added = added.expand(-1, cells, -1)
         self.places = 0 if context.sequence is None else context.sequence.shape[1]
-        shape = (model.config.depth, 2, context.size, heads, self.places + cells, width)
+        shape = (len(model.blocks), 2, context.size, heads, self.places + cells, width)
         self.caches = added.new_empty(shape).unbind()
         self.absent, self.present = None, context.present
         if context.sequence is not None and context.present is not None:

@@ -45,9 +45,9 @@ class NetworkConfig(OpenUnion, Section):
 
     def per_process_setting(self) -> str:
         """The setting by which each process draws random numbers of its own, such as "model.dropout=0.1", or "". A run
-        that has one cannot be resumed with another number of processes."""
-        dropout = getattr(self, "dropout", 0.0)
-        return f"model.dropout={dropout:g}" if dropout else ""
+        that has one cannot be resumed with another number of processes. By default, a key `dropout` above 0 is one."""
+        dropout = getattr(self, "dropout", None)
+        return f"model.dropout={dropout}" if dropout else ""
 
     def codes_at_once(self, grid: tuple[int, int]) -> int:
         """The number of codes of an image that one sampling step predicts."""

@@ -28,6 +28,7 @@ from stage2_prior.network import NetworkConfig, OnProgress, PriorNetwork
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.sampling import Branches
 from stage2_prior.sampling_config import SamplingConfig
+from twostage.core.config.registry import plugins_of
 from twostage.core.config.schema import tag
 from twostage.core.config.sections import Count, Number, Section, Share, Sides, parse_config
 from twostage.core.errors import InputError
@@ -360,7 +361,7 @@ class Prior(nn.Module):
         if config["conditions"] == _class_alone(config["class_names"]):
             del config["conditions"]
             config["model"].pop("context_channels", None)
-        save_model_folder(Path(folder), "prior", config, state)
+        save_model_folder(Path(folder), "prior", config, state, plugins_of(self.config))
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Prior":

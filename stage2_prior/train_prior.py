@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from accelerate import Accelerator
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from stage2_prior.autoregressive import images_at_once
@@ -22,7 +22,7 @@ from stage2_prior.prior import Prior, PriorLossConfig, ReplaceSchedule, prior_co
 from stage2_prior.sample_sheets import Decoder, draw_samples
 from stage2_prior.start_from import network_of, start_from
 from stage2_prior.transformer import TransformerConfig
-from twostage.core.config.sections import MAY_CHANGE, Count, PathName, RunConfig, Section, load_config
+from twostage.core.config.sections import MAY_CHANGE, Count, PathName, Plugins, RunConfig, Section, load_config
 from twostage.core.errors import InputError
 from twostage.core.files import expand_home
 from twostage.core.machine.command import print_once, run_command
@@ -63,6 +63,9 @@ class PriorTrainingConfig(Section):
     """A file of `configs/prior/`."""
 
     run: RunConfig
+    plugins: Plugins = Field(default=[])
+    """Modules with priors or conditions of your own, such as `[my_module]` for a my_module.py beside this file or in
+    the current folder (docs/extending.md)."""
     codes: PathName
     """The folder that `twostage encode` wrote."""
     init_from: PathName | None = None

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stage1_tokenizer.conv_backbone import ConvConfig
     from stage1_tokenizer.finite_scalar import FiniteScalarConfig
     from stage1_tokenizer.lookup_free import LookupFreeConfig
+    from stage1_tokenizer.loss_term import LossTermConfig
     from stage1_tokenizer.mlp_backbone import MLPConfig
     from stage1_tokenizer.objective import CorruptionConfig, ObjectiveConfig
     from stage1_tokenizer.residual_quantizer import ResidualConfig
@@ -54,6 +55,7 @@ __all__ = [
     "IdentityConfig",
     "InputError",
     "LookupFreeConfig",
+    "LossTermConfig",
     "MLPConfig",
     "MaskedTransformerConfig",
     "ModelConfig",
@@ -95,6 +97,7 @@ MODULES = {
     "GaussianConfig": "stage1_tokenizer.continuous",
     "IdentityConfig": "stage1_tokenizer.continuous",
     "InputError": "twostage.core.errors",
+    "LossTermConfig": "stage1_tokenizer.loss_term",
     "LookupFreeConfig": "stage1_tokenizer.lookup_free",
     "MLPConfig": "stage1_tokenizer.mlp_backbone",
     "MaskedTransformerConfig": "stage2_prior.masked_transformer",

@@ -69,6 +69,8 @@ def test_one_backward_pass_gives_the_gradient_of_the_whole_loss(
     torch.testing.assert_close(terms["adversarial_weight"].item(), weight, rtol=1e-4, atol=0)
     torch.testing.assert_close(terms["perceptual"], perceptual.detach())
     torch.testing.assert_close(terms["adversarial"], adversarial.detach())
+    whole = (output.loss + perceptual + weight * adversarial).detach()
+    torch.testing.assert_close(terms["loss"], whole, rtol=1e-5, atol=1e-6)
 
 
 def test_the_adaptive_ratio_is_clamped(features, tiny_autoencoder, random_images, whole_batch, new_process):
@@ -86,7 +88,8 @@ def test_the_discriminator_has_no_effect_before_its_start(
     gradient, terms = losses.pixel_gradient(
         output, random_images(4, size=(16, 16)), progress=0.49, random=whole_batch(4)
     )
-    assert list(terms) == ["perceptual"]
+    assert list(terms) == ["perceptual", "loss"]
+    torch.testing.assert_close(terms["loss"], output.loss.detach() + terms["perceptual"])
     assert gradient.abs().sum() > 0
 
 

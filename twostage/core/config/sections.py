@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from twostage.core.config.overrides import apply_overrides
-from twostage.core.config.registry import OpenUnion
+from twostage.core.config.registry import PLUGINS_VARIABLE, OpenUnion, is_open, load_plugins
 from twostage.core.config.schema import alternatives, groups, item_annotation, tag
 from twostage.core.config.yaml_text import read_yaml, with_texts
 from twostage.core.errors import InputError
@@ -28,6 +28,7 @@ __all__ = [
     "Flag",
     "Number",
     "PathName",
+    "Plugins",
     "RunConfig",
     "Section",
     "Seed",
@@ -75,6 +76,19 @@ MAY_CHANGE = "may change when a run resumes"
 it."""
 CHANGES_NO_NUMBER = "changes no number of a run"
 """Marks a key on which no result depends. A resumed run may change it too, and there is nothing to compare by it."""
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _loaded(names: list[str]) -> list[str]:
+    load_plugins(names)
+    return names
+
+
+Plugins = Annotated[list[str], MAY_CHANGE, BeforeValidator(_as_list), AfterValidator(_loaded)]
+"""Modules that register types, or one. This key must come before those that use the types: keys are read in order."""
 
 
 class Section(BaseModel):
@@ -135,9 +149,14 @@ def load_config(
     except ValueError as error:  # bytes that are not UTF-8 too
         why = " ".join(str(error).split())
         raise InputError(f"config {path}: not valid YAML: {why}. Fix the syntax") from None
-    document = {} if document is None else with_texts(schema, document, texts)
+    document = {} if document is None else document
     if not isinstance(document, dict):
         raise InputError(f"config {path}: expected groups such as `data:` and `train:`, got {short_repr(document)}")
+    if "plugins" in schema.model_fields:  # first, because they define what other keys may be
+        named = [each for each in overrides or [] if each.partition("=")[0].strip() == "plugins"]
+        names = _as_list(apply_overrides(schema, document, named, lambda line: None).get("plugins"))
+        load_plugins([name for name in names if isinstance(name, str)] if isinstance(names, list) else [], path.parent)
+    document = with_texts(schema, document, texts) if document else document
     document = apply_overrides(schema, document, overrides or [], on_notice)
     return parse_config(schema, document, f"config {path}")
 
@@ -223,10 +242,16 @@ def _describe(schema: type[Section], details: ErrorDetails) -> str:
     if kind == "union_tag_invalid":
         got_tag = got["type"]
         near = difflib.get_close_matches(str(got_tag), tags, n=1)
-        is_open = any(isinstance(one, type) and issubclass(one, OpenUnion) for one in alternatives(annotation))
-        plugin = "; if a plugin defines it, install that plugin" if is_open else ""
-        hint = f"; did you mean {near[0]!r}?" if near else plugin
-        return f"{path}.type: got {short_repr(got_tag)}, expected one of {_quoted(tags)}{hint}"
+        from_plugins = not tags or any(
+            isinstance(one, type) and issubclass(one, OpenUnion) for one in alternatives(annotation)
+        )
+        plugin = (
+            "; if a plugin defines it, add its module to `plugins` in the config, set the environment variable "
+            f"{PLUGINS_VARIABLE}, or install it"
+        )
+        hint = f"; did you mean {near[0]!r}?" if near else plugin if from_plugins else ""
+        expected = f"expected one of {_quoted(tags)}" if tags else "but twostage has none of its own"
+        return f"{path}.type: got {short_repr(got_tag)}, {expected}{hint}"
     if kind in ("model_type", "model_attributes_type"):
         return f"{path}: expected a group of keys, got {short_repr(got)}"
     if kind == "string_too_short":
@@ -250,7 +275,7 @@ def _locate(schema: type[Section], location: tuple[int | str, ...]) -> tuple[str
     holder: type[BaseModel] | None = schema
     for part in location:
         members = groups(group)
-        tagged = [m for m in members if len(members) > 1 and tag(m) == part]
+        tagged = [m for m in members if (len(members) > 1 or is_open(group)) and tag(m) == part]
         if tagged:
             group = tagged[0]
             continue

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from twostage.core.config.registry import check_plugins
 from twostage.core.errors import InputError
 from twostage.core.files import read_json, replacing, write_json
 from twostage.core.machine.unallocated import unallocated
@@ -54,8 +55,16 @@ def hash_tensors(labelled: Iterable[tuple[str, Tensor]], start: str = "") -> str
     return digest.hexdigest()
 
 
-def save_model_folder(folder: Path, kind: str, config: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Write a model folder; ``kind`` (`tokenizer`, `prior`) prevents loading it as another kind of model."""
+def save_model_folder(
+    folder: Path, kind: str, config: dict[str, Any], state: dict[str, Tensor], plugins: list[str] | None = None
+) -> None:
+    """Write a model folder.
+
+    Args:
+        kind: `tokenizer` or `prior`; prevents loading it as another kind of model.
+        plugins: the modules that loading needs; stored only if there are any.
+    """
+    config = config | ({"plugins": plugins} if plugins else {})
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS, durable=True) as partial:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial)
@@ -82,7 +91,7 @@ def load_model_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict
     """The config and the weights of a model folder, or of a run folder's `model/`.
 
     Raises:
-        InputError: there is no model of this ``kind``, or it is incomplete or damaged.
+        InputError: there is no model of this ``kind``, it is incomplete or damaged, or needs a plugin.
     """
     folder = find_model_folder(path)
     config = read_json(folder / "config.json", "copy the model again")
@@ -90,6 +99,10 @@ def load_model_folder(path: str | Path, kind: str) -> tuple[dict[str, Any], dict
     found = config.pop("kind", None)
     if found != kind:
         raise InputError(f"{folder}: is a {found}, expected a {kind}")
+    plugins = config.pop("plugins", [])
+    if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
+        raise InputError(f"{folder}: damaged: expected `plugins` to be names, got {plugins!r}. Copy the model again")
+    check_plugins(plugins, folder)
     try:
         return config, load_file(folder / WEIGHTS)
     except FileNotFoundError:
