@@ -27,7 +27,7 @@ def short_repr(value: Any, max_length: int = 120) -> str:
 
 def printable(name: str | os.PathLike[str]) -> str:
     """A file's name on one line; bytes and characters that cannot be printed become escapes."""
-    if isinstance(name, str) and name.isprintable():
-        return name
+    if (text := os.fspath(name)).isprintable():
+        return text
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

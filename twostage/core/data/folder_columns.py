@@ -155,6 +155,10 @@ def _captions(
         )
     texts, unmatched = _text_files(content) if wanted in (AUTO, _TEXT_FILES) else ({}, [])
     known = metadata.columns.get(column or "", {})
+    if column not in (None, _TEXT_FILES):
+        unmatched = [*metadata.unmatched, *unmatched]
+    if not texts and not known:
+        return dict.fromkeys(images), unmatched
     found: dict[str, Captions | None] = {}
     for split, paths in images.items():
         names = [content.name(path) for path in paths]
@@ -170,8 +174,6 @@ def _captions(
             captions[row] = captions[row] or beside
         found[split] = captions
     any_captions = any(map(has_captions, found.values()))
-    if column not in (None, _TEXT_FILES):
-        unmatched = [*metadata.unmatched, *unmatched]
     return found if any_captions else dict.fromkeys(images), unmatched
 
 
@@ -185,10 +187,10 @@ def _is_text(value: Any) -> bool:
 
 def _text_files(content: FolderContent) -> tuple[dict[Path, tuple[str, ...]], list[str]]:
     """The captions in `NAME.txt` beside `NAME.png`, one in each line, and the files without an image beside them."""
-    by_stem: dict[Path, list[Path]] = {}
-    for image in content.images:
-        by_stem.setdefault(image.with_suffix(""), []).append(image)
     files = [path for path, why in content.skipped.items() if path.suffix.lower() == ".txt" and why != "hidden"]
+    by_stem: dict[Path, list[Path]] = {}
+    for image in content.images if files else ():
+        by_stem.setdefault(image.with_suffix(""), []).append(image)
     used = [path for path in files if path.with_suffix("") in by_stem]
     folders = {path.parent for path in used}
     unmatched = [path for path in files if path.parent in folders and path.with_suffix("") not in by_stem]

@@ -119,17 +119,16 @@ def why_skipped(path: Path) -> str | None:
 def list_folder(root: Path) -> FolderContent:
     """List everything below ``root``, following links to folders."""
     content = FolderContent(root)
-    _walk(root, root, (), content, hidden=False)
-    content.skipped = {path.relative_to(root): reason for path, reason in content.skipped.items()}
+    _walk(content, Path(), (), hidden=False)
     return content
 
 
-def _walk(root: Path, folder: Path, above: tuple[tuple[int, int], ...], content: FolderContent, hidden: bool) -> bool:
+def _walk(content: FolderContent, folder: Path, above: tuple[tuple[int, int], ...], hidden: bool) -> bool:
     """Sort all files below ``folder`` into ``content``; return whether any is an image."""
     try:
-        with os.scandir(folder) as found:
+        with os.scandir(content.root / folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)
-        status = folder.stat()
+        status = (content.root / folder).stat()
     except OSError as error:
         content.skipped[folder] = "hidden" if hidden else f"cannot be read: {error.strerror}"
         return False
@@ -145,7 +144,7 @@ def _walk(root: Path, folder: Path, above: tuple[tuple[int, int], ...], content:
         except OSError:  # a link to itself
             is_folder = is_file = False
         if is_folder:
-            has_images |= _walk(root, path, (*above, here), content, is_hidden)
+            has_images |= _walk(content, path, (*above, here), is_hidden)
         elif is_hidden:
             content.skipped[path] = "hidden"
         elif not is_file:
@@ -154,8 +153,8 @@ def _walk(root: Path, folder: Path, above: tuple[tuple[int, int], ...], content:
         elif reason := why_skipped(path):
             content.skipped[path] = reason
         else:
-            content.images.append(path.relative_to(root))
+            content.images.append(path)
             has_images = True
     if not has_images and not hidden:
-        content.empty[empty_before:] = [folder.relative_to(root)]
+        content.empty[empty_before:] = [folder]
     return has_images

@@ -66,8 +66,9 @@ def read_metadata(content: FolderContent) -> Metadata:
     Raises:
         InputError: a file is not valid, names none of the images, or two rows disagree about an image.
     """
-    metadata, names = Metadata(), _Names(content.images)
-    for file in [path for path, reason in sorted(content.skipped.items()) if reason != "hidden"]:
+    metadata, files = Metadata(), [path for path, reason in sorted(content.skipped.items()) if reason != "hidden"]
+    names = _Names(content.images if files else ())
+    for file in files:
         rows = _rows(content, file, names)
         if rows is None:
             continue

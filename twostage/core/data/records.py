@@ -59,7 +59,10 @@ class Records:
         """The sha256 of the names, sizes and times of the files: it changes whenever an image may have changed."""
         digest = hashlib.sha256("\n".join([self.version, *self.names]).encode("utf-8", "surrogatepass"))
         for file in self.files or []:
-            stat = file.stat() if file.exists() else None  # a table can name a missing file
+            try:
+                stat = file.stat()
+            except OSError:  # a table can name a missing file
+                stat = None
             about = f"|{stat.st_size}|{stat.st_mtime_ns}\n" if stat else "|missing\n"
             digest.update(os.fsencode(file.absolute()) + about.encode())
         return digest.hexdigest()

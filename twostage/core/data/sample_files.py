@@ -22,12 +22,15 @@ def read_samples(content: FolderContent, metadata: Metadata) -> None:
     Raises:
         InputError: a file is unreadable, or disagrees with the other metadata.
     """
+    files = [
+        file
+        for file, reason in content.skipped.items()
+        if file.suffix.lower() in _SUFFIXES and reason != "hidden" and file not in metadata.files
+    ]
     images: dict[Path, list[Path]] = {}
-    for image in content.images:
+    for image in content.images if files else ():
         images.setdefault(image.with_suffix(""), []).append(image)
-    for file, reason in content.skipped.items():
-        if file.suffix.lower() not in _SUFFIXES or reason == "hidden" or file in metadata.files:
-            continue
+    for file in files:
         if not (described := images.get(file.with_suffix(""))):
             continue
         values = _values(content, file)
