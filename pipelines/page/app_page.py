@@ -48,6 +48,7 @@ CSS = """
 """Galleries show small images with square pixels, whole captions and all columns, or three on a telephone; no label
 covers an image."""
 BRUSH = "#e11d48"
+GUIDANCE = "Above 1: closer to the class or prompt. 0: ignores it."
 PROGRESS = gr.Progress()
 """A default argument that makes Gradio show a progress bar on the page."""
 
@@ -294,7 +295,8 @@ def _sampling_controls(pipeline: TwoStagePipeline) -> dict[str, Component]:
     def slider(name: str) -> Component:
         low, high, value, step = ranges[name]
         label = fields[name].title or name.replace("_", " ").capitalize()
-        return gr.Slider(low, high, value, step=step, label=label, info=fields[name].description)
+        info = GUIDANCE if name == "guidance_scale" else fields[name].description
+        return gr.Slider(low, high, value, step=step, label=label, info=info)
 
     shown = {name: slider(name) for name in ranges if name == "guidance_scale"}
     with gr.Accordion("Sampling", open=False):
