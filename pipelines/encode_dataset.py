@@ -3,13 +3,15 @@
 accelerate launch -m pipelines.encode_dataset runs/TOKENIZER [--out DIR] [--data SOURCE] [--horizontal-flip] [--crops N]
     [data.KEY=VALUE ...]
 
-All processes must run on the same machine.
+All processes must run on the same machine. Several machines take a share each (--shard 1/4, --shard 2/4, ...); then the
+same command without --shard puts the codes together.
 """
 
 from typing import Annotated
 
 import typer
 
+from twostage.core.errors import InputError
 from twostage.core.machine.command import run_command
 
 __all__ = ["command"]
@@ -31,14 +33,33 @@ def command(
         bool, typer.Option("--horizontal-flip", help="Also encode the training images mirrored.")
     ] = False,
     crops: Annotated[int, typer.Option(min=0, help="Also encode this many crops of each training image.")] = 0,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER/COUNT",
+            help="Only encode this share, such as 2/4, on one of several machines. When all are done, run the command "
+            "without it.",
+        ),
+    ] = None,
 ) -> None:
     """Encode a dataset with a trained tokenizer. Run the same command again to resume."""
     from pipelines.encoding.dataset_codes import encode_dataset
     from stage2_prior.codes import Augmentation
     from twostage.core.machine.stopping import resumable
 
+    share = _parse_shard(shard)
+    augmentation = Augmentation(horizontal_flip=horizontal_flip, crops=crops)
     with resumable():
-        encode_dataset(tokenizer, out, data, Augmentation(horizontal_flip=horizontal_flip, crops=crops), settings)
+        encode_dataset(tokenizer, out, data, augmentation, settings, share)
+
+
+def _parse_shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise InputError(f"--shard {text}: expected NUMBER/COUNT with a number from 1 to the count, such as 2/4")
+    return int(number), int(count)
 
 
 if __name__ == "__main__":

@@ -47,18 +47,21 @@ def encode_dataset(
     source: str | None = None,
     augmentation: Augmentation | None = None,
     settings: list[str] | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> Path:
     """Encode every split into ``out`` (codes/NAME by default). The processes of one machine share the images.
 
-    If it is killed, the same call resumes, with any number of processes.
+    If it is killed, the same call resumes, with any number of processes. Several machines share the images by
+    ``shard``; a last call without it puts their codes together and encodes what is missing.
 
     Args:
         source: another dataset than the one that the tokenizer was trained on.
         augmentation: the additional rows of the training split; none by default.
         settings: of captions, vectors and maps, such as `data.on_missing_caption=skip`; by default the tokenizer's.
+        shard: (2, 4): encode the second of four shares, into a folder beside ``out``.
 
     Returns:
-        The folder: a code cache.
+        The folder: a code cache, or the share of one.
 
     Raises:
         InputError: no tokenizer there, one without codes, a folder that contains other codes or other files, images
@@ -80,20 +83,28 @@ def encode_dataset(
     if _contains_these_codes(final, reference, config, augmentation):
         print_once(f"{final}: already contains the codes of this tokenizer; nothing to do")
         if state.is_main_process:
-            discard_leftover(final)  # of a call that was killed in its last step
+            discard_leftover(final, reference.hash)  # of a call that was killed in its last step
         return final
 
     data = _load(config, augmentation)
     splits = image_variants(data, augmentation)
     contents = data.contents()
-    partial = _partial_codes(final, reference, config, contents, splits)
-    if state.is_main_process and (message := partial.begin(model.code_grid, code_dtype(model.codebook_size))):
-        print(message)
+    partial = _partial_codes(final, reference, config, contents, splits, shard)
+    if state.is_main_process:
+        begun = partial.begin(model.code_grid, code_dtype(model.codebook_size))
+        for message in [*([begun] if begun else []), *([] if shard else partial.collect())]:
+            print(message)
     state.wait_for_everyone()
     partial.check_shared()
     for split, images in splits.items():
-        _encode_split(model, images, split, partial, state)
+        _encode_split(model, images, split, partial, state, shard or (1, 1))
     state.wait_for_everyone()
+    if shard:
+        print_once(
+            f"{partial.folder}: share {shard[0]} of {shard[1]} is done. When all shares are beside {final}, run the "
+            "same command without --shard"
+        )
+        return partial.folder
     if state.is_main_process:
         manifest = _manifest(model, data, config, contents.record, reference, partial)
         partial.finish(manifest)
@@ -173,22 +184,29 @@ def _partial_codes(
     config: DataConfig,
     images: Contents,
     splits: dict[str, ImageVariants],
+    shard: tuple[int, int] | None,
 ) -> PartialCodes:
     augmentation, group = splits["train"].augmentation.model_dump(mode="json"), config.model_dump(mode="json")
     common = {"tokenizer": reference.hash, "augmentation": augmentation}
     places = dict.fromkeys(("source", "maps", *(("vector_column",) if config.vector_file else ())))
     identity = common | {"data": group | places, "images": images.facts}
-    return PartialCodes(final, identity, splits, former=common | {"data": group})
+    return PartialCodes(final, identity, splits, former=common | {"data": group}, shard=shard)
 
 
 @torch.no_grad()
 def _encode_split(
-    model: Autoencoder, images: ImageVariants, name: str, partial: PartialCodes, state: PartialState
+    model: Autoencoder,
+    images: ImageVariants,
+    name: str,
+    partial: PartialCodes,
+    state: PartialState,
+    shard: tuple[int, int],
 ) -> None:
     """Write this process's share of a split's codes."""
     codes, maps, done = partial.open(name), partial.open_maps(name), partial.open_done(name)
     chunks = torch.arange(len(images.images)).split(CHUNK)
-    mine = [chunk for chunk in range(state.process_index, len(chunks), state.num_processes) if not done[chunk]]
+    of_shard = range(shard[0] - 1, len(chunks), shard[1])
+    mine = [chunk for chunk in of_shard[state.process_index :: state.num_processes] if not done[chunk]]
     for chunk in ProgressBar(mine, desc=name, unit="batch", disable=not state.is_main_process, leave=False):
         first = chunk * CHUNK
         for pixels in images.read(chunks[chunk]):

@@ -1,5 +1,6 @@
 """The folder in which `twostage encode` works, and from which it resumes after an interruption."""
 
+import glob
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from twostage.core.config.sections import summarize_differences
 from twostage.core.data.dataset import DataConfig
 from twostage.core.errors import InputError
 from twostage.core.files import read_json, write_json
+from twostage.core.wording import one_line
 
 __all__ = ["CHUNK", "PartialCodes", "discard_leftover"]
 
@@ -23,7 +25,7 @@ CHUNK = 256  # images encoded together, in all their variants
 _IDENTITY = "identity.json"
 _ONE_MACHINE = (
     "All processes must see each other's files. On several machines they do not: neither on separate disks, nor on "
-    "most network disks. Remove this folder and encode on one machine."
+    "most network disks. Remove this folder and encode on one machine, or give each machine a share with --shard."
 )
 
 
@@ -35,13 +37,16 @@ class PartialCodes:
     the main process writes everything else.
 
     All processes must run on one machine, because they write to the same mapped files. Several machines would overwrite
-    each other's pages on a network disk, and would not see them at all on disks of their own.
+    each other's pages on a network disk, and would not see them at all on disks of their own. So each of several
+    machines has a folder of its own, its shard.
 
     Args:
         final: the folder NAME.
         identity: everything that determines the codes, as JSON; only a folder with the same identity is resumed.
         splits: the images to encode.
         former: the identity as earlier versions wrote it, which is accepted too.
+        shard: the share (number, of how many) of one machine, whose folder is `.NAME.shard-2-of-4`. The call without
+            a shard takes over the rows of all such folders, see :meth:`collect`.
     """
 
     def __init__(
@@ -50,11 +55,13 @@ class PartialCodes:
         identity: dict[str, Any],
         splits: dict[str, ImageVariants],
         former: dict[str, Any] | None = None,
+        shard: tuple[int, int] | None = None,
     ) -> None:
         self.final, self.splits = final, splits
         rows = {"rows": {name: split.rows for name, split in splits.items()}}
-        self.identity, self.former = rows | identity, former and rows | former
-        self.folder = _partial_folder(final)
+        self.identity: dict[str, Any] = rows | identity
+        self.former = former and rows | former
+        self.folder = _partial_folder(final, shard)
         self.codes = self.folder / "codes"
         self.identity_file = self.folder / _IDENTITY
 
@@ -82,13 +89,49 @@ class PartialCodes:
         if self.folder.exists():
             differences = summarize_differences(stored, self.identity) if stored else "incomplete"
             message = f"{self.folder}: discarded, left by an interrupted call ({differences})"
-            discard_leftover(self.final)
+            _discard(self.folder)
         try:
             self._create_files(grid, dtype)
         except OSError as error:
-            discard_leftover(self.final)
+            _discard(self.folder)
             raise OSError(error.errno, os.strerror(error.errno or 0), str(self.final)) from None
         return message
+
+    def collect(self) -> list[str]:
+        """Takes over the rows that are done in the folders of shards; returns a message for each folder."""
+        messages = []
+        for folder in _shard_folders(self.final):
+            identity = folder / _IDENTITY
+            stored = read_json(identity, f"remove {folder}") if identity.is_file() else None
+            if stored != self.identity:
+                why = summarize_differences(stored, self.identity) if stored else "incomplete"
+                messages.append(f"{folder}: not used, because it encodes something else ({why})")
+                continue
+            try:
+                rows = sum(self._collect_split(folder, name) for name in self.splits)
+                messages.append(f"{folder}: {rows:,} more rows are done there")
+            except (OSError, ValueError) as error:  # an incomplete copy
+                messages.append(f"{folder}: not used, because it cannot be read ({one_line(error)})")
+        return messages
+
+    def _collect_split(self, folder: Path, name: str) -> int:
+        """Copies the rows of all chunks of a split that are done there and not here; returns their number."""
+        images, variants = len(self.splits[name].images), self.splits[name].augmentation.variants
+        there, here = np.load(folder / f"{name}.done.npy", allow_pickle=False), self.open_done(name)
+        chunks = np.flatnonzero((there == 1) & (here == 0))
+        for file in (f"{name}.codes.npy", f"{name}.maps.npy"):
+            if not (self.codes / file).is_file():
+                continue
+            source = np.load(folder / "codes" / file, mmap_mode="r", allow_pickle=False)
+            target = np.load(self.codes / file, mmap_mode="r+", allow_pickle=False)
+            for first in [variant * images for variant in range(variants)]:
+                for chunk in chunks:
+                    rows = slice(first + chunk * CHUNK, first + min((chunk + 1) * CHUNK, images))
+                    target[rows] = source[rows]
+            target.flush()
+        here[chunks] = 1
+        here.flush()
+        return int(np.minimum(CHUNK, images - CHUNK * chunks).sum()) * variants
 
     def _create_files(self, grid: tuple[int, int], dtype: type[np.integer]) -> None:
         self.codes.mkdir(parents=True)
@@ -151,7 +194,7 @@ class PartialCodes:
                 )
         write_json(self.codes / "manifest.json", manifest.model_dump(mode="json"))
         self.codes.rename(self.final)  # replaces an empty folder
-        discard_leftover(self.final)
+        discard_leftover(self.final, self.identity["tokenizer"])
 
     def _done_file(self, name: str) -> Path:
         return self.folder / f"{name}.done.npy"
@@ -169,13 +212,24 @@ def _create_array(file: Path, dtype: type[np.integer], shape: tuple[int, ...]) -
             os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
 
 
-def discard_leftover(final: Path) -> None:
-    """Remove what an interrupted call left beside the folder ``final``, if anything."""
-    folder = _partial_folder(final)
+def discard_leftover(final: Path, tokenizer: str) -> None:
+    """Remove what calls have left beside the finished folder ``final``; of the shards, those of the ``tokenizer`` with
+    this hash."""
+    _discard(_partial_folder(final))
+    for folder in _shard_folders(final):
+        if (folder / _IDENTITY).is_file() and read_json(folder / _IDENTITY, "remove it").get("tokenizer") == tokenizer:
+            _discard(folder)
+
+
+def _discard(folder: Path) -> None:
     if folder.exists():
         (folder / _IDENTITY).unlink(missing_ok=True)  # first: after a kill here, nothing can be resumed
         shutil.rmtree(folder)
 
 
-def _partial_folder(final: Path) -> Path:
-    return final.with_name(f".{final.name}.partial")
+def _shard_folders(final: Path) -> list[Path]:
+    return sorted(final.parent.glob(f".{glob.escape(final.name)}.shard-*"))
+
+
+def _partial_folder(final: Path, shard: tuple[int, int] | None = None) -> Path:
+    return final.with_name(f".{final.name}.shard-{shard[0]}-of-{shard[1]}" if shard else f".{final.name}.partial")

@@ -252,9 +252,9 @@ def test_missing_chunks_are_noticed(runs, twostage, tmp_path, monkeypatch):
     """The second of two processes wrote to a disk of its own."""
     encode_split = dataset_codes._encode_split
 
-    def one_of_two(model, images, name, partial, state):
+    def one_of_two(model, images, name, partial, state, shard):
         first = SimpleNamespace(process_index=0, num_processes=2, is_main_process=True, device=state.device)
-        encode_split(model, images, name, partial, first)
+        encode_split(model, images, name, partial, first, shard)
 
     words = ["encode", runs.tokenizer, "--out", tmp_path / "codes"]
     with monkeypatch.context() as patch:
@@ -391,3 +391,43 @@ def test_an_incomplete_leftover_is_discarded(runs, twostage, tmp_path):
     assert twostage("encode", runs.tokenizer, "--out", tmp_path / "codes").code == 0
     assert not leftover.exists()
     assert contents(tmp_path / "codes") == contents(runs.codes)
+
+
+# --- shares of several machines -------------------------------------------------------------------------------------
+
+
+def test_shares_of_several_machines_become_the_same_codes(runs, augmented, twostage, killed_before, tmp_path):
+    """Four shares of two chunks: the first is killed and resumed, the second is copied here, the others are empty."""
+    words = ["encode", runs.tokenizer, "--out", tmp_path / "codes", *AUGMENTED]
+    assert killed_before(3, ["flush"], *words, "--shard", "1/4")
+    ended = twostage(*words, "--shard", "1/4")
+    assert ended.code == 0, ended.err
+    assert_names(ended.out, ".codes.shard-1-of-4: resuming", "share 1 of 4 is done", "without --shard")
+    elsewhere = ["encode", runs.tokenizer, "--out", tmp_path / "elsewhere" / "codes", *AUGMENTED]
+    assert twostage(*elsewhere, "--shard", "2/4").code == 0
+    (tmp_path / "elsewhere" / ".codes.shard-2-of-4").rename(tmp_path / ".codes.shard-2-of-4")
+    other = tmp_path / ".codes.shard-9-of-9"
+    other.mkdir()
+    read = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset_codes, "to_float", lambda pixels: read.append(len(pixels)) or to_float(pixels))
+        ended = twostage(*words)
+    assert ended.code == 0, ended.err
+    assert_names(ended.out, "shard-1-of-4: 1,600 more rows", "shard-2-of-4: 384 more rows", other, "not used")
+    assert not read, "all rows were done"
+    assert contents(tmp_path / "codes") == contents(augmented)
+    assert {path.name for path in tmp_path.glob("*codes*")} == {"codes", other.name}, "only what is not ours is left"
+
+
+def test_a_missing_share_is_encoded_by_the_last_call(runs, twostage, tmp_path):
+    words = ["encode", runs.tokenizer, "--out", tmp_path / "codes"]
+    assert twostage(*words, "--shard", "2/2").code == 0
+    assert twostage(*words).code == 0
+    assert contents(tmp_path / "codes") == contents(runs.codes)
+
+
+@pytest.mark.parametrize("shard", ["0/4", "5/4", "2", "1/0", "a/b"])
+def test_a_share_that_does_not_exist(runs, twostage, tmp_path, shard):
+    ended = twostage("encode", runs.tokenizer, "--out", tmp_path / "codes", "--shard", shard)
+    assert ended.code == 2
+    assert_names(ended.err, f"--shard {shard}", "NUMBER/COUNT", "2/4")
