@@ -22,7 +22,7 @@ from pipelines.comparison.compared_models import (
 from pipelines.drawing.rebuilt_images import rebuild_images
 from pipelines.evaluation.evaluation_report import describe_machine
 from pipelines.evaluation.judged_images import RealImages
-from pipelines.evaluation.judges import ImageNetFeatures, not_evidence, open_judge
+from pipelines.evaluation.judges import ImageNetFeatures, Judge, not_evidence, open_judge
 from pipelines.evaluation.likelihood import image_costs
 from pipelines.evaluation.measurement import HeldOutImages, Measurement
 from pipelines.evaluation.reconstructions import JUDGED_RECONSTRUCTIONS, measure_reconstructions
@@ -88,8 +88,6 @@ def compare_models(
     shown = spread_over_classes(images.split.labels, len(images.split), num_images)
     originals, labels = images.split.read(shown), images.split.read_labels(shown)
     classes = _column_classes(models, class_names, len(originals))
-    names = images.data.class_names
-    own = None if labels is None or names is None else [names[label] for label in labels.tolist()]
     for model in models:
         model.measurements += _training_of(model)
         model.tokenizer.to(work.device)
@@ -102,20 +100,32 @@ def compare_models(
         judged = [name for name in (*JUDGED_RECONSTRUCTIONS, *JUDGED_SAMPLES) if name in model.figures]
         where = model.saved_tokenizer.path if model.saved_tokenizer else model.path
         model.not_evidence = not_evidence(model.tokenizer.config, where, network, config.source, judged)
+    protocol = _protocol(images, network, request, len(originals), work)
+    return Comparison(models, originals, _names_of(images, labels), classes, images.data, protocol)
+
+
+def _protocol(
+    images: HeldOutImages, network: Judge | None, request: SampleRequest, num_shown: int, work: SharedWork
+) -> dict[str, Any]:
     sampling = {"seed": request.seed, "measured": request.num_samples if network else 0}
-    protocol = {
-        "data": {"source": config.source, "split": images.split_name, "images": len(images.rows)},
+    return {
+        "data": {"source": images.config.source, "split": images.split_name, "images": len(images.rows)},
         "pixels": "reconstructions are clipped and rounded to 8 bits",
         "features": network.protocol if network else None,
         "samples": {**sampling, **request.sampling.model_dump(mode="json")},
         "images_per_s": (
-            f"{len(originals)} images in one batch, decoding included, on this machine with whatever else ran on it"
+            f"{num_shown} images in one batch, decoding included, on this machine with whatever else ran on it"
         ),
         "nats_per_code": "cost of the codes of these images; an upper bound for a masked transformer",
         "threads": torch.get_num_threads(),
         **describe_machine(work),
     }
-    return Comparison(models, originals, own, classes, images.data, protocol)
+
+
+def _names_of(images: HeldOutImages, labels: Tensor | None) -> list[str] | None:
+    """The classes of images with these labels; None: they have none."""
+    names = images.data.class_names
+    return None if labels is None or names is None else [names[label] for label in labels.tolist()]
 
 
 def _column_classes(models: list[ComparedModel], class_names: list[str] | None, count: int) -> list[str] | None:

@@ -54,7 +54,8 @@ def open_sweep(config: Path, found: Sequence[Combination], fixed: Sequence[str],
     Raises:
         InputError: no combination is valid, or a key has no effect on the results.
     """
-    schema: type[Config] = PriorTrainingConfig if _is_prior(config, fixed) else TokenizerConfig
+    keys = {*found[0].values, *(setting.partition("=")[0] for setting in fixed)}
+    schema: type[Config] = PriorTrainingConfig if _is_prior(config, keys) else TokenizerConfig
     notices: dict[str, None] = {}
     folder, runs = out, []
     for one in found:
@@ -71,14 +72,15 @@ def open_sweep(config: Path, found: Sequence[Combination], fixed: Sequence[str],
     valid = [run for run in runs if run.config]
     if not valid:
         raise InputError(runs[0].error or "")
-    print_once("\n".join(notices)) if notices else None
+    for line in notices:
+        print_once(line)
     _check_effect(valid)
     return runs
 
 
-def _is_prior(config: Path, fixed: Sequence[str]) -> bool:
-    """Whether a config trains a prior: it names codes."""
-    if any(setting.startswith("codes=") for setting in fixed):
+def _is_prior(config: Path, keys: set[str]) -> bool:
+    """Whether a config trains a prior: it or the settings name codes."""
+    if "codes" in keys:
         return True
     try:
         document, _ = read_yaml(config.read_text(encoding="utf-8"))

@@ -70,29 +70,22 @@ def encode_dataset(
     """
     augmentation = augmentation or Augmentation()
     state = join_processes()
-    model = Autoencoder.from_pretrained(tokenizer).to(state.device)
-    if model.codebook_size is None:
-        raise InputError(
-            f"{tokenizer}: the bottleneck {model.config.model.bottleneck.type!r} has no codes. Train a tokenizer with "
-            "vector, finite_scalar, lookup_free or residual."
-        )
+    model = _open_tokenizer(tokenizer).to(state.device)
     saved = SavedModel.find_run(tokenizer)
     config = with_settings(saved.training_data(source), settings or [])
-    final = Path(out) if out else Path("codes") / _name_of(saved.home)
+    final = Path(out or Path("codes") / _name_of(saved.home))
     reference = TokenizerReference(hash=model.content_hash(), path=portable(tokenizer, final))
     if _contains_these_codes(final, reference, config, augmentation):
         print_once(f"{final}: already contains the codes of this tokenizer; nothing to do")
         if state.is_main_process:
             discard_leftover(final, reference.hash)  # of a call that was killed in its last step
         return final
-
     data = _load(config, augmentation)
     splits = image_variants(data, augmentation)
     contents = data.contents()
     partial = _partial_codes(final, reference, config, contents, splits, shard)
     if state.is_main_process:
-        begun = partial.begin(model.code_grid, code_dtype(model.codebook_size))
-        for message in [*([begun] if begun else []), *([] if shard else partial.collect())]:
+        for message in partial.begin(model.code_grid, code_dtype(model.codebook_size or 0)):
             print(message)
     state.wait_for_everyone()
     partial.check_shared()
@@ -100,17 +93,24 @@ def encode_dataset(
         _encode_split(model, images, split, partial, state, shard or (1, 1))
     state.wait_for_everyone()
     if shard:
-        print_once(
-            f"{partial.folder}: share {shard[0]} of {shard[1]} is done. When all shares are beside {final}, run the "
-            "same command without --shard"
-        )
+        print_once(f"{partial.folder}: done. When all shares are beside {final}, run the command without --shard")
         return partial.folder
     if state.is_main_process:
-        manifest = _manifest(model, data, config, contents.record, reference, partial)
-        partial.finish(manifest)
+        partial.finish(manifest := _manifest(model, data, config, contents.record, reference, partial))
         print(f"{final}: {_describe(manifest)}")
     state.wait_for_everyone()
     return final
+
+
+def _open_tokenizer(tokenizer: str | Path) -> Autoencoder:
+    """A tokenizer with codes."""
+    model = Autoencoder.from_pretrained(tokenizer)
+    if model.codebook_size is None:
+        raise InputError(
+            f"{tokenizer}: the bottleneck {model.config.model.bottleneck.type!r} has no codes. Train a tokenizer with "
+            "vector, finite_scalar, lookup_free or residual."
+        )
+    return model
 
 
 def _name_of(folder: Path) -> str:

@@ -46,7 +46,7 @@ class PartialCodes:
         splits: the images to encode.
         former: the identity as earlier versions wrote it, which is accepted too.
         shard: the share (number, of how many) of one machine, whose folder is `.NAME.shard-2-of-4`. The call without
-            a shard takes over the rows of all such folders, see :meth:`collect`.
+            a shard takes over the rows of all such folders, see :meth:`begin`.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class PartialCodes:
         former: dict[str, Any] | None = None,
         shard: tuple[int, int] | None = None,
     ) -> None:
-        self.final, self.splits = final, splits
+        self.final, self.splits, self.shard = final, splits, shard
         rows = {"rows": {name: split.rows for name, split in splits.items()}}
         self.identity: dict[str, Any] = rows | identity
         self.former = former and rows | former
@@ -65,16 +65,21 @@ class PartialCodes:
         self.codes = self.folder / "codes"
         self.identity_file = self.folder / _IDENTITY
 
-    def begin(self, grid: tuple[int, int], dtype: type[np.integer]) -> str | None:
-        """Resume what an interrupted call left, if it was encoding the same; otherwise discard it and start.
+    def begin(self, grid: tuple[int, int], dtype: type[np.integer]) -> list[str]:
+        """Resume what an interrupted call left, if it was encoding the same; otherwise discard it and start. Then take
+        over the rows that shards have, unless this is a shard.
 
         Args:
             grid: cells (h, w).
             dtype: the type of the codes.
 
         Returns:
-            A message that tells which; None if there was nothing.
+            Messages that tell what was there.
         """
+        begun = self._resume(grid, dtype)
+        return [*([begun] if begun else []), *([] if self.shard else self._collect())]
+
+    def _resume(self, grid: tuple[int, int], dtype: type[np.integer]) -> str | None:
         # A kill just before the last step leaves no `codes`.
         complete = self.identity_file.is_file() and self.codes.is_dir()
         stored = read_json(self.identity_file, f"remove {self.folder} and run it again") if complete else None
@@ -97,7 +102,7 @@ class PartialCodes:
             raise OSError(error.errno, os.strerror(error.errno or 0), str(self.final)) from None
         return message
 
-    def collect(self) -> list[str]:
+    def _collect(self) -> list[str]:
         """Takes over the rows that are done in the folders of shards; returns a message for each folder."""
         messages = []
         for folder in _shard_folders(self.final):

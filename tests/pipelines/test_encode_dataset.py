@@ -402,7 +402,7 @@ def test_shares_of_several_machines_become_the_same_codes(runs, augmented, twost
     assert killed_before(3, ["flush"], *words, "--shard", "1/4")
     ended = twostage(*words, "--shard", "1/4")
     assert ended.code == 0, ended.err
-    assert_names(ended.out, ".codes.shard-1-of-4: resuming", "share 1 of 4 is done", "without --shard")
+    assert_names(ended.out, ".codes.shard-1-of-4: resuming", ".codes.shard-1-of-4: done", "without --shard")
     elsewhere = ["encode", runs.tokenizer, "--out", tmp_path / "elsewhere" / "codes", *AUGMENTED]
     assert twostage(*elsewhere, "--shard", "2/4").code == 0
     (tmp_path / "elsewhere" / ".codes.shard-2-of-4").rename(tmp_path / ".codes.shard-2-of-4")

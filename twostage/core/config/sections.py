@@ -99,10 +99,6 @@ class Section(BaseModel):
     """Groups of keys that exclude each other; the last override wins."""
 
 
-def _one_or_more(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 class RunConfig(Section):
     """The run's folder, seed and trackers."""
 
@@ -110,7 +106,7 @@ class RunConfig(Section):
     """The run folder; run the same command with the same folder to resume."""
     seed: Seed = 0
     """Determines every random number of the run."""
-    trackers: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_one_or_more), CHANGES_NO_NUMBER] = [
+    trackers: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_as_list), CHANGES_NO_NUMBER] = [
         "tensorboard"
     ]
     """`tensorboard`, `wandb` or a list of both; `[]`: none. `metrics.jsonl` is written in any case."""
