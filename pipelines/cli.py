@@ -2,6 +2,8 @@
 
 import importlib
 import sys
+from difflib import get_close_matches
+from importlib.metadata import version
 
 from twostage.core.machine.command import as_command, new_app, prepare_process
 
@@ -43,8 +45,11 @@ VERBS = {
 
 
 def main() -> None:
-    """Run `twostage VERB ...`."""
+    """Run `twostage VERB ...`, or print the version."""
     prepare_process()
+    if sys.argv[1:] == ["--version"]:
+        print(f"twostage {version('twostage')}")
+        sys.exit()
     app = new_app("Train an image generator on your own images in two stages: first a tokenizer, then a prior.")
     called = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     for verb, (module, summary) in VERBS.items():
@@ -52,6 +57,12 @@ def main() -> None:
             app.command(verb)(as_command(importlib.import_module(module).command))
         else:
             app.command(verb, help=summary)(lambda: None)
+    if called is not None and called not in VERBS:
+        words = {verb: [verb, *verb.split("-")] for verb in VERBS}
+        near = [verb for verb in VERBS if verb.startswith(called) or get_close_matches(called, words[verb])]
+        hint = f"Did you mean {' or '.join(near)}?" if near else "twostage --help lists all commands"
+        print(f"error: No such command {called!r}. {hint}", file=sys.stderr)
+        sys.exit(2)
     app(prog_name="twostage")
 
 

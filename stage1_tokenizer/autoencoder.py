@@ -28,7 +28,7 @@ from stage1_tokenizer.vector_quantizer import VectorConfig
 from twostage.core.config.registry import plugins_of
 from twostage.core.config.sections import Count, Flag, Section, Sides, Width, parse_config
 from twostage.core.errors import InputError
-from twostage.core.runs.model_folder import filled, hash_tensors, load_model_folder, save_model_folder
+from twostage.core.runs.model_folder import check_rebuilds, filled, hash_tensors, load_model_folder, save_model_folder
 from twostage.core.training.random import BatchRandom
 
 __all__ = ["Autoencoder", "AutoencoderConfig", "AutoencoderOutput", "ModelConfig", "PerceptualNetwork"]
@@ -371,7 +371,11 @@ class Autoencoder(nn.Module):
 
         Args:
             state: the weights to write, if they differ from those in memory, for example in precision.
+
+        Raises:
+            InputError: a part is not the one that its config describes, so it could not be loaded.
         """
+        check_rebuilds(self, lambda: Autoencoder(self.config), folder)
         state = self.state_dict() if state is None else state
         written = self.config.model_dump(mode="json").items()
         config: dict[str, Any] = {key: value for key, value in written if value or key not in LATER_KEYS}

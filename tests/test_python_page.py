@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
 from twostage import Autoencoder, AutoencoderConfig, InputError, Prior, TwoStagePipeline
 
 REPOSITORY = Path(__file__).parents[1]
@@ -95,3 +96,13 @@ def test_images_of_another_form_are_refused(page, images):
 def test_one_name_where_a_list_is_wanted(page):
     with pytest.raises(InputError, match=r"class_names 'star'.*\['star'\]"):
         page["pipeline"](class_names="star")
+
+
+def test_a_run_has_its_history(new_process, tmp_path):
+    data = {"image_size": 8, "num_images": 16}
+    model = {"latent_channels": 2, "backbone": {"type": "mlp", "hidden_sizes": [4]}, "bottleneck": {"type": "identity"}}
+    steps = {"batch_size": 4, "max_steps": 2, "log_every": 1, "validate_every": 2}
+    document = {"run": {"dir": str(tmp_path), "trackers": []}, "data": data, "model": model, "train": steps}
+    new_process()
+    run = train(TokenizerConfig.model_validate(document))
+    assert [(line["step"], line["split"]) for line in run.history] == [(1, "train"), (2, "train"), (2, "val")]

@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from pipelines.checks.findings import Finding, ok, problem, warning
+from twostage.core.machine.installation import pip_install
 from twostage.core.wording import one_line
 
 __all__ = ["check_cpu", "check_gpus", "check_packages"]
@@ -69,7 +70,7 @@ def _check_package(requirement: Requirement, extra: str) -> Finding | None:
         found = version(name)
     except PackageNotFoundError:
         only = f"; only `{EXTRAS[extra]}` needs it" if extra else ""
-        return kind("packages", f"{name} is not installed{only}", f"pip install '{what}'" if extra else upgrade)
+        return kind("packages", f"{name} is not installed{only}", pip_install(extra) if extra else upgrade)
     if requirement.specifier.contains(found, prereleases=True):
         return None
     return kind("packages", f"{name} {found}: {what} needs {requirement.specifier}", upgrade)

@@ -13,6 +13,7 @@ from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.files.given_images import MAX_BYTES
 from pipelines.saved.proxies import broken_proxy
 from twostage.core.errors import InputError
+from twostage.core.machine.installation import pip_install
 
 __all__ = ["check_server", "serve"]
 
@@ -27,7 +28,7 @@ def check_server(host: str, port: int) -> None:
         InputError: Gradio is not installed, or the address is not available.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise InputError("the page needs gradio, which is not installed. Run: pip install 'twostage[app]'")
+        raise InputError(f"the page needs gradio, which is not installed. Run: {pip_install('app')}")
     try:
         with socket.socket() as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will

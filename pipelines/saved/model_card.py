@@ -71,7 +71,7 @@ def gather_records(saved: SavedModel, tokenizer: str | Path | None = None) -> di
         files = {f"training/{name}.yaml": model.home / "config.yaml" for name, model in models.items()}
         files |= {f"evaluation/{name}.json": m.home / "evaluation" / "evaluation.json" for name, m in models.items()}
         files["reconstructions.png"] = models["tokenizer"].home / "evaluation" / "typical.png"
-    records = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+    records = {name: _shareable(file) for name, file in files.items() if file.is_file()}
     for name, part in parts.items():
         evaluation = records.get(f"evaluation/{name}.json")
         if evaluation and not _can_be_shown(evaluation, name, part):
@@ -79,6 +79,27 @@ def gather_records(saved: SavedModel, tokenizer: str | Path | None = None) -> di
     if "evaluation/tokenizer.json" not in records:
         records.pop("reconstructions.png", None)
     return records
+
+
+def _shareable(file: Path) -> bytes:
+    """The content of a file without the folders of this machine: of absolute paths, only the last name stays."""
+    content = file.read_bytes()
+    try:
+        if file.suffix == ".yaml":
+            return yaml.safe_dump(_without_folders(yaml.safe_load(content)), sort_keys=False).encode()
+        if file.suffix == ".json":
+            return json.dumps(_without_folders(json.loads(content)), indent=2).encode() + b"\n"
+    except (ValueError, RecursionError, yaml.YAMLError):  # edited by hand, or truncated
+        pass
+    return content
+
+
+def _without_folders(document: Any) -> Any:
+    if isinstance(document, dict):
+        return {key: _without_folders(value) for key, value in document.items()}
+    if isinstance(document, list):
+        return [_without_folders(value) for value in document]
+    return Path(document).name if isinstance(document, str) and Path(document).is_absolute() else document
 
 
 def _can_be_shown(evaluation: bytes, name: str, part: Path) -> bool:

@@ -55,9 +55,10 @@ def write_pipeline_folder(
 ) -> None:
     """Writes both models, then pipeline.json."""
     (folder / DOCUMENT).unlink(missing_ok=True)
-    parts = {"tokenizer": tokenizer} | ({"prior": prior} if prior else {})
-    for name, model in parts.items():
-        model.save_pretrained(folder / name, _stored(model, weights))
+    parts = ("tokenizer", "prior") if prior else ("tokenizer",)
+    tokenizer.save_pretrained(folder / "tokenizer", _stored(tokenizer, weights))
+    if prior:
+        prior.save_pretrained(folder / "prior", _stored(prior, weights), tokenizer="tokenizer")
     files = [f"{name}/{file}" for name in parts for file in ("config.json", "model.safetensors")]
     hashes = {name: file_sha256(folder / name) for name in files}
     write_json(folder / DOCUMENT, {"format_version": FORMAT_VERSION, "kind": "two_stage_pipeline", "sha256": hashes})

@@ -16,6 +16,7 @@ from stage1_tokenizer.autoencoder import Autoencoder
 from twostage.core.data.shapes import draw_shapes
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
+from twostage.core.machine.installation import pip_install
 from twostage.core.wording import one_line
 
 __all__ = ["FORMATS", "Decoder", "Encoder", "Format", "export_programs"]
@@ -83,7 +84,7 @@ def export_programs(model: Autoencoder, folder: Path, formats: Sequence[Format])
         )
     libraries = ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats else ()
     if missing := [name for name in libraries if importlib.util.find_spec(name) is None]:
-        raise InputError(f"--onnx: {' and '.join(missing)} not installed. Run pip install 'twostage[export]'.")
+        raise InputError(f"--onnx: {' and '.join(missing)} not installed. Run: {pip_install('export')}")
     size, channels = model.config.image_size, model.config.channels
     images = to_float(torch.from_numpy(draw_shapes(0, sum(BATCHES), size, channels)))
     encoder, decoder = Encoder(model), Decoder(model)

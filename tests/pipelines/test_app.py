@@ -29,6 +29,7 @@ from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.prior import Prior
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
+from twostage.core.machine.installation import pip_install
 
 
 @pytest.fixture
@@ -269,7 +270,7 @@ def test_gradio_is_not_installed(twostage, runs, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     ended = twostage("app", runs.prior)
     assert ended.code == 2
-    assert_names(ended.err, "gradio", "pip install 'twostage[app]'")
+    assert_names(ended.err, "gradio", pip_install("app"))
 
 
 def test_a_model_that_makes_no_images(twostage, runs):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,22 @@ def test_there_is_an_option_for_each_sampling_setting(twostage):
 
 
 def test_a_verb_that_is_not_there(twostage):
-    ended = twostage("generat")
-    assert ended.code == 2
-    assert "No such command 'generat'" in ended.err
+    for word, suggestion in {
+        "generat": "Did you mean generate?",
+        "trian": "train-tokenizer or train-features or train-prior",
+        "gen": "Did you mean generate?",
+        "zzz": "--help",
+    }.items():
+        ended = twostage(word)
+        assert ended.code == 2
+        assert f"No such command '{word}'" in ended.err
+        assert suggestion in ended.err
+
+
+def test_short_options(twostage):
+    assert twostage("--version").out == f"twostage {version('twostage')}\n"
+    assert "Usage: twostage" in twostage("-h").out
+    assert "Usage: twostage encode" in twostage("encode", "-h").out
 
 
 TRAIN = """

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import yaml
 from messages import assert_names, refuses
 
 from pipelines.drawing.two_stage import TwoStagePipeline
@@ -16,6 +17,7 @@ from pipelines.sharing import exported_programs
 from pipelines.sharing.exported_programs import Encoder, export_programs
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from twostage.core.config.sections import parse_config
+from twostage.core.machine.installation import pip_install
 
 BACKBONES = {
     "mlp": {"type": "mlp", "hidden_sizes": [16]},
@@ -107,6 +109,14 @@ def test_the_command_and_its_onnx(runs, twostage, tmp_path):
     assert {path.name for path in out.iterdir()} == {
         "README.md", "onnx", "pipeline.json", "prior", "samples.png", "tokenizer", "training"
     }  # fmt: skip
+
+
+def test_an_export_names_no_folder_of_this_machine(runs, works, tmp_path):
+    works("export", runs.prior, "--out", tmp_path / "out")
+    for file in [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".json", ".yaml", ".md")]:
+        assert str(runs.prior.parents[1]) not in file.read_text(), file
+    assert yaml.safe_load((tmp_path / "out" / "training" / "prior.yaml").read_text())["codes"] == runs.codes.name
+    assert json.loads((tmp_path / "out" / "prior" / "config.json").read_text())["tokenizer"]["path"] == "tokenizer"
 
 
 def test_a_second_export_writes_the_same_and_keeps_additions(runs, twostage, tmp_path):
@@ -213,7 +223,7 @@ def test_missing_libraries_are_named(runs, twostage, monkeypatch, tmp_path):
     )
     ended = twostage("export", runs.prior, "--out", tmp_path / "out", "--onnx")
     assert ended.code == 2
-    assert_names(ended.err, "--onnx", "onnxscript", "pip install 'twostage[export]'")
+    assert_names(ended.err, "--onnx", "onnxscript", pip_install("export"))
     assert "onnxruntime" not in ended.err
 
 

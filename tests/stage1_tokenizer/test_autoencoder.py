@@ -6,7 +6,7 @@ import torch
 from messages import assert_names, refuses
 from torch import nn
 
-from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.training_losses import LossConfig
 from twostage.core.errors import InputError
 from twostage.core.runs.model_folder import save_model_folder
@@ -286,3 +286,48 @@ def test_an_unknown_key_is_refused(saved):
 def test_a_missing_folder_is_named(tmp_path):
     with refuses("nowhere", "no such folder"):
         Autoencoder.from_pretrained(tmp_path / "nowhere")
+
+
+def test_parts_that_the_config_does_not_make_are_not_saved(tiny_autoencoder, tmp_path):
+    """They would train and be written, but could not be loaded."""
+
+    class Own(type(tiny_autoencoder().bottleneck)):
+        """A quantizer with the same weights, which computes something else."""
+
+    model = tiny_autoencoder("vector", "mlp")
+    model.bottleneck = Own(model.bottleneck.config, 4)
+    with refuses("model", "bottleneck is Own", "VectorQuantizer", "register", "docs/extending.md"):
+        model.save_pretrained(tmp_path / "model")
+    model = tiny_autoencoder("vector", "mlp")
+    model.encoder[2][1] = nn.Tanh()
+    with refuses("encoder.2.1 is Tanh", "ReLU"):
+        model.save_pretrained(tmp_path / "model")
+    model = tiny_autoencoder("vector", "mlp")
+    model.encoder[2][0] = nn.Linear(192, 15)
+    with refuses("encoder.2.0.weight is (15, 192)", "(16, 192)"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(("activation", "module"), [("leaky_relu", nn.LeakyReLU), ("tanh", nn.Tanh)])
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"type": "mlp", "hidden_sizes": [6]},
+        {"type": "conv", "channels": 4, "channel_mult": [1, 1], "num_res_blocks": [0, 1]},
+        {"type": "vqgan", "channels": 4, "channel_mult": [1, 1], "inner_channels": 4, "norm_groups": 2},
+    ],
+)
+def test_every_backbone_takes_an_activation(backbone, activation, module, random_images, tmp_path):
+    def build(**more: str) -> Autoencoder:
+        torch.manual_seed(0)
+        model = {"latent_channels": 4, "backbone": backbone | more, "bottleneck": {"type": "identity"}}
+        return Autoencoder(AutoencoderConfig.model_validate({"image_size": 8, "model": model}))
+
+    before, model, images = build(), build(activation=activation), random_images(2)
+    assert before.state_dict().keys() == model.state_dict().keys()
+    used = {type(part) for part in model.modules() if type(part).__module__ == "torch.nn.modules.activation"}
+    assert used == {module}
+    assert not torch.allclose(before.reconstruct(images), model.reconstruct(images))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Autoencoder.from_pretrained(tmp_path).reconstruct(images), model.eval().reconstruct(images))

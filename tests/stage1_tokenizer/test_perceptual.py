@@ -20,6 +20,7 @@ from stage1_tokenizer.perceptual import (
     PerceptualConfig,
     build_perceptual,
 )
+from twostage.core.machine.installation import pip_install
 
 SIZE = (16, 20)
 
@@ -250,7 +251,7 @@ def test_grey_images_are_repeated(imagenet_distance, random_images):
 
 def test_the_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with refuses("loss.perceptual imagenet", "timm", "pip install 'twostage[imagenet]'"):
+    with refuses("loss.perceptual imagenet", "timm", pip_install("imagenet")):
         build_perceptual(ImageNetPerceptualConfig(), 3, SIZE)
 
 

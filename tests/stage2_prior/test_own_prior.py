@@ -6,13 +6,14 @@ from typing import Literal
 import pytest
 import torch
 import yaml
-from messages import assert_names
+from messages import assert_names, refuses
 from torch import Tensor, nn
 
 from stage2_prior.autoregressive import Autoregressive, Step, cell_order
+from stage2_prior.causal_transformer import CausalTransformer
 from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
 from stage2_prior.network import NetworkConfig
-from stage2_prior.prior import Prior
+from stage2_prior.prior import Prior, PriorConfig
 from stage2_prior.sampling import image_seeds
 from stage2_prior.sampling_config import SamplingConfig, Weights
 
@@ -77,6 +78,18 @@ def test_the_commands_train_and_sample_it(config, works, twostage, tmp_path):
     ended = twostage("generate", run, "--num-steps", 4, "--out", refused)
     assert_names(ended.err, "num_steps 4", "masked_transformer", "unigram")
     assert not refused.exists()
+
+
+def test_a_network_may_change_a_gpt_without_its_config(tmp_path):
+    """Sampling reads the network itself, not the number of blocks in the config."""
+    config = {"codebook_size": 5, "grid": (2, 3), "image_size": 8, "channels": 3}
+    gpt = {"type": "causal_transformer", "hidden_size": 16, "depth": 2, "num_heads": 2, "dropout": 0.0}
+    prior = Prior(PriorConfig.model_validate(config | {"model": gpt})).eval()
+    assert isinstance(prior.network, CausalTransformer)
+    prior.network.blocks = prior.network.blocks[:1]
+    assert prior.sample(seeds=range(3)).shape == (3, 2, 3)
+    with refuses("network.blocks.1", "missing", "docs/extending.md"):
+        prior.save_pretrained(tmp_path / "prior")
 
 
 def test_its_samples_have_its_frequencies(config, works, tmp_path):

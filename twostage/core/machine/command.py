@@ -36,7 +36,13 @@ def prepare_process() -> None:
 
 def new_app(help_text: str | None = None) -> typer.Typer:
     """A command line that shows bugs with Python's own traceback."""
-    return typer.Typer(help=help_text, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+    return typer.Typer(
+        help=help_text,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
 
 def as_command(function: Callable[..., object]) -> Callable[..., None]:

@@ -20,6 +20,7 @@ from twostage.core.wording import one_line, some_of
 __all__ = [
     "FORMAT_VERSION",
     "check_format",
+    "check_rebuilds",
     "fill",
     "filled",
     "find_model_folder",
@@ -120,6 +121,31 @@ def load_saved_tensors(path: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about files that it did not write
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_rebuilds(model: nn.Module, build: Callable[[], nn.Module], where: str | Path) -> None:
+    """Check before saving that the config of a model rebuilds its parts, so that it can be loaded again.
+
+    Raises:
+        InputError: a part was replaced by one of another class or shape.
+    """
+    with torch.device("meta"):
+        rebuilt = build()
+    # FSDP derives classes of its own.
+    own, expected = (
+        {name: type(part).__name__.removeprefix("FSDP") for name, part in each.named_modules()}
+        for each in (model, rebuilt)
+    )
+    own |= {name: str(tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    expected |= {name: str(tuple(tensor.shape)) for name, tensor in rebuilt.state_dict().items()}
+    differing = [name for name in dict.fromkeys([*own, *expected]) if own.get(name) != expected.get(name)]
+    if differing:
+        name = differing[0]
+        raise InputError(
+            f"{where}: could not be loaded again: {name} is {own.get(name, 'missing')}, but the model's config makes "
+            f"it {expected.get(name, 'absent')}. Set it by the config instead: register a config class for your part "
+            "(docs/extending.md), and give that to the model's config"
+        )
 
 
 def filled(build: Callable[[], ModuleT], state: dict[str, Tensor], where: str | Path) -> ModuleT:

@@ -118,6 +118,11 @@ class BaseRun(Generic[ConfigT]):
         """The share of the steps that are done, in [0, 1]."""
         return self.step / self.batches.max_steps
 
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The metrics so far, one dictionary for each line of metrics.jsonl; [] for a dry run."""
+        return []
+
     def begin_step(self) -> None:
         """Sets the learning rate and the seeds of the next step."""
         share = self.config.train.lr_share(self.step, self.batches.max_steps)

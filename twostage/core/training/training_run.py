@@ -18,7 +18,7 @@ from twostage.core.machine.sharding import share_like, units_to_shard
 from twostage.core.machine.stopping import StopRequests
 from twostage.core.runs.checkpoint import optimizer_tensors, restore_optimizer
 from twostage.core.runs.model_folder import fill
-from twostage.core.runs.run_folder import STOPPED, RunFolder
+from twostage.core.runs.run_folder import STOPPED, RunFolder, read_metrics
 from twostage.core.training.base_run import BaseRun, ConfigT, DataT, resolve_precision
 from twostage.core.training.health import ADVICE, GRADIENT_NORMS, Health
 from twostage.core.training.journal import Journal
@@ -62,6 +62,10 @@ class TrainingRun(BaseRun[ConfigT]):
     def progress(self) -> float:
         """The share of the planned steps that are done, in [0, 1]; a run that was extended later stays at 1."""
         return min(1.0, self.step / self.facts.get("planned_steps", self.batches.max_steps))
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        return read_metrics(self.folder.metrics_file)
 
     # --- beginning ----------------------------------------------------------------------------------------------------
 
