@@ -53,7 +53,7 @@ soak: $(VENV)/.installed-dev
 
 # The site with all documents, for reading without a network: build/site/index.html.
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "Open build/site/index.html"
 
 # Runs the notebooks and stores their outputs: about twelve minutes on one core. NOTEBOOKS="docs/notebooks/01*" runs one.

@@ -30,5 +30,7 @@ def notebook_pages(folder: Path) -> dict[str, str | bytes]:
                     text = "".join(output.get("text") or data.get("text/plain", ""))
                     lines.append(f"```{{.text .output}}\n{text.rstrip()}\n```")
         title, _, rest = "\n\n".join(lines).partition("\n")
-        pages[f"notebooks/{file.stem}.md"] = f"{title}\n\n[Download this notebook]({file.name})\n{rest}\n"
+        pages[f"notebooks/{file.stem}.md"] = (
+            f'{title}\n\n<a href="{file.name}" download>Download this notebook</a>\n{rest}\n'
+        )
     return pages

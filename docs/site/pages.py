@@ -26,6 +26,8 @@ TOP_DOCUMENTS = {name: name for name in ("README.zh.md", "CHANGELOG.md", "CONTRI
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)\s#]+)(?=[#)])")
 CODE = re.compile(r"(```.*?^ *```|`[^`\n]*`)", re.DOTALL | re.MULTILINE)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".sh": "bash"}
+LONG = 50
+"""Characters from which on an equation in a line of text may be wider than a phone."""
 NOT_SEARCHED = "---\nsearch:\n  exclude: true\n---\n"
 
 
@@ -76,7 +78,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         for entity, character in {"&amp;": "&", "&lt;": "<", "&gt;": ">"}.items():
             text = text.replace(entity, character)
         if match[1] == "span":
-            return convert(text)
+            return convert(text) if len(text) < LONG else f'<span class="long">{convert(text)}</span>'
         limits = re.sub(
             r"<msub>(<mo>m(?:in|ax)</mo>.*?)</msub>", r"<munder>\1</munder>", convert(text, display="block")
         )
@@ -108,7 +110,10 @@ def _page_of(target: str) -> str | None:
     """The page that every site has for a file of the repository."""
     if target == "docs/README.md":
         return "index.md"
-    return target.removeprefix("docs/") if target.startswith("docs/") else TOP_DOCUMENTS.get(target)
+    if target.startswith("docs/"):
+        page = target.removeprefix("docs/")
+        return page.replace(".ipynb", ".md") if page.startswith("notebooks/") else page
+    return TOP_DOCUMENTS.get(target)
 
 
 def _targets(page: str, text: str) -> list[str]:
