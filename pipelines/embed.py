@@ -18,7 +18,9 @@ __all__ = ["command"]
 
 
 def command(
-    source: Annotated[str, typer.Argument(help="A folder, a parquet file, $TWOSTAGE_DATA/NAME, or owner/name.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder, table, archive or array, $TWOSTAGE_DATA/NAME, or owner/name.")
+    ],
     features: Annotated[
         str | None, typer.Option(help="A vector of features: imagenet, or runs/NAME of train-features.")
     ] = None,

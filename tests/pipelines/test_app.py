@@ -93,7 +93,7 @@ def test_bad_uploads_are_refused(handlers, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     for name, sentence in {
         "large.png": "large.png: has 8000 x 6250 pixels, expected at most 25 million. Make it smaller",
-        "text.png": "text.png: not a readable image; expected PNG, JPEG, WebP, GIF, TIFF or BMP",
+        "text.png": "text.png: not a readable image; expected PNG, JPEG, WebP, AVIF, GIF, TIFF or BMP",
     }.items():
         with pytest.raises(InputError) as raised:
             handlers.read(str(tmp_path / name))

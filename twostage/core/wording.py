@@ -30,4 +30,6 @@ def printable(name: str | os.PathLike[str]) -> str:
     if (text := os.fspath(name)).isprintable():
         return text
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

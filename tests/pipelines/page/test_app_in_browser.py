@@ -242,7 +242,7 @@ def test_bad_uploads_show_a_message_and_good_ones_are_reconstructed(page, masked
     assert "has 8000 x 6250 pixels, expected at most 25 million. Make it smaller" in said(page, "fifty_megapixels.png:")
     (tmp_path / "text.png").write_text("no image")
     upload.set_input_files(tmp_path / "text.png")
-    assert "not a readable image; expected PNG, JPEG, WebP, GIF, TIFF or BMP" in said(page, "text.png:")
+    assert "not a readable image; expected PNG, JPEG, WebP, AVIF, GIF, TIFF or BMP" in said(page, "text.png:")
     upload.set_input_files(star)
     panel.get_by_text("star.png: 60x40 cropped at its centre and resized to 16x16 pixels").wait_for()
     panel.get_by_text("PSNR of the reconstruction").wait_for()

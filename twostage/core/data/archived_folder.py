@@ -15,18 +15,14 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def find_archives(content: FolderContent) -> list[Path]:
-    """The archives of a folder without other images, relative to it.
-
-    Raises:
-        InputError: there are only compressed ones.
-    """
+    """The archives of a folder without other images, relative to it."""
     if content.images:
         return []
-    files = [path for path, reason in sorted(content.skipped.items()) if reason != "hidden"]
-    if not (found := [path for path in files if path.suffix.lower() in ARCHIVE_SUFFIXES]):
-        for path in files:
-            refuse_compressed(content.root / path)
-    return found
+    return [
+        path
+        for path, reason in sorted(content.skipped.items())
+        if path.suffix.lower() in ARCHIVE_SUFFIXES and reason != "hidden"
+    ]
 
 
 def refuse_compressed(file: Path) -> None:

@@ -50,8 +50,8 @@ class DataConfig(Section):
     """The images to use, and their size, channels and value range."""
 
     source: PathName = "shapes"
-    """`shapes`, `captioned_shapes`, a folder, a parquet or arrow file or a folder of them, a name under $TWOSTAGE_DATA,
-    or a Hugging Face dataset `owner/name`."""
+    """`shapes`, `captioned_shapes`, a folder of images, a table (parquet, arrow), archive (tar, zip) or file of arrays
+    (npy, npz) or a folder of these, a name under $TWOSTAGE_DATA, or a Hugging Face dataset `owner/name`."""
     image_size: Count | tuple[Count, Count] = 32
     """Pixels: one number for squares, or [height, width]. Other images are cropped at the centre, then resized."""
     channels: Literal[1, 3, 4] = 3

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,7 @@ def read_labels(
         InputError: a value is not a class, or rows have no label although their split has labels.
     """
     values = {
-        split: [_value(value, place(split, row), column) for row, value in enumerate(rows)]
+        split: [_value(value, partial(place, split, row), column) for row, value in enumerate(rows)]
         for split, rows in cells.items()
     }
     for split, rows in values.items():
@@ -150,7 +151,7 @@ def _column(table: pa.Table, column: str) -> list[Any]:
     return table.column(column).to_pylist() if column in table.schema.names else [None] * table.num_rows
 
 
-def _value(value: Any, where: str, column: str) -> int | str | None:
+def _value(value: Any, where: Callable[[], str], column: str) -> int | str | None:
     """A label as a number or text; None if it is missing."""
     found = value[0] if isinstance(value, list) and len(value) == 1 else value
     if found is None or found == "" or (isinstance(found, float) and math.isnan(found)):
@@ -162,7 +163,7 @@ def _value(value: Any, where: str, column: str) -> int | str | None:
     if isinstance(found, int | str):
         return found
     raise InputError(
-        f"data.source {where}: {column} is {short_repr(value, 60)}, expected one class per image, as text "
+        f"data.source {where()}: {column} is {short_repr(value, 60)}, expected one class per image, as text "
         f"or a whole number; {REMEDY}"
     )
 

@@ -66,9 +66,10 @@ def read_metadata(content: FolderContent) -> Metadata:
     Raises:
         InputError: a file is not valid, names none of the images, or two rows disagree about an image.
     """
-    metadata, files = Metadata(), [path for path, reason in sorted(content.skipped.items()) if reason != "hidden"]
+    files = [path for path, reason in content.skipped.items() if reason != "hidden" and _may_describe(path)]
+    metadata = Metadata()
     names = _Names(content.images if files else ())
-    for file in files:
+    for file in sorted(files):
         rows = _rows(content, file, names)
         if rows is None:
             continue
@@ -107,6 +108,10 @@ class _Names:
         if path.parent != folder:  # a name with folders is a path
             same_end = exact
         return same_end[0] if len(same_end) == 1 else None
+
+
+def _may_describe(path: Path) -> bool:
+    return path.name in (*_METADATA_NAMES, _STYLEGAN_NAME) or path.suffix.lower() == ".csv"
 
 
 def _rows(content: FolderContent, file: Path, names: _Names) -> list[Row] | None:

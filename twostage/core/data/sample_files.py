@@ -22,10 +22,11 @@ def read_samples(content: FolderContent, metadata: Metadata) -> None:
     Raises:
         InputError: a file is unreadable, or disagrees with the other metadata.
     """
+    others, root = set(metadata.files), printable(content.root)
     files = [
         file
         for file, reason in content.skipped.items()
-        if file.suffix.lower() in _SUFFIXES and reason != "hidden" and file not in metadata.files
+        if file.suffix.lower() in _SUFFIXES and reason != "hidden" and file not in others
     ]
     images: dict[Path, list[Path]] = {}
     for image in content.images if files else ():
@@ -38,7 +39,7 @@ def read_samples(content: FolderContent, metadata: Metadata) -> None:
             continue
         metadata.files.append(file)
         for image in described:
-            metadata.add(printable(content.root), image, values)
+            metadata.add(root, image, values)
 
 
 def _values(content: FolderContent, file: Path) -> dict[str, Any] | None:

@@ -86,6 +86,9 @@ def _read_local(path: Path, columns: Columns) -> Source:
         return read_arrays(path, arrays, columns, content)
     elif columns.maps is not None:
         _remove_maps(path, content, Path(columns.maps))
+    if not content.images:
+        for file in content.skipped:
+            refuse_compressed(path / file)
     return source_of_folder(content, understand_folder(content), columns)
 
 
