@@ -16,9 +16,7 @@ __all__ = ["command"]
 def command(
     data: Annotated[
         str,
-        typer.Argument(
-            help="shapes, captioned_shapes, a folder, table, archive or array, a dataset NAME, or owner/name."
-        ),
+        typer.Argument(help="shapes, captioned_shapes, a folder, table, archive or array, a NAME, or owner/name."),
     ],
     image_size: Annotated[int | None, typer.Option(min=1, help="Size in pixels; by default the suggested one.")] = None,
     channels: Annotated[int | None, typer.Option(help="1 (grey), 3 or 4; by default as in the images.")] = None,
