@@ -80,7 +80,7 @@ def open_prior_config(given: str, overrides: Sequence[str], dry_run: bool = Fals
     asked = apply_overrides(PriorTrainingConfig, {}, list(overrides), lambda line: None)
     name = f"{_name(given).removesuffix('_tokenizer')}_prior"
     written = _Written(PriorTrainingConfig, "train-prior", "codes", given, name, asked)
-    return written.open(lambda: _fit_prior(given), overrides, dry_run)
+    return written.open(lambda: _fit_prior(given, asked), overrides, dry_run)
 
 
 def describe_survey(found: Survey) -> str:
@@ -133,12 +133,15 @@ def _fit_tokenizer(source: str, asked: Document) -> tuple[Document, list[str]]:
     return document, about
 
 
-def _fit_prior(codes: str) -> tuple[Document, list[str]]:
-    """A prior's config for codes, and sentences about it."""
+def _fit_prior(codes: str, asked: Document) -> tuple[Document, list[str]]:
+    """A prior's config for codes, and sentences about it; ``asked`` has the settings that the user gave."""
     manifest = CodeCache(codes).manifest
     recipe = recipe_for(manifest.source, manifest.image_size, manifest.channels)
     document = recipe.document("prior")
     document["codes"] = codes
+    if asked.get("init_from"):
+        del document["model"]  # it is the earlier prior's
+        document["init_from"] = asked["init_from"]
     rows = manifest.splits["train"].rows
     images = rows // manifest.augmentation.variants
     (height, width), codebook = manifest.grid, manifest.codebook_size

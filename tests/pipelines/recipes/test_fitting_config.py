@@ -10,6 +10,7 @@ from PIL import Image
 from pipelines.recipes.fitting_config import open_prior_config, open_tokenizer_config
 from pipelines.recipes.recipe import RECIPES, recipe_for, training_size
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
+from stage2_prior.prior import Prior
 from stage2_prior.train_prior import PriorTrainingConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.data.survey import Survey
@@ -186,3 +187,9 @@ def test_codes_are_trained_on_by_a_config_of_the_same_recipe(runs, works, capsys
         open_prior_config(str(runs.codes), ["codes=elsewhere"], dry_run=True)
     with refuses("codes", "nowhere", "twostage encode"):
         open_prior_config("nowhere", [])
+
+
+def test_a_prior_that_starts_from_another_has_its_network(runs):
+    opened = open_prior_config(str(runs.codes), [f"init_from={runs.prior}", "run.dir=runs/next"])
+    assert opened.model == Prior.from_pretrained(runs.prior).config.model
+    assert "init_from" in Path("runs/tokenizer_prior.yaml").read_text()
