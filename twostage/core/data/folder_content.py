@@ -83,22 +83,23 @@ class FolderContent:
 
 def file_records(files: Sequence[Path], origin: str) -> Records:
     """Images that have a file each."""
+    places = [str(file) for file in files]
     return Records(
-        [printable(file) for file in files],
+        [printable(place) for place in places],
         None,
-        partial(_open_file, files),
-        partial(_file_sizes, files),
+        partial(_open_file, places),
+        partial(_file_sizes, places),
         origin,
-        list(files),
+        places,
     )
 
 
-def _open_file(files: Sequence[Path], row: int) -> Image.Image:
-    return open_image(files[row])
+def _open_file(files: Sequence[str], row: int) -> Image.Image:
+    return open_image(Path(files[row]))
 
 
-def _file_sizes(files: Sequence[Path]) -> np.ndarray:
-    return np.array([file.stat().st_size if file.exists() else 0 for file in files], np.int64)
+def _file_sizes(files: Sequence[str]) -> np.ndarray:
+    return np.array([file.stat().st_size if file.exists() else 0 for file in map(Path, files)], np.int64)
 
 
 def _open_member(members: Sequence[Member], row: int) -> Image.Image:

@@ -42,8 +42,8 @@ class Records:
     """Bytes of each image, (n,) int64; 0 for a missing one."""
     origin: str
     """The beginning of every name: the location, which content hashes ignore."""
-    files: list[Path] | None = None
-    """The file of each image; None if a file holds many images."""
+    files: list[str] | None = None
+    """The file of each image; None if a file holds many images. Texts, because paths take five times the memory."""
     version: str = ""
     """Changes whenever a file that holds many images changes."""
     captions: Captions | None = None
@@ -58,7 +58,8 @@ class Records:
     def state(self) -> str:
         """The sha256 of the names, sizes and times of the files: it changes whenever an image may have changed."""
         digest = hashlib.sha256("\n".join([self.version, *self.names]).encode("utf-8", "surrogatepass"))
-        for file in self.files or []:
+        for place in self.files or []:
+            file = Path(place)
             try:
                 stat = file.stat()
             except OSError:  # a table can name a missing file

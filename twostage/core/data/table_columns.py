@@ -133,7 +133,7 @@ def _add_maps(
             prefix = f"{images.origin}:{split}:{maps}:"
             found[split] = with_maps(images, _images(cells, prefix, images.origin, version, folder))
         return found
-    files = {split: images.files for split, images in splits.items() if images.files is not None}
+    files = {split: list(map(Path, images.files)) for split, images in splits.items() if images.files is not None}
     if folder is None or len(files) < len(splits):
         origin, names = next(iter(splits.values())).origin, next(iter(tables.values())).schema.names
         raise InputError(f"data.maps {maps!r}: expected a column of {origin}, which has {names}")
@@ -202,10 +202,10 @@ def _paths(images: pa.ChunkedArray) -> list[str | None] | None:
     return [path if empty else None for path, empty in zip(paths, content.is_null().to_pylist(), strict=True)]
 
 
-def _cell_files(images: pa.ChunkedArray, folder: Path | None) -> list[Path] | None:
+def _cell_files(images: pa.ChunkedArray, folder: Path | None) -> list[str] | None:
     """The file of each row; None if any row contains the image itself."""
     files = [_within(folder, path) for path in _paths(images) or [None]]
-    return [file for file in files if file] if all(files) else None
+    return [str(file) for file in files] if all(files) else None
 
 
 def _cell_sizes(images: pa.ChunkedArray, folder: Path | None) -> np.ndarray:

@@ -98,7 +98,7 @@ def read_tables(root: Path, files: list[Path], columns: Columns, content: Folder
         reasons = content.skipped | dict.fromkeys(ignored, "a table that is not a split")
         source.skipped = [f"{printable(root / p)} ({reasons[p]})" for p in reasons if root / p not in used]
         opened = {file for records in source.splits.values() for file in records.files or []}
-        if unused := [path for path in content.images if (root / path).resolve() not in opened]:
+        if unused := [path for path in content.images if str((root / path).resolve()) not in opened]:
             source.skipped += [f"{printable(root / path)} (in no table)" for path in unused]
             shown = some_of(map(printable, unused))
             source.notices.append(f"{len(unused):,} images next to the tables are in no table and not used: {shown}")
