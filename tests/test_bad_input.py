@@ -123,7 +123,7 @@ def test_a_missing_config(refused, configs):
 def test_an_empty_folder(refused, configs, tmp_path):
     (tmp_path / "empty").mkdir()
     error = refused("train-tokenizer", configs / "tokenizer.yaml", "run.dir=run", "data.source=./empty")
-    assert "data.source empty: expected images in this folder" in error
+    assert "data.source empty: expected images in it" in error
     assert "expected images" in refused("inspect", "./empty")
 
 
