@@ -12,8 +12,6 @@ from test_readme import tiny_mnist
 REPOSITORY = Path(__file__).parents[1]
 FOLDER = REPOSITORY / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-RUN_COMMANDS = ("11_text_to_image", "12_own_photographs")
-"""These start commands, which takes minutes; `make notebooks` runs them."""
 MAX_BYTES = 6_000_000
 
 
@@ -36,7 +34,7 @@ def tiny_data(tmp_path, monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n.stem not in RUN_COMMANDS], ids=lambda file: file.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.stem)
 def test_all_cells_run(notebook: Path, tiny_data):
     names = {"__name__": "__main__", "display": lambda image: image.load()}
     for number, cell in enumerate(cells(notebook)):

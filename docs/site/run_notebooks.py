@@ -6,6 +6,7 @@ Times, versions and random names are removed, so running a notebook again change
 """
 
 import os
+import re
 import sys
 import tempfile
 import time
@@ -46,6 +47,9 @@ def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]
             joined[-1].text += output.text
         else:
             joined.append(output)
+    for output in joined:
+        if output.output_type == "stream":  # without the note on images that are decoded for the first time
+            output.text = re.sub(r"^decoding .*\n", "", output.text, flags=re.MULTILINE)
     return joined
 
 
