@@ -129,7 +129,7 @@ def check_rebuilds(model: nn.Module, build: Callable[[], nn.Module], where: str 
     Raises:
         InputError: a part was replaced by one of another class or shape.
     """
-    with torch.device("meta"):
+    with unallocated():
         rebuilt = build()
     # FSDP derives classes of its own.
     own, expected = (
