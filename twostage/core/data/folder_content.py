@@ -99,7 +99,14 @@ def _open_file(files: Sequence[str], row: int) -> Image.Image:
 
 
 def _file_sizes(files: Sequence[str]) -> np.ndarray:
-    return np.array([file.stat().st_size if file.exists() else 0 for file in map(Path, files)], np.int64)
+    return np.array([_size(Path(file)) for file in files], np.int64)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 def _open_member(members: Sequence[Member], row: int) -> Image.Image:
