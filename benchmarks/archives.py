@@ -22,7 +22,9 @@ import torch
 from PIL import Image
 
 from benchmarks.reporting import alternate, compared, parser, report
-from twostage.core.data.dataset import DataConfig, ImageSplit, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
+from twostage.core.data.image_data import ImageSplit
 from twostage.core.machine.processes import share_cores
 
 SIDE, CLASSES, DIFFERENT, BATCH_SIZE, MEASURED = 64, 10, 200, 64, 4096

@@ -24,7 +24,8 @@ from stage1_tokenizer.feature_training import train as train_features
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage1_tokenizer.train_tokenizer import train as train_tokenizer
 from twostage.core.config.sections import load_config
-from twostage.core.data.dataset import ImageData, load_images
+from twostage.core.data.dataset import load_images
+from twostage.core.data.image_data import ImageData
 from twostage.core.images.conversion import to_float, to_uint8
 from twostage.core.images.sheets import contact_sheet, save_image
 from twostage.core.runs.run_folder import read_metrics

@@ -24,7 +24,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from benchmarks.reporting import alternate, compared, parser, report
-from twostage.core.data.dataset import DataConfig, ImageSplit, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
+from twostage.core.data.image_data import ImageSplit
 from twostage.core.machine.processes import share_cores
 
 BATCH_SIZE, HEIGHT, WIDTH = 64, 1500, 2000

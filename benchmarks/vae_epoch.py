@@ -23,7 +23,8 @@ from benchmarks.reporting import compared, parser, report
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.train_tokenizer import TokenizerConfig, autoencoder_config
 from twostage.core.config.sections import load_config
-from twostage.core.data.dataset import ImageData, ImageSplit, load_images
+from twostage.core.data.dataset import load_images
+from twostage.core.data.image_data import ImageData, ImageSplit
 from twostage.core.images.conversion import to_float
 from twostage.core.training.batches import Batches
 from twostage.core.training.optimizer import TrainedNetwork

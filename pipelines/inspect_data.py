@@ -45,7 +45,7 @@ def command(
     from pipelines.recipes.fitting_config import describe_survey
     from pipelines.recipes.recipe import recipe_for, training_size
     from twostage.core.config.sections import parse_config
-    from twostage.core.data.dataset import DataConfig
+    from twostage.core.data.data_config import DataConfig
     from twostage.core.data.survey import survey
 
     column, captions = (None if name == "null" else name for name in (label_column, caption_column))

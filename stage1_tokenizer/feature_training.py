@@ -11,12 +11,9 @@ from torch import Tensor
 from stage1_tokenizer.augmentation import flip_half, shift
 from stage1_tokenizer.feature_network import WIDTHS, FeatureNetwork, FeatureNetworkConfig
 from twostage.core.config.sections import Count, RunConfig, Section, Size, parse_config
-from twostage.core.data.dataset import (
-    DataConfig,
-    ImageData,
-    ImageSplit,
-    load_images,
-)
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
+from twostage.core.data.image_data import ImageData, ImageSplit
 from twostage.core.data.records import AUTO
 from twostage.core.data.survey import survey
 from twostage.core.errors import InputError

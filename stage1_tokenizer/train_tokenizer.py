@@ -31,7 +31,9 @@ from twostage.core.config.sections import (
     load_config,
     parse_config,
 )
-from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_images, load_larger
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images, load_larger
+from twostage.core.data.image_data import ImageData, ImageSplit
 from twostage.core.errors import InputError
 from twostage.core.files import expand_home
 from twostage.core.images.conversion import to_float

@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from stage1_tokenizer.autoencoder import Autoencoder
-from twostage.core.data.dataset import ImageSplit
+from twostage.core.data.image_data import ImageSplit
 from twostage.core.images.conversion import to_float, to_uint8
 from twostage.core.training.random import BatchRandom, seed_for
 

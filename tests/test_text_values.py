@@ -7,7 +7,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 from twostage.core.machine.command import print_once
 
 NAMES = ["my pics #2", "2024", "12:30", "on", "[wip]", "photos: summer", "null", " spaced "]

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
     from stage2_prior.sampling_config import SamplingConfig
     from twostage.core.config.sections import load_config
-    from twostage.core.data.dataset import DataConfig, load_images
+    from twostage.core.data.data_config import DataConfig
+    from twostage.core.data.dataset import load_images
     from twostage.core.errors import InputError
     from twostage.core.images.conversion import to_float, to_uint8
     from twostage.core.training.optimizer import AveragedCopy
@@ -92,7 +93,7 @@ MODULES = {
     "ClassGaussianConfig": "stage1_tokenizer.continuous",
     "ConvConfig": "stage1_tokenizer.conv_backbone",
     "CorruptionConfig": "stage1_tokenizer.objective",
-    "DataConfig": "twostage.core.data.dataset",
+    "DataConfig": "twostage.core.data.data_config",
     "FiniteScalarConfig": "stage1_tokenizer.finite_scalar",
     "GaussianConfig": "stage1_tokenizer.continuous",
     "IdentityConfig": "stage1_tokenizer.continuous",

@@ -23,7 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from twostage.core.data.dataset import DataConfig, ImageData, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
+from twostage.core.data.image_data import ImageData
 from twostage.core.data.splits import SPLIT_WORDS
 
 CLASSES = ["ant", "bee", "cow"]

@@ -15,7 +15,7 @@ from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.config.sections import parse_config
-from twostage.core.data.dataset import DataConfig
+from twostage.core.data.data_config import DataConfig
 from twostage.core.errors import InputError
 from twostage.core.runs.contents import same_place
 

@@ -29,7 +29,8 @@ from pipelines.evaluation.reconstructions import JUDGED_RECONSTRUCTIONS, measure
 from pipelines.evaluation.samples import JUDGED_SAMPLES, SampleRequest, measure_samples
 from pipelines.evaluation.shared_work import SharedWork
 from stage2_prior.sampling_config import SamplingConfig
-from twostage.core.data.dataset import ImageData, load_images
+from twostage.core.data.dataset import load_images
+from twostage.core.data.image_data import ImageData
 from twostage.core.data.spread import spread_over_classes
 from twostage.core.errors import InputError
 

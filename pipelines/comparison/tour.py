@@ -30,7 +30,8 @@ from stage2_prior.sampling_config import SamplingConfig
 from stage2_prior.train_prior import PriorTrainingConfig
 from stage2_prior.train_prior import train as train_prior
 from twostage.core.config.sections import parse_config
-from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 from twostage.core.data.drawn_sources import DRAWN_SOURCES
 from twostage.core.data.survey import survey
 from twostage.core.errors import InputError

@@ -11,7 +11,8 @@ from pipelines.saved.stored_paths import portable
 from stage2_prior.codes import Augmentation, MapForm
 from twostage.core.config.overrides import apply_overrides
 from twostage.core.config.sections import Section, parse_config
-from twostage.core.data.dataset import DataConfig, ImageData
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.image_data import ImageData
 from twostage.core.errors import InputError
 from twostage.core.wording import some_of
 

@@ -28,8 +28,10 @@ from stage2_prior.codes import (
     code_statistics,
 )
 from twostage.core.config.sections import summarize_differences
-from twostage.core.data.dataset import DataConfig, ImageData, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 from twostage.core.data.drawn_sources import DRAWN_SOURCES
+from twostage.core.data.image_data import ImageData
 from twostage.core.data.sources import find_local
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from stage2_prior.codes import Augmentation
-from twostage.core.data.dataset import ImageData, ImageSplit, load_larger
+from twostage.core.data.dataset import load_larger
+from twostage.core.data.image_data import ImageData, ImageSplit
 from twostage.core.training.random import seed_for
 
 __all__ = ["ImageVariants", "image_variants"]

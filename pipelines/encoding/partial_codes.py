@@ -13,7 +13,7 @@ from pipelines.encoding.image_variants import ImageVariants
 from stage2_prior.codes import Manifest
 from stage2_prior.stored_captions import StoredCaptions
 from twostage.core.config.sections import summarize_differences
-from twostage.core.data.dataset import DataConfig
+from twostage.core.data.data_config import DataConfig
 from twostage.core.errors import InputError
 from twostage.core.files import read_json, write_json
 from twostage.core.wording import one_line

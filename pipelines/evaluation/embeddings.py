@@ -14,8 +14,10 @@ from torch import Tensor
 
 from pipelines.evaluation.judges import Judge, OwnFeatures
 from stage1_tokenizer.autoencoder import Autoencoder
-from twostage.core.data.dataset import DataConfig, ImageSplit, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 from twostage.core.data.drawn_sources import DRAWN_SOURCES
+from twostage.core.data.image_data import ImageSplit
 from twostage.core.data.vectors import TABLE_FILE, VECTOR_FILE, write_embeddings
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float

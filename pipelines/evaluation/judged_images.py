@@ -11,7 +11,7 @@ from torch import Tensor
 from pipelines.evaluation.judges import ImageNetFeatures, Judge
 from pipelines.evaluation.measurement import HeldOutImages
 from pipelines.evaluation.shared_work import RowDigests, SharedWork
-from twostage.core.data.dataset import ImageSplit
+from twostage.core.data.image_data import ImageSplit
 from twostage.core.data.spread import spread
 
 __all__ = ["JudgedImages", "RealImages", "judge_training_images"]

@@ -18,7 +18,7 @@ from stage1_tokenizer.objective import ObjectiveConfig, negative_log_likelihood,
 from stage2_prior.codes import CodeCache, CodeSplit
 from stage2_prior.conditions.conditions import Given
 from stage2_prior.prior import Prior
-from twostage.core.data.dataset import ImageSplit
+from twostage.core.data.image_data import ImageSplit
 from twostage.core.data.spread import spread
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pipelines.evaluation.shared_work import RowDigests
 from pipelines.saved.evaluation_figures import Figures
-from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.image_data import ImageData, ImageSplit
 from twostage.core.data.spread import spread
 from twostage.core.errors import InputError
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
+from twostage.core.data.image_data import ImageData, ImageSplit
 from twostage.core.data.spread import spread, spread_over_classes
 from twostage.core.images.fonts import class_labels
 from twostage.core.images.map_colours import coloured_classes

@@ -21,7 +21,7 @@ from stage2_prior.codes import CodeCache
 from stage2_prior.train_prior import PriorTrainingConfig
 from twostage.core.config.overrides import apply_overrides
 from twostage.core.config.sections import ConfigT, load_config, parse_config, path_values
-from twostage.core.data.dataset import DataConfig
+from twostage.core.data.data_config import DataConfig
 from twostage.core.data.drawn_sources import DRAWN_SOURCES
 from twostage.core.data.sources import FILE_SUFFIXES, is_source_file
 from twostage.core.data.survey import Survey, survey

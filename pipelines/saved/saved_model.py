@@ -14,8 +14,10 @@ from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.codes import CodeCache, TokenizerReference
 from stage2_prior.prior import Prior, PriorConfig
 from twostage.core.config.sections import parse_config
-from twostage.core.data.dataset import DataConfig, ImageSplit, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 from twostage.core.data.drawn_sources import DRAWN_SOURCES
+from twostage.core.data.image_data import ImageSplit
 from twostage.core.data.records import AUTO
 from twostage.core.data.sources import find_local
 from twostage.core.errors import InputError

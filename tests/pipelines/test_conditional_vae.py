@@ -17,7 +17,8 @@ from pipelines.sharing.exported_folder import export_pipeline
 from pipelines.sharing.exported_programs import export_programs
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.validation import psnr
-from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 from twostage.core.data.shapes import draw_shapes
 from twostage.core.images.conversion import to_float, to_uint8
 

@@ -14,7 +14,8 @@ from pipelines.evaluation.judges import OwnFeatures
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage2_prior.codes import CodeCache
-from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 from twostage.core.images.conversion import to_float
 
 

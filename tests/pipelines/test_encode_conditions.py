@@ -14,7 +14,8 @@ from pipelines.encoding import dataset_codes
 from pipelines.saved.saved_model import find_data
 from stage2_prior.codes import CodeCache
 from stage2_prior.stored_captions import StoredCaptions
-from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 
 COUNT = 12
 HELD_OUT = 4

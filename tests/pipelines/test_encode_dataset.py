@@ -18,7 +18,9 @@ from pipelines.encoding import dataset_codes, partial_codes
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.codes import Augmentation, CodeCache
 from twostage.core.config.sections import parse_config
-from twostage.core.data.dataset import DataConfig, ImageSplit, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
+from twostage.core.data.image_data import ImageSplit
 from twostage.core.images.conversion import to_float
 from twostage.core.training.random import seed_for
 
@@ -231,7 +233,7 @@ def test_a_negative_number_of_crops_is_refused(runs, twostage, tmp_path):
 # Encodes as the command does, and sends itself SIGKILL when it reads images for the n-th time.
 KILLED = """
 import os, signal, sys
-from twostage.core.data.dataset import ImageSplit
+from twostage.core.data.image_data import ImageSplit
 from pipelines.cli import main
 
 left, read = int(os.environ["READS"]), ImageSplit.read

@@ -21,7 +21,8 @@ from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
 from pipelines.evaluation.reconstructions import ssim
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
-from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 from twostage.core.data.shapes import CLASS_NAMES
 from twostage.core.images.conversion import to_float, to_uint8
 from twostage.core.training.random import seed_for

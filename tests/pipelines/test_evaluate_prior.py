@@ -30,7 +30,8 @@ from stage2_prior.conditions.context import Context
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.prior import Prior
 from stage2_prior.sampling_config import SamplingConfig
-from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 from twostage.core.images.conversion import to_float
 
 CELLS, PIXELS = 16, 3 * 16 * 16

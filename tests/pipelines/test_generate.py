@@ -12,7 +12,8 @@ from messages import assert_names
 from PIL import Image
 
 from stage2_prior.sampling_config import SamplingConfig
-from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 
 
 @pytest.fixture(scope="module")

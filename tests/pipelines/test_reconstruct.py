@@ -9,7 +9,8 @@ from PIL import Image
 from pipelines.drawing.tokenizer_sheets import draw_reconstructions
 from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
-from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 from twostage.core.data.spread import spread_over_classes
 from twostage.core.images.conversion import to_float
 

@@ -11,7 +11,8 @@ from messages import assert_names, refuses
 from PIL import Image
 
 from twostage.core.config.sections import parse_config
-from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,8 @@ import torch
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.sample_sheets import MAX_POINTS, draw_images
 from twostage.core.config.sections import parse_config
-from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.image_data import ImageData, ImageSplit
 
 CLASSES = 5
 

@@ -14,7 +14,7 @@ from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfi
 from stage1_tokenizer.feature_training import FeaturesTrainingConfig
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from twostage.core.config.sections import parse_config
-from twostage.core.data.dataset import ImageData
+from twostage.core.data.image_data import ImageData
 from twostage.core.training.optimizer import AveragedCopy
 from twostage.core.training.running_means import RunningMeans
 

@@ -17,7 +17,8 @@ from pipelines.evaluation.distances import (
 )
 from pipelines.evaluation.shared_work import SharedWork
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
-from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 from twostage.core.data.shapes import CLASS_NAMES
 from twostage.core.images.conversion import to_float
 from twostage.core.training.random import seed_for

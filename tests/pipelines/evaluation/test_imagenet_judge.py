@@ -20,7 +20,8 @@ from pipelines.evaluation.measurement import HeldOutImages
 from pipelines.evaluation.shared_work import SharedWork
 from stage1_tokenizer.autoencoder import Autoencoder, PerceptualNetwork
 from stage1_tokenizer.imagenet_network import JUDGE_WEIGHTS, LOSS_WEIGHTS
-from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 from twostage.core.data.shapes import CLASS_NAMES
 from twostage.core.data.spread import spread
 from twostage.core.images.conversion import to_float, to_uint8

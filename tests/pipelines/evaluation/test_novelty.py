@@ -16,7 +16,9 @@ from pipelines.evaluation.shared_work import SharedWork
 from pipelines.saved.evaluation_figures import SampleNovelty
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage2_prior.sampling_config import SamplingConfig
-from twostage.core.data.dataset import DataConfig, ImageSplit, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
+from twostage.core.data.image_data import ImageSplit
 from twostage.core.data.shapes import CLASS_NAMES
 
 

@@ -14,7 +14,8 @@ from pipelines.evaluation.reconstructions import ssim, ssim_window
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.validation import psnr
 from twostage.core.config.sections import parse_config
-from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 from twostage.core.images.conversion import to_float, to_uint8
 from twostage.core.training.random import seed_for
 

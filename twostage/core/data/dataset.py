@@ -1,312 +1,33 @@
-"""`data`: from a named source to uint8 batches, indexed by row.
+"""From `data.source` to the images of each split.
 
 A dataset that fits ``in_memory_gb`` is decoded once into one uint8 array. A larger one is checked once and then decoded
 on demand, in threads.
 """
 
-import hashlib
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal, overload
+from dataclasses import replace
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from twostage.core.config.sections import Count, Flag, Number, PathName, Section
 from twostage.core.data.captions import has_captions
+from twostage.core.data.data_config import DataConfig
 from twostage.core.data.decoded_cache import decode_all
-from twostage.core.data.decoding import Findings, decode
+from twostage.core.data.decoding import Findings
 from twostage.core.data.drawn_sources import DRAWN_SOURCES, draw_split, drawn_splits
-from twostage.core.data.maps import MapKind, decode_maps
-from twostage.core.data.records import AUTO, Captions, Columns, Records, Source
+from twostage.core.data.image_data import ImageData, ImageSplit, check_readable
+from twostage.core.data.maps import decode_maps
+from twostage.core.data.records import Source
 from twostage.core.data.shapes import CLASS_NAMES
-from twostage.core.data.sources import find_local, find_source
-from twostage.core.data.spread import names_without_images, spread
-from twostage.core.data.vectors import VECTOR_FILE, add_vectors
+from twostage.core.data.sources import find_source
+from twostage.core.data.vectors import add_vectors
 from twostage.core.errors import InputError
-from twostage.core.images.conversion import quiet_decoders, to_float
+from twostage.core.images.conversion import quiet_decoders
 from twostage.core.images.pixel_values import UsedValues, is_grey
 from twostage.core.machine.memory import check_bytes
-from twostage.core.runs.contents import Contents
 from twostage.core.wording import some_of
 
-__all__ = [
-    "DataConfig",
-    "ImageData",
-    "ImageSplit",
-    "load_images",
-    "load_larger",
-]
-
-MAX_SIDE = 65_536  # pixels
-Share = Annotated[Number, Field(gt=0.0, lt=1.0)]
-
-
-class DataConfig(Section):
-    """The images to use, and their size, channels and value range."""
-
-    source: PathName = "shapes"
-    """`shapes`, `captioned_shapes`, a folder of images, a table (parquet, arrow), archive (tar, zip) or file of arrays
-    (npy, npz) or a folder of these, a name under $TWOSTAGE_DATA, or a Hugging Face dataset `owner/name`."""
-    image_size: Count | tuple[Count, Count] = 32
-    """Pixels: one number for squares, or [height, width]. Other images are cropped at the centre, then resized."""
-    channels: Literal[1, 3, 4] = 3
-    """1 grey, 3 RGB, 4 RGBA."""
-    label_column: Annotated[str, Field(min_length=1)] | None = AUTO
-    """The column of a table with the classes; `auto` looks for `label`, `class` and similar names; null: no classes."""
-    caption_column: Annotated[str, Field(min_length=1)] | None = AUTO
-    """The column of a table or of a metadata file with the captions: a text, or a list of texts; `auto` looks for
-    `caption`, `text`, `prompt` and similar names, and for text files beside the images; null: no captions."""
-    on_missing_caption: Literal["error", "skip", "empty"] = "error"
-    """Whether images without a caption stop `twostage encode`, are skipped, or have an empty caption."""
-    vector_column: Annotated[str, Field(min_length=1)] | None = None
-    """The column with a vector for each image: lists of numbers, all of the same length. Or a `.npz` file of
-    `twostage embed`."""
-    maps: PathName | None = None
-    """A map for each image, such as a segmentation: another image column, or a folder of images with the same names."""
-    map_kind: MapKind = "labels"
-    """`labels`: the grey values or palette indices of maps are classes, and are never blended; `image`: maps are
-    ordinary images."""
-    value_range: tuple[Number, Number] | None = None
-    """The values in the files that become black and white, such as [0, 4095] for 12 bits stored in 16; null: the range
-    of the files' type, which is 0 to 1 for floats."""
-    horizontal_flip: Flag = False
-    """Mirrors each training image with probability 1/2."""
-    random_crop: Share | None = None
-    """The smallest share of an image's sides that a tokenizer sees of it in training, such as 0.8: each time a window
-    of random size and place. Training images are then kept larger (1/0.8 times as large), so that no window has to be
-    enlarged, if the files are large enough. null: whole images."""
-    num_images: Count | None = None
-    """The maximum number of training images; null: all (20,000 for `shapes` and `captioned_shapes`)."""
-    validation_share: Share = 0.05
-    """The share of `train` to hold out if the source has neither `val` nor `test`."""
-    on_bad_image: Literal["error", "skip"] = "error"
-    """Whether unreadable images stop the run before training, or are skipped and counted."""
-    in_memory_gb: Number = Field(default=4.0, ge=0.0)
-    """Datasets with up to this many gigabytes of pixels are kept decoded in memory. The larger images that
-    `random_crop` needs are kept too if they fit beside the plain ones."""
-
-    @field_validator("image_size", mode="before")
-    @classmethod
-    def _pixels(cls, value: Any) -> Any:
-        sides = list(value) if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
-        if not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
-            raise ValueError(f"expected pixels such as 32, or [height, width], got {value!r}")
-        return value
-
-    @field_validator("value_range")
-    @classmethod
-    def _range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and not value[0] < value[1]:
-            raise ValueError(f"expected [black, white] with black below white, such as [0, 4095], got {list(value)}")
-        return value
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width)."""
-        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
-
-    @property
-    def columns(self) -> Columns:
-        """What to read beside the images."""
-        vectors = None if self.vector_file else self.vector_column
-        return Columns(self.label_column, self.caption_column, vectors, self.maps)
-
-    @property
-    def vector_file(self) -> Path | None:
-        """The file that ``vector_column`` names, if it is no column."""
-        given = self.vector_column
-        return Path(given) if given is not None and given.endswith(VECTOR_FILE) else None
-
-
-class ImageSplit(Dataset[tuple[Tensor, int]]):
-    """The images of one split, a dataset for a `DataLoader`.
-
-    ``split[i]`` is an image (C, H, W) in [-1, 1] and its class, -1 for none. ``split[:100]`` is (100, C, H, W) images
-    and (100,) classes.
-
-    Args:
-        labels: (n,) int64, or None.
-        pixels: (n, C, H, W) uint8; None: ``records`` are decoded on demand.
-        records: None for images that twostage draws.
-        captions: the captions of each image, () for none; None: no image has captions.
-        vectors: (n, d) float32, or None.
-        maps: (n, H, W) uint8 classes, or (n, C, H, W) uint8 images; None: no maps, or those of ``records`` are decoded
-            on demand.
-        map_channels: C; None: maps of classes, or no maps.
-    """
-
-    def __init__(
-        self,
-        labels: np.ndarray | None,
-        pixels: np.ndarray | None,
-        records: Records | None,
-        config: DataConfig,
-        *,
-        captions: Captions | None = None,
-        vectors: np.ndarray | None = None,
-        maps: np.ndarray | None = None,
-        map_channels: int | None = None,
-    ) -> None:
-        self.labels = None if labels is None else torch.from_numpy(labels)
-        self.pixels = None if pixels is None else torch.from_numpy(pixels)
-        self.maps = None if maps is None else torch.from_numpy(maps)
-        self.records, self.config, self.captions, self.vectors = records, config, captions, vectors
-        self.map_channels = map_channels
-
-    def __len__(self) -> int:
-        return len(self.records or [] if self.pixels is None else self.pixels)
-
-    @overload
-    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Tensor, Tensor]: ...
-    def __getitem__(self, index: int | slice) -> tuple[Tensor, int | Tensor]:
-        rows = torch.arange(len(self))[index]  # an IndexError ends a loop over the split
-        labels = torch.full_like(rows, -1) if self.labels is None else self.labels[rows]
-        if rows.ndim == 0:
-            return to_float(self.read(rows[None]))[0], int(labels)
-        return to_float(self.read(rows)), labels
-
-    @property
-    def in_memory(self) -> bool:
-        return self.pixels is not None
-
-    def read(self, rows: Tensor) -> Tensor:
-        """(len(rows), C, H, W) uint8."""
-        if self.pixels is not None:
-            return self.pixels[rows]
-        assert self.records is not None
-        out = np.empty((len(rows), self.config.channels, *self.config.size), dtype=np.uint8)
-        _check_readable(self.records, decode(self.records, rows.tolist(), out, self.config.value_range))
-        return torch.from_numpy(out)
-
-    def read_maps(self, rows: Tensor) -> Tensor | None:
-        """(len(rows), H, W) uint8 classes, or (len(rows), C, H, W) uint8 images; None without maps."""
-        if self.map_form is None:
-            return None
-        if self.maps is not None:
-            return self.maps[rows]
-        assert self.records is not None
-        assert self.records.maps is not None
-        maps, classes = self.records.maps, self.map_channels is None
-        out = np.empty((len(rows), self.map_channels or 1, *self.config.size), dtype=np.uint8)
-        _check_readable(maps, decode(maps, rows.tolist(), out, None, classes))
-        return torch.from_numpy(out[:, 0] if classes else out)
-
-    @property
-    def map_form(self) -> tuple[int, ...] | None:
-        """The shape of a map: (H, W) for classes, (C, H, W) for images; None without maps."""
-        if self.maps is None and (self.records is None or self.records.maps is None):
-            return None
-        return self.config.size if self.map_channels is None else (self.map_channels, *self.config.size)
-
-    def fingerprint(self) -> str:
-        """The sha256 of the content, independent of its location: the number, names and labels of the images, their
-        vectors, and the pixels of images and maps if in memory, else the sizes of their files.
-
-        Captions are not part of it: images and codes are the same with other captions.
-        """
-        digest = hashlib.sha256(f"{len(self)} {self.config.channels} {self.config.size}".encode())
-        if self.labels is not None:
-            digest.update(self.labels.numpy().tobytes())
-        if self.records is not None:
-            for name in self.records.names:
-                digest.update(f"{name.removeprefix(self.records.origin)}\n".encode())
-        if self.pixels is not None:
-            digest.update(self.pixels.numpy().data)
-        elif self.records is not None:
-            digest.update(self.records.sizes().tobytes())
-        if self.vectors is not None:
-            digest.update(self.vectors.data)
-        if self.map_form is not None:
-            digest.update(f"maps {self.map_form}".encode())
-            if self.maps is not None:
-                digest.update(self.maps.numpy().data)
-            elif self.records is not None and self.records.maps is not None:
-                digest.update(self.records.maps.sizes().tobytes())
-        return digest.hexdigest()
-
-    def sample_hash(self) -> str:
-        """The sha256 of the pixels of up to 256 evenly spaced images: for a split that is not in memory, whose
-        fingerprint only covers file sizes."""
-        rows = spread(len(self), 256)
-        digest = hashlib.sha256(self.read(rows).numpy().tobytes())
-        if (maps := self.read_maps(rows)) is not None:
-            digest.update(maps.numpy().tobytes())
-        return digest.hexdigest()
-
-    def names(self, rows: Tensor) -> list[str]:
-        """The name of each image in messages: its file, or its row."""
-        if self.records is None:
-            return [f"image {row}" for row in rows.tolist()]
-        return [self.records.names[row] for row in rows.tolist()]
-
-    def read_labels(self, rows: Tensor) -> Tensor | None:
-        """(len(rows),) int64, or None."""
-        return None if self.labels is None else self.labels[rows]
-
-    def read_captions(self, rows: Tensor) -> list[tuple[str, ...]] | None:
-        """The captions of each image, () for none; None if no image has any."""
-        return None if self.captions is None else [self.captions[row] for row in rows.tolist()]
-
-    def read_vectors(self, rows: Tensor) -> Tensor | None:
-        """(len(rows), d) float32, or None."""
-        return None if self.vectors is None else torch.from_numpy(self.vectors[rows.numpy()])
-
-
-@dataclass
-class ImageData:
-    """The splits of a source: `train`, and `val`, `test` or both; `captioned_shapes` also has `unseen`."""
-
-    description: str
-    splits: dict[str, ImageSplit]
-    class_names: list[str] | None
-    notices: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    """Files skipped because they are not images, each with the reason."""
-    unmatched_captions: list[str] = field(default_factory=list)
-    """Caption files, and rows of metadata files, that belong to no image."""
-    bad: list[str] = field(default_factory=list)
-    """Images skipped because they are unreadable, each with the reason."""
-    modes: Counter[str] = field(default_factory=Counter)
-    """The number of files with each mode."""
-    sizes: Counter[str] = field(default_factory=Counter)
-    """The number of files with each size ("width x height")."""
-    values: dict[str, UsedValues] = field(default_factory=dict)
-    """The values in the files, by their type (`8-bit`, `16-bit`, `float` ...)."""
-
-    @property
-    def untrained_classes(self) -> list[str]:
-        """The classes without any training image."""
-        return names_without_images(self.splits["train"].labels, self.class_names)
-
-    def identity(self) -> dict[str, Any]:
-        """The facts by which a run recognizes its images, as plain JSON."""
-        identity: dict[str, Any] = {"classes": {str(i): name for i, name in enumerate(self.class_names or [])}}
-        for name, split in self.splits.items():
-            identity[name] = {"pictures": len(split), "fingerprint": split.fingerprint()}
-        on_disk = {name: split.sample_hash() for name, split in self.splits.items() if not split.in_memory}
-        return identity | ({"sample": on_disk} if on_disk else {})
-
-    def contents(self) -> Contents:
-        """The content that `data.source` refers to."""
-        place = find_local(self.validation.config.source)
-        return Contents("images", None if place is None else place.absolute(), self.identity())
-
-    @property
-    def validation_name(self) -> str:
-        """The split for validation: `val` if there is one, else `test`; if `train` has labels, one with labels."""
-        labels, held_out = self.splits["train"].labels, [name for name in ("val", "test") if name in self.splits]
-        return next(name for name in held_out if labels is None or self.splits[name].labels is not None)
-
-    @property
-    def validation(self) -> ImageSplit:
-        return self.splits[self.validation_name]
+__all__ = ["load_images", "load_larger"]
 
 
 def load_larger(data: ImageData, size: tuple[int, int]) -> ImageSplit:
@@ -330,7 +51,7 @@ def load_larger(data: ImageData, size: tuple[int, int]) -> ImageSplit:
     _check_memory(config, len(train) if in_memory else 1)
     if in_memory:
         pixels, found = decode_all(train.records, (config.channels, *size), config.value_range, in_memory)
-        _check_readable(train.records, found)
+        check_readable(train.records, found)
         larger.pixels = None if pixels is None else torch.from_numpy(pixels)
     return larger
 
@@ -390,16 +111,6 @@ def load_images(config: DataConfig) -> ImageData:
             f"them: {some_of(untrained)}"
         )
     return data
-
-
-def _check_readable(records: Records, found: Findings) -> None:
-    """Refuse to continue with images that have become unreadable."""
-    if found.bad:
-        row, reason = next(iter(found.bad.items()))
-        raise InputError(
-            f"{records.names[row]}: was readable when the run started but no longer is ({reason}). Restore "
-            "the file, then run the same command again to resume"
-        )
 
 
 def _add_maps(splits: dict[str, ImageSplit], config: DataConfig, in_memory: bool) -> None:

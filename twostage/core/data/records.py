@@ -21,7 +21,7 @@ Captions = list[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Columns:
-    """What to read beside the images; see :class:`twostage.core.data.dataset.DataConfig`."""
+    """What to read beside the images; see :class:`twostage.core.data.data_config.DataConfig`."""
 
     label: str | None = AUTO
     caption: str | None = AUTO

@@ -15,7 +15,8 @@ from PIL import Image
 
 from twostage.core.data import archives
 from twostage.core.data.archives import list_members, read_member
-from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 from twostage.core.data.sources import find_source
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from messages import assert_names, refuses
 
-from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 from twostage.core.data.records import Columns
 from twostage.core.data.sources import find_source
 

@@ -11,7 +11,9 @@ import torch
 from messages import assert_names, refuses
 
 from twostage.core.config.sections import parse_config
-from twostage.core.data.dataset import DataConfig, ImageData, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
+from twostage.core.data.image_data import ImageData
 
 
 def load(source: Path | str, **options: object) -> ImageData:

@@ -11,7 +11,9 @@ import torch
 from messages import assert_names, refuses
 from PIL import Image
 
-from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_images, load_larger
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images, load_larger
+from twostage.core.data.image_data import ImageData, ImageSplit
 from twostage.core.errors import InputError
 
 ON_DISK = {"in_memory_gb": 0}

@@ -14,7 +14,9 @@ import torch
 from messages import refuses
 
 from twostage.core.data import decoded_cache
-from twostage.core.data.dataset import DataConfig, ImageData, load_images, load_larger
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images, load_larger
+from twostage.core.data.image_data import ImageData
 from twostage.core.machine import progress
 
 ROOT = Path("cache/twostage")

@@ -7,8 +7,10 @@ from messages import assert_names
 
 from twostage.core.config.sections import parse_config
 from twostage.core.data.captioned_shapes import UNSEEN, caption_shapes, draw_captioned_shapes
-from twostage.core.data.dataset import DataConfig, ImageData, load_images, load_larger
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images, load_larger
 from twostage.core.data.drawn_sources import split_attributes
+from twostage.core.data.image_data import ImageData
 from twostage.core.data.shapes import CLASS_NAMES, draw_shapes
 from twostage.core.errors import InputError
 

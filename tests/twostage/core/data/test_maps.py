@@ -11,7 +11,9 @@ import torch
 from messages import refuses
 from PIL import Image
 
-from twostage.core.data.dataset import DataConfig, ImageData, ImageSplit, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
+from twostage.core.data.image_data import ImageData, ImageSplit
 from twostage.core.images.conversion import classes_to_uint8, image_to_uint8
 
 MEMORY = pytest.mark.parametrize("mode", [{}, {"in_memory_gb": 0}], ids=["in memory", "on disk"])

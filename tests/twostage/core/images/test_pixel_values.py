@@ -10,7 +10,8 @@ import torch
 from messages import assert_names, refuses
 from PIL import Image
 
-from twostage.core.data.dataset import DataConfig, load_images
+from twostage.core.data.data_config import DataConfig
+from twostage.core.data.dataset import load_images
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import image_to_uint8
 from twostage.core.images.pixel_values import is_grey

@@ -1,0 +1,93 @@
+"""`data`: which images to use, and in what form."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from twostage.core.config.sections import Count, Flag, Number, PathName, Section
+from twostage.core.data.maps import MapKind
+from twostage.core.data.records import AUTO, Columns
+from twostage.core.data.vectors import VECTOR_FILE
+
+__all__ = ["DataConfig"]
+
+MAX_SIDE = 65_536  # pixels
+Share = Annotated[Number, Field(gt=0.0, lt=1.0)]
+
+
+class DataConfig(Section):
+    """The images to use, and their size, channels and value range."""
+
+    source: PathName = "shapes"
+    """`shapes`, `captioned_shapes`, a folder of images, a table (parquet, arrow), archive (tar, zip) or file of arrays
+    (npy, npz) or a folder of these, a name under $TWOSTAGE_DATA, or a Hugging Face dataset `owner/name`."""
+    image_size: Count | tuple[Count, Count] = 32
+    """Pixels: one number for squares, or [height, width]. Other images are cropped at the centre, then resized."""
+    channels: Literal[1, 3, 4] = 3
+    """1 grey, 3 RGB, 4 RGBA."""
+    label_column: Annotated[str, Field(min_length=1)] | None = AUTO
+    """The column of a table with the classes; `auto` looks for `label`, `class` and similar names; null: no classes."""
+    caption_column: Annotated[str, Field(min_length=1)] | None = AUTO
+    """The column of a table or of a metadata file with the captions: a text, or a list of texts; `auto` looks for
+    `caption`, `text`, `prompt` and similar names, and for text files beside the images; null: no captions."""
+    on_missing_caption: Literal["error", "skip", "empty"] = "error"
+    """Whether images without a caption stop `twostage encode`, are skipped, or have an empty caption."""
+    vector_column: Annotated[str, Field(min_length=1)] | None = None
+    """The column with a vector for each image: lists of numbers, all of the same length. Or a `.npz` file of
+    `twostage embed`."""
+    maps: PathName | None = None
+    """A map for each image, such as a segmentation: another image column, or a folder of images with the same names."""
+    map_kind: MapKind = "labels"
+    """`labels`: the grey values or palette indices of maps are classes, and are never blended; `image`: maps are
+    ordinary images."""
+    value_range: tuple[Number, Number] | None = None
+    """The values in the files that become black and white, such as [0, 4095] for 12 bits stored in 16; null: the range
+    of the files' type, which is 0 to 1 for floats."""
+    horizontal_flip: Flag = False
+    """Mirrors each training image with probability 1/2."""
+    random_crop: Share | None = None
+    """The smallest share of an image's sides that a tokenizer sees of it in training, such as 0.8: each time a window
+    of random size and place. Training images are then kept larger (1/0.8 times as large), so that no window has to be
+    enlarged, if the files are large enough. null: whole images."""
+    num_images: Count | None = None
+    """The maximum number of training images; null: all (20,000 for `shapes` and `captioned_shapes`)."""
+    validation_share: Share = 0.05
+    """The share of `train` to hold out if the source has neither `val` nor `test`."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """Whether unreadable images stop the run before training, or are skipped and counted."""
+    in_memory_gb: Number = Field(default=4.0, ge=0.0)
+    """Datasets with up to this many gigabytes of pixels are kept decoded in memory. The larger images that
+    `random_crop` needs are kept too if they fit beside the plain ones."""
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _pixels(cls, value: Any) -> Any:
+        sides = list(value) if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
+        if not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
+            raise ValueError(f"expected pixels such as 32, or [height, width], got {value!r}")
+        return value
+
+    @field_validator("value_range")
+    @classmethod
+    def _range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not value[0] < value[1]:
+            raise ValueError(f"expected [black, white] with black below white, such as [0, 4095], got {list(value)}")
+        return value
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def columns(self) -> Columns:
+        """What to read beside the images."""
+        vectors = None if self.vector_file else self.vector_column
+        return Columns(self.label_column, self.caption_column, vectors, self.maps)
+
+    @property
+    def vector_file(self) -> Path | None:
+        """The file that ``vector_column`` names, if it is no column."""
+        given = self.vector_column
+        return Path(given) if given is not None and given.endswith(VECTOR_FILE) else None
