@@ -387,7 +387,7 @@ def test_a_terminal_with_few_characters(tmp_path, variables):
 @pytest.mark.parametrize(
     ("backend", "kept"),
     [
-        ("module://matplotlib_inline.backend_inline", False),
+        ("module://ipympl.backend_nbagg", False),
         ("nonsense", False),
         ("svg", True),
         ("Qt5Agg", True),

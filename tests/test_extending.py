@@ -145,10 +145,10 @@ def test_a_plugin_that_does_not_import(fresh, twostage, code, expected, monkeypa
     ended = twostage("train-tokenizer", "configs/tokenizer/vqvae_shapes.yaml", "plugins=[broken]", "run.dir=runs/other")
     assert ended.code == 2
     assert ended.err.count("\n") == 1, "one sentence"
-    assert_names(ended.err, "plugin 'broken'", *expected, "Fix")
+    assert_names(ended.err, "plugins 'broken'", *expected, "Fix")
     monkeypatch.setenv("TWOSTAGE_PLUGINS", "broken")
     registry._waiting.cache_clear()
-    assert_names(twostage("reconstruct", "runs/ternary", "--out", "image.png").err, "plugin 'broken'")
+    assert_names(twostage("reconstruct", "runs/ternary", "--out", "image.png").err, "plugins 'broken'")
 
 
 def test_a_plugin_that_is_installed_needs_no_key(fresh, tmp_path, monkeypatch):

@@ -52,12 +52,11 @@ from twostage.core.config.sections import load_config
 from stage1_tokenizer import train_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
 
-class Watched(Autoencoder):
-    def __init__(self, *args):
-        super().__init__(*args)
-        trained.append(self)
+def watched(*args):
+    trained.append(Autoencoder(*args))
+    return trained[-1]
 
-train_tokenizer.Autoencoder = Watched
+train_tokenizer.Autoencoder = watched
 PartialState.destroy_process_group = lambda *_: None  # the next training needs it
 config, out, runs = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 hashes = {}

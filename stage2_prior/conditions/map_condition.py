@@ -119,9 +119,8 @@ class LabelMapCondition(MapCondition):
     def __init__(self, labels: tuple[int, ...], size: tuple[int, int], depth: int, space: ContextSpace) -> None:
         super().__init__(len(labels), size, depth, space)
         self.labels = labels
-        number = torch.full((256,), -1)
-        number[list(labels)] = torch.arange(len(labels))
-        self.register_buffer("number", number, persistent=False)
+        number = {label: i for i, label in enumerate(labels)}
+        self.register_buffer("number", torch.tensor([number.get(value, -1) for value in range(256)]), persistent=False)
 
     def nothing(self, count: int) -> Tensor:
         return torch.full((count, *self.size), NO_LABEL, dtype=torch.uint8)

@@ -91,8 +91,7 @@ def check_model(build: Callable[[], nn.Module], settings: dict[str, Any], name: 
         InputError: training does not fit in memory; names the settings that make the model large.
     """
     try:
-        with unallocated():
-            count = sum(p.numel() for p in build().parameters())
+        count = sum(p.numel() for p in unallocated(build).parameters())
     except (RuntimeError, OverflowError, TypeError):  # too large even for a tensor's shape
         count = 2**62
     check_bytes(4 * TRAINING_COPIES * count // processes, f"{count:,} weights", _large_settings(settings, name), device)

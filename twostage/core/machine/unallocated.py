@@ -1,14 +1,15 @@
 """Modules with shapes, but without memory or values."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["unallocated"]
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 SMALL = 4096
 """The length of a range that is allocated: tables of up to its square follow from it."""
@@ -29,8 +30,11 @@ class _WithoutCompiler(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextmanager
-def unallocated() -> Iterator[None]:
-    """Modules built inside have no weights in memory: those are on the `meta` device."""
-    with torch.device("meta"), _WithoutCompiler():
-        yield
+def unallocated(build: Callable[[], ModuleT]) -> ModuleT:
+    """The module that ``build`` returns, without weights in memory: those are on the `meta` device."""
+    try:
+        with torch.device("meta"), _WithoutCompiler():
+            return build()
+    except RuntimeError:  # it computes with ranges and other tensors
+        with torch.device("meta"):
+            return build()

@@ -129,8 +129,7 @@ def check_rebuilds(model: nn.Module, build: Callable[[], nn.Module], where: str 
     Raises:
         InputError: a part was replaced by one of another class or shape.
     """
-    with unallocated():
-        rebuilt = build()
+    rebuilt = unallocated(build)
     # FSDP derives classes of its own.
     own, expected = (
         {name: type(part).__name__.removeprefix("FSDP") for name, part in each.named_modules()}
@@ -157,8 +156,7 @@ def filled(build: Callable[[], ModuleT], state: dict[str, Tensor], where: str | 
         InputError: names or shapes differ.
     """
     try:
-        with unallocated():
-            skeleton = build().state_dict()
+        skeleton = unallocated(build).state_dict()
     except (RuntimeError, OverflowError, TypeError) as error:
         raise InputError(
             f"{where}: config.json does not describe a model ({one_line(error)}). Copy the model again"
