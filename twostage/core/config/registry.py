@@ -127,8 +127,8 @@ def load_plugins(names: Iterable[str], beside: Path | None = None) -> None:
         except (Exception, SystemExit) as error:
             if isinstance(error, ModuleNotFoundError) and error.name in (name, name.partition(".")[0]):
                 raise InputError(
-                    f"plugins {name!r}: no such module; expected {name.partition('.')[0]}.py in {' or '.join(folders)}, "
-                    "or an installed module. Fix the name, without .py"
+                    f"plugins {name!r}: no such module; expected {name.partition('.')[0]}.py in "
+                    f"{' or '.join(folders)}, or an installed module. Fix the name, without .py"
                 ) from None
             raise InputError(f"plugins {name!r}: cannot be imported ({_why(error)}). Fix it") from error
 
