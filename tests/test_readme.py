@@ -1,6 +1,7 @@
 """Run every command of the README, the tutorial and the reliability page, with little data and few steps."""
 
 import io
+import os
 import re
 import shlex
 import socket
@@ -121,6 +122,7 @@ def test_every_command_runs(document: str, tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / name).symlink_to(REPOSITORY / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TWOSTAGE_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("PATH", f"{REPOSITORY / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}")  # as if activated
     for command in commands(document):
         if command.startswith("twostage ") and not re.search(r"[&|;<>$]", command):
             works(*shlex.split(command, comments=True)[1:])
