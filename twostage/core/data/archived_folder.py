@@ -18,11 +18,7 @@ def find_archives(content: FolderContent) -> list[Path]:
     """The archives of a folder without other images, relative to it."""
     if content.images:
         return []
-    return [
-        path
-        for path, reason in sorted(content.skipped.items())
-        if path.suffix.lower() in ARCHIVE_SUFFIXES and reason != "hidden"
-    ]
+    return [path for path in sorted(content.others) if path.suffix.lower() in ARCHIVE_SUFFIXES]
 
 
 def refuse_compressed(file: Path) -> None:

@@ -32,11 +32,7 @@ def find_arrays(content: FolderContent) -> list[Path]:
     """The files of arrays in a folder without other images, relative to it."""
     if content.images:
         return []
-    return [
-        path
-        for path, reason in sorted(content.skipped.items())
-        if reason != "hidden" and is_array_file(content.root / path)
-    ]
+    return [path for path in sorted(content.others) if is_array_file(content.root / path)]
 
 
 def read_arrays(root: Path, files: list[Path], columns: Columns, content: FolderContent | None) -> Source:

@@ -187,7 +187,7 @@ def _is_text(value: Any) -> bool:
 
 def _text_files(content: FolderContent) -> tuple[dict[Path, tuple[str, ...]], list[str]]:
     """The captions in `NAME.txt` beside `NAME.png`, one in each line, and the files without an image beside them."""
-    files = [path for path, why in content.skipped.items() if path.suffix.lower() == ".txt" and why != "hidden"]
+    files = [path for path in content.others if path.suffix.lower() == ".txt"]
     by_stem: dict[Path, list[Path]] = {}
     for image in content.images if files else ():
         by_stem.setdefault(image.with_suffix(""), []).append(image)

@@ -1,11 +1,13 @@
 """The files of a dataset: each file below a folder or in an archive is an image, or has a reason why not."""
 
 import io
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -64,6 +66,26 @@ class FolderContent:
                 f"data.source {self.name(path)}: not readable as UTF-8 ({one_line(error)}). Save it as UTF-8"
                 f"{otherwise and '. ' + otherwise}"
             ) from None
+
+    def read_json(self, path: Path) -> Any:
+        """The content of a JSON file.
+
+        Raises:
+            InputError: it is unreadable, or not JSON.
+        """
+        text = self.read_text(path)
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"data.source {self.name(path)}: not valid JSON ({one_line(error)}). Copy the file again, fix it, or "
+                "remove it"
+            ) from None
+
+    @property
+    def others(self) -> list[Path]:
+        """The files that are not images, without hidden ones."""
+        return [path for path, reason in self.skipped.items() if reason != "hidden"]
 
     def records(self, images: Sequence[Path]) -> Records:
         """These images, not yet decoded."""

@@ -66,7 +66,7 @@ def read_metadata(content: FolderContent) -> Metadata:
     Raises:
         InputError: a file is not valid, names none of the images, or two rows disagree about an image.
     """
-    files = [path for path, reason in content.skipped.items() if reason != "hidden" and _may_describe(path)]
+    files = [path for path in content.others if _may_describe(path)]
     metadata = Metadata()
     names = _Names(content.images if files else ())
     for file in sorted(files):
@@ -200,13 +200,7 @@ def _named_rows(content: FolderContent, file: Path, names: _Names) -> list[Row] 
 
 def _stylegan_rows(content: FolderContent, file: Path) -> list[Row] | None:
     """`{"labels": [["00000/img0.png", 3], ...]}`; no labels at all if they are null."""
-    text = content.read_text(file)
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"data.source {content.name(file)}: not valid JSON ({one_line(error)}). Copy the file again, or remove it"
-        ) from None
+    document = content.read_json(file)
     if not isinstance(document, dict) or "labels" not in document:
         return None
     labels = document["labels"] or []

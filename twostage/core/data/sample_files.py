@@ -1,13 +1,11 @@
 """Files that belong to one image each: `0001.cls` and `0001.json` beside `0001.jpg`, as in a WebDataset."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from twostage.core.data.folder_content import FolderContent
 from twostage.core.data.metadata_files import Metadata
-from twostage.core.errors import InputError
-from twostage.core.wording import one_line, printable
+from twostage.core.wording import printable
 
 __all__ = ["CLASS_COLUMN", "read_samples"]
 
@@ -22,12 +20,8 @@ def read_samples(content: FolderContent, metadata: Metadata) -> None:
     Raises:
         InputError: a file is unreadable, or disagrees with the other metadata.
     """
-    others, root = set(metadata.files), printable(content.root)
-    files = [
-        file
-        for file, reason in content.skipped.items()
-        if file.suffix.lower() in _SUFFIXES and reason != "hidden" and file not in others
-    ]
+    read, root = set(metadata.files), printable(content.root)
+    files = [file for file in content.others if file.suffix.lower() in _SUFFIXES and file not in read]
     images: dict[Path, list[Path]] = {}
     for image in content.images if files else ():
         images.setdefault(image.with_suffix(""), []).append(image)
@@ -44,13 +38,7 @@ def read_samples(content: FolderContent, metadata: Metadata) -> None:
 
 def _values(content: FolderContent, file: Path) -> dict[str, Any] | None:
     """What a file says about its image; None for a JSON file without columns."""
-    text = content.read_text(file).strip()
     if file.suffix.lower() == ".cls":
-        return {CLASS_COLUMN: text or None}
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"data.source {content.name(file)}: not valid JSON ({one_line(error)}). Fix this file, or remove it"
-        ) from None
+        return {CLASS_COLUMN: content.read_text(file).strip() or None}
+    document = content.read_json(file)
     return document if isinstance(document, dict) else None

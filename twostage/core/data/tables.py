@@ -29,8 +29,8 @@ def find_tables(content: FolderContent) -> list[Path]:
     """
     found = [
         path
-        for path, reason in sorted(content.skipped.items())
-        if path.suffix.lower() in TABLE_SUFFIXES and reason != "hidden" and not path.name.startswith("cache-")
+        for path in sorted(content.others)
+        if path.suffix.lower() in TABLE_SUFFIXES and not path.name.startswith("cache-")
     ]
     if not content.images or any(len(path.parts) == 1 for path in found):
         return found
