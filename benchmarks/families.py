@@ -112,11 +112,11 @@ def train_and_measure(family: str, name: str, steps: int, folder: Path) -> Row:
 def picture(name: str, folder: Path, data: ImageData, out: Path) -> None:
     """The same test images through every family, above samples from the variational families."""
     rows = torch.arange(12)
-    originals = data.validation.read(rows)
+    originals, labels = data.validation.read(rows), data.validation.read_labels(rows)
     strips, titles = [originals], ["original"]
     models = {family: Autoencoder.from_pretrained(folder / family) for family in FAMILIES}
     for family, model in models.items():
-        strips.append(to_uint8(model.reconstruct(to_float(originals))))
+        strips.append(to_uint8(model.reconstruct(to_float(originals), labels)))
         titles.append(family)
     for family, model in models.items():
         if model.variational:
