@@ -42,7 +42,7 @@ def collapse(autoencoder: Autoencoder, *_: object) -> None:
         if isinstance(quantizer, VectorQuantizer):
             far = torch.full_like(quantizer.codebook, 100.0)
             quantizer.codebook.copy_(torch.nn.functional.normalize(far, dim=1) if quantizer.l2_normalize else far)
-            if quantizer.config.codebook == "ema":
+            if quantizer.kind == "ema":
                 quantizer.ema_sums.copy_(quantizer.codebook)
 
 

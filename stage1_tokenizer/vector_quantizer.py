@@ -18,28 +18,33 @@ from stage1_tokenizer.nearest_codes import k_means, nearest_codes
 from twostage.core.config.sections import Flag, Number, Share
 from twostage.core.training.random import BatchRandom
 
-__all__ = ["CodebookConfig", "VectorConfig", "VectorQuantizer"]
+__all__ = ["CodebookConfig", "LearnedCodebookConfig", "VectorConfig", "VectorQuantizer"]
 
 MAX_CANDIDATES = 1024
 
 
-class CodebookConfig(BottleneckConfig):
-    """A codebook of ``codebook_size`` vectors, and how it is trained."""
+class LearnedCodebookConfig(BottleneckConfig):
+    """A codebook of ``codebook_size`` vectors, which the optimizer trains."""
 
     codebook_size: Annotated[int, Field(strict=True, ge=2, le=2**31 - 1)] = 512
     """The number of codes. On disk a code takes 16 bits up to 65,536 codes, 32 bits above."""
+    ema_decay: Share = 0.99
+    """Decay of the codes' statistics: their usage and, with `codebook: ema`, the codes themselves."""
+    revive_below: Share = 0.05
+    """A code used less than this share of the average moves onto a vector of the current batch; 0: never."""
+
+
+class CodebookConfig(LearnedCodebookConfig):
+    """A codebook for nearest-code lookup, and how it is trained."""
+
     codebook: Literal["ema", "learned", "simvq"] = "ema"
     """How codes are updated. `ema`: by a moving average of the vectors that chose them. `learned`: by the optimizer.
     `simvq`: by the optimizer, through one linear map of fixed random codes, so that all codes move (SimVQ, Zhu et al.
     2024, arXiv 2411.02038)."""
     gradient: GradientRule = "straight_through"
     """How the decoder's gradient reaches the encoder: unchanged, or rotated with the vector (the rotation trick)."""
-    ema_decay: Share = 0.99
-    """Decay of the codes' statistics: their usage and, with `ema`, the codes themselves."""
     commitment_weight: Number = Field(default=0.25, ge=0)
     """Weight of the loss that pulls the encoder towards the codes (alias: beta)."""
-    revive_below: Share = 0.05
-    """A code used less than this share of the average moves onto a vector of the current batch; 0: never."""
 
 
 @BottleneckConfig.register
@@ -64,6 +69,9 @@ class VectorQuantizer(Quantizer):
 
     ``forward`` collects statistics during training; ``update_codebook`` applies them once per update, after the
     optimizer. It sums them over all processes, so every process has the same codebook.
+
+    A quantizer that trains its codebook in another way inherits from this one. It overrides ``choose``, ``losses`` or
+    ``passed_on``, or ``quantize`` as a whole.
     """
 
     codebook: Tensor
@@ -72,19 +80,20 @@ class VectorQuantizer(Quantizer):
     pending_candidates: Tensor
     starts_from_data = True
 
-    def __init__(self, config: CodebookConfig, latent_channels: int) -> None:
+    def __init__(self, config: LearnedCodebookConfig, latent_channels: int) -> None:
         super().__init__(config.codebook_size, latent_channels, config.ema_decay)
         self.config = config
+        self.kind = config.codebook if isinstance(config, CodebookConfig) else "learned"
         self.l2_normalize = isinstance(config, VectorConfig) and config.l2_normalize
         size, dim = config.codebook_size, latent_channels
         codes = self._normalized(nn.init.normal_(torch.empty(size, dim), std=dim**-0.5))
-        if config.codebook == "learned":
+        if self.kind == "learned":
             self.codebook = nn.Parameter(codes)
         else:
             self.register_buffer("codebook", codes)
-        self.projection = nn.Parameter(torch.eye(dim)) if config.codebook == "simvq" else None
+        self.projection = nn.Parameter(torch.eye(dim)) if self.kind == "simvq" else None
         # Statistics that the next update applies, besides the counts.
-        if config.codebook == "ema":
+        if self.kind == "ema":
             self.register_buffer("ema_sums", codes.clone())
             self.register_buffer("pending_sums", torch.zeros(size, dim), persistent=False)
         candidates = min(size, MAX_CANDIDATES)
@@ -97,27 +106,41 @@ class VectorQuantizer(Quantizer):
             batch, _, height, width = encoded.shape
             vectors = self._normalized(rearrange(encoded.float(), "b d h w -> (b h w) d"))
             indices, chosen, losses = self.quantize(vectors, random)
-            z = pass_gradient(vectors, chosen.detach(), self.config.gradient)
+            z = self.passed_on(vectors, chosen, random)
             z = rearrange(z, "(b h w) d -> b d h w", h=height, w=width)
         return BottleneckOutput(z, indices.view(batch, height, width), losses=losses, metrics=self.usage_metrics())
 
+    def passed_on(self, vectors: Tensor, chosen: Tensor, random: BatchRandom) -> Tensor:
+        """What the decoder gets for vectors (N, D) whose codes have the vectors ``chosen`` (N, D), during training."""
+        assert isinstance(self.config, CodebookConfig)
+        return pass_gradient(vectors, chosen.detach(), self.config.gradient)
+
     def quantize(self, vectors: Tensor, random: BatchRandom) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Vectors (N, D) -> codes (N,), their vectors (N, D), losses by name; collects statistics during training."""
-        indices = nearest_codes(vectors, self.codes())
+        indices = self.choose(vectors)
         chosen = self.embed(indices)
-        losses = {"commitment": self.config.commitment_weight * F.mse_loss(vectors, chosen.detach())}
-        if self.config.codebook != "ema":
-            losses["codebook"] = F.mse_loss(chosen, vectors.detach())
         if self.training:
             self._gather_statistics(vectors.detach(), indices, random)
-        return indices, chosen, losses
+        return indices, chosen, self.losses(vectors, chosen)
+
+    def choose(self, vectors: Tensor) -> Tensor:
+        """The codes (N,) of vectors (N, D): the nearest ones."""
+        return nearest_codes(vectors, self.codes())
+
+    def losses(self, vectors: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+        """The losses of vectors (N, D) and the vectors of their codes (N, D), by name."""
+        assert isinstance(self.config, CodebookConfig)
+        losses = {"commitment": self.config.commitment_weight * F.mse_loss(vectors, chosen.detach())}
+        if self.kind != "ema":
+            losses["codebook"] = F.mse_loss(chosen, vectors.detach())
+        return losses
 
     def encode(self, encoded: Tensor) -> BottleneckOutput:
         """The codes of (B, D, h, w) and their vectors, without losses."""
         exporting = torch.compiler.is_exporting()  # torch.export.save cannot write an autocast region in every graph
         with nullcontext() if exporting else torch.autocast(encoded.device.type, enabled=False):
             vectors = self._normalized(rearrange(encoded.float(), "b d h w -> (b h w) d"))
-            indices = nearest_codes(vectors, self.codes()).view(-1, *encoded.shape[2:])
+            indices = self.choose(vectors).view(-1, *encoded.shape[2:])
             return BottleneckOutput(self.lookup(indices), indices)
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -152,7 +175,7 @@ class VectorQuantizer(Quantizer):
         super().update_codebook(reduce_sum)
         size, total = self.codebook_size, self.ema_counts.sum()
         average = total / size
-        if self.config.codebook == "ema":
+        if self.kind == "ema":
             self.ema_sums.lerp_(reduce_sum(self.pending_sums), 1 - self.config.ema_decay)
             smoothed = (self.ema_counts + 1e-5) / (total + size * 1e-5) * total
             self.codebook.copy_(self._normalized(self.ema_sums / smoothed[:, None]))
@@ -177,14 +200,14 @@ class VectorQuantizer(Quantizer):
             self.codebook.copy_(torch.where(some, moved, self.codebook))
             identity = torch.eye(len(self.projection), dtype=moved.dtype, device=moved.device)
             self.projection.copy_(torch.where(some, identity, self.projection))
-        if self.config.codebook == "ema":
+        if self.kind == "ema":
             self.ema_sums.copy_(torch.where(where[:, None], vectors * count, self.ema_sums))
 
     @torch.no_grad()
     def _gather_statistics(self, vectors: Tensor, indices: Tensor, random: BatchRandom) -> None:
         finite = vectors.sum().isfinite()  # a batch whose update is skipped must leave no trace
         self.count(indices, finite)
-        if self.config.codebook == "ema":
+        if self.kind == "ema":
             self.pending_sums.index_add_(0, indices, torch.where(finite, vectors, 0.0))
         # Candidates are positions in the global batch; each process fills in those of its own part.
         per_sample = len(vectors) // (random.rows.stop - random.rows.start)
