@@ -14,15 +14,15 @@ import torch
 from benchmarks.reporting import alternate, compared, parser, report
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import TokenizerReference
-from stage2_prior.conditions.class_condition import ClassConditionConfig
-from stage2_prior.conditions.condition import ConditionConfig
-from stage2_prior.conditions.text_condition import TextConditionConfig
-from stage2_prior.conditions.vocabulary import Vocabulary
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.network import NetworkConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
 from stage2_prior.sampling_config import SamplingConfig
+from twostage.core.conditions.class_condition import ClassConditionConfig
+from twostage.core.conditions.condition import ConditionConfig
+from twostage.core.conditions.text_condition import TextConditionConfig
+from twostage.core.conditions.vocabulary import Vocabulary
 from twostage.core.machine.processes import share_cores
 
 GRID, CODES, LENGTH = (16, 16), 512, 32

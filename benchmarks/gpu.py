@@ -32,13 +32,13 @@ from stage1_tokenizer.training_losses import ImageLosses, LossConfig
 from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import TokenizerReference
-from stage2_prior.conditions.class_condition import ClassConditionConfig
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.network import NetworkConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
 from stage2_prior.sampling import image_seeds
 from stage2_prior.sampling_config import SamplingConfig
+from twostage.core.conditions.class_condition import ClassConditionConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.machine.precision import reason_for_precision, state_float32
 from twostage.core.training.flops import count_flops

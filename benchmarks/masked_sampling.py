@@ -18,11 +18,11 @@ from torch import Tensor
 
 from benchmarks.reporting import alternate, compared, parser, report
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
-from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.masked_transformer import MaskedTransformer, MaskedTransformerConfig
 from stage2_prior.sampling import Branches
 from stage2_prior.sampling_config import SamplingConfig, Weights
 from stage2_prior.transformer import Block, rotate
+from twostage.core.conditions.context import Context, ContextForm
 from twostage.core.machine.processes import share_cores
 
 CODES, GRID, SIZE, DEPTH, HEADS, STEPS = 512, (16, 16), 512, 8, 8, 8

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.reporting import alternate, compared, parser, report
-from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.pixelcnn import PixelCNN, PixelCNNConfig
 from stage2_prior.sampling import Branches, CodeNoise
 from stage2_prior.sampling_config import SamplingConfig
+from twostage.core.conditions.context import Context, ContextForm
 from twostage.core.machine.processes import share_cores
 
 CODES, GRID = 512, (16, 16)

@@ -17,10 +17,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.reporting import Row, alternate, compared, parser, report
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
 from stage2_prior.codes import CodeCache
-from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import Branches
 from stage2_prior.sampling_config import SamplingConfig, Weights
+from twostage.core.conditions.context import Context, ContextForm
 from twostage.core.machine.processes import share_cores
 
 CODES, GRID, SIZE, DEPTH, HEADS = 512, (16, 16), 512, 8, 8

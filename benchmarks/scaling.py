@@ -20,7 +20,7 @@ from benchmarks.reporting import Row, markdown_table, parser, report, write_sect
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator
 from stage1_tokenizer.vqgan_backbone import VQGANConfig
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
-from stage2_prior.conditions.context import Context, ContextForm
+from twostage.core.conditions.context import Context, ContextForm
 
 IMAGES, CLASSES, SIDE, GRID, CODES = 1_281_167, 1000, 256, (16, 16), 16_384
 GPUS, PEAK, SHARE = 8, 990e12, 0.4  # peak bf16 FLOP/s of an H100 (SXM, dense), and the assumed utilisation

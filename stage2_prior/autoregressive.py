@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage2_prior.conditions.context import Context
 from stage2_prior.jumps import Windows, sample_in_jumps
 from stage2_prior.network import OnProgress
 from stage2_prior.sampling import Branches, CodeNoise, filter_logits, guidance_at
 from stage2_prior.sampling_config import SamplingConfig, Weights
+from twostage.core.conditions.context import Context
 from twostage.core.training.random import BatchRandom
 
 __all__ = ["ORDERS", "Autoregressive", "Order", "Step", "cell_order", "code_nats", "images_at_once", "sample_in_order"]

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stage2_prior.autoregressive import Autoregressive, Order, Step, cell_order, code_nats
-from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.jumps import WINDOW, Windows
 from stage2_prior.sampling_config import Weights
 from stage2_prior.transformer import Block, FastTransformer, Transformer, TransformerConfig, sequence_mask, turn
+from twostage.core.conditions.context import Context, ContextForm
 from twostage.core.training.random import BatchRandom
 
 __all__ = ["CausalTransformer", "CausalTransformerConfig", "CausalTransformerDecoder"]

@@ -23,6 +23,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from stage2_prior.stored_captions import StoredCaptions
+from twostage.core.conditions.condition import ConditionSource
 from twostage.core.config.sections import Count, Flag, Section, Size, parse_config
 from twostage.core.data.spread import names_without_images
 from twostage.core.errors import InputError
@@ -239,6 +240,14 @@ class CodeCache:
     def untrained_classes(self) -> list[str]:
         """The classes without a row in the training split."""
         return names_without_images(self.splits["train"].labels, self.manifest.class_names)
+
+    def condition_source(self) -> ConditionSource:
+        """What conditions learn from."""
+        manifest, count = self.manifest, len(self.splits["train"])
+        return ConditionSource(
+            f"codes {self.path}", self.splits, self.validation, count // manifest.augmentation.variants,
+            manifest.image_size, manifest.class_names,
+        )  # fmt: skip
 
     def contents(self) -> Contents:
         """The identity of these codes, independent of their folder and of file names."""

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.network import OnProgress
 from stage2_prior.sampling import Branches, choose, filter_logits, guidance_at, uniform_noise
 from stage2_prior.sampling_config import MaskSchedule, SamplingConfig, Weights
 from stage2_prior.transformer import FastTransformer, Transformer, TransformerConfig, sequence_mask, turn
+from twostage.core.conditions.context import Context, ContextForm
 from twostage.core.config.sections import Flag
 from twostage.core.training.random import BatchRandom
 

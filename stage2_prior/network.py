@@ -9,9 +9,9 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
 from stage2_prior.sampling import Branches
 from stage2_prior.sampling_config import SamplingConfig
+from twostage.core.conditions.context import Context, ContextForm, ContextSpace
 from twostage.core.config.registry import OpenUnion
 from twostage.core.config.sections import Section
 from twostage.core.training.random import BatchRandom

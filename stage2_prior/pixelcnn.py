@@ -17,9 +17,9 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from stage2_prior.autoregressive import Autoregressive, Step, cell_order
-from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
 from stage2_prior.network import NetworkConfig
 from stage2_prior.sampling_config import Weights
+from twostage.core.conditions.context import Context, ContextForm, ContextSpace
 from twostage.core.config.sections import Depth, Share, Width
 
 __all__ = ["PixelCNN", "PixelCNNConfig", "PixelCNNDecoder"]

@@ -15,19 +15,17 @@ from torch import Tensor, nn
 
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import CodeCache, TokenizerReference
-from stage2_prior.conditions.class_condition import ClassConditionConfig
-from stage2_prior.conditions.condition import ConditionConfig
-from stage2_prior.conditions.conditions import NAMES, Conditions, Given, context_form
-from stage2_prior.conditions.context import join_contexts
-from stage2_prior.conditions.map_condition import MapConditionConfig
-from stage2_prior.conditions.text_condition import TextConditionConfig
-from stage2_prior.conditions.vector_condition import VectorConditionConfig
 from stage2_prior.fast_linear import check_weights
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.network import NetworkConfig, OnProgress, PriorNetwork
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.sampling import Branches
 from stage2_prior.sampling_config import SamplingConfig
+from twostage.core.conditions.class_condition import ClassConditionConfig
+from twostage.core.conditions.condition import ConditionConfig
+from twostage.core.conditions.conditions import NAMES, Conditions, Given, context_form
+from twostage.core.conditions.context import join_contexts
+from twostage.core.conditions.text_condition import TextConditionConfig
 from twostage.core.config.registry import plugins_of
 from twostage.core.config.schema import tag
 from twostage.core.config.sections import Count, Number, Section, Share, Sides, parse_config
@@ -37,8 +35,6 @@ from twostage.core.training.random import BatchRandom
 
 __all__ = ["Prior", "PriorConfig", "PriorLossConfig", "ReplaceSchedule", "prior_config"]
 
-for condition in (ClassConditionConfig, TextConditionConfig, MapConditionConfig, VectorConditionConfig):
-    ConditionConfig.register(condition)
 for network in (PixelCNNConfig, CausalTransformerConfig, MaskedTransformerConfig):
     NetworkConfig.register(network)
 
@@ -110,7 +106,7 @@ def prior_config(
     has_class = any(condition.type == "class" for condition in conditions)
     return PriorConfig(
         model=model,
-        conditions=[condition.learned_from(cache) for condition in conditions],
+        conditions=[condition.learned_from(cache.condition_source()) for condition in conditions],
         loss=loss,
         codebook_size=manifest.codebook_size,
         grid=manifest.grid,

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stage2_prior.conditions.context import Context
 from stage2_prior.sampling_config import SamplingConfig
+from twostage.core.conditions.context import Context
 from twostage.core.training.random import seed_for
 
 __all__ = [

@@ -16,12 +16,12 @@ from torch import Tensor
 from stage2_prior.autoregressive import images_at_once
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import CodeCache, CodeSplit, Manifest
-from stage2_prior.conditions.condition import ConditionConfig
 from stage2_prior.network import NetworkConfig
 from stage2_prior.prior import Prior, PriorLossConfig, ReplaceSchedule, prior_config
 from stage2_prior.sample_sheets import Decoder, draw_samples
 from stage2_prior.start_from import network_of, start_from
 from stage2_prior.transformer import TransformerConfig
+from twostage.core.conditions.condition import ConditionConfig
 from twostage.core.config.sections import MAY_CHANGE, Count, PathName, Plugins, RunConfig, Section, load_config
 from twostage.core.errors import InputError
 from twostage.core.files import expand_home
@@ -158,7 +158,7 @@ def train(
     )
     final = network.final
     for condition in final.config.conditions:
-        run.report(*condition.notices(cache))
+        run.report(*condition.notices(cache.condition_source()))
     run.attach(batches, [network], sources_of(config, cache))
     if isinstance(run, TrainingRun) and (checkpoint := run.latest_checkpoint()):
         shares = "loss.replace_prob" if isinstance(config.loss.replace_prob, ReplaceSchedule) else ""

@@ -14,10 +14,10 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
 from stage2_prior.fast_linear import Linear, TrainedLinear, fast_linear, linear
 from stage2_prior.network import COMMON_SETTINGS, NetworkConfig
 from stage2_prior.sampling_config import Weights
+from twostage.core.conditions.context import Context, ContextForm, ContextSpace
 from twostage.core.config.sections import Depth, Flag, Share, Width
 from twostage.core.training.random import BatchRandom
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pipelines.files.given_conditions import read_map_file, read_vector_file, with_lines
-from stage2_prior.conditions.conditions import NAMES
 from stage2_prior.prior import Prior
+from twostage.core.conditions.conditions import NAMES
 from twostage.core.errors import InputError
 
 __all__ = ["Asked", "Cycle", "check_needed", "read_asked", "values_of"]

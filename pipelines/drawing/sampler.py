@@ -18,10 +18,10 @@ from pipelines.drawing.batch_size import ROWS, fitting_batch_size
 from pipelines.drawing.rebuilt_images import decode_codes
 from pipelines.saved.saved_model import check_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage2_prior.conditions.map_condition import MapConditionConfig
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import image_seeds
 from stage2_prior.sampling_config import SamplingConfig
+from twostage.core.conditions.map_condition import MapConditionConfig
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_uint8
 from twostage.core.images.sheets import class_sheet, prompt_sheet

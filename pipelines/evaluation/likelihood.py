@@ -16,8 +16,8 @@ from pipelines.saved.evaluation_figures import CodeCost, Cost, ImageCost
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.objective import ObjectiveConfig, negative_log_likelihood, reconstruction_loss
 from stage2_prior.codes import CodeCache, CodeSplit
-from stage2_prior.conditions.conditions import Given
 from stage2_prior.prior import Prior
+from twostage.core.conditions.conditions import Given
 from twostage.core.data.image_data import ImageSplit
 from twostage.core.data.spread import spread
 from twostage.core.errors import InputError

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.files.given_conditions import read_map_file
-from stage2_prior.conditions.map_condition import NO_LABEL, ImageMapCondition, LabelMapCondition
 from stage2_prior.prior import Prior
+from twostage.core.conditions.map_condition import NO_LABEL, ImageMapCondition, LabelMapCondition
 
 __all__ = ["LABEL_COLOURS", "MapCanvas", "hex_colour", "number_colour", "painted_image", "painted_labels"]
 

@@ -24,9 +24,9 @@ from pipelines.page.app_handlers import (
     enlarge,
 )
 from pipelines.page.painted_maps import LABEL_COLOURS, painted_labels
-from stage2_prior.conditions.map_condition import MapConditionConfig
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.prior import Prior
+from twostage.core.conditions.map_condition import MapConditionConfig
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
 from twostage.core.machine.installation import pip_install

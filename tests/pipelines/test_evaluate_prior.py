@@ -26,10 +26,10 @@ from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage1_tokenizer.objective import ObjectiveConfig
 from stage2_prior.codes import CodeCache
-from stage2_prior.conditions.context import Context
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.prior import Prior
 from stage2_prior.sampling_config import SamplingConfig
+from twostage.core.conditions.context import Context
 from twostage.core.data.data_config import DataConfig
 from twostage.core.data.dataset import load_images
 from twostage.core.images.conversion import to_float

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import Manifest, SplitFiles, TokenizerReference
-from stage2_prior.conditions.class_condition import ClassConditionConfig
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.network import NetworkConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
+from twostage.core.conditions.class_condition import ClassConditionConfig
 from twostage.core.training.random import BatchRandom
 
 HASH = "0123456789abcdef" * 4

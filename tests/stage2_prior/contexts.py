@@ -5,10 +5,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stage2_prior.conditions.context import Context
 from stage2_prior.network import OnProgress, PriorNetwork
 from stage2_prior.sampling import Branches
 from stage2_prior.sampling_config import SamplingConfig
+from twostage.core.conditions.context import Context
 
 
 class ClassNetwork(PriorNetwork, Protocol):

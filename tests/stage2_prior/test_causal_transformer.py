@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from stage2_prior import fast_linear
 from stage2_prior.autoregressive import ORDERS, Autoregressive
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig, CausalTransformerDecoder
-from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import CodeNoise, guidance_at, image_seeds
 from stage2_prior.sampling_config import SamplingConfig
+from twostage.core.conditions.context import Context, ContextForm
 from twostage.core.training.random import BatchRandom
 
 CODES, GRID, CLASSES = 5, (2, 3), 3

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from stage2_prior.autoregressive import Autoregressive
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
-from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.network import PriorNetwork
 from stage2_prior.sampling import Branches, image_seeds
 from stage2_prior.sampling_config import SamplingConfig, Weights
 from stage2_prior.transformer import packed_layers
+from twostage.core.conditions.context import Context, ContextForm
 
 CODES, GRID, CLASSES = 7, (5, 6), 3
 CELLS = GRID[0] * GRID[1]

@@ -7,7 +7,6 @@ import torch
 from contexts import branches, of, sample
 from torch import Tensor, nn
 
-from stage2_prior.conditions.context import ContextForm
 from stage2_prior.masked_transformer import (
     MEAN_MASKED_SHARE,
     MaskedPredictor,
@@ -21,6 +20,7 @@ from stage2_prior.masked_transformer import (
 )
 from stage2_prior.sampling import guidance_at, image_seeds, uniform_noise
 from stage2_prior.sampling_config import SamplingConfig
+from twostage.core.conditions.context import ContextForm
 from twostage.core.errors import InputError
 from twostage.core.training.random import BatchRandom
 

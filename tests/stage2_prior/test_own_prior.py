@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from stage2_prior.autoregressive import Autoregressive, Step, cell_order
 from stage2_prior.causal_transformer import CausalTransformer
-from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
 from stage2_prior.network import NetworkConfig
 from stage2_prior.prior import Prior, PriorConfig
 from stage2_prior.sampling import image_seeds
 from stage2_prior.sampling_config import SamplingConfig, Weights
+from twostage.core.conditions.context import Context, ContextForm, ContextSpace
 
 
 class UnigramConfig(NetworkConfig):

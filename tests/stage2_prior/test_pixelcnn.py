@@ -8,10 +8,10 @@ from contexts import of, sample
 from messages import refuses
 from torch import Tensor, nn
 
-from stage2_prior.conditions.context import ContextForm
 from stage2_prior.pixelcnn import PixelCNN, PixelCNNConfig, PixelCNNDecoder
 from stage2_prior.sampling import CodeNoise, guidance_at, image_seeds
 from stage2_prior.sampling_config import SamplingConfig
+from twostage.core.conditions.context import ContextForm
 from twostage.core.config.sections import parse_config
 from twostage.core.training.random import BatchRandom
 

@@ -8,10 +8,10 @@ from messages import refuses
 from torch import nn
 
 from stage2_prior.codes import CodeCache
-from stage2_prior.conditions.context import Context
 from stage2_prior.prior import Prior, ReplaceSchedule, prior_config, replace_codes, replace_prob_at
 from stage2_prior.sampling import image_seeds
 from stage2_prior.sampling_config import SamplingConfig
+from twostage.core.conditions.context import Context
 from twostage.core.config.sections import parse_config
 from twostage.core.runs.model_folder import save_model_folder
 from twostage.core.training.random import BatchRandom

@@ -13,14 +13,14 @@ from fake_gpu import GPU, different_configs, fake_gpu, outside, take_one_step
 from stage2_prior import masked_transformer, train_prior
 from stage2_prior.autoregressive import sample_in_order
 from stage2_prior.codes import CodeCache
-from stage2_prior.conditions.conditions import Conditions
-from stage2_prior.conditions.context import join_contexts
-from stage2_prior.conditions.text_condition import TextConditionConfig
 from stage2_prior.prior import Prior, prior_config
 from stage2_prior.sampling import Branches, CodeNoise
 from stage2_prior.sampling_config import SamplingConfig
 from stage2_prior.stored_captions import StoredCaptions
 from stage2_prior.train_prior import PriorTrainingConfig
+from twostage.core.conditions.conditions import Conditions
+from twostage.core.conditions.context import join_contexts
+from twostage.core.conditions.text_condition import TextConditionConfig
 from twostage.core.config.sections import parse_config
 
 CONFIGS = different_configs(Path(__file__).parents[2] / "configs" / "prior")

@@ -2,9 +2,9 @@ import pytest
 import torch
 from messages import refuses
 
-from stage2_prior.conditions.context import Context
 from stage2_prior.sampling import Branches, CodeNoise, choose, filter_logits, guidance_at, image_seeds, uniform_noise
 from stage2_prior.sampling_config import SamplingConfig
+from twostage.core.conditions.context import Context
 from twostage.core.config.sections import parse_config
 
 ALMOST_1 = 1 - 2**-53  # the largest number that the noise can have

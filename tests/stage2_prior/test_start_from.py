@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import TokenizerReference
-from stage2_prior.conditions.condition import ConditionConfig
-from stage2_prior.conditions.map_condition import MapConditionConfig
-from stage2_prior.conditions.text_condition import TextConditionConfig
-from stage2_prior.conditions.vector_condition import VectorConditionConfig
-from stage2_prior.conditions.vocabulary import Vocabulary
 from stage2_prior.prior import Prior
 from stage2_prior.start_from import start_from
 from stage2_prior.train_prior import PriorTrainingConfig, train
+from twostage.core.conditions.condition import ConditionConfig
+from twostage.core.conditions.map_condition import MapConditionConfig
+from twostage.core.conditions.text_condition import TextConditionConfig
+from twostage.core.conditions.vector_condition import VectorConditionConfig
+from twostage.core.conditions.vocabulary import Vocabulary
 
 TRAINING = (train, PriorTrainingConfig)  # what `start` starts
 CODES = torch.randint(5, (4, 2, 3), generator=torch.Generator().manual_seed(2))

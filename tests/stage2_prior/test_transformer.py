@@ -5,7 +5,6 @@ from messages import refuses
 from torch import Tensor, nn
 
 from stage2_prior.causal_transformer import CausalTransformerConfig
-from stage2_prior.conditions.context import Context, ContextForm
 from stage2_prior.transformer import (
     Block,
     FastBlock,
@@ -15,6 +14,7 @@ from stage2_prior.transformer import (
     rotations,
     turn,
 )
+from twostage.core.conditions.context import Context, ContextForm
 from twostage.core.config.sections import parse_config
 from twostage.core.training.random import BatchRandom
 

@@ -8,19 +8,19 @@ from torch import Tensor, nn
 
 from stage2_prior.causal_transformer import CausalTransformerConfig, CausalTransformerDecoder
 from stage2_prior.codes import TokenizerReference
-from stage2_prior.conditions.class_condition import ClassConditionConfig
-from stage2_prior.conditions.condition import ConditionConfig
-from stage2_prior.conditions.context import Context, join_contexts
-from stage2_prior.conditions.map_condition import NO_LABEL, MapConditionConfig
-from stage2_prior.conditions.text_condition import TextConditionConfig
-from stage2_prior.conditions.vector_condition import VectorConditionConfig
-from stage2_prior.conditions.vocabulary import Vocabulary
 from stage2_prior.masked_transformer import MaskedPredictor, MaskedTransformerConfig
 from stage2_prior.network import NetworkConfig
 from stage2_prior.pixelcnn import PixelCNNConfig, PixelCNNDecoder
 from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
 from stage2_prior.sampling import Branches, image_seeds
 from stage2_prior.sampling_config import SamplingConfig
+from twostage.core.conditions.class_condition import ClassConditionConfig
+from twostage.core.conditions.condition import ConditionConfig
+from twostage.core.conditions.context import Context, join_contexts
+from twostage.core.conditions.map_condition import NO_LABEL, MapConditionConfig
+from twostage.core.conditions.text_condition import TextConditionConfig
+from twostage.core.conditions.vector_condition import VectorConditionConfig
+from twostage.core.conditions.vocabulary import Vocabulary
 from twostage.core.training.random import BatchRandom
 
 GRID, CODES, CELLS = (2, 3), 5, 6
@@ -118,6 +118,18 @@ def test_maps_may_be_images(model):
             prior.parse("map", [wrong.numpy()])
 
 
+def test_maps_may_be_smaller_than_whole_cells():
+    """Like images, which a tokenizer pads at the right and below."""
+    form = MapConditionConfig(labels=(0, 1), size=(7, 11))
+    torch.manual_seed(0)
+    condition = form.build(NETWORKS["causal"].context_space(GRID))
+    maps = torch.zeros(2, 7, 11, dtype=torch.uint8)
+    maps[1, 6, 10] = 1
+    changed = (condition(maps).cells.diff(dim=0) != 0).any(2)[0]
+    assert changed.shape == (CELLS,)
+    assert changed[-1]
+
+
 @pytest.mark.parametrize("model", NETWORKS)
 def test_a_hidden_condition_is_nothing(model):
     prior, codes, values = build(model, *ALL, dropout=1.0), codes_of(4), given_values(4, *ALL)
@@ -129,7 +141,7 @@ def test_each_kind_is_hidden_by_itself_and_at_its_own_rate():
     kinds = dict(KINDS, vector=VectorConditionConfig(mean=(1.0, 2.0), std=(0.5, 3.0), dropout=0.0))
     prior = build("causal", "class", "text", "map")
     values = given_values(2000, *ALL)
-    from stage2_prior.conditions.conditions import Conditions
+    from twostage.core.conditions.conditions import Conditions
 
     conditions = Conditions(list(kinds.values()), prior.config.model.context_space(GRID))
     hidden = conditions.hide(values, 0.3, whole(2000))

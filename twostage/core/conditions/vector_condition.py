@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage2_prior.codes import CodeCache
-from stage2_prior.conditions.condition import Condition, ConditionConfig, ConditionedSplit
-from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
+from twostage.core.conditions.condition import Condition, ConditionConfig, ConditionedSplit, ConditionSource
+from twostage.core.conditions.context import Context, ContextForm, ContextSpace
 from twostage.core.config.sections import Number
 from twostage.core.errors import InputError
 from twostage.core.wording import short_repr
@@ -23,6 +22,7 @@ MIN_STD = 1e-6
 """Numbers that vary less than this in training are only shifted."""
 
 
+@ConditionConfig.register
 class VectorConditionConfig(ConditionConfig):
     """The image's vector."""
 
@@ -38,13 +38,12 @@ class VectorConditionConfig(ConditionConfig):
     def form(self) -> ContextForm:
         return ContextForm(pooled=True)
 
-    def learned_from(self, cache: CodeCache) -> "VectorConditionConfig":
-        train = cache.splits["train"]
-        vectors = train.read_vectors(torch.arange(len(train) // cache.manifest.augmentation.variants))
+    def learned_from(self, source: ConditionSource) -> "VectorConditionConfig":
+        vectors = source.splits["train"].read_vectors(torch.arange(source.num_images))
         if vectors is None:
             raise InputError(
-                f"condition.type 'vector': the codes {cache.path} have no vectors. Encode images with "
-                "data.vector_column=NAME"
+                f"condition.type 'vector': no vectors in {source.name}. Use images with vectors "
+                "(data.vector_column=NAME)"
             )
         std, mean = torch.std_mean(vectors.double(), 0, correction=0)
         std = torch.where(std < MIN_STD, 1.0, std)
@@ -77,9 +76,8 @@ class VectorCondition(Condition):
     def nothing(self, count: int) -> Tensor:
         return torch.full((count, self.length), torch.nan)
 
-    def read(self, split: ConditionedSplit, rows: Tensor) -> Tensor:
-        vectors = split.read_vectors(rows)
-        return self.nothing(len(rows)) if vectors is None else vectors
+    def read(self, split: ConditionedSplit, rows: Tensor) -> Tensor | None:
+        return split.read_vectors(rows)
 
     def parse(self, value: Any) -> Tensor:
         try:
@@ -89,7 +87,7 @@ class VectorCondition(Condition):
         if vector.shape != (self.length,) or not vector.isfinite().all():
             raise InputError(
                 f"vector: expected {self.length} finite numbers, got the shape {tuple(vector.shape)}. Give a vector "
-                "like those that the prior was trained with"
+                "like those that the model was trained with"
             )
         return vector[None]
 

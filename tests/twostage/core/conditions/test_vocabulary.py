@@ -3,7 +3,7 @@
 import pytest
 from messages import refuses
 
-from stage2_prior.conditions.vocabulary import Vocabulary
+from twostage.core.conditions.vocabulary import Vocabulary
 
 CAPTIONS = ["A small red star, on white", "a  RED star", "the smaller star"] * 3
 

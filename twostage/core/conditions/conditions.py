@@ -1,4 +1,4 @@
-"""All conditions of a prior together."""
+"""All conditions of a model together."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stage2_prior.conditions.condition import Condition, ConditionConfig, ConditionedSplit
-from stage2_prior.conditions.context import Context, ContextForm, ContextSpace, join_contexts, merge_contexts
+# These modules register the types of `condition`.
+from twostage.core.conditions import class_condition, map_condition, text_condition, vector_condition  # noqa: F401
+from twostage.core.conditions.condition import Condition, ConditionConfig, ConditionedSplit
+from twostage.core.conditions.context import Context, ContextForm, ContextSpace, join_contexts, merge_contexts
 from twostage.core.errors import InputError
 from twostage.core.training.random import BatchRandom
 
@@ -31,7 +33,7 @@ def context_form(configs: Sequence[ConditionConfig]) -> ContextForm:
 
 
 class Conditions(nn.ModuleDict):
-    """The conditions of a prior by type, such as `class` and `text`."""
+    """The conditions of a model by type, such as `class` and `text`."""
 
     def __init__(self, configs: Sequence[ConditionConfig], space: ContextSpace) -> None:
         super().__init__({config.type: config.build(space) for config in configs})
@@ -43,7 +45,8 @@ class Conditions(nn.ModuleDict):
 
     def read(self, split: ConditionedSplit, rows: Tensor) -> dict[str, Tensor]:
         """The values of some rows of a split."""
-        return {name: condition.read(split, rows) for name, condition in self._each()}
+        found = {name: condition.read(split, rows) for name, condition in self._each()}
+        return self.nothing(len(rows)) | {name: value for name, value in found.items() if value is not None}
 
     def hide(self, given: Given, dropout: float, random: BatchRandom) -> dict[str, Tensor]:
         """Hides each condition from its share of the images, independently of the others; ``dropout`` is the share of
@@ -88,7 +91,7 @@ class Conditions(nn.ModuleDict):
             given: a tensor for each condition, or labels (count,) if the class is the only one.
 
         Raises:
-            InputError: values that a condition cannot have, or of a condition that this prior does not have.
+            InputError: values that a condition cannot have, or of a condition that this model does not have.
         """
         if isinstance(given, Tensor):
             given = {"class": given}
@@ -96,7 +99,7 @@ class Conditions(nn.ModuleDict):
         for name, value in (given or {}).items():
             if name not in self:
                 has = f"only {' and '.join(self)}" if self else "no conditions"
-                raise InputError(f"condition {name!r}: this prior was trained with {has}. Omit it")
+                raise InputError(f"condition {name!r}: this model was trained with {has}. Omit it")
             if len(value) != count:
                 raise InputError(
                     f"condition {name!r}: expected a value for each of {count} images, got the shape "

@@ -8,15 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stage2_prior.codes import CodeCache
-from stage2_prior.conditions.condition import Condition, ConditionConfig, ConditionedSplit
-from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
+from twostage.core.conditions.condition import Condition, ConditionConfig, ConditionedSplit, ConditionSource
+from twostage.core.conditions.context import Context, ContextForm, ContextSpace
 from twostage.core.config.sections import Size
 from twostage.core.errors import InputError
 
 __all__ = ["ClassCondition", "ClassConditionConfig"]
 
 
+@ConditionConfig.register
 class ClassConditionConfig(ConditionConfig):
     """The image's class."""
 
@@ -24,18 +24,18 @@ class ClassConditionConfig(ConditionConfig):
 
     type: Literal["class"] = "class"
     num_classes: Size | None = None
-    """Set from the codes."""
+    """Set from the data."""
 
     @property
     def form(self) -> ContextForm:
         return ContextForm(num_classes=self.num_classes or 0)
 
-    def learned_from(self, cache: CodeCache) -> "ClassConditionConfig":
-        names = cache.manifest.class_names
+    def learned_from(self, source: ConditionSource) -> "ClassConditionConfig":
+        names = source.class_names
         if not names:
             raise InputError(
-                f"condition.type 'class': the codes {cache.path} have no classes. Encode images with classes, or set "
-                "condition.type=none"
+                f"condition.type 'class': no classes in {source.name}. Use images with classes (a folder for each, or "
+                "a column `label`), or remove this condition"
             )
         return self.model_copy(update={"num_classes": len(names)})
 
@@ -54,9 +54,8 @@ class ClassCondition(Condition):
     def nothing(self, count: int) -> Tensor:
         return torch.full((count,), self.num_classes)
 
-    def read(self, split: ConditionedSplit, rows: Tensor) -> Tensor:
-        labels = split.read_labels(rows)
-        return self.nothing(len(rows)) if labels is None else labels
+    def read(self, split: ConditionedSplit, rows: Tensor) -> Tensor | None:
+        return split.read_labels(rows)
 
     def parse(self, value: int) -> Tensor:
         return torch.tensor([value])

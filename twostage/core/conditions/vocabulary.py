@@ -75,7 +75,7 @@ class Vocabulary(Section):
         """
         if unknown := self.unknown_words(prompt):
             raise InputError(
-                f"prompt {prompt!r}: the prior does not know {some_of(map(repr, unknown))}, because the training "
+                f"prompt {prompt!r}: the model does not know {some_of(map(repr, unknown))}, because the training "
                 f"captions never use {'it' if len(unknown) == 1 else 'them'}. Use some of its "
                 f"{len(self.entries):,} words: {some_of(self.entries, 60)}"
             )

@@ -1,25 +1,28 @@
-"""The interface of a kind of condition. A prior never asks which kinds it has, so a new kind is one new file.
+"""The interface of a kind of condition. A model never asks which kinds it has, so a new kind is one new file.
 
 Axes: B images, h and w cells of the code grid, D the width of a network's contexts.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from stage2_prior.codes import CodeCache
-from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
+from twostage.core.conditions.context import Context, ContextForm, ContextSpace
 from twostage.core.config.registry import OpenUnion
 from twostage.core.config.sections import Section, Share
 from twostage.core.training.random import BatchRandom
 
-__all__ = ["Condition", "ConditionConfig", "ConditionedSplit"]
+__all__ = ["Condition", "ConditionConfig", "ConditionSource", "ConditionedSplit"]
 
 
 class ConditionedSplit(Protocol):
     """Images or their codes with what they are conditioned on."""
+
+    def __len__(self) -> int: ...
 
     def read_labels(self, rows: Tensor) -> Tensor | None:
         """(B,) int64, or None if there are none."""
@@ -38,6 +41,21 @@ class ConditionedSplit(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ConditionSource:
+    """What a condition learns from before training, such as its vocabulary: the images, or the codes, of a model."""
+
+    name: str
+    """In messages, such as "codes codes/emoji"."""
+    splits: Mapping[str, ConditionedSplit]
+    validation: ConditionedSplit
+    num_images: int
+    """Those of `train`: its first rows, if others are variants of them."""
+    image_size: tuple[int, int]
+    """(height, width)."""
+    class_names: list[str] | None
+
+
 class ConditionConfig(OpenUnion, Section):
     """One condition: the key `condition`. Each member of this union adds its `type` and its settings."""
 
@@ -52,16 +70,16 @@ class ConditionConfig(OpenUnion, Section):
         """The parts that it adds to a context."""
         raise NotImplementedError
 
-    def learned_from(self, cache: CodeCache) -> Self:
-        """The same with what it has to learn from the codes' folder before training, such as a vocabulary.
+    def learned_from(self, source: ConditionSource) -> Self:
+        """The same with what it has to learn before training, such as a vocabulary.
 
         Raises:
-            InputError: the codes lack this condition.
+            InputError: the source lacks this condition.
         """
         raise NotImplementedError
 
-    def notices(self, cache: CodeCache) -> list[str]:
-        """What to know about this condition in the codes, after :meth:`learned_from`: one sentence each."""
+    def notices(self, source: ConditionSource) -> list[str]:
+        """What to know about this condition in the source, after :meth:`learned_from`: one sentence each."""
         return []
 
     def build(self, space: ContextSpace) -> "Condition":
@@ -81,8 +99,8 @@ class Condition(nn.Module, ABC):
         """The values (count, ...) of images without this condition."""
 
     @abstractmethod
-    def read(self, split: ConditionedSplit, rows: Tensor) -> Tensor:
-        """The values of some rows of a split."""
+    def read(self, split: ConditionedSplit, rows: Tensor) -> Tensor | None:
+        """The values of some rows of a split, or None if it has none."""
 
     @abstractmethod
     def parse(self, value: Any) -> Tensor:

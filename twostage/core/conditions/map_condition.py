@@ -4,6 +4,7 @@ Axes: B images, H and W pixels, M labels, C channels, h and w cells of the code 
 network's contexts.
 """
 
+import math
 from abc import abstractmethod
 from typing import Any, Literal
 
@@ -12,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage2_prior.codes import CodeCache
-from stage2_prior.conditions.condition import Condition, ConditionConfig, ConditionedSplit
-from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
+from twostage.core.conditions.condition import Condition, ConditionConfig, ConditionedSplit, ConditionSource
+from twostage.core.conditions.context import Context, ContextForm, ContextSpace
 from twostage.core.config.sections import Count, Depth, Size
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
@@ -29,6 +29,7 @@ NO_VALUE = -1
 ROWS_AT_ONCE = 1024
 
 
+@ConditionConfig.register
 class MapConditionConfig(ConditionConfig):
     """The map beside the image."""
 
@@ -38,9 +39,9 @@ class MapConditionConfig(ConditionConfig):
     depth: Depth = 2
     """Residual convolutions over the cells."""
     labels: tuple[Size, ...] = ()
-    """Those of the training maps; set from the codes. Empty if the maps are images."""
+    """Those of the training maps; set from the data. Empty if the maps are images."""
     channels: Literal[1, 3] | None = None
-    """Those of maps that are images; set from the codes."""
+    """Those of maps that are images; set from the data."""
     size: tuple[Count, Count] | None = None
     """(height, width) of the maps."""
 
@@ -48,32 +49,36 @@ class MapConditionConfig(ConditionConfig):
     def form(self) -> ContextForm:
         return ContextForm(cells=True)
 
-    def learned_from(self, cache: CodeCache) -> "MapConditionConfig":
-        maps, size = cache.manifest.maps, cache.manifest.image_size
-        if maps is None:
+    def learned_from(self, source: ConditionSource) -> "MapConditionConfig":
+        first = source.splits["train"].read_maps(torch.arange(1))
+        if first is None:
             raise InputError(
-                f"condition.type 'map': the codes {cache.path} have no maps. Encode images with data.maps=COLUMN or "
-                "data.maps=FOLDER"
+                f"condition.type 'map': no maps in {source.name}. Use images with maps (data.maps=COLUMN or "
+                "data.maps=FOLDER)"
             )
-        if maps.classes is None:
-            return self.model_copy(update={"labels": (), "channels": maps.channels, "size": size})
-        labels = [label for label in maps.classes if label != NO_LABEL]
-        for name, split in cache.splits.items():
-            for start in range(0, len(split), ROWS_AT_ONCE):
-                part = split.read_maps(torch.arange(start, min(start + ROWS_AT_ONCE, len(split))))
-                unknown = set() if part is None else _labels_in(part) - {*labels, NO_LABEL}
-                if unknown:
-                    raise InputError(
-                        f"condition.type 'map': the maps of `{name}` contain the label {min(unknown)}, which those of "
-                        f"`train` lack. Move some of these images to `train`, or set these pixels to {NO_LABEL}"
-                    )
-        return self.model_copy(update={"labels": tuple(labels), "channels": None, "size": size})
+        if first.ndim == 4:
+            found = {"labels": (), "channels": first.shape[1], "size": source.image_size}
+            return self.model_copy(update=found)
+        labels = _labels_of(source.splits["train"]) - {NO_LABEL}
+        for name, split in source.splits.items():
+            if unknown := _labels_of(split) - {*labels, NO_LABEL}:
+                raise InputError(
+                    f"condition.type 'map': the maps of `{name}` contain the label {min(unknown)}, which those of "
+                    f"`train` lack. Move some of these images to `train`, or set these pixels to {NO_LABEL}"
+                )
+        return self.model_copy(update={"labels": tuple(sorted(labels)), "channels": None, "size": source.image_size})
 
     def build(self, space: ContextSpace) -> "MapCondition":
         assert self.size is not None
         if self.channels is not None:
             return ImageMapCondition(self.channels, self.size, self.depth, space)
         return LabelMapCondition(self.labels, self.size, self.depth, space)
+
+
+def _labels_of(split: ConditionedSplit) -> set[int]:
+    """The labels that occur in the maps of a split."""
+    rows = torch.arange(len(split)).split(ROWS_AT_ONCE)
+    return set().union(*(_labels_in(maps) for part in rows if (maps := split.read_maps(part)) is not None))
 
 
 def _labels_in(maps: Tensor) -> set[int]:
@@ -88,7 +93,8 @@ class MapCondition(Condition):
     def __init__(self, planes: int, size: tuple[int, int], depth: int, space: ContextSpace) -> None:
         super().__init__()
         self.size = size
-        patch = size[0] // space.grid[0], size[1] // space.grid[1]
+        patch = math.ceil(size[0] / space.grid[0]), math.ceil(size[1] / space.grid[1])
+        self.padding = space.grid[1] * patch[1] - size[1], space.grid[0] * patch[0] - size[0]
         self.patches = nn.Conv2d(planes, space.width, patch, stride=patch)
         self.blocks = nn.ModuleList(nn.Conv2d(space.width, space.width, 3, padding=1) for _ in range(depth))
         self.cells_out = nn.Conv2d(space.width, space.width, 1)
@@ -98,13 +104,14 @@ class MapCondition(Condition):
     def planes(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Planes (B, planes, H, W), and the pixels that say something (B, H, W) bool."""
 
-    def read(self, split: ConditionedSplit, rows: Tensor) -> Tensor:
-        maps, nothing = split.read_maps(rows), self.nothing(len(rows))
-        return nothing if maps is None else maps.to(nothing.dtype)
+    def read(self, split: ConditionedSplit, rows: Tensor) -> Tensor | None:
+        maps = split.read_maps(rows)
+        return None if maps is None else maps.to(self.nothing(0).dtype)
 
     def forward(self, values: Tensor) -> Context:
         planes, known = self.planes(values)
-        x = F.silu(self.patches(planes))
+        right, below = self.padding
+        x = F.silu(self.patches(F.pad(planes, (0, right, 0, below))))
         for block in self.blocks:
             x = x + F.silu(block(x))
         cells = self.cells_out(x).flatten(2).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Captions as a condition: tokens, and a small transformer encoder that is trained together with the prior.
+"""Captions as a condition: tokens, and a small transformer encoder that is trained together with the model.
 
 Axes: B images, A captions of an image, L tokens of a caption, D the width of a network's contexts, H heads, E = D / H.
 """
@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage2_prior.codes import CodeCache
-from stage2_prior.conditions.condition import Condition, ConditionConfig, ConditionedSplit
-from stage2_prior.conditions.context import Context, ContextForm, ContextSpace
-from stage2_prior.conditions.vocabulary import Units, Vocabulary
+from twostage.core.conditions.condition import Condition, ConditionConfig, ConditionedSplit, ConditionSource
+from twostage.core.conditions.context import Context, ContextForm, ContextSpace
+from twostage.core.conditions.vocabulary import Units, Vocabulary
 from twostage.core.config.sections import Count, Depth
 from twostage.core.data.spread import spread
 from twostage.core.errors import InputError
@@ -24,6 +23,7 @@ __all__ = ["TextCondition", "TextConditionConfig"]
 HEAD_WIDTH, NUM_EXAMPLES = 64, 32
 
 
+@ConditionConfig.register
 class TextConditionConfig(ConditionConfig):
     """The image's caption."""
 
@@ -48,28 +48,28 @@ class TextConditionConfig(ConditionConfig):
     def form(self) -> ContextForm:
         return ContextForm(pooled=True, sequence=self.max_length)
 
-    def learned_from(self, cache: CodeCache) -> "TextConditionConfig":
-        captions = _captions_of(cache)
+    def learned_from(self, source: ConditionSource) -> "TextConditionConfig":
+        captions = _captions_of(source)
         if captions is None:
             raise InputError(
-                f"condition.type 'text': the codes {cache.path} have no captions. Encode images with captions (a "
-                "column caption, metadata.jsonl, or NAME.txt beside NAME.png)"
+                f"condition.type 'text': no captions in {source.name}. Use images with captions (a column caption, "
+                "metadata.jsonl, or NAME.txt beside NAME.png)"
             )
         vocabulary = Vocabulary.learned_from(captions, self.units, self.vocabulary_size)
-        held_out = cache.validation
+        held_out = source.validation
         shown = held_out.read_captions(spread(len(held_out), NUM_EXAMPLES)) or []
         examples = [text for texts in shown for text in texts[:1] if self._can_be_read(text, vocabulary)]
         return self.model_copy(update={"vocabulary": vocabulary, "examples": tuple(dict.fromkeys(examples))})
 
-    def notices(self, cache: CodeCache) -> list[str]:
-        captions, found = _captions_of(cache) or [], []
+    def notices(self, source: ConditionSource) -> list[str]:
+        captions, found = _captions_of(source) or [], []
         assert self.vocabulary is not None
         if cut := sum(len(self.vocabulary.tokens(text)) > self.max_length for text in captions):
             found.append(
                 f"{cut:,} of {len(captions):,} captions have more than {self.max_length} tokens, so their ends are "
                 "not used; to use more, set condition.max_length"
             )
-        held_out = cache.validation
+        held_out = source.validation
         others = [t for texts in held_out.read_captions(torch.arange(len(held_out))) or [] for t in texts]
         unknown = {word for text in others for word in self.vocabulary.unknown_words(text)}
         if unknown:
@@ -85,10 +85,9 @@ class TextConditionConfig(ConditionConfig):
         return TextCondition(self, self.vocabulary, space)
 
 
-def _captions_of(cache: CodeCache) -> list[str] | None:
+def _captions_of(source: ConditionSource) -> list[str] | None:
     """The captions of the training images; variants of an image have the same."""
-    train = cache.splits["train"]
-    found = train.read_captions(torch.arange(len(train) // cache.manifest.augmentation.variants))
+    found = source.splits["train"].read_captions(torch.arange(source.num_images))
     return None if found is None else [text for texts in found for text in texts]
 
 
@@ -133,9 +132,9 @@ class TextCondition(Condition):
     def nothing(self, count: int) -> Tensor:
         return torch.zeros(count, 1, self.max_length, dtype=torch.long)
 
-    def read(self, split: ConditionedSplit, rows: Tensor) -> Tensor:
+    def read(self, split: ConditionedSplit, rows: Tensor) -> Tensor | None:
         captions = split.read_captions(rows)
-        return self.nothing(len(rows)) if captions is None else self._tokens(captions)
+        return None if captions is None else self._tokens(captions)
 
     def parse(self, value: str) -> Tensor:
         if not value.strip():

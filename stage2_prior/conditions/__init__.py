@@ -1,1 +1,0 @@
-"""Conditions: what an image's codes are predicted from besides other codes, such as its class or its caption."""
