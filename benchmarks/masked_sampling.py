@@ -1,11 +1,14 @@
-"""How fast is sampling from the masked transformer in 8 steps, compared with the plain scheme and a causal transformer?
+"""How fast is sampling in a few steps, from the masked and the parallel transformer?
 
-python -m benchmarks.masked_sampling [--batch-sizes 1 8 32] [--repeats 3] [--json FILE]
+python -m benchmarks.masked_sampling [--batch-sizes 1 8 32] [--grid 16] [--layers 8] [--hidden-size 512] [--repeats 3]
+                                     [--json FILE]
 
 `plain` is the scheme of valeoai's Halton-MaskGIT `ConfidenceSampler` with the same weights. At every step it runs a
 float32 forward pass with torch's `F.linear` over all cells of all images, and samples every cell. `causal` writes one
-code after another with a cache. All have 8 layers of 512, 512 codes, 16x16 cells and random weights, and sample from
-the full distribution. Ours is also measured with bfloat16 and int8 weights.
+code after another with a cache (a single image by exact jumps). The masked transformer takes 8 steps; it is also
+measured with bfloat16 and int8 weights. `parallel` takes its default number of steps; `parallel, raster` compares it
+with the same weights, one cell after another in raster order. All have 512 codes and random weights, and sample from
+the full distribution.
 """
 
 import math
@@ -19,14 +22,14 @@ from torch import Tensor
 from benchmarks.reporting import alternate, compared, parser, report
 from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
 from stage2_prior.masked_transformer import MaskedTransformer, MaskedTransformerConfig
+from stage2_prior.parallel_transformer import ParallelTransformer, ParallelTransformerConfig
 from stage2_prior.sampling import Branches
 from stage2_prior.sampling_config import SamplingConfig, Weights
 from stage2_prior.transformer import Block, rotate
 from twostage.core.conditions.context import Context, ContextForm
 from twostage.core.machine.processes import share_cores
 
-CODES, GRID, SIZE, DEPTH, HEADS, STEPS = 512, (16, 16), 512, 8, 8, 8
-CELLS = GRID[0] * GRID[1]
+CODES, HEADS, STEPS = 512, 8, 8
 
 
 def plain_logits(model: MaskedTransformer, codes: Tensor, labels: Tensor) -> Tensor:
@@ -34,7 +37,7 @@ def plain_logits(model: MaskedTransformer, codes: Tensor, labels: Tensor) -> Ten
     x = model.code_embedding(codes) + model.class_embedding(labels)[:, None] + model.positions
     for block in cast(list[Block], list(model.blocks)):
         qkv = F.linear(block.norm1(x), block.qkv.weight, block.qkv.bias)
-        qkv = qkv.view(len(x), CELLS, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        qkv = qkv.view(len(x), model.cells, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         assert model.rotation is not None
         q, k = rotate(qkv[:2], model.rotation)  # each (B, H, N, E)
         attended = F.scaled_dot_product_attention(q, k, qkv[2]).transpose(1, 2).reshape(x.shape)
@@ -47,7 +50,7 @@ def plain_logits(model: MaskedTransformer, codes: Tensor, labels: Tensor) -> Ten
 @torch.no_grad()
 def plain_sample(model: MaskedTransformer, labels: Tensor, choice_temperature: float = 4.5) -> Tensor:
     """Confidence sampling without any shortcut: (B, N)."""
-    codes = torch.full((len(labels), CELLS), model.mask_token_id)
+    codes = torch.full((len(labels), model.cells), model.mask_token_id)
     for step in range(STEPS):
         done = (step + 1) / STEPS
         masked = codes == model.mask_token_id
@@ -56,7 +59,7 @@ def plain_sample(model: MaskedTransformer, labels: Tensor, choice_temperature: f
         confidence = shares.gather(-1, drawn[..., None])[..., 0].log()
         confidence += choice_temperature * (1 - done) * -(-torch.rand_like(confidence).log()).log()
         confidence[~masked] = torch.inf
-        left = int(math.cos(math.pi / 2 * done) * CELLS)
+        left = int(math.cos(math.pi / 2 * done) * model.cells)
         codes = torch.where(masked, drawn, codes)
         codes.scatter_(1, confidence.topk(left, largest=False).indices, model.mask_token_id)
     return codes
@@ -65,18 +68,26 @@ def plain_sample(model: MaskedTransformer, labels: Tensor, choice_temperature: f
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
+    arguments.add_argument("--grid", type=int, default=16, help="rows and columns of the code grid")
+    arguments.add_argument("--layers", type=int, default=8)
+    arguments.add_argument("--hidden-size", type=int, default=512)
     arguments.add_argument("--repeats", type=int, default=3)
     options = arguments.parse_args()
     share_cores()
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"hidden_size": SIZE, "depth": DEPTH, "num_heads": HEADS}
-    masked = MaskedTransformer(MaskedTransformerConfig(**shape), CODES, GRID, ContextForm(num_classes=10)).eval()
-    causal = CausalTransformer(CausalTransformerConfig(**shape), CODES, GRID, ContextForm(num_classes=10)).eval()
-    for model in (masked, causal):
+    shape: dict[str, Any] = {"hidden_size": options.hidden_size, "depth": options.layers, "num_heads": HEADS}
+    given: tuple[Any, ...] = CODES, (options.grid, options.grid), ContextForm(num_classes=10)
+    masked = MaskedTransformer(MaskedTransformerConfig(**shape), *given).eval()
+    causal = CausalTransformer(CausalTransformerConfig(**shape), *given).eval()
+    parallel = ParallelTransformer(ParallelTransformerConfig(**shape), *given).eval()
+    cells = parallel.cells
+    raster = ParallelTransformer(ParallelTransformerConfig(**shape, order="raster", num_steps=cells), *given).eval()
+    for model in (masked, causal, parallel):
         assert model.head is not None
         torch.nn.init.normal_(model.head.weight, std=0.02)
+    raster.load_state_dict(parallel.state_dict())
     with torch.no_grad():
-        codes, label = torch.randint(CODES, (1, CELLS)), torch.tensor([3])
+        codes, label = torch.randint(CODES, (1, cells)), torch.tensor([3])
         logits = masked(codes, Context(1, label))
         torch.testing.assert_close(plain_logits(masked, codes, label), logits, rtol=1e-4, atol=1e-4)
 
@@ -92,17 +103,26 @@ def main() -> None:
         def plain(labels: Tensor = labels) -> None:
             assert plain_sample(masked, labels).max() < CODES
 
-        def one_by_one(branches: Branches = branches, seeds: list[int] = seeds) -> None:
-            causal.sample(branches, SamplingConfig(), seeds)
+        def other(
+            model: CausalTransformer | ParallelTransformer, branches: Branches = branches, seeds: list[int] = seeds
+        ) -> None:
+            assert model.sample(branches, SamplingConfig(), seeds).max() < CODES
 
         candidates = {weights: partial(ours, weights) for weights in get_args(Weights)}
-        seconds = alternate({**candidates, "plain": plain, "causal": one_by_one}, options.repeats)
+        others = {"causal": causal, "parallel": parallel, "parallel, raster": raster}
+        peers = {name: partial(other, model) for name, model in others.items()}
+        seconds = alternate({**candidates, "plain": plain, **peers}, options.repeats)
         for weights in candidates:
             for peer in ("plain", "causal"):
                 rows.append(compared(f"batch {batch}, {weights}, {peer}", seconds[weights], seconds[peer]))
-            rows[-2]["codes_per_s"] = batch * CELLS / rows[-2]["ours_s"]
-    settings = {"layers": DEPTH, "hidden_size": SIZE, "cells": CELLS, "steps": STEPS, "repeats": options.repeats}
-    report(settings, rows, options.json)
+            rows[-2]["codes_per_s"] = batch * cells / rows[-2]["ours_s"]
+        for peer in ("parallel, raster", "causal", "float32"):
+            name = f"batch {batch}, parallel, {peer}".replace("float32", "masked")
+            rows.append(compared(name, seconds["parallel"], seconds[peer]))
+        rows[-3]["codes_per_s"] = batch * cells / rows[-3]["ours_s"]
+    steps = {"steps": STEPS, "parallel_steps": parallel.config.default_steps(parallel.grid)}
+    settings = {"layers": options.layers, "hidden_size": options.hidden_size, "cells": cells, **steps}
+    report({**settings, "repeats": options.repeats}, rows, options.json)
 
 
 if __name__ == "__main__":

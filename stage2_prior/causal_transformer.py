@@ -22,7 +22,7 @@ __all__ = ["CausalTransformer", "CausalTransformerConfig", "CausalTransformerDec
 class CausalTransformerConfig(TransformerConfig):
     """A GPT: predicts each code from those before it."""
 
-    jumps = True
+    draws_alone = True
 
     type: Literal["causal_transformer"] = "causal_transformer"
     order: Order = "raster"

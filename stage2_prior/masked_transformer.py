@@ -67,6 +67,9 @@ class MaskedTransformerConfig(TransformerConfig):
     def build(self, codebook_size: int, grid: tuple[int, int], form: ContextForm) -> "MaskedTransformer":
         return MaskedTransformer(self, codebook_size, grid, form)
 
+    def default_steps(self, grid: tuple[int, int]) -> int:
+        return min(NUM_STEPS, math.prod(grid))
+
     def codes_at_once(self, grid: tuple[int, int]) -> int:
         return math.prod(grid)
 
@@ -156,7 +159,7 @@ class MaskedTransformer(Transformer):
     ) -> Tensor:
         """Codes (B, N), see `PriorNetwork.sample`. With guidance, all branches are predicted as one batch."""
         device = self.norm.weight.device
-        steps = min(sampling.num_steps or NUM_STEPS, self.cells)
+        steps = min(sampling.num_steps or self.config.default_steps(self.grid), self.cells)
         noise = uniform_noise(seeds, steps * 2 * self.cells).view(len(seeds), steps, 2, self.cells)
         return sample_in_parallel(
             MaskedPredictor(self, branches.context, sampling.weights),

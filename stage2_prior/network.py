@@ -4,6 +4,7 @@ prior is one new file, and other packages can register their own priors (docs/ex
 Axes: B images, N cells of a code grid.
 """
 
+import math
 from collections.abc import Callable
 from typing import ClassVar, Protocol
 
@@ -31,8 +32,8 @@ class NetworkConfig(OpenUnion, Section):
     """The settings of `SamplingConfig` that the network understands."""
     shardable: ClassVar[bool] = False
     """Whether training can share the weights among processes (FSDP)."""
-    jumps: ClassVar[bool] = False
-    """Whether the network draws a single image by exact jumps, see :mod:`stage2_prior.jumps`."""
+    draws_alone: ClassVar[bool] = False
+    """Whether the network draws a single image with the same codes, to the last bit, as in a batch of several."""
 
     def build(self, codebook_size: int, grid: tuple[int, int], form: ContextForm) -> "PriorNetwork":
         """The network, an `nn.Module`, for codes 0 to ``codebook_size - 1`` on a ``grid`` (h, w), and for contexts of
@@ -48,6 +49,14 @@ class NetworkConfig(OpenUnion, Section):
         that has one cannot be resumed with another number of processes. By default, a key `dropout` above 0 is one."""
         dropout = getattr(self, "dropout", None)
         return f"model.dropout={dropout}" if dropout else ""
+
+    def default_steps(self, grid: tuple[int, int]) -> int:
+        """The number of steps in which an image is sampled by default: by default one for each code."""
+        return math.prod(grid)
+
+    def likelihood(self, grid: tuple[int, int]) -> str:
+        """For a network with an exact likelihood, what reports call it."""
+        return "exact"
 
     def codes_at_once(self, grid: tuple[int, int]) -> int:
         """The number of codes of an image that one sampling step predicts."""

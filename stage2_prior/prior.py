@@ -18,6 +18,7 @@ from stage2_prior.codes import CodeCache, TokenizerReference
 from stage2_prior.fast_linear import check_weights
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.network import NetworkConfig, OnProgress, PriorNetwork
+from stage2_prior.parallel_transformer import ParallelTransformerConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.sampling import Branches
 from stage2_prior.sampling_config import SamplingConfig
@@ -35,7 +36,7 @@ from twostage.core.training.random import BatchRandom
 
 __all__ = ["Prior", "PriorConfig", "PriorLossConfig", "ReplaceSchedule", "prior_config"]
 
-for network in (PixelCNNConfig, CausalTransformerConfig, MaskedTransformerConfig):
+for network in (PixelCNNConfig, CausalTransformerConfig, MaskedTransformerConfig, ParallelTransformerConfig):
     NetworkConfig.register(network)
 
 
@@ -261,8 +262,9 @@ class Prior(nn.Module):
         return next((c.examples for c in self.config.conditions if isinstance(c, TextConditionConfig)), ())
 
     def can_keep(self, known: Tensor) -> bool:
-        """Whether sampling can keep the codes of the cells that are True in ``known`` (B, h, w). A masked transformer
-        keeps any codes; a prior that writes one code after another keeps only codes that come first in its order."""
+        """Whether sampling can keep the codes of the cells that are True in ``known`` (B, h, w). Masked and
+        parallel transformers keep any codes; a prior that writes one code after another keeps only codes that come
+        first in its order."""
         return self.network.can_keep(known.flatten(1))
 
     @torch.no_grad()
@@ -340,7 +342,8 @@ class Prior(nn.Module):
             image = next(i for i, cells in enumerate(given) if not self.can_keep(cells[None]))
             raise InputError(
                 f"known codes: image {image} has codes that this prior cannot keep. It is a {self.config.model.type}, "
-                f"which keeps {self.network.keeps}. Give such codes, or use a masked transformer, which keeps any codes"
+                f"which keeps {self.network.keeps}. Give such codes, or use a masked or parallel "
+                "transformer, which keeps any codes"
             )
 
     def save_pretrained(

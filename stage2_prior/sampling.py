@@ -5,7 +5,7 @@ Axes: B images, N cells of a grid, K codes.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -72,6 +72,10 @@ class Branches:
     def images(self) -> int:
         """B."""
         return self.context.size // self.count
+
+    def rows(self, rows: Tensor) -> "Branches":
+        """The branches of some of the B images, by their numbers."""
+        return replace(self, context=self.context.rows(torch.cat([rows + i * self.images for i in range(self.count)])))
 
     def repeat(self, codes: Tensor) -> Tensor:
         """Codes (B, ...) for all branches: (n B, ...)."""

@@ -22,7 +22,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "top_k": (1, math.inf, "at least 1. Omit it to sample from all codes"),
     "top_p": (SMALLEST, 1, "a share above 0 and at most 1, such as 0.9"),
     "guidance_scale": (0, MAX_SCALE, f"0 (ignores the class) to {MAX_SCALE:g}; 1 follows it as trained"),
-    "num_steps": (1, math.inf, "at least 1. Omit it for the default, 8"),
+    "num_steps": (1, math.inf, "at least 1. Omit it for the default"),
     "choice_temperature": (0, MAX_SCALE, f"0 (no randomness) to {MAX_SCALE:g}. Omit it for the default, 4.5"),
 }
 """For each setting: its minimum, its maximum, and the text after `expected` in a message."""
@@ -51,7 +51,10 @@ class SamplingConfig(Section):
         default="constant", description="How the guidance scale grows from 1 to its value while an image is sampled."
     )
     num_steps: _Integer | None = Field(
-        default=None, title="Steps", description="Masked transformers: parallel steps for each image. Default: 8."
+        default=None,
+        title="Steps",
+        description="Masked and parallel transformers: parallel steps for each image. Default: 8 for masked ones, the "
+        "model's for parallel ones.",
     )
     mask_schedule: MaskSchedule | None = Field(
         default=None,

@@ -1,4 +1,4 @@
-"""The parts that the causal and the masked transformer share: embeddings, positions, blocks, head.
+"""The parts that the causal, masked and parallel transformers share: embeddings, positions, blocks, head.
 
 Axes: B images, N = h w cells of a grid, L places of a context's sequence, D hidden size, H heads, E = D / H, K codes.
 """
@@ -113,8 +113,8 @@ def offsets(grid: tuple[int, int]) -> Tensor:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = None, present: Tensor | None = None
 ) -> Tensor:
-    """softmax(q k^T / sqrt(E) + bias) v over (B, H, N, E), with a bias (H, N, N). Each cell attends to all cells or, if
-    ``causal``, to itself and those before it.
+    """softmax(q k^T / sqrt(E) + bias) v over (B, H, N, E), with a bias (H, N, N) or (B, 1 or H, N, N). Each cell
+    attends to all cells or, if ``causal``, to itself and those before it.
 
     Args:
         present: (B, L) bool: the keys and values, (B, H, L + N, E), begin with those of a sequence that every cell
@@ -147,10 +147,11 @@ def attention(
 
 def sequence_mask(present: Tensor, bias: Tensor | None, cells: int, dtype: torch.dtype) -> Tensor:
     """What is added to the scores of a sequence's places, of which those ``present`` (B, L) count, and of the cells
-    after them, with their ``bias`` (N, N) or (H, N, N): (B, 1 or H, N, L + N)."""
+    after them, with their ``bias`` (N, M), (H, N, M) or (B, 1 or H, N, M): (B, 1 or H, N, L + M). Without a bias, N and
+    M are ``cells``."""
     absent = torch.zeros(present.shape, dtype=dtype, device=present.device).masked_fill_(~present, -torch.inf)
-    of_cells = absent.new_zeros(1, cells, cells) if bias is None else bias.view(-1, cells, cells)
-    of_cells = of_cells.expand(len(present), -1, -1, -1)
+    of_cells = absent.new_zeros(cells, cells) if bias is None else bias
+    of_cells = of_cells[(None,) * (4 - of_cells.ndim)].expand(len(present), -1, -1, -1)
     return torch.cat([absent[:, None, None].expand(*of_cells.shape[:-1], -1), of_cells], -1)
 
 
@@ -192,8 +193,11 @@ class Block(nn.Module):
         if config.positions == "relative":
             self.attention_bias = nn.Parameter(torch.zeros(config.num_heads, (2 * grid[0] - 1) * (2 * grid[1] - 1)))
 
-    def forward(self, x: Tensor, context: Context, rotation: Tensor | None, offsets: Tensor | None) -> Tensor:
-        """(B, N, D) -> (B, N, D); ``offsets`` (N, N) are those of :func:`offsets`."""
+    def forward(
+        self, x: Tensor, context: Context, rotation: Tensor | None, offsets: Tensor | None, mask: Tensor | None = None
+    ) -> Tensor:
+        """(B, N, D) -> (B, N, D); ``offsets`` (N, N) are those of :func:`offsets`, and ``mask`` (B, 1, N, N) is added
+        to the scores."""
         batch, length, size = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().unbind()  # each (B, H, N, E)
@@ -204,7 +208,10 @@ class Block(nn.Module):
             present = context.present
             kv = self.sequence_kv(context.sequence).view(batch, -1, 2, self.num_heads, size // self.num_heads)
             k, v = (torch.cat(pair, 2) for pair in zip(kv.permute(2, 0, 3, 1, 4), (k, v), strict=True))
-        attended = attention(q, k, v, self.causal, self.bias(offsets), present)
+        bias = self.bias(offsets)
+        if mask is not None:
+            bias = mask if bias is None else bias + mask
+        attended = attention(q, k, v, self.causal, bias, present)
         attended = attended.transpose(1, 2).reshape(batch, length, size)
         x = x + F.dropout(self.attention_out(attended), self.dropout, self.training)
         hidden = self.mlp_in(self.norm2(x))
@@ -372,11 +379,17 @@ class Transformer(nn.Module):
         x = x + self.added(context)
         if self.positions is not None:
             x = x + self.positions
+        return self.run_blocks(x, context, self.rotation, self.offsets)
+
+    def run_blocks(
+        self, x: Tensor, context: Context, rotation: Tensor | None, offsets: Tensor | None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Runs the blocks on tokens (B, n, D) that hold all that is added at their cells: (B, n, D)."""
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # a stream in float32 takes more time
             x = x.to(torch.get_autocast_dtype("cpu"))
         x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
-            x = block(x, context, self.rotation, self.offsets)
+            x = block(x, context, rotation, offsets, mask)
         return self.norm(x)
 
     def predict(self, hidden: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ PRIOR = ["loss={replace_prob: {start: 0.4, end: 0.2}, class_dropout_prob: 0.1}",
 PRIORS = {
     "causal": ["train.optimizer=muon"],
     "masked": ["model={type: masked_transformer, hidden_size: 16, num_heads: 2, dropout: 0, predict_replaced: true}"],
+    "parallel": ["model={type: parallel_transformer, hidden_size: 16, num_heads: 2, dropout: 0}"],
     "pixelcnn": ["model={type: pixelcnn, channels: 8, depth: 3}"],
     "captioned": ["condition={type: text, units: words, max_length: 20}"],
 }

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stage2_prior.causal_transformer import CausalTransformerConfig
     from stage2_prior.masked_transformer import MaskedTransformerConfig
     from stage2_prior.network import NetworkConfig
+    from stage2_prior.parallel_transformer import ParallelTransformerConfig
     from stage2_prior.pixelcnn import PixelCNNConfig
     from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
     from stage2_prior.sampling_config import SamplingConfig
@@ -62,6 +63,7 @@ __all__ = [
     "ModelConfig",
     "NetworkConfig",
     "ObjectiveConfig",
+    "ParallelTransformerConfig",
     "PixelCNNConfig",
     "Prior",
     "PriorConfig",
@@ -105,6 +107,7 @@ MODULES = {
     "ModelConfig": "stage1_tokenizer.autoencoder",
     "NetworkConfig": "stage2_prior.network",
     "ObjectiveConfig": "stage1_tokenizer.objective",
+    "ParallelTransformerConfig": "stage2_prior.parallel_transformer",
     "PixelCNNConfig": "stage2_prior.pixelcnn",
     "Prior": "stage2_prior.prior",
     "PriorConfig": "stage2_prior.prior",

@@ -246,7 +246,7 @@ def _cannot_keep_error(sampler: ImageSampler, what: str, possible: Iterable[str]
         f"{what}: this prior is a {sampler.prior.config.model.type}, which can only keep "
         f"{sampler.prior.network.keeps}. "
         + (f"Give one that it can redraw ({names}), or use" if names else "Use")
-        + " a masked transformer, which redraws any part"
+        + " a masked or parallel transformer, which redraws any part"
     )
 
 

@@ -100,9 +100,9 @@ class ImageSampler:
         return next((config.channels for config in configs if isinstance(config, MapConditionConfig)), None)
 
     @property
-    def jumps(self) -> bool:
-        """Whether a single image is drawn by exact jumps, with the codes that it has in a batch."""
-        return self.prior is not None and self.prior.config.model.jumps
+    def draws_alone(self) -> bool:
+        """Whether a single image has the codes that it has in a batch, so that it needs no batch of `ROWS`."""
+        return self.prior is not None and self.prior.config.model.draws_alone
 
     @property
     def device(self) -> torch.device:
@@ -218,7 +218,7 @@ class ImageSampler:
         batch_size = batch_size or fitting_batch_size(self.prior, sampling, self.device)
         for start in range(numbers.start, numbers.stop, batch_size):
             count = min(batch_size, numbers.stop - start)
-            padded = 1 if count == 1 and self.jumps else -(-count // ROWS) * ROWS
+            padded = 1 if count == 1 and self.draws_alone else -(-count // ROWS) * ROWS
             drawn = range(start, start + padded)
             given = cycle.given(drawn)
             seeds = image_seeds(seed, start, padded)

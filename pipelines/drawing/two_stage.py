@@ -257,8 +257,8 @@ class TwoStagePipeline(ImageSampler):
 
         Args:
             image: (C, H, W) uint8.
-            mask: (H, W) bool, True where the image is to be redrawn. A masked transformer can redraw any part. Other
-                priors can redraw what comes after some cell in their order, such as the bottom half.
+            mask: (H, W) bool, True where the image is to be redrawn. Masked and parallel transformers can redraw any
+                part. Other priors can redraw what comes after some cell in their order, such as the bottom half.
             class_name: the class to draw; None: without a class, which only works if the prior was trained for it.
             prompt: what to draw, for a prior with captions; None: without a prompt.
             feather: kept pixels closer than this many pixels to the mask blend into what is drawn.
@@ -297,8 +297,8 @@ class TwoStagePipeline(ImageSampler):
 
         Args:
             image: (C, H, W) uint8; its pixels stay exactly as they were.
-            left, right, top, bottom: pixels to add. A masked transformer can extend any side. Other priors can extend
-                the sides that come last in their order: `bottom` for one that writes row by row.
+            left, right, top, bottom: pixels to add. Masked and parallel transformers can extend any side. Other
+                priors can extend the sides that come last in their order: `bottom` for one that writes row by row.
             class_name, prompt, on_progress, sampling: as in :meth:`inpaint`; image i depends on the seed and i alone.
 
         Returns:

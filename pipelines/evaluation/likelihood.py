@@ -108,7 +108,7 @@ def measure_codes(prior: Prior, codes: HeldOutCodes, work: SharedWork) -> Measur
         "sha256_of": "the sha256 digests of the grids (int64, height x width), in order",
     }
     likelihood = _likelihood_protocol(prior)
-    notes = [] if prior.exact_likelihood else [f"The cost of the codes is an {likelihood['kind']}."]
+    notes = [] if likelihood["kind"] == "exact" else [f"The cost of the codes is an {likelihood['kind']}."]
     subject = f"{codes.cache.path}, {codes.split_name}: {len(rows):,} code grids ({chosen}), {digests.sha256[:12]}"
     return Measurement(figures, {}, {"codes": about, "likelihood": likelihood}, [subject], notes)
 
@@ -116,7 +116,7 @@ def measure_codes(prior: Prior, codes: HeldOutCodes, work: SharedWork) -> Measur
 def _likelihood_protocol(prior: Prior) -> dict[str, Any]:
     config = prior.config
     dimensions = " x ".join(map(str, (*config.image_size, config.channels)))
-    kind: dict[str, Any] = {"kind": "exact"}
+    kind: dict[str, Any] = {"kind": config.model.likelihood(config.grid)}
     if not prior.exact_likelihood:
         kind = {
             "kind": "upper bound (any-order autoregression): do not compare it with exact figures as if it were exact",

@@ -289,7 +289,7 @@ def _sampling_controls(pipeline: TwoStagePipeline) -> dict[str, Component]:
         ranges["top_p"] = (0.05, 1, 1, 0.05)
         if "num_steps" in config.model.sampling_settings:
             cells = config.grid[0] * config.grid[1]
-            ranges["num_steps"] = (1, min(64, cells), min(8, cells), 1)
+            ranges["num_steps"] = (1, min(64, cells), min(64, config.model.default_steps(config.grid)), 1)
     fields = SamplingConfig.model_fields
 
     def slider(name: str) -> Component:

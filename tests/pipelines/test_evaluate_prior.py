@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from messages import assert_names, refuses
+from other_priors import PARALLEL
 from PIL import Image
 from torch.nn import functional as F
 
@@ -142,6 +143,19 @@ def test_some_of_the_codes_are_spread_over_the_split(runs):
     assert found.figures["nats_per_image"] == pytest.approx(nats, rel=1e-5)
     assert found.protocol["codes"]["chosen"] == "spread evenly over 64"
     assert found.protocol["data"]["images"] == 16
+
+
+def test_a_parallel_transformer_names_the_groups_of_its_likelihood(runs, tmp_path):
+    config = Prior.from_pretrained(runs.prior).config
+    prior = Prior(config.model_copy(update={"model": PARALLEL.model_copy(update={"num_steps": 3})}))
+    torch.nn.init.normal_(prior.network.head_weight)
+    prior.save_pretrained(tmp_path)
+    found = evaluate_prior(tmp_path, runs.codes, num_images=16)
+    split, rows = CodeCache(runs.codes).validation, torch.arange(0, 64, 4)
+    nats = -prior.eval().log_likelihood(split.read(rows), split.read_labels(rows)).mean().item()
+    assert found.figures["nats_per_image"] == pytest.approx(nats, rel=1e-5)
+    assert found.protocol["likelihood"]["kind"] == PARALLEL.model_copy(update={"num_steps": 3}).likelihood(config.grid)
+    assert_names(found.table(), "exact chain rule over 3 groups")
 
 
 def test_a_masked_transformer_has_a_bound_and_says_so(runs, masked):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from messages import assert_names, refuses
-from other_priors import MASKED, PIXELCNN, causal, with_prior
+from other_priors import MASKED, PARALLEL, PIXELCNN, causal, with_prior
 from PIL import Image
 
 from pipelines.drawing.redraw import cells_to_redraw
@@ -121,8 +121,9 @@ def test_progress_is_reported(masked, pipeline, images, mask):
         (causal("z_curve"), ["bottom"]),
         (causal("spiral"), []),
         (MASKED, list(MASK_NAMES)),
+        (PARALLEL, list(MASK_NAMES)),
     ],
-    ids=["pixelcnn", "raster", "columns", "z_curve", "spiral", "masked"],
+    ids=["pixelcnn", "raster", "columns", "z_curve", "spiral", "masked", "parallel"],
 )
 def test_a_prior_redraws_what_its_order_allows(pipeline, images, model, possible):
     other = with_prior(pipeline, model)
@@ -132,7 +133,7 @@ def test_a_prior_redraws_what_its_order_allows(pipeline, images, model, possible
             found = other.inpaint(images[0], mask, 2)
             assert torch.equal(found.images[..., ~mask], images[:1, :, ~mask].expand(2, -1, -1))
         else:
-            with refuses(f"mask: this prior is a {model.type}", *possible, "masked transformer"):
+            with refuses(f"mask: this prior is a {model.type}", *possible, "masked or parallel transformer"):
                 other.inpaint(images[0], mask)
     last = torch.zeros(SIZE, dtype=torch.bool)
     last[-1, -1] = True

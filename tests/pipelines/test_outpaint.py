@@ -75,7 +75,7 @@ def test_other_priors_extend_the_sides_that_their_order_allows(pipeline, image, 
     assert found.shape == (2, 3, height, width)
     assert (found[..., :16, :16] == image).all()
     for sides, named in (({"left": 4}, "left"), ({"bottom": 4, "right": 4}, "right, bottom")):
-        with refuses(f"{named}: this prior is a {model.type}", f"({side})", "masked transformer"):
+        with refuses(f"{named}: this prior is a {model.type}", f"({side})", "masked or parallel transformer"):
             other.outpaint(image, **sides)
 
 

@@ -12,6 +12,7 @@ from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import Manifest, SplitFiles, TokenizerReference
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.network import NetworkConfig
+from stage2_prior.parallel_transformer import ParallelTransformerConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
 from twostage.core.conditions.class_condition import ClassConditionConfig
@@ -21,6 +22,7 @@ HASH = "0123456789abcdef" * 4
 TINY: dict[str, NetworkConfig] = {
     "causal_transformer": CausalTransformerConfig(hidden_size=16, depth=2, num_heads=2, dropout=0.0),
     "masked_transformer": MaskedTransformerConfig(hidden_size=16, depth=2, num_heads=2, dropout=0.0),
+    "parallel_transformer": ParallelTransformerConfig(hidden_size=16, depth=2, num_heads=2, dropout=0.0),
     "pixelcnn": PixelCNNConfig(channels=8, depth=3, first_kernel=5, head_channels=8),
 }
 

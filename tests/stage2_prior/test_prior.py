@@ -17,6 +17,7 @@ from twostage.core.runs.model_folder import save_model_folder
 from twostage.core.training.random import BatchRandom
 
 PETS = ["cat", "dog"]
+TYPES = ["causal_transformer", "masked_transformer", "parallel_transformer", "pixelcnn"]
 
 
 # --- replacement of codes -------------------------------------------------------------------------------------------
@@ -90,7 +91,7 @@ def test_the_true_codes_are_predicted_from_the_replaced_ones(tiny_prior, random_
     assert abs(loss - of_inputs) > 0.01
 
 
-@pytest.mark.parametrize("model", ["causal_transformer", "masked_transformer", "pixelcnn"])
+@pytest.mark.parametrize("model", TYPES)
 def test_evaluation_replaces_no_code_and_hides_no_class(model, tiny_prior, random_codes, whole_batch):
     codes, labels = random_codes(4), torch.tensor([0, 1, 1, 0])
     careless = tiny_prior(model=model, class_names=PETS, replace_prob=1.0, class_dropout_prob=1.0).eval()
@@ -208,6 +209,7 @@ def test_guidance_needs_classes(tiny_prior):
         ("pixelcnn", {"mask_schedule": "cosine"}, ("mask_schedule 'cosine'", "masked_transformer", "is a pixelcnn")),
         ("pixelcnn", {"weights": "int8"}, ("weights 'int8'", "causal_transformer and masked", "is a pixelcnn")),
         ("masked_transformer", {"num_steps": 7}, ("num_steps 7", "6", "grid")),
+        ("parallel_transformer", {"num_steps": 7}, ("num_steps 7", "6", "grid")),
     ],
 )
 def test_settings_that_this_prior_cannot_use_are_refused(model, sampling, named, tiny_prior):
@@ -228,7 +230,7 @@ def test_labels_out_of_range_are_refused(tiny_prior):
 # --- known codes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["causal_transformer", "masked_transformer", "pixelcnn"])
+@pytest.mark.parametrize("model", TYPES)
 def test_every_prior_keeps_codes_that_come_first(model, tiny_prior, random_codes):
     prior, given, seeds = tiny_prior(model=model).eval(), random_codes(6, seed=3), image_seeds(0, 0, 6)
     known = torch.where(torch.arange(6).view(2, 3) < torch.arange(6)[:, None, None], given, -1)  # 0 ... 5 of them
@@ -241,12 +243,13 @@ def test_every_prior_keeps_codes_that_come_first(model, tiny_prior, random_codes
     assert torch.equal(prior.sample(None, SamplingConfig(), seeds, given), given)
 
 
-def test_only_a_masked_transformer_keeps_any_codes(tiny_prior, random_codes):
+def test_only_masked_and_parallel_transformers_keep_any_codes(tiny_prior, random_codes):
     known = torch.where(torch.tensor([[True, False, True], [False, True, True]]), random_codes(2), -1)
-    codes = tiny_prior(model="masked_transformer").eval().sample(None, SamplingConfig(), [0, 1], known)
-    assert torch.equal(codes[known >= 0], known[known >= 0])
+    for model in ("masked_transformer", "parallel_transformer"):
+        codes = tiny_prior(model=model).eval().sample(None, SamplingConfig(), [0, 1], known)
+        assert torch.equal(codes[known >= 0], known[known >= 0])
     for model in ("causal_transformer", "pixelcnn"):
-        with refuses("known codes", "image 0", model, "masked transformer"):
+        with refuses("known codes", "image 0", model, "masked or parallel transformer"):
             tiny_prior(model=model).sample(None, SamplingConfig(), [0, 1], known)
 
 
@@ -259,7 +262,7 @@ def test_known_codes_of_another_shape_or_codebook_are_refused(tiny_prior, random
 
 
 def test_progress_counts_every_code(tiny_prior):
-    for model in ("causal_transformer", "masked_transformer", "pixelcnn"):
+    for model in TYPES:
         told: list[int] = []
         tiny_prior(model=model).eval().sample(None, SamplingConfig(), [0, 1, 2], on_progress=told.append)
         assert sum(told) == 3 * 6
@@ -276,7 +279,7 @@ def test_guidance_needs_class_dropout(tiny_prior):
 # --- on disk --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["causal_transformer", "masked_transformer", "pixelcnn"])
+@pytest.mark.parametrize("model", TYPES)
 def test_every_prior_samples_the_same_after_saving_and_loading(model, tiny_prior, tmp_path):
     prior = tiny_prior(model=model, class_names=PETS).eval()
     prior.save_pretrained(tmp_path)

@@ -49,6 +49,11 @@ MORE = {
         "condition": EVERY_CONDITION,
         "train": {"on_not_finite": "skip", "optimizer": "muon"},
     },
+    "parallel of every condition": {
+        "model": {"type": "parallel_transformer", **SMALL, "order": "spiral", "code_dropout": 0.1},
+        "condition": EVERY_CONDITION,
+        "train": {"on_not_finite": "skip", "optimizer": "muon"},
+    },
     "PixelCNN of every condition": {"model": {"type": "pixelcnn", "depth": 2}, "condition": EVERY_CONDITION},
 }  # fmt: skip
 
@@ -110,4 +115,18 @@ def test_an_autoregressive_prior_samples_without_waiting(name, weights, known, c
         with torch.no_grad():
             step = prior.network.continued(branches.context, weights, branches.repeat(grids[:, :known]))
             drawn = sample_in_order(step, branches, CodeNoise([0, 1], 16), sampling, grids, None, known)
+        assert (drawn.device.type, drawn.dtype, drawn.shape) == ("cuda", torch.long, (2, 16))
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_a_parallel_prior_samples_without_waiting(weights, codes, monkeypatch):
+    settings = parse_config(PriorTrainingConfig, more("parallel of every condition", codes), "parallel")
+    form = prior_config(settings.model, settings.condition, settings.loss, CodeCache(codes))
+    monkeypatch.setattr(CodeNoise, "next", outside(CodeNoise.next))
+    sampling = SamplingConfig(guidance_scale=2.0, guidance_schedule="cosine", top_k=5, num_steps=4, weights=weights)
+    with fake_gpu():
+        prior = Prior(form).to(GPU).eval()
+        values = {key: value.to(GPU) for key, value in outside(prior.conditions.nothing)(2).items()}
+        branches = Branches(join_contexts([prior.conditions(values, 2)] * 2), (2.0,))
+        drawn = prior.network.sample(branches, sampling, [0, 1], None, None)
         assert (drawn.device.type, drawn.dtype, drawn.shape) == ("cuda", torch.long, (2, 16))

@@ -21,6 +21,7 @@ TRANSFORMER = {"hidden_size": 16, "depth": 1, "num_heads": 2}
 SIZES = {
     "causal_transformer": TRANSFORMER,
     "masked_transformer": TRANSFORMER,
+    "parallel_transformer": TRANSFORMER,
     "pixelcnn": {"channels": 8, "depth": 2, "first_kernel": 3, "head_channels": 16},
 }
 TRAINING = (train, PriorTrainingConfig)  # what `start` starts
