@@ -17,7 +17,20 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 # These modules register the types of `model.backbone` and `model.bottleneck`.
-from stage1_tokenizer import continuous, finite_scalar, lookup_free, mlp_backbone, residual_quantizer, vqgan_backbone  # noqa: F401
+from stage1_tokenizer import (  # noqa: F401
+    binary_spherical,
+    continuous,
+    differentiable_vector,
+    finite_scalar,
+    gumbel_softmax,
+    index_backpropagation,
+    lookup_free,
+    mlp_backbone,
+    product_quantizer,
+    projected_codebook,
+    residual_quantizer,
+    vqgan_backbone,
+)
 from stage1_tokenizer.backbone import BackboneConfig
 from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput
 from stage1_tokenizer.code_perturbation import PerturbationConfig, perturb_latent

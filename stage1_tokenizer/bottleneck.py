@@ -52,6 +52,8 @@ class Bottleneck(nn.Module):
     """Classes that the bottleneck's own prior depends on; 0: none."""
     starts_from_data: bool = False
     """Whether training calls ``initialize`` before its first step."""
+    progress: float = 1.0
+    """The share of the training that is done, in [0, 1], for schedules. Training sets it before each step."""
 
     def forward(self, encoded: Tensor, labels: Tensor | None, random: BatchRandom) -> BottleneckOutput:
         """The latent of the encoder's output (B, encoded_channels, h, w) with losses and metrics, for training.
@@ -95,6 +97,8 @@ class BottleneckConfig(OpenUnion, Section):
 
     collapse_remedy: ClassVar[str] = ""
     """Keys to set if few codes are in use."""
+    scheduled: ClassVar[str] = ""
+    """Keys, if any, that count in shares of the planned steps."""
 
     def build(self, shape: tuple[int, int, int], num_classes: int) -> Bottleneck:
         """The bottleneck for a latent of ``shape`` (C, h, w) and data of ``num_classes`` classes (0: unlabelled)."""

@@ -16,10 +16,20 @@ from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput, Quan
 from twostage.core.config.sections import Number
 from twostage.core.training.random import BatchRandom
 
-__all__ = ["LookupFree", "LookupFreeConfig"]
+__all__ = [
+    "MAX_BITS",
+    "LookupFree",
+    "LookupFreeConfig",
+    "bits_of",
+    "code_of_signs",
+    "entropies",
+    "entropy",
+    "mean_over_processes",
+]
 
 
 MAX_BITS = 20  # counting the usage of 2^20 codes takes 4 MiB
+MIN_SHARE = 1e-12
 
 
 @BottleneckConfig.register
@@ -73,11 +83,7 @@ class LookupFree(Quantizer):
             losses = {"commitment": self.config.commitment_weight * F.mse_loss(x, output.z)}
             if self.config.entropy_weight:
                 logits = rearrange(x, "b d h w -> (b h w) d") * (4 / self.config.temperature)
-                single = (F.softplus(logits) - logits * torch.sigmoid(logits)).sum(1).mean()
-                choice = mean_choice(logits)
-                if self.training:  # processes have unequal numbers of held-out batches: a collective would hang
-                    choice = mean_over_processes(choice)
-                joint = torch.special.entr(choice).sum()
+                single, joint = entropies(logits, self.encoded_channels, share=self.training)
                 losses["code_entropy"] = self.config.entropy_weight * single
                 losses["codebook_entropy"] = -self.config.entropy_weight * self.config.diversity_weight * joint
             if self.training:
@@ -88,17 +94,54 @@ class LookupFree(Quantizer):
 
     def encode(self, encoded: Tensor) -> BottleneckOutput:
         """The codes of (B, D, h, w) and their vectors of -1 and 1, without losses."""
-        indices = ((encoded > 0) * self._bits(encoded.device)[:, None, None]).sum(1)
+        indices = code_of_signs(encoded)
         return BottleneckOutput(self.lookup(indices), indices)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes (B, h, w) -> their vectors (B, D, h, w)."""
-        ones = indices[..., None] & self._bits(indices.device) != 0
-        return rearrange(ones.float() * 2 - 1, "b h w d -> b d h w")
+        return bits_of(indices, self.encoded_channels)
 
-    def _bits(self, device: torch.device) -> Tensor:
-        """1, 2, 4 ... (D,): what each channel adds to a code. No bit shifts: ONNX has none for signed numbers."""
-        return 2 ** torch.arange(self.encoded_channels, device=device)
+
+def code_of_signs(encoded: Tensor) -> Tensor:
+    """The codes (B, h, w) whose bits are the signs of (B, D, h, w)."""
+    return ((encoded > 0) * _powers(encoded.shape[1], encoded.device)[:, None, None]).sum(1)
+
+
+def bits_of(indices: Tensor, num_bits: int) -> Tensor:
+    """Codes (B, h, w) -> -1 or 1 for each bit, (B, num_bits, h, w)."""
+    ones = indices[..., None] & _powers(num_bits, indices.device) != 0
+    return rearrange(ones.float() * 2 - 1, "b h w d -> b d h w")
+
+
+def _powers(count: int, device: torch.device) -> Tensor:
+    """1, 2, 4 ... (D,): what each bit adds to a code. No bit shifts: ONNX has none for signed numbers."""
+    return 2 ** torch.arange(count, device=device)
+
+
+def entropies(logits: Tensor, group_bits: int, share: bool) -> tuple[Tensor, Tensor]:
+    """Two entropies in nats of N choices of D independent bits with ``logits`` (N, D).
+
+    Args:
+        group_bits: bits that the second entropy measures together.
+        share: whether its mean is over all processes.
+
+    Returns:
+        The mean entropy of a choice; and the entropy of the mean choice, a sum over groups of bits: exact for one
+        group, an upper bound for several.
+    """
+    single = (F.softplus(logits) - logits * torch.sigmoid(logits)).sum(1).mean()
+    joint = logits.new_zeros(())
+    for group in logits.split(group_bits, dim=1):
+        choice = mean_choice(group)
+        if share:  # processes have unequal numbers of held-out batches: a collective would hang
+            choice = mean_over_processes(choice)
+        joint = joint + entropy(choice)
+    return single, joint
+
+
+def entropy(choice: Tensor) -> Tensor:
+    """The entropy in nats of a distribution (K,). Its derivative at 0 would be infinite, so it ends at `MIN_SHARE`."""
+    return torch.special.entr(choice.clamp(min=MIN_SHARE)).sum()
 
 
 def mean_choice(logits: Tensor) -> Tensor:

@@ -164,7 +164,8 @@ def train(
     # 3. The weights: those of the latest checkpoint, or new ones.
     run.attach(batches, networks, {"data.source": data.contents(), **other_sources(config)}, split.names)
     if isinstance(run, TrainingRun) and (checkpoint := run.latest_checkpoint()):
-        run.load(checkpoint, shares="loss.adversarial.start and ramp" if discriminator else "")
+        scheduled = [config.model.bottleneck.scheduled, "loss.adversarial.start and ramp" if discriminator else ""]
+        run.load(checkpoint, shares=", ".join(filter(None, scheduled)))
     else:
         if config.init_from:
             earlier = start_from(autoencoder, config.init_from, config.train.parts)
@@ -184,6 +185,7 @@ def train(
     # 4. The training.
     for batch in run.steps(read, read_ahead=not larger.in_memory):
         network.wrapped.train()
+        autoencoder.bottleneck.progress = run.progress
         if config.train.parts == "decoder":
             autoencoder.bottleneck.eval()
         adversary = discriminator if discriminator and run.progress >= discriminator.module.config.start else None

@@ -31,6 +31,14 @@ L2 = ["model.bottleneck={type: vector, codebook_size: 16, l2_normalize: true}"]
 RESIDUAL = ["model.bottleneck={type: residual, codebook_size: 16, depth: 2}"]
 FINITE_SCALAR = ["model.bottleneck={type: finite_scalar, levels: [4, 3, 3, 3]}"]
 LOOKUP_FREE = ["model.bottleneck={type: lookup_free}"]
+LATER = {
+    "gumbel_softmax": ["model.bottleneck={type: gumbel_softmax, codebook_size: 16}"],
+    "binary_spherical": ["model.bottleneck={type: binary_spherical, group_bits: 2}"],
+    "index_backpropagation": ["model.bottleneck={type: index_backpropagation, codebook_size: 16}", "train.lr=1e-4"],
+    "diveq": ["model.bottleneck={type: diveq, codebook_size: 16}"],
+    "projected": ["model.bottleneck={type: projected, codebook_size: 16, width: 8, heads: 2}"],
+    "product": ["model.bottleneck={type: product, groups: 2, each: {type: vector, codebook_size: 16}}"],
+}
 ADVERSARIAL = "{channels: 8, num_layers: 2, start: 0.5, adaptive: true, lecam_weight: 0.01, r1_weight: 0.1}"
 VQGAN = [f"loss={{reconstruction: l1, adversarial: {ADVERSARIAL}}}"]
 CLASS_GAUSSIAN = ["model.bottleneck={type: class_gaussian}", "train.lr=1e-4", "loss.corruption={masked_share: 0.2}"]
@@ -144,6 +152,7 @@ def test_both_processes_have_one_codebook(configs, alone, tmp_path):
         **{"ema": EMA, "learned": LEARNED, "accumulated": ACCUMULATED, "gaussian": GAUSSIAN, "simvq": SIMVQ, "l2": L2},
         **{"residual": RESIDUAL, "finite_scalar": FINITE_SCALAR, "lookup_free": LOOKUP_FREE, "vqgan": VQGAN},
         "class_gaussian": CLASS_GAUSSIAN,
+        **LATER,
     }
     overrides = {name: [f"run.dir={tmp_path / name}", *STEPS, *words] for name, words in families.items()}
     launch(tmp_path / "watch.py", configs / "tokenizer.yaml", tmp_path, json.dumps(overrides))

@@ -10,14 +10,20 @@ if TYPE_CHECKING:
     from pipelines.encoding.new_prior import new_prior
     from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderOutput, ModelConfig
     from stage1_tokenizer.backbone import BackboneConfig
+    from stage1_tokenizer.binary_spherical import BinarySphericalConfig
     from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput, Quantizer
     from stage1_tokenizer.continuous import ClassGaussianConfig, GaussianConfig, IdentityConfig
     from stage1_tokenizer.conv_backbone import ConvConfig
+    from stage1_tokenizer.differentiable_vector import DiVeQConfig
     from stage1_tokenizer.finite_scalar import FiniteScalarConfig
+    from stage1_tokenizer.gumbel_softmax import GumbelSoftmaxConfig
+    from stage1_tokenizer.index_backpropagation import IndexBackpropagationConfig
     from stage1_tokenizer.lookup_free import LookupFreeConfig
     from stage1_tokenizer.loss_term import LossTermConfig
     from stage1_tokenizer.mlp_backbone import MLPConfig
     from stage1_tokenizer.objective import CorruptionConfig, ObjectiveConfig
+    from stage1_tokenizer.product_quantizer import ProductConfig
+    from stage1_tokenizer.projected_codebook import ProjectedCodebookConfig
     from stage1_tokenizer.residual_quantizer import ResidualConfig
     from stage1_tokenizer.vector_quantizer import VectorConfig
     from stage1_tokenizer.vqgan_backbone import VQGANConfig
@@ -45,6 +51,7 @@ __all__ = [
     "AveragedCopy",
     "BackboneConfig",
     "BatchRandom",
+    "BinarySphericalConfig",
     "BottleneckConfig",
     "BottleneckOutput",
     "CausalTransformerConfig",
@@ -52,9 +59,12 @@ __all__ = [
     "ConvConfig",
     "CorruptionConfig",
     "DataConfig",
+    "DiVeQConfig",
     "FiniteScalarConfig",
     "GaussianConfig",
+    "GumbelSoftmaxConfig",
     "IdentityConfig",
+    "IndexBackpropagationConfig",
     "InputError",
     "LookupFreeConfig",
     "LossTermConfig",
@@ -68,6 +78,8 @@ __all__ = [
     "Prior",
     "PriorConfig",
     "PriorLossConfig",
+    "ProductConfig",
+    "ProjectedCodebookConfig",
     "Quantizer",
     "ResidualConfig",
     "SamplingConfig",
@@ -89,6 +101,7 @@ MODULES = {
     "AveragedCopy": "twostage.core.training.optimizer",
     "BackboneConfig": "stage1_tokenizer.backbone",
     "BatchRandom": "twostage.core.training.random",
+    "BinarySphericalConfig": "stage1_tokenizer.binary_spherical",
     "BottleneckConfig": "stage1_tokenizer.bottleneck",
     "BottleneckOutput": "stage1_tokenizer.bottleneck",
     "CausalTransformerConfig": "stage2_prior.causal_transformer",
@@ -96,12 +109,15 @@ MODULES = {
     "ConvConfig": "stage1_tokenizer.conv_backbone",
     "CorruptionConfig": "stage1_tokenizer.objective",
     "DataConfig": "twostage.core.data.data_config",
+    "DiVeQConfig": "stage1_tokenizer.differentiable_vector",
     "FiniteScalarConfig": "stage1_tokenizer.finite_scalar",
     "GaussianConfig": "stage1_tokenizer.continuous",
+    "GumbelSoftmaxConfig": "stage1_tokenizer.gumbel_softmax",
     "IdentityConfig": "stage1_tokenizer.continuous",
+    "IndexBackpropagationConfig": "stage1_tokenizer.index_backpropagation",
     "InputError": "twostage.core.errors",
-    "LossTermConfig": "stage1_tokenizer.loss_term",
     "LookupFreeConfig": "stage1_tokenizer.lookup_free",
+    "LossTermConfig": "stage1_tokenizer.loss_term",
     "MLPConfig": "stage1_tokenizer.mlp_backbone",
     "MaskedTransformerConfig": "stage2_prior.masked_transformer",
     "ModelConfig": "stage1_tokenizer.autoencoder",
@@ -112,6 +128,8 @@ MODULES = {
     "Prior": "stage2_prior.prior",
     "PriorConfig": "stage2_prior.prior",
     "PriorLossConfig": "stage2_prior.prior",
+    "ProductConfig": "stage1_tokenizer.product_quantizer",
+    "ProjectedCodebookConfig": "stage1_tokenizer.projected_codebook",
     "Quantizer": "stage1_tokenizer.bottleneck",
     "ResidualConfig": "stage1_tokenizer.residual_quantizer",
     "SamplingConfig": "stage2_prior.sampling_config",

@@ -38,6 +38,12 @@ BOTTLENECKS = {
     "finite_scalar": (3, {"levels": [8, 5, 3]}),
     "lookup_free": (6, {}),
     "residual": (4, {"codebook_size": 16, "depth": 3}),
+    "gumbel_softmax": (4, {"codebook_size": 16}),
+    "binary_spherical": (6, {}),
+    "index_backpropagation": (4, {"codebook_size": 16}),
+    "diveq": (4, {"codebook_size": 16}),
+    "projected": (4, {"codebook_size": 16}),
+    "product": (4, {"groups": 2, "each": {"type": "residual", "codebook_size": 16, "depth": 2}}),
 }
 
 
@@ -68,6 +74,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
         ("mlp", "vector"),
         ("mlp", "gaussian"),
         ("mlp", "lookup_free"),
+        ("mlp", "gumbel_softmax"),
+        ("mlp", "binary_spherical"),
+        ("mlp", "index_backpropagation"),
+        ("mlp", "diveq"),
+        ("mlp", "projected"),
+        ("mlp", "product"),
         ("conv", "residual"),
         ("conv", "identity"),
         ("vqgan", "finite_scalar"),

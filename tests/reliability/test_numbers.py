@@ -115,6 +115,12 @@ def test_only_the_update_of_the_discriminator_is_skipped(twostage, configs, brok
         "{type: residual, codebook_size: 16}",
         "{type: finite_scalar, levels: [4, 3, 3, 3]}",
         "{type: lookup_free}",
+        "{type: binary_spherical}",
+        "{type: gumbel_softmax, codebook_size: 16}",
+        "{type: index_backpropagation, codebook_size: 16}",
+        "{type: diveq, codebook_size: 16}",
+        "{type: projected, codebook_size: 16}",
+        "{type: product, groups: 2, each: {type: vector, codebook_size: 16}}",
     ],
 )
 def test_a_broken_batch_leaves_no_trace(twostage, configs, broken_images, bottleneck):

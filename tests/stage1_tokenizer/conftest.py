@@ -25,6 +25,12 @@ BOTTLENECKS = {
     "finite_scalar": {"type": "finite_scalar", "levels": [4, 3, 3, 5]},
     "lookup_free": {"type": "lookup_free"},
     "residual": {"type": "residual", "codebook_size": 8, "depth": 2},
+    "gumbel_softmax": {"type": "gumbel_softmax", "codebook_size": 8},
+    "binary_spherical": {"type": "binary_spherical", "group_bits": 2},
+    "index_backpropagation": {"type": "index_backpropagation", "codebook_size": 8},
+    "diveq": {"type": "diveq", "codebook_size": 8},
+    "projected": {"type": "projected", "codebook_size": 8, "width": 8, "heads": 2},
+    "product": {"type": "product", "groups": 2, "each": {"type": "vector", "codebook_size": 8}},
 }
 
 

@@ -22,8 +22,15 @@ FAMILIES = [
     "finite_scalar",
     "lookup_free",
     "residual",
+    "gumbel_softmax",
+    "binary_spherical",
+    "index_backpropagation",
+    "diveq",
+    "projected",
+    "product",
 ]
 DISCRETE = FAMILIES[3:]
+SHARED_CODES = ("lookup_free", "binary_spherical", "gumbel_softmax", "index_backpropagation")
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 12)])
@@ -142,10 +149,10 @@ def test_other_bottlenecks_have_no_prior_of_their_own(family, tiny_autoencoder):
         tiny_autoencoder(family).sample(1)
 
 
-# Not `mlp` with `lookup_free`: four bits for a whole image, which two images can share for good.
+# Not `mlp` with bits or scores: one code for a whole image, which two images can share for good.
 @pytest.mark.parametrize(
     ("backbone", "family"),
-    [(b, f) for b in ("mlp", "conv") for f in FAMILIES if (b, f) != ("mlp", "lookup_free")],
+    [(b, f) for b in ("mlp", "conv") for f in FAMILIES if b != "mlp" or f not in SHARED_CODES],
 )
 def test_every_family_can_memorise_one_batch(family, backbone, tiny_autoencoder, random_images, whole_batch):
     model, images = tiny_autoencoder(family, backbone), random_images(2).sign() * 0.5

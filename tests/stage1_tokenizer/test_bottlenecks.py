@@ -3,9 +3,15 @@ import torch
 from messages import refuses
 from torch.distributions import Normal, kl_divergence
 
+from stage1_tokenizer.binary_spherical import BinarySphericalConfig
 from stage1_tokenizer.continuous import ClassGaussianConfig, Gaussian, GaussianConfig, IdentityConfig
+from stage1_tokenizer.differentiable_vector import DiVeQConfig
 from stage1_tokenizer.finite_scalar import FiniteScalarConfig
+from stage1_tokenizer.gumbel_softmax import GumbelSoftmaxConfig
+from stage1_tokenizer.index_backpropagation import IndexBackpropagationConfig
 from stage1_tokenizer.lookup_free import LookupFreeConfig
+from stage1_tokenizer.product_quantizer import ProductConfig
+from stage1_tokenizer.projected_codebook import ProjectedCodebookConfig
 from stage1_tokenizer.residual_quantizer import ResidualConfig
 from stage1_tokenizer.vector_quantizer import VectorConfig
 from twostage.core.training.random import BatchRandom
@@ -26,14 +32,18 @@ def test_each_type_builds_its_bottleneck():
     configs = [
         *(IdentityConfig(), GaussianConfig(), ClassGaussianConfig(), VectorConfig(codebook_size=4)),
         *(FiniteScalarConfig(levels=[4, 3, 5]), LookupFreeConfig(), ResidualConfig(codebook_size=4, depth=2)),
+        *(GumbelSoftmaxConfig(codebook_size=5), BinarySphericalConfig(), IndexBackpropagationConfig(codebook_size=4)),
+        *(DiVeQConfig(codebook_size=4), ProjectedCodebookConfig(codebook_size=4)),
+        ProductConfig(groups=3, each=GumbelSoftmaxConfig(codebook_size=5)),
     ]
     built = [config.build((3, 2, 2), num_classes=2) for config in configs]
-    names = "Identity Gaussian Gaussian VectorQuantizer FiniteScalar LookupFree ResidualQuantizer"
+    names = "Identity Gaussian Gaussian VectorQuantizer FiniteScalar LookupFree ResidualQuantizer "
+    names += "GumbelSoftmax BinarySpherical IndexBackpropagation DiVeQ ProjectedCodebook ProductQuantizer"
     assert [type(bottleneck).__name__ for bottleneck in built] == names.split()
-    assert [bottleneck.encoded_channels for bottleneck in built] == [3, 6, 6, 3, 3, 3, 3]
-    assert [bottleneck.codebook_size for bottleneck in built] == [0, 0, 0, 4, 60, 8, 4]
-    assert [bottleneck.depth for bottleneck in built] == [1, 1, 1, 1, 1, 1, 2]
-    assert [bottleneck.variational for bottleneck in built] == [False, True, True, False, False, False, False]
+    assert [bottleneck.encoded_channels for bottleneck in built] == [3, 6, 6, 3, 3, 3, 3, 5, 3, 3, 3, 3, 15]
+    assert [bottleneck.codebook_size for bottleneck in built] == [0, 0, 0, 4, 60, 8, 4, 5, 8, 4, 4, 4, 5]
+    assert [bottleneck.depth for bottleneck in built] == [1, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1, 3]
+    assert [bottleneck.variational for bottleneck in built] == [False, True, True, *[False] * 10]
     assert built[2].class_means.shape == (2, 3, 2, 2)
     assert built[1].class_means is None
 

@@ -11,9 +11,15 @@ from messages import refuses
 from torch import Tensor
 
 from stage1_tokenizer.autoencoder import ModelConfig
+from stage1_tokenizer.binary_spherical import BinarySpherical, BinarySphericalConfig
 from stage1_tokenizer.bottleneck import Quantizer, pass_gradient
+from stage1_tokenizer.differentiable_vector import DiVeQ, DiVeQConfig
 from stage1_tokenizer.finite_scalar import FiniteScalar, FiniteScalarConfig
+from stage1_tokenizer.gumbel_softmax import GumbelSoftmax, GumbelSoftmaxConfig
+from stage1_tokenizer.index_backpropagation import IndexBackpropagation, IndexBackpropagationConfig
 from stage1_tokenizer.lookup_free import LookupFree, LookupFreeConfig, mean_choice
+from stage1_tokenizer.product_quantizer import ProductConfig, ProductQuantizer
+from stage1_tokenizer.projected_codebook import ProjectedCodebook, ProjectedCodebookConfig
 from stage1_tokenizer.residual_quantizer import ResidualConfig, ResidualQuantizer
 from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
 from twostage.core.config.sections import parse_config
@@ -36,15 +42,33 @@ def alone(statistics: Tensor) -> Tensor:
     return statistics
 
 
-def build(name: str, size: int = 16, dim: int = 4, **options: object) -> VectorQuantizer | ResidualQuantizer:
+def build(
+    name: str, size: int = 16, dim: int = 4, **options: object
+) -> VectorQuantizer | ResidualQuantizer | ProductQuantizer:
     torch.manual_seed(0)
+    if name == "product":
+        each = VectorConfig(codebook_size=size, **options)
+        return ProductConfig(groups=2, each=each).build((dim, 1, 1), 0)
+    if name in LATER_CODEBOOKS:
+        config, quantizer = LATER_CODEBOOKS[name]
+        return quantizer(config(codebook_size=size, **options), dim)
     if name == "residual":
         return ResidualQuantizer(ResidualConfig(codebook_size=size, depth=2, **options), dim)
     kind = {"l2": {"l2_normalize": True}}.get(name, {"codebook": name})
     return VectorQuantizer(VectorConfig(codebook_size=size, **kind, **options), dim)
 
 
+def scored() -> GumbelSoftmax:
+    torch.manual_seed(0)
+    return GumbelSoftmax(GumbelSoftmaxConfig(codebook_size=4), 3)
+
+
 CODEBOOKS = ["ema", "learned", "simvq", "l2", "residual"]
+LATER_CODEBOOKS = {
+    "diveq": (DiVeQConfig, DiVeQ),
+    "index_backpropagation": (IndexBackpropagationConfig, IndexBackpropagation),
+    "projected": (ProjectedCodebookConfig, ProjectedCodebook),
+}
 
 
 # --- the gradient to the encoder ------------------------------------------------------------------------------------
@@ -158,27 +182,28 @@ def test_simvq_starts_on_the_data_under_any_map():
 # --- revival --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CODEBOOKS)
+@pytest.mark.parametrize("name", [*CODEBOOKS, *LATER_CODEBOOKS, "product"])
 def test_every_codebook_recovers_from_identical_distant_codes(name, whole_batch):
     quantizer = build(name, size=32, ema_decay=0.95)
-    levels = quantizer.quantizers if isinstance(quantizer, ResidualQuantizer) else [quantizer]
+    levels = [each for each in quantizer.modules() if isinstance(each, VectorQuantizer)]
     far = torch.tensor([[100.0, 90.0, 80.0, 70.0]])
     with torch.no_grad():
         for level in levels:
-            level._place(level._normalized(far.expand(32, -1)), torch.ones(32, dtype=torch.bool), torch.tensor(1.0))
+            away = level._normalized(far[:, : level.encoded_channels].expand(32, -1))
+            level._place(away, torch.ones(32, dtype=torch.bool), torch.tensor(1.0))
     clusters = 3 * torch.randn(32, 4, generator=generator())
 
     def data(seed: int) -> Tensor:
         members = clusters[torch.randint(32, (32, 2, 3), generator=generator(seed))]
         return (members + 0.3 * torch.randn(members.shape, generator=generator(seed))).movedim(-1, 1)
 
-    assert len(levels[0].encode(data(0)).indices.unique()) == 1
+    assert len(levels[0].encode(data(0)[:, : levels[0].encoded_channels]).indices.unique()) == 1
     optimizer = torch.optim.Adam(quantizer.parameters(), lr=1e-3) if list(quantizer.parameters()) else None
     for seed in range(1, 400):
         output = quantizer(data(seed), None, whole_batch(32, seed))
         if optimizer:
             optimizer.zero_grad()
-            sum(output.losses.values()).backward()
+            (F.mse_loss(output.z, data(seed)) + sum(output.losses.values())).backward()
             optimizer.step()
         quantizer.update_codebook(alone)
     codes = torch.cat([quantizer.encode(data(seed)).indices.flatten(1) for seed in range(400, 410)])
@@ -263,6 +288,12 @@ def test_lookup_free_entropies_equal_those_over_the_whole_codebook(dim, temperat
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+def test_certain_choices_have_a_finite_gradient(whole_batch):
+    encoded = (1e4 * encodings()).requires_grad_()
+    losses = LookupFree(LookupFreeConfig(), 4)(encoded, None, whole_batch(8)).losses
+    assert torch.autograd.grad(sum(losses.values()), encoded)[0].isfinite().all()
+
+
 def test_the_mean_choice_is_a_distribution_over_codes_in_their_order():
     logits = torch.full((3, 5), -40.0)
     logits[:, 1] = 40.0
@@ -311,6 +342,9 @@ QUANTIZERS = {
     **{name: lambda name=name: build(name, ema_decay=0.5, revive_below=0.5) for name in CODEBOOKS},
     "finite_scalar": lambda: FiniteScalar(FiniteScalarConfig(levels=[4, 3, 3, 3])),
     "lookup_free": lambda: LookupFree(LookupFreeConfig(entropy_weight=0.0), 4),
+    "binary_spherical": lambda: BinarySpherical(BinarySphericalConfig(), 4),
+    "gumbel_softmax": scored,
+    **{name: lambda name=name: build(name, ema_decay=0.5, revive_below=0.5) for name in [*LATER_CODEBOOKS, "product"]},
 }
 
 

@@ -1,0 +1,121 @@
+"""The `gumbel_softmax` bottleneck: the encoder scores every code, and the decoder sees a noisy, soft choice of them.
+
+dVAE, Ramesh et al. 2021 (DALL-E, arXiv 2102.12092), appendix A.2. Axes: B images, h and w cells, K codes, D dimensions.
+"""
+
+import math
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field
+from torch import Tensor, nn
+
+from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput, Quantizer
+from twostage.core.config.sections import Number, Section, Share, Width
+from twostage.core.training.random import BatchRandom
+
+__all__ = ["Annealing", "GumbelSoftmax", "GumbelSoftmaxConfig", "annealed"]
+
+
+class Annealing(Section):
+    """A number that moves from `start` to `end` along half a cosine, and stays there."""
+
+    start: Annotated[Number, Field(ge=0)]
+    """The number at a run's first step."""
+    end: Annotated[Number, Field(ge=0)]
+    """The number from the end of the schedule on."""
+    over: Share
+    """The share of the run that the schedule takes; 0: none, it is `end` at once."""
+
+
+class Temperature(Annealing):
+    """The temperature of the soft choice; lower is harder."""
+
+    start: Annotated[Number, Field(gt=0)] = 1.0
+    end: Annotated[Number, Field(gt=0)] = 1 / 16
+    over: Share = 0.5
+
+
+class KLWeight(Annealing):
+    """The weight of the divergence from a uniform choice."""
+
+    start: Annotated[Number, Field(ge=0)] = 0.0
+    end: Annotated[Number, Field(ge=0)] = 0.01
+    over: Share = 0.1
+
+
+@BottleneckConfig.register
+class GumbelSoftmaxConfig(BottleneckConfig):
+    """A codebook of ``codebook_size`` vectors; the encoder's last layer has one channel for each."""
+
+    type: Literal["gumbel_softmax"] = "gumbel_softmax"
+    codebook_size: Annotated[Width, Field(ge=2)] = 512
+    """The number of codes."""
+    temperature: Temperature = Temperature()
+    """Temperature of the soft choice in training. DALL-E's goes from 1 to 1/16."""
+    kl_weight: KLWeight = KLWeight()
+    """Weight of the mean over cells of KL(choice | uniform), in nats. DALL-E's 6.6 multiplies a sum that is divided by
+    the 192 values of a cell, so it is 0.034 here."""
+    collapse_remedy: ClassVar[str] = (
+        "a higher model.bottleneck.kl_weight.end, a higher model.bottleneck.temperature.end, or a smaller "
+        "model.bottleneck.codebook_size"
+    )
+    scheduled: ClassVar[str] = "model.bottleneck.temperature.over and kl_weight.over"
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> "GumbelSoftmax":
+        return GumbelSoftmax(self, shape[0])
+
+
+class GumbelSoftmax(Quantizer):
+    """z = softmax((l + g) / T) E for the encoder's scores l (K,), Gumbel noise g, and a codebook E (K, D).
+
+    In evaluation and in ``encode`` a cell's code is the one with the highest score, without noise. All codes get a
+    gradient. The encoder's output is the (B, K, h, w) matrix of scores, so training keeps a few tensors of that size:
+    B h w K x 4 bytes each, 3 MiB for 128 images of 7x7 cells and 128 codes, 256 MiB for 8 of 32x32 and 8,192.
+    """
+
+    def __init__(self, config: GumbelSoftmaxConfig, latent_channels: int) -> None:
+        super().__init__(config.codebook_size, encoded_channels=config.codebook_size)
+        self.config = config
+        codes = torch.empty(config.codebook_size, latent_channels)
+        self.codebook = nn.Parameter(nn.init.normal_(codes))
+
+    def forward(self, encoded: Tensor, labels: Tensor | None, random: BatchRandom) -> BottleneckOutput:
+        """The soft choice of scores (B, K, h, w). The loss `choice_kl` (weighted) is the mean over cells of
+        KL(softmax(l) | uniform) = sum_k q_k log(K q_k) in nats."""
+        with torch.autocast(encoded.device.type, enabled=False):
+            scores = encoded.float()
+            logs = torch.log_softmax(scores, 1)
+            divergence = (logs.exp() * (logs + math.log(self.codebook_size))).sum(1).mean()
+            indices = scores.argmax(1)
+            if self.training:
+                self.count(indices.flatten())
+                z = self._relaxed(scores, random)
+            else:
+                z = self.lookup(indices)
+        progress = self.progress if self.training else 1.0
+        losses = {"choice_kl": annealed(self.config.kl_weight, progress) * divergence}
+        return BottleneckOutput(z, indices, losses=losses, metrics=self.usage_metrics())
+
+    def _relaxed(self, scores: Tensor, random: BatchRandom) -> Tensor:
+        uniform = random.uniform("gumbel", tuple(scores.shape[1:]), scores.device)
+        gumbel = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(uniform.dtype).tiny)))
+        choice = torch.softmax((scores + gumbel) / annealed(self.config.temperature, self.progress), 1)
+        return torch.einsum("bkhw,kd->bdhw", choice, self.codebook)
+
+    def encode(self, encoded: Tensor) -> BottleneckOutput:
+        """The codes with the highest of the scores (B, K, h, w), and their vectors."""
+        indices = encoded.argmax(1)
+        return BottleneckOutput(self.lookup(indices), indices)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Codes (B, h, w) -> their vectors (B, D, h, w)."""
+        return rearrange(F.embedding(indices, self.codebook), "b h w d -> b d h w")
+
+
+def annealed(schedule: Annealing, progress: float) -> float:
+    """The value of ``schedule`` when the share ``progress`` of a run is done."""
+    done = min(1.0, progress / schedule.over) if schedule.over else 1.0
+    return schedule.end + (schedule.start - schedule.end) * (1 + math.cos(math.pi * done)) / 2
