@@ -44,6 +44,9 @@ class Bottleneck(nn.Module):
     """Channels of the encoder's output."""
     codebook_size: int = 0
     """The number of codes; 0: the latent is continuous."""
+    digits: tuple[int, ...] = ()
+    """If a code is a number whose digits are the channels: the base of each channel, the least significant first. Then
+    a prior can predict a code digit by digit (`model.codes`)."""
     depth: int = 1
     """Codes per cell. A prior sees a cell's codes side by side, as a grid (h, w * depth)."""
     variational: bool = False

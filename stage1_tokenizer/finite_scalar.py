@@ -54,6 +54,7 @@ class FiniteScalar(Quantizer):
 
     def __init__(self, config: FiniteScalarConfig) -> None:
         super().__init__(math.prod(config.levels), len(config.levels))
+        self.digits = tuple(config.levels)
         levels = torch.tensor(config.levels)
         basis = torch.cat([levels.new_ones(1), levels[:-1]]).cumprod(0)
         self.register_buffer("levels", levels.float(), persistent=False)

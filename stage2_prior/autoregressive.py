@@ -1,29 +1,29 @@
 """The base of all priors that write one code after another: the order of the cells, the likelihood, and sampling.
 
-Axes: B images, N cells of a grid, K codes.
+Axes: B images, N cells of a grid, K codes, P numbers of a prediction: K logits for a softmax, see `CodeHead`.
 """
 
 from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stage2_prior.code_head import CodeHead, Softmax, sample_codes
 from stage2_prior.jumps import Windows, sample_in_jumps
 from stage2_prior.network import OnProgress
-from stage2_prior.sampling import Branches, CodeNoise, filter_logits, guidance_at
+from stage2_prior.sampling import Branches, CodeNoise, guidance_at
 from stage2_prior.sampling_config import SamplingConfig, Weights
 from twostage.core.conditions.context import Context
 from twostage.core.training.random import BatchRandom
 
-__all__ = ["ORDERS", "Autoregressive", "Order", "Step", "cell_order", "code_nats", "images_at_once", "sample_in_order"]
+__all__ = ["ORDERS", "Autoregressive", "Order", "Step", "cell_order", "images_at_once", "sample_in_order"]
 
 MAX_LOGITS = 2**26
-"""The number of logits that a likelihood computes at once."""
+"""The number of logits, or of a head's other numbers, that a likelihood computes at once."""
 
 Step = Callable[[Tensor | None], Tensor]
-"""Takes the codes (B,) of the cell before, or None at the first cell; returns the logits (B, K) of the next cell."""
+"""Takes the codes (B,) of the cell before, or None at the first cell; returns the prediction (B, P) of the next."""
 Order = Literal["raster", "columns", "snake", "spiral", "z_curve"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 
@@ -69,8 +69,8 @@ class Autoregressive(nn.Module):
     """(N,): the cells in the order in which they are written, see :func:`cell_order`."""
 
     def forward(self, inputs: Tensor, context: Context) -> Tensor:
-        """Logits (B, N, K) for each of the codes ``inputs`` (B, N), given the conditions and the codes before it. All
-        are in the order in which they are written."""
+        """Predictions (B, N, P) of each of the codes ``inputs`` (B, N), given the conditions and the codes before it.
+        All are in the order in which they are written."""
         raise NotImplementedError
 
     def decoder(self, context: Context, weights: Weights) -> Step:
@@ -89,6 +89,11 @@ class Autoregressive(nn.Module):
         return None
 
     @property
+    def code_head(self) -> CodeHead:
+        """What its predictions mean. By default they are logits."""
+        return Softmax(self.codebook_size)
+
+    @property
     def keeps(self) -> str:
         return f"codes that come before all others in the order {self.order_name!r}"
 
@@ -99,7 +104,8 @@ class Autoregressive(nn.Module):
     def nats(self, codes: Tensor, context: Context, inputs: Tensor) -> Tensor:
         """-log p of each true code given ``inputs``, in which some may be replaced: (B, N), in the order in which they
         are written."""
-        return code_nats(self(inputs[:, self.order], context.in_order(self.order)), codes[:, self.order])
+        predictions = self(inputs[:, self.order], context.in_order(self.order))
+        return self.code_head.nats(predictions, codes[:, self.order])
 
     def loss(self, codes: Tensor, context: Context, inputs: Tensor, random: BatchRandom) -> Tensor:
         """The training loss: nats per code, the mean over (B, N)."""
@@ -107,7 +113,7 @@ class Autoregressive(nn.Module):
 
     def nats_per_image(self, codes: Tensor, context: Context, random: BatchRandom) -> Tensor:
         """-log p(codes | conditions), (B,). Nothing is random. Many logits are computed a few images at a time."""
-        images = images_at_once(codes.shape[1], self.codebook_size)
+        images = images_at_once(codes.shape[1], self.code_head.floats)
         parts = zip(codes.split(images), context.split(images), strict=True)
         return torch.cat([self.nats(part, given, part).sum(1) for part, given in parts])
 
@@ -121,30 +127,27 @@ class Autoregressive(nn.Module):
         on_progress: OnProgress | None = None,
     ) -> Tensor:
         """Codes (B, N), see `PriorNetwork.sample`. With guidance, all branches are predicted as one batch."""
-        context, noise = branches.context.in_order(self.order), CodeNoise(seeds, self.codebook_size)
+        head = self.code_head
+        context, noise = branches.context.in_order(self.order), CodeNoise(seeds, sum(head.choices))
         codes = torch.full((len(seeds), len(self.order)), -1, device=self.order.device) if known is None else known
         codes = codes[:, self.order]
         if len(seeds) == 1 and (windows := self.window_decoder(context, sampling.weights)):
-            found = sample_in_jumps(windows, branches, noise, sampling, codes, on_progress)
+            found = sample_in_jumps(windows, head, branches, noise, sampling, codes, on_progress)
         else:
             first = 0 if known is None else int((codes >= 0).all(0).cumprod(0).sum())
             step = self.continued(context, sampling.weights, branches.repeat(codes[:, :first]))
-            found = sample_in_order(step, branches, noise, sampling, codes, on_progress, first)
+            found = sample_in_order(step, head, branches, noise, sampling, codes, on_progress, first)
         return found[:, self.order.argsort()]
 
 
-def code_nats(logits: Tensor, codes: Tensor) -> Tensor:
-    """-log p of each code: (B, N, K) and (B, N) -> (B, N) float32."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten(), reduction="none").view_as(codes)
-
-
-def images_at_once(cells: int, codebook_size: int) -> int:
-    """The number of images whose logits a likelihood computes at once."""
-    return max(1, MAX_LOGITS // (cells * codebook_size))
+def images_at_once(cells: int, floats: int) -> int:
+    """The number of images of so many cells whose likelihood is computed at once, with ``floats`` numbers per code."""
+    return max(1, MAX_LOGITS // (cells * floats))
 
 
 def sample_in_order(
     step: Step,
+    head: CodeHead,
     branches: Branches,
     noise: CodeNoise,
     sampling: SamplingConfig,
@@ -155,7 +158,7 @@ def sample_in_order(
     """Samples one cell after another. Nothing makes the host wait for a GPU.
 
     Args:
-        step: predicts for all n ``branches`` at once: (n B,) -> (n B, K).
+        step: predicts for all n ``branches`` at once: (n B,) -> (n B, P).
         known: (B, N) int64 in the same order: codes to keep, -1 where a code is to be sampled.
         first: the cell that ``step`` predicts first. The codes before it are known.
 
@@ -167,10 +170,9 @@ def sample_in_order(
     noise.next(first)
     for cell in range(first, cells):
         before = codes[:, cell - 1] if cell else None
-        logits = step(None if before is None else branches.repeat(before))
-        noise_here = noise.next(1)[:, 0].to(logits.device)
-        logits = branches.combine(logits, guidance_at(cell, cells, sampling))
-        sampled = (filter_logits(logits, sampling) + noise_here).argmax(-1)
+        predictions = step(None if before is None else branches.repeat(before))
+        noise_here = noise.next(1)[:, 0].to(predictions.device)
+        sampled = sample_codes(head, predictions, branches, guidance_at(cell, cells, sampling), sampling, noise_here)
         codes[:, cell] = torch.where(codes[:, cell] < 0, sampled, codes[:, cell])
         if on_progress:
             on_progress(images)

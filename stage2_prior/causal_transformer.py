@@ -1,6 +1,7 @@
 """The causal transformer (GPT) over a flattened code grid, one cell after another, given its conditions.
 
-Axes: B images, N = h w codes of a grid, D hidden size, H heads, E = D / H, K codes.
+Axes: B images, N = h w codes of a grid, D hidden size, H heads, E = D / H, P numbers of
+a prediction, see `CodeHead`.
 """
 
 from typing import Literal, cast
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage2_prior.autoregressive import Autoregressive, Order, Step, cell_order, code_nats
+from stage2_prior.autoregressive import Autoregressive, Order, Step, cell_order
 from stage2_prior.jumps import WINDOW, Windows
 from stage2_prior.sampling_config import Weights
 from stage2_prior.transformer import Block, FastTransformer, Transformer, TransformerConfig, sequence_mask, turn
@@ -39,6 +40,8 @@ class CausalTransformer(Autoregressive, Transformer):
         form: that of the contexts.
     """
 
+    code_head = Transformer.code_head
+
     def __init__(
         self, config: CausalTransformerConfig, codebook_size: int, grid: tuple[int, int], form: ContextForm
     ) -> None:
@@ -48,7 +51,7 @@ class CausalTransformer(Autoregressive, Transformer):
         self.register_buffer("order", order, persistent=False)
 
     def forward(self, inputs: Tensor, context: Context, hidden: Tensor | None = None) -> Tensor:
-        """Logits (B, N, K) for the code at each place, from the codes ``inputs`` (B, N) before it that are not
+        """Predictions (B, N, P) of the code at each place, from the codes ``inputs`` (B, N) before it that are not
         ``hidden`` (B, N). All are in the order in which they are written."""
         before = self.embed(inputs[:, :-1], None if hidden is None else hidden[:, :-1])
         x = F.pad(before, (0, 0, 1, 0))  # the first place sees only the conditions
@@ -56,8 +59,8 @@ class CausalTransformer(Autoregressive, Transformer):
 
     def loss(self, codes: Tensor, context: Context, inputs: Tensor, random: BatchRandom) -> Tensor:
         """The training loss: nats per code, the mean over (B, N)."""
-        logits = self(inputs[:, self.order], context.in_order(self.order), self.hide(codes, random))
-        return code_nats(logits, codes[:, self.order]).mean()
+        predictions = self(inputs[:, self.order], context.in_order(self.order), self.hide(codes, random))
+        return self.code_head.nats(predictions, codes[:, self.order]).mean()
 
     def decoder(self, context: Context, weights: Weights) -> Step:
         return CausalTransformerDecoder(self, context, weights).step
@@ -80,8 +83,8 @@ class CausalTransformer(Autoregressive, Transformer):
     def decoded_nats(self, codes: Tensor, context: Context, weights: Weights = "float32") -> Tensor:
         """-log p(codes | conditions), (B,), from the sampling decoder, so it includes the cost of rounded weights."""
         step, ordered = self.decoder(context.in_order(self.order), weights), codes[:, self.order]
-        logits = [step(ordered[:, cell - 1] if cell else None) for cell in range(self.cells)]
-        return code_nats(torch.stack(logits, 1), ordered).sum(1)
+        predictions = [step(ordered[:, cell - 1] if cell else None) for cell in range(self.cells)]
+        return self.code_head.nats(torch.stack(predictions, 1), ordered).sum(1)
 
 
 class CausalTransformerDecoder(FastTransformer):
@@ -116,7 +119,7 @@ class CausalTransformerDecoder(FastTransformer):
 
     @torch.no_grad()
     def step(self, codes: Tensor | None) -> Tensor:
-        """Logits (B, K) of the next cell; ``codes`` (B,) are those of the cell before, None at the first cell."""
+        """The prediction (B, P) of the next cell; ``codes`` (B,) are those of the cell before, None at the first."""
         before = self.added.new_zeros(len(self.added), dtype=torch.long) if codes is None else codes
         self.cell += 1
         return self.predict(self.cell - 1, before[:, None])[:, 0]
@@ -144,12 +147,12 @@ class CausalTransformerDecoder(FastTransformer):
 
     @torch.no_grad()
     def predict(self, first: int, before: Tensor) -> Tensor:
-        """Logits (B, W, K) of the cells from ``first`` on, given the codes (B, W) before each of them. What it writes
-        to the caches for uncertain cells is written again when they are predicted again."""
+        """Predictions (B, W, P) of the cells from ``first`` on, given the codes (B, W) before each of them. What it
+        writes to the caches for uncertain cells is written again when they are predicted again."""
         x = self._embedded(first, before).flatten(0, 1)
         for number, block in enumerate(self.blocks):
             x = block.finish(x, self._attend(number, block.qkv(x), first, before.shape[1]))
-        return self.head(x).unflatten(0, before.shape)
+        return self.predictions(x).unflatten(0, before.shape)
 
     def _embedded(self, first: int, before: Tensor) -> Tensor:
         """The input of the first block at the cells from ``first`` on, for the codes (B, W) before them: (B, W, D)."""

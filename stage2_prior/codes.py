@@ -107,6 +107,9 @@ class Manifest(Section):
     grid: tuple[Count, Count]
     """Cells (h, w)."""
     codebook_size: Count
+    digits: list[Count] | None = None
+    """If each code is a number whose digits say what it is, such as the bits of lookup-free codes: the base of each
+    digit, the least significant first. None: the codes are names."""
     class_names: list[str] | None
     vector_length: Count | None = None
     """The numbers in the vector of each image; None: no vectors."""
@@ -126,13 +129,18 @@ class Manifest(Section):
     prior has to beat."""
 
     @model_validator(mode="after")
-    def _has_training_and_validation_splits(self) -> "Manifest":
+    def _is_consistent(self) -> "Manifest":
         for field, found in {"splits": self.splits, "unigram_nats_per_code": self.unigram_nats_per_code}.items():
             if not {"train", self.validation_split} <= found.keys():
                 raise ValueError(
                     f"{field}: expected 'train' and the validation_split {self.validation_split!r}, got "
                     f"{list(found)}. Encode the images again"
                 )
+        if self.digits is not None and math.prod(self.digits) != self.codebook_size:
+            raise ValueError(
+                f"digits: the product of {self.digits} is {math.prod(self.digits)}, expected the codebook_size "
+                f"{self.codebook_size}. Encode the images again"
+            )
         return self
 
     @property

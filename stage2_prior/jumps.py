@@ -5,7 +5,7 @@ predicted together, from the guesses: those up to the first wrong guess are righ
 the next guesses (predictive sampling, Wiggers and Hoogeboom 2020, arXiv 2002.09928; the Jacobi iteration of Song et
 al. 2021, arXiv 2002.03629).
 
-Axes: n branches, W cells of a window, N cells of the grid, K codes.
+Axes: n branches, W cells of a window, N cells of the grid, P numbers of a prediction.
 """
 
 from typing import Protocol
@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stage2_prior.code_head import CodeHead, sample_codes
 from stage2_prior.network import OnProgress
-from stage2_prior.sampling import Branches, CodeNoise, filter_logits, guidance_at
+from stage2_prior.sampling import Branches, CodeNoise, guidance_at
 from stage2_prior.sampling_config import SamplingConfig
 
 __all__ = ["WINDOW", "Windows", "sample_in_jumps"]
@@ -35,13 +36,14 @@ class Windows(Protocol):
         ...
 
     def predict(self, first: int, before: Tensor) -> Tensor:
-        """Logits (n, W, K) of the cells from ``first`` on, given the codes (n, W) before each of them; the one before
-        cell 0 is ignored. The codes of all cells before ``first`` are certain."""
+        """Predictions (n, W, P) of the cells from ``first`` on, given the codes (n, W) before each of them; the one
+        before cell 0 is ignored. The codes of all cells before ``first`` are certain."""
         ...
 
 
 def sample_in_jumps(
     windows: Windows,
+    head: CodeHead,
     branches: Branches,
     noise: CodeNoise,
     sampling: SamplingConfig,
@@ -56,15 +58,14 @@ def sample_in_jumps(
     """
     cells, size = known.shape[1], windows.size
     guesses = torch.cat([known.new_zeros(1), known[0].clamp(min=0)])  # guesses[i + 1] is that of cell i
-    ahead = noise.next(size)[0].to(known.device)  # (W, K): of the cells in the window
+    ahead = noise.next(size)[0].to(known.device)  # of the cells in the window, a row each
     cell, begin = 0, 0
     while cell < cells:
         here = slice(begin, begin + size)
-        logits = windows.predict(begin, branches.repeat(guesses[None, here]))
+        predictions = windows.predict(begin, branches.repeat(guesses[None, here]))
         shares = torch.tensor([guidance_at(i, cells, sampling) for i in range(begin, begin + size)])
-        logits = branches.combine(logits, shares[:, None].to(logits))[0]
-        logits = filter_logits(logits, sampling)
-        drawn = (logits + ahead).argmax(-1)
+        shares = shares[:, None].to(predictions)
+        drawn = sample_codes(head, predictions.flatten(0, 1), branches, shares, sampling, ahead)
         drawn = torch.where(known[0, here] < 0, drawn, known[0, here])
         wrong = (drawn != guesses[begin + 1 : begin + 1 + size])[cell - begin :].nonzero()
         right = cell + int(wrong[0]) + 1 if len(wrong) else begin + size  # the first cell that is not certain
@@ -76,6 +77,8 @@ def sample_in_jumps(
             entering = noise.next(moved)[0].to(known.device)
             begin, ahead = begin + moved, torch.cat([ahead[moved:], entering])
             # Their first guesses: what the last prediction makes of their noise.
-            guess, there = (logits[-1] + entering).argmax(-1), slice(begin + size - moved, begin + size)
+            last = predictions[:, -1:].expand(-1, moved, -1).flatten(0, 1)
+            guess = sample_codes(head, last, branches, shares[-1:], sampling, entering)
+            there = slice(begin + size - moved, begin + size)
             guesses[1:][there] = torch.where(known[0, there] < 0, guess, known[0, there])
     return guesses[None, 1:]

@@ -2,7 +2,7 @@
 from the other codes, in both directions, and so samples an image in a few parallel steps (the paper's section 3.2).
 
 Axes: B images, T steps, N = h w codes of a grid, M masked codes of a batch (image by image, row by row), D hidden size,
-H heads, E = D / H, K codes.
+H heads, E = D / H, K codes, P numbers of a prediction, see `CodeHead`.
 """
 
 import itertools
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stage2_prior.code_head import CodeHead
 from stage2_prior.network import OnProgress
 from stage2_prior.sampling import Branches, choose, filter_logits, guidance_at, uniform_noise
 from stage2_prior.sampling_config import MaskSchedule, SamplingConfig, Weights
@@ -45,7 +46,7 @@ SAMPLED_ROWS = 1024
 """Rows whose codes are chosen at a time: each takes a few float64 numbers for each of the K codes."""
 
 Predict = Callable[[Tensor], Tensor]
-"""Takes codes (B, N), some of them masked; returns the logits (M, K) of the masked ones."""
+"""Takes codes (B, N), some of them masked; returns the predictions (M, P) of the masked ones."""
 
 
 class MaskedTransformerConfig(TransformerConfig):
@@ -92,7 +93,7 @@ class MaskedTransformer(Transformer):
         self.mask_token_id = codebook_size
 
     def forward(self, inputs: Tensor, context: Context) -> Tensor:
-        """Logits (B, N, K) for codes (B, N), of which some are ``mask_token_id``."""
+        """Predictions (B, N, P) of codes (B, N), of which some are ``mask_token_id``."""
         return self.predict(self.run(self.embed(inputs), context))
 
     def loss(self, codes: Tensor, context: Context, inputs: Tensor, random: BatchRandom) -> Tensor:
@@ -110,9 +111,8 @@ class MaskedTransformer(Transformer):
         hidden = None if hidden is None else hidden & ~masked
         inputs = inputs.masked_fill(masked, self.mask_token_id)
         if self.config.predict_replaced:  # only the device knows how many codes were replaced, so all are predicted
-            logits = self.predict(self.run(self.embed(inputs, hidden), context))
-            nats = F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten(), reduction="none")
-            nats = nats * (inputs != codes).flatten()
+            predictions = self.predict(self.run(self.embed(inputs, hidden), context))
+            nats = self.code_head.nats(predictions, codes) * (inputs != codes)
         else:
             nats = self._nats(codes, context, inputs, masked, sum(counts.tolist()), hidden)
         return nats.sum() / (codes.numel() * MEAN_MASKED_SHARE)
@@ -143,7 +143,7 @@ class MaskedTransformer(Transformer):
         predicted. The caller knows the count, because a GPU would have to wait for it."""
         cells = masked.flatten().nonzero_static(size=count).squeeze(1)
         output = self.run(self.embed(inputs, hidden), context).flatten(0, 1)[cells]
-        return F.cross_entropy(self.predict(output).float(), codes.flatten()[cells], reduction="none")
+        return self.code_head.nats(self.predict(output), codes.flatten()[cells])
 
     def can_keep(self, known: Tensor) -> bool:
         return True
@@ -160,9 +160,11 @@ class MaskedTransformer(Transformer):
         """Codes (B, N), see `PriorNetwork.sample`. With guidance, all branches are predicted as one batch."""
         device = self.norm.weight.device
         steps = min(sampling.num_steps or self.config.default_steps(self.grid), self.cells)
-        noise = uniform_noise(seeds, steps * 2 * self.cells).view(len(seeds), steps, 2, self.cells)
+        numbers = len(self.code_head.choices) + 1
+        noise = uniform_noise(seeds, steps * numbers * self.cells).view(len(seeds), steps, numbers, self.cells)
         return sample_in_parallel(
             MaskedPredictor(self, branches.context, sampling.weights),
+            self.code_head,
             branches,
             noise.to(device),
             sampling,
@@ -227,7 +229,7 @@ class MaskedPredictor(FastTransformer):
 
     @torch.no_grad()
     def __call__(self, codes: Tensor) -> Tensor:
-        """Codes (B, N), some of them masked -> logits (M, K) of the masked ones.
+        """Codes (B, N), some of them masked -> predictions (M, P) of the masked ones.
 
         Skips images without masked codes and computes equal images once: in the first step all images with the same
         conditions are equal.
@@ -236,13 +238,13 @@ class MaskedPredictor(FastTransformer):
         unfilled = masked.any(1)
         images = torch.cat([self.kind[:, None], codes], 1)[unfilled]
         distinct, which = images.unique(dim=0, return_inverse=True)
-        logits = torch.cat([self._logits(part[:, 1:], part[:, 0]) for part in distinct.split(self.images)])
+        parts = [self._predictions(part[:, 1:], part[:, 0]) for part in distinct.split(self.images)]
         predicted = distinct[:, 1:] == self.mask_token_id
-        place = predicted.flatten().cumsum(0).view_as(predicted) - 1  # of each masked code among the logits
-        return logits[place[which][masked[unfilled]]]
+        place = predicted.flatten().cumsum(0).view_as(predicted) - 1  # of each masked code among those predicted
+        return torch.cat(parts)[place[which][masked[unfilled]]]
 
-    def _logits(self, codes: Tensor, rows: Tensor) -> Tensor:
-        """Logits of the masked ones of codes (b, N) with the contexts of the images ``rows`` (b,)."""
+    def _predictions(self, codes: Tensor, rows: Tensor) -> Tensor:
+        """Predictions of the masked ones of codes (b, N) with the contexts of the images ``rows`` (b,)."""
         model, batch, context = self.model, len(codes), self.context.rows(rows)
         masked = (codes == self.mask_token_id).flatten()
         x = model.code_embedding(codes) + model.added(context)
@@ -261,7 +263,7 @@ class MaskedPredictor(FastTransformer):
             if block is self.blocks[-1]:  # from here on, no cell depends on another
                 x, attended = x[masked], attended[masked]  # (M, D)
             x = block.finish(x, attended)
-        return self.head(x)
+        return self.predictions(x)
 
 
 def same_context(context: Context) -> Tensor:
@@ -322,8 +324,36 @@ def gumbel(noise: Tensor) -> Tensor:
     return -(-noise.clamp(min=2.0**-54).log()).log()
 
 
+def _fill(
+    head: CodeHead, predictions: Tensor, branches: Branches, share: Tensor, sampling: SamplingConfig, numbers: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A code for each of M cells, (M,), and the model's -log p of it, (M,).
+
+    Args:
+        predictions: (n M, P), of all branches.
+        share: (M,) how far guidance has grown.
+        numbers: (M, J + 1) uniform: one for each choice.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+    parts = predictions.unflatten(0, (branches.count, -1)).split(SAMPLED_ROWS, 1)
+    for part, grown, uniform in zip(parts, share.split(SAMPLED_ROWS), numbers.split(SAMPLED_ROWS), strict=True):
+        surprises: list[Tensor] = []
+
+        def pick(logits: Tensor, choice: int, grown=grown, uniform=uniform, surprises=surprises) -> Tensor:
+            logits = branches.combine(logits, grown[:, None].to(logits))
+            values = choose(filter_logits(logits, sampling), uniform[:, choice])
+            surprises.append(F.cross_entropy(logits, values, reduction="none"))
+            return values
+
+        codes = head.sample(part.flatten(0, 1), branches, pick)
+        found.append((codes, torch.stack(surprises).sum(0)))
+    codes, surprise = zip(*found, strict=True)
+    return torch.cat(codes), torch.cat(surprise)
+
+
 def sample_in_parallel(
     predict: Predict,
+    head: CodeHead,
     branches: Branches,
     noise: Tensor,
     sampling: SamplingConfig,
@@ -342,8 +372,9 @@ def sample_in_parallel(
     and top-p: with `top_k: 1`, for example, filtered probabilities would all be 1.
 
     Args:
-        predict: predicts for all n ``branches`` at once: (n B, N) -> (n M, K).
-        noise: uniform, (B, T, 2, N) float64: for each step and cell, one number to sample and one to choose.
+        predict: predicts for all n ``branches`` at once: (n B, N) -> (n M, P).
+        noise: uniform, (B, T, J + 1, N) float64: for each step and cell, a number for each of the J choices of a code,
+            and one to choose the cell.
         schedule: the share of the unknown codes that is masked after each step.
         order: (N,) the cells in the order in which they are filled; None: the most confident first.
         known: (B, N) int64: codes to keep, -1 where a code is to be sampled.
@@ -361,15 +392,12 @@ def sample_in_parallel(
         masked = codes == mask_token_id
         image = masked.nonzero()[:, 0]  # (M,)
         grown = noise.new_tensor([guidance_at(step, count, sampling) for count in steps.tolist()])
-        logits = predict(branches.repeat(codes))
-        logits = branches.combine(logits, grown[image, None].to(logits))  # (M, K)
-        parts = zip(logits.split(SAMPLED_ROWS), noise[:, step, 0][masked].split(SAMPLED_ROWS), strict=True)
-        sampled = torch.cat([choose(filter_logits(part, sampling), numbers) for part, numbers in parts])
+        numbers = noise[:, step].transpose(1, 2)[masked]  # (M, J + 1)
+        sampled, surprise = _fill(head, predict(branches.repeat(codes)), branches, grown[image], sampling, numbers)
         confidence = noise.new_full((images, cells), torch.inf)  # of codes that are filled already
         if turns is None:
-            surprise = F.cross_entropy(logits, sampled, reduction="none")
             temperature = choice_temperature * (1 - (step + 1) / steps)
-            confidence[masked] = temperature[image] * gumbel(noise[:, step, 1][masked]) - surprise
+            confidence[masked] = temperature[image] * gumbel(numbers[:, -1]) - surprise
         else:
             confidence[masked] = -turns.expand_as(confidence)[masked]
         left = num_left_masked(step + 1, steps, unknown, masked.sum(1), schedule)

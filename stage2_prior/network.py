@@ -6,7 +6,7 @@ Axes: B images, N cells of a code grid.
 
 import math
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, Self
 
 from torch import Tensor
 
@@ -35,6 +35,22 @@ class NetworkConfig(OpenUnion, Section):
     draws_alone: ClassVar[bool] = False
     """Whether the network draws a single image with the same codes, to the last bit, as in a batch of several."""
 
+    @property
+    def ranks_codes(self) -> bool:
+        """Whether it predicts a probability for every code at once, which top-k needs."""
+        return True
+
+    def for_codes(self, codebook_size: int, digits: list[int] | None) -> Self:
+        """This configuration with what it learns from the codes that it is trained on. By default, that is nothing.
+
+        Args:
+            digits: see `Manifest.digits`.
+
+        Raises:
+            InputError: it does not fit to these codes.
+        """
+        return self
+
     def build(self, codebook_size: int, grid: tuple[int, int], form: ContextForm) -> "PriorNetwork":
         """The network, an `nn.Module`, for codes 0 to ``codebook_size - 1`` on a ``grid`` (h, w), and for contexts of
         this ``form``."""
@@ -61,6 +77,10 @@ class NetworkConfig(OpenUnion, Section):
     def codes_at_once(self, grid: tuple[int, int]) -> int:
         """The number of codes of an image that one sampling step predicts."""
         return 1
+
+    def floats_per_code(self, codebook_size: int) -> int:
+        """The numbers that predicting a code computes: its logits."""
+        return codebook_size
 
     def sampling_floats(self, grid: tuple[int, int], form: ContextForm) -> int:
         """Upper estimate of the numbers that sampling keeps per image: caches and activations, not logits."""

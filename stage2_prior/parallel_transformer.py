@@ -5,7 +5,8 @@ There are two tokens for each cell. A cell's *code* token sees the codes of earl
 token holds no code, sees the codes of earlier groups and the other queries of its group, and predicts its cell's code.
 No code token sees a query, so sampling caches the keys and values of true codes only.
 
-Axes: B images, N = h w cells of a grid, G groups, D hidden size, H heads, E = D / H, K codes.
+Axes: B images, N = h w cells of a grid, G groups, D hidden size, H heads, E = D / H, P numbers of a prediction, see
+`CodeHead`.
 """
 
 import itertools
@@ -18,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage2_prior.autoregressive import Order, cell_order, code_nats, images_at_once
+from stage2_prior.autoregressive import Order, cell_order, images_at_once
+from stage2_prior.code_head import sample_codes
 from stage2_prior.network import OnProgress
-from stage2_prior.sampling import Branches, CodeNoise, filter_logits, guidance_at
+from stage2_prior.sampling import Branches, CodeNoise, guidance_at
 from stage2_prior.sampling_config import SamplingConfig, Weights
 from stage2_prior.transformer import Block, FastTransformer, Transformer, TransformerConfig, sequence_mask, turn
 from twostage.core.conditions.context import Context, ContextForm
@@ -113,7 +115,7 @@ class ParallelTransformer(Transformer):
         self.register_buffer("groups", groups_of(ranks[None], torch.tensor([len(sizes)]))[0], persistent=False)
 
     def forward(self, inputs: Tensor, context: Context, groups: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Logits (B, N, K) for the code of each cell, given the codes ``inputs`` (B, N) of all earlier groups that are
+        """Predictions (B, N, P) of the code of each cell, given the codes ``inputs`` (B, N) of all earlier groups that are
         not ``hidden`` (B, N).
 
         Args:
@@ -131,9 +133,8 @@ class ParallelTransformer(Transformer):
     def loss(self, codes: Tensor, context: Context, inputs: Tensor, random: BatchRandom) -> Tensor:
         """The training loss: nats per code, the mean over (B, N). Each image has its own random order, split into a
         random number of groups, whose logarithm is uniform. One pass trains all groups."""
-        return code_nats(
-            self(inputs, context, self._random_groups(codes, random), self.hide(codes, random)), codes
-        ).mean()
+        predictions = self(inputs, context, self._random_groups(codes, random), self.hide(codes, random))
+        return self.code_head.nats(predictions, codes).mean()
 
     def _random_groups(self, codes: Tensor, random: BatchRandom) -> Tensor:
         """(B, N): the number of each cell's group."""
@@ -150,9 +151,10 @@ class ParallelTransformer(Transformer):
         This is exactly the distribution that sampling draws from at temperature 1. Other groups are other models, with
         other likelihoods. Nothing is random. Many logits are computed a few images at a time.
         """
-        images = images_at_once(2 * codes.shape[1], self.codebook_size)
+        images = images_at_once(2 * codes.shape[1], self.code_head.floats)
         parts = zip(codes.split(images), context.split(images), strict=True)
-        return torch.cat([code_nats(self(part, given, self.groups[None]), part).sum(1) for part, given in parts])
+        head, groups = self.code_head, self.groups[None]
+        return torch.cat([head.nats(self(part, given, groups), part).sum(1) for part, given in parts])
 
     def can_keep(self, known: Tensor) -> bool:
         return True
@@ -191,7 +193,8 @@ class ParallelTransformer(Transformer):
         on_progress: OnProgress | None,
     ) -> Tensor:
         """Samples the codes (B, N) of all cells but the ``known`` ones."""
-        noise, unknown = CodeNoise(seeds, self.codebook_size), self.cells - len(known)
+        head, unknown = self.code_head, self.cells - len(known)
+        noise = CodeNoise(seeds, sum(head.choices))
         if not unknown:
             return codes
         sizes = group_sizes(unknown, min(unknown, sampling.num_steps or self.config.default_steps(self.grid)))
@@ -199,9 +202,10 @@ class ParallelTransformer(Transformer):
         decoder, written = ParallelDecoder(self, branches.context, order, sampling.weights), codes[:, order]
         first, unread = len(known), written[:, : len(known)]
         for step, size in enumerate(sizes):
-            logits = decoder.step(branches.repeat(unread), size)  # (n B, size, K)
-            logits = branches.combine(logits, guidance_at(step, len(sizes), sampling))
-            unread = (filter_logits(logits, sampling) + noise.next(size).to(logits.device)).argmax(-1)
+            predictions = decoder.step(branches.repeat(unread), size).flatten(0, 1)  # (n B size, P)
+            share, noise_here = guidance_at(step, len(sizes), sampling), noise.next(size).to(predictions.device)
+            unread = sample_codes(head, predictions, branches, share, sampling, noise_here.flatten(0, 1))
+            unread = unread.view(len(seeds), size)
             written[:, first : first + size] = unread
             first += size
             if on_progress:
@@ -294,7 +298,7 @@ class ParallelDecoder(FastTransformer):
         heads, cells = cast(Block, model.blocks[0]).num_heads, model.cells
         added = model.added(context.in_order(order)).expand(-1, cells, -1)
         self.base = added if model.positions is None else added + model.positions[order]  # (B, N, D)
-        self.query = model.code_embedding.weight[model.query_id].detach()
+        self.query = model.embed(order.new_tensor([model.query_id]))
         self.codes_read, self.context, self.order = 0, context, order
         self.places = 0 if context.sequence is None else context.sequence.shape[1]
         if self.rotation is not None:
@@ -311,7 +315,7 @@ class ParallelDecoder(FastTransformer):
     @torch.no_grad()
     def step(self, codes: Tensor, count: int) -> Tensor:
         """Reads the ``codes`` (B, n) of the next n cells, as one group, and predicts the ``count`` cells after them:
-        logits (B, count, K). Until their codes are read, the cells' places in the cache hold their queries."""
+        (B, count, P). Until their codes are read, the cells' places in the cache hold their queries."""
         start, read = self.codes_read, codes.shape[1]
         self.codes_read, here = start + read, slice(start, start + read + count)
         tokens = self.model.code_embedding(codes)
@@ -331,7 +335,7 @@ class ParallelDecoder(FastTransformer):
                 attended = attended[:, read:]
             attended = attended.flatten(0, 1)
             x = block.finish(x, F.pad(attended, (0, 0, 0, len(x) - len(attended))))
-        return self.head(x)[: shape[0] * count].unflatten(0, (-1, count))
+        return self.predictions(x)[: shape[0] * count].unflatten(0, (-1, count))
 
     def _attend(self, number: int, qkv: Tensor, here: slice, seen: Tensor | None) -> Tensor:
         """Writes keys and values to the places ``here`` of a block's cache: (B, n, 3, H, E) -> (B, n, D)."""

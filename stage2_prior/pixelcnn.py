@@ -4,8 +4,9 @@ Two stacks see the cells before a cell. The vertical stack sees all rows above i
 convolutions leave. The horizontal stack sees the row to its left and, through the vertical stack, everything else. No
 weight is masked: each kernel holds only the cells that it may see, and the input is shifted accordingly.
 
-Axes: B images, h and w cells of a grid, N = h w, D the width of a context, C channels, K codes, R the reach of a kernel
-(half its side), T the cells of a row that a horizontal kernel sees.
+Axes: B images, h and w cells of a grid, N = h w, D the width of a context, C channels, K codes, P numbers of a
+prediction (see `CodeHead`), R the reach of a kernel (half its side), T the cells of a row that a horizontal kernel
+sees.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from stage2_prior.autoregressive import Autoregressive, Step, cell_order
-from stage2_prior.network import NetworkConfig
+from stage2_prior.code_head import CodeHead, Softmax
+from stage2_prior.digits import DigitEmbedding, DigitHead, DigitsConfig, digit_floats
 from stage2_prior.sampling_config import Weights
 from twostage.core.conditions.context import Context, ContextForm, ContextSpace
 from twostage.core.config.sections import Depth, Share, Width
@@ -25,7 +27,7 @@ from twostage.core.config.sections import Depth, Share, Width
 __all__ = ["PixelCNN", "PixelCNNConfig", "PixelCNNDecoder"]
 
 
-class PixelCNNConfig(NetworkConfig):
+class PixelCNNConfig(DigitsConfig):
     """A vertical stack that sees the rows above and a horizontal stack that sees the row to the left."""
 
     type: Literal["pixelcnn"] = "pixelcnn"
@@ -46,6 +48,10 @@ class PixelCNNConfig(NetworkConfig):
 
     def context_space(self, grid: tuple[int, int]) -> ContextSpace:
         return ContextSpace(self.context_channels, 1.0, grid)
+
+    def floats_per_code(self, codebook_size: int) -> int:
+        bases = self.bases(codebook_size)
+        return codebook_size if bases is None else digit_floats(bases, self.head_channels)
 
     def sampling_floats(self, grid: tuple[int, int], form: ContextForm) -> int:
         each = 8 if form.cells else 4  # with the gates of all cells
@@ -144,7 +150,9 @@ class PixelCNN(Autoregressive):
         context_channels = config.context_channels if form.pooled or form.cells else 0
         channels = config.channels
         self.register_buffer("order", cell_order("raster", grid), persistent=False)
-        self.code_embedding = nn.Embedding(codebook_size, channels)
+        bases = config.bases(codebook_size)
+        embeds = nn.Embedding(codebook_size, channels) if bases is None else DigitEmbedding(bases, channels, std=1.0)
+        self.code_embedding = embeds
         kernels = [config.first_kernel] + [config.kernel] * (config.depth - 1)
         self.layers = nn.ModuleList(
             [
@@ -153,19 +161,30 @@ class PixelCNN(Autoregressive):
             ]
         )
         self.head_in = nn.Linear(channels, config.head_channels)
-        self.head_out = nn.Linear(config.head_channels, codebook_size)
-        nn.init.zeros_(self.head_out.weight)
-        nn.init.zeros_(self.head_out.bias)
+        if bases is None:
+            self.head_out = nn.Linear(config.head_channels, codebook_size)
+            nn.init.zeros_(self.head_out.weight)
+            nn.init.zeros_(self.head_out.bias)
+        else:
+            self.head_out = DigitHead(bases, config.head_channels)
+
+    @property
+    def code_head(self) -> CodeHead:
+        return self.head_out if isinstance(self.head_out, DigitHead) else Softmax(self.codebook_size)
 
     def forward(self, inputs: Tensor, context: Context) -> Tensor:
-        """Logits (B, N, K) for the code at each cell, from the codes ``inputs`` (B, N) before it."""
+        """Predictions (B, N, P) of the code at each cell, from the codes ``inputs`` (B, N) before it."""
         embedded = self.code_embedding(inputs).transpose(1, 2).unflatten(2, self.grid)
         vertical = horizontal = embedded  # (B, C, h, w)
         labels, conditions = self.conditions(context)
         for layer in self.layers:
             added = cast(GatedLayer, layer).gates(labels, conditions)
             vertical, horizontal = layer(vertical, horizontal, added)
-        return self.head_out(self.head_in(horizontal.flatten(2).transpose(1, 2)).relu())
+        return self.predict(self.head_in(horizontal.flatten(2).transpose(1, 2)).relu())
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """The head's hidden layer (..., H) -> predictions (..., P). A head of digits takes it as it is."""
+        return hidden if isinstance(self.head_out, DigitHead) else self.head_out(hidden)
 
     def conditions(self, context: Context) -> tuple[Tensor, Tensor | None]:
         """The labels (B,), and the other conditions at the cells: (B, D, h, w), (B, D, 1, 1) if they are the same
@@ -250,7 +269,7 @@ class PixelCNNDecoder:
 
     @torch.no_grad()
     def step(self, codes: Tensor | None) -> Tensor:
-        """Logits (B, K) of the next cell; ``codes`` (B,) are those of the cell before, None at the first cell."""
+        """The prediction (B, P) of the next cell; ``codes`` (B,) are those of the cell before, None at the first."""
         model, column = self.model, self.cell % self.model.grid[1]
         if codes is not None:
             self.cells[0][column - 1].copy_(model.code_embedding(codes))
@@ -259,7 +278,7 @@ class PixelCNNDecoder:
         for step in self.columns[column]:
             step.run()
         self.cell += 1
-        return model.head_out(model.head_in(self.cells[-1][column]).relu_())
+        return model.predict(model.head_in(self.cells[-1][column]).relu_())
 
     def _start_row(self) -> None:
         """Runs the vertical stack at a new row, on the codes of the row before (zeros at the first row)."""

@@ -106,7 +106,7 @@ def prior_config(
         conditions = [ClassConditionConfig()] if manifest.class_names else []
     has_class = any(condition.type == "class" for condition in conditions)
     return PriorConfig(
-        model=model,
+        model=model.for_codes(manifest.codebook_size, manifest.digits),
         conditions=[condition.learned_from(cache.condition_source()) for condition in conditions],
         loss=loss,
         codebook_size=manifest.codebook_size,
@@ -212,6 +212,11 @@ class Prior(nn.Module):
                     f"{name} {value!r}: only applies to {' and '.join(filter(None, others))}, but this prior is a "
                     f"{model.type}. Remove {name}"
                 )
+        if sampling.top_k is not None and not model.ranks_codes:
+            raise InputError(
+                f"top_k {sampling.top_k}: needs the probability of every code, but this prior predicts a code digit by "
+                "digit (model.codes). Use top_p, which then applies to each digit, or a lower temperature"
+            )
         if sampling.top_k is not None and sampling.top_k > codes:
             raise InputError(f"top_k {sampling.top_k}: expected at most {codes}, the size of the codebook")
         if sampling.num_steps is not None and sampling.num_steps > cells:

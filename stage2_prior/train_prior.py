@@ -259,7 +259,8 @@ def validate(prior: Prior, split: CodeSplit, batch_size: int, accelerator: Accel
     prior.eval()
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     if prior.exact_likelihood:  # no batch is split further: FSDP needs equally many forward passes in each process
-        batch_size = min(batch_size, images_at_once(split.codes[0].size, prior.config.codebook_size))
+        floats = prior.config.model.floats_per_code(prior.config.codebook_size)
+        batch_size = min(batch_size, images_at_once(split.codes[0].size, floats))
     parts = list(torch.arange(len(split)).split(batch_size))
     for first in range(0, len(parts), accelerator.num_processes):
         part = first + accelerator.process_index

@@ -1,6 +1,7 @@
 """The parts that the causal, masked and parallel transformers share: embeddings, positions, blocks, head.
 
-Axes: B images, N = h w cells of a grid, L places of a context's sequence, D hidden size, H heads, E = D / H, K codes.
+Axes: B images, N = h w cells of a grid, L places of a context's sequence, D hidden size, H heads, E = D / H, K codes, P
+numbers of a prediction, see `CodeHead`.
 """
 
 import math
@@ -14,8 +15,10 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from stage2_prior.code_head import CodeHead, Softmax
+from stage2_prior.digits import DigitEmbedding, DigitHead, DigitsConfig, digit_floats
 from stage2_prior.fast_linear import Linear, TrainedLinear, fast_linear, linear
-from stage2_prior.network import COMMON_SETTINGS, NetworkConfig
+from stage2_prior.network import COMMON_SETTINGS
 from stage2_prior.sampling_config import Weights
 from twostage.core.conditions.context import Context, ContextForm, ContextSpace
 from twostage.core.config.sections import Depth, Flag, Share, Width
@@ -36,7 +39,7 @@ __all__ = [
 ]
 
 
-class TransformerConfig(NetworkConfig):
+class TransformerConfig(DigitsConfig):
     """Pre-normalised blocks as in GPT-2."""
 
     sampling_settings = COMMON_SETTINGS | {"weights"}
@@ -65,6 +68,10 @@ class TransformerConfig(NetworkConfig):
     def context_space(self, grid: tuple[int, int]) -> ContextSpace:
         return ContextSpace(self.hidden_size, 0.02, grid)
 
+    def floats_per_code(self, codebook_size: int) -> int:
+        bases = self.bases(codebook_size)
+        return codebook_size if bases is None else digit_floats(bases, self.hidden_size)
+
     def sampling_floats(self, grid: tuple[int, int], form: ContextForm) -> int:
         places = math.prod(grid) + form.sequence
         return 2 * self.hidden_size * (self.depth * places + 8 * self.codes_at_once(grid))
@@ -77,6 +84,10 @@ class TransformerConfig(NetworkConfig):
             raise ValueError(
                 f"hidden_size {self.hidden_size} / num_heads {self.num_heads} must be a multiple of 4, because half of "
                 "each head is rotated by the row and half by the column. Change either, or set positions=learned"
+            )
+        if self.tied_head and self.codes != "table":
+            raise ValueError(
+                f"tied_head True: only applies to codes=table, but codes is {self.codes!r}. Set tied_head=false"
             )
         return self
 
@@ -319,7 +330,11 @@ class Transformer(nn.Module):
         self.codebook_size, self.grid, self.num_classes = codebook_size, grid, form.num_classes
         self.dropout, self.code_dropout = config.dropout, config.code_dropout
         size, self.cells = config.hidden_size, grid[0] * grid[1]
-        self.code_embedding = nn.Embedding(inputs, size)
+        bases = config.bases(codebook_size)
+        if bases is None:
+            self.code_embedding = nn.Embedding(inputs, size)
+        else:
+            self.code_embedding = DigitEmbedding(bases, size, std=0.02, masked=inputs > codebook_size)
         self.class_embedding = nn.Embedding(form.num_classes + 1, size)
         self.positions = None if config.positions == "rotary" else nn.Parameter(torch.empty(self.cells, size))
         is_rotary = config.positions in ("rotary", "both")
@@ -334,6 +349,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList([Block(config, causal, grid, form) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(size)
         self.head = None if config.tied_head else nn.Linear(size, codebook_size, bias=False)
+        if bases is not None:
+            self.head = DigitHead(bases, size)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -347,12 +364,21 @@ class Transformer(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02 * (2 * len(self.blocks)) ** -0.5)
         if self.positions is not None:
             nn.init.normal_(self.positions, std=0.02)
-        if self.head is not None:
+        if isinstance(self.head, DigitHead):
+            self.head.initialize()
+        elif self.head is not None:
             nn.init.zeros_(self.head.weight)  # the first prediction is uniform
 
     @property
-    def head_weight(self) -> Tensor:
-        """(K, D); a tied head does not use the embedding of the mask code."""
+    def code_head(self) -> CodeHead:
+        """What its predictions mean."""
+        return self.head if isinstance(self.head, DigitHead) else Softmax(self.codebook_size)
+
+    @property
+    def head_weight(self) -> Tensor | None:
+        """(K, D), of a softmax; a tied head does not use the embedding of the mask code."""
+        if isinstance(self.head, DigitHead):
+            return None
         return self.code_embedding.weight[: self.codebook_size] if self.head is None else self.head.weight
 
     def embed(self, codes: Tensor, hidden: Tensor | None = None) -> Tensor:
@@ -393,8 +419,9 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def predict(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> logits (..., K)."""
-        return linear(hidden, self.head_weight, None)
+        """(..., D) -> predictions (..., P). A head of digits takes (..., D) as it is."""
+        weight = self.head_weight
+        return hidden if weight is None else linear(hidden, weight, None)
 
 
 @dataclass(frozen=True)
@@ -402,7 +429,7 @@ class PackedLayers:
     """A transformer's weights as its layers for inference hold them."""
 
     blocks: list[FastBlock]
-    head: Linear
+    head: Linear | None
     biases: list[Tensor | None]
     """What is added to the scores of each block, (H, N, N), if anything."""
 
@@ -421,7 +448,7 @@ def packed_layers(model: "Transformer", weights: Weights) -> PackedLayers:
         biases = [block.bias(model.offsets) for block in layers]
         packed = PackedLayers(
             [FastBlock(block, weights) for block in layers],
-            fast_linear(model.head_weight, None, weights),
+            None if (weight := model.head_weight) is None else fast_linear(weight, None, weights),
             [None if bias is None else bias.detach() for bias in biases],
         )
         _PACKED[model] = found = state, packed
@@ -443,6 +470,7 @@ class FastTransformer:
         if model.rotation is not None:
             self.rotation = torch.complex(*model.rotation.to(model.norm.weight.dtype))
 
-    def head(self, x: Tensor) -> Tensor:
-        """The output of the last block (R, D) -> logits (R, K)."""
-        return self._head(_normalized(x, self.model.norm))
+    def predictions(self, x: Tensor) -> Tensor:
+        """The output of the last block (R, D) -> predictions (R, P)."""
+        x = _normalized(x, self.model.norm)
+        return x if self._head is None else self._head(x)

@@ -28,7 +28,7 @@ def sampling_bytes(prior: Prior, sampling: SamplingConfig) -> int:
     the probabilities of all codes (float64, a few copies). An upper estimate."""
     model, grid = prior.config.model, prior.config.grid
     branches = 1 + len(sampling.scales_of(list(prior.conditions)))
-    logits = model.codes_at_once(grid) * prior.config.codebook_size
+    logits = model.codes_at_once(grid) * model.floats_per_code(prior.config.codebook_size)
     return branches * (model.sampling_floats(grid, prior.form) + logits) * 4 + 5 * logits * 8
 
 

@@ -245,6 +245,7 @@ def _manifest(
         channels=model.config.channels,
         grid=model.code_grid,
         codebook_size=model.codebook_size,
+        digits=list(model.bottleneck.digits) or None,
         class_names=data.class_names,
         vector_length=None if train.vectors is None else train.vectors.shape[1],
         maps=map_form(data, {split: partial.open_maps(split) for split in partial.splits}),

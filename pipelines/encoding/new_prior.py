@@ -33,10 +33,11 @@ def new_prior(
             f"model.bottleneck.type {kind!r}: has no codes for a prior. Use a tokenizer with another bottleneck, such "
             "as VectorConfig()"
         )
+    model = model or CausalTransformerConfig()
     names = tokenizer.config.class_names if class_names is None else class_names
     return Prior(
         PriorConfig(
-            model=model or CausalTransformerConfig(),
+            model=model.for_codes(tokenizer.codebook_size, list(tokenizer.bottleneck.digits) or None),
             loss=loss or PriorLossConfig(),
             codebook_size=tokenizer.codebook_size,
             grid=tokenizer.code_grid,

@@ -285,7 +285,8 @@ def _sampling_controls(pipeline: TwoStagePipeline) -> dict[str, Component]:
         config = pipeline.prior.config
         if config.conditions and all(map(pipeline.prior.dropout_of, config.conditions)):
             ranges["guidance_scale"] = (0, 8, 1, 0.25)
-        ranges["top_k"] = (1, config.codebook_size, config.codebook_size, 1)
+        if config.model.ranks_codes:
+            ranges["top_k"] = (1, config.codebook_size, config.codebook_size, 1)
         ranges["top_p"] = (0.05, 1, 1, 0.05)
         if "num_steps" in config.model.sampling_settings:
             cells = config.grid[0] * config.grid[1]

@@ -7,6 +7,7 @@ import torch
 from contexts import branches, of, sample
 from torch import Tensor, nn
 
+from stage2_prior.code_head import Softmax
 from stage2_prior.masked_transformer import (
     MEAN_MASKED_SHARE,
     MaskedPredictor,
@@ -337,7 +338,9 @@ def test_each_step_follows_the_schedule_and_never_changes_filled_codes(model, nu
         inputs.append(codes.clone())
         return predictor(codes)
 
-    codes = sample_in_parallel(predict, unguided, noise, sampling, "cosine", 4.5, MASK, None, known, told.append)
+    codes = sample_in_parallel(
+        predict, Softmax(CODES), unguided, noise, sampling, "cosine", 4.5, MASK, None, known, told.append
+    )
     unknown = (known < 0).sum(1)
     steps = unknown.clamp(max=num_steps)
     expected = [unknown]

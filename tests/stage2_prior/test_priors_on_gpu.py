@@ -54,6 +54,14 @@ MORE = {
         "condition": EVERY_CONDITION,
         "train": {"on_not_finite": "skip", "optimizer": "muon"},
     },
+    "GPT of digits": {
+        "model": {"type": "causal_transformer", **SMALL, "codes": [2, 2, 4]},
+        "condition": EVERY_CONDITION,
+        "train": {"on_not_finite": "skip", "optimizer": "muon"},
+    },
+    "masked of digits": {"model": {"type": "masked_transformer", **SMALL, "codes": [4, 4], "predict_replaced": True}},
+    "parallel of digits": {"model": {"type": "parallel_transformer", **SMALL, "codes": [4, 4]}},
+    "PixelCNN of digits": {"model": {"type": "pixelcnn", "depth": 2, "codes": [2, 8]}},
     "PixelCNN of every condition": {"model": {"type": "pixelcnn", "depth": 2}, "condition": EVERY_CONDITION},
 }  # fmt: skip
 
@@ -99,22 +107,35 @@ def test_a_prior_trains(name, codes, new_process, monkeypatch):
 
 
 @pytest.mark.parametrize("known", [0, 5])
-@pytest.mark.parametrize(("name", "weights"), [("GPT", "float32"), ("GPT", "bfloat16"), ("PixelCNN", "float32")])
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("GPT of every condition", "float32"),
+        ("GPT of every condition", "bfloat16"),
+        ("PixelCNN of every condition", "float32"),
+        ("GPT of digits", "bfloat16"),
+        ("PixelCNN of digits", "float32"),
+    ],
+)
 def test_an_autoregressive_prior_samples_without_waiting(name, weights, known, codes, monkeypatch):
-    settings = parse_config(PriorTrainingConfig, more(f"{name} of every condition", codes), name)
+    settings = parse_config(PriorTrainingConfig, more(name, codes), name)
     form = prior_config(settings.model, settings.condition, settings.loss, CodeCache(codes))
     monkeypatch.setattr(CodeNoise, "next", outside(CodeNoise.next))
-    sampling = SamplingConfig(guidance_scale=2.0, guidance_schedule="cosine", top_k=5, top_p=0.9, weights=weights)
+    top_k = 5 if form.model.ranks_codes else None
+    sampling = SamplingConfig(guidance_scale=2.0, guidance_schedule="cosine", top_k=top_k, top_p=0.9, weights=weights)
     with fake_gpu():
         prior = Prior(form).to(GPU).eval()
         values = {key: value.to(GPU) for key, value in outside(prior.conditions.nothing)(2).items()}
         contexts = [prior.conditions(values, 2).in_order(prior.network.order)] * 2
         branches = Branches(join_contexts(contexts), (2.0,))
         prior.check_sampling(sampling)
+        head = prior.network.code_head
         grids = torch.zeros(2, 16, dtype=torch.long, device=GPU)
         with torch.no_grad():
             step = prior.network.continued(branches.context, weights, branches.repeat(grids[:, :known]))
-            drawn = sample_in_order(step, branches, CodeNoise([0, 1], 16), sampling, grids, None, known)
+            drawn = sample_in_order(
+                step, head, branches, CodeNoise([0, 1], sum(head.choices)), sampling, grids, None, known
+            )
         assert (drawn.device.type, drawn.dtype, drawn.shape) == ("cuda", torch.long, (2, 16))
 
 
