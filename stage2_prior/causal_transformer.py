@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stage2_prior.autoregressive import Autoregressive, Order, Step, cell_order
+from stage2_prior.code_head import CodeHead
+from stage2_prior.digits import head_for_codes
 from stage2_prior.jumps import WINDOW, Windows
 from stage2_prior.sampling_config import Weights
 from stage2_prior.transformer import Block, FastTransformer, Transformer, TransformerConfig, sequence_mask, turn
@@ -40,8 +42,6 @@ class CausalTransformer(Autoregressive, Transformer):
         form: that of the contexts.
     """
 
-    code_head = Transformer.code_head
-
     def __init__(
         self, config: CausalTransformerConfig, codebook_size: int, grid: tuple[int, int], form: ContextForm
     ) -> None:
@@ -49,6 +49,10 @@ class CausalTransformer(Autoregressive, Transformer):
         super().__init__(config, codebook_size, codebook_size, grid, form, causal=True, order=order)
         self.config, self.order_name = config, config.order
         self.register_buffer("order", order, persistent=False)
+
+    @property
+    def code_head(self) -> CodeHead:
+        return head_for_codes(self.head, self.codebook_size)
 
     def forward(self, inputs: Tensor, context: Context, hidden: Tensor | None = None) -> Tensor:
         """Predictions (B, N, P) of the code at each place, from the codes ``inputs`` (B, N) before it that are not

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from stage2_prior.code_head import Pick
+from stage2_prior.code_head import CodeHead, Pick, Softmax
 from stage2_prior.fast_linear import TrainedLinear
 from stage2_prior.network import NetworkConfig
 from stage2_prior.sampling import Branches
 from twostage.core.errors import InputError
 
-__all__ = ["DigitEmbedding", "DigitHead", "DigitsConfig", "digit_floats"]
+__all__ = ["DigitEmbedding", "DigitHead", "DigitsConfig", "digit_floats", "head_for_codes"]
 
 Base = Annotated[int, Field(strict=True, ge=2)]
 
@@ -176,3 +176,8 @@ class DigitHead(nn.Module):
                 total = total + branches.repeat(self.earlier(values + rows))
             rows += base
         return codes
+
+
+def head_for_codes(layer: nn.Module | None, codebook_size: int) -> CodeHead:
+    """What a network's last ``layer`` predicts: digits, or all codes at once."""
+    return layer if isinstance(layer, DigitHead) else Softmax(codebook_size)

@@ -18,8 +18,8 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from stage2_prior.autoregressive import Autoregressive, Step, cell_order
-from stage2_prior.code_head import CodeHead, Softmax
-from stage2_prior.digits import DigitEmbedding, DigitHead, DigitsConfig, digit_floats
+from stage2_prior.code_head import CodeHead
+from stage2_prior.digits import DigitEmbedding, DigitHead, DigitsConfig, digit_floats, head_for_codes
 from stage2_prior.sampling_config import Weights
 from twostage.core.conditions.context import Context, ContextForm, ContextSpace
 from twostage.core.config.sections import Depth, Share, Width
@@ -170,7 +170,7 @@ class PixelCNN(Autoregressive):
 
     @property
     def code_head(self) -> CodeHead:
-        return self.head_out if isinstance(self.head_out, DigitHead) else Softmax(self.codebook_size)
+        return head_for_codes(self.head_out, self.codebook_size)
 
     def forward(self, inputs: Tensor, context: Context) -> Tensor:
         """Predictions (B, N, P) of the code at each cell, from the codes ``inputs`` (B, N) before it."""

@@ -370,6 +370,8 @@ class Prior(nn.Module):
         # Keys that earlier versions do not know are only written if they say something new.
         if not config["untrained_classes"]:
             del config["untrained_classes"]
+        if config["model"].get("codes") == "table":
+            del config["model"]["codes"]
         if config["conditions"] == _class_alone(config["class_names"]):
             del config["conditions"]
             config["model"].pop("context_channels", None)

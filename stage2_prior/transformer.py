@@ -15,8 +15,8 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from stage2_prior.code_head import CodeHead, Softmax
-from stage2_prior.digits import DigitEmbedding, DigitHead, DigitsConfig, digit_floats
+from stage2_prior.code_head import CodeHead
+from stage2_prior.digits import DigitEmbedding, DigitHead, DigitsConfig, digit_floats, head_for_codes
 from stage2_prior.fast_linear import Linear, TrainedLinear, fast_linear, linear
 from stage2_prior.network import COMMON_SETTINGS
 from stage2_prior.sampling_config import Weights
@@ -372,7 +372,7 @@ class Transformer(nn.Module):
     @property
     def code_head(self) -> CodeHead:
         """What its predictions mean."""
-        return self.head if isinstance(self.head, DigitHead) else Softmax(self.codebook_size)
+        return head_for_codes(self.head, self.codebook_size)
 
     @property
     def head_weight(self) -> Tensor | None:
