@@ -115,8 +115,8 @@ class ParallelTransformer(Transformer):
         self.register_buffer("groups", groups_of(ranks[None], torch.tensor([len(sizes)]))[0], persistent=False)
 
     def forward(self, inputs: Tensor, context: Context, groups: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Predictions (B, N, P) of the code of each cell, given the codes ``inputs`` (B, N) of all earlier groups that are
-        not ``hidden`` (B, N).
+        """Predictions (B, N, P) of the code of each cell, given the codes ``inputs`` (B, N) of all earlier groups
+        that are not ``hidden`` (B, N).
 
         Args:
             groups: (B, N), or (1, N) if they are the same for all images: the number of each cell's group.
