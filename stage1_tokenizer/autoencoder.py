@@ -5,14 +5,14 @@ Axes: B images, C channels, H and W pixels, h and w cells of the latent grid.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -34,10 +34,14 @@ from stage1_tokenizer import (  # noqa: F401
 from stage1_tokenizer.backbone import BackboneConfig
 from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput
 from stage1_tokenizer.code_perturbation import PerturbationConfig, perturb_latent
-from stage1_tokenizer.conditional_network import ConditionalNetwork
+from stage1_tokenizer.conditional_network import ConditionalNetwork, context_space
 from stage1_tokenizer.conv_backbone import ConvConfig
 from stage1_tokenizer.objective import ObjectiveConfig, corrupt, negative_log_likelihood, reconstruction_loss
 from stage1_tokenizer.vector_quantizer import VectorConfig
+from twostage.core.conditions.class_condition import ClassCondition, ClassConditionConfig
+from twostage.core.conditions.condition import Condition, ConditionConfig, ConditionedSplit
+from twostage.core.conditions.conditions import examples_of, parse_values
+from twostage.core.conditions.context import Context
 from twostage.core.config.registry import plugins_of
 from twostage.core.config.sections import Count, Flag, Section, Sides, Width, parse_config
 from twostage.core.errors import InputError
@@ -58,8 +62,21 @@ class ModelConfig(Section):
     """Channels of the latent grid (alias: `z_channels`); with the `mlp` backbone, the dimensions of the latent."""
     backbone: BackboneConfig = ConvConfig()
     bottleneck: BottleneckConfig = VectorConfig()
-    condition: Literal["class"] | None = None
-    """`class`: the encoder and the decoder of a VAE see the class of each image; needs the bottleneck `gaussian`."""
+    condition: ConditionConfig | None = None
+    """`class`, or a group such as `{type: text}`, `{type: vector}` or `{type: map}`: the encoder and the decoder of a
+    VAE see the class, caption, vector or map of each image; needs the bottleneck `gaussian`."""
+
+    @field_validator("condition", mode="before")
+    @classmethod
+    def _as_group(cls, value: Any) -> Any:
+        return {"type": value} if isinstance(value, str) else value
+
+    @field_validator("condition")
+    @classmethod
+    def _never_hidden(cls, value: ConditionConfig | None) -> ConditionConfig | None:
+        if value and value.dropout is not None:
+            raise ValueError(f"dropout {value.dropout:g}: only applies to priors. Remove model.condition.dropout")
+        return value
 
     @model_validator(mode="after")
     def _channels_fit_the_bottleneck(self) -> "ModelConfig":
@@ -68,8 +85,11 @@ class ModelConfig(Section):
 
     @model_serializer(mode="wrap")
     def _readable_by_earlier_versions(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """They do not know `condition`, so it is written only if it says something."""
-        return {key: value for key, value in handler(self).items() if key != "condition" or value}
+        """They do not know `condition`, so it is written only if it says something; and `class` was a word."""
+        found = handler(self)
+        if isinstance(self.condition, ClassConditionConfig):
+            found["condition"] = self.condition.type
+        return {key: value for key, value in found.items() if key != "condition" or value}
 
 
 class PerceptualNetwork(Section):
@@ -115,6 +135,11 @@ class AutoencoderConfig(Section):
             loss: ObjectiveConfig = ...,
             **record: Any,
         ) -> None: ...
+
+    @property
+    def conditions(self) -> list[ConditionConfig]:
+        """What encoder and decoder see of each image besides its pixels: one condition at most."""
+        return [self.model.condition] if self.model.condition else []
 
     @model_validator(mode="before")
     @classmethod
@@ -168,15 +193,32 @@ class Autoencoder(nn.Module):
         self.encoder, self.decoder = model.backbone.build(
             (config.channels, *config.image_size), self.bottleneck.encoded_channels, model.latent_channels
         )
+        self.condition: Condition | None = None
         if model.condition:
-            if not self.bottleneck.variational or self.bottleneck.num_classes:
-                raise InputError(
-                    f"model.condition {model.condition!r}: needs the bottleneck gaussian, whose prior is the same for "
-                    f"all classes, got {model.bottleneck.type!r}. Set model.bottleneck.type=gaussian or "
-                    "model.condition=null."
-                )
-            networks, num_classes = (self.encoder, self.decoder), len(config.class_names or [])
-            self.encoder, self.decoder = (ConditionalNetwork(network, num_classes) for network in networks)
+            condition = self._checked(model.condition)
+            self.condition, networks = condition.build(context_space(self.grid)), (self.encoder, self.decoder)
+            self.encoder, self.decoder = (ConditionalNetwork(each, condition.form, self.grid) for each in networks)
+
+    def _checked(self, condition: ConditionConfig) -> ConditionConfig:
+        """The condition with the number of classes, if it is the class.
+
+        Raises:
+            InputError: the bottleneck does not suit it, or there are no classes.
+        """
+        if not self.bottleneck.variational or self.bottleneck.num_classes:
+            raise InputError(
+                f"model.condition {condition.type!r}: needs the bottleneck gaussian, whose prior is the same for all "
+                f"images, got {self.config.model.bottleneck.type!r}. Set model.bottleneck.type=gaussian or "
+                "model.condition=null."
+            )
+        if not isinstance(condition, ClassConditionConfig):
+            return condition
+        if not self.config.class_names:
+            raise InputError(
+                "model.condition 'class': needs labelled data, and this data has no classes. Use one folder per class "
+                "or a table with a `label` column, or set model.condition=null."
+            )
+        return condition.model_copy(update={"num_classes": len(self.config.class_names)})
 
     @property
     def codebook_size(self) -> int | None:
@@ -201,12 +243,42 @@ class Autoencoder(nn.Module):
     @property
     def class_conditional(self) -> bool:
         """Whether :meth:`sample` takes a class for each image."""
-        return self.bottleneck.num_classes > 0 or self.sees_class
+        return self.bottleneck.num_classes > 0 or isinstance(self.condition, ClassCondition)
 
     @property
-    def sees_class(self) -> bool:
-        """Whether encoder and decoder see the class, so that all methods need ``labels`` (B,). Others ignore them."""
-        return self.config.model.condition == "class"
+    def conditions(self) -> dict[str, Condition]:
+        """What encoder and decoder see of each image, by its type; if it is not empty, all methods need ``given``."""
+        return {config.type: self.condition for config in self.config.conditions if self.condition}
+
+    def read_given(self, split: ConditionedSplit, rows: Tensor) -> Tensor | None:
+        """What :meth:`forward` needs beside some images of a split: the values of its condition, or else labels; None
+        if the split has none.
+
+        Raises:
+            InputError: values that the condition cannot have.
+        """
+        if self.condition is None:
+            return split.read_labels(rows)
+        given = self.condition.read(split, rows)
+        if given is not None:
+            self.condition.check(given)
+        return given
+
+    def parse(self, condition: str, values: Sequence[Any]) -> Tensor:
+        """The values (n, ...) of a condition as people give them, such as prompts of `text`.
+
+        Raises:
+            InputError: this model does not see that condition, or it cannot have such a value.
+        """
+        return parse_values(self.conditions, condition, values)
+
+    def needs(self, condition: str) -> bool:
+        """Whether it cannot draw without this condition."""
+        return condition in self.conditions
+
+    def example_prompts(self) -> tuple[str, ...]:
+        """Some held-out captions, if encoder and decoder see captions."""
+        return examples_of(self.config.conditions)
 
     @property
     def device(self) -> torch.device:
@@ -223,13 +295,15 @@ class Autoencoder(nn.Module):
     def forward(
         self,
         images: Tensor,
-        labels: Tensor | None = None,
+        given: Tensor | None = None,
         random: BatchRandom | None = None,
         perturbation: PerturbationConfig | None = None,
     ) -> AutoencoderOutput:
-        """The loss on images (B, C, H, W) in [-1, 1]; class-conditional families need ``labels`` (B,).
+        """The loss on images (B, C, H, W) in [-1, 1].
 
         Args:
+            given: what the model is conditioned on: labels (B,) for `class_gaussian`, and the values (B, ...) of
+                `model.condition`, see :meth:`read_given`. Other models ignore it.
             random: the source of all random numbers; None: :meth:`BatchRandom.from_torch`.
             perturbation: how the decoder's codes are replaced; None: it gets the encoder's own codes.
         """
@@ -239,12 +313,15 @@ class Autoencoder(nn.Module):
             self._range_known = True  # checked once: reading values back makes the GPU wait
         corruption = self.config.loss.corruption
         inputs = corrupt(images, corruption, random) if corruption else images
-        latent = self.bottleneck(self.run_encoder(inputs, labels), labels, random)
+        if self.condition and given is not None and self.training:
+            given = self.condition.one_of_each(given, random)
+        context = self._context(given)
+        latent = self.bottleneck(self.run_encoder(inputs, context), given, random)
         z = latent.z
         if perturbation:
             assert latent.indices is not None
             z = perturb_latent(z, latent.indices, self.bottleneck, perturbation, random)
-        decoded = self.run_decoder(z, labels)
+        decoded = self.run_decoder(z, context)
         metrics: dict[str, Tensor] = {}
         if self.variational:
             distortion, level = negative_log_likelihood(decoded, images, self.config.loss)
@@ -263,7 +340,26 @@ class Autoencoder(nn.Module):
 
         def __call__(self, *args: Any, **kwargs: Any) -> AutoencoderOutput: ...
 
-    def run_encoder(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+    def _context(self, given: "Tensor | Context | None") -> Context | None:
+        """What the condition says about images with these values; None for a model without.
+
+        Raises:
+            InputError: no values.
+        """
+        if self.condition is None:
+            return None
+        if isinstance(given, Context):
+            return given
+        if given is None:
+            (seen,) = self.config.conditions
+            raise InputError(
+                f"model.condition {seen.type!r}: got no {seen.plural}, expected one for every image, because encoder "
+                f"and decoder see it. Use images with {seen.plural}, or a model that was trained with "
+                "model.condition=null."
+            )
+        return self.condition(given.to(self.device))
+
+    def run_encoder(self, images: Tensor, given: "Tensor | Context | None" = None) -> Tensor:
         """The encoder's raw output (B, encoded_channels, h, w) for images (B, C, H, W), padded if needed."""
         if images.ndim != 4 or images.shape[1] != self.config.channels or not images.is_floating_point():
             raise InputError(
@@ -272,34 +368,35 @@ class Autoencoder(nn.Module):
             )
         below, right = (-side % self.factor for side in images.shape[2:])
         padded = F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
-        return self.encoder(padded, labels) if self.sees_class else self.encoder(padded)
+        context = self._context(given)
+        return self.encoder(padded, context) if context else self.encoder(padded)
 
-    def run_decoder(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+    def run_decoder(self, z: Tensor, given: "Tensor | Context | None" = None) -> Tensor:
         """The decoder's raw output (B, C, H, W), pixels or logits, without padding, for (B, latent_channels, h, w)."""
-        height, width = self.config.image_size
-        decoded = self.decoder(z, labels) if self.sees_class else self.decoder(z)
+        (height, width), context = self.config.image_size, self._context(given)
+        decoded = self.decoder(z, context) if context else self.decoder(z)
         return decoded[..., :height, :width] if z.shape[2:] == self.grid else decoded
 
     @torch.no_grad()
-    def encode(self, images: Tensor, labels: Tensor | None = None) -> BottleneckOutput:
+    def encode(self, images: Tensor, given: Tensor | None = None) -> BottleneckOutput:
         """The latent z of images (B, C, H, W) in [-1, 1], with codes if the bottleneck is discrete."""
-        return self.bottleneck.encode(self.run_encoder(images, labels))
+        return self.bottleneck.encode(self.run_encoder(images, given))
 
-    def encode_indices(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+    def encode_indices(self, images: Tensor, given: Tensor | None = None) -> Tensor:
         """The codes (B, *:attr:`code_grid`) int64 of images (B, C, H, W) in [-1, 1].
 
         Raises:
             InputError: the bottleneck has no codes.
         """
         self._check_codes("encode(images).z")
-        indices = self.encode(images, labels).indices
+        indices = self.encode(images, given).indices
         assert indices is not None
         return indices
 
     @torch.no_grad()
-    def decode(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+    def decode(self, z: Tensor, given: Tensor | None = None) -> Tensor:
         """A latent (B, latent_channels, h, w) -> images (B, C, H, W) in [-1, 1]."""
-        return self.to_images(self.run_decoder(z, labels))
+        return self.to_images(self.run_decoder(z, given))
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor) -> Tensor:
@@ -318,39 +415,40 @@ class Autoencoder(nn.Module):
             )
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+    def reconstruct(self, images: Tensor, given: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [-1, 1], encoded and decoded."""
-        return self.decode(self.encode(images, labels).z, labels)
+        return self.decode(self.encode(images, given).z, given)
 
     @torch.no_grad()
-    def sample(self, num_images: int, labels: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, num_images: int, given: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Samples images (num_images, C, H, W) in [-1, 1] from the bottleneck's own prior; variational families have
         one.
 
         Args:
-            labels: (num_images,) classes for a class-conditional family; None: cycle through all classes.
+            given: the values (num_images, ...) of what the model is conditioned on, such as labels; None: cycle
+                through all classes.
 
         Raises:
-            InputError: the bottleneck has no prior of its own.
+            InputError: the bottleneck has no prior of its own, or captions, vectors or maps are missing.
         """
         noise = torch.randn(num_images, *self.latent_shape, generator=generator, device=self.device)
-        if self.class_conditional and labels is None:
-            labels = torch.arange(num_images) % len(self.config.class_names or [])
-        return self.sample_from(noise, labels)
+        if self.class_conditional and given is None:
+            given = torch.arange(num_images) % len(self.config.class_names or [])
+        return self.sample_from(noise, given)
 
     @torch.no_grad()
-    def sample_from(self, noise: Tensor, labels: Tensor | None) -> Tensor:
+    def sample_from(self, noise: Tensor, given: Tensor | None) -> Tensor:
         """:meth:`sample` for given standard normal noise (B, *:attr:`latent_shape`).
 
         Args:
-            labels: (B,) classes for a class-conditional family.
+            given: the values (B, ...) of what the model is conditioned on, such as labels.
         """
         if not self.variational:
             raise InputError(
                 f"model.bottleneck.type {self.config.model.bottleneck.type!r}: has no prior of its own to sample from. "
                 "Train one on its codes: twostage encode, then twostage train-prior."
             )
-        return self.decode(self.bottleneck.sample(noise, labels), labels)
+        return self.decode(self.bottleneck.sample(noise, given), given)
 
     def update_codebook(self, reduce_sum: Callable[[Tensor], Tensor] = lambda statistics: statistics) -> None:
         """Applies the statistics that ``forward`` has collected for the codebook, if there is one. Call it once per
@@ -369,9 +467,15 @@ class Autoencoder(nn.Module):
         for name, part in {"backbone": model.backbone, "bottleneck": model.bottleneck}.items():
             # Without defaults, so that a new setting does not change the hashes of earlier models.
             form[name] = {"type": part.type} | part.model_dump(mode="json", exclude_defaults=True)
-        form |= {"condition": model.condition} if model.condition else {}
-        weights = {f"encoder.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
-        weights |= {f"bottleneck.{name}": tensor for name, tensor in self.bottleneck.state_dict().items()}
+        if model.condition:
+            settings = model.condition.model_dump(mode="json", exclude_defaults=True, exclude={"examples"})
+            is_class = isinstance(model.condition, ClassConditionConfig)
+            form["condition"] = model.condition.type if is_class else {"type": model.condition.type} | settings
+        parts = {"encoder": self.encoder, "bottleneck": self.bottleneck}
+        parts |= {"condition": self.condition} if self.condition else {}
+        weights = {
+            f"{part}.{name}": each for part, module in parts.items() for name, each in module.state_dict().items()
+        }
         labelled = [
             (f"{name} {tuple(tensor.shape)} {tensor.dtype}", tensor)
             for name, tensor in sorted(weights.items())

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twostage.core.config.registry import OpenUnion
@@ -49,8 +50,8 @@ class BackboneConfig(OpenUnion, Section):
 
         The decoder's last layer is linear: pixels in [-1, 1], or logits for a Bernoulli likelihood.
 
-        For `model.condition`, the ``forward`` of both also takes ``shift``: (B, c), which it adds to the output of the
-        first layer (a `Linear` or a `Conv2d`), see :func:`shifted`; None by default.
+        For `model.condition`, the ``forward`` of both also takes ``shift``, which it adds to the output of the first
+        layer (a `Linear` or a `Conv2d`) by :func:`shifted`: (B, c), or (B, c, h, w) for maps; None by default.
 
         Args:
             image_shape: (C, H, W); H and W are multiples of ``factor``.
@@ -83,10 +84,16 @@ class ResBlock(nn.Module):
 
 
 def shifted(features: Tensor, shift: Tensor | None) -> Tensor:
-    """``features`` (B, c, ...) plus ``shift`` (B, c) in every cell; None: unchanged."""
+    """``features`` (B, c, ...) plus ``shift``: (B, c) in every cell, or (B, c, h, w) enlarged to their size; None:
+    unchanged."""
     if shift is None:
         return features
-    return features + shift.to(features.dtype).view(*shift.shape, *[1] * (features.ndim - 2))
+    shift = shift.to(features.dtype)
+    if features.ndim == 2:
+        return features + shift.flatten(1)
+    if shift.ndim == 2:
+        return features + shift[..., None, None]
+    return features + F.interpolate(shift, features.shape[2:])
 
 
 def group_norm(channels: int, group_channels: int = 4) -> nn.GroupNorm:

@@ -1,5 +1,6 @@
 """The sample sheets of a training: the same held-out images of all classes each time, and views of the latent space."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,14 +13,15 @@ from twostage.core.data.image_data import ImageData, ImageSplit
 from twostage.core.data.spread import spread_over_classes
 from twostage.core.images.conversion import to_float, to_uint8
 from twostage.core.images.fonts import class_labels, figure_families
-from twostage.core.images.sheets import contact_sheet, figure_canvas, to_image
+from twostage.core.images.sheets import contact_sheet, figure_canvas, prompt_sheet, to_image
 from twostage.core.training.random import BatchRandom, seed_for
 
 __all__ = ["draw_images"]
 
 COLUMNS = 12
 INTERPOLATIONS = 2
-STYLES = 4  # rows of the sheet of classes
+STYLES = 4  # rows of the sheets of classes and of prompts
+PROMPTS = 8  # columns
 MANIFOLD_SIDE = 20
 LEGEND_WIDTH = 160  # pixels of a class name in the legend
 MAX_POINTS = 5000  # in the scatter plot
@@ -30,15 +32,18 @@ def draw_images(model: Autoencoder, data: ImageData, seed: int) -> dict[str, Ima
     """Sheets of a model by name.
 
     "": originals, corrupted originals and reconstructions; samples, if the model is variational; interpolations, if the
-    latent is continuous. "classes": samples, one column per class and one noise per row. "manifold" and "scatter": a
-    two-dimensional latent. A model that sees the class has no interpolations and no manifold, which would need a class.
+    latent is continuous. "classes": samples, one column per class and one noise per row. "prompts": the same for
+    held-out captions, if the model sees captions. "manifold" and "scatter": a two-dimensional latent. A model that sees
+    a condition has no interpolations and no manifold, which would need one.
     """
     model.eval()
     sheets = {"": _overview(model, data, seed)}
     if model.class_conditional and data.class_names:
         sheets["classes"] = _classes(model, data, seed)
+    if prompts := model.example_prompts():
+        sheets["prompts"] = _prompts(model, prompts, seed)
     if model.codebook_size is None and model.config.model.latent_channels == 2 and model.grid == (1, 1):
-        if not model.sees_class:
+        if not model.condition:
             sheets["manifold"] = _manifold(model)
         sheets["scatter"] = _scatter(model, data.validation, data.class_names)
     return sheets
@@ -47,7 +52,7 @@ def draw_images(model: Autoencoder, data: ImageData, seed: int) -> dict[str, Ima
 def _overview(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
     rows = spread_over_classes(data.validation.labels, len(data.validation), COLUMNS)
     device = model.device
-    originals, labels = data.validation.read(rows), data.validation.read_labels(rows)
+    originals, given = data.validation.read(rows), model.read_given(data.validation, rows)
     images = to_float(originals.to(device))
     strips, titles = [originals], ["original"]
     inputs = images
@@ -56,12 +61,13 @@ def _overview(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
         inputs = corrupt(images, model.config.loss.corruption, random)
         strips.append(to_uint8(inputs))
         titles.append("corrupted")
-    strips.append(to_uint8(model.reconstruct(inputs, labels)))
+    strips.append(to_uint8(model.reconstruct(inputs, given)))
     titles.append("reconstruction")
     if model.variational:
-        strips.append(to_uint8(model.sample(len(rows), generator=_generator(seed, device))))
+        of_columns = None if model.class_conditional else given  # samples cycle through the classes
+        strips.append(to_uint8(model.sample(len(rows), of_columns, _generator(seed, device))))
         titles.append("sample")
-    if model.codebook_size is None and not model.sees_class and len(rows) >= 2 * INTERPOLATIONS:
+    if model.codebook_size is None and not model.condition and len(rows) >= 2 * INTERPOLATIONS:
         z = model.encode(inputs[: 2 * INTERPOLATIONS]).z
         shares = torch.linspace(0, 1, len(rows), device=device).view(-1, 1, 1, 1)
         for first, second in zip(z[::2], z[1::2], strict=True):
@@ -79,6 +85,14 @@ def _classes(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
     return contact_sheet(samples, columns=len(trained), captions=[captions[i] for i in labels.tolist()])
 
 
+def _prompts(model: Autoencoder, prompts: Sequence[str], seed: int) -> Image.Image:
+    shown, device = prompts[:PROMPTS], model.device
+    noise = torch.randn(STYLES, *model.latent_shape, generator=_generator(seed, device), device=device)
+    given = model.parse("text", shown).repeat(STYLES, 1, 1)
+    samples = model.sample_from(noise.repeat_interleave(len(shown), 0), given)
+    return prompt_sheet(to_uint8(samples).cpu(), shown)
+
+
 def _manifold(model: Autoencoder) -> Image.Image:
     """Decodes a lattice of the plane with even steps in probability under N(0, 1) (Kingma and Welling 2014)."""
     shares = torch.linspace(0.02, 0.98, MANIFOLD_SIDE)
@@ -93,7 +107,7 @@ def _scatter(model: Autoencoder, split: ImageSplit, class_names: list[str] | Non
     labels = split.read_labels(rows)
     z = torch.cat(
         [
-            model.encode(to_float(split.read(part).to(device)), split.read_labels(part)).z.flatten(1).cpu()
+            model.encode(to_float(split.read(part).to(device)), model.read_given(split, part)).z.flatten(1).cpu()
             for part in rows.split(500)
         ]
     )

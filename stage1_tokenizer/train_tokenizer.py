@@ -22,6 +22,7 @@ from stage1_tokenizer.perceptual import FeaturePerceptualConfig
 from stage1_tokenizer.sample_sheets import draw_images
 from stage1_tokenizer.training_losses import ImageLosses, LossConfig
 from stage1_tokenizer.validation import validate
+from twostage.core.conditions.condition import ConditionSource
 from twostage.core.config.sections import (
     PathName,
     Plugins,
@@ -31,6 +32,7 @@ from twostage.core.config.sections import (
     load_config,
     parse_config,
 )
+from twostage.core.data.captions import sided_captions
 from twostage.core.data.data_config import DataConfig
 from twostage.core.data.dataset import load_images, load_larger
 from twostage.core.data.image_data import ImageData, ImageSplit
@@ -119,10 +121,42 @@ def autoencoder_config(config: TokenizerConfig, data: ImageData) -> AutoencoderC
         class_names=data.class_names,
         untrained_classes=tuple(data.untrained_classes),
         value_range=config.data.value_range,
-        model=config.model,
+        model=learned_model(config, data),
         loss=config.loss.objective(),
         adversarial=config.loss.adversarial is not None,
     )
+
+
+def learned_model(config: TokenizerConfig, data: ImageData) -> ModelConfig:
+    """The `model` group with what its condition learns from the data, such as a vocabulary.
+
+    Raises:
+        InputError: the data lacks the condition, or training changes images in ways that their maps do not follow.
+    """
+    condition = config.model.condition
+    if condition is None or condition.type == "class":
+        return config.model
+    if condition.type == "map" and (config.data.horizontal_flip or config.data.random_crop):
+        name = "horizontal_flip" if config.data.horizontal_flip else "random_crop"
+        raise InputError(
+            f"data.{name} {getattr(config.data, name)}: changes images but not their maps, which this model sees "
+            f"(model.condition 'map'). Remove data.{name}"
+        )
+    return config.model.model_copy(update={"condition": condition.learned_from(images_as_source(data))})
+
+
+def mirrored_captions(config: TokenizerConfig, data: ImageData) -> list[str]:
+    """A notice if images are mirrored whose captions say left or right."""
+    seen = config.data.horizontal_flip and config.model.condition and config.model.condition.type == "text"
+    notice = sided_captions(data.splits["train"].captions or []) if seen else ""
+    return [f"{notice}; to avoid that, set data.horizontal_flip=false"] if notice else []
+
+
+def images_as_source(data: ImageData) -> ConditionSource:
+    """What conditions learn from."""
+    train = data.splits["train"]
+    name = f"data.source {train.config.source}"
+    return ConditionSource(name, data.splits, data.validation, len(train), train.config.size, data.class_names)
 
 
 def train(
@@ -160,9 +194,16 @@ def train(
         config.loss, autoencoder, discriminator and discriminator.module, weights_dir, accelerator
     )
     run.report(f"latent grid {autoencoder.grid[0]}x{autoencoder.grid[1]}", *image_losses.notices())
+    if condition := autoencoder.config.model.condition:
+        run.report(*condition.notices(images_as_source(data)), *mirrored_captions(config, data))
 
     # 3. The weights: those of the latest checkpoint, or new ones.
-    run.attach(batches, networks, {"data.source": data.contents(), **other_sources(config)}, split.names)
+    run.attach(
+        batches,
+        networks,
+        {"data.source": data.contents("text" in autoencoder.conditions), **other_sources(config)},
+        split.names,
+    )
     if isinstance(run, TrainingRun) and (checkpoint := run.latest_checkpoint()):
         scheduled = [config.model.bottleneck.scheduled, "loss.adversarial.start and ramp" if discriminator else ""]
         run.load(checkpoint, shares=", ".join(filter(None, scheduled)))
@@ -180,7 +221,7 @@ def train(
     diagnosis = Diagnosis(config.model.bottleneck.collapse_remedy, run.facts, run.report)
 
     def read(rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        return larger.read(rows), larger.read_labels(rows)
+        return larger.read(rows), autoencoder.read_given(split, rows)
 
     # 4. The training.
     for batch in run.steps(read, read_ahead=not larger.in_memory):
@@ -189,15 +230,15 @@ def train(
         if config.train.parts == "decoder":
             autoencoder.bottleneck.eval()
         adversary = discriminator if discriminator and run.progress >= discriminator.module.config.start else None
-        for (pixels, labels), random in batch:
+        for (pixels, given), random in batch:
             images = to_float(pixels.to(accelerator.device, non_blocking=True))
-            labels = None if labels is None else labels.to(accelerator.device, non_blocking=True)
+            given = None if given is None else given.to(accelerator.device, non_blocking=True)
             if config.data.random_crop:
                 images = crop(images, config.data.size, config.data.random_crop, random)
             if config.data.horizontal_flip:
                 images = flip_half(images, random)
             with accelerator.accumulate(*[each.wrapped for each in networks]):  # once for both: it counts
-                output = network.wrapped(images, labels, random, config.loss.perturbation)
+                output = network.wrapped(images, given, random, config.loss.perturbation)
                 gradient, terms = image_losses.pixel_gradient(output, images, run.progress, random)
                 loss = output.loss if gradient is None else output.loss + (output.decoded * gradient).sum()
                 run.update(network, loss)

@@ -41,9 +41,9 @@ def validate(
     # A process without a batch must still take part in the sums: it processes one with weight 0.
     for rows, weight in [(rows, 1) for rows in own] or [(parts[0], 0)]:
         pixels = split.read(rows).to(device)
-        labels = split.read_labels(rows)
+        given = model.read_given(split, rows)
         random = BatchRandom(seed_for(seed, "validation", int(rows[0]) // batch_size), slice(0, len(rows)), len(rows))
-        output = model(to_float(pixels), None if labels is None else labels.to(device), random)
+        output = model(to_float(pixels), None if given is None else given.to(device), random)
         values = {name: output.metrics[name] for name in output.metrics.keys() - {"perplexity", "codebook_usage"}}
         values["psnr"] = psnr(to_uint8(model.to_images(output.decoded)), pixels).mean()
         for name in [*output.metrics, "psnr"]:

@@ -24,9 +24,8 @@ from stage2_prior.sampling import Branches
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.conditions.class_condition import ClassConditionConfig
 from twostage.core.conditions.condition import ConditionConfig
-from twostage.core.conditions.conditions import NAMES, Conditions, Given, context_form
+from twostage.core.conditions.conditions import NAMES, Conditions, Given, context_form, examples_of
 from twostage.core.conditions.context import join_contexts
-from twostage.core.conditions.text_condition import TextConditionConfig
 from twostage.core.config.registry import plugins_of
 from twostage.core.config.schema import tag
 from twostage.core.config.sections import Count, Number, Section, Share, Sides, parse_config
@@ -264,7 +263,7 @@ class Prior(nn.Module):
 
     def example_prompts(self) -> tuple[str, ...]:
         """Some held-out captions, if the prior is conditioned on captions."""
-        return next((c.examples for c in self.config.conditions if isinstance(c, TextConditionConfig)), ())
+        return examples_of(self.config.conditions)
 
     def can_keep(self, known: Tensor) -> bool:
         """Whether sampling can keep the codes of the cells that are True in ``known`` (B, h, w). Masked and

@@ -43,6 +43,7 @@ ADVERSARIAL = "{channels: 8, num_layers: 2, start: 0.5, adaptive: true, lecam_we
 VQGAN = [f"loss={{reconstruction: l1, adversarial: {ADVERSARIAL}}}"]
 CLASS_GAUSSIAN = ["model.bottleneck={type: class_gaussian}", "train.lr=1e-4", "loss.corruption={masked_share: 0.2}"]
 GAUSSIAN = ["model.bottleneck={type: gaussian}", "train.lr=1e-4"]
+CAPTIONED = [*GAUSSIAN, "data.source=captioned_shapes", "model.condition={type: text, units: words, depth: 1}"]
 PRIOR = ["loss={replace_prob: {start: 0.4, end: 0.2}, class_dropout_prob: 0.1}", "train.ema_decay=0.9"]
 PRIORS = {
     "causal": ["train.optimizer=muon"],
@@ -151,7 +152,7 @@ def test_both_processes_have_one_codebook(configs, alone, tmp_path):
     families = {
         **{"ema": EMA, "learned": LEARNED, "accumulated": ACCUMULATED, "gaussian": GAUSSIAN, "simvq": SIMVQ, "l2": L2},
         **{"residual": RESIDUAL, "finite_scalar": FINITE_SCALAR, "lookup_free": LOOKUP_FREE, "vqgan": VQGAN},
-        "class_gaussian": CLASS_GAUSSIAN,
+        **{"class_gaussian": CLASS_GAUSSIAN, "captioned": CAPTIONED},
         **LATER,
     }
     overrides = {name: [f"run.dir={tmp_path / name}", *STEPS, *words] for name, words in families.items()}

@@ -95,7 +95,9 @@ def compare_models(
         if model.reconstructs:
             found = measure_reconstructions(model.tokenizer, images, work, network)
             model.measurements += [_size_of(model.tokenizer), *found.measurements]
-            model.reconstructions = rebuild_images(model.tokenizer, originals, labels)
+            model.reconstructions = rebuild_images(
+                model.tokenizer, originals, model.tokenizer.read_given(images.split, shown)
+            )
         if model.pipeline:
             _measure_pipeline(model, images, len(originals), classes, request, real, work)
         judged = [name for name in (*JUDGED_RECONSTRUCTIONS, *JUDGED_SAMPLES) if name in model.figures]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipelines.files.given_conditions import read_map_file, read_vector_file, with_lines
+from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
 from twostage.core.conditions.conditions import NAMES
 from twostage.core.errors import InputError
@@ -22,7 +23,7 @@ OPTIONS = {"class": "--class-name", "text": "--prompt", "map": "--map", "vector"
 class Asked:
     """What images are to show. They cycle through each list: image i gets entry i modulo its length.
 
-    If nothing is given, they show all classes in turn, or the examples that a prior with captions keeps. Otherwise a
+    If nothing is given, they show all classes in turn, or the examples that a model with captions keeps. Otherwise a
     condition that is not given is left out, if the prior can draw without it.
     """
 
@@ -103,40 +104,47 @@ def _cycled(values: Mapping[str, Tensor], numbers: Sequence[int]) -> dict[str, T
     return {name: value[places % len(value)] for name, value in values.items()}
 
 
-def check_needed(prior: Prior, given: Collection[str]) -> None:
+def check_needed(model: Prior | Autoencoder, given: Collection[str]) -> None:
     """Refuses to draw without a condition that was never hidden in training; ``given`` are the others' types.
 
     Raises:
         InputError: such a condition is missing.
     """
-    for condition in prior.config.conditions:
-        if condition.type not in given and prior.needs(condition.type):
-            trained = [name for name in prior.config.class_names or [] if name not in prior.config.untrained_classes]
+    for condition in model.config.conditions:
+        if condition.type not in given and model.needs(condition.type):
+            trained = [name for name in model.config.class_names or [] if name not in model.config.untrained_classes]
             names = f", one of: {', '.join(trained)}" if condition.type == "class" else ""
+            why = "the decoder of this model sees one for every image, so it"
+            if isinstance(model, Prior):
+                why = f"this prior was trained with {model.dropout_setting(condition)} and"
             raise InputError(
-                f"{NAMES.get(condition.type, condition.type)}: missing; this prior was trained with "
-                f"{prior.dropout_setting(condition)} and cannot draw without a {condition.type}. Give "
-                f"{OPTIONS.get(condition.type, condition.type)}{names}"
+                f"{NAMES.get(condition.type, condition.type)}: missing; {why} cannot draw without a {condition.type}. "
+                f"Give {OPTIONS.get(condition.type, condition.type)}{names}"
             )
 
 
-def values_of(asked: Asked, prior: Prior | None) -> Cycle:
+def values_of(asked: Asked, model: Prior | Autoencoder) -> Cycle:
     """The conditions beside the class that ``asked`` gives, checked.
+
+    Args:
+        model: a prior, or a variational autoencoder.
 
     Raises:
         InputError: one that the model was not trained with, or a value that it cannot have.
     """
     negative = {"text": asked.negative_prompts} if asked.negative_prompts is not None else {}
-    if prior is None:
-        if given := [*asked.others, *negative]:
-            raise InputError(f"{NAMES[given[0]]}: this is a variational autoencoder, which takes none. Omit it")
-        return Cycle()
+    if negative and isinstance(model, Autoencoder):
+        raise InputError(
+            "negative prompt: guidance leads away from it, and this is a variational autoencoder, which has none. Omit "
+            "it"
+        )
     asks_nothing = asked.class_names is None and not asked.others
-    captions = prior.example_prompts() if asks_nothing or prior.needs("text") else ()
+    captions = model.example_prompts() if asks_nothing or model.needs("text") else ()
     others = ({"text": captions} if captions else {}) | asked.others
-    check_needed(prior, {"class", *others})  # without a class, all are drawn in turn
+    values = {name: model.parse(name, given) for name, given in others.items()}
+    check_needed(model, {"class", *values})  # without a class, all are drawn in turn
     return Cycle(
-        values={name: prior.parse(name, values) for name, values in others.items()},
-        negative={name: prior.parse(name, values) for name, values in negative.items()},
+        values=values,
+        negative={name: model.parse(name, values) for name, values in negative.items()},
         captions=asked.prompts or captions,
     )

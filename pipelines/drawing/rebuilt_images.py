@@ -45,19 +45,19 @@ def find_decoder(codes: str) -> Callable[[Tensor], Tensor] | None:
 
 
 @torch.no_grad()
-def rebuild_images(tokenizer: Autoencoder, images: Tensor, labels: Tensor | None = None) -> Tensor:
+def rebuild_images(tokenizer: Autoencoder, images: Tensor, given: Tensor | None = None) -> Tensor:
     """The reconstructions of images (n, C, H, W) uint8; each is independent of the others in its batch.
 
     Args:
-        labels: (n,), needed if the tokenizer sees the class.
+        given: (n, ...), what the tokenizer sees beside each image, see :meth:`Autoencoder.read_given`.
     """
-    latents = [tokenizer.bottleneck.encode(part).z for part in encode_in_parts(tokenizer, images, labels)]
-    return _decode_parts(tokenizer, latents, len(images), labels)
+    latents = [tokenizer.bottleneck.encode(part).z for part in encode_in_parts(tokenizer, images, given)]
+    return _decode_parts(tokenizer, latents, len(images), given)
 
 
 @torch.no_grad()
 def blend_images(
-    tokenizer: Autoencoder, first: Tensor, second: Tensor, num_images: int, label: int | None = None
+    tokenizer: Autoencoder, first: Tensor, second: Tensor, num_images: int, given: Tensor | None = None
 ) -> Tensor:
     """Images from ``first`` to ``second``, both (C, H, W) uint8: (num_images, C, H, W) uint8. The first and the last
     are the reconstructions of the two.
@@ -67,18 +67,18 @@ def blend_images(
     takes the code nearest to its blend, so that every image between the two can be written in codes.
 
     Args:
-        label: the class of both, needed if the tokenizer sees the class.
+        given: (1, ...), what the tokenizer sees beside both, such as their class.
 
     Raises:
         InputError: fewer than 2 images.
     """
     if num_images < 2:
         raise InputError(f"num_images {num_images}: expected at least 2, which include both ends")
-    labels = None if label is None else torch.full((num_images,), label)
-    (both,) = encode_in_parts(tokenizer, torch.stack([first, second]), None if labels is None else labels[:2])
+    given = None if given is None else given.expand(num_images, *given.shape[1:])
+    (both,) = encode_in_parts(tokenizer, torch.stack([first, second]), None if given is None else given[:2])
     shares = torch.linspace(0, 1, num_images, device=both.device).view(-1, 1, 1, 1)
     blends = _in_parts(torch.lerp(both[:1], both[1:2], shares))
-    return _decode_parts(tokenizer, [tokenizer.bottleneck.encode(part).z for part in blends], num_images, labels)
+    return _decode_parts(tokenizer, [tokenizer.bottleneck.encode(part).z for part in blends], num_images, given)
 
 
 def check_image(tokenizer: Autoencoder, image: Tensor, name: str = "image", batch: bool = False) -> None:
@@ -96,11 +96,11 @@ def check_image(tokenizer: Autoencoder, image: Tensor, name: str = "image", batc
         )
 
 
-def encode_in_parts(tokenizer: Autoencoder, images: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+def encode_in_parts(tokenizer: Autoencoder, images: Tensor, given: Tensor | None = None) -> list[Tensor]:
     """The encoder's output for images (n, C, H, W) uint8, in batches of `ROWS`, the last one filled up."""
     device, parts = next(tokenizer.parameters()).device, _in_parts(images)
-    pairs = zip(parts, _labels_of_parts(labels, len(parts)), strict=True)
-    return [tokenizer.run_encoder(to_float(part.to(device)), given) for part, given in pairs]
+    pairs = zip(parts, _given_of_parts(given, len(parts)), strict=True)
+    return [tokenizer.run_encoder(to_float(part.to(device)), beside) for part, beside in pairs]
 
 
 def _in_parts(rows: Tensor) -> tuple[Tensor, ...]:
@@ -108,11 +108,11 @@ def _in_parts(rows: Tensor) -> tuple[Tensor, ...]:
     return rows[torch.arange(-(-len(rows) // ROWS) * ROWS).clamp(max=len(rows) - 1)].split(ROWS)
 
 
-def _labels_of_parts(labels: Tensor | None, num_parts: int) -> Sequence[Tensor | None]:
-    return [None] * num_parts if labels is None else _in_parts(labels)
+def _given_of_parts(given: Tensor | None, num_parts: int) -> Sequence[Tensor | None]:
+    return [None] * num_parts if given is None else _in_parts(given)
 
 
-def _decode_parts(tokenizer: Autoencoder, latents: list[Tensor], count: int, labels: Tensor | None) -> Tensor:
+def _decode_parts(tokenizer: Autoencoder, latents: list[Tensor], count: int, given: Tensor | None) -> Tensor:
     """The first ``count`` images (count, C, H, W) uint8, on the CPU."""
-    pairs = zip(latents, _labels_of_parts(labels, len(latents)), strict=True)
-    return torch.cat([to_uint8(tokenizer.decode(z, given)).cpu() for z, given in pairs])[:count]
+    pairs = zip(latents, _given_of_parts(given, len(latents)), strict=True)
+    return torch.cat([to_uint8(tokenizer.decode(z, beside)).cpu() for z, beside in pairs])[:count]

@@ -67,6 +67,11 @@ class ImageSampler:
     # --- what it draws ----------------------------------------------------------------------------------------------
 
     @property
+    def model(self) -> Prior | Autoencoder:
+        """The one that makes new images: the prior, or a variational autoencoder."""
+        return self.prior or self.tokenizer
+
+    @property
     def _conditional(self) -> Prior | Autoencoder | None:
         """The model that is conditioned on the class."""
         return self.prior or (self.tokenizer if self.tokenizer.class_conditional else None)
@@ -95,8 +100,9 @@ class ImageSampler:
 
     @property
     def map_channels(self) -> int | None:
-        """Those of the maps that the prior is conditioned on, if they are images; None for labels, and without maps."""
-        configs = self.prior.config.conditions if self.prior else []
+        """Those of the maps that new images are conditioned on, if they are images; None for labels, and without
+        maps."""
+        configs = self.model.config.conditions
         return next((config.channels for config in configs if isinstance(config, MapConditionConfig)), None)
 
     @property
@@ -182,14 +188,14 @@ class ImageSampler:
         Raises:
             InputError: a class, prompt, map or vector that it cannot draw; the message says why.
         """
-        cycle = values_of(asked, self.prior)
+        cycle = values_of(asked, self.model)
         shows_class = asked.class_names is not None or not cycle.values or not self.prior or self.prior.needs("class")
         return replace(cycle, labels=self.labels_for(asked.class_names) if shows_class else None)
 
     def sheet(self, images: Tensor) -> Image.Image:
         """A contact sheet of images (n, C, H, W) uint8 of a request that asks for nothing in particular: below each is
         its prompt or its class."""
-        if self.prior and (prompts := self.prior.example_prompts()):
+        if prompts := self.model.example_prompts():
             return prompt_sheet(images, prompts)
         return class_sheet(images, self.class_names, self.labels_for(None))
 
@@ -233,7 +239,7 @@ class ImageSampler:
                 )  # fmt: skip
                 yield self.decode(codes[:count]), codes[:count].cpu()
             else:
-                pixels = self._from_latents(given.get("class"), sampling.temperature, seeds)[:count]
+                pixels = self._from_latents(next(iter(given.values()), None), sampling.temperature, seeds)[:count]
                 on_progress(count)
                 yield pixels, None
 
@@ -241,13 +247,13 @@ class ImageSampler:
         """Codes (n, h, w) -> images (n, C, H, W) uint8, see :func:`decode_codes`."""
         return decode_codes(self.tokenizer, codes)
 
-    def _from_latents(self, labels: Tensor | None, temperature: float, seeds: list[int]) -> Tensor:
+    def _from_latents(self, given: Tensor | None, temperature: float, seeds: list[int]) -> Tensor:
         """Images (n, C, H, W) uint8 on the CPU from the tokenizer's own prior; n is a multiple of `ROWS`."""
         shape = self.tokenizer.latent_shape
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         rows = torch.stack(noise).mul_(temperature).to(self.device).split(ROWS)
-        classes = [None] * len(rows) if labels is None else labels.split(ROWS)
-        images = [self.tokenizer.sample_from(part, given) for part, given in zip(rows, classes, strict=True)]
+        values = [None] * len(rows) if given is None else given.split(ROWS)
+        images = [self.tokenizer.sample_from(part, value) for part, value in zip(rows, values, strict=True)]
         return to_uint8(torch.cat(images)).cpu()
 
 

@@ -37,15 +37,15 @@ def draw_reconstructions(
     images = find_images(images or [], num_images, "--num-images")
     check_output_file(out, images)
     saved, tokenizer = model.open_tokenizer()
-    labels = None
+    given = None
     if images:
         _check_files(tokenizer, images)
         originals = read_images(images, tokenizer.config)
     else:
         held_out = saved.held_out_images(source, _needed_classes(tokenizer))
         rows = spread_over_classes(held_out.labels, len(held_out), num_images)
-        originals, labels = held_out.read(rows), held_out.read_labels(rows)
-    reconstructions = rebuild_images(tokenizer, originals, labels)
+        originals, given = held_out.read(rows), tokenizer.read_given(held_out, rows)
+    reconstructions = rebuild_images(tokenizer, originals, given)
     columns, strips = min(COLUMNS, len(originals)), []
     for part in torch.arange(len(originals)).split(columns):
         strips += [_padded(originals[part], columns), _padded(reconstructions[part], columns)]
@@ -71,25 +71,31 @@ def draw_interpolations(
             the class, of the same class each.
 
     Raises:
-        InputError: an odd number of images, fewer than two held-out images, and what :func:`draw_reconstructions`
-            refuses.
+        InputError: an odd number of images, fewer than two held-out images, a tokenizer that sees the caption, the map
+            or the vector of an image, and what :func:`draw_reconstructions` refuses.
     """
     images = find_images(images or [], 2 * num_pairs, "--num-pairs")
     if len(images) % 2:
         raise InputError(f"--image: got {len(images)} image{'s' * (len(images) > 1)}, expected two for each strip")
     check_output_file(out, images)
     saved, tokenizer = model.open_tokenizer()
+    for condition in tokenizer.config.conditions:
+        if condition.type != "class":
+            raise InputError(
+                f"{model.path}: sees the {condition.plural} of images (model.condition {condition.type!r}), and two "
+                "images share none. Use twostage reconstruct, or TwoStagePipeline.interpolate with one for both"
+            )
     labels = None
     if images:
         _check_files(tokenizer, images)
         ends, titles = read_images(images, tokenizer.config), [file.stem for file in images]
     else:
         held_out = saved.held_out_images(source, _needed_classes(tokenizer))
-        rows = pairs_of_rows(held_out.labels, len(held_out), num_pairs, same_class=tokenizer.sees_class)
+        rows = pairs_of_rows(held_out.labels, len(held_out), num_pairs, same_class="class" in tokenizer.conditions)
         ends, labels = held_out.read(rows), held_out.read_labels(rows)
         names = class_labels(tokenizer.config.class_names or []) if source is None else None
         titles = [names[label] for label in labels.tolist()] if names and labels is not None else None
-    classes = labels[::2].tolist() if labels is not None else [None] * (len(ends) // 2)
+    classes = labels[::2].split(1) if labels is not None else [None] * (len(ends) // 2)
     pairs = zip(ends[::2], ends[1::2], classes, strict=True)
     strips = [blend_images(tokenizer, first, second, num_images, label) for first, second, label in pairs]
     row_titles = [f"{a} to {b}" for a, b in zip(titles[::2], titles[1::2], strict=True)] if titles else None
@@ -128,14 +134,15 @@ def pairs_of_rows(labels: Tensor | None, count: int, num_pairs: int, same_class:
 
 def _needed_classes(tokenizer: Autoencoder) -> list[str] | None:
     """The classes that held-out images must have; None: any."""
-    return tokenizer.config.class_names if tokenizer.sees_class else None
+    return tokenizer.config.class_names if "class" in tokenizer.conditions else None
 
 
 def _check_files(tokenizer: Autoencoder, files: list[Path]) -> None:
-    if tokenizer.sees_class:
+    for condition in tokenizer.config.conditions:
         raise InputError(
-            f"--image {files[0]}: this model sees the class of each image (model.condition 'class'), and files have "
-            "none. Omit --image to use held-out images, or choose other labelled images with --data"
+            f"--image {files[0]}: this model sees the {condition.plural} of images (model.condition "
+            f"{condition.type!r}), and files have none. Omit --image to use held-out images, or choose others with "
+            "--data"
         )
 
 

@@ -25,6 +25,7 @@ from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
 from stage2_prior.sampling_config import SamplingConfig
+from twostage.core.conditions.conditions import NAMES
 from twostage.core.config.sections import parse_config
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
@@ -161,7 +162,7 @@ class TwoStagePipeline(ImageSampler):
         Args:
             class_names: image i has the class ``class_names[i % len(class_names)]``; None: cycle through all classes.
             labels: the same by number; not together with ``class_names``.
-            prompt: image i shows ``prompt[i % len(prompt)]``; None: the examples of a prior with captions.
+            prompt: image i shows ``prompt[i % len(prompt)]``; None: the examples of a model with captions.
             negative_prompt: what guidance leads away from; a list is cycled through like the prompts.
             maps: image i shows the map ``maps[i % len(maps)]``: labels (H, W), or an image (C, H, W) uint8.
             vectors: image i has the vector ``vectors[i % len(vectors)]``.
@@ -199,44 +200,74 @@ class TwoStagePipeline(ImageSampler):
             prompts,
         )  # fmt: skip
 
-    def reconstruct(self, images: Tensor, labels: list[int] | None = None) -> Tensor:
+    def reconstruct(
+        self,
+        images: Tensor,
+        labels: list[int] | None = None,
+        *,
+        prompts: list[str] | None = None,
+        maps: list[Any] | None = None,
+        vectors: list[Any] | None = None,
+    ) -> Tensor:
         """Encodes and decodes images (n, C, H, W) uint8; each is independent of the others in its batch.
 
         Args:
             labels: the class of each image, for a tokenizer that sees the class.
+            prompts, maps, vectors: the same for a tokenizer that sees the caption, the map or the vector.
 
         Raises:
-            InputError: images of another shape, or classes that are missing or that the tokenizer does not take.
+            InputError: images of another shape, or a condition that is missing or that the tokenizer does not take.
         """
         check_image(self.tokenizer, images, "images", batch=True)
-        self._check_classes_of_images(labels, len(images))
-        return rebuild_images(self.tokenizer, images, None if labels is None else torch.tensor(labels))
+        given = self._given_images(len(images), labels, {"text": prompts, "map": maps, "vector": vectors})
+        return rebuild_images(self.tokenizer, images, given)
 
-    def interpolate(self, first: Tensor, second: Tensor, num_images: int = 9, label: int | None = None) -> Tensor:
+    def interpolate(
+        self,
+        first: Tensor,
+        second: Tensor,
+        num_images: int = 9,
+        label: int | None = None,
+        *,
+        prompt: str | None = None,
+        map: Any = None,
+        vector: Any = None,
+    ) -> Tensor:
         """Images from ``first`` to ``second``, both (C, H, W) uint8: (num_images, C, H, W) uint8, including both ends;
         see :func:`pipelines.drawing.rebuilt_images.blend_images`.
 
         Args:
             label: the class of both, for a tokenizer that sees the class.
+            prompt, map, vector: the same for a tokenizer that sees the caption, the map or the vector.
 
         Raises:
-            InputError: images of another shape, fewer than 2 of them, or a class that is missing or that the tokenizer
-                does not take.
+            InputError: images of another shape, fewer than 2 of them, or a condition that is missing or that the
+                tokenizer does not take.
         """
         check_image(self.tokenizer, first, "first image")
         check_image(self.tokenizer, second, "second image")
-        self._check_classes_of_images(None if label is None else [label], 1)
-        return blend_images(self.tokenizer, first, second, num_images, label)
+        others = {"text": prompt, "map": map, "vector": vector}
+        listed = {name: None if value is None else [value] for name, value in others.items()}
+        given = self._given_images(1, None if label is None else [label], listed)
+        return blend_images(self.tokenizer, first, second, num_images, given)
 
-    def _check_classes_of_images(self, labels: list[int] | None, count: int) -> None:
-        """Refuses classes of given images that do not suit the tokenizer; it refuses missing ones itself."""
-        if labels is None:
-            return
-        if not self.tokenizer.sees_class:
-            raise InputError(f"labels {labels}: this tokenizer does not see the class of an image. Omit labels")
-        self.check_labels(labels)
-        if len(labels) != count:
-            raise InputError(f"labels {labels}: expected one for each of {count} images")
+    def _given_images(self, count: int, labels: list[int] | None, others: dict[str, list[Any] | None]) -> Tensor | None:
+        """What the tokenizer sees beside given images; it refuses missing values itself.
+
+        Raises:
+            InputError: values that do not suit the tokenizer, or another number of them.
+        """
+        given = {name: self.tokenizer.parse(name, values) for name, values in others.items() if values is not None}
+        if labels is not None:
+            if "class" not in self.tokenizer.conditions:
+                raise InputError(f"labels {labels}: this tokenizer does not see the class of an image. Omit labels")
+            self.check_labels(labels)
+            given["class"] = torch.tensor(labels)
+        for name, values in given.items():
+            if len(values) != count:
+                shown = f"labels {labels}" if name == "class" else f"{NAMES[name]}: got {len(values)}"
+                raise InputError(f"{shown}: expected one for each of {count} images")
+        return next(iter(given.values()), None)
 
     def inpaint(
         self,

@@ -1,6 +1,5 @@
 """Captions, vectors and maps beside the codes: which settings apply, and whether every image has what it needs."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from pipelines.saved.stored_paths import portable
 from stage2_prior.codes import Augmentation, MapForm
 from twostage.core.config.overrides import apply_overrides
 from twostage.core.config.sections import Section, parse_config
+from twostage.core.data.captions import sided_captions
 from twostage.core.data.data_config import DataConfig
 from twostage.core.data.image_data import ImageData
 from twostage.core.errors import InputError
@@ -20,7 +20,6 @@ __all__ = ["CONDITION_KEYS", "check_captions", "condition_settings", "map_form",
 
 CONDITION_KEYS = ("caption_column", "on_missing_caption", "vector_column", "maps", "map_kind")
 """The `data` settings that change what lies beside the codes, but not the codes."""
-_SIDE = re.compile(r"\b(?:left|right)\b", re.IGNORECASE)
 _ROWS_AT_ONCE = 4096
 
 
@@ -86,12 +85,8 @@ def check_captions(data: ImageData, config: DataConfig) -> None:
 
 def mirrored_words(data: ImageData, augmentation: Augmentation) -> list[str]:
     """A notice if training images are mirrored whose captions say left or right."""
-    captions = data.splits["train"].captions or []
-    count = sum(any(map(_SIDE.search, texts)) for texts in captions)
-    if not augmentation.horizontal_flip or not count:
-        return []
-    found = f"{count:,} of {len(captions):,} training images have captions with the words left or right"
-    return [f"{found}, which are wrong for their mirrored copies; to avoid that, encode without --horizontal-flip"]
+    notice = sided_captions(data.splits["train"].captions or []) if augmentation.horizontal_flip else ""
+    return [f"{notice}; to avoid that, encode without --horizontal-flip"] if notice else []
 
 
 def map_form(data: ImageData, stored: dict[str, np.memmap | None]) -> MapForm | None:

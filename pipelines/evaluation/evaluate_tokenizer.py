@@ -134,9 +134,9 @@ def _sheets(model: Autoencoder, images: HeldOutImages, found: Reconstructions) -
 def _sheet(model: Autoencoder, images: HeldOutImages, ratios: Tensor, name: str, places: Tensor, caption: str) -> Sheet:
     """Originals above their reconstructions."""
     rows = images.rows[places]
-    originals, labels = images.split.read(rows), images.split.read_labels(rows)
+    originals, given = images.split.read(rows), model.read_given(images.split, rows)
     device = next(model.parameters()).device
-    decoded = to_uint8(model.reconstruct(to_float(originals.to(device)), labels)).cpu()
+    decoded = to_uint8(model.reconstruct(to_float(originals.to(device)), given)).cpu()
     captions = [f"row {row}" for row in rows.tolist()] + [f"{ratio:.1f} dB" for ratio in ratios[places].tolist()]
     tiles = torch.cat([originals, decoded])
     return Sheet(name, contact_sheet(tiles, len(places), captions, ["original", "reconstruction"]), caption)

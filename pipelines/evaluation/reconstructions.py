@@ -128,9 +128,10 @@ def measure_reconstructions(
         pixels, labels = split.read(rows[places]), split.read_labels(rows[places])
         digests.update(places, pixels)
         originals, labels = pixels.to(work.device), None if labels is None else labels.to(work.device)
-        latent = model.encode(to_float(originals), labels)
-        decoded = to_uint8(model.decode(latent.z, labels))
-        values = _image_values(model, originals, decoded, labels, rows[places], lpips)
+        given = model.read_given(split, rows[places])
+        latent = model.encode(to_float(originals), given)
+        decoded = to_uint8(model.decode(latent.z, given))
+        values = _image_values(model, originals, decoded, given, rows[places], lpips)
         for column, name in enumerate(columns):
             table[places, column] = values[name].cpu().double()
         if model.variational:
@@ -158,7 +159,7 @@ def measure_reconstructions(
 
 
 def _image_values(
-    model: Autoencoder, originals: Tensor, decoded: Tensor, labels: Tensor | None, rows: Tensor, lpips: Lpips
+    model: Autoencoder, originals: Tensor, decoded: Tensor, given: Tensor | None, rows: Tensor, lpips: Lpips
 ) -> dict[str, Tensor]:
     """The measurements of each image, by the column of the table."""
     images = to_float(originals)
@@ -166,7 +167,7 @@ def _image_values(
     if lpips.network:
         values["lpips"] = lpips.network(to_float(decoded), images)
     if model.variational or _corrupts(model):
-        output = model(images, labels, RowRandom(NOISE_SEED, rows))
+        output = model(images, given, RowRandom(NOISE_SEED, rows))
         values |= output.metrics
         if _corrupts(model):
             values["psnr_corrupted"] = psnr(to_uint8(model.to_images(output.decoded)), originals)

@@ -71,14 +71,13 @@ class Handlers:
         return PageImage(pixels, note=f"{name}: {changes or 'used as it is'}.")
 
     def reads(self, condition: str) -> bool:
-        """Whether the prior is conditioned on this."""
-        return bool(self.pipeline.prior and condition in self.pipeline.prior.conditions)
+        """Whether new images are conditioned on this."""
+        return condition in self.pipeline.model.conditions
 
     @property
     def canvas(self) -> MapCanvas | None:
-        """What maps are painted on; None: the prior is not conditioned on maps."""
-        prior = self.pipeline.prior
-        return MapCanvas(prior) if prior and "map" in prior.conditions else None
+        """What maps are painted on; None: new images are not conditioned on maps."""
+        return MapCanvas(self.pipeline.model) if self.reads("map") else None
 
     def generate(
         self,
@@ -92,9 +91,9 @@ class Handlers:
         map_given: np.ndarray | None = None,
     ) -> list[PageImage]:
         """Generates images of a class, a prompt and a map, see `MapCanvas`; None and `ALL_CLASSES` cycle through all
-        classes, and None through the prior's example prompts."""
+        classes, and None through the model's example prompts."""
         chosen = None if class_name in (None, ALL_CLASSES) else [class_name]
-        if map_given is None and self.pipeline.prior and self.pipeline.prior.needs("map"):
+        if map_given is None and self.pipeline.model.needs("map"):
             raise InputError("no map: upload or paint one")
         output = self.pipeline(
             num_images, chosen, seed=_seed(seed), prompt=prompt, negative_prompt=negative_prompt,

@@ -63,7 +63,7 @@ def build_page(pipeline: TwoStagePipeline, name: str) -> gr.Blocks:
         generated, selected = gr.State([]), gr.State(None)
         with gr.Tab("Generate"):
             _generate_tab(handlers, generated, selected)
-        takes_uploads = not pipeline.tokenizer.sees_class  # an uploaded image has no class
+        takes_uploads = not pipeline.tokenizer.conditions  # an uploaded image has no class or caption
         if takes_uploads:
             with gr.Tab("Reconstruct"):
                 _reconstruct_tab(handlers, generated, selected)
@@ -96,7 +96,8 @@ def describe(pipeline: TwoStagePipeline) -> str:
 
 
 def _generate_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -> None:
-    names = handlers.pipeline.class_names
+    pipeline = handlers.pipeline
+    names = pipeline.class_names
     columns, canvas = len(names) if names and 4 <= len(names) <= 12 else 8, handlers.canvas
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
@@ -106,7 +107,9 @@ def _generate_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -
             )
             prompt = _prompt_box(handlers, "Empty: example prompts.")
             negative_prompt = gr.Textbox(
-                label="Negative prompt", info="What guidance leads away from.", visible=handlers.reads("text")
+                label="Negative prompt",
+                info="What guidance leads away from.",
+                visible=handlers.reads("text") and pipeline.prior is not None,
             )
             uploaded, editor = _map_editor(canvas) if canvas else (gr.State(), gr.State())
             num_images = gr.Slider(1, MAX_IMAGES, 2 * columns, step=1, label="Number of images")
@@ -305,9 +308,8 @@ def _sampling_controls(pipeline: TwoStagePipeline) -> dict[str, Component]:
 
 
 def _prompt_box(handlers: Handlers, info: str) -> gr.Textbox:
-    """What to draw, for a prior that is conditioned on captions."""
-    prior = handlers.pipeline.prior
-    examples = prior.example_prompts() if prior else ()
+    """What to draw, for a model that is conditioned on captions."""
+    examples = handlers.pipeline.model.example_prompts()
     hint = f"Such as: {examples[0]}" if examples else None
     return gr.Textbox(label="Prompt", placeholder=hint, info=info, visible=handlers.reads("text"))
 

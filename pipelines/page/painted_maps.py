@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.files.given_conditions import read_map_file
+from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
 from twostage.core.conditions.map_condition import NO_LABEL, ImageMapCondition, LabelMapCondition
 
@@ -41,14 +42,14 @@ def hex_colour(label: int) -> str:
 
 
 class MapCanvas:
-    """What maps look like on the page, and which map was painted, for a prior that is conditioned on maps.
+    """What maps look like on the page, and which map was painted, for a model that is conditioned on maps.
 
     Maps are (H, W) uint8 with labels, or (C, H, W) uint8 if they are images.
     """
 
-    def __init__(self, prior: Prior) -> None:
-        self._prior = prior
-        condition = prior.conditions["map"]
+    def __init__(self, model: Prior | Autoencoder) -> None:
+        self._model = model
+        condition = model.conditions["map"]
         assert isinstance(condition, LabelMapCondition | ImageMapCondition)
         self.labels = list(condition.labels) if isinstance(condition, LabelMapCondition) else []
         """Those that can be painted; none if maps are images."""
@@ -64,10 +65,10 @@ class MapCanvas:
         """An uploaded map.
 
         Raises:
-            InputError: see `read_map_file`; a map that the prior cannot have.
+            InputError: see `read_map_file`; a map that the model cannot have.
         """
         found = read_map_file(Path(path), Path(path).name, self._channels)
-        self._prior.parse("map", [found])
+        self._model.parse("map", [found])
         return found
 
     def draw(self, found: np.ndarray) -> Tensor:

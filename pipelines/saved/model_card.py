@@ -187,8 +187,8 @@ class ModelCard:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The held-out captions that a prior with captions keeps."""
-        return self.prior.example_prompts() if self.prior else ()
+        """The held-out captions that a model with captions keeps."""
+        return (self.prior or self.tokenizer).example_prompts()
 
     def _example(self) -> str:
         asked = f', class_names=["{self.class_names[0]}"]' if self.class_names else ""
@@ -208,7 +208,7 @@ class ModelCard:
         if tokenizer.codebook_size:
             codes = f"{'x'.join(map(str, tokenizer.code_grid))} codes from a codebook of {tokenizer.codebook_size:,}"
         kinds = f"backbone `{config.model.backbone.type}`, bottleneck `{config.model.bottleneck.type}`"
-        kinds += ", encoder and decoder see the class" if tokenizer.sees_class else ""
+        kinds += "".join(f", encoder and decoder see {each.plural}" for each in config.conditions)
         rows = [
             ["images", f"{height}x{width}, {({1: 'grey', 3: 'RGB', 4: 'RGBA'})[config.channels]}"],
             ["classes", ", ".join(self.class_names) if self.class_names else "none"],

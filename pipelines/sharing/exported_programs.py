@@ -71,16 +71,16 @@ def export_programs(model: Autoencoder, folder: Path, formats: Sequence[Format])
         A sentence for each program: how it was compared and how well it agrees.
 
     Raises:
-        InputError: the model sees the class, libraries are missing, a program cannot be written, or it does not compute
-            what PyTorch does. A program that fails is removed.
+        InputError: the model sees a condition, libraries are missing, a program cannot be written, or it does not
+            compute what PyTorch does. A program that fails is removed.
     """
     if not formats:
         return []
-    if model.sees_class:
+    for name in model.conditions:
         options = ", ".join(OPTIONS[form] for form in formats)
         raise InputError(
-            f"{options}: programs take images or latents only, but this model also "
-            "sees the class (model.condition 'class'). Omit the option; the exported folder works with twostage"
+            f"{options}: programs take images or latents only, but this model also sees a condition (model.condition "
+            f"{name!r}). Omit the option; the exported folder works with twostage"
         )
     libraries = ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats else ()
     if missing := [name for name in libraries if importlib.util.find_spec(name) is None]:

@@ -42,9 +42,9 @@ def test_reconstructions_get_the_class_of_every_image(run):
     assert not torch.equal(found[1], pipeline.reconstruct(images, [0, 2, 3, 1, 7])[1])
     strip = pipeline.interpolate(images[1], images[2], 3, label=3)
     assert torch.equal(strip[[0, 2]], found[1:3])
-    with refuses("model.condition 'class'", "no labels"):
+    with refuses("model.condition 'class'", "no classes"):
         pipeline.reconstruct(images)
-    with refuses("model.condition 'class'", "no labels"):
+    with refuses("model.condition 'class'", "no classes"):
         pipeline.interpolate(images[0], images[1])
     with refuses("labels [0]", "one for each of 5 images"):
         pipeline.reconstruct(images, [0])
@@ -105,4 +105,4 @@ def test_programs_cannot_carry_a_class_but_the_folder_can(run, tmp_path):
         export_programs(Autoencoder.from_pretrained(run), tmp_path, ["onnx", "torch_export"])
     pipeline = TwoStagePipeline.from_pretrained(run)
     assert export_pipeline(pipeline, tmp_path / "out", [], CardFields(), {}) == []
-    assert "encoder and decoder see the class" in (tmp_path / "out" / "README.md").read_text()
+    assert "encoder and decoder see classes" in (tmp_path / "out" / "README.md").read_text()

@@ -12,6 +12,7 @@ from torch import nn
 
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.conditional_network import ConditionalNetwork
+from twostage.core.conditions.context import Context, ContextForm
 from twostage.core.config.sections import parse_config
 
 BACKBONES = {
@@ -43,14 +44,14 @@ def conditional(*words: str, **changes: object) -> Autoencoder:
 def test_a_class_is_a_bias_of_the_first_layer(backbone, random_images):
     model, images = conditional(backbone), random_images(4, 1)
     for network, x in ((model.encoder, images), (model.decoder, torch.randn(4, *model.latent_shape))):
-        found = network(x, LABELS)
+        found = network(x, Context(4, labels=LABELS))
         for label in range(3):
             plain = copy.deepcopy(network.network)
             first = next(layer for layer in plain.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
             first.bias += network.shifts.weight[label]
             rows = label == LABELS
             torch.testing.assert_close(found[rows], plain(x)[rows])
-        assert (network(x, LABELS) - network(x, (LABELS + 1) % 3)).abs().amax((1, 2, 3)).min() > 1e-4
+        assert (found - network(x, Context(4, labels=(LABELS + 1) % 3))).abs().amax((1, 2, 3)).min() > 1e-4
 
 
 @torch.no_grad()
@@ -132,13 +133,13 @@ def test_what_does_not_fit_is_refused(random_images, whole_batch):
     for bottleneck in ("identity", "vector", "class_gaussian"):
         with refuses("model.condition 'class'", repr(bottleneck), "model.bottleneck.type=gaussian"):
             conditional("conv", bottleneck)
-    with refuses("model.condition 'class'", "Sequential", "model.backbone.type", "model.condition=null"):
-        ConditionalNetwork(nn.Sequential(nn.Linear(2, 2)), 3)
+    with refuses("model.condition", "Sequential", "model.backbone.type", "model.condition=null"):
+        ConditionalNetwork(nn.Sequential(nn.Linear(2, 2)), ContextForm(num_classes=3), (1, 1))
     model, images = conditional(), random_images(4, 1)
     for call in (
         lambda: model(images, None, whole_batch(4)),
         lambda: model.reconstruct(images),
         lambda: model.decode(torch.zeros(4, *model.latent_shape)),
     ):
-        with refuses("model.condition 'class'", "no labels", "class of every image", "labelled data"):
+        with refuses("model.condition 'class'", "no classes", "one for every image", "Use images with classes"):
             call()

@@ -1,19 +1,20 @@
 """All conditions of a model together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 # These modules register the types of `condition`.
-from twostage.core.conditions import class_condition, map_condition, text_condition, vector_condition  # noqa: F401
+from twostage.core.conditions import class_condition, map_condition, vector_condition  # noqa: F401
 from twostage.core.conditions.condition import Condition, ConditionConfig, ConditionedSplit
 from twostage.core.conditions.context import Context, ContextForm, ContextSpace, join_contexts, merge_contexts
+from twostage.core.conditions.text_condition import TextConditionConfig
 from twostage.core.errors import InputError
 from twostage.core.training.random import BatchRandom
 
-__all__ = ["NAMES", "Conditions", "Given", "context_form"]
+__all__ = ["NAMES", "Conditions", "Given", "context_form", "examples_of", "parse_values"]
 
 NAMES = {"class": "class name", "text": "prompt", "map": "map", "vector": "vector"}
 """What people call the values."""
@@ -30,6 +31,30 @@ def context_form(configs: Sequence[ConditionConfig]) -> ContextForm:
         any(form.cells for form in forms),
         sum(form.sequence for form in forms),
     )
+
+
+def examples_of(configs: Iterable[ConditionConfig]) -> tuple[str, ...]:
+    """Some held-out captions, if captions are among the conditions."""
+    return next((config.examples for config in configs if isinstance(config, TextConditionConfig)), ())
+
+
+def parse_values(conditions: Mapping[str, Condition], name: str, values: Sequence[Any]) -> Tensor:
+    """The values (n, ...) of the condition ``name`` as people give them.
+
+    Raises:
+        InputError: there is no such condition, no value, or one that it cannot have.
+    """
+    if name not in conditions:
+        raise InputError(f"{NAMES.get(name, name)}: this model was trained without {name} conditions. Omit it")
+    if not values:
+        raise InputError(f"{NAMES.get(name, name)}: expected at least one, got none. Omit it")
+    parsed = []
+    for number, value in enumerate(values, 1):
+        try:
+            parsed.append(conditions[name].parse(value))
+        except InputError as error:
+            raise (InputError(f"number {number} of {len(values)}: {error}") if len(values) > 1 else error) from None
+    return torch.cat(parsed)
 
 
 class Conditions(nn.ModuleDict):
@@ -71,18 +96,7 @@ class Conditions(nn.ModuleDict):
         Raises:
             InputError: there is no such condition, no value, or one that it cannot have.
         """
-        if name not in self:
-            raise InputError(f"{NAMES.get(name, name)}: this model was trained without {name} conditions. Omit it")
-        if not values:
-            raise InputError(f"{NAMES.get(name, name)}: expected at least one, got none. Omit it")
-        condition = dict(self._each())[name]
-        parsed = []
-        for number, value in enumerate(values, 1):
-            try:
-                parsed.append(condition.parse(value))
-            except InputError as error:
-                raise (InputError(f"number {number} of {len(values)}: {error}") if len(values) > 1 else error) from None
-        return torch.cat(parsed)
+        return parse_values(dict(self._each()), name, values)
 
     def complete(self, given: "Given | Tensor | None", count: int) -> dict[str, Tensor]:
         """The values of all conditions for ``count`` images, with nothing where they are missing.

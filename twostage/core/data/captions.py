@@ -1,5 +1,6 @@
 """Captions: the column of a table that holds them, and what its cells mean."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,9 +10,10 @@ from twostage.core.data.records import AUTO, Captions
 from twostage.core.errors import InputError
 from twostage.core.wording import short_repr, some_of
 
-__all__ = ["CAPTION_NAMES", "caption_column", "column_cells", "has_captions", "read_captions"]
+__all__ = ["CAPTION_NAMES", "caption_column", "column_cells", "has_captions", "read_captions", "sided_captions"]
 
 CAPTION_NAMES = ("caption", "captions", "text", "texts", "prompt", "prompts", "txt")
+_SIDE = re.compile(r"\b(?:left|right)\b", re.IGNORECASE)
 _REMEDY = "Set data.caption_column to another column, or to null to use the images without captions"
 
 
@@ -85,6 +87,13 @@ def column_cells(table: pa.Table, column: str, origin: str) -> list[Any]:
                 f"{_REMEDY}"
             ) from None
     raise AssertionError("a column that is not UTF-8 has a cell that is not")
+
+
+def sided_captions(captions: Captions) -> str:
+    """What is wrong with the captions of images that are mirrored: some say left or right; "" if none does."""
+    count = sum(any(map(_SIDE.search, texts)) for texts in captions)
+    found = f"{count:,} of {len(captions):,} training images have captions with the words left or right"
+    return f"{found}, which are wrong for their mirrored copies" if count else ""
 
 
 def read_captions(cells: Sequence[Any], names: Sequence[str], column: str) -> Captions:

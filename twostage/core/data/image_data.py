@@ -193,10 +193,19 @@ class ImageData:
         on_disk = {name: split.sample_hash() for name, split in self.splits.items() if not split.in_memory}
         return identity | ({"sample": on_disk} if on_disk else {})
 
-    def contents(self) -> Contents:
-        """The content that `data.source` refers to."""
+    def contents(self, captions: bool = False) -> Contents:
+        """The content that `data.source` refers to; with its ``captions`` for a model that sees them."""
         place = find_local(self.validation.config.source)
-        return Contents("images", None if place is None else place.absolute(), self.identity())
+        facts = self.identity() | ({"captions": self._captions_hash()} if captions else {})
+        return Contents("images", None if place is None else place.absolute(), facts)
+
+    def _captions_hash(self) -> str:
+        digest = hashlib.sha256()
+        for name, split in self.splits.items():
+            digest.update(f"{name} {len(split)}\n".encode())
+            for texts in split.captions or []:
+                digest.update("\0".join([*texts, "\n"]).encode())
+        return digest.hexdigest()
 
     @property
     def validation_name(self) -> str:
