@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
-from twostage import Autoencoder, AutoencoderConfig, InputError, Prior, TwoStagePipeline
+from twostage import (
+    Autoencoder,
+    AutoencoderConfig,
+    CausalTransformerConfig,
+    InputError,
+    Prior,
+    TextConditionConfig,
+    TwoStagePipeline,
+    Vocabulary,
+    new_prior,
+)
+from twostage.core.conditions.class_condition import ClassConditionConfig
 
 REPOSITORY = Path(__file__).parents[1]
 PAGE = (REPOSITORY / "docs" / "python.md").read_text(encoding="utf-8")
@@ -83,6 +94,35 @@ def test_a_prior_of_other_codes_is_not_used_with_a_tokenizer(page):
     assert config["conditions"][0]["type"] == "class"
     with pytest.raises(InputError, match="new_prior"):
         TwoStagePipeline(page["tokenizer"], Prior(type(page["prior"].config)(**config)))
+
+
+def test_a_prior_by_caption(page, tmp_path):
+    captions, tokenizer = ["a red star", "a blue ring"], page["tokenizer"]
+    text = TextConditionConfig(vocabulary=Vocabulary.learned_from(captions), max_length=12, depth=1)
+    network = CausalTransformerConfig(hidden_size=16, depth=1, num_heads=2, dropout=0.0)
+    prior = new_prior(tokenizer, network, conditions=[text])
+    assert prior.config.class_names is None, "its only condition is the caption"
+    codes, texts = torch.from_numpy(page["codes"][:2]), prior.parse("text", captions)
+    torch.manual_seed(0)
+    for weights in prior.parameters():  # untrained, it predicts the same for all captions
+        torch.nn.init.normal_(weights, std=0.1)
+    right, swapped = (prior.nats_per_image(codes, {"text": each}) for each in (texts, texts.flip(0)))
+    assert not torch.allclose(right, swapped), "it reads the captions"
+    pipeline = TwoStagePipeline(tokenizer, prior)
+    pipeline.save_pretrained(tmp_path)
+    loaded = TwoStagePipeline.from_pretrained(tmp_path)
+    again, first = (each(num_images=2, prompt=captions, output_type="pt").images for each in (loaded, pipeline))
+    assert torch.equal(again, first)
+    with pytest.raises(InputError, match=r"'text': vocabulary is None.*learned_from"):
+        new_prior(tokenizer, network, conditions=[TextConditionConfig()])
+
+
+def test_a_prior_by_class_and_caption_keeps_the_classes(page):
+    text = TextConditionConfig(vocabulary=Vocabulary.learned_from(["a star"]), depth=1)
+    names = page["data"].class_names
+    network = CausalTransformerConfig(hidden_size=16, depth=1, num_heads=2)
+    prior = new_prior(page["tokenizer"], network, conditions=[ClassConditionConfig(num_classes=len(names)), text])
+    assert (prior.config.class_names, prior.num_classes) == (names, len(names))
 
 
 @pytest.mark.parametrize("images", [torch.zeros(2, 3, 28, 28, dtype=torch.uint8), torch.zeros(3, 28, 28),

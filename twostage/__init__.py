@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from stage2_prior.pixelcnn import PixelCNNConfig
     from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
     from stage2_prior.sampling_config import SamplingConfig
+    from twostage.core.conditions.text_condition import TextConditionConfig
+    from twostage.core.conditions.vocabulary import Vocabulary
     from twostage.core.config.sections import load_config
     from twostage.core.data.data_config import DataConfig
     from twostage.core.data.dataset import load_images
@@ -83,9 +85,11 @@ __all__ = [
     "Quantizer",
     "ResidualConfig",
     "SamplingConfig",
+    "TextConditionConfig",
     "TwoStagePipeline",
     "VQGANConfig",
     "VectorConfig",
+    "Vocabulary",
     "__version__",
     "load_config",
     "load_images",
@@ -133,9 +137,11 @@ MODULES = {
     "Quantizer": "stage1_tokenizer.bottleneck",
     "ResidualConfig": "stage1_tokenizer.residual_quantizer",
     "SamplingConfig": "stage2_prior.sampling_config",
+    "TextConditionConfig": "twostage.core.conditions.text_condition",
     "TwoStagePipeline": "pipelines.drawing.two_stage",
     "VQGANConfig": "stage1_tokenizer.vqgan_backbone",
     "VectorConfig": "stage1_tokenizer.vector_quantizer",
+    "Vocabulary": "twostage.core.conditions.vocabulary",
     "load_config": "twostage.core.config.sections",
     "load_images": "twostage.core.data.dataset",
     "new_prior": "pipelines.encoding.new_prior",

@@ -5,6 +5,8 @@ from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import TokenizerReference
 from stage2_prior.network import NetworkConfig
 from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
+from twostage.core.conditions.class_condition import ClassConditionConfig
+from twostage.core.conditions.condition import ConditionConfig
 from twostage.core.errors import InputError
 
 __all__ = ["new_prior"]
@@ -16,6 +18,7 @@ def new_prior(
     *,
     loss: PriorLossConfig | None = None,
     class_names: list[str] | None = None,
+    conditions: list[ConditionConfig] | None = None,
 ) -> Prior:
     """An untrained prior for the codes of a trained tokenizer. It belongs to these codes: if the encoder or the
     codebook is trained further, :class:`TwoStagePipeline` refuses the two together.
@@ -23,6 +26,8 @@ def new_prior(
     Args:
         model: the network; None: a small GPT.
         class_names: the classes that the prior is conditioned on; None: those of the tokenizer; []: none.
+        conditions: what the prior is conditioned on, such as a `TextConditionConfig` with its vocabulary; None: the
+            class, if there are ``class_names``.
 
     Raises:
         InputError: the tokenizer has no codes.
@@ -35,13 +40,17 @@ def new_prior(
         )
     model = model or CausalTransformerConfig()
     names = tokenizer.config.class_names if class_names is None else class_names
+    if conditions is None:
+        conditions = [ClassConditionConfig(num_classes=len(names))] if names else []
+    has_class = any(condition.type == "class" for condition in conditions)
     return Prior(
         PriorConfig(
             model=model.for_codes(tokenizer.codebook_size, list(tokenizer.bottleneck.digits) or None),
+            conditions=conditions,
             loss=loss or PriorLossConfig(),
             codebook_size=tokenizer.codebook_size,
             grid=tokenizer.code_grid,
-            class_names=names or None,
+            class_names=names if has_class else None,
             image_size=tokenizer.config.image_size,
             channels=tokenizer.config.channels,
             tokenizer=TokenizerReference(hash=tokenizer.content_hash(), path="(in memory)"),

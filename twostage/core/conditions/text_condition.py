@@ -81,7 +81,11 @@ class TextConditionConfig(ConditionConfig):
         return not vocabulary.unknown_words(text) and 0 < len(vocabulary.tokens(text)) <= self.max_length
 
     def build(self, space: ContextSpace) -> "TextCondition":
-        assert self.vocabulary is not None
+        if self.vocabulary is None:
+            raise InputError(
+                "condition.type 'text': vocabulary is None, expected one that was learned from captions. Set "
+                "vocabulary=Vocabulary.learned_from(captions)"
+            )
         return TextCondition(self, self.vocabulary, space)
 
 

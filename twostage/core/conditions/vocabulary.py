@@ -33,7 +33,7 @@ class Vocabulary(Section):
     """The words, or the pairs of units that are merged ("l a"), in order."""
 
     @classmethod
-    def learned_from(cls, captions: Iterable[str], units: Units, size: int) -> "Vocabulary":
+    def learned_from(cls, captions: Iterable[str], units: Units = "byte_pairs", size: int = 1024) -> "Vocabulary":
         """The vocabulary of the training ``captions``, with at most ``size`` entries if they are words, and ``size``
         tokens if they are byte pairs (Sennrich et al. 2015, arXiv 1508.07909)."""
         match units:
