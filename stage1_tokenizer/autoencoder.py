@@ -26,6 +26,7 @@ from stage1_tokenizer import (  # noqa: F401
     index_backpropagation,
     lookup_free,
     mlp_backbone,
+    multi_scale,
     product_quantizer,
     projected_codebook,
     residual_quantizer,
@@ -46,6 +47,7 @@ from twostage.core.config.registry import plugins_of
 from twostage.core.config.sections import Count, Flag, Section, Sides, Width, parse_config
 from twostage.core.errors import InputError
 from twostage.core.runs.model_folder import check_rebuilds, filled, hash_tensors, load_model_folder, save_model_folder
+from twostage.core.scales import num_codes
 from twostage.core.training.random import BatchRandom
 
 __all__ = ["Autoencoder", "AutoencoderConfig", "AutoencoderOutput", "ModelConfig", "PerceptualNetwork"]
@@ -227,7 +229,10 @@ class Autoencoder(nn.Module):
 
     @property
     def code_grid(self) -> tuple[int, int]:
-        """The grid of codes (h, w) that a prior sees; wider than :attr:`grid` if a cell has several codes."""
+        """The grid of codes (h, w) that a prior sees; wider than :attr:`grid` if a cell has several codes, and a single
+        row if the codes have several scales."""
+        if self.bottleneck.scales:
+            return (1, num_codes(self.bottleneck.scales))
         return (self.grid[0], self.grid[1] * self.bottleneck.depth)
 
     @property

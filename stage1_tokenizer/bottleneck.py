@@ -13,9 +13,18 @@ from torch import Tensor, nn
 
 from twostage.core.config.registry import OpenUnion
 from twostage.core.config.sections import Section
+from twostage.core.scales import Scales
 from twostage.core.training.random import BatchRandom
 
-__all__ = ["Bottleneck", "BottleneckConfig", "BottleneckOutput", "GradientRule", "Quantizer", "pass_gradient"]
+__all__ = [
+    "Bottleneck",
+    "BottleneckConfig",
+    "BottleneckOutput",
+    "GradientRule",
+    "Quantizer",
+    "code_counts",
+    "pass_gradient",
+]
 
 GradientRule = Literal["straight_through", "rotation"]
 
@@ -27,7 +36,8 @@ class BottleneckOutput:
     z: Tensor
     """(B, C, h, w): the decoder's input."""
     indices: Tensor | None = None
-    """int64 codes of the discrete bottlenecks: (B, h, w), or (B, h, w * depth) with `depth` codes per cell."""
+    """int64 codes of the discrete bottlenecks: (B, h, w), (B, h, w * depth) with `depth` codes per cell, or (B, 1, N)
+    with `scales`."""
     mean: Tensor | None = None
     """(B, C, h, w): the posterior's mean, from the variational bottlenecks."""
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -49,6 +59,8 @@ class Bottleneck(nn.Module):
     a prior can predict a code digit by digit (`model.codes`)."""
     depth: int = 1
     """Codes per cell. A prior sees a cell's codes side by side, as a grid (h, w * depth)."""
+    scales: Scales = ()
+    """The grids of codes, coarse to fine, if there are several. A prior sees their N codes as a grid (1, N)."""
     variational: bool = False
     """Whether it has its own prior: then ``forward`` returns the loss `kl` (nats per image) and ``sample`` works."""
     num_classes: int = 0
@@ -72,8 +84,12 @@ class Bottleneck(nn.Module):
         raise NotImplementedError
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Codes (B, h, w * depth) -> their vectors z (B, C, h, w)."""
+        """Codes (B, h, w * depth) or (B, 1, N) -> their vectors z (B, C, h, w)."""
         raise NotImplementedError
+
+    def codebook_numbers(self, width: int) -> Tensor:
+        """The number of the codebook of each code in a row of ``width`` codes, from 0 on: one codebook per depth."""
+        return torch.arange(width) % self.depth
 
     def sample(self, noise: Tensor, labels: Tensor | None) -> Tensor:
         """z (B, C, h, w) from the bottleneck's own prior, for standard normal noise of the same shape.
@@ -155,6 +171,15 @@ class Quantizer(Bottleneck):
         shares = self.ema_counts / total
         used = (self.ema_counts > 0.01 * total / self.codebook_size).float().mean()
         return {"perplexity": torch.special.entr(shares).sum().exp(), "codebook_usage": used}
+
+
+@torch.no_grad()
+def code_counts(bottleneck: Bottleneck, indices: Tensor) -> Tensor:
+    """How often each code of each codebook occurs in ``indices`` (B, ..., width): (codebooks, K) int64."""
+    codebooks, size = bottleneck.codebook_numbers(indices.shape[-1]), bottleneck.codebook_size
+    num_codebooks = int(codebooks.max()) + 1
+    numbered = indices + codebooks.to(indices.device) * size
+    return torch.bincount(numbered.flatten(), minlength=num_codebooks * size).view(num_codebooks, size)
 
 
 def pass_gradient(encoded: Tensor, quantized: Tensor, rule: GradientRule = "straight_through") -> Tensor:

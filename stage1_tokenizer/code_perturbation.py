@@ -33,7 +33,7 @@ class PerturbationConfig(Section):
         Raises:
             InputError: it does not.
         """
-        if bottleneck.codebook_size == 0 or bottleneck.depth > 1:
+        if bottleneck.codebook_size == 0 or bottleneck.depth > 1 or bottleneck.scales:
             raise InputError(
                 f"loss.perturbation: needs a bottleneck with one code per cell (vector, finite_scalar or lookup_free), "
                 f"got model.bottleneck.type {kind!r}. Remove loss.perturbation, or change the bottleneck"

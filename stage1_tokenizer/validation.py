@@ -5,6 +5,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.bottleneck import code_counts
 from twostage.core.data.image_data import ImageSplit
 from twostage.core.images.conversion import to_float, to_uint8
 from twostage.core.training.random import BatchRandom, seed_for
@@ -14,6 +15,8 @@ __all__ = ["ACTIVE_VARIANCE", "psnr", "validate"]
 ACTIVE_VARIANCE = 0.01
 """A unit of the posterior is active if the variance of its mean over the images is above this (Burda et al. 2016, arXiv
 1509.00519)."""
+OF_TRAINING = ("perplexity", "codebook_usage")
+"""Metrics of the training's own window. Here they are counted over the whole split instead."""
 
 
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
@@ -32,10 +35,10 @@ def validate(
     active units (for a posterior), each over the whole split.
     """
     model.eval()
-    device, depth = accelerator.device, model.code_grid[1] // model.grid[1]
+    device = accelerator.device
     parts = list(torch.arange(len(split)).split(batch_size))
     own = parts[accelerator.process_index :: accelerator.num_processes]
-    counts = torch.zeros(depth * (model.codebook_size or 1), device=device)
+    counts = code_counts(model.bottleneck, torch.zeros(0, *model.code_grid, dtype=torch.long)).to(device)
     moments: Tensor | None = None
     sums: dict[str, Tensor] = {}
     # A process without a batch must still take part in the sums: it processes one with weight 0.
@@ -44,14 +47,13 @@ def validate(
         given = model.read_given(split, rows)
         random = BatchRandom(seed_for(seed, "validation", int(rows[0]) // batch_size), slice(0, len(rows)), len(rows))
         output = model(to_float(pixels), None if given is None else given.to(device), random)
-        values = {name: output.metrics[name] for name in output.metrics.keys() - {"perplexity", "codebook_usage"}}
+        values = {name: value for name, value in output.metrics.items() if not name.startswith(OF_TRAINING)}
         values["psnr"] = psnr(to_uint8(model.to_images(output.decoded)), pixels).mean()
         for name in [*output.metrics, "psnr"]:
             if name in values:
                 sums[name] = sums.get(name, 0) + weight * len(rows) * values[name]
         if output.bottleneck.indices is not None and model.codebook_size:
-            levels = torch.arange(model.code_grid[1], device=device) % depth * model.codebook_size
-            counts += weight * torch.bincount((output.bottleneck.indices + levels).flatten(), minlength=len(counts))
+            counts += weight * code_counts(model.bottleneck, output.bottleneck.indices)
         if output.bottleneck.mean is not None:
             mean = output.bottleneck.mean.flatten(1)
             own_moments = weight * torch.stack([mean.sum(0), mean.square().sum(0)])
@@ -59,7 +61,8 @@ def validate(
     totals = accelerator.reduce(torch.stack(list(sums.values())), "sum") / len(split)  # type: ignore[operator]
     metrics: dict[str, float] = dict(zip(sums, totals.tolist(), strict=True))
     if model.codebook_size:
-        counts = accelerator.reduce(counts, "sum").view(depth, -1)  # type: ignore[union-attr]
+        counts = accelerator.reduce(counts, "sum")  # type: ignore[assignment]
+        assert isinstance(counts, Tensor)
         metrics["codebook_usage"] = (counts > 0).float().mean().item()
         shares = counts / counts.sum(1, keepdim=True)
         metrics["perplexity"] = torch.special.entr(shares).sum(1).exp().mean().item()

@@ -1,7 +1,7 @@
 """The code cache, through which stage one passes codes to stage two: a folder with `manifest.json` and memory-mapped
 arrays.
 
-    SPLIT.codes.npy           (n, h, w) uint16 or int32
+    SPLIT.codes.npy           (n, h, w) uint16 or int32; (n, 1, N) for the N codes of several scales
     SPLIT.labels.npy          (n,)
     SPLIT.captions.npy        (b,) uint8: all captions, see `StoredCaptions`
     SPLIT.caption_starts.npy  (m + 1,) int64
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import model_validator
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
 from stage2_prior.stored_captions import StoredCaptions
@@ -30,6 +30,7 @@ from twostage.core.errors import InputError
 from twostage.core.files import read_json
 from twostage.core.runs.contents import Contents, Record
 from twostage.core.runs.model_folder import check_format
+from twostage.core.scales import describe_grids, num_codes
 
 __all__ = [
     "Augmentation",
@@ -105,7 +106,9 @@ class Manifest(Section):
     image_size: tuple[Count, Count]
     channels: Count
     grid: tuple[Count, Count]
-    """Cells (h, w)."""
+    """Cells (h, w); (1, N) for codes of several scales."""
+    scales: tuple[tuple[Count, Count], ...] = ()
+    """The grids (h, w) of codes of several scales, coarse to fine; their N codes make one row. Empty: a single grid."""
     codebook_size: Count
     digits: list[Count] | None = None
     """If each code is a number whose digits say what it is, such as the bits of lookup-free codes: the base of each
@@ -142,6 +145,20 @@ class Manifest(Section):
                 f"{self.codebook_size}. Encode the images again"
             )
         return self
+
+    @model_validator(mode="after")
+    def _scales_fill_the_grid(self) -> "Manifest":
+        if self.scales and self.grid != (1, num_codes(self.scales)):
+            raise ValueError(
+                f"grid {self.grid}: the scales {describe_grids((), self.scales)} have {num_codes(self.scales)} codes, "
+                f"expected the grid (1, {num_codes(self.scales)}). Encode the images again"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _readable_by_earlier_versions(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """They do not know `scales`, so they are written only if there are any."""
+        return {key: value for key, value in handler(self).items() if key != "scales" or value}
 
     @property
     def has_captions(self) -> bool:
@@ -272,6 +289,7 @@ class CodeCache:
         facts = {
             "tokenizer": manifest.tokenizer.hash,
             "grid": list(manifest.grid),
+            **({"scales": [list(grid) for grid in manifest.scales]} if manifest.scales else {}),
             "codebook_size": manifest.codebook_size,
             "augmentation": manifest.augmentation.model_dump(mode="json"),
             "rows": {name: files.rows for name, files in manifest.splits.items()},

@@ -22,6 +22,7 @@ from stage2_prior.fast_linear import TrainedLinear
 from stage2_prior.network import NetworkConfig
 from stage2_prior.sampling import Branches
 from twostage.core.errors import InputError
+from twostage.core.scales import Scales
 
 __all__ = ["DigitEmbedding", "DigitHead", "DigitsConfig", "digit_floats", "head_for_codes"]
 
@@ -48,7 +49,7 @@ class DigitsConfig(NetworkConfig):
     def ranks_codes(self) -> bool:
         return self.codes == "table"
 
-    def for_codes(self, codebook_size: int, digits: list[int] | None) -> Self:
+    def for_codes(self, codebook_size: int, digits: list[int] | None, scales: Scales = ()) -> Self:
         if self.codes != "digits":
             return self
         if digits is None or len(digits) < 2:

@@ -15,6 +15,7 @@ from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.conditions.context import Context, ContextForm, ContextSpace
 from twostage.core.config.registry import OpenUnion
 from twostage.core.config.sections import Section
+from twostage.core.scales import Scales
 from twostage.core.training.random import BatchRandom
 
 __all__ = ["COMMON_SETTINGS", "NetworkConfig", "OnProgress", "PriorNetwork"]
@@ -40,11 +41,12 @@ class NetworkConfig(OpenUnion, Section):
         """Whether it predicts a probability for every code at once, which top-k needs."""
         return True
 
-    def for_codes(self, codebook_size: int, digits: list[int] | None) -> Self:
+    def for_codes(self, codebook_size: int, digits: list[int] | None, scales: Scales = ()) -> Self:
         """This configuration with what it learns from the codes that it is trained on. By default, that is nothing.
 
         Args:
             digits: see `Manifest.digits`.
+            scales: see `Manifest.scales`; the N codes of all scales are seen as a grid (1, N).
 
         Raises:
             InputError: it does not fit to these codes.

@@ -10,7 +10,7 @@ sees.
 """
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from stage2_prior.digits import DigitEmbedding, DigitHead, DigitsConfig, digit_f
 from stage2_prior.sampling_config import Weights
 from twostage.core.conditions.context import Context, ContextForm, ContextSpace
 from twostage.core.config.sections import Depth, Share, Width
+from twostage.core.errors import InputError
+from twostage.core.scales import Scales, describe_grids
 
 __all__ = ["PixelCNN", "PixelCNNConfig", "PixelCNNDecoder"]
 
@@ -42,6 +44,14 @@ class PixelCNNConfig(DigitsConfig):
     """Dropout on what each layer adds to its stack."""
     context_channels: Width = 64
     """The width of what the conditions say, which every layer's gates see."""
+
+    def for_codes(self, codebook_size: int, digits: list[int] | None, scales: Scales = ()) -> Self:
+        if scales:
+            raise InputError(
+                f"model.type 'pixelcnn': reads a single grid, but the codes have {describe_grids((), scales)}. Set "
+                "model.type=scale_transformer, or scale_by_scale for a network for each grid"
+            )
+        return super().for_codes(codebook_size, digits)
 
     def build(self, codebook_size: int, grid: tuple[int, int], form: ContextForm) -> "PixelCNN":
         return PixelCNN(self, codebook_size, grid, form)

@@ -22,6 +22,7 @@ from stage2_prior.parallel_transformer import ParallelTransformerConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.sampling import Branches
 from stage2_prior.sampling_config import SamplingConfig
+from stage2_prior.scale_transformer import ScaleTransformerConfig
 from twostage.core.conditions.class_condition import ClassConditionConfig
 from twostage.core.conditions.condition import ConditionConfig
 from twostage.core.conditions.conditions import NAMES, Conditions, Given, context_form, examples_of
@@ -31,11 +32,18 @@ from twostage.core.config.schema import tag
 from twostage.core.config.sections import Count, Number, Section, Share, Sides, parse_config
 from twostage.core.errors import InputError
 from twostage.core.runs.model_folder import check_rebuilds, filled, load_model_folder, save_model_folder
+from twostage.core.scales import describe_grids
 from twostage.core.training.random import BatchRandom
 
 __all__ = ["Prior", "PriorConfig", "PriorLossConfig", "ReplaceSchedule", "prior_config"]
 
-for network in (PixelCNNConfig, CausalTransformerConfig, MaskedTransformerConfig, ParallelTransformerConfig):
+for network in (
+    PixelCNNConfig,
+    CausalTransformerConfig,
+    MaskedTransformerConfig,
+    ParallelTransformerConfig,
+    ScaleTransformerConfig,
+):
     NetworkConfig.register(network)
 
 
@@ -68,7 +76,7 @@ class PriorConfig(Section):
     loss: PriorLossConfig = PriorLossConfig()
     codebook_size: Count
     grid: tuple[Count, Count]
-    """Cells (h, w)."""
+    """Cells (h, w); (1, N) for codes of several scales."""
     class_names: list[str] | None = None
     """Those that the prior draws; None: it is not conditioned on the class."""
     untrained_classes: tuple[str, ...] = ()
@@ -98,14 +106,23 @@ def prior_config(
         conditions: None: the class, if the codes have classes.
 
     Raises:
-        InputError: the codes lack a condition.
+        InputError: the codes lack a condition, or the model cannot predict such codes.
     """
     manifest = cache.manifest
     if conditions is None:
         conditions = [ClassConditionConfig()] if manifest.class_names else []
     has_class = any(condition.type == "class" for condition in conditions)
+    model = model.for_codes(manifest.codebook_size, manifest.digits, manifest.scales)
+    if manifest.scales and model.context_space(manifest.grid).grid == manifest.grid:
+        for condition in conditions:
+            if condition.form.cells:
+                raise InputError(
+                    f"condition.type {condition.type!r}: says something about each place of an image, but a "
+                    f"{model.type} sees the codes of {describe_grids((), manifest.scales)} as one row. Set "
+                    "model.type=scale_transformer"
+                )
     return PriorConfig(
-        model=model.for_codes(manifest.codebook_size, manifest.digits),
+        model=model,
         conditions=[condition.learned_from(cache.condition_source()) for condition in conditions],
         loss=loss,
         codebook_size=manifest.codebook_size,

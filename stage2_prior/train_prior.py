@@ -30,6 +30,7 @@ from twostage.core.machine.memory import check_model
 from twostage.core.machine.sharding import full_tensors
 from twostage.core.options import DryRunOption, JsonOption, TimeLimitOption
 from twostage.core.runs.contents import Contents, weights_at
+from twostage.core.scales import describe_grids
 from twostage.core.training.base_run import BaseRun
 from twostage.core.training.batches import Batches
 from twostage.core.training.dry_run import DryRun, run_training
@@ -239,8 +240,8 @@ def describe_codes(cache: CodeCache, run: BaseRun[PriorTrainingConfig]) -> float
     baseline = manifest.unigram_nats_per_code[manifest.validation_split]
     rows = ", ".join(f"{files.rows:,} {name}" for name, files in manifest.splits.items())
     run.report(
-        f"codes {cache.path}: {rows}; grid {manifest.grid[0]}x{manifest.grid[1]}, {manifest.codes_used} of "
-        f"{manifest.codebook_size} codes used, tokenizer {manifest.tokenizer.hash[:12]}"
+        f"codes {cache.path}: {rows}; grid {describe_grids(manifest.grid, manifest.scales)}, "
+        f"{manifest.codes_used} of {manifest.codebook_size} codes used, tokenizer {manifest.tokenizer.hash[:12]}"
     )
     run.report(
         f"baselines in nats per code, held out: uniform {math.log(manifest.codebook_size):.4f}, unigram {baseline:.4f}"

@@ -35,6 +35,7 @@ __all__ = [
     "packed_layers",
     "rotate",
     "rotations",
+    "rotations_at",
     "turn",
 ]
 
@@ -98,9 +99,13 @@ def rotations(grid: tuple[int, int], width: int) -> Tensor:
 
     The slowest frequency is a quarter turn in ten cells, the fastest a quarter turn in one cell.
     """
-    frequencies = math.pi / 2 * 10 ** -(torch.arange(width // 4) / (width // 4))
     rows, columns = torch.arange(grid[0]), torch.arange(grid[1])
-    cells = torch.cartesian_prod(rows, columns).float()  # (N, 2)
+    return rotations_at(torch.cartesian_prod(rows, columns).float(), width)
+
+
+def rotations_at(cells: Tensor, width: int) -> Tensor:
+    """:func:`rotations` of cells at any (row, column), (N, 2) float."""
+    frequencies = math.pi / 2 * 10 ** -(torch.arange(width // 4) / (width // 4))
     angles = (cells[:, :, None] * frequencies).flatten(1)  # (N, width / 2)
     return torch.stack([angles.cos(), angles.sin()])
 

@@ -29,6 +29,7 @@ ACCUMULATED = ["train.gradient_accumulation_steps=2"]
 SIMVQ = ["model.bottleneck={type: vector, codebook_size: 16, codebook: simvq, gradient: rotation}"]
 L2 = ["model.bottleneck={type: vector, codebook_size: 16, l2_normalize: true}"]
 RESIDUAL = ["model.bottleneck={type: residual, codebook_size: 16, depth: 2}"]
+MULTI_SCALE = ["model.bottleneck={type: multi_scale, scales: [1, 2, 4], codes: {type: vector, codebook_size: 16}}"]
 FINITE_SCALAR = ["model.bottleneck={type: finite_scalar, levels: [4, 3, 3, 3]}"]
 LOOKUP_FREE = ["model.bottleneck={type: lookup_free}"]
 LATER = {
@@ -152,6 +153,7 @@ def test_both_processes_have_one_codebook(configs, alone, tmp_path):
     families = {
         **{"ema": EMA, "learned": LEARNED, "accumulated": ACCUMULATED, "gaussian": GAUSSIAN, "simvq": SIMVQ, "l2": L2},
         **{"residual": RESIDUAL, "finite_scalar": FINITE_SCALAR, "lookup_free": LOOKUP_FREE, "vqgan": VQGAN},
+        "multi_scale": MULTI_SCALE,
         **{"class_gaussian": CLASS_GAUSSIAN, "captioned": CAPTIONED},
         **LATER,
     }

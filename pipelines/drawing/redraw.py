@@ -20,6 +20,7 @@ from pipelines.files.masks import MASK_NAMES, named_mask
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.errors import InputError
+from twostage.core.scales import join_scales
 from twostage.core.training.random import seed_for
 
 __all__ = [
@@ -150,8 +151,12 @@ def fill_masked(images: Tensor, mask: Tensor) -> Tensor:
 
 
 def cells_to_redraw(tokenizer: Autoencoder, mask: Tensor) -> Tensor:
-    """Which codes to redraw, (h, w) bool: those of cells with any pixel that is True in ``mask`` (H, W)."""
-    masked = F.max_pool2d(mask[None].float(), _cell(tokenizer), ceil_mode=True)[0].bool()
+    """Which codes to redraw, (h, w) bool: those of cells with any pixel that is True in ``mask`` (H, W), at every
+    scale."""
+    masked = F.max_pool2d(mask[None].float(), _cell(tokenizer), ceil_mode=True)
+    if scales := tokenizer.bottleneck.scales:
+        return join_scales([F.adaptive_max_pool2d(masked, scale) for scale in scales]).bool()
+    masked = masked[0].bool()
     return masked.repeat_interleave(tokenizer.code_grid[1] // tokenizer.grid[1], 1)
 
 

@@ -39,6 +39,7 @@ from twostage.core.machine.command import print_once
 from twostage.core.machine.processes import join_processes
 from twostage.core.machine.progress import ProgressBar
 from twostage.core.runs.contents import Contents, Record, same_place
+from twostage.core.scales import describe_grids
 
 __all__ = ["encode_dataset"]
 
@@ -110,7 +111,7 @@ def _open_tokenizer(tokenizer: str | Path) -> Autoencoder:
     if model.codebook_size is None:
         raise InputError(
             f"{tokenizer}: the bottleneck {model.config.model.bottleneck.type!r} has no codes. Train a tokenizer with "
-            "vector, finite_scalar, lookup_free or residual."
+            "vector, finite_scalar, lookup_free, residual or multi_scale."
         )
     return model
 
@@ -244,6 +245,7 @@ def _manifest(
         image_size=model.config.image_size,
         channels=model.config.channels,
         grid=model.code_grid,
+        scales=model.bottleneck.scales,
         codebook_size=model.codebook_size,
         digits=list(model.bottleneck.digits) or None,
         class_names=data.class_names,
@@ -287,7 +289,8 @@ def _describe(manifest: Manifest) -> str:
         beside.append("maps" if classes is None else f"maps of {len(classes)} class{'es' * (len(classes) > 1)}")
     variants += f"with {', '.join(beside)}, " if beside else ""
     return (
-        f"{train // augmentation.variants + held_out:,} images, {variants}grid {manifest.grid[0]}x{manifest.grid[1]}, "
+        f"{train // augmentation.variants + held_out:,} images, {variants}"
+        f"grid {describe_grids(manifest.grid, manifest.scales)}, "
         f"{manifest.codes_used} of {manifest.codebook_size} codes used. Nats per code: entropy "
         f"{manifest.entropy_nats_per_code:.3f}, held-out unigram {unigram:.3f}, "
         f"uniform {math.log(manifest.codebook_size):.3f}"

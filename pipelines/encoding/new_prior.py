@@ -38,14 +38,14 @@ def new_prior(
             f"model.bottleneck.type {kind!r}: has no codes for a prior. Use a tokenizer with another bottleneck, such "
             "as VectorConfig()"
         )
-    model = model or CausalTransformerConfig()
+    model, bottleneck = model or CausalTransformerConfig(), tokenizer.bottleneck
     names = tokenizer.config.class_names if class_names is None else class_names
     if conditions is None:
         conditions = [ClassConditionConfig(num_classes=len(names))] if names else []
     has_class = any(condition.type == "class" for condition in conditions)
     return Prior(
         PriorConfig(
-            model=model.for_codes(tokenizer.codebook_size, list(tokenizer.bottleneck.digits) or None),
+            model=model.for_codes(tokenizer.codebook_size, list(bottleneck.digits) or None, bottleneck.scales),
             conditions=conditions,
             loss=loss or PriorLossConfig(),
             codebook_size=tokenizer.codebook_size,

@@ -26,6 +26,7 @@ from pipelines.saved.evaluation_figures import (
     LikelihoodBound,
 )
 from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.bottleneck import code_counts
 from stage1_tokenizer.code_perturbation import code_vectors, perturb_codes
 from stage1_tokenizer.perceptual import MIN_SIDE, TRUNK, LPIPSConfig, build_perceptual, find_trunk
 from stage1_tokenizer.validation import ACTIVE_VARIANCE, psnr
@@ -122,7 +123,7 @@ def measure_reconstructions(
     if network:
         perturbation = _perturbation(model) if perturb else None
         judge = ReconstructionJudge(network, len(rows), work, images.data.class_names, perturbation)
-    codes = torch.zeros(model.bottleneck.depth, model.codebook_size or 0, dtype=torch.long)
+    codes = code_counts(model.bottleneck, torch.zeros(0, *model.code_grid, dtype=torch.long))
     moments = torch.zeros(2, math.prod(model.latent_shape), dtype=torch.float64)  # sums of means and of their squares
     for places in work.batches(len(rows), "evaluate"):
         pixels, labels = split.read(rows[places]), split.read_labels(rows[places])
@@ -138,7 +139,7 @@ def measure_reconstructions(
             means = latent.z.flatten(1).cpu().double()
             moments += torch.stack([means.sum(0), means.square().sum(0)])
         if latent.indices is not None:
-            _count_codes(codes, latent.indices.cpu())
+            codes = codes + code_counts(model.bottleneck, latent.indices.cpu())
         if judge:
             perturbed = _decode_perturbed(model, latent.indices, rows[places]) if judge.perturbation else None
             judge.update(originals, decoded, places, labels, perturbed)
@@ -184,7 +185,7 @@ def _num_similar(model: Autoencoder) -> int:
 
 def _perturbation(model: Autoencoder) -> str | None:
     """How codes are replaced for `rfid_perturbed`, in words; None: the model has no codes, or several per cell."""
-    if model.codebook_size is None or model.bottleneck.depth > 1:
+    if model.codebook_size is None or model.bottleneck.depth > 1 or model.bottleneck.scales:
         return None
     shares = ", ".join(map(str, PERTURBED_SHARES))
     return (
@@ -201,12 +202,6 @@ def _decode_perturbed(model: Autoencoder, indices: Tensor | None, rows: Tensor) 
     vectors = code_vectors(model.bottleneck, indices.device)
     replaced = perturb_codes(indices, vectors, share, _num_similar(model), random)
     return to_uint8(model.decode_indices(replaced))
-
-
-def _count_codes(counts: Tensor, indices: Tensor) -> None:
-    """Adds the codes (B, h, w x codebooks) to the counts (codebooks, K)."""
-    for codes, part in zip(counts, indices.unflatten(-1, (-1, len(counts))).unbind(-1), strict=True):
-        codes += torch.bincount(part.flatten(), minlength=len(codes))
 
 
 # --- the measurements -----------------------------------------------------------------------------------------------

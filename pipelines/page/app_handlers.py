@@ -17,13 +17,15 @@ from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.files.given_images import read_image
 from pipelines.files.masks import MASK_NAMES, brushed_mask, named_mask
 from pipelines.page.painted_maps import MapCanvas, number_colour
+from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.validation import psnr
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float, to_pil
+from twostage.core.scales import split_scales
 
-__all__ = ["ALL_CLASSES", "BRUSHED", "NO_CLASS", "Handlers", "PageImage", "draw_codes", "enlarge"]
+__all__ = ["ALL_CLASSES", "BRUSHED", "NO_CLASS", "Handlers", "PageImage", "draw_all_codes", "draw_codes", "enlarge"]
 
 ALL_CLASSES = "all classes"
 NO_CLASS = "no class"
@@ -165,6 +167,21 @@ def enlarge(pixels: Tensor) -> Image.Image:
     """An image (C, H, W) uint8 with square pixels, about `SIDE` pixels a side; a larger one as it is."""
     scale = max(1, SIDE // max(pixels.shape[1:]))
     return to_pil(pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2))
+
+
+def draw_all_codes(codes: Tensor, tokenizer: Autoencoder) -> Image.Image:
+    """:func:`draw_codes` of each scale, side by side, for codes (1, N) of several scales."""
+    scales, size = tokenizer.bottleneck.scales, tokenizer.codebook_size or 0
+    if not scales:
+        return draw_codes(codes, size)
+    drawn = [draw_codes(grid, size) for grid in split_scales(codes[0], scales)]
+    gap = SIDE // 16
+    sheet = Image.new("RGB", (sum(image.width + gap for image in drawn) - gap, max(image.height for image in drawn)))
+    left = 0
+    for image in drawn:
+        sheet.paste(image, (left, 0))
+        left += image.width + gap
+    return sheet
 
 
 def draw_codes(codes: Tensor, codebook_size: int) -> Image.Image:

@@ -16,11 +16,13 @@ from gradio.components import Component
 from PIL import Image
 
 from pipelines.drawing.two_stage import TwoStagePipeline
-from pipelines.page.app_handlers import ALL_CLASSES, NO_CLASS, Handlers, PageImage, draw_codes, enlarge
+from pipelines.page.app_handlers import ALL_CLASSES, NO_CLASS, Handlers, PageImage, draw_all_codes, enlarge
 from pipelines.page.painted_maps import MapCanvas, hex_colour
+from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_pil
+from twostage.core.scales import describe_grids
 
 __all__ = ["CSS", "THEME", "build_page"]
 
@@ -83,13 +85,16 @@ def describe(pipeline: TwoStagePipeline) -> str:
     tokenizer, names, (height, width) = pipeline.tokenizer, pipeline.class_names, pipeline.image_size
     kind = {1: "grey", 3: "RGB", 4: "RGBA"}[pipeline.channels]
     if pipeline.prior:
-        rows, columns = tokenizer.code_grid
         model = pipeline.prior.config.model.type.replace("_", " ")
-        about = f"{model} over {rows} x {columns} codes from {tokenizer.codebook_size}"
+        about = f"{model} over {_grids(tokenizer)} codes from {tokenizer.codebook_size}"
     else:
         about = f"variational autoencoder with a latent of {' x '.join(map(str, tokenizer.latent_shape))}"
     classes = f"{len(names)} classes" if names else "no classes"
     return " · ".join([about, f"{height} x {width} {kind} images", classes])
+
+
+def _grids(tokenizer: Autoencoder) -> str:
+    return describe_grids(tokenizer.code_grid, tokenizer.bottleneck.scales).replace("x", " x ")
 
 
 # --- the tabs -------------------------------------------------------------------------------------------------------
@@ -171,13 +176,12 @@ def _reconstruct_tab(handlers: Handlers, generated: gr.State, selected: gr.State
     note = gr.Markdown()
     with gr.Row():
         given, back = _image_box("Your image, as the model sees it"), _image_box("Its reconstruction")
-        rows, columns = pipeline.tokenizer.code_grid
-        label = f"Its codes: {rows} x {columns} from {pipeline.tokenizer.codebook_size}"
+        label = f"Its codes: {_grids(pipeline.tokenizer)} from {pipeline.tokenizer.codebook_size}"
         codes = _image_box(label, visible=bool(pipeline.prior))
 
     def reconstruct(image: PageImage) -> tuple[Any, ...]:
         pixels, indices, quality = handlers.reconstruct(image)
-        drawn = None if indices is None else draw_codes(indices, pipeline.tokenizer.codebook_size or 0)
+        drawn = None if indices is None else draw_all_codes(indices, pipeline.tokenizer)
         return enlarge(image.pixels), enlarge(pixels), drawn, f"{image.note} {quality}"
 
     def taken(images: list[PageImage], index: int | None) -> tuple[Any, ...]:

@@ -30,6 +30,7 @@ from twostage.core.files import expand_home, replacing
 from twostage.core.machine.command import is_first_process, print_once
 from twostage.core.machine.installation import pip_install
 from twostage.core.runs.contents import same_place
+from twostage.core.scales import describe_grids
 
 __all__ = ["describe_survey", "is_config", "open_prior_config", "open_tokenizer_config"]
 
@@ -144,9 +145,9 @@ def _fit_prior(codes: str, asked: Document) -> tuple[Document, list[str]]:
         document["init_from"] = asked["init_from"]
     rows = manifest.splits["train"].rows
     images = rows // manifest.augmentation.variants
-    (height, width), codebook = manifest.grid, manifest.codebook_size
+    grids, codebook = describe_grids(manifest.grid, manifest.scales), manifest.codebook_size
     about = [
-        f"{images:,} training images, each as {height}x{width} codes out of {codebook:,}.",
+        f"{images:,} training images, each as {grids} codes out of {codebook:,}.",
         f"After configs/prior/{recipe.prior}, for {recipe.images}.",
     ]
     if images < FEW_IMAGES and manifest.source not in DRAWN_SOURCES:

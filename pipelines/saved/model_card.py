@@ -19,6 +19,7 @@ from stage2_prior.prior import Prior
 from twostage.core.errors import InputError
 from twostage.core.files import file_sha256
 from twostage.core.images.sheets import save_image
+from twostage.core.scales import describe_grids
 
 __all__ = ["CardFields", "ModelCard", "gather_records", "is_as_written"]
 
@@ -206,7 +207,8 @@ class ModelCard:
         height, width = config.image_size
         codes = "a continuous latent"
         if tokenizer.codebook_size:
-            codes = f"{'x'.join(map(str, tokenizer.code_grid))} codes from a codebook of {tokenizer.codebook_size:,}"
+            grids = describe_grids(tokenizer.code_grid, tokenizer.bottleneck.scales)
+            codes = f"{grids} codes from a codebook of {tokenizer.codebook_size:,}"
         kinds = f"backbone `{config.model.backbone.type}`, bottleneck `{config.model.bottleneck.type}`"
         kinds += "".join(f", encoder and decoder see {each.plural}" for each in config.conditions)
         rows = [

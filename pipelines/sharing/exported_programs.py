@@ -183,10 +183,14 @@ def _compare(module: Encoder | Decoder, run: Run, values: Tensor) -> str:
 
 def _within_rounding(model: Autoencoder, images: Tensor, found: Tensor) -> Tensor:
     """(B, h, w) bool: where noise as small as rounding errors leads to the codes ``found``, in all codes of a cell."""
-    encoded, depth = model.run_encoder(images), model.bottleneck.depth
+    # Finer scales encode what coarser ones leave over, so all scales belong together.
+    encoded, together = (
+        model.run_encoder(images),
+        found.shape[-1] if model.bottleneck.scales else model.bottleneck.depth,
+    )
     reached, generator = torch.zeros_like(found, dtype=torch.bool), torch.Generator().manual_seed(0)
     for _ in range(NOISE_DRAWS):
         noise = torch.randn(encoded.shape, generator=generator) * ROUNDING * encoded.abs().max()
         codes = model.bottleneck.encode(encoded + noise).indices
-        reached |= (codes == found).unflatten(-1, (-1, depth)).all(-1).repeat_interleave(depth, -1)
+        reached |= (codes == found).unflatten(-1, (-1, together)).all(-1).repeat_interleave(together, -1)
     return reached

@@ -114,6 +114,7 @@ def test_only_the_update_of_the_discriminator_is_skipped(twostage, configs, brok
         "{type: vector, codebook_size: 16, codebook: learned}",
         "{type: residual, codebook_size: 16}",
         "{type: finite_scalar, levels: [4, 3, 3, 3]}",
+        "{type: multi_scale, scales: [1, 4], codes: {type: vector, codebook_size: 16}}",
         "{type: lookup_free}",
         "{type: binary_spherical}",
         "{type: gumbel_softmax, codebook_size: 16}",

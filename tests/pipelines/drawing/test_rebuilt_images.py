@@ -20,6 +20,7 @@ BOTTLENECKS = {
     "finite_scalar": ({"type": "finite_scalar", "levels": [8, 5, 3]}, 3),
     "lookup_free": ({"type": "lookup_free"}, 6),
     "residual": ({"type": "residual", "codebook_size": 8, "depth": 3}, 4),
+    "multi_scale": ({"type": "multi_scale", "scales": [1, 2, 4], "codes": {"type": "vector", "codebook_size": 16}}, 4),
 }
 
 
@@ -69,7 +70,7 @@ def test_an_interpolation_ends_in_the_reconstructions(name):
     assert torch.equal(rebuilt_images.blend_images(model, images[0], images[1], 17)[::8], between[::4])
 
 
-@pytest.mark.parametrize("name", ["vector", "normalized", "finite_scalar", "lookup_free", "residual"])
+@pytest.mark.parametrize("name", ["vector", "normalized", "finite_scalar", "lookup_free", "residual", "multi_scale"])
 def test_images_between_two_are_made_of_codes(name):
     model, images = make(name), random_images(2)
     both = model.run_encoder(to_float(images))

@@ -1,0 +1,185 @@
+"""The `multi_scale` bottleneck: grids of codes, coarse to fine, each of what the coarser ones leave over.
+
+VAR's tokenizer, Tian et al. 2024 (arXiv 2404.02905). Axes: B images, C channels, h and w cells of the finest grid, S
+scales, N codes of all scales, K codes in the codebook, which all scales share.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from stage1_tokenizer.bottleneck import Bottleneck, BottleneckConfig, BottleneckOutput, Quantizer, pass_gradient
+from stage1_tokenizer.finite_scalar import FiniteScalarConfig
+from stage1_tokenizer.vector_quantizer import VectorConfig
+from twostage.core.config.sections import Sides
+from twostage.core.errors import InputError
+from twostage.core.scales import Resize, describe_grids, join_scales, split_scales
+from twostage.core.training.random import BatchRandom
+
+__all__ = ["MultiScale", "MultiScaleConfig"]
+
+COMMITMENT = 0.25
+"""The weight of the loss `commitment` for codes without a weight of their own."""
+
+
+@BottleneckConfig.register
+class MultiScaleConfig(BottleneckConfig):
+    """Grids of codes out of one codebook, coarse to fine."""
+
+    type: Literal["multi_scale"] = "multi_scale"
+    scales: tuple[Sides, ...] = Field(default=((1, 1), (2, 2), (4, 4), (8, 8)), min_length=2)
+    """The grids: each a number, or (rows, columns) if it is not square. The last one is the grid of the backbone. They
+    need not divide each other."""
+    codes: Annotated[VectorConfig | FiniteScalarConfig, Field(discriminator="type")] = VectorConfig()
+    """The codes: `{type: vector, codebook_size: 512}` or `{type: finite_scalar, levels: [8, 5, 5, 5]}`, with all keys
+    of these bottlenecks."""
+    collapse_remedy: ClassVar[str] = (
+        "model.bottleneck.codes.revive_below=0.2, a smaller model.bottleneck.codes.codebook_size, or fewer "
+        "model.bottleneck.scales"
+    )
+
+    @field_validator("scales")
+    @classmethod
+    def _grow(cls, scales: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        for before, after in pairwise(scales):
+            if before == after or before[0] > after[0] or before[1] > after[1]:
+                raise ValueError(
+                    f"got {describe_grids(before)} before {describe_grids(after)}, expected grids that grow. Sort "
+                    "them, and remove equal ones"
+                )
+        return scales
+
+    @field_validator("codes")
+    @classmethod
+    def _differ_in_length(cls, codes: VectorConfig | FiniteScalarConfig) -> VectorConfig | FiniteScalarConfig:
+        if isinstance(codes, VectorConfig) and codes.l2_normalize:
+            raise ValueError(
+                "l2_normalize true: gives all codes the length 1, but what is left over gets shorter from scale to "
+                "scale. Set model.bottleneck.codes.l2_normalize=false"
+            )
+        return codes
+
+    def check_channels(self, latent_channels: int) -> None:
+        self.codes.check_channels(latent_channels)
+
+    def build(self, shape: tuple[int, int, int], num_classes: int) -> "MultiScale":
+        if self.scales[-1] != shape[1:]:
+            raise InputError(
+                f"model.bottleneck.scales {describe_grids((), self.scales)}: expected the grid of the backbone, "
+                f"{describe_grids(shape[1:])}, as the last one. Add it, or change the backbone's downsampling"
+            )
+        return MultiScale(self, shape)
+
+
+class MultiScale(Bottleneck):
+    """z is the sum over the scales of phi_s(codes, interpolated to h x w), with a convolution phi_s for each scale.
+
+    Scale s encodes the difference between the encoder's output and this sum so far, averaged down to its grid
+    (algorithm 1 of the paper).
+    """
+
+    ema_scale_counts: Tensor
+    pending_scale_counts: Tensor
+
+    def __init__(self, config: MultiScaleConfig, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.config, self.scales = config, config.scales
+        channels, *grid = shape
+        quantizer = config.codes.build(shape, 0)
+        assert isinstance(quantizer, Quantizer)
+        self.quantizer, self.codebook_size, self.encoded_channels = quantizer, quantizer.codebook_size, channels
+        self.starts_from_data = quantizer.starts_from_data
+        self.down = nn.ModuleList(Resize((grid[0], grid[1]), scale) for scale in self.scales)
+        self.up = nn.ModuleList(Resize(scale, (grid[0], grid[1])) for scale in self.scales)
+        self.convolutions = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in self.scales)
+        for weight in self.convolutions.parameters():  # phi(x) = x before training: random kernels would mix up codes
+            nn.init.dirac_(weight)
+        counts = torch.ones(len(self.scales), self.codebook_size)
+        self.register_buffer("ema_scale_counts", counts)
+        self.register_buffer("pending_scale_counts", torch.zeros_like(counts), persistent=False)
+
+    def forward(self, encoded: Tensor, labels: Tensor | None, random: BatchRandom) -> BottleneckOutput:
+        """Quantizes (B, C, h, w). The gradient reaches the encoder as if z were its output. The losses compare the
+        encoder's output with the sum after each scale, as a mean over the scales (as the authors' code does): `sums`
+        trains the convolutions and, unless the codebook is `ema`, the codes; `commitment` trains the encoder."""
+        with torch.autocast(encoded.device.type, enabled=False):
+            encoded = encoded.float()
+            lefts, grids, sums = self._quantize(encoded)
+            # One call with what was left at all scales: all scales count in the statistics of the codebook.
+            row = torch.cat([left.flatten(2) for left in lefts], 2)[:, :, None]  # (B, C, 1, N)
+            metrics = self.quantizer(row, labels, random).metrics
+            if self.training:
+                self._count(grids)
+            target, weight = encoded.detach(), getattr(self.config.codes, "commitment_weight", COMMITMENT)
+            errors = torch.stack([F.mse_loss(total, target) for total in sums])
+            commitment = torch.stack([F.mse_loss(encoded, total.detach()) for total in sums])
+            losses = {"sums": errors.mean(), "commitment": weight * commitment.mean()}
+            z = pass_gradient(encoded, sums[-1].detach())
+        for scale, error, counts in zip(self.scales, errors.detach(), self.ema_scale_counts, strict=True):
+            name = describe_grids(scale)
+            metrics[f"error_{name}"] = error
+            metrics[f"perplexity_{name}"] = torch.special.entr(counts / counts.sum()).sum().exp()
+        return BottleneckOutput(z, join_scales(grids)[:, None], losses=losses, metrics=metrics)
+
+    def encode(self, encoded: Tensor) -> BottleneckOutput:
+        """The codes (B, 1, N) of (B, C, h, w) and their z, without losses."""
+        exporting = torch.compiler.is_exporting()  # torch.export.save cannot write an autocast region in every graph
+        with nullcontext() if exporting else torch.autocast(encoded.device.type, enabled=False):
+            _, grids, sums = self._quantize(encoded.float())
+        return BottleneckOutput(sums[-1], join_scales(grids)[:, None])
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Codes (B, 1, N) -> z (B, C, h, w)."""
+        grids = split_scales(indices[:, 0], self.scales)
+        parts = [self._part(scale, self.quantizer.lookup(grid)) for scale, grid in enumerate(grids)]
+        return torch.stack(parts).sum(0)
+
+    def codebook_numbers(self, width: int) -> Tensor:
+        return torch.zeros(width, dtype=torch.long)
+
+    def _quantize(self, encoded: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """For each scale: what was left before it (B, C, h_s, w_s), its codes (B, h_s, w_s), and the sum after it
+        (B, C, h, w)."""
+        lefts, grids, sums = [], [], []
+        total = torch.zeros_like(encoded)
+        for scale, down in enumerate(self.down):
+            lefts.append(down((encoded - total).detach()))
+            latent = self.quantizer.encode(lefts[-1])
+            assert latent.indices is not None
+            total = total + self._part(scale, latent.z)
+            grids.append(latent.indices)
+            sums.append(total)
+        return lefts, grids, sums
+
+    def _part(self, scale: int, vectors: Tensor) -> Tensor:
+        """What vectors (B, C, h_s, w_s) add to z: phi(x) = x / 2 + convolution(x) / 2 of the interpolated vectors."""
+        x = self.up[scale](vectors)
+        return (x + self.convolutions[scale](x)) / 2
+
+    @torch.no_grad()
+    def initialize(self, encoded: Tensor, generator: torch.Generator) -> None:
+        """Moves the codes onto the k-means centres of what the scales would leave over of (B, C, h, w) if each encoded
+        its grid exactly."""
+        total, lefts = torch.zeros_like(encoded), []
+        for down, up in zip(self.down, self.up, strict=True):
+            lefts.append(down(encoded - total))
+            total = total + up(lefts[-1])
+        self.quantizer.initialize(torch.cat([left.flatten(2) for left in lefts], 2)[:, :, None], generator)
+
+    @torch.no_grad()
+    def update_codebook(self, reduce_sum: Callable[[Tensor], Tensor]) -> None:
+        """Applies :meth:`VectorQuantizer.update_codebook`, and moves the counts of each scale."""
+        self.quantizer.update_codebook(reduce_sum)
+        self.ema_scale_counts.lerp_(reduce_sum(self.pending_scale_counts), 1 - self.quantizer.usage_decay)
+        self.pending_scale_counts.zero_()
+
+    @torch.no_grad()
+    def _count(self, grids: list[Tensor]) -> None:
+        for counts, codes in zip(self.pending_scale_counts, grids, strict=True):
+            counts.index_add_(0, codes.flatten(), counts.new_ones(codes.numel()))
