@@ -26,8 +26,9 @@ def shortened(source: str) -> str:
 
 
 @pytest.fixture
-def tiny_data(tmp_path, monkeypatch):
+def tiny_data(tmp_path, monkeypatch, new_process):
     tiny_mnist(tmp_path / "mnist")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TWOSTAGE_DATA", str(tmp_path))
     monkeypatch.setattr(plt, "show", plt.close)
     with torch.random.fork_rng():

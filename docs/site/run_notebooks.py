@@ -26,7 +26,7 @@ def run_notebook(file: Path) -> None:
     notebook = nbformat.read(file, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(
-            notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": folder}}
+            notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": folder}}
         ).execute()
     notebook.metadata = METADATA
     for number, cell in enumerate(notebook.cells):
@@ -50,6 +50,7 @@ def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]
     for output in joined:
         if output.output_type == "stream":  # without the note on images that are decoded for the first time
             output.text = re.sub(r"^decoding .*\n", "", output.text, flags=re.MULTILINE)
+            output.text = re.sub(r", [\d.,]+ img/s, [\d:]+ left", "", output.text)
     return joined
 
 
