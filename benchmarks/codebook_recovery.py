@@ -1,6 +1,7 @@
 """Does a collapsed codebook recover?
 
-python -m benchmarks.codebook_recovery [--steps 500] [--dir runs/recovery] [--json FILE]
+python -m benchmarks.codebook_recovery [--steps 500] [--batch-size 128] [--only ema ...] [--dir runs/recovery]
+    [--json FILE]
 
 For every codebook quantizer, all codes are set to the same vector far from the data. Then a small CIFAR-10 tokenizer
 (`vqvae_cifar10.yaml` with a small backbone and AdamW) trains from there with the default settings. The table shows the
@@ -14,6 +15,8 @@ import torch
 from benchmarks.reporting import parser, report
 from stage1_tokenizer import train_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.gumbel_softmax import GumbelSoftmax
+from stage1_tokenizer.projected_codebook import ProjectedCodebook
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage1_tokenizer.vector_quantizer import VectorQuantizer
 from twostage.core.config.sections import load_config
@@ -32,6 +35,11 @@ QUANTIZERS = {
     "l2": ["model.bottleneck={type: vector, codebook_size: 512, l2_normalize: true}", "model.latent_channels=8"],
     "rotation": ["model.bottleneck={type: vector, codebook_size: 512, gradient: rotation}"],
     "residual": ["model.bottleneck={type: residual, depth: 2, codebook_size: 512}"],
+    "diveq": ["model.bottleneck={type: diveq, codebook_size: 512}"],
+    "index_backpropagation": ["model.bottleneck={type: index_backpropagation, codebook_size: 512}"],
+    "projected": ["model.bottleneck={type: projected, codebook_size: 512}"],
+    "gumbel_softmax": ["model.bottleneck={type: gumbel_softmax, codebook_size: 512}"],
+    "product": ["model.bottleneck={type: product, groups: 2, each: {type: vector, codebook_size: 512}}"],
 }
 
 
@@ -44,17 +52,25 @@ def collapse(autoencoder: Autoencoder, *_: object) -> None:
             quantizer.codebook.copy_(torch.nn.functional.normalize(far, dim=1) if quantizer.l2_normalize else far)
             if quantizer.kind == "ema":
                 quantizer.ema_sums.copy_(quantizer.codebook)
+            if isinstance(quantizer, ProjectedCodebook):
+                quantizer.projected.copy_(quantizer.codebook)  # its bridge adds nothing yet
+        elif isinstance(quantizer, GumbelSoftmax):
+            quantizer.codebook.fill_(100.0)
 
 
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--steps", type=int, default=500)
+    arguments.add_argument("--batch-size", type=int, default=128)
+    arguments.add_argument("--only", nargs="+", choices=QUANTIZERS, default=list(QUANTIZERS))
     arguments.add_argument("--dir", type=Path, default=Path("runs/recovery"))
     options = arguments.parse_args()
     train_tokenizer.initialize_codebook = collapse
     rows = []
-    for name, overrides in QUANTIZERS.items():
-        length = [f"train.max_steps={options.steps}", "train.validate_every=100", "train.checkpoint_every=100"]
+    for name in options.only:
+        overrides = QUANTIZERS[name]
+        length = [f"train.max_steps={options.steps}", f"train.batch_size={options.batch_size}"]
+        length += ["train.validate_every=100", "train.checkpoint_every=100"]
         start = [
             "run.trackers=[]",
             "train.lr_schedule=constant",
@@ -66,7 +82,7 @@ def main() -> None:
         lines = [line for line in read_metrics(options.dir / name / "metrics.jsonl") if line["split"] == "val"]
         usage = {f"usage_{line['step']}": line["codebook_usage"] for line in lines}
         rows.append({"name": name, **usage, "perplexity": lines[-1]["perplexity"], "psnr": lines[-1]["psnr"]})
-    report({"data": "CIFAR-10, re-encoded as JPEG", "batch_size": 128}, rows, options.json)
+    report({"data": "CIFAR-10, re-encoded as JPEG", "batch_size": options.batch_size}, rows, options.json)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,9 @@ TOKENIZERS: dict[str, list[str]] = {
     "l1": ["loss.reconstruction=l1"],
     "adversarial": ["loss.reconstruction=l1", "loss.adversarial={weight: 0.02, start: 0.3, channels: 32, lr: 1e-3}"],
     "perturbed": [PERTURBATION],
+    "equivariant": ["loss.equivariance={}"],
+    "causal": ["loss.latents=[{type: causal}]"],
+    "semantic": ["loss.latents=[{type: semantic}]"],
     "a third of the steps": [],
 }
 COLUMNS = {

@@ -37,6 +37,7 @@ from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput
 from stage1_tokenizer.code_perturbation import PerturbationConfig, perturb_latent
 from stage1_tokenizer.conditional_network import ConditionalNetwork, context_space
 from stage1_tokenizer.conv_backbone import ConvConfig
+from stage1_tokenizer.equivariance import EquivarianceConfig, draw_transform
 from stage1_tokenizer.objective import ObjectiveConfig, corrupt, negative_log_likelihood, reconstruction_loss
 from stage1_tokenizer.vector_quantizer import VectorConfig
 from twostage.core.conditions.class_condition import ClassCondition, ClassConditionConfig
@@ -169,6 +170,10 @@ class AutoencoderOutput:
     decoded: Tensor
     """The decoder's output (B, C, H, W); :meth:`Autoencoder.to_images` turns it into images."""
     bottleneck: BottleneckOutput
+    encoded: Tensor
+    """The encoder's output (B, encoded_channels, h, w)."""
+    target: Tensor
+    """The images (B, C, H, W) that ``decoded`` should be: the given ones, or transformed ones."""
     metrics: dict[str, Tensor]
     """Detached scalars by name, `loss` among them."""
 
@@ -303,6 +308,7 @@ class Autoencoder(nn.Module):
         given: Tensor | None = None,
         random: BatchRandom | None = None,
         perturbation: PerturbationConfig | None = None,
+        equivariance: EquivarianceConfig | None = None,
     ) -> AutoencoderOutput:
         """The loss on images (B, C, H, W) in [-1, 1].
 
@@ -311,6 +317,8 @@ class Autoencoder(nn.Module):
                 `model.condition`, see :meth:`read_given`. Other models ignore it.
             random: the source of all random numbers; None: :meth:`BatchRandom.from_torch`.
             perturbation: how the decoder's codes are replaced; None: it gets the encoder's own codes.
+            equivariance: how the latent and the images that it must decode to are scaled and turned; None: they are
+                not. The latent is transformed before it is quantized, so the decoder always sees codes.
         """
         random = random or BatchRandom.from_torch(len(images))
         if not self._range_known:
@@ -321,7 +329,10 @@ class Autoencoder(nn.Module):
         if self.condition and given is not None and self.training:
             given = self.condition.one_of_each(given, random)
         context = self._context(given)
-        latent = self.bottleneck(self.run_encoder(inputs, context), given, random)
+        encoded = self.run_encoder(inputs, context)
+        transform = draw_transform(self.grid, equivariance, random) if equivariance else None
+        target = transform.of_images(images, self.factor) if transform else images
+        latent = self.bottleneck(transform.of_latent(encoded) if transform else encoded, given, random)
         z = latent.z
         if perturbation:
             assert latent.indices is not None
@@ -329,17 +340,17 @@ class Autoencoder(nn.Module):
         decoded = self.run_decoder(z, context)
         metrics: dict[str, Tensor] = {}
         if self.variational:
-            distortion, level = negative_log_likelihood(decoded, images, self.config.loss)
+            distortion, level = negative_log_likelihood(decoded, target, self.config.loss)
             nats = distortion + latent.losses["kl"]
             loss = distortion + self.config.loss.kl_weight * latent.losses["kl"]
-            bits = nats / (images[0].numel() * math.log(2)) + level
+            bits = nats / (target[0].numel() * math.log(2)) + level
             metrics = {"nats_per_image": nats, "bits_per_dim": bits}
         else:
-            distortion = reconstruction_loss(decoded, images, self.config.loss.reconstruction)
+            distortion = reconstruction_loss(decoded, target, self.config.loss.reconstruction)
             loss = distortion + sum(latent.losses.values())
         metrics = {"loss": loss, **metrics, "reconstruction": distortion, **latent.losses, **latent.metrics}
         metrics = {name: value.detach() for name, value in metrics.items()}
-        return AutoencoderOutput(loss, distortion, decoded, latent, metrics)
+        return AutoencoderOutput(loss, distortion, decoded, latent, encoded, target, metrics)
 
     if TYPE_CHECKING:  # torch says that a call returns anything
 

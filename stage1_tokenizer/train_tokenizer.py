@@ -18,6 +18,7 @@ from stage1_tokenizer.augmentation import crop, flip_half
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig, PerceptualNetwork
 from stage1_tokenizer.diagnosis import Diagnosis
 from stage1_tokenizer.discriminator import Discriminator, discriminator_loss, r1_penalty
+from stage1_tokenizer.latent_term import LatentTerms, latent_gradient
 from stage1_tokenizer.perceptual import FeaturePerceptualConfig
 from stage1_tokenizer.sample_sheets import draw_images
 from stage1_tokenizer.training_losses import ImageLosses, LossConfig
@@ -67,6 +68,8 @@ __all__ = [
 
 VECTORS_PER_CODE = 32
 """Encoded vectors per code from which k-means starts the codebook."""
+LATENT_TERMS_LR = 1e-3
+"""The learning rate of the networks of `loss.latents`, which AdamW trains whatever trains the autoencoder."""
 MAX_DISTANCES = 1 << 30
 """Distances that one round of k-means may compute."""
 
@@ -189,7 +192,8 @@ def train(
     autoencoder = make_autoencoder(config, data, accelerator)
     network = TrainedNetwork(autoencoder, config.train, accelerator, ema_decay=config.train.ema_decay)
     discriminator = make_discriminator(config, accelerator) if config.loss.adversarial else None
-    networks = [network, discriminator] if discriminator else [network]
+    latent_terms = make_latent_terms(config, autoencoder, accelerator) if config.loss.latents else None
+    networks = [network, *filter(None, (discriminator, latent_terms))]
     image_losses = ImageLosses(
         config.loss, autoencoder, discriminator and discriminator.module, weights_dir, accelerator
     )
@@ -205,8 +209,7 @@ def train(
         split.names,
     )
     if isinstance(run, TrainingRun) and (checkpoint := run.latest_checkpoint()):
-        scheduled = [config.model.bottleneck.scheduled, "loss.adversarial.start and ramp" if discriminator else ""]
-        run.load(checkpoint, shares=", ".join(filter(None, scheduled)))
+        run.load(checkpoint, shares=settings_in_shares(config))
     else:
         if config.init_from:
             earlier = start_from(autoencoder, config.init_from, config.train.parts)
@@ -238,13 +241,18 @@ def train(
             if config.data.horizontal_flip:
                 images = flip_half(images, random)
             with accelerator.accumulate(*[each.wrapped for each in networks]):  # once for both: it counts
-                output = network.wrapped(images, given, random, config.loss.perturbation)
-                gradient, terms = image_losses.pixel_gradient(output, images, run.progress, random)
+                output = network.wrapped(images, given, random, config.loss.perturbation, config.loss.equivariance)
+                gradient, terms = image_losses.pixel_gradient(output, output.target, run.progress, random)
                 loss = output.loss if gradient is None else output.loss + (output.decoded * gradient).sum()
+                if latent_terms:
+                    configs = latent_terms.module.configs
+                    parts = latent_gradient(latent_terms.wrapped, configs, output.encoded, images, run.progress)
+                    loss, terms = loss + (output.encoded * parts[0]).sum(), terms | parts[2]
+                    run.update(latent_terms, parts[1])
                 run.update(network, loss)
                 if adversary:
                     fake = autoencoder.to_pixels(output.decoded.detach())
-                    loss, logits = adversary_loss(adversary, images, fake)
+                    loss, logits = adversary_loss(adversary, output.target, fake)
                     run.update(adversary, loss)
                     terms |= adversary.module.observe(loss, *logits)
             run.record(output.metrics | terms)
@@ -279,6 +287,16 @@ def train(
     return run
 
 
+def settings_in_shares(config: TokenizerConfig) -> str:
+    """The settings, if any, that count in shares of the planned steps."""
+    settings = {
+        config.model.bottleneck.scheduled: True,
+        "loss.adversarial.start and ramp": config.loss.adversarial is not None,
+        "loss.latents ramp": any(term.ramp for term in config.loss.latents),
+    }
+    return ", ".join(name for name, used in settings.items() if name and used)
+
+
 def larger_images(data: ImageData, min_share: float) -> ImageSplit:
     """The training images at the size from which `data.random_crop` cuts its windows."""
     height, width = (math.ceil(side / min_share) for side in data.splits["train"].config.size)
@@ -296,6 +314,10 @@ def make_autoencoder(config: TokenizerConfig, data: ImageData, accelerator: Acce
     autoencoder = Autoencoder(form).to(accelerator.device)
     if config.loss.perturbation:
         config.loss.perturbation.check(autoencoder.bottleneck, config.model.bottleneck.type)
+    if config.loss.equivariance:
+        config.loss.equivariance.check(
+            config.data.size, autoencoder.grid, autoencoder.factor, autoencoder.bottleneck.num_classes
+        )
     if config.train.parts == "decoder":
         autoencoder.encoder.requires_grad_(False)
         autoencoder.bottleneck.requires_grad_(False)
@@ -358,8 +380,11 @@ def make_discriminator(config: TokenizerConfig, accelerator: Accelerator) -> Tra
             f"{accelerator.num_processes} processes on the CPU. Set loss.adversarial.norm=group"
         )
 
+    size = config.data.size
+    size = config.loss.equivariance.smallest(size) if config.loss.equivariance else size
+
     def build() -> Discriminator:
-        return Discriminator(adversarial, config.data.channels, config.data.size)
+        return Discriminator(adversarial, config.data.channels, size)
 
     check_model(build, adversarial.model_dump(), "loss.adversarial", accelerator.device)
     return TrainedNetwork(
@@ -370,6 +395,26 @@ def make_discriminator(config: TokenizerConfig, accelerator: Accelerator) -> Tra
         muon=False,
         lr=adversarial.lr,
         betas=adversarial.betas,
+    )
+
+
+def make_latent_terms(
+    config: TokenizerConfig, autoencoder: Autoencoder, accelerator: Accelerator
+) -> TrainedNetwork[LatentTerms]:
+    """The networks of ``loss.latents``.
+
+    Raises:
+        InputError: the encoder is not trained, or a term does not take its output.
+    """
+    if config.train.parts == "decoder":
+        raise InputError(
+            "loss.latents: its terms train the encoder, and train.parts is 'decoder'. Set loss.latents=[] or "
+            "train.parts=all"
+        )
+    encoded = (autoencoder.bottleneck.encoded_channels, *autoencoder.grid)
+    terms = LatentTerms(config.loss.latents, encoded, (config.data.channels, *config.data.size))
+    return TrainedNetwork(
+        terms.to(accelerator.device), config.train, accelerator, name="latent_terms", muon=False, lr=LATENT_TERMS_LR
     )
 
 

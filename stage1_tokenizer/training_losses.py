@@ -6,17 +6,21 @@ backward pass for all of them, and neither the frozen network nor the discrimina
 
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from stage1_tokenizer import causal_term, semantic_term  # noqa: F401  # register the types of `loss.latents`
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderOutput, PerceptualNetwork
 from stage1_tokenizer.code_perturbation import PerturbationConfig
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, adversarial_weight, generator_loss
+from stage1_tokenizer.equivariance import EquivarianceConfig
 from stage1_tokenizer.feature_network import FeatureNetwork
 from stage1_tokenizer.imagenet_network import LOSS_WEIGHTS
+from stage1_tokenizer.latent_term import LatentTermConfig
 from stage1_tokenizer.loss_term import LossTermConfig
 from stage1_tokenizer.objective import ObjectiveConfig
 from stage1_tokenizer.perceptual import ImageNetPerceptualConfig, LPIPSConfig, PerceptualConfig, build_perceptual
@@ -35,12 +39,17 @@ class LossConfig(ObjectiveConfig):
     perturbation: PerturbationConfig | None = None
     """Replaces codes by similar ones before the decoder, which then forgives more mistakes of a prior. Meant for
     VQ-GANs, because the other losses alone then blur images. null: none."""
+    equivariance: EquivarianceConfig | None = None
+    """Scales and turns latents, which must decode to scaled and turned images; a prior learns such latents more easily.
+    null: none."""
+    latents: list[LatentTermConfig] = Field(default=[])
+    """Terms on the encoder's output that make it easier for a prior: `[{type: causal}, {type: semantic}]`."""
     terms: list[LossTermConfig] = Field(default=[])
     """Loss terms of your own, such as `[{type: edges, weight: 0.1}]` (docs/extending.md)."""
 
-    @field_validator("terms")
+    @field_validator("terms", "latents")
     @classmethod
-    def _each_once(cls, value: list[LossTermConfig]) -> list[LossTermConfig]:
+    def _each_once(cls, value: list[Any]) -> list[Any]:
         types = [term.type for term in value]
         if len(set(types)) < len(types):
             raise ValueError(f"got the types {', '.join(types)}, expected each at most once. Remove one")
@@ -84,15 +93,19 @@ class ImageLosses:
 
     def networks(self) -> list[PerceptualNetwork]:
         """The networks that the autoencoder is trained against, for its record."""
-        config = self.config.perceptual
+        config, imagenet = self.config.perceptual, PerceptualNetwork(type="imagenet", hash=LOSS_WEIGHTS.sha256)
+        semantic = [imagenet] if any(term.type == "semantic" and term.weight for term in self.config.latents) else []
         if config is None or self.perceptual is None or not config.weight:
-            return []
+            return semantic
         if isinstance(config, LPIPSConfig):
-            return [PerceptualNetwork(type="lpips")]
+            return [PerceptualNetwork(type="lpips"), *semantic]
         if isinstance(config, ImageNetPerceptualConfig):
-            return [PerceptualNetwork(type="imagenet", hash=LOSS_WEIGHTS.sha256)]
+            return [imagenet]
         assert isinstance(self.perceptual.network, FeatureNetwork)
-        return [PerceptualNetwork(type="features", path=config.path, hash=self.perceptual.network.features_hash())]
+        return [
+            PerceptualNetwork(type="features", path=config.path, hash=self.perceptual.network.features_hash()),
+            *semantic,
+        ]
 
     def notices(self) -> list[str]:
         """What the losses do not see."""

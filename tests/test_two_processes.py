@@ -38,6 +38,7 @@ LATER = {
     "index_backpropagation": ["model.bottleneck={type: index_backpropagation, codebook_size: 16}", "train.lr=1e-4"],
     "diveq": ["model.bottleneck={type: diveq, codebook_size: 16}"],
     "projected": ["model.bottleneck={type: projected, codebook_size: 16, width: 8, heads: 2}"],
+    "latent terms": ["loss={equivariance: {}, latents: [{type: causal, width: 8, heads: 2}]}", "train.lr=1e-3"],
     "product": ["model.bottleneck={type: product, groups: 2, each: {type: vector, codebook_size: 16}}"],
 }
 ADVERSARIAL = "{channels: 8, num_layers: 2, start: 0.5, adaptive: true, lecam_weight: 0.01, r1_weight: 0.1}"

@@ -9,7 +9,7 @@ import torch
 from fake_gpu import GPU, different_configs, fake_gpu, gradients, take_one_step
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from stage1_tokenizer import autoencoder, feature_training, perceptual, train_tokenizer
+from stage1_tokenizer import autoencoder, feature_training, perceptual, semantic_term, train_tokenizer
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage1_tokenizer.feature_training import FeaturesTrainingConfig
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
@@ -22,6 +22,7 @@ CONFIGS = different_configs(Path(__file__).parents[2] / "configs" / "tokenizer")
 READS_DATA = {
     train_tokenizer: ["load_images", "larger_images", "autoencoder_config"],
     perceptual: ["_build_imagenet"],
+    semantic_term: ["_imagenet_network"],
     feature_training: ["load_images", "make_network", "check_labels"],
     ImageData: ["contents"],
 }
@@ -41,6 +42,10 @@ MORE = {
     "noise on the inputs": {
         "model": {"backbone": {"type": "mlp"}, "bottleneck": {"type": "identity"}},
         "loss": {"corruption": {"noise_std": 0.1}},
+    },
+    "terms on latents": {
+        "model": {"backbone": TINY, "bottleneck": {"type": "vector"}},
+        "loss": {"equivariance": {"probability": 1.0}, "latents": [{"type": "causal"}, {"type": "semantic"}]},
     },
     **{name: {"model": {"backbone": {"type": "mlp"}, "bottleneck": {"type": "vector", "codebook": name}}}
        for name in ("learned", "simvq")},
