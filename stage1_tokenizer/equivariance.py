@@ -32,12 +32,15 @@ class EquivarianceConfig(Section):
         height, width = (max(1, round(self.min_scale * side)) for side in sides)
         return height, width
 
-    def check(self, image_size: tuple[int, int], grid: tuple[int, int], factor: int, num_classes: int) -> None:
+    def check(
+        self, image_size: tuple[int, int], grid: tuple[int, int], factor: int, num_classes: int, sees_map: bool = False
+    ) -> None:
         """Checks that latents of a ``grid`` (h, w) for images of ``image_size`` can be scaled.
 
         Args:
             factor: pixels of a cell along each side.
             num_classes: the classes that the bottleneck's prior depends on.
+            sees_map: whether the decoder sees a map of the image, which is not transformed.
 
         Raises:
             InputError: they cannot.
@@ -48,6 +51,11 @@ class EquivarianceConfig(Section):
                 "loss.equivariance: needs a backbone that works on images of any size, and a data.image_size that is a "
                 f"multiple of its {factor} pixels per cell, got {image_size[0]}x{image_size[1]} pixels and a grid of "
                 f"{height}x{width}. Set model.backbone.type=conv and such a size, or loss.equivariance=null"
+            )
+        if sees_map:
+            raise InputError(
+                "loss.equivariance: got model.condition 'map', whose maps are not scaled and turned, expected another "
+                "condition. Set model.condition=null or loss.equivariance=null"
             )
         if num_classes:
             raise InputError(

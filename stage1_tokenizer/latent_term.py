@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from twostage.core.config.registry import OpenUnion
 from twostage.core.config.sections import Number, Section, Share
+from twostage.core.training.optimizer import TrainedNetwork
 
 __all__ = ["LatentTermConfig", "LatentTerms", "latent_gradient"]
 
@@ -63,19 +64,18 @@ class LatentTerms(nn.Module):
 
 
 def latent_gradient(
-    terms: nn.Module, configs: dict[str, LatentTermConfig], encoded: Tensor, images: Tensor, progress: float
+    network: TrainedNetwork[LatentTerms], encoded: Tensor, images: Tensor, progress: float
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """What training needs of the terms on the encoder's output (B, C, h, w) and its images (B, channels, H, W).
 
     Args:
-        terms: a :class:`LatentTerms`, as Accelerate wraps it.
         progress: how much of the run is done, in [0, 1].
 
     Returns:
         d(weighted terms) / d(encoded), (B, C, h, w); the loss that trains the terms' own networks; metrics by name.
     """
     encoded = encoded.detach().float().requires_grad_()
-    losses = terms(encoded, images)
+    losses, configs = network.wrapped(encoded, images), network.module.configs
     weighted = torch.stack([configs[name].weight_at(progress) * loss for name, loss in losses.items()]).sum()
     (gradient,) = torch.autograd.grad(weighted, encoded, retain_graph=True)
     return gradient, torch.stack(list(losses.values())).sum(), {name: loss.detach() for name, loss in losses.items()}

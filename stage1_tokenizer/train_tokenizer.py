@@ -24,6 +24,7 @@ from stage1_tokenizer.sample_sheets import draw_images
 from stage1_tokenizer.training_losses import ImageLosses, LossConfig
 from stage1_tokenizer.validation import validate
 from twostage.core.conditions.condition import ConditionSource
+from twostage.core.conditions.map_condition import MapConditionConfig
 from twostage.core.config.sections import (
     PathName,
     Plugins,
@@ -202,12 +203,8 @@ def train(
         run.report(*condition.notices(images_as_source(data)), *mirrored_captions(config, data))
 
     # 3. The weights: those of the latest checkpoint, or new ones.
-    run.attach(
-        batches,
-        networks,
-        {"data.source": data.contents("text" in autoencoder.conditions), **other_sources(config)},
-        split.names,
-    )
+    sources = {"data.source": data.contents("text" in autoencoder.conditions), **other_sources(config)}
+    run.attach(batches, networks, sources, split.names)
     if isinstance(run, TrainingRun) and (checkpoint := run.latest_checkpoint()):
         run.load(checkpoint, shares=settings_in_shares(config))
     else:
@@ -245,10 +242,9 @@ def train(
                 gradient, terms = image_losses.pixel_gradient(output, output.target, run.progress, random)
                 loss = output.loss if gradient is None else output.loss + (output.decoded * gradient).sum()
                 if latent_terms:
-                    configs = latent_terms.module.configs
-                    parts = latent_gradient(latent_terms.wrapped, configs, output.encoded, images, run.progress)
-                    loss, terms = loss + (output.encoded * parts[0]).sum(), terms | parts[2]
-                    run.update(latent_terms, parts[1])
+                    pull, own_loss, found = latent_gradient(latent_terms, output.encoded, images, run.progress)
+                    loss, terms = loss + (output.encoded * pull).sum(), terms | found
+                    run.update(latent_terms, own_loss)
                 run.update(network, loss)
                 if adversary:
                     fake = autoencoder.to_pixels(output.decoded.detach())
@@ -315,9 +311,8 @@ def make_autoencoder(config: TokenizerConfig, data: ImageData, accelerator: Acce
     if config.loss.perturbation:
         config.loss.perturbation.check(autoencoder.bottleneck, config.model.bottleneck.type)
     if config.loss.equivariance:
-        config.loss.equivariance.check(
-            config.data.size, autoencoder.grid, autoencoder.factor, autoencoder.bottleneck.num_classes
-        )
+        classes, sees_map = autoencoder.bottleneck.num_classes, isinstance(config.model.condition, MapConditionConfig)
+        config.loss.equivariance.check(config.data.size, autoencoder.grid, autoencoder.factor, classes, sees_map)
     if config.train.parts == "decoder":
         autoencoder.encoder.requires_grad_(False)
         autoencoder.bottleneck.requires_grad_(False)

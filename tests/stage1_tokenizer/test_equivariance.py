@@ -82,4 +82,6 @@ def test_the_decoder_sees_codes(tiny_autoencoder, random_images):
 def test_latents_that_cannot_be_scaled_are_refused(size, grid, classes, said):
     with refuses("loss.equivariance", *said):
         ALWAYS.check(size, grid, 4, classes)
+    with refuses("loss.equivariance", "'map'", "model.condition=null"):
+        ALWAYS.check((28, 28), (7, 7), 4, 0, sees_map=True)
     ALWAYS.check((28, 32), (7, 8), 4, 0)

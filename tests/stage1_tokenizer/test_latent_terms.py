@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ def test_the_encoder_gets_the_weighted_gradient_and_the_networks_the_whole(progr
     torch.manual_seed(0)
     terms, encoded = LatentTerms([SMALL], (5, 2, 3), IMAGE), encodings()
     images = torch.zeros(4, *IMAGE)
-    gradient, own, metrics = latent_gradient(terms, terms.configs, encoded, images, progress)
+    gradient, own, metrics = latent_gradient(SimpleNamespace(wrapped=terms, module=terms), encoded, images, progress)
     point = encoded.clone().requires_grad_()
     expected = weight * terms.terms["causal"](point, images)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, point)[0])
