@@ -48,14 +48,18 @@ def _show(names: Iterable[str]) -> str:
     return "".join(f"::: {name}\n\n" for name in names)
 
 
-def _models(annotation: object) -> Iterator[type[Section]]:
-    """Every configuration class below a type annotation, the outermost first."""
+def _models(annotation: object, seen: set[object] | None = None) -> Iterator[type[Section]]:
+    """Every configuration class below a type annotation, the outermost first. A class may hold others of its kind."""
+    seen = set() if seen is None else seen
     if isinstance(annotation, type) and issubclass(annotation, Section):
+        if annotation in seen:
+            return
+        seen.add(annotation)
         yield from (base for base in annotation.__mro__ if issubclass(base, Section) and base is not Section)
         for field in annotation.model_fields.values():
-            yield from _models(field.annotation)
+            yield from _models(field.annotation, seen)
     if is_open(annotation):
         for member in annotation.registered.values():
-            yield from _models(member)
+            yield from _models(member, seen)
     for part in get_args(annotation):
-        yield from _models(part)
+        yield from _models(part, seen)
