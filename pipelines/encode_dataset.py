@@ -33,6 +33,9 @@ def command(
         bool, typer.Option("--horizontal-flip", help="Also encode the training images mirrored.")
     ] = False,
     crops: Annotated[int, typer.Option(min=0, help="Also encode this many crops of each training image.")] = 0,
+    map_tokenizer: Annotated[
+        str | None, typer.Option(help="runs/NAME of a tokenizer of maps, whose codes are stored instead of the maps.")
+    ] = None,
     shard: Annotated[
         str | None,
         typer.Option(
@@ -50,7 +53,7 @@ def command(
     share = _parse_shard(shard)
     augmentation = Augmentation(horizontal_flip=horizontal_flip, crops=crops)
     with resumable():
-        encode_dataset(tokenizer, out, data, augmentation, settings, share)
+        encode_dataset(tokenizer, out, data, augmentation, settings, share, map_tokenizer)
 
 
 def _parse_shard(text: str | None) -> tuple[int, int] | None:

@@ -6,7 +6,8 @@ arrays.
     SPLIT.captions.npy        (b,) uint8: all captions, see `StoredCaptions`
     SPLIT.caption_starts.npy  (m + 1,) int64
     SPLIT.vectors.npy         (m, d) float32
-    SPLIT.maps.npy            (n, H, W) uint8 classes, or (n, C, H, W) uint8 images
+    SPLIT.maps.npy            (n, H, W) uint8 classes, (n, C, H, W) uint8 images, or (n, h', w') uint16 or int32: their
+                              codes by a tokenizer of their own
 
 Axes: m images, n = m * variants rows, h and w cells, H and W pixels. Row v * m + i is variant v of image i; its caption
 and its vector are those of the image.
@@ -15,7 +16,7 @@ and its vector are those of the image.
 import hashlib
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from stage2_prior.stored_captions import StoredCaptions
 from twostage.core.conditions.condition import ConditionSource
+from twostage.core.conditions.map_form import MapForm
 from twostage.core.config.sections import Count, Flag, Section, Size, parse_config
 from twostage.core.data.spread import names_without_images
 from twostage.core.errors import InputError
@@ -37,7 +39,6 @@ __all__ = [
     "CodeCache",
     "CodeSplit",
     "Manifest",
-    "MapForm",
     "SplitFiles",
     "TokenizerReference",
     "code_dtype",
@@ -82,16 +83,6 @@ class SplitFiles(Section):
     caption_starts: str | None = None
     vectors: str | None = None
     maps: str | None = None
-
-
-class MapForm(Section):
-    """What the maps beside the codes are."""
-
-    kind: Literal["labels", "image"]
-    channels: Count | None
-    """1 or 3 for images; None for labels."""
-    classes: list[Size] | None
-    """The classes that occur in the maps of the training split, sorted; None for images."""
 
 
 class Manifest(Section):
@@ -234,7 +225,7 @@ class CodeSplit:
         return torch.from_numpy(np.take(self.vectors, rows.numpy() % len(self.vectors), axis=0))
 
     def read_maps(self, rows: Tensor) -> Tensor | None:
-        """(B, H, W) uint8 classes, or (B, C, H, W) uint8 images; None without maps."""
+        """(B, H, W) uint8 classes, (B, C, H, W) uint8 images, or their codes (B, h', w'); None without maps."""
         return None if self.maps is None else torch.from_numpy(np.take(self.maps, rows.numpy(), axis=0))
 
 
@@ -271,7 +262,7 @@ class CodeCache:
         manifest, count = self.manifest, len(self.splits["train"])
         return ConditionSource(
             f"codes {self.path}", self.splits, self.validation, count // manifest.augmentation.variants,
-            manifest.image_size, manifest.class_names,
+            manifest.image_size, manifest.class_names, manifest.maps,
         )  # fmt: skip
 
     def contents(self) -> Contents:
@@ -296,6 +287,8 @@ class CodeCache:
             "classes": {str(label): name for label, name in enumerate(manifest.class_names or [])},
             "sha256": digest.hexdigest(),
         }
+        if manifest.maps and manifest.maps.codes:
+            facts["map_tokenizer"] = manifest.maps.codes.hash
         return Contents("codes", self.path.absolute(), facts)
 
     def check_codes(self) -> None:
@@ -306,11 +299,14 @@ class CodeCache:
                 finite (the message names file and row).
         """
         size, classes = self.manifest.codebook_size, len(self.manifest.class_names or [])
+        map_size = self.manifest.maps.codes.codebook_size if self.manifest.maps and self.manifest.maps.codes else 0
         for name, split in self.splits.items():
             files = self.manifest.splits[name]
             self._check_range(files.codes, split.codes, "code", size, f"codebook_size {size}")
             if classes and split.labels is not None and files.labels is not None:
                 self._check_range(files.labels, split.labels, "label", classes, f"{classes} class_names")
+            if map_size and split.maps is not None and files.maps is not None:
+                self._check_range(files.maps, split.maps, "code", map_size, f"maps.codes.codebook_size {map_size}")
             if split.captions is not None and (row := split.captions.first_bad()) is not None:
                 raise InputError(
                     f"codes {self._file(files.captions or '')}: the captions of row {row} are damaged, expected UTF-8 "
@@ -356,7 +352,8 @@ class CodeCache:
             vectors = self._map(files.vectors, (images, manifest.vector_length), np.floating)
         if files.maps is not None and manifest.maps is not None:
             channels = () if manifest.maps.channels is None else (manifest.maps.channels,)
-            maps = self._map(files.maps, (files.rows, *channels, *manifest.image_size))
+            form = manifest.maps.codes.grid if manifest.maps.codes else (*channels, *manifest.image_size)
+            maps = self._map(files.maps, (files.rows, *form))
         return CodeSplit(codes, labels, captions=captions, vectors=vectors, maps=maps)
 
     def _map(self, name: str, shape: tuple[int, ...], kind: type[np.number] = np.integer) -> np.ndarray:

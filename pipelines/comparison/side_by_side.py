@@ -163,7 +163,7 @@ def _measure_pipeline(
     figures = ModelFigures(images_per_s=num_shown / (time.perf_counter() - start))
     model.measurements.append(Measurement(figures))
     if pipeline.prior:
-        costs = image_costs(pipeline.prior, pipeline.tokenizer, pipeline.tokenizer.config.loss, images, work)
+        costs = image_costs(pipeline, pipeline.tokenizer.config.loss, images, work)
         nats = costs.prior.mean().item() / math.prod(pipeline.prior.config.grid)
         model.measurements += [_size_of(pipeline.prior), Measurement(ModelFigures(nats_per_code=nats))]
     if real:

@@ -17,7 +17,15 @@ from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float, to_uint8
 from twostage.core.machine.command import print_once
 
-__all__ = ["blend_images", "check_image", "decode_codes", "encode_in_parts", "find_decoder", "rebuild_images"]
+__all__ = [
+    "blend_images",
+    "check_image",
+    "decode_codes",
+    "encode_images",
+    "encode_in_parts",
+    "find_decoder",
+    "rebuild_images",
+]
 
 
 @torch.no_grad()
@@ -101,6 +109,13 @@ def encode_in_parts(tokenizer: Autoencoder, images: Tensor, given: Tensor | None
     device, parts = next(tokenizer.parameters()).device, _in_parts(images)
     pairs = zip(parts, _given_of_parts(given, len(parts)), strict=True)
     return [tokenizer.run_encoder(to_float(part.to(device)), beside) for part, beside in pairs]
+
+
+@torch.no_grad()
+def encode_images(tokenizer: Autoencoder, images: Tensor) -> Tensor:
+    """Images (n, C, H, W) uint8 -> codes (n, h, w) int64; each is independent of the others in its batch."""
+    parts = [tokenizer.bottleneck.encode(part).indices for part in encode_in_parts(tokenizer, images)]
+    return torch.cat([part for part in parts if part is not None])[: len(images)]
 
 
 def _in_parts(rows: Tensor) -> tuple[Tensor, ...]:

@@ -15,15 +15,18 @@ from torch import Tensor
 
 from pipelines.drawing.asked import Asked, Cycle, values_of
 from pipelines.drawing.batch_size import ROWS, fitting_batch_size
-from pipelines.drawing.rebuilt_images import decode_codes
-from pipelines.saved.saved_model import check_tokenizer
+from pipelines.drawing.rebuilt_images import decode_codes, encode_images
+from pipelines.saved.saved_model import check_map_tokenizer, check_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import image_seeds
 from stage2_prior.sampling_config import SamplingConfig
+from twostage.core.conditions.condition import ConditionedSplit
 from twostage.core.conditions.map_condition import MapConditionConfig
+from twostage.core.conditions.map_form import MapCodes
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_uint8
+from twostage.core.images.map_colours import maps_as_images
 from twostage.core.images.sheets import class_sheet, prompt_sheet
 
 __all__ = ["ImageSampler", "PipelineOutput", "in_shares"]
@@ -48,13 +51,16 @@ class ImageSampler:
 
     Args:
         prior: over the codes of ``tokenizer``; None for a variational autoencoder (`gaussian`, `class_gaussian`).
+        map_tokenizer: turns maps into codes, for a prior that was trained on such codes.
 
     Raises:
-        InputError: the prior was trained on the codes of another tokenizer (the message shows both hashes), or there
+        InputError: the prior was trained on the codes of other tokenizers (the message shows both hashes), or there
             is none and ``tokenizer`` has no prior of its own.
     """
 
-    def __init__(self, tokenizer: Autoencoder, prior: Prior | None = None) -> None:
+    def __init__(
+        self, tokenizer: Autoencoder, prior: Prior | None = None, map_tokenizer: Autoencoder | None = None
+    ) -> None:
         if prior is None and not tokenizer.variational:
             raise InputError(
                 f"a tokenizer with the bottleneck {tokenizer.config.model.bottleneck.type!r} makes no images by "
@@ -63,6 +69,9 @@ class ImageSampler:
         if prior:
             check_tokenizer(tokenizer, prior.config)
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval() if prior else None
+        self.map_tokenizer = map_tokenizer.eval() if map_tokenizer else None
+        if map_tokenizer:
+            check_map_tokenizer(map_tokenizer, self.map_config)
 
     # --- what it draws ----------------------------------------------------------------------------------------------
 
@@ -102,8 +111,13 @@ class ImageSampler:
     def map_channels(self) -> int | None:
         """Those of the maps that new images are conditioned on, if they are images; None for labels, and without
         maps."""
+        return self.map_config and self.map_config.channels
+
+    @property
+    def map_config(self) -> MapConditionConfig | None:
+        """What the maps are that new images are conditioned on; None: they are not."""
         configs = self.model.config.conditions
-        return next((config.channels for config in configs if isinstance(config, MapConditionConfig)), None)
+        return next((config for config in configs if isinstance(config, MapConditionConfig)), None)
 
     @property
     def draws_alone(self) -> bool:
@@ -116,10 +130,9 @@ class ImageSampler:
         return next(self.tokenizer.parameters()).device
 
     def to(self, device: str | torch.device) -> Self:
-        """Moves both models."""
-        self.tokenizer.to(device)
-        if self.prior:
-            self.prior.to(device)
+        """Moves all models."""
+        for model in filter(None, (self.tokenizer, self.prior, self.map_tokenizer)):
+            model.to(device)
         return self
 
     # --- checks -----------------------------------------------------------------------------------------------------
@@ -188,9 +201,43 @@ class ImageSampler:
         Raises:
             InputError: a class, prompt, map or vector that it cannot draw; the message says why.
         """
-        cycle = values_of(asked, self.model)
+        cycle = values_of(self._with_codes(asked), self.model)
         shows_class = asked.class_names is not None or not cycle.values or not self.prior or self.prior.needs("class")
         return replace(cycle, labels=self.labels_for(asked.class_names) if shows_class else None)
+
+    def _with_codes(self, asked: Asked) -> Asked:
+        """With the codes of its maps, if the prior was trained on such.
+
+        Raises:
+            InputError: a map that the prior cannot have, or no tokenizer of maps.
+        """
+        config = self.map_config
+        if asked.maps is None or config is None or config.codes is None:
+            return asked
+        read = [config.read_map(value).to(torch.uint8) for value in asked.maps]
+        return replace(asked, maps=list(self._encode_maps(torch.cat(read), config.codes)) if read else [])
+
+    def read_given(self, split: ConditionedSplit, rows: Tensor) -> dict[str, Tensor]:
+        """The values of the prior's conditions for some images of a split.
+
+        Raises:
+            InputError: the prior sees codes of maps, and there is no tokenizer of maps.
+        """
+        assert self.prior
+        given, maps = self.prior.conditions.read(split, rows), split.read_maps(rows)
+        if maps is None or self.map_config is None or self.map_config.codes is None:
+            return given
+        return given | {"map": self._encode_maps(maps, self.map_config.codes)}
+
+    def _encode_maps(self, maps: Tensor, codes: MapCodes) -> Tensor:
+        """Maps (n, H, W) or (n, C, H, W) uint8 -> their codes (n, h, w) int32."""
+        if self.map_tokenizer is None:
+            raise InputError(
+                f"map: this prior sees maps as codes of the tokenizer {codes.hash[:12]}, which was at {codes.path} but "
+                "is not there. Move it back, or give it as map_tokenizer of TwoStagePipeline"
+            )
+        images = maps_as_images(maps, self.map_tokenizer.config.channels)
+        return encode_images(self.map_tokenizer, images).cpu().int()
 
     def sheet(self, images: Tensor) -> Image.Image:
         """A contact sheet of images (n, C, H, W) uint8 of a request that asks for nothing in particular: below each is

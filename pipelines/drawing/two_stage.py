@@ -40,9 +40,10 @@ class TwoStagePipeline(ImageSampler):
 
     Args:
         prior: over the codes of ``tokenizer``; None for a variational autoencoder (`gaussian`, `class_gaussian`).
+        map_tokenizer: turns maps into codes, for a prior that was trained on such codes.
 
     Raises:
-        InputError: the prior was trained on the codes of another tokenizer (the message shows both hashes), or there
+        InputError: the prior was trained on the codes of other tokenizers (the message shows both hashes), or there
             is none and ``tokenizer`` has no prior of its own.
     """
 
@@ -90,7 +91,7 @@ class TwoStagePipeline(ImageSampler):
             where, model = saved.find_tokenizer(prior.config)
         else:
             where, model = SavedModel.find_run(Path(tokenizer)), Autoencoder.from_pretrained(tokenizer)
-        pipeline = cls(model, prior)
+        pipeline = cls(model, prior, saved.find_map_tokenizer(prior.config))
         pipeline.saved_tokenizer = where
         return pipeline
 
@@ -101,7 +102,7 @@ class TwoStagePipeline(ImageSampler):
             weights: `bfloat16` rounds the prior and the decoder, which halves their size. The encoder and the codebook
                 stay exact, so that codes and content hash stay the same.
         """
-        write_pipeline_folder(Path(path), self.tokenizer, self.prior, weights)
+        write_pipeline_folder(Path(path), self.tokenizer, self.prior, self.map_tokenizer, weights)
 
     def push_to_hub(
         self,

@@ -1,22 +1,37 @@
 """Captions, vectors and maps beside the codes: which settings apply, and whether every image has what it needs."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipelines.saved.stored_paths import portable
-from stage2_prior.codes import Augmentation, MapForm
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage2_prior.codes import Augmentation
+from twostage.core.conditions.map_form import MapCodes, MapForm
 from twostage.core.config.overrides import apply_overrides
 from twostage.core.config.sections import Section, parse_config
 from twostage.core.data.captions import sided_captions
 from twostage.core.data.data_config import DataConfig
 from twostage.core.data.image_data import ImageData
 from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_float
+from twostage.core.images.map_colours import maps_as_images
 from twostage.core.wording import some_of
 
-__all__ = ["CONDITION_KEYS", "check_captions", "condition_settings", "map_form", "mirrored_words", "with_settings"]
+__all__ = [
+    "CONDITION_KEYS",
+    "MapCoder",
+    "check_captions",
+    "condition_settings",
+    "map_form",
+    "mirrored_words",
+    "open_with_codes",
+    "with_settings",
+]
 
 CONDITION_KEYS = ("caption_column", "on_missing_caption", "vector_column", "maps", "map_kind")
 """The `data` settings that change what lies beside the codes, but not the codes."""
@@ -89,14 +104,67 @@ def mirrored_words(data: ImageData, augmentation: Augmentation) -> list[str]:
     return [f"{notice}; to avoid that, encode without --horizontal-flip"] if notice else []
 
 
-def map_form(data: ImageData, stored: dict[str, np.memmap | None]) -> MapForm | None:
-    """What the maps are; ``stored`` are those of each split."""
+def map_form(data: ImageData, stored: dict[str, np.memmap | None], codes: MapCodes | None = None) -> MapForm | None:
+    """What the maps are; ``stored`` are those of each split, or their ``codes``."""
     train, maps = data.splits["train"], stored["train"]
     if maps is None:
         return None
     if train.map_channels is not None:
-        return MapForm(kind="image", channels=train.map_channels, classes=None)
+        return MapForm(kind="image", channels=train.map_channels, classes=None, codes=codes)
     seen: set[int] = set()
-    for start in range(0, len(maps), _ROWS_AT_ONCE):
-        seen |= set(np.unique(maps[start : start + _ROWS_AT_ONCE]).tolist())
-    return MapForm(kind="labels", channels=None, classes=sorted(seen))
+    for start in range(0, len(train) if codes else len(maps), _ROWS_AT_ONCE):
+        rows = torch.arange(start, min(start + _ROWS_AT_ONCE, len(train)))
+        part = train.read_maps(rows) if codes else torch.from_numpy(maps[start : start + _ROWS_AT_ONCE].copy())
+        seen |= set() if part is None else set(part.unique().tolist())
+    return MapForm(kind="labels", channels=None, classes=sorted(seen), codes=codes)
+
+
+@dataclass(frozen=True)
+class MapCoder:
+    """Turns the maps beside images into codes, by a tokenizer of their own."""
+
+    model: Autoencoder
+    about: MapCodes
+
+    @classmethod
+    def open(cls, tokenizer: str | Path, final: Path, size: tuple[int, int], device: torch.device) -> "MapCoder":
+        """The tokenizer of maps with ``size`` (H, W), for the code cache ``final``.
+
+        Raises:
+            InputError: no tokenizer there, one without a grid of codes, or one for another size.
+        """
+        model = open_with_codes(tokenizer).to(device)
+        if model.config.image_size != size:
+            (height, width), (found_height, found_width) = size, model.config.image_size
+            raise InputError(
+                f"--map-tokenizer {tokenizer}: takes maps of {found_height}x{found_width} pixels, but the images have "
+                f"{height}x{width}. Train it with data.image_size=[{height}, {width}]"
+            )
+        if model.bottleneck.scales:
+            raise InputError(
+                f"--map-tokenizer {tokenizer}: writes codes of several scales, expected one grid. Train one with another "
+                "model.bottleneck, such as vector"
+            )
+        assert model.codebook_size
+        hash, path = model.content_hash(), portable(tokenizer, final)
+        return cls(model, MapCodes(hash=hash, path=path, grid=model.code_grid, codebook_size=model.codebook_size))
+
+    def encode(self, maps: Tensor) -> Tensor:
+        """Maps (B, H, W) or (B, C, H, W) uint8 -> codes (B, h, w) int64 on the CPU."""
+        images = to_float(maps_as_images(maps, self.model.config.channels).to(self.model.device))
+        return self.model.encode_indices(images).cpu()
+
+
+def open_with_codes(tokenizer: str | Path) -> Autoencoder:
+    """A tokenizer with codes.
+
+    Raises:
+        InputError: no tokenizer there, or one without codes.
+    """
+    model = Autoencoder.from_pretrained(tokenizer)
+    if model.codebook_size is None:
+        raise InputError(
+            f"{tokenizer}: the bottleneck {model.config.model.bottleneck.type!r} has no codes. Train a tokenizer with "
+            "vector, finite_scalar, lookup_free, residual or multi_scale."
+        )
+    return model

@@ -7,10 +7,12 @@ import torch
 from accelerate import PartialState
 
 from pipelines.encoding.condition_data import (
+    MapCoder,
     check_captions,
     condition_settings,
     map_form,
     mirrored_words,
+    open_with_codes,
     with_settings,
 )
 from pipelines.encoding.image_variants import ImageVariants, image_variants
@@ -51,6 +53,7 @@ def encode_dataset(
     augmentation: Augmentation | None = None,
     settings: list[str] | None = None,
     shard: tuple[int, int] | None = None,
+    map_tokenizer: str | Path | None = None,
 ) -> Path:
     """Encode every split into ``out`` (codes/NAME by default). The processes of one machine share the images.
 
@@ -62,58 +65,51 @@ def encode_dataset(
         augmentation: the additional rows of the training split; none by default.
         settings: of captions, vectors and maps, such as `data.on_missing_caption=skip`; by default the tokenizer's.
         shard: (2, 4): encode the second of four shares, into a folder beside ``out``.
+        map_tokenizer: turns the maps beside the images into codes; None: the maps themselves are stored.
 
     Returns:
         The folder: a code cache, or the share of one.
 
     Raises:
-        InputError: no tokenizer there, one without codes, a folder that contains other codes or other files, images
-            without a caption next to others that have one, or processes on several machines that do not see each
-            other's files.
+        InputError: no tokenizer there, one without codes, a map tokenizer and no maps, a folder that contains other
+            codes or other files, images without a caption next to others that have one, or processes on several
+            machines that do not see each other's files.
     """
     augmentation = augmentation or Augmentation()
     state = join_processes()
-    model = _open_tokenizer(tokenizer).to(state.device)
+    model = open_with_codes(tokenizer).to(state.device)
     saved = SavedModel.find_run(tokenizer)
     config = with_settings(saved.training_data(source), settings or [])
     final = Path(out or Path("codes") / _name_of(saved.home))
     reference = TokenizerReference(hash=model.content_hash(), path=portable(tokenizer, final))
-    if _contains_these_codes(final, reference, config, augmentation):
+    coder = MapCoder.open(map_tokenizer, final, config.size, model.device) if map_tokenizer else None
+    if _contains_these_codes(final, reference, config, augmentation, coder):
         print_once(f"{final}: already contains the codes of this tokenizer; nothing to do")
         if state.is_main_process:
             discard_leftover(final, reference.hash)  # of a call that was killed in its last step
         return final
     data = _load(config, augmentation)
+    if coder and data.splits["train"].map_form is None:
+        raise InputError(f"--map-tokenizer {map_tokenizer}: there are no maps. Set data.maps, or omit it")
     splits = image_variants(data, augmentation)
     contents = data.contents()
-    partial = _partial_codes(final, reference, config, contents, splits, shard)
+    partial = _partial_codes(final, reference, config, contents, splits, shard, coder)
     if state.is_main_process:
         for message in partial.begin(model.code_grid, code_dtype(model.codebook_size or 0)):
             print(message)
     state.wait_for_everyone()
     partial.check_shared()
     for split, images in splits.items():
-        _encode_split(model, images, split, partial, state, shard or (1, 1))
+        _encode_split(model, images, split, partial, state, shard or (1, 1), coder)
     state.wait_for_everyone()
     if shard:
         print_once(f"{partial.folder}: done. When all shares are beside {final}, run the command without --shard")
         return partial.folder
     if state.is_main_process:
-        partial.finish(manifest := _manifest(model, data, config, contents.record, reference, partial))
+        partial.finish(manifest := _manifest(model, data, config, contents.record, reference, partial, coder))
         print(f"{final}: {_describe(manifest)}")
     state.wait_for_everyone()
     return final
-
-
-def _open_tokenizer(tokenizer: str | Path) -> Autoencoder:
-    """A tokenizer with codes."""
-    model = Autoencoder.from_pretrained(tokenizer)
-    if model.codebook_size is None:
-        raise InputError(
-            f"{tokenizer}: the bottleneck {model.config.model.bottleneck.type!r} has no codes. Train a tokenizer with "
-            "vector, finite_scalar, lookup_free, residual or multi_scale."
-        )
-    return model
 
 
 def _name_of(folder: Path) -> str:
@@ -122,7 +118,11 @@ def _name_of(folder: Path) -> str:
 
 
 def _contains_these_codes(
-    final: Path, reference: TokenizerReference, data: DataConfig, augmentation: Augmentation
+    final: Path,
+    reference: TokenizerReference,
+    data: DataConfig,
+    augmentation: Augmentation,
+    coder: MapCoder | None,
 ) -> bool:
     """Whether the codes are already there; False if the folder is free.
 
@@ -147,6 +147,10 @@ def _contains_these_codes(
         raise InputError(
             f"--out {final}: contains codes with {manifest.augmentation} instead of {augmentation}. {remedy}"
         )
+    codes = manifest.maps and manifest.maps.codes
+    if (there := codes and codes.hash) != (here := coder and coder.about.hash):
+        there, here = (found[:12] if found else "none" for found in (there, here))
+        raise InputError(f"--out {final}: contains codes with the map tokenizer {there}, this one is {here}. {remedy}")
     stored, wanted = manifest.condition_settings, condition_settings(data, final)
     if stored and (differences := summarize_differences({"data": stored}, {"data": wanted})):
         raise InputError(f"--out {final}: contains codes with other settings ({differences}). {remedy}")
@@ -188,12 +192,15 @@ def _partial_codes(
     images: Contents,
     splits: dict[str, ImageVariants],
     shard: tuple[int, int] | None,
+    coder: MapCoder | None,
 ) -> PartialCodes:
     augmentation, group = splits["train"].augmentation.model_dump(mode="json"), config.model_dump(mode="json")
     common = {"tokenizer": reference.hash, "augmentation": augmentation}
+    common |= {"map_tokenizer": coder.about.hash} if coder else {}
     places = dict.fromkeys(("source", "maps", *(("vector_column",) if config.vector_file else ())))
     identity = common | {"data": group | places, "images": images.facts}
-    return PartialCodes(final, identity, splits, former=common | {"data": group}, shard=shard)
+    map_codes = (coder.about.grid, code_dtype(coder.about.codebook_size)) if coder else None
+    return PartialCodes(final, identity, splits, former=common | {"data": group}, shard=shard, map_codes=map_codes)
 
 
 @torch.no_grad()
@@ -204,6 +211,7 @@ def _encode_split(
     partial: PartialCodes,
     state: PartialState,
     shard: tuple[int, int],
+    coder: MapCoder | None,
 ) -> None:
     """Write this process's share of a split's codes."""
     codes, maps, done = partial.open(name), partial.open_maps(name), partial.open_done(name)
@@ -220,7 +228,7 @@ def _encode_split(
         codes.flush()
         if maps is not None and (variants := images.read_maps(chunks[chunk])) is not None:
             for first, pixels in zip(range(chunk * CHUNK, len(maps), len(images.images)), variants, strict=True):
-                maps[first : first + len(pixels)] = pixels.numpy()
+                maps[first : first + len(pixels)] = (coder.encode(pixels) if coder else pixels).numpy()
             maps.flush()
         done[chunk] = 1
 
@@ -232,6 +240,7 @@ def _manifest(
     images: Record,
     reference: TokenizerReference,
     partial: PartialCodes,
+    coder: MapCoder | None,
 ) -> Manifest:
     assert model.codebook_size is not None
     is_path = config.source not in DRAWN_SOURCES and Path(config.source).exists()
@@ -250,7 +259,7 @@ def _manifest(
         digits=list(model.bottleneck.digits) or None,
         class_names=data.class_names,
         vector_length=None if train.vectors is None else train.vectors.shape[1],
-        maps=map_form(data, {split: partial.open_maps(split) for split in partial.splits}),
+        maps=map_form(data, {split: partial.open_maps(split) for split in partial.splits}, coder and coder.about),
         condition_settings=condition_settings(config, partial.final),
         validation_split=data.validation_name,
         augmentation=partial.splits["train"].augmentation,
@@ -285,8 +294,9 @@ def _describe(manifest: Manifest) -> str:
     if manifest.vector_length:
         beside.append(f"vectors of {manifest.vector_length} numbers")
     if manifest.maps:
-        classes = manifest.maps.classes
-        beside.append("maps" if classes is None else f"maps of {len(classes)} class{'es' * (len(classes) > 1)}")
+        classes, codes = manifest.maps.classes, manifest.maps.codes
+        maps = "maps" if classes is None else f"maps of {len(classes)} class{'es' * (len(classes) > 1)}"
+        beside.append(f"{maps} as {codes.grid[0]}x{codes.grid[1]} codes" if codes else maps)
     variants += f"with {', '.join(beside)}, " if beside else ""
     return (
         f"{train // augmentation.variants + held_out:,} images, {variants}"

@@ -47,6 +47,7 @@ class PartialCodes:
         former: the identity as earlier versions wrote it, which is accepted too.
         shard: the share (number, of how many) of one machine, whose folder is `.NAME.shard-2-of-4`. The call without
             a shard takes over the rows of all such folders, see :meth:`begin`.
+        map_codes: the grid and the type of the codes of maps; None: the maps themselves are stored.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class PartialCodes:
         splits: dict[str, ImageVariants],
         former: dict[str, Any] | None = None,
         shard: tuple[int, int] | None = None,
+        map_codes: tuple[tuple[int, int], type[np.integer]] | None = None,
     ) -> None:
+        self.map_codes = map_codes
         self.final, self.splits, self.shard = final, splits, shard
         rows = {"rows": {name: split.rows for name, split in splits.items()}}
         self.identity: dict[str, Any] = rows | identity
@@ -143,7 +146,8 @@ class PartialCodes:
         for name, split in self.splits.items():
             _create_array(self.codes / f"{name}.codes.npy", dtype, (split.rows, *grid))
             if (form := split.images.map_form) is not None:
-                _create_array(self.codes / f"{name}.maps.npy", np.uint8, (split.rows, *form))
+                shape, kind = self.map_codes or (form, np.uint8)
+                _create_array(self.codes / f"{name}.maps.npy", kind, (split.rows, *shape))
             if (labels := split.labels()) is not None:
                 np.save(self.codes / f"{name}.labels.npy", labels)
             if (vectors := split.images.vectors) is not None:
@@ -176,7 +180,7 @@ class PartialCodes:
         return np.load(self.codes / f"{name}.codes.npy", mmap_mode="r+", allow_pickle=False)
 
     def open_maps(self, name: str) -> np.memmap | None:
-        """A split's maps, (rows, H, W) or (rows, C, H, W), writable; None without maps."""
+        """A split's maps, (rows, H, W) or (rows, C, H, W), or their codes, writable; None without maps."""
         if self.splits[name].images.map_form is None:
             return None
         return np.load(self.codes / f"{name}.maps.npy", mmap_mode="r+", allow_pickle=False)

@@ -38,13 +38,14 @@ def measure_attributes(
     """Draws images for held-out captions and maps, and for those of combinations that were never trained on."""
     assert pipeline.prior
     conditions, found, protocol = pipeline.prior.conditions, {}, {}
+    has_maps = "map" in conditions and not (codes.cache.manifest.maps and codes.cache.manifest.maps.codes)
     splits = [codes.split_name, *([UNSEEN] if UNSEEN in codes.cache.splits and codes.split_name != UNSEEN else [])]
     for split in splits:
         right, overlap = _draw(pipeline, codes, split, request, work)
         ending = "_unseen" if split == UNSEEN else ""
         if "text" in conditions:
             found |= {f"{name}_right{ending}": share for name, share in _shares(right, list(ATTRIBUTES)).items()}
-        if "map" in conditions:
+        if has_maps:
             found[f"map_overlap{ending}"] = overlap.mean().item()
         protocol[split] = len(right)
     about = {
@@ -78,6 +79,6 @@ def _draw(
         drawn = pipeline.draw(numbers, cycle, request.sampling, request.seed, len(places))
         judged = judge_shapes(torch.cat([pixels for pixels, _ in drawn]))
         right[places] = torch.stack([judged[key] == wanted[key][places] for key in ATTRIBUTES], 1).long()
-        if maps is not None:
+        if maps is not None and maps.shape[1:] == judged["mask"].shape[1:]:  # not codes of maps
             overlap[places] = map_overlap(judged["mask"], maps[places]).double()
     return work.total(right).bool(), work.total(overlap)

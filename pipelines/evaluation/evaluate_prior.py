@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from pipelines.drawing.asked import Cycle
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.evaluation.attributes import can_judge_attributes, measure_attributes
@@ -116,7 +118,7 @@ def _measure_images(
 ) -> Measurement[ImageCost]:
     """The cost of images; without them, the ``reason`` why it is missing."""
     if pipeline and pipeline.prior and images:
-        return measure_images(pipeline.prior, pipeline.tokenizer, images, work)
+        return measure_images(pipeline, images, work)
     return Measurement(ImageCost(), {"chain_rule_nats_per_image": reason})
 
 
@@ -202,6 +204,7 @@ def _held_out_images(
             f"data.source {config.source}: has the classes {data.class_names}, but the prior was trained on {names}. "
             "Use --data with images of the same classes."
         )
+    pipeline.read_given(data.validation, torch.arange(1))  # refuses to go on without a tokenizer of maps
     return HeldOutImages.choose(config, data, codes.split_name, num_images)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipelines.drawing.sampler import ImageSampler
 from pipelines.evaluation.measurement import HeldOutImages, Measurement, chosen_rows
 from pipelines.evaluation.shared_work import RowDigests, SharedWork
 from pipelines.saved.evaluation_figures import CodeCost, Cost, ImageCost
@@ -174,15 +175,17 @@ class PerImageCosts:
 
 @torch.no_grad()
 def image_costs(
-    prior: Prior, tokenizer: Autoencoder, likelihood: ObjectiveConfig, images: HeldOutImages, work: SharedWork
+    pipeline: ImageSampler, likelihood: ObjectiveConfig, images: HeldOutImages, work: SharedWork
 ) -> PerImageCosts:
     """Both parts of the bound -log p(x) <= -log p(x | codes(x)) - log p(codes(x)), which keeps one term of
     p(x) = sum over codes of p(x | codes) p(codes)."""
+    prior, tokenizer = pipeline.prior, pipeline.tokenizer
+    assert prior
     split, rows = images.split, images.rows
     table = torch.zeros(len(rows), 1 + _num_draws(prior), dtype=torch.float64)
     digests = RowDigests(len(rows))
     for places in work.batches(len(rows), "images"):
-        pixels, given = split.read(rows[places]), prior.conditions.read(split, rows[places])
+        pixels, given = split.read(rows[places]), pipeline.read_given(split, rows[places])
         digests.update(places, pixels)
         originals = to_float(pixels.to(work.device))
         latent = tokenizer.encode(originals)
@@ -198,13 +201,13 @@ def image_costs(
     return PerImageCosts(table[:, 0], table[:, 1:], level_bits, digests)
 
 
-def measure_images(
-    prior: Prior, tokenizer: Autoencoder, images: HeldOutImages, work: SharedWork
-) -> Measurement[ImageCost]:
+def measure_images(pipeline: ImageSampler, images: HeldOutImages, work: SharedWork) -> Measurement[ImageCost]:
     """Measures the cost of held-out images under the tokenizer and the prior together."""
+    prior, tokenizer = pipeline.prior, pipeline.tokenizer
+    assert prior
     scale_rows = spread(len(images.train), NUM_SCALE_IMAGES)
     likelihood = fit_likelihood(tokenizer, images.train, scale_rows, work)
-    costs = image_costs(prior, tokenizer, likelihood, images, work)
+    costs = image_costs(pipeline, likelihood, images, work)
     reconstruction, codes = costs.reconstruction.mean().item(), costs.prior.mean().item()
     total = reconstruction + codes
     bits = Cost.of(total, prior.config).bits_per_dim + costs.level_bits

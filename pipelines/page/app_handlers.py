@@ -79,7 +79,8 @@ class Handlers:
     @property
     def canvas(self) -> MapCanvas | None:
         """What maps are painted on; None: new images are not conditioned on maps."""
-        return MapCanvas(self.pipeline.model) if self.reads("map") else None
+        config = self.pipeline.map_config
+        return MapCanvas(config) if config else None
 
     def generate(
         self,

@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.files.given_conditions import read_map_file
-from stage1_tokenizer.autoencoder import Autoencoder
-from stage2_prior.prior import Prior
-from twostage.core.conditions.map_condition import NO_LABEL, ImageMapCondition, LabelMapCondition
+from twostage.core.conditions.map_condition import NO_LABEL, MapConditionConfig
 
 __all__ = ["LABEL_COLOURS", "MapCanvas", "hex_colour", "number_colour", "painted_image", "painted_labels"]
 
@@ -47,14 +45,11 @@ class MapCanvas:
     Maps are (H, W) uint8 with labels, or (C, H, W) uint8 if they are images.
     """
 
-    def __init__(self, model: Prior | Autoencoder) -> None:
-        self._model = model
-        condition = model.conditions["map"]
-        assert isinstance(condition, LabelMapCondition | ImageMapCondition)
-        self.labels = list(condition.labels) if isinstance(condition, LabelMapCondition) else []
+    def __init__(self, config: MapConditionConfig) -> None:
+        assert config.size is not None
+        self._config, self._channels, self._size = config, config.channels, config.size
+        self.labels = list(config.labels)
         """Those that can be painted; none if maps are images."""
-        self._channels = None if isinstance(condition, LabelMapCondition) else condition.channels
-        self._size = condition.size
 
     def empty(self) -> np.ndarray:
         """A map of the smallest label alone, usually the ground; or a white image."""
@@ -65,10 +60,10 @@ class MapCanvas:
         """An uploaded map.
 
         Raises:
-            InputError: see `read_map_file`; a map that the model cannot have.
+            InputError: see `read_map_file`; a map that the model was not trained with.
         """
         found = read_map_file(Path(path), Path(path).name, self._channels)
-        self._model.parse("map", [found])
+        self._config.read_map(found)
         return found
 
     def draw(self, found: np.ndarray) -> Tensor:

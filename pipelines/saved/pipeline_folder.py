@@ -1,5 +1,5 @@
-"""A pipeline on disk: `pipeline.json` beside `tokenizer/` and, if there is one, `prior/`. `pipeline.json` is written
-last and lists every file with its hash, so that an incomplete copy is detected."""
+"""A pipeline on disk: `pipeline.json` beside `tokenizer/` and, if there are such, `prior/` and `map_tokenizer/`.
+`pipeline.json` is written last and lists every file with its hash, so that an incomplete copy is detected."""
 
 import os
 import re
@@ -51,14 +51,20 @@ def is_hub_id(name: str) -> bool:
 
 
 def write_pipeline_folder(
-    folder: Path, tokenizer: Autoencoder, prior: Prior | None, weights: StoredWeights = "float32"
+    folder: Path,
+    tokenizer: Autoencoder,
+    prior: Prior | None,
+    map_tokenizer: Autoencoder | None = None,
+    weights: StoredWeights = "float32",
 ) -> None:
-    """Writes both models, then pipeline.json."""
+    """Writes the models, then pipeline.json."""
     (folder / DOCUMENT).unlink(missing_ok=True)
-    parts = ("tokenizer", "prior") if prior else ("tokenizer",)
-    tokenizer.save_pretrained(folder / "tokenizer", _stored(tokenizer, weights))
+    tokenizers = {"tokenizer": tokenizer} | ({"map_tokenizer": map_tokenizer} if map_tokenizer else {})
+    for name, model in tokenizers.items():
+        model.save_pretrained(folder / name, _stored(model, weights))
     if prior:
         prior.save_pretrained(folder / "prior", _stored(prior, weights), tokenizer="tokenizer")
+    parts = [*tokenizers, *(["prior"] if prior else [])]
     files = [f"{name}/{file}" for name in parts for file in ("config.json", "model.safetensors")]
     hashes = {name: file_sha256(folder / name) for name in files}
     write_json(folder / DOCUMENT, {"format_version": FORMAT_VERSION, "kind": "two_stage_pipeline", "sha256": hashes})
@@ -78,7 +84,7 @@ def _stored(model: Autoencoder | Prior, weights: StoredWeights) -> dict[str, Ten
     state = model.state_dict()
     if weights == "float32":
         return state
-    exact = ("encoder.", "bottleneck.") if isinstance(model, Autoencoder) else ()
+    exact = ("encoder.", "bottleneck.", "condition.") if isinstance(model, Autoencoder) else ()
     rounded = {name: _rounded(tensor) for name, tensor in state.items()}
     return {
         name: tensor if name.startswith(exact) and not torch.equal(rounded[name].to(tensor.dtype), tensor)
@@ -90,8 +96,9 @@ def _rounded(tensor: Tensor) -> Tensor:
     return tensor.bfloat16() if tensor.is_floating_point() else tensor
 
 
-def read_pipeline_folder(folder: Path) -> tuple[Autoencoder, Prior | None]:
-    """Both models, in evaluation mode, on the CPU; None for a pipeline without a prior.
+def read_pipeline_folder(folder: Path) -> tuple[Autoencoder, Prior | None, Autoencoder | None]:
+    """The tokenizer, the prior and the tokenizer of maps, in evaluation mode, on the CPU; None for those that the
+    pipeline does not have.
 
     Raises:
         InputError: no pipeline, one in another format, or files that are missing or damaged (all of them are named).
@@ -110,8 +117,10 @@ def read_pipeline_folder(folder: Path) -> tuple[Autoencoder, Prior | None]:
         raise InputError(f"{file}: `sha256` is not a list of files with their hashes. Save the pipeline again")
     _check_files(folder, hashes)
     has_prior = version == 1 or "prior/config.json" in hashes
-    tokenizer = Autoencoder.from_pretrained(folder / "tokenizer")
-    return tokenizer, Prior.from_pretrained(folder / "prior") if has_prior else None
+    prior = Prior.from_pretrained(folder / "prior") if has_prior else None
+    has_maps = "map_tokenizer/config.json" in hashes
+    map_tokenizer = Autoencoder.from_pretrained(folder / "map_tokenizer") if has_maps else None
+    return Autoencoder.from_pretrained(folder / "tokenizer"), prior, map_tokenizer
 
 
 def _check_files(folder: Path, hashes: dict[str, str]) -> None:

@@ -11,8 +11,9 @@ from typing import Any, Literal
 from pipelines.saved.pipeline_folder import download_pipeline, is_hub_id, is_pipeline_folder, read_pipeline_folder
 from pipelines.saved.stored_paths import find_places
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage2_prior.codes import CodeCache, TokenizerReference
+from stage2_prior.codes import CodeCache
 from stage2_prior.prior import Prior, PriorConfig
+from twostage.core.conditions.map_condition import MapConditionConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.data.data_config import DataConfig
 from twostage.core.data.dataset import load_images
@@ -26,7 +27,7 @@ from twostage.core.runs.contents import Record, same_place
 from twostage.core.runs.model_folder import find_model_folder
 from twostage.core.runs.run_folder import RunFolder, read_metrics
 
-__all__ = ["Kind", "SavedModel", "check_tokenizer", "find_data", "tokenizer_of_codes"]
+__all__ = ["Kind", "SavedModel", "check_map_tokenizer", "check_tokenizer", "find_data", "tokenizer_of_codes"]
 
 Kind = Literal["tokenizer", "prior", "features", "pipeline"]
 
@@ -116,13 +117,25 @@ class SavedModel:
         reference, run = config.tokenizer, RunFolder(self.home)
         codes = run.stored_sources().get("codes")
         places = find_places(reference.path, run.path, Path(codes.place) if codes and codes.place else None)
-        if found := _tokenizer_among(list(places), reference):
+        if found := _tokenizer_among(list(places), reference.hash):
             return found
         raise InputError(
             f"{self.path}: its tokenizer was at {reference.path}, but is neither there nor near {run.path}. Give "
             "--tokenizer runs/TOKENIZER; if this command has no such option, export a pipeline with twostage export "
             "--tokenizer runs/TOKENIZER and give that"
         )
+
+    def find_map_tokenizer(self, config: PriorConfig) -> Autoencoder | None:
+        """The tokenizer of this prior's maps, by its content hash; None if it is not found, or none is needed."""
+        forms = [each.codes for each in config.conditions if isinstance(each, MapConditionConfig) and each.codes]
+        run = RunFolder(self.home)
+        codes = run.stored_sources().get("codes")
+        for form in forms:
+            places = find_places(form.path, run.path, Path(codes.place) if codes and codes.place else None)
+            found = _tokenizer_among(list(places), form.hash)
+            if found and found[1].content_hash() == form.hash:
+                return found[1]
+        return None
 
     def training_data(self, source: str | None = None) -> DataConfig:
         """The `data` group that this tokenizer was trained with; with ``source`` instead of its own if one is given.
@@ -202,7 +215,7 @@ def tokenizer_of_codes(cache: CodeCache) -> Autoencoder:
         InputError: it is missing or damaged, or has changed since.
     """
     reference = cache.manifest.tokenizer
-    if found := _tokenizer_among(list(find_places(reference.path, cache.path)), reference):
+    if found := _tokenizer_among(list(find_places(reference.path, cache.path)), reference.hash):
         if (present := found[1].content_hash()) == reference.hash:
             return found[1]
         raise InputError(
@@ -215,8 +228,8 @@ def tokenizer_of_codes(cache: CodeCache) -> Autoencoder:
     )
 
 
-def _tokenizer_among(places: list[Path], reference: TokenizerReference) -> tuple[SavedModel, Autoencoder] | None:
-    """The tokenizer with the reference's hash; if there is none, another one, and if there is none either, None.
+def _tokenizer_among(places: list[Path], hash: str) -> tuple[SavedModel, Autoencoder] | None:
+    """The tokenizer with this hash; if there is none, another one, and if there is none either, None.
 
     Raises:
         InputError: there are only damaged ones.
@@ -227,7 +240,7 @@ def _tokenizer_among(places: list[Path], reference: TokenizerReference) -> tuple
             found = SavedModel.find_run(place), Autoencoder.from_pretrained(place)
         except (InputError, OSError):
             continue
-        if found[1].content_hash() == reference.hash:
+        if found[1].content_hash() == hash:
             return found
         others.append(found)
     if not others and places:
@@ -252,6 +265,22 @@ def check_tokenizer(tokenizer: Autoencoder, config: PriorConfig) -> None:
             f"this prior was trained on the codes of the tokenizer {expected[:12]} (it was at "
             f"{config.tokenizer.path}), but the tokenizer given is {found[:12]}: their codes mean different things. "
             "Give the tokenizer that made the codes, or encode the dataset again and train a new prior"
+        )
+
+
+def check_map_tokenizer(tokenizer: Autoencoder, config: MapConditionConfig | None) -> None:
+    """Refuses a tokenizer of maps other than the one whose codes a prior was trained with.
+
+    Raises:
+        InputError: the prior sees no codes of maps, or their hashes differ.
+    """
+    codes = config.codes if config else None
+    if codes is None:
+        raise InputError("map_tokenizer: this prior was trained without codes of maps. Omit it")
+    if (found := tokenizer.content_hash()) != codes.hash:
+        raise InputError(
+            f"map_tokenizer: this prior was trained with the codes of the map tokenizer {codes.hash[:12]} (it was at "
+            f"{codes.path}), but the one given is {found[:12]}. Give the one that made the codes"
         )
 
 

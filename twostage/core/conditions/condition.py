@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from twostage.core.conditions.context import Context, ContextForm, ContextSpace
+from twostage.core.conditions.map_form import MapForm
 from twostage.core.config.registry import OpenUnion
 from twostage.core.config.sections import Section, Share
 from twostage.core.training.random import BatchRandom
@@ -33,7 +34,7 @@ class ConditionedSplit(Protocol):
         ...
 
     def read_maps(self, rows: Tensor) -> Tensor | None:
-        """(B, H, W) uint8, or None if there are none."""
+        """(B, H, W) uint8, (B, C, H, W) uint8, or codes (B, h, w); None if there are none."""
         ...
 
     def read_vectors(self, rows: Tensor) -> Tensor | None:
@@ -54,6 +55,8 @@ class ConditionSource:
     image_size: tuple[int, int]
     """(height, width)."""
     class_names: list[str] | None
+    maps: MapForm | None = None
+    """What the maps are, if that is known already."""
 
 
 class ConditionConfig(OpenUnion, Section):

@@ -41,6 +41,9 @@ class DataConfig(Section):
     map_kind: MapKind = "labels"
     """`labels`: the grey values or palette indices of maps are classes, and are never blended; `image`: maps are
     ordinary images."""
+    train_on: Literal["images", "maps"] = "images"
+    """`maps`: the maps beside the images are the images of this model, for a tokenizer of maps; those of classes are
+    shown in fixed colours."""
     value_range: tuple[Number, Number] | None = None
     """The values in the files that become black and white, such as [0, 4095] for 12 bits stored in 16; null: the range
     of the files' type, which is 0 to 1 for floats."""

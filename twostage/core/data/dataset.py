@@ -63,8 +63,18 @@ def load_images(config: DataConfig) -> ImageData:
         InputError: the source is missing or ambiguous, images do not fit in memory, their value range is unknown, or an
             image (the message names it) is unreadable and ``on_bad_image`` is not `skip`.
     """
-    if config.source in DRAWN_SOURCES:
-        return _load_drawn(config)
+    data = _load_drawn(config) if config.source in DRAWN_SOURCES else _load_stored(config)
+    if config.train_on == "maps":
+        if data.splits["train"].map_form is None:
+            raise InputError(
+                f"data.train_on 'maps': data.source {config.source} has no maps. Set data.maps=COLUMN or "
+                "data.maps=FOLDER"
+            )
+        data.splits["train"].read(torch.arange(1))  # refuses other channels
+    return data
+
+
+def _load_stored(config: DataConfig) -> ImageData:
     quiet_decoders()
     source = find_source(config.source, config.columns)
     if config.vector_file:

@@ -17,6 +17,7 @@ from twostage.core.data.sources import find_local
 from twostage.core.data.spread import names_without_images, spread
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
+from twostage.core.images.map_colours import maps_as_images
 from twostage.core.images.pixel_values import UsedValues
 from twostage.core.runs.contents import Contents
 
@@ -77,7 +78,9 @@ class ImageSplit(Dataset[tuple[Tensor, int]]):
         return self.pixels is not None
 
     def read(self, rows: Tensor) -> Tensor:
-        """(len(rows), C, H, W) uint8."""
+        """(len(rows), C, H, W) uint8; maps as images, if they are what is trained on."""
+        if self.config.train_on == "maps" and (maps := self.read_maps(rows)) is not None:
+            return maps_as_images(maps, self.config.channels)
         if self.pixels is not None:
             return self.pixels[rows]
         assert self.records is not None
