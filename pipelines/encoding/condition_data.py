@@ -142,8 +142,8 @@ class MapCoder:
             )
         if model.bottleneck.scales:
             raise InputError(
-                f"--map-tokenizer {tokenizer}: writes codes of several scales, expected one grid. Train one with another "
-                "model.bottleneck, such as vector"
+                f"--map-tokenizer {tokenizer}: writes codes of several scales, expected one grid. Train one with "
+                "another model.bottleneck, such as vector"
             )
         assert model.codebook_size
         hash, path = model.content_hash(), portable(tokenizer, final)
