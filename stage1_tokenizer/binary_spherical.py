@@ -62,7 +62,7 @@ class BinarySpherical(Quantizer):
 
     def __init__(self, config: BinarySphericalConfig, latent_channels: int) -> None:
         super().__init__(2**latent_channels, latent_channels)
-        self.config = config
+        self.config, self.digits = config, (2,) * latent_channels
 
     def forward(self, encoded: Tensor, labels: Tensor | None, random: BatchRandom) -> BottleneckOutput:
         """Quantizes (B, D, h, w). The weighted losses are `code_entropy` (nats, of a vector's choice) and

@@ -68,6 +68,7 @@ class ProductQuantizer(Bottleneck):
         first = parts[0]
         self.groups = nn.ModuleList(parts)
         self.codebook_size, self.depth = first.codebook_size, first.depth * len(parts)
+        self.digits = first.digits
         self.encoded_channels = first.encoded_channels * len(parts)
         self.starts_from_data = first.starts_from_data
 

@@ -1,5 +1,6 @@
 """The codes on disk are those of the tokenizer, and the manifest describes them."""
 
+import math
 import os
 import subprocess
 import sys
@@ -15,8 +16,12 @@ from messages import assert_names
 from PIL import Image
 
 from pipelines.encoding import dataset_codes, partial_codes
-from stage1_tokenizer.autoencoder import Autoencoder
+from pipelines.encoding.new_prior import new_prior
+from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig
+from stage1_tokenizer.lookup_free import LookupFreeConfig
+from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import Augmentation, CodeCache
+from stage2_prior.prior import prior_config
 from twostage.core.config.sections import parse_config
 from twostage.core.data.data_config import DataConfig
 from twostage.core.data.dataset import load_images
@@ -66,6 +71,24 @@ def test_the_manifest_describes_the_codes(runs, data):
     assert (manifest.grid, manifest.codebook_size, manifest.image_size, manifest.channels) == ((4, 4), 16, (16, 16), 3)
     assert (manifest.source, manifest.class_names, manifest.validation_split) == ("shapes", data.class_names, "test")
     assert {name: files.rows for name, files in manifest.splits.items()} == {"train": 320, "test": 64}
+
+
+def test_codes_of_bits_are_described_by_their_digits(tmp_path):
+    """17 bits need int32; a prior of them needs no table."""
+    group = ModelConfig(latent_channels=17, bottleneck=LookupFreeConfig())
+    model = Autoencoder(AutoencoderConfig(image_size=16, channels=3, model=group))
+    model.save_pretrained(tmp_path / "tokenizer")
+    images = write_images(tmp_path / "images", 6)
+    cache = CodeCache(dataset_codes.encode_dataset(tmp_path / "tokenizer", tmp_path / "codes", str(images)))
+    assert cache.manifest.digits == [2] * 17
+    assert cache.splits["train"].codes.dtype == np.int32
+    prior = new_prior(model, CausalTransformerConfig(hidden_size=16, depth=1, num_heads=2, codes="digits"))
+    learned = prior_config(prior.config.model, None, prior.config.loss, cache)
+    assert learned.model == prior.config.model
+    codes = cache.splits["train"].read(torch.arange(3))
+    uniform = torch.full((3,), 17 * math.log(2) * codes[0].numel())
+    torch.testing.assert_close(prior.eval().nats_per_image(codes), uniform)
+    model.decode_indices(prior.sample(seeds=[0]))
 
 
 def test_entropy_and_unigram_are_those_of_the_arrays(runs):

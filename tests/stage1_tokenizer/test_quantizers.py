@@ -404,3 +404,28 @@ def test_usage_metrics_by_hand():
     metrics = quantizer.usage_metrics()
     assert metrics["codebook_usage"] == 0.5
     assert metrics["perplexity"].item() == pytest.approx(2.0, rel=1e-2)
+
+
+# --- codes as numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        FiniteScalar(FiniteScalarConfig(levels=[4, 3, 5])),
+        LookupFree(LookupFreeConfig(), 5),
+        BinarySpherical(BinarySphericalConfig(), 5),
+    ],
+    ids=lambda quantizer: type(quantizer).__name__,
+)
+def test_each_channel_of_a_code_is_a_digit(quantizer):
+    """Counted from the least significant digit, a larger one is a larger value."""
+    assert math.prod(quantizer.digits) == quantizer.codebook_size
+    codes, power = torch.arange(quantizer.codebook_size), 1
+    vectors = quantizer.lookup(codes[None, None])[0, :, 0]  # (C, K)
+    for values, base in zip(vectors, quantizer.digits, strict=True):
+        digit = codes // power % base
+        of_digits = [values[digit == value].unique() for value in range(base)]
+        assert all(len(found) == 1 for found in of_digits)
+        assert (torch.cat(of_digits).diff() > 0).all()
+        power *= base
