@@ -3,8 +3,8 @@
 python -m benchmarks.digits [--codes codes/fsq_512] [--steps 600] [--seeds 0] [--repeats 5] [--json FILE]
 
 First, memory and time: a GPT on 7x7 codes out of 2^16, as 16 bits and as two digits of 256, beside its tables. A step
-is forward, backward and AdamW; `_mb` are the weights of embedding and head. Then, with --codes, what is learned: the same
-small GPT, trained for the same steps on the same batches, with each kind of code; held-out nats per code.
+is forward, backward and AdamW; `_mb` are the weights of embedding and head. Then, with --codes, what is learned: the
+same small GPT, trained for the same steps on the same batches, with each kind of code; held-out nats per code.
 """
 
 import math

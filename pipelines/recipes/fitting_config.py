@@ -38,6 +38,8 @@ FEW_IMAGES = 500
 """With fewer training images, both stages mostly learn them by heart."""
 FEW_CODES, FEW_BATCH = 64, 16
 """The codebook and the batch for few images."""
+LARGE_CODEBOOK = 4096
+"""With more codes than this, a prior predicts their digits, if they have any."""
 UNBALANCED = 3
 """The ratio of the largest class to the smallest from which classes count as unbalanced."""
 
@@ -159,6 +161,9 @@ def _fit_prior(codes: str, asked: Document) -> tuple[Document, list[str]]:
     if manifest.has_captions and not manifest.class_names:
         document["condition"] = {"type": "text"}
         about.append("The images have captions and no classes, so it is conditioned on captions.")
+    if manifest.digits and codebook > LARGE_CODEBOOK and "model" in document:
+        document["model"]["codes"] = "digits"
+        about.append(f"It predicts codes digit by digit (model.codes=digits): a table of {codebook:,} codes is large.")
     _limit_batch(document, rows)
     return document, about
 

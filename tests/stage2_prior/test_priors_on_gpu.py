@@ -79,8 +79,9 @@ def codes(tmp_path_factory, write_codes) -> Path:
     for name in grids:
         for kind, array in arrays.items():
             np.save(folder / f"{name}.{kind}.npy", array)
-    manifest = write_codes(folder, grids, 16, ["cat", "dog"], labels, vector_length=3, image_size=(16, 16),
-                           maps={"kind": "labels", "channels": None, "classes": [0, 1, 2]})  # fmt: skip
+    maps = {"kind": "labels", "channels": None, "classes": [0, 1, 2]}
+    manifest = write_codes(folder, grids, 16, ["cat", "dog"], labels, vector_length=3, image_size=(16, 16), maps=maps,
+                           digits=[2] * 4)  # fmt: skip
     for name, files in manifest.splits.items():
         manifest.splits[name] = files.model_copy(update={kind: f"{name}.{kind}.npy" for kind in arrays})
     (folder / "manifest.json").write_text(manifest.model_dump_json(), encoding="utf-8")

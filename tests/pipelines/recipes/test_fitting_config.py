@@ -1,5 +1,7 @@
 """Training verbs write a config that fits images or codes, and train by it from then on."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -193,3 +195,12 @@ def test_a_prior_that_starts_from_another_has_its_network(runs):
     opened = open_prior_config(str(runs.codes), [f"init_from={runs.prior}", "run.dir=runs/next"])
     assert opened.model == Prior.from_pretrained(runs.prior).config.model
     assert "init_from" in Path("runs/tokenizer_prior.yaml").read_text()
+
+
+@pytest.mark.parametrize(("bits", "codes"), [(13, "digits"), (12, "table")])
+def test_a_large_codebook_is_predicted_digit_by_digit(runs, capsys, bits, codes):
+    file = Path(shutil.copytree(runs.codes, "codes")) / "manifest.json"
+    document = json.loads(file.read_text()) | {"codebook_size": 2**bits, "digits": [2] * bits}
+    file.write_text(json.dumps(document))
+    assert open_prior_config("codes", []).model.codes == codes
+    assert ("model.codes=digits" in capsys.readouterr().out) == (codes == "digits")
