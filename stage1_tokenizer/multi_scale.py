@@ -94,6 +94,7 @@ class MultiScale(Bottleneck):
         quantizer = config.codes.build(shape, 0)
         assert isinstance(quantizer, Quantizer)
         self.quantizer, self.codebook_size, self.encoded_channels = quantizer, quantizer.codebook_size, channels
+        self.digits = quantizer.digits
         self.starts_from_data = quantizer.starts_from_data
         self.down = nn.ModuleList(Resize((grid[0], grid[1]), scale) for scale in self.scales)
         self.up = nn.ModuleList(Resize(scale, (grid[0], grid[1])) for scale in self.scales)

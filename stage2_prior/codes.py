@@ -148,8 +148,8 @@ class Manifest(Section):
 
     @model_serializer(mode="wrap")
     def _readable_by_earlier_versions(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """They do not know `scales`, so they are written only if there are any."""
-        return {key: value for key, value in handler(self).items() if key != "scales" or value}
+        """They do not know `scales` and `digits`, so these are written only if there are any."""
+        return {key: value for key, value in handler(self).items() if key not in ("scales", "digits") or value}
 
     @property
     def has_captions(self) -> bool:

@@ -21,6 +21,7 @@ from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import Prior, PriorLossConfig, prior_config
 from stage2_prior.sampling import Branches, CodeNoise, image_seeds
 from stage2_prior.sampling_config import SamplingConfig
+from stage2_prior.scale_transformer import ScaleTransformer, ScaleTransformerConfig
 from stage2_prior.transformer import Transformer
 from twostage.core.conditions.context import Context, ContextForm
 from twostage.core.training.random import BatchRandom
@@ -175,6 +176,21 @@ def test_the_probabilities_of_all_small_grids_add_up_to_one(name):
         context = of(torch.full((len(every),), label))
         nats = model.nats_per_image(every, context, BatchRandom(0, slice(0, len(every)), len(every)))
         assert abs((-nats.double()).exp().sum().item() - 1) < 1e-5
+
+
+def test_scales_of_digits_add_up_to_one():
+    config = ScaleTransformerConfig(hidden_size=16, depth=1, num_heads=2, dropout=0.0, codes=[2, 2])
+    config = config.for_codes(4, None, ((1, 1), (1, 2)))
+    torch.manual_seed(0)
+    model = ScaleTransformer(config, 4, ContextForm()).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    every = torch.tensor(list(itertools.product(range(4), repeat=3)))
+    nats = model.nats_per_image(every, Context(len(every)), BatchRandom(0, slice(0, len(every)), len(every)))
+    assert abs((-nats.double()).exp().sum().item() - 1) < 1e-5
+    drawn = model.sample(Branches(Context(9)), SamplingConfig(), image_seeds(0, 0, 9))
+    alone = [model.sample(Branches(Context(1)), SamplingConfig(), [seed]) for seed in image_seeds(0, 0, 9)]
+    assert torch.equal(torch.cat(alone), drawn)
 
 
 @pytest.mark.parametrize("name", ["causal", "pixelcnn"])
