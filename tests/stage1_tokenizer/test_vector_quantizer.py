@@ -9,6 +9,7 @@ from torch import Tensor
 from stage1_tokenizer import shortlist
 from stage1_tokenizer.nearest_codes import k_means, nearest_codes
 from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
+from twostage.core.machine.memory import peak_memory
 from twostage.core.training.random import BatchRandom
 
 GRID = (2, 3)
@@ -111,6 +112,14 @@ def test_a_shortlist_answers_without_comparing_all_codes(dtype):
     assert found is not None
     assert torch.equal(found, brute_force(vectors, codebook))
     assert shortlist._shortlist(codebook[:1].expand(700, 8), dtype)(vectors) is None
+
+
+def test_a_large_codebook_needs_no_matrix_of_all_scores():
+    """It would take 256 MiB."""
+    vectors, codebook = torch.randn(2048, 4, generator=generator()), torch.randn(65_536, 4, generator=generator(1))
+    with peak_memory(torch.device("cpu")) as peak:
+        nearest_codes(vectors, codebook)
+    assert peak() < 60 * 2**20
 
 
 def test_the_first_of_equal_codes_is_found():
