@@ -5,10 +5,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from twostage.core.config.sections import Count, Flag, Number, PathName, Section
+from twostage.core.config.sections import CHANGES_NO_NUMBER, Count, Flag, Number, PathName, Section
+from twostage.core.data.cache_files import cache_folder
+from twostage.core.data.decoded_cache import DecodedCache
 from twostage.core.data.maps import MapKind
 from twostage.core.data.records import AUTO, Columns
 from twostage.core.data.vectors import VECTOR_FILE
+from twostage.core.files import expand_home
 
 __all__ = ["DataConfig"]
 
@@ -62,6 +65,11 @@ class DataConfig(Section):
     in_memory_gb: Number = Field(default=4.0, ge=0.0)
     """Datasets with up to this many gigabytes of pixels are kept decoded in memory. The larger images that
     `random_crop` needs are kept too if they fit beside the plain ones."""
+    cache: Annotated[str | None, Field(min_length=1), CHANGES_NO_NUMBER] = AUTO
+    """The folder that keeps decoded images for later starts; `auto`: `~/.cache/twostage`; `false` or null: none."""
+    cache_gb: Annotated[Number, Field(gt=0.0), CHANGES_NO_NUMBER] = 16.0
+    """The most gigabytes of decoded images in that folder; those that were not used for the longest time are removed
+    first."""
 
     @field_validator("image_size", mode="before")
     @classmethod
@@ -70,6 +78,11 @@ class DataConfig(Section):
         if not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
             raise ValueError(f"expected pixels such as 32, or [height, width], got {value!r}")
         return value
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _no_cache(cls, value: Any) -> Any:
+        return None if value is False or value == "false" else value
 
     @field_validator("value_range")
     @classmethod
@@ -82,6 +95,17 @@ class DataConfig(Section):
     def size(self) -> tuple[int, int]:
         """(height, width)."""
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def decoded_cache(self) -> DecodedCache:
+        """Where decoded images are kept.
+
+        Raises:
+            InputError: the folder that ``cache`` names cannot be written.
+        """
+        if self.cache in (AUTO, None):
+            return DecodedCache(None if self.cache is None else cache_folder(), 1e9 * self.cache_gb)
+        return DecodedCache.at(expand_home(self.cache), 1e9 * self.cache_gb)
 
     @property
     def columns(self) -> Columns:

@@ -12,7 +12,7 @@ import torch
 
 from twostage.core.data.captions import has_captions
 from twostage.core.data.data_config import DataConfig
-from twostage.core.data.decoded_cache import decode_all
+from twostage.core.data.decoded_cache import DecodedCache, decode_all
 from twostage.core.data.decoding import Findings
 from twostage.core.data.drawn_sources import DRAWN_SOURCES, draw_split, drawn_splits
 from twostage.core.data.image_data import ImageData, ImageSplit, check_readable
@@ -50,7 +50,8 @@ def load_larger(data: ImageData, size: tuple[int, int]) -> ImageSplit:
     in_memory = plain_bytes + len(train) * _bytes_each(config) <= config.in_memory_gb * 1e9
     _check_memory(config, len(train) if in_memory else 1)
     if in_memory:
-        pixels, found = decode_all(train.records, (config.channels, *size), config.value_range, in_memory)
+        form, cache = (config.channels, *size), config.decoded_cache
+        pixels, found = decode_all(train.records, form, config.value_range, in_memory, cache)
         check_readable(train.records, found)
         larger.pixels = None if pixels is None else torch.from_numpy(pixels)
     return larger
@@ -76,6 +77,7 @@ def load_images(config: DataConfig) -> ImageData:
 
 def _load_stored(config: DataConfig) -> ImageData:
     quiet_decoders()
+    cache = config.decoded_cache
     source = find_source(config.source, config.columns)
     if config.vector_file:
         source.splits = add_vectors(source.splits, config.vector_file)
@@ -86,7 +88,7 @@ def _load_stored(config: DataConfig) -> ImageData:
     _check_memory(config, count if in_memory else 1)
     splits, bad, total = {}, [], Findings()
     for name, records in source.splits.items():
-        pixels, found = decode_all(records, (config.channels, *config.size), config.value_range, in_memory)
+        pixels, found = decode_all(records, (config.channels, *config.size), config.value_range, in_memory, cache)
         bad += [f"{records.names[row]} ({reason})" for row, reason in found.bad.items()]
         total.add(found)
         if found.bad:
@@ -99,8 +101,9 @@ def _load_stored(config: DataConfig) -> ImageData:
     for name, split in splits.items():
         if not len(split):
             raise InputError(f"data.source {config.source}: expected readable images in `{name}`, got {some_of(bad)}")
-    _add_maps(splits, config, in_memory)
+    _add_maps(splits, config, in_memory, cache)
     notices = [*source.notices, *_value_notices(total.values, config), *_mode_notices(total.modes, config.channels)]
+    notices += cache.notices
     if total.animated:
         notices.append(f"{total.animated} images have several frames; only the first is used")
     data = ImageData(
@@ -123,10 +126,10 @@ def _load_stored(config: DataConfig) -> ImageData:
     return data
 
 
-def _add_maps(splits: dict[str, ImageSplit], config: DataConfig, in_memory: bool) -> None:
+def _add_maps(splits: dict[str, ImageSplit], config: DataConfig, in_memory: bool, cache: DecodedCache) -> None:
     records = {name: split.records.maps for name, split in splits.items() if split.records and split.records.maps}
     if records:
-        maps, channels = decode_maps(records, config.map_kind, config.size, in_memory)
+        maps, channels = decode_maps(records, config.map_kind, config.size, in_memory, cache)
         for name, found in maps.items():
             splits[name].maps = None if found is None else torch.from_numpy(found)
             splits[name].map_channels = channels

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from twostage.core.data.decoded_cache import decode_all
+from twostage.core.data.decoded_cache import DecodedCache, decode_all
 from twostage.core.data.folder_content import IMAGE_SUFFIXES, list_folder
 from twostage.core.data.records import Records
 from twostage.core.errors import InputError
@@ -78,7 +78,7 @@ def map_files(folder: Path, images: dict[str, list[Path]]) -> dict[str, list[Pat
 
 
 def decode_maps(
-    splits: dict[str, Records], kind: MapKind, size: tuple[int, int], in_memory: bool
+    splits: dict[str, Records], kind: MapKind, size: tuple[int, int], in_memory: bool, cache: DecodedCache
 ) -> tuple[dict[str, np.ndarray | None], int | None]:
     """Decode or check all maps.
 
@@ -86,6 +86,7 @@ def decode_maps(
         splits: the maps of each split.
         size: (H, W).
         in_memory: whether to keep them.
+        cache: see :func:`twostage.core.data.decoded_cache.decode_all`.
 
     Returns:
         The maps of each split, (n, H, W) uint8 classes or (n, C, H, W) uint8 images, or None unless ``in_memory``; and
@@ -97,7 +98,7 @@ def decode_maps(
     classes, bad, modes, found = kind == "labels", [], set(), {}
     form = (1 if classes else 3, *size)
     for name, maps in splits.items():
-        found[name], findings = decode_all(maps, form, None, in_memory, classes)
+        found[name], findings = decode_all(maps, form, None, in_memory, cache, classes)
         bad += [f"{maps.names[row]} ({reason})" for row, reason in findings.bad.items()]
         modes |= set(findings.modes)
     if bad:

@@ -130,11 +130,42 @@ def test_nothing_is_stored_on_a_disk_without_room(images, monkeypatch):
     root = images("train/0.png", "test/1.png")
     usage = namedtuple("Usage", ["free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2 * 8 * 8 * 3 - 1))
-    load(root)
+    notice = load(root).notices[-1]
+    assert "1 decoded images (1.92e-07 GB)" in notice
+    assert f"{ROOT / 'decoded'} has 3.83e-07 GB free, expected twice their size" in notice
+    assert "data.cache" in notice
     assert list((ROOT / "decoded").iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2 * 8 * 8 * 3))
     load(root)
     assert len(list((ROOT / "decoded").iterdir())) == 2
+
+
+def test_images_beyond_the_limit_are_not_kept(images):
+    root = images("train/0.png", "test/1.png")
+    notice = load(root, cache_gb=1e-9).notices[-1]
+    assert "1 decoded images (1.92e-07 GB) are not kept: 1e-09 GB is the limit" in notice
+    assert "set a larger data.cache_gb" in notice
+    assert list((ROOT / "decoded").iterdir()) == []
+
+
+@pytest.mark.parametrize("nowhere", [False, None, "false"])
+def test_the_cache_is_another_folder_or_none(images, decoded, nowhere):
+    root = images("train/0.png", "test/1.png")
+    expected = pixels(load(root, cache=nowhere))
+    assert not ROOT.exists()
+    for _ in range(2):
+        torch.testing.assert_close(pixels(load(root, cache="elsewhere/pixels")), expected, rtol=0, atol=0)
+    assert decoded == [1] * 4
+    assert len(list(Path("elsewhere/pixels/decoded").iterdir())) == 2
+    assert not ROOT.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_refused(images):
+    root = images("train/0.png", "test/1.png")
+    Path("file").write_text("")
+    for folder in ("file", "file/below"):
+        with refuses(f"data.cache {folder}: cannot keep decoded images there", "data.cache=false"):
+            load(root, cache=folder)
 
 
 def test_what_was_not_used_for_the_longest_time_is_removed_first(images, monkeypatch, decoded):
@@ -144,8 +175,7 @@ def test_what_was_not_used_for_the_longest_time_is_removed_first(images, monkeyp
     for place, file in enumerate(sorted((ROOT / "decoded").iterdir(), key=lambda file: file.stat().st_size)):
         os.utime(file, (place, place))
     load(root)  # now the newest
-    monkeypatch.setattr(decoded_cache, "MAX_BYTES", 2000)
-    load(root, image_size=12)  # two of 560 bytes, beside two of 320 and two of 896
+    load(root, image_size=12, cache_gb=2e-6)  # two of 560 bytes, beside two of 320 and two of 896
     assert sorted(file.stat().st_size for file in (ROOT / "decoded").iterdir()) == [320, 320, 560, 560]
 
 
