@@ -27,6 +27,10 @@ __all__ = ["MultiScale", "MultiScaleConfig"]
 COMMITMENT = 0.25
 """The weight of the loss `commitment` for codes without a weight of their own."""
 
+PHI_SHARE = 0.1
+"""The share of the convolution in phi(x). The authors take 0.5; a smaller one keeps the large first steps of a training
+from mixing up the codes."""
+
 
 @BottleneckConfig.register
 class MultiScaleConfig(BottleneckConfig):
@@ -106,9 +110,11 @@ class MultiScale(Bottleneck):
         self.register_buffer("pending_scale_counts", torch.zeros_like(counts), persistent=False)
 
     def forward(self, encoded: Tensor, labels: Tensor | None, random: BatchRandom) -> BottleneckOutput:
-        """Quantizes (B, C, h, w). The gradient reaches the encoder as if z were its output. The losses compare the
-        encoder's output with the sum after each scale, as a mean over the scales (as the authors' code does): `sums`
-        trains the convolutions and, unless the codebook is `ema`, the codes; `commitment` trains the encoder."""
+        """Quantizes (B, C, h, w). The gradient reaches the encoder as if z were its output. The losses are squared
+        errors (equation 5 of the paper). `sums` compares the sum after each scale with the encoder's output, as a mean
+        over the scales, and trains the convolutions and, unless the codebook is `ema`, the codes. `commitment` compares
+        the encoder's output with z and trains the encoder. The authors' code takes it over all scales too. That pulls
+        the encoder towards what coarse scales can hold, and cost about 1 dB (MNIST, 7x7 cells)."""
         with torch.autocast(encoded.device.type, enabled=False):
             encoded = encoded.float()
             lefts, grids, sums = self._quantize(encoded)
@@ -119,9 +125,8 @@ class MultiScale(Bottleneck):
                 self._count(grids)
             target, weight = encoded.detach(), getattr(self.config.codes, "commitment_weight", COMMITMENT)
             errors = torch.stack([F.mse_loss(total, target) for total in sums])
-            commitment = torch.stack([F.mse_loss(encoded, total.detach()) for total in sums])
-            losses = {"sums": errors.mean(), "commitment": weight * commitment.mean()}
             z = pass_gradient(encoded, sums[-1].detach())
+            losses = {"sums": errors.mean(), "commitment": weight * F.mse_loss(encoded, z.detach())}
         for scale, error, counts in zip(self.scales, errors.detach(), self.ema_scale_counts, strict=True):
             name = describe_grids(scale)
             metrics[f"error_{name}"] = error
@@ -159,9 +164,9 @@ class MultiScale(Bottleneck):
         return lefts, grids, sums
 
     def _part(self, scale: int, vectors: Tensor) -> Tensor:
-        """What vectors (B, C, h_s, w_s) add to z: phi(x) = x / 2 + convolution(x) / 2 of the interpolated vectors."""
+        """What vectors (B, C, h_s, w_s) add to z: phi of the interpolated vectors."""
         x = self.up[scale](vectors)
-        return (x + self.convolutions[scale](x)) / 2
+        return torch.lerp(x, self.convolutions[scale](x), PHI_SHARE)
 
     @torch.no_grad()
     def initialize(self, encoded: Tensor, generator: torch.Generator) -> None:

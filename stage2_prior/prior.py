@@ -22,6 +22,7 @@ from stage2_prior.parallel_transformer import ParallelTransformerConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.sampling import Branches
 from stage2_prior.sampling_config import SamplingConfig
+from stage2_prior.scale_by_scale import ScaleByScaleConfig
 from stage2_prior.scale_transformer import ScaleTransformerConfig
 from twostage.core.conditions.class_condition import ClassConditionConfig
 from twostage.core.conditions.condition import ConditionConfig
@@ -43,6 +44,7 @@ for network in (
     MaskedTransformerConfig,
     ParallelTransformerConfig,
     ScaleTransformerConfig,
+    ScaleByScaleConfig,
 ):
     NetworkConfig.register(network)
 

@@ -70,6 +70,9 @@ class ScaleTransformerConfig(TransformerConfig):
     def context_space(self, grid: tuple[int, int]) -> ContextSpace:
         return ContextSpace(self.hidden_size, 0.02, self.scales[-1])
 
+    def default_steps(self, grid: tuple[int, int]) -> int:
+        return len(self.scales)
+
     def codes_at_once(self, grid: tuple[int, int]) -> int:
         return math.prod(self.scales[-1])
 
