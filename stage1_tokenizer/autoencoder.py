@@ -30,6 +30,7 @@ from stage1_tokenizer import (  # noqa: F401
     product_quantizer,
     projected_codebook,
     residual_quantizer,
+    two_level,
     vqgan_backbone,
 )
 from stage1_tokenizer.backbone import BackboneConfig

@@ -110,11 +110,10 @@ class MultiScale(Bottleneck):
         self.register_buffer("pending_scale_counts", torch.zeros_like(counts), persistent=False)
 
     def forward(self, encoded: Tensor, labels: Tensor | None, random: BatchRandom) -> BottleneckOutput:
-        """Quantizes (B, C, h, w). The gradient reaches the encoder as if z were its output. The losses are squared
-        errors (equation 5 of the paper). `sums` compares the sum after each scale with the encoder's output, as a mean
-        over the scales, and trains the convolutions and, unless the codebook is `ema`, the codes. `commitment` compares
-        the encoder's output with z and trains the encoder. The authors' code takes it over all scales too. That pulls
-        the encoder towards what coarse scales can hold, and cost about 1 dB (MNIST, 7x7 cells)."""
+        """Quantizes (B, C, h, w). The gradient reaches the encoder as if z were its output. The losses compare the
+        encoder's output with the sum after each scale, as a mean over the scales (as the authors' code does): `sums`
+        trains the convolutions and, unless the codebook is `ema`, the codes; `commitment` trains the encoder. With the
+        last sum alone, the encoder's output grew without bound in some runs."""
         with torch.autocast(encoded.device.type, enabled=False):
             encoded = encoded.float()
             lefts, grids, sums = self._quantize(encoded)
@@ -125,8 +124,9 @@ class MultiScale(Bottleneck):
                 self._count(grids)
             target, weight = encoded.detach(), getattr(self.config.codes, "commitment_weight", COMMITMENT)
             errors = torch.stack([F.mse_loss(total, target) for total in sums])
+            commitment = torch.stack([F.mse_loss(encoded, total.detach()) for total in sums])
+            losses = {"sums": errors.mean(), "commitment": weight * commitment.mean()}
             z = pass_gradient(encoded, sums[-1].detach())
-            losses = {"sums": errors.mean(), "commitment": weight * F.mse_loss(encoded, z.detach())}
         for scale, error, counts in zip(self.scales, errors.detach(), self.ema_scale_counts, strict=True):
             name = describe_grids(scale)
             metrics[f"error_{name}"] = error

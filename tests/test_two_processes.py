@@ -155,6 +155,7 @@ def test_both_processes_have_one_codebook(configs, alone, tmp_path):
         **{"ema": EMA, "learned": LEARNED, "accumulated": ACCUMULATED, "gaussian": GAUSSIAN, "simvq": SIMVQ, "l2": L2},
         **{"residual": RESIDUAL, "finite_scalar": FINITE_SCALAR, "lookup_free": LOOKUP_FREE, "vqgan": VQGAN},
         "multi_scale": MULTI_SCALE,
+        "two_level": ["model.bottleneck={type: two_level, codebook_size: 16}"],
         **{"class_gaussian": CLASS_GAUSSIAN, "captioned": CAPTIONED},
         **LATER,
     }

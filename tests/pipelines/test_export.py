@@ -44,6 +44,7 @@ BOTTLENECKS = {
     "diveq": (4, {"codebook_size": 16}),
     "projected": (4, {"codebook_size": 16}),
     "product": (4, {"groups": 2, "each": {"type": "residual", "codebook_size": 16, "depth": 2}}),
+    "two_level": (4, {"codebook_size": 16}),
     "multi_scale": (4, {"scales": [1, [3, 4], [5, 7]], "codes": {"type": "vector", "codebook_size": 16}}),
 }
 
@@ -83,6 +84,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
         ("mlp", "product"),
         ("conv", "residual"),
         ("conv", "multi_scale"),
+        ("conv", "two_level"),
         ("conv", "identity"),
         ("vqgan", "finite_scalar"),
     ],

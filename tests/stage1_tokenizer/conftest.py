@@ -31,6 +31,7 @@ BOTTLENECKS = {
     "diveq": {"type": "diveq", "codebook_size": 8},
     "projected": {"type": "projected", "codebook_size": 8, "width": 8, "heads": 2},
     "product": {"type": "product", "groups": 2, "each": {"type": "vector", "codebook_size": 8}},
+    "two_level": {"type": "two_level", "codebook_size": 8},
     "multi_scale": {"type": "multi_scale", "scales": [1, 3, 4], "codes": {"type": "vector", "codebook_size": 8}},
 }
 

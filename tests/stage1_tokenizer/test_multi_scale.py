@@ -76,7 +76,7 @@ def test_each_scale_encodes_what_the_coarser_ones_leave_over(whole_batch):
     torch.testing.assert_close(output.z, sums[-1])
     losses = {
         "sums": torch.stack([F.mse_loss(total, encoded) for total in sums]).mean(),
-        "commitment": 0.25 * F.mse_loss(encoded, sums[-1]),
+        "commitment": 0.25 * torch.stack([F.mse_loss(encoded, total) for total in sums]).mean(),
     }
     torch.testing.assert_close(output.losses, losses)
     torch.testing.assert_close(output.metrics["error_2x2"], F.mse_loss(sums[1], encoded))
@@ -106,7 +106,9 @@ def test_who_learns_from_what(kind, whole_batch):
     assert others == [None] * len(own)
     losses = output.losses
     found, *others = torch.autograd.grad(losses["commitment"], [encoded, *own], retain_graph=True, allow_unused=True)
-    torch.testing.assert_close(found, 0.5 * (encoded - output.z).detach() / encoded.numel())
+    sums = model._quantize(encoded.detach())[2]
+    expected = 0.25 * sum(2 * (encoded - total).detach() for total in sums) / (len(SCALES) * encoded.numel())
+    torch.testing.assert_close(found, expected)
     assert others == [None] * len(own)
     found, *others = torch.autograd.grad(losses["sums"], [encoded, *own], allow_unused=True)
     assert found is None
