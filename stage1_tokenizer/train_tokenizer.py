@@ -160,7 +160,9 @@ def images_as_source(data: ImageData) -> ConditionSource:
     """What conditions learn from."""
     train = data.splits["train"]
     name = f"data.source {train.config.source}"
-    return ConditionSource(name, data.splits, data.validation, len(train), train.config.size, data.class_names)
+    return ConditionSource(
+        name, data.splits, data.validation, len(train), train.config.size, data.class_names, map_names=data.map_names
+    )
 
 
 def train(

@@ -109,7 +109,7 @@ class Manifest(Section):
     """The numbers in the vector of each image; None: no vectors."""
     maps: MapForm | None = None
     """None: no maps."""
-    condition_settings: dict[str, str | None] | None = None
+    condition_settings: dict[str, str | list[str] | None] | None = None
     """The `data` settings of captions, vectors and maps; None for codes of earlier versions."""
     validation_split: str
     augmentation: Augmentation = Augmentation()
@@ -263,6 +263,7 @@ class CodeCache:
         return ConditionSource(
             f"codes {self.path}", self.splits, self.validation, count // manifest.augmentation.variants,
             manifest.image_size, manifest.class_names, manifest.maps,
+            manifest.maps.names if manifest.maps else (),
         )  # fmt: skip
 
     def contents(self) -> Contents:

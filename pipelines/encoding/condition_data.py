@@ -33,7 +33,7 @@ __all__ = [
     "with_settings",
 ]
 
-CONDITION_KEYS = ("caption_column", "on_missing_caption", "vector_column", "maps", "map_kind")
+CONDITION_KEYS = ("caption_column", "on_missing_caption", "vector_column", "maps", "map_kind", "map_names")
 """The `data` settings that change what lies beside the codes, but not the codes."""
 _ROWS_AT_ONCE = 4096
 
@@ -60,9 +60,11 @@ def with_settings(data: DataConfig, overrides: list[str]) -> DataConfig:
     return parse_config(_Settings, document, "the settings").data
 
 
-def condition_settings(data: DataConfig, final: Path) -> dict[str, str | None]:
+def condition_settings(data: DataConfig, final: Path) -> dict[str, str | list[str] | None]:
     """The settings as the code cache ``final`` stores them."""
     settings = {key: getattr(data, key) for key in CONDITION_KEYS}
+    names = settings.pop("map_names")  # written only if there are any, because earlier versions do not know them
+    settings |= {"map_names": list(names)} if names else {}
     if data.maps is not None and Path(data.maps).is_dir():
         settings["maps"] = portable(data.maps, final)
     if data.vector_file:
@@ -116,7 +118,7 @@ def map_form(data: ImageData, stored: dict[str, np.memmap | None], codes: MapCod
         rows = torch.arange(start, min(start + _ROWS_AT_ONCE, len(train)))
         part = train.read_maps(rows) if codes else torch.from_numpy(maps[start : start + _ROWS_AT_ONCE].copy())
         seen |= set() if part is None else set(part.unique().tolist())
-    return MapForm(kind="labels", channels=None, classes=sorted(seen), codes=codes)
+    return MapForm(kind="labels", channels=None, classes=sorted(seen), names=data.map_names, codes=codes)
 
 
 @dataclass(frozen=True)

@@ -156,15 +156,16 @@ def _map_editor(canvas: MapCanvas) -> tuple[gr.State, gr.ImageEditor]:
 
     _on(upload.upload, show, [upload], [uploaded, editor, note])
     if labels:
-        _label_choice(labels, editor)
+        _label_choice(canvas, editor)
     return uploaded, editor
 
 
-def _label_choice(labels: list[int], editor: gr.ImageEditor) -> None:
+def _label_choice(canvas: MapCanvas, editor: gr.ImageEditor) -> None:
     """Which label the brush paints."""
-    info = f"The rest keeps the uploaded label, or {labels[0]}. Nothing painted or uploaded: no map."
-    choices = list(map(str, labels))
-    label = gr.Radio(choices, value=choices[-1], label="Label to paint", info=info, elem_classes="labels")
+    labels = canvas.labels
+    info = f"The rest keeps the uploaded label, or {canvas.names[0]}. Nothing painted or uploaded: no map."
+    choices = list(zip(canvas.names, map(str, labels), strict=True))
+    label = gr.Radio(choices, value=str(labels[-1]), label="Label to paint", info=info, elem_classes="labels")
     rules = [f".labels label:nth-of-type({i}) {{ background: {hex_colour(each)} }}" for i, each in enumerate(labels, 1)]
     gr.HTML(f"<style>{' '.join(rules)}</style>", visible="hidden")
     _on(label.change, lambda chosen: gr.ImageEditor(brush=_brush(hex_colour(int(chosen)))), [label], [editor])

@@ -50,6 +50,9 @@ class MapCanvas:
         self._config, self._channels, self._size = config, config.channels, config.size
         self.labels = list(config.labels)
         """Those that can be painted; none if maps are images."""
+        names = dict(enumerate(config.names))
+        self.names = [f"{label} {names[label]}" if label in names else str(label) for label in self.labels]
+        """What the page calls them: the number and, if it is known, the name."""
 
     def empty(self) -> np.ndarray:
         """A map of the smallest label alone, usually the ground; or a white image."""

@@ -169,11 +169,12 @@ def test_a_painted_map_is_a_label_map():
 
 def test_images_follow_a_map(masked, tmp_path):
     config = masked.pipeline.prior.config
-    form = MapConditionConfig(labels=(1, 2), size=(16, 16), depth=1, dropout=0)
+    form = MapConditionConfig(labels=(1, 2), names=("ground", "sky"), size=(16, 16), depth=1, dropout=0)
     prior = Prior(config.model_copy(update={"conditions": [*config.conditions, form]}))
     handlers = Handlers(TwoStagePipeline(masked.pipeline.tokenizer, prior))
     canvas = handlers.canvas
     assert canvas
+    assert canvas.names == ["1 sky", "2"], "a label without a name shows its number"
     with refuses("no map", "upload or paint"):
         handlers.generate(1, ALL_CLASSES, 0, {}, silent)
     assert canvas.painted(None, None, [np.zeros((9, 9, 4), np.uint8)]) is None

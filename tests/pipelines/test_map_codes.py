@@ -72,6 +72,8 @@ def test_codes_of_maps_lie_beside_the_codes(made, works, twostage):
     cache, model = CodeCache(made / "codes"), Autoencoder.from_pretrained(made / "maps")
     form = cache.manifest.maps
     assert (form.kind, form.codes.grid, form.codes.hash) == ("labels", (4, 4), model.content_hash())
+    condition = TwoStagePipeline.from_pretrained(made / "prior").map_config
+    assert condition.names[:2] == form.names[:2] == ("ground", "circle")
     maps = load_images(DataConfig(**DATA)).splits["train"].read_maps(torch.arange(96))
     train = cache.splits["train"]
     assert len(train) == 192

@@ -64,7 +64,8 @@ def masked(pipeline) -> TwoStagePipeline:
     """With an untrained masked transformer, which can redraw any part, by class and label map."""
     torch.manual_seed(0)
     model = MaskedTransformerConfig(hidden_size=32, depth=2, num_heads=2, dropout=0.0)
-    conditions = [*pipeline.prior.config.conditions, MapConditionConfig(labels=(0, 1, 2), size=(16, 16), depth=1)]
+    maps = MapConditionConfig(labels=(0, 1, 2), names=("ground", "circle"), size=(16, 16), depth=1)
+    conditions = [*pipeline.prior.config.conditions, maps]
     prior = Prior(pipeline.prior.config.model_copy(update={"model": model, "conditions": conditions}))
     for parameter in prior.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -232,6 +233,8 @@ def test_label_maps_are_uploaded_and_painted(page, masked, tmp_path):
     _, pixels = gallery(panel, 16, unlike=uploaded)
     label_map[7:9] = 2
     assert np.array_equal(pixels, drawn(label_map))
+    for name in ("0 ground", "1 circle", "2"):  # a class without a name shows its number
+        panel.get_by_role("radio", name=name, exact=True).wait_for(state="attached")
 
 
 def test_bad_uploads_show_a_message_and_good_ones_are_reconstructed(page, masked, star, tmp_path):

@@ -57,6 +57,8 @@ class ConditionSource:
     class_names: list[str] | None
     maps: MapForm | None = None
     """What the maps are, if that is known already."""
+    map_names: tuple[str, ...] = ()
+    """The names of the classes of maps, from class 0 on; empty if they are not known."""
 
 
 class ConditionConfig(OpenUnion, Section):

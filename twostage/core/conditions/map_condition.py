@@ -42,6 +42,8 @@ class MapConditionConfig(ConditionConfig):
     """Residual convolutions over the cells."""
     labels: tuple[Size, ...] = ()
     """Those of the training maps; set from the data. Empty if the maps are images."""
+    names: tuple[str, ...] = ()
+    """Those of the labels, from label 0 on; set from the data, and empty if they are not known."""
     channels: Literal[1, 3] | None = None
     """Those of maps that are images; set from the data."""
     size: tuple[Count, Count] | None = None
@@ -63,7 +65,7 @@ class MapConditionConfig(ConditionConfig):
         if source.maps and source.maps.codes:
             known = tuple(label for label in source.maps.classes or () if label != NO_LABEL)
             found = {"labels": known, "channels": source.maps.channels, "size": source.image_size}
-            return self.model_copy(update=found | {"codes": source.maps.codes})
+            return self.model_copy(update=found | {"codes": source.maps.codes, "names": source.map_names})
         if first.ndim == 4:
             found = {"labels": (), "channels": first.shape[1], "size": source.image_size, "codes": None}
             return self.model_copy(update=found)
@@ -75,7 +77,7 @@ class MapConditionConfig(ConditionConfig):
                     f"`train` lack. Move some of these images to `train`, or set these pixels to {NO_LABEL}"
                 )
         found = {"labels": tuple(sorted(labels)), "channels": None, "size": source.image_size, "codes": None}
-        return self.model_copy(update=found)
+        return self.model_copy(update=found | {"names": source.map_names})
 
     def build(self, space: ContextSpace) -> "MapCondition":
         assert self.size is not None

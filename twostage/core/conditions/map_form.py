@@ -27,5 +27,7 @@ class MapForm(Section):
     """1 or 3 for images; None for labels."""
     classes: list[Size] | None
     """The classes that occur in the maps of the training split, sorted; None for images."""
+    names: tuple[str, ...] = ()
+    """The names of the classes, from class 0 on; empty if they are not known."""
     codes: MapCodes | None = None
     """None: the maps themselves are stored, not their codes."""

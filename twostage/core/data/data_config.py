@@ -44,6 +44,8 @@ class DataConfig(Section):
     map_kind: MapKind = "labels"
     """`labels`: the grey values or palette indices of maps are classes, and are never blended; `image`: maps are
     ordinary images."""
+    map_names: tuple[str, ...] | None = None
+    """The names of the classes of maps, from class 0 on, such as [ground, sky, tree]; the page shows them."""
     train_on: Literal["images", "maps"] = "images"
     """`maps`: the maps beside the images are the images of this model, for a tokenizer of maps; those of classes are
     shown in fixed colours."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from twostage.core.data.captioned_shapes import MAP_NAMES
 from twostage.core.data.data_config import DataConfig
 from twostage.core.data.decoding import Findings, decode
 from twostage.core.data.records import Captions, Records
@@ -182,6 +183,12 @@ class ImageData:
     """The number of files with each size ("width x height")."""
     values: dict[str, UsedValues] = field(default_factory=dict)
     """The values in the files, by their type (`8-bit`, `16-bit`, `float` ...)."""
+
+    @property
+    def map_names(self) -> tuple[str, ...]:
+        """The names of the classes of maps, from class 0 on; empty if they are not known."""
+        config = self.validation.config
+        return tuple(MAP_NAMES) if config.source == "captioned_shapes" else config.map_names or ()
 
     @property
     def untrained_classes(self) -> list[str]:
