@@ -33,7 +33,7 @@ SHAPE = "hidden_size: 32, depth: 2, num_heads: 2, dropout: 0.0"
 PRIORS = {
     "causal": [f"model={{type: causal_transformer, {SHAPE}, tied_head: true}}", "train.ema_decay=0.9",
                "train.max_grad_norm=0.1", "train.weight_decay=0.1"],
-    "masked": [f"model={{type: masked_transformer, {SHAPE}}}", "loss.replace_prob=0.2",
+    "masked": [f"model={{type: masked_transformer, {SHAPE}, codes: [4, 4]}}", "loss.replace_prob=0.2",
                "train.gradient_accumulation_steps=2", "train.max_grad_norm=0.1", "train.batch_size=24"],
     "bf16": [f"model={{type: causal_transformer, {SHAPE}}}", "train.mixed_precision=bf16", "train.ema_decay=0.9"],
 }  # fmt: skip
