@@ -149,11 +149,13 @@ def learned_model(config: TokenizerConfig, data: ImageData) -> ModelConfig:
     return config.model.model_copy(update={"condition": condition.learned_from(images_as_source(data))})
 
 
-def mirrored_captions(config: TokenizerConfig, data: ImageData) -> list[str]:
-    """A notice if images are mirrored whose captions say left or right."""
-    seen = config.data.horizontal_flip and config.model.condition and config.model.condition.type == "text"
-    notice = sided_captions(data.splits["train"].captions or []) if seen else ""
-    return [f"{notice}; to avoid that, set data.horizontal_flip=false"] if notice else []
+def condition_notices(model: AutoencoderConfig, config: DataConfig, data: ImageData) -> list[str]:
+    """What to know about the model's condition in the data: one sentence each."""
+    found = [notice for condition in model.conditions for notice in condition.notices(images_as_source(data))]
+    mirrors = config.horizontal_flip and any(condition.type == "text" for condition in model.conditions)
+    if mirrors and (notice := sided_captions(data.splits["train"].captions or [])):
+        found.append(f"{notice}; to avoid that, set data.horizontal_flip=false")
+    return found
 
 
 def images_as_source(data: ImageData) -> ConditionSource:
@@ -201,8 +203,7 @@ def train(
         config.loss, autoencoder, discriminator and discriminator.module, weights_dir, accelerator
     )
     run.report(f"latent grid {autoencoder.grid[0]}x{autoencoder.grid[1]}", *image_losses.notices())
-    if condition := autoencoder.config.model.condition:
-        run.report(*condition.notices(images_as_source(data)), *mirrored_captions(config, data))
+    run.report(*condition_notices(autoencoder.config, config.data, data))
 
     # 3. The weights: those of the latest checkpoint, or new ones.
     sources = {"data.source": data.contents("text" in autoencoder.conditions), **other_sources(config)}

@@ -10,6 +10,7 @@ from fake_gpu import GPU, different_configs, fake_gpu, gradients, take_one_step
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from stage1_tokenizer import autoencoder, feature_training, perceptual, semantic_term, train_tokenizer
+from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage1_tokenizer.feature_training import FeaturesTrainingConfig
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
@@ -20,7 +21,8 @@ from twostage.core.training.running_means import RunningMeans
 
 CONFIGS = different_configs(Path(__file__).parents[2] / "configs" / "tokenizer")
 READS_DATA = {
-    train_tokenizer: ["load_images", "larger_images", "autoencoder_config"],
+    train_tokenizer: ["load_images", "larger_images", "autoencoder_config", "condition_notices"],
+    Autoencoder: ["read_given"],
     perceptual: ["_build_imagenet"],
     semantic_term: ["_imagenet_network"],
     feature_training: ["load_images", "make_network", "check_labels"],
@@ -79,20 +81,22 @@ def test_a_tokenizer_trains_and_draws(name, gpu_training):
     if backbone.get("type") == "conv" and "num_res_blocks" in backbone:  # more blocks would be like the first
         backbone["num_res_blocks"] = [min(1, blocks) for blocks in backbone["num_res_blocks"]]
     form = {"image_size": 16, "channels": 3} | document.get("data", {})
-    document["data"] = form | {"source": "shapes", "num_images": 8, "image_size": min(32, form["image_size"])}
+    sees_captions = isinstance(document["model"].get("condition"), dict)
+    form |= {"source": "captioned_shapes" if sees_captions else "shapes", "num_images": 8}
+    document["data"] = form | {"image_size": min(32, form["image_size"])}
     config = parse_config(TokenizerConfig, document, name)
     with fake_gpu():
         run = train_tokenizer.train(config, dry_run=True)
         assert run.step == 1
         model = run._networks[0].final.eval()
         assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}
-        labels = torch.zeros(2, dtype=torch.long, device=GPU)
-        rebuilt = model.reconstruct(torch.zeros(2, config.data.channels, *config.data.size, device=GPU), labels)
+        given = torch.zeros(2, *[1, 16] * sees_captions, dtype=torch.long, device=GPU)  # labels, or tokens
+        rebuilt = model.reconstruct(torch.zeros(2, config.data.channels, *config.data.size, device=GPU), given)
         drawn = []
         if model.codebook_size:
             drawn.append(model.decode_indices(torch.zeros(2, *model.code_grid, dtype=torch.long, device=GPU)))
         if model.variational:
-            drawn.append(model.sample_from(torch.zeros(2, *model.latent_shape, device=GPU), labels))
+            drawn.append(model.sample_from(torch.zeros(2, *model.latent_shape, device=GPU), given))
         assert {(each.device, each.shape) for each in drawn} <= {(rebuilt.device, rebuilt.shape)}
 
 
