@@ -238,7 +238,8 @@ def grouped_cells(order: GroupOrder, grid: tuple[int, int], known: tuple[int, ..
 
     `locality` chooses one cell after another: that with the largest sum of 1 / distance^2 to the cells of earlier
     groups, minus `REPULSION` times that to the cells of its own group, so that a group's cells say much about what is
-    next to them and little about each other. While nothing is known, it is the most central cell.
+    next to them and little about each other. The first cell is the upper left one: from the centre outwards, samples
+    were much worse (docs/results.md).
     """
     if order == "locality":
         return torch.tensor(_locality_order(grid, known, sizes))
@@ -254,8 +255,6 @@ def _locality_order(grid: tuple[int, int], known: tuple[int, ...], sizes: tuple[
     distances = ((places[:, None] - places) ** 2).sum(-1)  # squared, (N, N)
     closeness = 1 / (distances + np.eye(len(places)))
     written, score = list(known), closeness[list(known)].sum(0)
-    if not known:
-        score = -((places - places.mean(0)) ** 2).sum(1)
     for size in sizes:
         group, repelled = list[int](), np.zeros(len(places))
         for _ in range(size):
@@ -263,7 +262,7 @@ def _locality_order(grid: tuple[int, int], known: tuple[int, ...], sizes: tuple[
             left[written + group] = -np.inf
             group.append(int(left.argmax()))
             repelled += closeness[group[-1]]
-        score = (score if written else 0) + closeness[group].sum(0)
+        score = score + closeness[group].sum(0)
         written += group
     return written
 
