@@ -10,15 +10,13 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 import yaml
 
 from pipelines.recipes.recipe import recipe_for, training_size
 from stage1_tokenizer.imagenet_network import is_installed
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
-from stage2_prior.codes import CodeCache
-from stage2_prior.train_prior import PriorTrainingConfig
 from twostage.core.config.overrides import apply_overrides
 from twostage.core.config.sections import ConfigT, load_config, parse_config, path_values
 from twostage.core.data.data_config import DataConfig
@@ -31,6 +29,9 @@ from twostage.core.machine.command import is_first_process, print_once
 from twostage.core.machine.installation import pip_install
 from twostage.core.runs.contents import same_place
 from twostage.core.scales import describe_grids
+
+if TYPE_CHECKING:
+    from stage2_prior.train_prior import PriorTrainingConfig
 
 __all__ = ["describe_survey", "is_config", "open_prior_config", "open_tokenizer_config"]
 
@@ -70,8 +71,10 @@ def open_tokenizer_config(given: str, overrides: Sequence[str], dry_run: bool = 
     return written.open(lambda: _fit_tokenizer(given, asked), overrides, dry_run)
 
 
-def open_prior_config(given: str, overrides: Sequence[str], dry_run: bool = False) -> PriorTrainingConfig:
+def open_prior_config(given: str, overrides: Sequence[str], dry_run: bool = False) -> "PriorTrainingConfig":
     """:func:`open_tokenizer_config` for a prior; ``given`` is a config file or a folder of codes."""
+    from stage2_prior.train_prior import PriorTrainingConfig  # a fifth of a second that tokenizers need not wait for
+
     given = expand_home(given)
     if is_config(given):
         return load_config(PriorTrainingConfig, given, list(overrides), print_once)
@@ -138,6 +141,8 @@ def _fit_tokenizer(source: str, asked: Document) -> tuple[Document, list[str]]:
 
 def _fit_prior(codes: str, asked: Document) -> tuple[Document, list[str]]:
     """A prior's config for codes, and sentences about it; ``asked`` has the settings that the user gave."""
+    from stage2_prior.codes import CodeCache
+
     manifest = CodeCache(codes).manifest
     recipe = recipe_for(manifest.source, manifest.image_size, manifest.channels)
     document = recipe.document("prior")
