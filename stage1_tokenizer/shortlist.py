@@ -81,7 +81,7 @@ def _shortlist(codebook: Tensor, dtype: torch.dtype) -> Search:
     of_result = 1.01 * torch.finfo(dtype).eps  # twice the rounding of the best score
     limit = max(4, size // 256)  # candidates per vector, on average; more would cost more than the next search
     tile = max(64, TILE // size)
-    # One piece of memory for all scores: new ones between many small tensors would scatter the heap (to 300 MiB).
+    # One piece of memory for all scores: new ones between many small tensors can scatter the heap.
     # oneDNN's product in float32 cannot use it.
     memory = None if has_onednn(columns) else torch.empty(len(columns) * tile, dtype=dtype)
 
