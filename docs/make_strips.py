@@ -29,6 +29,10 @@ STRIPS = {
             "rvq": [0, 9],
         },
     ),
+    "quantizers_mnist": (
+        ROW,
+        {name: [0, row] for row, name in enumerate(["pq", "gumbel", "bsq", "ibq", "diveq", "fvq"], 2)},
+    ),
     "priors_mnist": (ROW + 18, {"pixelcnn": [0, 1, 2], "gpt": [3, 4, 5], "maskgit": [6, 7, 8]}),
 }
 """For each contact sheet: the height of its rows in pixels, with captions, and the rows of each strip."""

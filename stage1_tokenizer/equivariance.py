@@ -33,13 +33,13 @@ class EquivarianceConfig(Section):
         return height, width
 
     def check(
-        self, image_size: tuple[int, int], grid: tuple[int, int], factor: int, num_classes: int, sees_map: bool = False
+        self, image_size: tuple[int, int], grid: tuple[int, int], factor: int, fixed_grid: bool, sees_map: bool
     ) -> None:
         """Checks that latents of a ``grid`` (h, w) for images of ``image_size`` can be scaled.
 
         Args:
             factor: pixels of a cell along each side.
-            num_classes: the classes that the bottleneck's prior depends on.
+            fixed_grid: whether the bottleneck only works on grids of one size.
             sees_map: whether the decoder sees a map of the image, which is not transformed.
 
         Raises:
@@ -57,10 +57,10 @@ class EquivarianceConfig(Section):
                 "loss.equivariance: got model.condition 'map', whose maps are not scaled and turned, expected another "
                 "condition. Set model.condition=null or loss.equivariance=null"
             )
-        if num_classes:
+        if fixed_grid:
             raise InputError(
-                "loss.equivariance: got a bottleneck whose means belong to the cells of one grid (class_gaussian), "
-                "expected one for grids of any size. Set model.bottleneck.type=gaussian or loss.equivariance=null"
+                "loss.equivariance: got a bottleneck for grids of one size (class_gaussian or multi_scale), expected "
+                "one for any size. Set model.bottleneck={type: vector} or loss.equivariance=null"
             )
 
 

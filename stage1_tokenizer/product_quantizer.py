@@ -34,10 +34,11 @@ class ProductConfig(BottleneckConfig):
     def build(self, shape: tuple[int, int, int], num_classes: int) -> "ProductQuantizer":
         part = (shape[0] // self.groups, *shape[1:])
         parts = [self.each.build(part, num_classes) for _ in range(self.groups)]
-        if not parts[0].codebook_size:
+        if not parts[0].codebook_size or parts[0].scales:
+            why = "has codes of several scales" if parts[0].scales else "has no codes"
             raise InputError(
-                f"model.bottleneck.each.type {self.each.type!r}: has no codes, expected a bottleneck with codes. Set "
-                "model.bottleneck.each={type: vector}"
+                f"model.bottleneck.each.type {self.each.type!r}: {why}, expected a bottleneck with one grid of codes. "
+                "Set model.bottleneck.each={type: vector}"
             )
         return ProductQuantizer(parts)
 

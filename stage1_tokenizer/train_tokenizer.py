@@ -314,8 +314,9 @@ def make_autoencoder(config: TokenizerConfig, data: ImageData, accelerator: Acce
     if config.loss.perturbation:
         config.loss.perturbation.check(autoencoder.bottleneck, config.model.bottleneck.type)
     if config.loss.equivariance:
-        classes, sees_map = autoencoder.bottleneck.num_classes, isinstance(config.model.condition, MapConditionConfig)
-        config.loss.equivariance.check(config.data.size, autoencoder.grid, autoencoder.factor, classes, sees_map)
+        bottleneck, sees_map = autoencoder.bottleneck, isinstance(config.model.condition, MapConditionConfig)
+        fixed_grid = bool(bottleneck.num_classes or bottleneck.scales)
+        config.loss.equivariance.check(config.data.size, autoencoder.grid, autoencoder.factor, fixed_grid, sees_map)
     if config.train.parts == "decoder":
         autoencoder.encoder.requires_grad_(False)
         autoencoder.bottleneck.requires_grad_(False)

@@ -72,16 +72,16 @@ def test_the_decoder_sees_codes(tiny_autoencoder, random_images):
 
 
 @pytest.mark.parametrize(
-    ("size", "grid", "classes", "said"),
+    ("size", "grid", "fixed", "said"),
     [
-        ((28, 28), (1, 1), 0, ["28x28", "1x1", "model.backbone.type=conv"]),
-        ((30, 28), (8, 7), 0, ["30x28", "multiple of its 4 pixels", "loss.equivariance=null"]),
-        ((28, 28), (7, 7), 10, ["class_gaussian", "model.bottleneck.type=gaussian"]),
+        ((28, 28), (1, 1), False, ["28x28", "1x1", "model.backbone.type=conv"]),
+        ((30, 28), (8, 7), False, ["30x28", "multiple of its 4 pixels", "loss.equivariance=null"]),
+        ((28, 28), (7, 7), True, ["class_gaussian", "multi_scale", "model.bottleneck={type: vector}"]),
     ],
 )
-def test_latents_that_cannot_be_scaled_are_refused(size, grid, classes, said):
+def test_latents_that_cannot_be_scaled_are_refused(size, grid, fixed, said):
     with refuses("loss.equivariance", *said):
-        ALWAYS.check(size, grid, 4, classes)
+        ALWAYS.check(size, grid, 4, fixed, False)
     with refuses("loss.equivariance", "'map'", "model.condition=null"):
-        ALWAYS.check((28, 28), (7, 7), 4, 0, sees_map=True)
-    ALWAYS.check((28, 32), (7, 8), 4, 0)
+        ALWAYS.check((28, 28), (7, 7), 4, False, True)
+    ALWAYS.check((28, 32), (7, 8), 4, False, False)
