@@ -58,7 +58,7 @@ def command(
     ] = None,
     file_format: Annotated[
         Literal["png", "parquet"],
-        typer.Option("--format", help="One PNG per image, or parquet files of 1,000 images each."),
+        typer.Option("--format", help="One PNG (or TIFF) per image, or parquet files of 1,000 images each."),
     ] = "png",
     tokenizer: Annotated[str | None, typer.Option(help="runs/TOKENIZER, if it has moved.")] = None,
 ) -> None:

@@ -2,13 +2,16 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from twostage.core.files import write_json
 from twostage.core.machine.command import run_command
-from twostage.core.options import LabelColumnOption, ValueRangeOption
+from twostage.core.options import LabelColumnOption, ShownChannelsOption, ValueRangeOption
+
+if TYPE_CHECKING:
+    from twostage.core.data.survey import Survey
 
 __all__ = ["command"]
 
@@ -19,7 +22,8 @@ def command(
         typer.Argument(help="shapes, captioned_shapes, a folder, table, archive or array, a NAME, or owner/name."),
     ],
     image_size: Annotated[int | None, typer.Option(min=1, help="Size in pixels; by default the suggested one.")] = None,
-    channels: Annotated[int | None, typer.Option(help="1 (grey), 3 or 4; by default as in the images.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1 (grey), 3 (RGB) ...; by default as in the images.")] = None,
+    shown_channels: ShownChannelsOption = None,
     label_column: LabelColumnOption = "auto",
     value_range: ValueRangeOption = None,
     caption_column: Annotated[
@@ -42,8 +46,7 @@ def command(
     """Show what a data source holds: splits, classes, sizes, modes, unreadable files. Suggest a config for it, and save
     a contact sheet."""
     from pipelines.recipes.data_inspection import inspect_data, inspection_document
-    from pipelines.recipes.fitting_config import describe_survey
-    from pipelines.recipes.recipe import recipe_for, training_size
+    from pipelines.recipes.recipe import training_size
     from twostage.core.config.sections import parse_config
     from twostage.core.data.data_config import DataConfig
     from twostage.core.data.survey import survey
@@ -55,6 +58,7 @@ def command(
         "source": data,
         "image_size": image_size or list(size),
         "channels": channels or usual.channels,
+        "shown_channels": _as_list(shown_channels),
         "label_column": column,
         "value_range": value_range,
         "caption_column": captions,
@@ -63,16 +67,36 @@ def command(
         "map_kind": map_kind,
     }
     found = inspect_data(parse_config(DataConfig, document, "the options"), out)
-    recipe = recipe_for(data, size, usual.channels)
-    print(f"suggested for {describe_survey(usual)}:")
-    print(f"  data.image_size={_as_setting(size)} data.channels={usual.channels}, configs/tokenizer/{recipe.tokenizer}")
+    shown = f"[{shown_channels}]" if shown_channels else None
     beside = {"label_column": (label_column, "auto"), "caption_column": (caption_column, "auto")}
     beside |= {"vector_column": (vector_column, None), "maps": (maps, None), "map_kind": (map_kind, "labels")}
-    given = [f"data.{key}={value}" for key, (value, default) in beside.items() if value != default]
-    given += [f"data.value_range={list(value_range)}"] if value_range else []
-    print(f"  to write such a config and train by it: {shlex.join(['twostage', 'train-tokenizer', data, *given])}")
+    beside |= {"shown_channels": (shown, None), "value_range": (value_range and list(value_range), None)}
+    print(_suggestion(usual, size, data, beside))
     if json_file:
         write_json(json_file, inspection_document(found))
+
+
+def _suggestion(found: "Survey", size: tuple[int, int], data: str, beside: dict[str, tuple[Any, Any]]) -> str:
+    """The config that suits a source.
+
+    Args:
+        beside: the given value and the default of each setting.
+    """
+    from pipelines.recipes.fitting_config import describe_survey
+    from pipelines.recipes.recipe import recipe_for
+
+    recipe = recipe_for(data, size, found.channels)
+    given = [f"data.{key}={value}" for key, (value, default) in beside.items() if value != default]
+    return (
+        f"suggested for {describe_survey(found)}:\n"
+        f"  data.image_size={_as_setting(size)} data.channels={found.channels}, configs/tokenizer/{recipe.tokenizer}\n"
+        f"  to write such a config and train by it: {shlex.join(['twostage', 'train-tokenizer', data, *given])}"
+    )
+
+
+def _as_list(numbers: str | None) -> list[int | str] | None:
+    """`3,1,0` as a list, with the texts that are no numbers as they are, for the message."""
+    return None if numbers is None else [int(part) if part.strip().isdecimal() else part for part in numbers.split(",")]
 
 
 def _as_setting(size: tuple[int, int]) -> str:

@@ -22,6 +22,10 @@ def command(
     data: Annotated[str | None, typer.Option(help="Another source of held-out images.")] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Images to show, held out or from a folder.")] = 12,
     out: Annotated[Path | None, typer.Option(help="A PNG; by default reconstructions.png in the run folder.")] = None,
+    images_out: Annotated[
+        Path | None,
+        typer.Option(help="A new folder for the reconstructions themselves, with all their channels and bits."),
+    ] = None,
 ) -> None:
     """Show images above their reconstructions: held-out images, or your own."""
     from pipelines.drawing.tokenizer_sheets import draw_reconstructions
@@ -31,7 +35,7 @@ def command(
     share_cores()
     saved = SavedModel.find(model)
     out = out or saved.default_output("reconstructions.png")
-    ratio = draw_reconstructions(saved, out, data, num_images, image)
+    ratio = draw_reconstructions(saved, out, data, num_images, image, images_out)
     print(f"{out}: PSNR {ratio:.2f} dB, the mean of the images shown")
 
 

@@ -55,7 +55,7 @@ from twostage.core.training.random import BatchRandom
 __all__ = ["Autoencoder", "AutoencoderConfig", "AutoencoderOutput", "ModelConfig", "PerceptualNetwork"]
 
 TOLERANCE = 1e-3  # for pixels outside [-1, 1]
-LATER_KEYS = {"untrained_classes", "value_range", "trained_against", "adversarial"}
+LATER_KEYS = {"untrained_classes", "value_range", "bits", "shown_channels", "trained_against", "adversarial"}
 """Keys that earlier versions do not know, so they are written only if they say something."""
 
 
@@ -114,6 +114,10 @@ class AutoencoderConfig(Section):
     """(height, width) of its images; one number for squares."""
     channels: Count = 3
     """1 grey, 3 RGB, 4 RGBA."""
+    bits: Literal[8, 16] = 8
+    """Bits per pixel and channel of its images (`data.bits`)."""
+    shown_channels: tuple[int, ...] | None = None
+    """The channels that sheets show (`data.shown_channels`)."""
     class_names: list[str] | None = None
     """The classes of its training data."""
     untrained_classes: tuple[str, ...] = ()
@@ -341,7 +345,7 @@ class Autoencoder(nn.Module):
         decoded = self.run_decoder(z, context)
         metrics: dict[str, Tensor] = {}
         if self.variational:
-            distortion, level = negative_log_likelihood(decoded, target, self.config.loss)
+            distortion, level = negative_log_likelihood(decoded, target, self.config.loss, self.config.bits)
             nats = distortion + latent.losses["kl"]
             loss = distortion + self.config.loss.kl_weight * latent.losses["kl"]
             bits = nats / (target[0].numel() * math.log(2)) + level
@@ -381,7 +385,7 @@ class Autoencoder(nn.Module):
         if images.ndim != 4 or images.shape[1] != self.config.channels or not images.is_floating_point():
             raise InputError(
                 f"images: expected floats in [-1, 1] of the shape (images, {self.config.channels}, height, width), got "
-                f"{images.dtype} of the shape {tuple(images.shape)}. Convert uint8 with twostage.to_float"
+                f"{images.dtype} of the shape {tuple(images.shape)}. Convert uint8 or uint16 with twostage.to_float"
             )
         below, right = (-side % self.factor for side in images.shape[2:])
         padded = F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
@@ -511,8 +515,9 @@ class Autoencoder(nn.Module):
         """
         check_rebuilds(self, lambda: Autoencoder(self.config), folder)
         state = self.state_dict() if state is None else state
-        written = self.config.model_dump(mode="json").items()
-        config: dict[str, Any] = {key: value for key, value in written if value or key not in LATER_KEYS}
+        defaults = {key: AutoencoderConfig.model_fields[key].default for key in LATER_KEYS}
+        silent = {key for key, default in defaults.items() if getattr(self.config, key) == default}
+        config = self.config.model_dump(mode="json", exclude=silent)
         config["hash"] = self.content_hash()
         save_model_folder(Path(folder), "tokenizer", config, state, plugins_of(self.config))
 

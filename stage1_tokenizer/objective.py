@@ -65,15 +65,17 @@ def reconstruction_loss(decoded: Tensor, images: Tensor, kind: Reconstruction) -
             return F.mse_loss(decoded.float(), images)
 
 
-def negative_log_likelihood(decoded: Tensor, images: Tensor, config: ObjectiveConfig) -> tuple[Tensor, float]:
+def negative_log_likelihood(
+    decoded: Tensor, images: Tensor, config: ObjectiveConfig, bits: int = 8
+) -> tuple[Tensor, float]:
     """-log p(image | z) in nats per image, mean over the batch, and the offset of its bits per dimension.
 
-    The Gaussian and the Laplace are densities over [-1, 1], where a grey level is 2 / 255 wide: the offset turns bits
-    of a density into bits of a grey level. It is 0 for the Bernoulli.
+    The Gaussian and the Laplace are densities over [-1, 1], where a grey level is 2 / 255 wide (2 / 65535 for images of
+    16 ``bits``): the offset turns bits of a density into bits of a grey level. It is 0 for the Bernoulli.
     """
     pixels = images[0].numel()
     mean = reconstruction_loss(decoded, images, config.reconstruction)
-    level = math.log2(255 / 2)
+    level = math.log2((2**bits - 1) / 2)
     match config.reconstruction:
         case "bce":
             return mean * pixels, 0.0

@@ -230,7 +230,10 @@ def _build_imagenet(channels: int) -> ImageNetPerceptual:
 
 def _check_channels(kind: str, channels: int) -> None:
     if channels not in (1, 3, 4):
-        raise InputError(f"loss.perceptual {kind}: expected data.channels 1, 3 or 4, got {channels}")
+        raise InputError(
+            f"loss.perceptual {kind}: expected data.channels 1, 3 or 4, got {channels}. Set loss.perceptual=null, or "
+            "use a network for such images: twostage train-features DATA, loss.perceptual={type: features, path: RUN}"
+        )
 
 
 # --- the weights of LPIPS ---------------------------------------------------------------------------------------------

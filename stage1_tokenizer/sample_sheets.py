@@ -11,7 +11,7 @@ from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.objective import corrupt
 from twostage.core.data.image_data import ImageData, ImageSplit
 from twostage.core.data.spread import spread_over_classes
-from twostage.core.images.conversion import to_float, to_uint8
+from twostage.core.images.conversion import to_float, to_shown, to_uint8
 from twostage.core.images.fonts import class_labels, figure_families
 from twostage.core.images.sheets import contact_sheet, figure_canvas, prompt_sheet, to_image
 from twostage.core.training.random import BatchRandom, seed_for
@@ -54,26 +54,26 @@ def _overview(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
     device = model.device
     originals, given = data.validation.read(rows), model.read_given(data.validation, rows)
     images = to_float(originals.to(device))
-    strips, titles = [originals], ["original"]
+    strips, titles = [_shown(model, images)], ["original"]
     inputs = images
     if model.config.loss.corruption:
         random = BatchRandom(seed_for(seed, "pictures"), slice(0, len(rows)), len(rows))
         inputs = corrupt(images, model.config.loss.corruption, random)
-        strips.append(to_uint8(inputs))
+        strips.append(_shown(model, inputs))
         titles.append("corrupted")
-    strips.append(to_uint8(model.reconstruct(inputs, given)))
+    strips.append(_shown(model, model.reconstruct(inputs, given)))
     titles.append("reconstruction")
     if model.variational:
         of_columns = None if model.class_conditional else given  # samples cycle through the classes
-        strips.append(to_uint8(model.sample(len(rows), of_columns, _generator(seed, device))))
+        strips.append(_shown(model, model.sample(len(rows), of_columns, _generator(seed, device))))
         titles.append("sample")
     if model.codebook_size is None and not model.condition and len(rows) >= 2 * INTERPOLATIONS:
         z = model.encode(inputs[: 2 * INTERPOLATIONS]).z
         shares = torch.linspace(0, 1, len(rows), device=device).view(-1, 1, 1, 1)
         for first, second in zip(z[::2], z[1::2], strict=True):
-            strips.append(to_uint8(model.decode(torch.lerp(first, second, shares))))
+            strips.append(_shown(model, model.decode(torch.lerp(first, second, shares))))
             titles.append("interpolation")
-    return contact_sheet(torch.cat([strip.cpu() for strip in strips]), columns=len(rows), row_titles=titles)
+    return contact_sheet(torch.cat(strips), columns=len(rows), row_titles=titles)
 
 
 def _classes(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
@@ -81,7 +81,7 @@ def _classes(model: Autoencoder, data: ImageData, seed: int) -> Image.Image:
     trained = [label for label, name in enumerate(names) if name not in data.untrained_classes][:COLUMNS]
     labels, captions = torch.tensor(trained).repeat(STYLES), class_labels(names)
     noise = torch.randn(STYLES, *model.latent_shape, generator=_generator(seed, device), device=device)
-    samples = to_uint8(model.sample_from(noise.repeat_interleave(len(trained), 0), labels)).cpu()
+    samples = _shown(model, model.sample_from(noise.repeat_interleave(len(trained), 0), labels))
     return contact_sheet(samples, columns=len(trained), captions=[captions[i] for i in labels.tolist()])
 
 
@@ -90,7 +90,7 @@ def _prompts(model: Autoencoder, prompts: Sequence[str], seed: int) -> Image.Ima
     noise = torch.randn(STYLES, *model.latent_shape, generator=_generator(seed, device), device=device)
     given = model.parse("text", shown).repeat(STYLES, 1, 1)
     samples = model.sample_from(noise.repeat_interleave(len(shown), 0), given)
-    return prompt_sheet(to_uint8(samples).cpu(), shown)
+    return prompt_sheet(_shown(model, samples), shown)
 
 
 def _manifold(model: Autoencoder) -> Image.Image:
@@ -98,7 +98,7 @@ def _manifold(model: Autoencoder) -> Image.Image:
     shares = torch.linspace(0.02, 0.98, MANIFOLD_SIDE)
     steps = torch.special.ndtri(shares)
     lattice = torch.cartesian_prod(-steps, steps).flip(1)[..., None, None]  # the second dimension grows upwards
-    return contact_sheet(to_uint8(model.decode(lattice.to(model.device))).cpu(), columns=MANIFOLD_SIDE)
+    return contact_sheet(_shown(model, model.decode(lattice.to(model.device))), columns=MANIFOLD_SIDE)
 
 
 def _scatter(model: Autoencoder, split: ImageSplit, class_names: list[str] | None) -> Image.Image:
@@ -127,6 +127,11 @@ def _scatter(model: Autoencoder, split: ImageSplit, class_names: list[str] | Non
         for text in legend.get_texts():
             text.set_parse_math(False)
     return to_image(canvas)
+
+
+def _shown(model: Autoencoder, images: Tensor) -> Tensor:
+    """Images (n, C, H, W) in [-1, 1] as a sheet shows them."""
+    return to_shown(to_uint8(images), model.config.shown_channels).cpu()
 
 
 def _generator(seed: int, device: Any) -> torch.Generator:

@@ -122,6 +122,8 @@ def autoencoder_config(config: TokenizerConfig, data: ImageData) -> AutoencoderC
     return AutoencoderConfig(
         image_size=config.data.size,
         channels=config.data.channels,
+        bits=data.validation.bits,
+        shown_channels=config.data.shown_channels,
         class_names=data.class_names,
         untrained_classes=tuple(data.untrained_classes),
         value_range=config.data.value_range,

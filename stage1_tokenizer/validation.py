@@ -7,7 +7,7 @@ from torch import Tensor
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.bottleneck import code_counts
 from twostage.core.data.image_data import ImageSplit
-from twostage.core.images.conversion import to_float, to_uint8
+from twostage.core.images.conversion import to_float, to_integers, white_level
 from twostage.core.training.random import BatchRandom, seed_for
 
 __all__ = ["ACTIVE_VARIANCE", "psnr", "validate"]
@@ -20,9 +20,10 @@ OF_TRAINING = ("perplexity", "codebook_usage")
 
 
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each of (B, C, H, W) uint8 images against its original, (B,)."""
+    """Peak signal-to-noise ratio in dB of each of (B, C, H, W) uint8 or uint16 images against its original of
+    the same type, (B,)."""
     error = (images.float() - originals.float()).square().flatten(1).mean(1)
-    return 10 * torch.log10(255**2 / error.clamp(min=1e-8))
+    return 10 * torch.log10(white_level(originals) ** 2 / error.clamp(min=1e-8))
 
 
 @torch.no_grad()
@@ -31,8 +32,8 @@ def validate(
 ) -> dict[str, float]:
     """Mean metrics over a split; the processes share the batches.
 
-    Adds PSNR in dB of 8-bit images, the share of the codebook in use and its perplexity (for codes), and the share of
-    active units (for a posterior), each over the whole split.
+    Adds PSNR in dB of images rounded as their files are, the share of the codebook in use and its perplexity (for
+    codes), and the share of active units (for a posterior), each over the whole split.
     """
     model.eval()
     device = accelerator.device
@@ -48,7 +49,7 @@ def validate(
         random = BatchRandom(seed_for(seed, "validation", int(rows[0]) // batch_size), slice(0, len(rows)), len(rows))
         output = model(to_float(pixels), None if given is None else given.to(device), random)
         values = {name: value for name, value in output.metrics.items() if not name.startswith(OF_TRAINING)}
-        values["psnr"] = psnr(to_uint8(model.to_images(output.decoded)), pixels).mean()
+        values["psnr"] = psnr(to_integers(model.to_images(output.decoded), split.bits), pixels).mean()
         for name in [*output.metrics, "psnr"]:
             if name in values:
                 sums[name] = sums.get(name, 0) + weight * len(rows) * values[name]

@@ -1,4 +1,4 @@
-"""Run every command of the README, the tutorial and the reliability page, with little data and few steps."""
+"""Run every command of the README, the tutorial and the pages about data and reliability, on little data."""
 
 import io
 import os
@@ -21,6 +21,14 @@ REPOSITORY = Path(__file__).parents[1]
 FEW = "data.num_images=320"
 TINY = "train.max_steps=4 train.batch_size=8 train.warmup_steps=0 train.validate_every=2 train.checkpoint_every=2"
 MADE = {
+    "docs/data.md": [
+        "inspect.png",
+        "runs/tiles/reconstructions.png",
+        "reconstructed/tiles/000000.tif",
+        "generated/tiles_prior/images/000014.tif",
+        "runs/tiles/evaluation/evaluation.html",
+        "reconstructed/spots/000000.png",
+    ],
     "docs/reliability.md": ["runs/limited/losses.png"],
     "README.md": [
         "generated/emoji/grid.png",

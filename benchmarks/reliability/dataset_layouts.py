@@ -32,6 +32,8 @@ CLASSES = ["ant", "bee", "cow"]
 SPLITS = ["train", "val", "test"]
 PER_CLASS = 2
 MODES = ["L", "RGB", "RGBA", "P", "I;16", "1-bit-like", "CMYK"]
+COLUMN = "class, and a column of splits"
+"""Folders of classes, and a table with the split of each image."""
 FORMS = ["{}", "{}", "{}", "My-{}", "{}_2", "set.{}.a", "{} 01"]
 FOLDERS = [
     "split/class",
@@ -41,6 +43,7 @@ FOLDERS = [
     "class/split.file",
     "split.file",
     "split/class/deep",
+    COLUMN,
 ]
 TABLES = [
     "split.parquet",
@@ -53,6 +56,8 @@ TABLES = [
     "struct paths",
 ]
 STORES = ["folder", "zip", "tar", "zips by split", "shards"]
+COLUMN_FILES = ["metadata.csv", "metadata.jsonl", "labels.csv"]
+"""The files that can have a column of splits."""
 SIDE_LABELS = ["metadata.csv", "metadata.jsonl", "labels.csv", "lines", "dataset.json", "cls", "json", "nothing"]
 """The classes of images that are not in class folders; `lines` is a CSV file without a header."""
 ARRAYS = ["npz", "npz by split", "npy", "idx", "cifar"]
@@ -112,18 +117,26 @@ def write(root: Path, seed: int) -> Layout:
     ]  # fmt: skip
     root.mkdir()
     options: dict[str, Any] = {"image_size": 4, "channels": draws.choice([1, 3]), "on_bad_image": "skip"}
+    words = {
+        split: draws.choice([str.lower, str.title, str.upper])(draws.choice(SPLIT_WORDS[split])) for split in SPLITS
+    }
     if layout in STORES:
         side = draws.choice(SIDE_LABELS)
-        named = _write_store(root, layout, spelled, images, side, suffix, extra)
-        return Layout(
-            f"seed {seed}: {layout}, {spelled}, {side}, {mode}, {extra}", root, options, side != "nothing", named
-        )
+        column = words if side in COLUMN_FILES and layout in ("folder", "zip", "tar") and draws.random() < 0.5 else None
+        if column:
+            spelled = dict.fromkeys(spelled, draws.choice(["images", "all/of/them", "train"]))
+        named = _write_store(root, layout, spelled, images, side, suffix, extra, column)
+        about = f"seed {seed}: {layout}, {spelled}, {side}, column {column}, {mode}, {extra}"
+        return Layout(about, root, options, side != "nothing", named)
     if layout in ARRAYS:
         labels = draws.choice(["numbers", "none"])
         _write_arrays(root, layout, spelled, images, labels != "none")
         named = {path for path in root.rglob("*") if path.is_file() and "labels" not in path.name}
         return Layout(f"seed {seed}: {layout}, {spelled}, {labels}", root, options, labels != "none", named)
-    if layout in FOLDERS:
+    if layout == COLUMN:
+        labelled = True
+        _write_column(root, words, images, suffix, draws.choice(COLUMN_FILES))
+    elif layout in FOLDERS:
         labelled = "class" in layout
         for split, label, image, name in images:
             file = root / _path(layout, spelled[split], CLASSES[label], name + suffix)
@@ -134,10 +147,28 @@ def write(root: Path, seed: int) -> Layout:
         _write_tables(root, layout, spelled, images, labels, suffix)
         if labels == "another column":
             options["label_column"] = "breed"
-    _add(root, extra, layout in FOLDERS)
-    files = {path for path in root.rglob("*") if path.is_file()}
+    if layout != COLUMN or extra != "broken image":  # the column would have to say something about it
+        _add(root, extra, layout in FOLDERS)
+    files = {path for path in root.rglob("*") if path.is_file() and path.name not in COLUMN_FILES}
     description = f"seed {seed}: {layout}, {spelled}, {labels}, {mode}, {extra}"
     return Layout(description, root, options, labelled, files)
+
+
+def _write_column(root: Path, words: dict[str, str], images: list[Any], suffix: str, table: str) -> None:
+    rows = []
+    for split, label, image, name in images:
+        file = root / CLASSES[label] / f"{SPLITS.index(split)}{name}{suffix}"
+        file.parent.mkdir(exist_ok=True)
+        image.save(file)
+        rows.append((str(file.relative_to(root)), words[split]))
+    # The label column of `_label_file` would be a second source of classes.
+    names = {"metadata.csv": "file_name,split", "labels.csv": "filename,Split"}
+    text = "".join(f"{name},{word}\n" for name, word in rows)
+    if table == "metadata.jsonl":
+        text = "".join(json.dumps({"file_name": name, "split": word}) + "\n" for name, word in rows)
+    else:
+        text = f"{names[table]}\n{text}"
+    (root / table).write_text(text)
 
 
 def _path(layout: str, split: str, name: str, file: str) -> str:
@@ -150,9 +181,20 @@ def _path(layout: str, split: str, name: str, file: str) -> str:
 
 
 def _write_store(
-    root: Path, store: str, spelled: dict[str, str], images: list[Any], side: str, suffix: str, extra: str
+    root: Path,
+    store: str,
+    spelled: dict[str, str],
+    images: list[Any],
+    side: str,
+    suffix: str,
+    extra: str,
+    words: dict[str, str] | None,
 ) -> set[Path]:
-    """Images in folders of splits, or in archives; returns the files that must be used or reported."""
+    """Images in folders of splits, or in archives; returns the files that must be used or reported.
+
+    Args:
+        words: what a column says of each split; None: no column.
+    """
     files: dict[str, dict[str, bytes]] = {split: {} for split in spelled}
     rows = []
     for split, label, image, name in images:
@@ -173,7 +215,7 @@ def _write_store(
     elif extra == "hidden image":
         files["train"][".hidden.png"] = b"no image"
     named = [(name if "s" in store[3:] else f"{spelled[split]}/{name}", label) for split, name, label in rows]
-    about = _label_file(side, named)
+    about = _label_file(side, named, [words[split] for split, _, _ in rows] if words else None)
     members = {f"{spelled[split]}/{name}": content for split, found in files.items() for name, content in found.items()}
     if store == "folder":
         _write_files(root, members | about)
@@ -192,14 +234,19 @@ def _write_store(
     return {place for place in places if place.suffix not in (".cls", ".json")}
 
 
-def _label_file(side: str, rows: list[tuple[str, int]]) -> dict[str, bytes]:
-    """The file with the classes of all images."""
+def _label_file(side: str, rows: list[tuple[str, int]], splits: list[str] | None) -> dict[str, bytes]:
+    """The file with the classes of all images, and with their ``splits``."""
+    title, ends = (",split\n", [f",{split}\n" for split in splits]) if splits else ("\n", ["\n"] * len(rows))
     if side == "metadata.csv":
-        text = "file_name,label\n" + "".join(f"{name},{CLASSES[label]}\n" for name, label in rows)
+        lines = [f"{name},{CLASSES[label]}{end}" for (name, label), end in zip(rows, ends, strict=True)]
+        text = f"file_name,label{title}" + "".join(lines)
     elif side == "metadata.jsonl":
-        text = "".join(json.dumps({"file_name": name, "class": label}) + "\n" for name, label in rows)
+        named = [{"split": split} for split in splits] if splits else [{}] * len(rows)
+        pairs = zip(rows, named, strict=True)
+        text = "".join(json.dumps({"file_name": name, "class": label} | more) + "\n" for (name, label), more in pairs)
     elif side == "labels.csv":
-        text = "id,category\n" + "".join(f"{Path(name).with_suffix('')},{label}\n" for name, label in rows)
+        lines = [f"{Path(name).with_suffix('')},{label}{end}" for (name, label), end in zip(rows, ends, strict=True)]
+        text = f"id,category{title}" + "".join(lines)
     elif side == "lines":
         text = "".join(f"{name},{CLASSES[label]}\n" for name, label in rows)
     elif side == "dataset.json":

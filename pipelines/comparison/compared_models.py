@@ -55,9 +55,9 @@ class ComparedModel:
     not_evidence: dict[str, str] = field(default_factory=dict)
     """Why a figure says nothing about quality, by its key."""
     reconstructions: Tensor | None = None
-    """(n, C, H, W) uint8, of the originals that are shown."""
+    """(n, C, H, W) uint8 or uint16, of the originals that are shown."""
     samples: Tensor | None = None
-    """(n, C, H, W) uint8."""
+    """(n, C, H, W) uint8 or uint16."""
 
     @property
     def figures(self) -> dict[str, float]:
@@ -106,7 +106,7 @@ def open_models(runs: Sequence[str | Path]) -> list[ComparedModel]:
         if first != other:
             raise InputError(
                 f"{models[0].path} takes images with {first}, but {model.path} takes images with {other}. Compare "
-                "models with the same image size and channels."
+                "models with the same image size, channels and bits."
             )
     return models
 
@@ -117,8 +117,8 @@ def _same_weights(first: Autoencoder, second: Autoencoder) -> bool:
 
 
 def _image_form(tokenizer: Autoencoder) -> str:
-    (height, width), channels = tokenizer.config.image_size, tokenizer.config.channels
-    return f"{height}x{width} pixels and {channels} channel{'s' * (channels != 1)}"
+    (height, width), channels, bits = tokenizer.config.image_size, tokenizer.config.channels, tokenizer.config.bits
+    return f"{height}x{width} pixels and {channels} channel{'s' * (channels != 1)}" + " of 16 bits" * (bits == 16)
 
 
 def find_common_data(models: list[ComparedModel], source: str | None) -> DataConfig:
@@ -133,7 +133,7 @@ def find_common_data(models: list[ComparedModel], source: str | None) -> DataCon
         if source is None:
             raise InputError(f"{models[0].path}: does not say what it was trained on. Add --data SOURCE.")
         form = models[0].tokenizer.config
-        document = {"source": source, "image_size": list(form.image_size), "channels": form.channels}
+        document = {"source": source, "image_size": list(form.image_size), "channels": form.channels, "bits": form.bits}
         return parse_config(DataConfig, document, "data")
     (first, config), *others = configs.items()
     for path, other in others:

@@ -15,6 +15,7 @@ from pipelines.files.report import Report
 from pipelines.files.text_table import text_table
 from pipelines.saved.evaluation_figures import NO_EVIDENCE
 from twostage.core.files import write_json
+from twostage.core.images.conversion import to_shown
 from twostage.core.images.fonts import class_labels
 from twostage.core.images.sheets import contact_sheet, save_image
 
@@ -93,15 +94,20 @@ def comparison_text(comparison: Comparison) -> str:
     return "\n".join([text_table(used_columns(rows), rows), *doubt_notes(comparison.models)])
 
 
-def strip_sheet(strips: Mapping[str, Tensor], captions: Mapping[str, Sequence[str] | None]) -> Image.Image:
-    """A contact sheet: rows of images (n, C, H, W) uint8 by their titles.
+def strip_sheet(
+    strips: Mapping[str, Tensor], captions: Mapping[str, Sequence[str] | None], models: Sequence[ComparedModel]
+) -> Image.Image:
+    """A contact sheet: rows of images (n, C, H, W) by their titles.
 
     Args:
         captions: those of the images of a row, by its title.
+        models: the first that says which channels to show decides it.
     """
+    chosen = [shown for model in models if (shown := model.tokenizer.config.shown_channels)]
+    tiles = to_shown(torch.cat(list(strips.values())), next(iter(chosen), None))
     columns = len(next(iter(strips.values())))
     below = [caption for title in strips for caption in captions.get(title) or [None] * columns]
-    return contact_sheet(torch.cat(list(strips.values())), columns, below, list(strips))
+    return contact_sheet(tiles, columns, below, list(strips))
 
 
 def class_captions(comparison: Comparison, classes: list[str] | None) -> list[str] | None:
@@ -118,7 +124,9 @@ def comparison_sheet(comparison: Comparison, more: Mapping[str, Tensor] | None =
     strips |= {f"{m.name}: new": m.samples for m in comparison.models if m.samples is not None}
     drawn = class_captions(comparison, comparison.classes)
     captions = {f"{m.name}: new": drawn for m in comparison.models if m.samples is not None and m.shows_classes}
-    return strip_sheet(strips, captions | {"original": class_captions(comparison, comparison.original_classes)})
+    return strip_sheet(
+        strips, captions | {"original": class_captions(comparison, comparison.original_classes)}, comparison.models
+    )
 
 
 def comparison_document(comparison: Comparison) -> dict[str, Any]:

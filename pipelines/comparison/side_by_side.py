@@ -45,7 +45,7 @@ class Comparison:
 
     models: list[ComparedModel]
     originals: Tensor
-    """The held-out images that are shown, (n, C, H, W) uint8."""
+    """The held-out images that are shown, (n, C, H, W) uint8 or uint16."""
     original_classes: list[str] | None
     """The class of each of them; None: they have none."""
     classes: list[str] | None
@@ -113,7 +113,7 @@ def _protocol(
     sampling = {"seed": request.seed, "measured": request.num_samples if network else 0}
     return {
         "data": {"source": images.config.source, "split": images.split_name, "images": len(images.rows)},
-        "pixels": "reconstructions are clipped and rounded to 8 bits",
+        "pixels": f"reconstructions are clipped and rounded to {images.split.bits} bits",
         "features": network.protocol if network else None,
         "samples": {**sampling, **request.sampling.model_dump(mode="json")},
         "images_per_s": (

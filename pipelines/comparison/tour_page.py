@@ -26,7 +26,7 @@ from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.objective import corrupt
 from twostage.core.data.spread import spread
 from twostage.core.files import write_json
-from twostage.core.images.conversion import to_float, to_uint8
+from twostage.core.images.conversion import to_float, to_integers
 from twostage.core.images.sheets import save_image
 from twostage.core.runs.run_folder import RunFolder, read_metrics
 
@@ -82,15 +82,15 @@ def _write_model(
     if model.reconstructions is not None:
         strips["original"] = comparison.originals
         if corruption := model.tokenizer.config.loss.corruption:
-            random = RowRandom(0, torch.arange(len(comparison.originals)))
-            strips["corrupted"] = to_uint8(corrupt(to_float(comparison.originals), corruption, random))
+            random, bits = RowRandom(0, torch.arange(len(comparison.originals))), model.tokenizer.config.bits
+            strips["corrupted"] = to_integers(corrupt(to_float(comparison.originals), corruption, random), bits)
             strips["restored"] = rebuilt_images.rebuild_images(model.tokenizer, strips["corrupted"])
         strips["reconstruction"] = model.reconstructions
     strips |= {"random latents": latents} if latents is not None else {}
     strips |= {"new images": model.samples} if model.samples is not None else {}
     captions = {"original": class_captions(comparison, comparison.original_classes)}
     captions |= {"new images": class_captions(comparison, comparison.classes)} if model.shows_classes else {}
-    report.image(strip_sheet(strips, captions), _caption(FAMILIES[name], model, latents))
+    report.image(strip_sheet(strips, captions, [model]), _caption(FAMILIES[name], model, latents))
     (row,) = figure_rows([model])
     report.table(used_columns([row]), [row])
 
@@ -146,9 +146,9 @@ def _ranking(comparison: Comparison) -> str:
 
 @torch.no_grad()
 def random_latents(model: Autoencoder, comparison: Comparison, seed: int) -> Tensor:
-    """Decodes latents drawn from Gaussians fitted to the training images: one per original, (n, C, H, W) uint8."""
+    """Decodes latents drawn from Gaussians fitted to the training images: one per original, (n, C, H, W)."""
     split = comparison.data.splits["train"]
     device = next(model.parameters()).device
     z = model.encode(to_float(split.read(spread(len(split), NUM_LATENTS))).to(device)).z
     noise = torch.randn(len(comparison.originals), *z.shape[1:], generator=torch.Generator().manual_seed(seed))
-    return to_uint8(model.decode(z.mean(0) + z.std(0) * noise.to(device))).cpu()
+    return to_integers(model.decode(z.mean(0) + z.std(0) * noise.to(device)), model.config.bits).cpu()

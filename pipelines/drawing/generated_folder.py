@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from pipelines.drawing.asked import Asked, Cycle
 from pipelines.drawing.batch_size import fitting_batch_size
 from pipelines.drawing.sampler import ImageSampler
-from pipelines.files.image_files import FileFormat, ImageFiles, ParquetShards, PngFiles
+from pipelines.files.image_files import FileFormat, ImageFiles, ImageForm, NumberedFiles, ParquetShards
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.config.sections import describe_differences
 from twostage.core.errors import InputError
@@ -61,8 +61,10 @@ def generate_folder(sampler: ImageSampler, request: GenerateRequest, out: Path) 
     settings = _settings(sampler, request, cycle)
     _check_folder(out, settings)
     state.wait_for_everyone()  # nobody writes before everyone has looked
-    form = (out / "images", sampler.image_size, sampler.channels)
-    files = PngFiles(*form) if request.file_format == "png" else ParquetShards(*form, sampler.label_names)
+    form = ImageForm(sampler.image_size, sampler.channels, sampler.bits)
+    files = NumberedFiles(out / "images", form)
+    if request.file_format == "parquet":
+        files = ParquetShards(out / "images", form, sampler.label_names)
     missing, batch_size = _plan(sampler, request, files, state)
     if state.is_main_process:
         _begin(sampler, request, out, settings, names)
@@ -83,7 +85,7 @@ def generate_folder(sampler: ImageSampler, request: GenerateRequest, out: Path) 
     state.wait_for_everyone()
     if state.is_main_process:
         seconds, total = time.perf_counter() - start, request.num_images
-        shown = files.read(min(total, MAX_SHOWN))
+        shown = sampler.to_shown(files.read(min(total, MAX_SHOWN)))
         sheet = prompt_sheet(shown, cycle.captions) if cycle.captions else class_sheet(shown, names, cycle.labels)
         save_image(sheet, out / "grid.png")
         kept = f"{total - len(missing)} were already there" if len(missing) < total else ""

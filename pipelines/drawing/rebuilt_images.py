@@ -14,7 +14,7 @@ from pipelines.saved.saved_model import tokenizer_of_codes
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage2_prior.codes import CodeCache
 from twostage.core.errors import InputError
-from twostage.core.images.conversion import to_float, to_uint8
+from twostage.core.images.conversion import to_float, to_integers, to_shown
 from twostage.core.machine.command import print_once
 
 __all__ = [
@@ -30,15 +30,15 @@ __all__ = [
 
 @torch.no_grad()
 def decode_codes(tokenizer: Autoencoder, codes: Tensor) -> Tensor:
-    """Codes (n, h, w) -> images (n, C, H, W) uint8 on the CPU; each is independent of the others in its batch."""
+    """Codes (n, h, w) -> images (n, C, H, W) uint8 or uint16 on the CPU, each independent of the others."""
     padded = F.pad(codes, (0, 0, 0, 0, 0, -len(codes) % ROWS))
     at_once = ROWS if codes.device.type == "cpu" else ROWS_DECODED_ON_GPU
-    images = [to_uint8(tokenizer.decode_indices(part)) for part in padded.split(at_once)]
+    images = [to_integers(tokenizer.decode_indices(part), tokenizer.config.bits) for part in padded.split(at_once)]
     return torch.cat(images).cpu()[: len(codes)]
 
 
 def find_decoder(codes: str) -> Callable[[Tensor], Tensor] | None:
-    """Decodes by the tokenizer that wrote the codes; None, with a line that says why, if it is not found.
+    """Decodes by the tokenizer that wrote the codes, into images to show; None, and a line with the reason, without it.
 
     Raises:
         InputError: there are no such codes.
@@ -49,12 +49,13 @@ def find_decoder(codes: str) -> Callable[[Tensor], Tensor] | None:
     except (InputError, OSError) as error:
         print_once(f"No samples are drawn during training: {error}")
         return None
-    return lambda given: decode_codes(tokenizer.to(given.device), given)
+    shown = tokenizer.config.shown_channels
+    return lambda given: to_shown(decode_codes(tokenizer.to(given.device), given), shown)
 
 
 @torch.no_grad()
 def rebuild_images(tokenizer: Autoencoder, images: Tensor, given: Tensor | None = None) -> Tensor:
-    """The reconstructions of images (n, C, H, W) uint8; each is independent of the others in its batch.
+    """The reconstructions of images (n, C, H, W) uint8 or uint16; each is independent of the others in its batch.
 
     Args:
         given: (n, ...), what the tokenizer sees beside each image, see :meth:`Autoencoder.read_given`.
@@ -67,8 +68,8 @@ def rebuild_images(tokenizer: Autoencoder, images: Tensor, given: Tensor | None 
 def blend_images(
     tokenizer: Autoencoder, first: Tensor, second: Tensor, num_images: int, given: Tensor | None = None
 ) -> Tensor:
-    """Images from ``first`` to ``second``, both (C, H, W) uint8: (num_images, C, H, W) uint8. The first and the last
-    are the reconstructions of the two.
+    """Images from ``first`` to ``second``, both (C, H, W): (num_images, C, H, W) of the same type. The first and the
+    last are the reconstructions of the two.
 
     The outputs of the encoder are blended linearly, then passed through the bottleneck as usual. So the latents of a
     plain autoencoder, and the posterior means of a variational one, are blended as they are. For a quantizer, each cell
@@ -90,22 +91,23 @@ def blend_images(
 
 
 def check_image(tokenizer: Autoencoder, image: Tensor, name: str = "image", batch: bool = False) -> None:
-    """Refuses anything but a uint8 image (C, H, W), or a ``batch`` of them (n, C, H, W), with the model's shape.
+    """Refuses anything but an image (C, H, W), or a ``batch`` of them (n, C, H, W), of the model's shape and bits.
 
     Raises:
         InputError: another shape or type.
     """
     expected = (tokenizer.config.channels, *tokenizer.config.image_size)
-    if image.dtype != torch.uint8 or tuple(image.shape[-3:]) != expected or image.ndim != 3 + batch:
+    dtype = torch.uint8 if tokenizer.config.bits == 8 else torch.uint16
+    if image.dtype != dtype or tuple(image.shape[-3:]) != expected or image.ndim != 3 + batch:
         axes = "(channels, height, width)" + " each" * batch
         raise InputError(
-            f"{name}: expected uint8 with the shape {expected}, {axes}, got {image.dtype} with {tuple(image.shape)}. "
+            f"{name}: expected {dtype} with the shape {expected}, {axes}, got {image.dtype} with {tuple(image.shape)}. "
             "given_images.read_image converts an image file to that shape"
         )
 
 
 def encode_in_parts(tokenizer: Autoencoder, images: Tensor, given: Tensor | None = None) -> list[Tensor]:
-    """The encoder's output for images (n, C, H, W) uint8, in batches of `ROWS`, the last one filled up."""
+    """The encoder's output for images (n, C, H, W) uint8 or uint16, in batches of `ROWS`, the last one filled up."""
     device, parts = next(tokenizer.parameters()).device, _in_parts(images)
     pairs = zip(parts, _given_of_parts(given, len(parts)), strict=True)
     return [tokenizer.run_encoder(to_float(part.to(device)), beside) for part, beside in pairs]
@@ -128,6 +130,7 @@ def _given_of_parts(given: Tensor | None, num_parts: int) -> Sequence[Tensor | N
 
 
 def _decode_parts(tokenizer: Autoencoder, latents: list[Tensor], count: int, given: Tensor | None) -> Tensor:
-    """The first ``count`` images (count, C, H, W) uint8, on the CPU."""
+    """The first ``count`` images (count, C, H, W) uint8 or uint16, on the CPU."""
     pairs = zip(latents, _given_of_parts(given, len(latents)), strict=True)
-    return torch.cat([to_uint8(tokenizer.decode(z, beside)).cpu() for z, beside in pairs])[:count]
+    images = [to_integers(tokenizer.decode(z, beside), tokenizer.config.bits).cpu() for z, beside in pairs]
+    return torch.cat(images)[:count]

@@ -44,7 +44,7 @@ class RedrawRequest:
     """An image to draw parts of, and how."""
 
     image: Tensor
-    """(C, H, W) uint8."""
+    """(C, H, W), uint8 or uint16 as the model's images are."""
     num_images: int = 1
     class_name: str | None = None
     """The class to draw; None: without a class."""
@@ -134,7 +134,7 @@ def can_redraw(sampler: ImageSampler, masks: list[Tensor]) -> bool:
 
 @torch.no_grad()
 def known_codes(tokenizer: Autoencoder, images: Tensor, mask: Tensor) -> Tensor:
-    """The codes (n, h, w) of images (n, C, H, W) uint8 to keep when ``mask`` (H, W) is redrawn; -1 in all other cells.
+    """The codes (n, h, w) of images (n, C, H, W) to keep when ``mask`` (H, W) is redrawn; -1 in all other cells.
     The masked pixels do not influence them."""
     latents = [tokenizer.bottleneck.encode(part) for part in encode_in_parts(tokenizer, fill_masked(images, mask))]
     codes = torch.cat([latent.indices for latent in latents if latent.indices is not None])[: len(images)]
@@ -161,7 +161,7 @@ def cells_to_redraw(tokenizer: Autoencoder, mask: Tensor) -> Tensor:
 
 
 def paste(images: Tensor, drawn: Tensor, mask: Tensor, feather: float = 0) -> Tensor:
-    """``images`` with ``drawn`` where ``mask`` (H, W) is True; both (n, C, H, W) uint8.
+    """``images`` with ``drawn`` where ``mask`` (H, W) is True; both (n, C, H, W) of one type.
 
     Args:
         feather: a distance in pixels. A kept pixel that is closer than this to a masked one becomes a blend; the share
@@ -172,7 +172,7 @@ def paste(images: Tensor, drawn: Tensor, mask: Tensor, feather: float = 0) -> Te
 
     distance = torch.from_numpy(distance_transform_edt(~mask.cpu().numpy()))  # 0 in the mask, 1 beside it
     share = (1 - distance / max(feather, 1)).clamp(min=0).float()
-    return torch.lerp(images.float(), drawn.float(), share).round().to(torch.uint8)
+    return torch.lerp(images.float(), drawn.float(), share).round().to(images.dtype)
 
 
 class Window(NamedTuple):

@@ -31,7 +31,7 @@ def write_inpainted(sampler: ImageSampler, request: InpaintRequest, out: Path) -
         images = inpaint(sampler, request, on_progress).images
     original, nothing = request.image[None], torch.zeros_like(request.mask)
     shown = [(original, nothing), (original, request.mask), (images, nothing)]
-    tiles = torch.cat([mark_masked(part, mask) for part, mask in shown])
+    tiles = torch.cat([mark_masked(sampler.to_shown(part), mask) for part, mask in shown])
     captions = ["original", "kept", *map(str, range(len(images)))]
     write_images(out, images)
     save_image(contact_sheet(tiles, min(len(tiles), INPAINT_COLUMNS), captions), out / "grid.png")
@@ -47,8 +47,8 @@ def write_outpainted(sampler: ImageSampler, request: OutpaintRequest, out: Path)
         images = outpaint(sampler, request, on_progress).images
     borders = list(request.sides.values())
     added = ~F.pad(torch.ones(request.image.shape[1:], dtype=torch.bool), borders)
-    original = mark_masked(F.pad(request.image[None], borders), added)
-    tiles = torch.cat([original, mark_masked(images, torch.zeros_like(added))])
+    original = mark_masked(F.pad(sampler.to_shown(request.image[None]), borders), added)
+    tiles = torch.cat([original, mark_masked(sampler.to_shown(images), torch.zeros_like(added))])
     scale = max(1, MAX_SIDE // max(tiles.shape[-2:]))  # a wide image needs more than a contact sheet's tile
     tiles = tiles.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
     captions = ["given", *map(str, range(len(images)))]

@@ -25,7 +25,7 @@ from twostage.core.conditions.condition import ConditionedSplit
 from twostage.core.conditions.map_condition import MapConditionConfig
 from twostage.core.conditions.map_form import MapCodes
 from twostage.core.errors import InputError
-from twostage.core.images.conversion import to_uint8
+from twostage.core.images.conversion import to_integers, to_shown
 from twostage.core.images.map_colours import maps_as_images
 from twostage.core.images.sheets import class_sheet, prompt_sheet
 
@@ -37,7 +37,7 @@ class PipelineOutput:
     """Generated images."""
 
     images: Any
-    """A list of PIL images ("pil"), (n, C, H, W) uint8 ("pt"), or (n, H, W, C) uint8 ("np")."""
+    """A list of PIL images ("pil"), (n, C, H, W) uint8 or uint16 ("pt"), or (n, H, W, C) ("np")."""
     codes: Tensor | None
     """(n, h, w) int64; None for a variational autoencoder and for images larger than the model's size."""
     labels: list[int] | None
@@ -106,6 +106,11 @@ class ImageSampler:
     def channels(self) -> int:
         """1 grey, 3 RGB, 4 RGBA."""
         return self.tokenizer.config.channels
+
+    @property
+    def bits(self) -> int:
+        """Those of each channel of a pixel: 8 or 16."""
+        return self.tokenizer.config.bits
 
     @property
     def map_channels(self) -> int | None:
@@ -240,11 +245,16 @@ class ImageSampler:
         return encode_images(self.map_tokenizer, images).cpu().int()
 
     def sheet(self, images: Tensor) -> Image.Image:
-        """A contact sheet of images (n, C, H, W) uint8 of a request that asks for nothing in particular: below each is
+        """A contact sheet of images (n, C, H, W) of a request that asks for nothing in particular: below each is
         its prompt or its class."""
+        images = self.to_shown(images)
         if prompts := self.model.example_prompts():
             return prompt_sheet(images, prompts)
         return class_sheet(images, self.class_names, self.labels_for(None))
+
+    def to_shown(self, images: Tensor) -> Tensor:
+        """Images (..., C, H, W) in the form in which sheets show them, see :func:`to_shown`."""
+        return to_shown(images, self.tokenizer.config.shown_channels)
 
     # --- drawing ----------------------------------------------------------------------------------------------------
 
@@ -259,7 +269,7 @@ class ImageSampler:
         on_progress: Callable[[float], object] = lambda images: None,
         known: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Draws the images ``numbers`` of a seed: (n, C, H, W) uint8 and their codes (n, h, w) or None, for each batch.
+        """Draws the images ``numbers`` of a seed in batches: (n, C, H, W) uint8 or uint16, and codes (n, h, w) or None.
 
         Args:
             cycle: what the images show.
@@ -291,17 +301,17 @@ class ImageSampler:
                 yield pixels, None
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (n, h, w) -> images (n, C, H, W) uint8, see :func:`decode_codes`."""
+        """Codes (n, h, w) -> images (n, C, H, W) uint8 or uint16, see :func:`decode_codes`."""
         return decode_codes(self.tokenizer, codes)
 
     def _from_latents(self, given: Tensor | None, temperature: float, seeds: list[int]) -> Tensor:
-        """Images (n, C, H, W) uint8 on the CPU from the tokenizer's own prior; n is a multiple of `ROWS`."""
+        """Images (n, C, H, W) uint8 or uint16 on the CPU from the tokenizer's own prior; n is a multiple of `ROWS`."""
         shape = self.tokenizer.latent_shape
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         rows = torch.stack(noise).mul_(temperature).to(self.device).split(ROWS)
         values = [None] * len(rows) if given is None else given.split(ROWS)
         images = [self.tokenizer.sample_from(part, value) for part, value in zip(rows, values, strict=True)]
-        return to_uint8(torch.cat(images)).cpu()
+        return to_integers(torch.cat(images), self.bits).cpu()
 
 
 def in_shares(on_progress: Callable[[float], object] | None, total: int) -> Callable[[float], None]:

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from pipelines.drawing.rebuilt_images import blend_images, rebuild_images
 from pipelines.files.given_images import find_images, read_images
-from pipelines.files.image_files import check_output_file
+from pipelines.files.image_files import check_new_folder, check_output_file, write_images
 from pipelines.saved.saved_model import SavedModel
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.validation import psnr
 from twostage.core.data.spread import spread, spread_over_classes
 from twostage.core.errors import InputError
+from twostage.core.images.conversion import to_shown
 from twostage.core.images.fonts import class_labels
 from twostage.core.images.sheets import contact_sheet, save_image
 
@@ -22,20 +23,28 @@ COLUMNS = 12
 
 
 def draw_reconstructions(
-    model: SavedModel, out: Path, source: str | None = None, num_images: int = 12, images: list[Path] | None = None
+    model: SavedModel,
+    out: Path,
+    source: str | None = None,
+    num_images: int = 12,
+    images: list[Path] | None = None,
+    images_out: Path | None = None,
 ) -> float:
-    """Draws originals above their reconstructions into ``out``; returns the mean PSNR in dB of the images shown (8-bit
-    pixels).
+    """Draws originals above their reconstructions into ``out``; returns the mean PSNR in dB of the images shown, with
+    the bits of their files.
 
     Args:
         source: a source of held-out images to use instead of the training source.
         images: files and folders to show instead of ``num_images`` held-out images; at most ``num_images`` per folder.
+        images_out: a new folder for the reconstructions, without loss; None: only the sheet is written.
 
     Raises:
         InputError: no tokenizer, no images, or an ``out`` that would overwrite one.
     """
     images = find_images(images or [], num_images, "--num-images")
     check_output_file(out, images)
+    if images_out:
+        check_new_folder(images_out, "--images-out")
     saved, tokenizer = model.open_tokenizer()
     given = None
     if images:
@@ -45,10 +54,12 @@ def draw_reconstructions(
         held_out = saved.held_out_images(source, _needed_classes(tokenizer))
         rows = spread_over_classes(held_out.labels, len(held_out), num_images)
         originals, given = held_out.read(rows), tokenizer.read_given(held_out, rows)
-    reconstructions = rebuild_images(tokenizer, originals, given)
+    reconstructions, shown = rebuild_images(tokenizer, originals, given), tokenizer.config.shown_channels
+    if images_out:
+        write_images(images_out, reconstructions)
     columns, strips = min(COLUMNS, len(originals)), []
     for part in torch.arange(len(originals)).split(columns):
-        strips += [_padded(originals[part], columns), _padded(reconstructions[part], columns)]
+        strips += [_padded(to_shown(each[part], shown), columns) for each in (originals, reconstructions)]
     titles = ["original", "reconstruction"] * (len(strips) // 2)
     save_image(contact_sheet(torch.cat(strips), columns, row_titles=titles), out)
     return psnr(reconstructions, originals).mean().item()
@@ -99,7 +110,8 @@ def draw_interpolations(
     pairs = zip(ends[::2], ends[1::2], classes, strict=True)
     strips = [blend_images(tokenizer, first, second, num_images, label) for first, second, label in pairs]
     row_titles = [f"{a} to {b}" for a, b in zip(titles[::2], titles[1::2], strict=True)] if titles else None
-    save_image(contact_sheet(torch.cat(strips), num_images, row_titles=row_titles), out)
+    shown = to_shown(torch.cat(strips), tokenizer.config.shown_channels)
+    save_image(contact_sheet(shown, num_images, row_titles=row_titles), out)
     return len(strips)
 
 

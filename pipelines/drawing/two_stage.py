@@ -28,7 +28,7 @@ from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.conditions.conditions import NAMES
 from twostage.core.config.sections import parse_config
 from twostage.core.errors import InputError
-from twostage.core.images.conversion import to_pil
+from twostage.core.images.conversion import is_pillow_form, to_pil
 
 __all__ = ["TwoStagePipeline"]
 
@@ -178,8 +178,7 @@ class TwoStagePipeline(ImageSampler):
         """
         if num_images < 1 or (batch_size is not None and batch_size < 1):
             raise InputError(f"num_images {num_images}, batch_size {batch_size}: expected at least 1 for each")
-        if output_type not in ("pil", "pt", "np"):
-            raise InputError(f"output_type {output_type!r}: expected 'pil', 'pt' or 'np'")
+        self._check_output_type(output_type)
         if labels is not None and class_names is not None:
             raise InputError("labels, class_names: got both, expected one of them")
         if labels is not None:
@@ -200,6 +199,15 @@ class TwoStagePipeline(ImageSampler):
             _as_type(pixels, output_type), torch.cat(codes) if codes else None, cycle.labels_of(range(num_images)),
             prompts,
         )  # fmt: skip
+
+    def _check_output_type(self, output_type: str) -> None:
+        if output_type not in ("pil", "pt", "np"):
+            raise InputError(f"output_type {output_type!r}: expected 'pil', 'pt' or 'np'")
+        if output_type == "pil" and not is_pillow_form(self.channels, self.bits):
+            raise InputError(
+                f"output_type 'pil': Pillow has no images of {self.channels} channels with {self.bits} bits. Set "
+                "output_type='pt' or 'np'"
+            )
 
     def reconstruct(
         self,

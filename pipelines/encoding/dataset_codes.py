@@ -192,7 +192,8 @@ def _partial_codes(
     shard: tuple[int, int] | None,
     coder: MapCoder | None,
 ) -> PartialCodes:
-    augmentation, group = splits["train"].augmentation.model_dump(mode="json"), config.model_dump(mode="json")
+    augmentation = splits["train"].augmentation.model_dump(mode="json")
+    group = config.model_dump(mode="json", exclude={"bits", "shown_channels"})  # the images themselves are compared
     common = {"tokenizer": reference.hash, "augmentation": augmentation}
     common |= {"map_tokenizer": coder.about.hash} if coder else {}
     places = dict.fromkeys(("source", "maps", *(("vector_column",) if config.vector_file else ())))

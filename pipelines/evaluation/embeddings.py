@@ -41,7 +41,7 @@ class Embedder:
     """The `data` settings of the images that it sees."""
     network: Judge | Autoencoder
     compute: Callable[[Tensor, Tensor | None], Tensor]
-    """Images (B, C, H, W) uint8 and labels (B,) or None -> (B, ...)."""
+    """Images (B, C, H, W) uint8 or uint16 and labels (B,) or None -> (B, ...)."""
 
 
 def features_of(network: Judge) -> Embedder:
@@ -72,7 +72,12 @@ def codes_of(model: Autoencoder) -> Embedder:
 
 def _form_of(model: Autoencoder) -> dict[str, Any]:
     form = model.config
-    return {"image_size": form.image_size, "channels": form.channels, "value_range": form.value_range}
+    return {
+        "image_size": form.image_size,
+        "channels": form.channels,
+        "value_range": form.value_range,
+        "bits": form.bits,
+    }
 
 
 def embed(source: str, embedder: Embedder, out: Path, **settings: object) -> tuple[int, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from pipelines.evaluation.judges import Judge, not_evidence, open_judge
 from pipelines.evaluation.likelihood import HeldOutCodes, measure_codes, measure_images
 from pipelines.evaluation.listening import measure_listening
 from pipelines.evaluation.measurement import HeldOutImages, Measurement, figures_of
-from pipelines.evaluation.novelty import neighbours_sheet
+from pipelines.evaluation.novelty import Neighbours, neighbours_sheet
 from pipelines.evaluation.samples import (
     JUDGED_SAMPLES,
     SampleRequest,
@@ -238,8 +238,11 @@ def _sheets(drawn: Samples, pipeline: TwoStagePipeline, cycle: Cycle | None) -> 
     captions = cycle.captions if cycle else ()
     labels = cycle.labels if cycle else pipeline.labels_for(None)
     names = [pipeline.label_names[label] for label in labels] if labels and pipeline.label_names else None
-    sheet = prompt_sheet(drawn.images, captions) if captions else pipeline.sheet(drawn.images)
+    sheet = prompt_sheet(pipeline.to_shown(drawn.images), captions) if captions else pipeline.sheet(drawn.images)
     sheets = [Sheet("samples", sheet, "The first samples.")]
     if drawn.neighbours:
-        sheets.append(Sheet("neighbours", neighbours_sheet(drawn.neighbours, names, labels), NEIGHBOURS_CAPTION))
+        found = drawn.neighbours
+        shown = Neighbours(pipeline.to_shown(found.samples), pipeline.to_shown(found.nearest), found.distances)
+        sheet = neighbours_sheet(shown, names, labels)
+        sheets.append(Sheet("neighbours", sheet, NEIGHBOURS_CAPTION))
     return sheets

@@ -18,7 +18,7 @@ from stage1_tokenizer.autoencoder import Autoencoder
 from twostage.core.data.dataset import load_images
 from twostage.core.data.spread import spread_over_classes
 from twostage.core.errors import InputError
-from twostage.core.images.conversion import to_float, to_uint8
+from twostage.core.images.conversion import to_float, to_integers, to_shown
 from twostage.core.images.sheets import contact_sheet
 
 __all__ = ["evaluate_tokenizer", "typical_images"]
@@ -136,7 +136,7 @@ def _sheet(model: Autoencoder, images: HeldOutImages, ratios: Tensor, name: str,
     rows = images.rows[places]
     originals, given = images.split.read(rows), model.read_given(images.split, rows)
     device = next(model.parameters()).device
-    decoded = to_uint8(model.reconstruct(to_float(originals.to(device)), given)).cpu()
+    decoded = to_integers(model.reconstruct(to_float(originals.to(device)), given), images.split.bits).cpu()
     captions = [f"row {row}" for row in rows.tolist()] + [f"{ratio:.1f} dB" for ratio in ratios[places].tolist()]
-    tiles = torch.cat([originals, decoded])
+    tiles = to_shown(torch.cat([originals, decoded]), model.config.shown_channels)
     return Sheet(name, contact_sheet(tiles, len(places), captions, ["original", "reconstruction"]), caption)

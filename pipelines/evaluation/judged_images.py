@@ -39,7 +39,7 @@ class JudgedImages:
         return judged
 
     def update(self, places: Tensor, pixels: Tensor) -> None:
-        """Adds uint8 images (B, C, H, W) at the ``places`` (B,) that they have among all images."""
+        """Adds uint8 or uint16 images (B, C, H, W) at the ``places`` (B,) that they have among all images."""
         self.digests.update(places, pixels)
         self.features[places] = self.network(pixels.to(self._work.device)).float().cpu()
 

@@ -19,7 +19,7 @@ from stage1_tokenizer.feature_network import FeatureNetwork
 from stage1_tokenizer.imagenet_network import JUDGE_WEIGHTS, ImageNetNetwork, enlarge_small, to_rgb
 from twostage.core.errors import InputError
 from twostage.core.files import file_sha256
-from twostage.core.images.conversion import to_float
+from twostage.core.images.conversion import MODES, to_float, to_shown
 from twostage.core.runs.model_folder import find_model_folder, load_saved_tensors
 from twostage.core.wording import one_line
 
@@ -50,7 +50,8 @@ PROPOSED_WIDTHS = (48, 32)
 
 
 class OwnFeatures(nn.Module):
-    """uint8 images (B, C, H, W) -> features (B, F) float64 of a network trained with `twostage train-features`."""
+    """Images (B, C, H, W) uint8 or uint16 -> features (B, F) float64 of a network of
+    `twostage train-features`."""
 
     max_training_images, has_logits = MAX_TRAINING_IMAGES, True
 
@@ -81,7 +82,8 @@ class OwnFeatures(nn.Module):
 
 
 class InceptionFeatures(nn.Module):
-    """uint8 images (B, C, H, W) -> the 2048 pooled features (B, F) float64 of the Inception network of published FIDs.
+    """Images (B, C, H, W) uint8 or uint16 -> the 2048 pooled features (B, F) float64 of the Inception network
+    of published FIDs.
 
     Raises:
         InputError: the file is missing or holds other weights. Only tensors are read from it, never code.
@@ -119,7 +121,7 @@ class InceptionFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.network(_with_channels(pixels, self.channels)).double()
+        return self.network(_with_channels(to_shown(pixels), self.channels)).double()
 
     def logits(self, features: Tensor) -> Tensor:
         """Features (B, F) -> logits (B, 1008) without the bias, as the Inception score is published."""
@@ -129,9 +131,9 @@ class InceptionFeatures(nn.Module):
 
 
 class ImageNetFeatures(nn.Module):
-    """uint8 images (B, C, H, W), grey, RGB or RGBA -> pooled features (B, F) float64 of EfficientNet-lite2, which was
-    trained on ImageNet. No tokenizer is trained against it: `loss.perceptual` has a smaller network. A linear probe
-    learns the classes of training images: see :meth:`fit`.
+    """Images (B, C, H, W) uint8 or uint16, grey, RGB or RGBA -> pooled features (B, F) float64 of EfficientNet-lite2,
+    which was trained on ImageNet. No tokenizer is trained against it: `loss.perceptual` has a smaller network. A linear
+    probe learns the classes of training images: see :meth:`fit`.
 
     Raises:
         InputError: the extra `imagenet` is not installed, or its weights are not the expected ones.
@@ -204,13 +206,19 @@ def open_judge(inception: str | Path | None, features: str | Path | None, channe
     if not inception and not features:
         return None
     if features == IMAGENET:
+        if channels not in MODES:
+            raise InputError(
+                f"--features imagenet: the network takes images with 1, 3 or 4 channels, but the model's images have "
+                f"{channels}. Use --features runs/NAME (twostage train-features DATA --channels {channels})."
+            )
         return ImageNetFeatures()
     network = InceptionFeatures(inception) if inception else OwnFeatures(features or "")
     if channels not in (1, network.channels):
         option = f"--inception {inception}" if inception else f"--features {features}"
         raise InputError(
             f"{option}: the network takes images with {network.channels} channels, but the model's images have "
-            f"{channels}. Use --features imagenet, or a network trained with data.channels={channels}."
+            f"{channels}. {'Use --features imagenet, or' if channels in MODES else 'Use'} a network trained with "
+            f"--channels {channels}."
         )
     return network
 

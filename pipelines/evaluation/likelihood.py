@@ -32,6 +32,7 @@ __all__ = [
     "image_costs",
     "measure_codes",
     "measure_images",
+    "min_scale",
     "prior_nats",
 ]
 
@@ -39,9 +40,6 @@ NUM_BOUND_DRAWS, BOUND_SEED = 2, 0
 """Draws per image that an upper bound is averaged over: at least two, to tell how far they are apart."""
 NUM_SCALE_IMAGES = 4096
 """Training images that the likelihood's scale is fitted on."""
-MIN_SCALE = 2 / 255 / math.sqrt(12)
-"""Minimum scale of a pixel's likelihood, in units of [-1, 1]: the standard deviation of rounding to 8 bits. A narrower
-density says nothing about grey levels."""
 
 
 # --- codes ----------------------------------------------------------------------------------------------------------
@@ -197,7 +195,7 @@ def image_costs(
     table = work.total(table)
     digests.gather(work)
     nothing = torch.zeros(1, 1, 1, 1)
-    _, level_bits = negative_log_likelihood(nothing, nothing, likelihood)
+    _, level_bits = negative_log_likelihood(nothing, nothing, likelihood, split.bits)
     return PerImageCosts(table[:, 0], table[:, 1:], level_bits, digests)
 
 
@@ -235,7 +233,13 @@ def fit_likelihood(model: Autoencoder, split: ImageSplit, rows: Tensor, work: Sh
         errors[places] = torch.stack([reconstruction_loss(*pair, loss.reconstruction) for pair in pairs]).cpu().double()
     error = work.total(errors).mean().item()
     scale = error if loss.reconstruction == "l1" else math.sqrt(error)
-    return loss.model_copy(update={"likelihood_scale": max(scale, MIN_SCALE)})
+    return loss.model_copy(update={"likelihood_scale": max(scale, min_scale(split.bits))})
+
+
+def min_scale(bits: int) -> float:
+    """The minimum scale of a pixel's likelihood, in units of [-1, 1]: the standard deviation of rounding to 8 or 16
+    bits. A narrower density says nothing about grey levels."""
+    return 2 / (2**bits - 1) / math.sqrt(12)
 
 
 def _chain_rule_protocol(
@@ -264,7 +268,10 @@ def _chain_rule_protocol(
                 "a density at the grey levels (in bits: times the width of a level) without dequantisation noise, not "
                 "comparable with likelihoods of discrete pixels"
             ),
-            "level": "the density is over [-1, 1], where a grey level is 2/255 wide; level_bits account for that",
+            "level": (
+                f"the density is over [-1, 1], where a grey level is 2/{2**tokenizer.config.bits - 1} wide; level_bits "
+                "account for that"
+            ),
         }
     if tokenizer.config.adversarial or tokenizer.config.trained_against:
         about["decoder"] = "trained with more than the reconstruction loss, so it does not aim to make images likely"

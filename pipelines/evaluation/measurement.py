@@ -95,7 +95,9 @@ class HeldOutImages:
             "images": len(self.rows),
             "chosen": chosen_rows(len(self.rows), len(self.split)),
             "sha256": digests.sha256,
-            "sha256_of": "the sha256 digests of the images (uint8, channels x height x width), in order",
+            "sha256_of": (
+                f"the sha256 digests of the images (uint{self.split.bits}, channels x height x width), in order"
+            ),
             "duplicates": digests.duplicates,
         }
 

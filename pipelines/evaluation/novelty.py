@@ -32,9 +32,9 @@ class Neighbours:
     """Some samples and their nearest training images."""
 
     samples: Tensor
-    """(n, C, H, W) uint8."""
+    """(n, C, H, W) uint8 or uint16."""
     nearest: Tensor
-    """(n, k, C, H, W) uint8, the nearest first."""
+    """(n, k, C, H, W), the nearest first."""
     distances: Tensor
     """(n, k); 1 is the median distance of held-out images to their nearest training image."""
 
@@ -45,7 +45,7 @@ def measure_novelty(
     """Measures whether samples are copies of training images, and finds the neighbours of the first ones.
 
     Args:
-        images: the first samples, (at least `MAX_SHOWN` if there are as many, C, H, W) uint8.
+        images: the first samples, (at least `MAX_SHOWN` if there are as many, C, H, W).
         num_classes: the classes that the samples cycle through.
     """
     training, name = real.training, real.source.split_name

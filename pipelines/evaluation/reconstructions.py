@@ -32,7 +32,7 @@ from stage1_tokenizer.perceptual import MIN_SIDE, TRUNK, LPIPSConfig, build_perc
 from stage1_tokenizer.validation import ACTIVE_VARIANCE, psnr
 from twostage.core.errors import InputError
 from twostage.core.files import file_sha256, shorten_home
-from twostage.core.images.conversion import to_float, to_uint8
+from twostage.core.images.conversion import to_float, to_integers, white_level
 from twostage.core.training.random import seed_for
 
 __all__ = [
@@ -131,7 +131,7 @@ def measure_reconstructions(
         originals, labels = pixels.to(work.device), None if labels is None else labels.to(work.device)
         given = model.read_given(split, rows[places])
         latent = model.encode(to_float(originals), given)
-        decoded = to_uint8(model.decode(latent.z, given))
+        decoded = to_integers(model.decode(latent.z, given), split.bits)
         values = _image_values(model, originals, decoded, given, rows[places], lpips)
         for column, name in enumerate(columns):
             table[places, column] = values[name].cpu().double()
@@ -171,7 +171,9 @@ def _image_values(
         output = model(images, given, RowRandom(NOISE_SEED, rows))
         values |= output.metrics
         if _corrupts(model):
-            values["psnr_corrupted"] = psnr(to_uint8(model.to_images(output.decoded)), originals)
+            values["psnr_corrupted"] = psnr(
+                to_integers(model.to_images(output.decoded), 8 * originals.element_size()), originals
+            )
     return values
 
 
@@ -195,13 +197,13 @@ def _perturbation(model: Autoencoder) -> str | None:
 
 
 def _decode_perturbed(model: Autoencoder, indices: Tensor | None, rows: Tensor) -> Tensor:
-    """8-bit images decoded from codes (B, h, w) of which many are replaced by similar ones."""
+    """Integer images decoded from codes (B, h, w) of which many are replaced by similar ones."""
     assert indices is not None
     share = torch.tensor(PERTURBED_SHARES, device=indices.device)[rows.to(indices.device) % len(PERTURBED_SHARES)]
     random = RowRandom(NOISE_SEED, rows)
     vectors = code_vectors(model.bottleneck, indices.device)
     replaced = perturb_codes(indices, vectors, share, _num_similar(model), random)
-    return to_uint8(model.decode_indices(replaced))
+    return to_integers(model.decode_indices(replaced), model.config.bits)
 
 
 # --- the measurements -----------------------------------------------------------------------------------------------
@@ -211,16 +213,22 @@ def _image_quality(
     model: Autoencoder, images: HeldOutImages, digests: RowDigests, means: dict[str, float], lpips: Lpips
 ) -> Measurement[ImageQuality]:
     size, window = model.config.image_size, ssim_window(model.config.image_size)
-    narrow = "" if window == SSIM_WINDOW else f" (the images are too small for the usual {SSIM_WINDOW})"
+    bits, narrow = (
+        images.split.bits,
+        "" if window == SSIM_WINDOW else f" (the images are too small for the usual {SSIM_WINDOW})",
+    )
     protocol: dict[str, Any] = {
         "data": images.protocol(digests),
         "image_size": list(size),
         "channels": model.config.channels,
         "resize": "cropped at the centre, then Lanczos with antialiasing",
-        "pixels": "reconstructions are clipped and rounded to 8 bits before PSNR, SSIM, LPIPS and the Frechet distance",
-        "psnr": "from each image's mean squared error, peak 255; averaged over the images",
+        "pixels": (
+            f"reconstructions are clipped and rounded to {bits} bits before PSNR, SSIM, LPIPS and the Frechet distance"
+        ),
+        "psnr": f"from each image's mean squared error, peak {2**bits - 1}; averaged over the images",
         "ssim": (
-            f"Gaussian window {window}x{window}{narrow}, borders reflected, data range 255; averaged over the images"
+            f"Gaussian window {window}x{window}{narrow}, borders reflected, data range {2**bits - 1}; averaged over "
+            "the images"
         ),
     }
     if _corrupts(model):
@@ -306,8 +314,8 @@ class ReconstructionJudge:
         labels: Tensor | None = None,
         perturbed: Tensor | None = None,
     ) -> None:
-        """Adds uint8 images (B, C, H, W), their 8-bit reconstructions, the places (B,) of the images among all of
-        them, their classes (B,) int64 if there are any, and the images decoded from replaced codes."""
+        """Adds images (B, C, H, W) uint8 or uint16, their rounded reconstructions, the places (B,) of the images among
+        all of them, their classes (B,) int64 if there are any, and the images decoded from replaced codes."""
         features, of_decoded = self._network(originals), self._network(decoded)
         self._reconstructions.update(features, real=True)
         self._reconstructions.update(of_decoded, real=False)
@@ -358,7 +366,8 @@ def ssim_window(size: tuple[int, int]) -> int:
 
 
 def ssim(decoded: Tensor, originals: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004) of each of (B, C, H, W) uint8 images to its original, (B,), at most 1.
+    """Structural similarity (Wang et al. 2004) of each of (B, C, H, W) uint8 or uint16 images to its original, (B,),
+    at most 1.
 
     A Gaussian window of sigma 1.5 (smaller in proportion if the window is), borders reflected.
     """
@@ -367,7 +376,7 @@ def ssim(decoded: Tensor, originals: Tensor) -> Tensor:
     # torchmetrics derives the window's side from sigma.
     sigma = SSIM_SIGMA * ssim_window((originals.shape[-2], originals.shape[-1])) / SSIM_WINDOW
     similarity = structural_similarity_index_measure(
-        decoded.float(), originals.float(), sigma=sigma, data_range=255.0, reduction="none"
+        decoded.float(), originals.float(), sigma=sigma, data_range=float(white_level(originals)), reduction="none"
     )
     assert isinstance(similarity, Tensor)
     return similarity.reshape(len(originals))

@@ -75,7 +75,7 @@ class Samples:
 
     measurements: list[Measurement]
     images: Tensor
-    """The first samples, (at most 80, C, H, W) uint8."""
+    """The first samples, (at most 80, C, H, W) uint8 or uint16."""
     neighbours: Neighbours | None = None
     """Neighbours of the first samples; None: they were not compared with training images."""
     refusal: str | None = None
@@ -139,10 +139,10 @@ def measure_samples(
 def _draw_samples(
     sampler: ImageSampler, cycle: Cycle, network: Judge, request: SampleRequest, work: SharedWork
 ) -> tuple[JudgedImages, Tensor, float | None]:
-    """The samples as the network sees them, the first of them (n, C, H, W) uint8, and the codes drawn per second."""
+    """The samples as the network sees them, the first of them (n, C, H, W), and the codes drawn per second."""
     count = request.num_samples
     samples = JudgedImages(network, count, work)
-    kept = torch.zeros(min(count, MAX_KEPT), sampler.channels, *sampler.image_size, dtype=torch.uint8)
+    kept = torch.zeros(min(count, MAX_KEPT), sampler.channels, *sampler.image_size, dtype=torch.int32)  # to be summed
     seconds = torch.zeros(work.state.num_processes, dtype=torch.float64)
     for places in work.batches(count, "samples"):
         numbers = range(int(places[0]), int(places[-1]) + 1)
@@ -150,10 +150,10 @@ def _draw_samples(
         for pixels, _ in sampler.draw(numbers, cycle, request.sampling, request.seed, len(places), watch):
             samples.update(places, pixels)
             first = places < len(kept)
-            kept[places[first]] = pixels[first]
+            kept[places[first]] = pixels[first].int()
         seconds[work.state.process_index] += watch.seconds
     samples.gather()
-    kept, codes_per_s = work.total(kept), None
+    kept, codes_per_s = work.total(kept).to(torch.uint8 if sampler.bits == 8 else torch.uint16), None
     if sampler.prior:
         codes_per_s = count * math.prod(sampler.prior.config.grid) / work.total(seconds).max().item()
     return samples, kept, codes_per_s
@@ -259,7 +259,7 @@ def _sample_protocol(
         **_condition_protocol(sampler, cycle),
         "duplicates": duplicates,
         "duplicates_allowed": f"{MAX_DUPLICATES:.0%} of the samples",
-        "pixels": "clipped and rounded to 8 bits",
+        "pixels": f"clipped and rounded to {sampler.bits} bits",
         "class_accuracy": (
             "share of the samples that the network assigns to their class; the same for equally many held-out images"
         ),

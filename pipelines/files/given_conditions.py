@@ -10,7 +10,7 @@ import numpy as np
 
 from pipelines.files.given_images import open_given_image
 from twostage.core.errors import InputError
-from twostage.core.images.conversion import classes_to_uint8, image_to_uint8, upright_size
+from twostage.core.images.conversion import classes_to_uint8, image_to_pixels, upright_size
 from twostage.core.wording import one_line, short_repr
 
 __all__ = ["read_map_file", "read_vector_file", "with_lines"]
@@ -130,7 +130,7 @@ def read_map_file(path: Path, name: str, channels: int | None = None) -> np.ndar
         raise InputError(str(error).replace(str(path), name, 1)) from None
     width, height = upright_size(image)
     if channels is not None:
-        return image_to_uint8(image, (height, width), channels)
+        return image_to_pixels(image, (height, width), channels)
     try:
         return classes_to_uint8(image, (height, width))[0]
     except ValueError as error:

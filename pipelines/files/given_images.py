@@ -1,5 +1,6 @@
 """Image files that users give to a model: checked before they are decoded, then converted to the model's form."""
 
+import io
 import re
 import warnings
 from pathlib import Path
@@ -12,9 +13,10 @@ from torch import Tensor
 from stage1_tokenizer.autoencoder import AutoencoderConfig
 from twostage.core.data.folder_content import IMAGE_SUFFIXES
 from twostage.core.errors import InputError
-from twostage.core.images.conversion import MODES, image_to_uint8, open_image
-from twostage.core.images.pixel_values import UsedValues, ValueRange
-from twostage.core.wording import some_of
+from twostage.core.images.arrays import num_pages
+from twostage.core.images.conversion import MODES, image_to_pixels, open_image
+from twostage.core.images.pixel_values import UsedValues, ValueRange, is_wide
+from twostage.core.wording import one_line, some_of
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "find_images", "open_given_image", "read_image", "read_images"]
 
@@ -42,8 +44,8 @@ def open_given_image(path: str | Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is below its limit
-            image = open_image(path)
-        with image:  # closes the file; the pixels stay
+            image = open_image(io.BytesIO(path.read_bytes()))  # the file is closed, and its pages can be read
+        with image:
             if image.width * image.height > MAX_PIXELS:
                 raise InputError(
                     f"{path}: has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS // 10**6} "
@@ -111,14 +113,14 @@ def _natural_order(path: Path) -> list[tuple[int, str]]:
 
 
 def read_images(files: list[Path], config: AutoencoderConfig) -> Tensor:
-    """Image files in the model's form, (n, C, H, W) uint8. Prints how each file was changed.
+    """Image files in the model's form, (n, C, H, W) uint8 or uint16. Prints how each file was changed.
 
     Raises:
         InputError: see :func:`read_image`.
     """
     images = []
     for file in files:
-        image, changes = read_image(file, config.image_size, config.channels, config.value_range)
+        image, changes = read_image(file, config.image_size, config.channels, config.value_range, config.bits)
         images.append(image)
         if changes:
             print(f"{file}: {changes}")
@@ -126,25 +128,34 @@ def read_images(files: list[Path], config: AutoencoderConfig) -> Tensor:
 
 
 def read_image(
-    path: str | Path, size: tuple[int, int], channels: int, value_range: ValueRange | None = None
+    path: str | Path, size: tuple[int, int], channels: int, value_range: ValueRange | None = None, bits: int = 8
 ) -> tuple[Tensor, str | None]:
-    """An image file as a model sees it, (channels, *size) uint8, and how it was changed, in words, or None.
+    """An image file as a model sees it, (channels, *size) uint8 or uint16, and how it was changed, in words, or None.
 
     Args:
         value_range: the values that are black and white to the model; None: the range of the file's type.
+        bits: those of the model's images.
 
     Raises:
-        InputError: see :func:`open_given_image`; values that do not fit the range.
+        InputError: see :func:`open_given_image`; other channels, or values that do not fit the range.
     """
-    image = open_given_image(path)
     used: dict[str, UsedValues] = {}
-    pixels = np.array(image_to_uint8(image, size, channels, value_range, used))
-    upright, changes = ImageOps.exif_transpose(image), []
+    image = open_given_image(path)
+    upright, pages, changes = ImageOps.exif_transpose(image), num_pages(image), []
+    try:
+        pixels = np.array(image_to_pixels(image, size, channels, value_range, used, bits))
+    except Exception as error:  # other channels, or a broken page
+        raise InputError(
+            f"{path}: has no {channels} channels ({one_line(error)}). Give a TIFF file with a page for each channel"
+        ) from None
     if upright.size != (size[1], size[0]):
         changes.append(
             f"{upright.width}x{upright.height} cropped at its centre and resized to {size[1]}x{size[0]} pixels"
         )
-    if upright.mode != MODES[channels]:
+    if pages not in (1, channels):
+        changes.append(f"only the first of its {pages} pages is used")
+    kept = 1 < pages == channels or (bits == 16 and channels == 1 and is_wide(upright))
+    if not kept and upright.mode != MODES[channels]:
         changes.append(f"mode {upright.mode} converted to {MODES[channels]}")
     for kind, values in used.items():
         low, high = value_range or values.type_range

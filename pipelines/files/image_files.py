@@ -1,9 +1,10 @@
-"""Generated images on disk: one PNG per image, or parquet shards. Both know which images are there and intact, so a
-stopped command only makes the missing ones."""
+"""Generated images on disk: a file for each image, or parquet shards. Both know which images are there and intact, so a
+stopped command only makes the missing ones.
+
+Nothing is lost: images are PNG files, or TIFF files with a page for each channel if PNG has no such images."""
 
 import io
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,19 +13,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from torch import Tensor
 
 from twostage.core.errors import InputError
 from twostage.core.files import replacing
-from twostage.core.images.conversion import image_to_uint8, to_pil
-from twostage.core.images.sheets import save_image
+from twostage.core.images.arrays import num_pages
+from twostage.core.images.conversion import image_to_pixels, is_pillow_form, to_pil
 
 __all__ = [
     "FileFormat",
     "ImageFiles",
+    "ImageForm",
+    "NumberedFiles",
     "ParquetShards",
-    "PngFiles",
     "check_new_folder",
     "check_output_file",
     "write_images",
@@ -35,16 +37,57 @@ SHARD_IMAGES = 1000
 
 
 @dataclass(frozen=True)
-class PngFiles:
-    """000000.png, 000001.png ..."""
+class ImageForm:
+    """The size, channels and bits of images, and so the format of their files."""
+
+    size: tuple[int, int]
+    """(height, width)."""
+    channels: int
+    bits: int = 8
+
+    @property
+    def suffix(self) -> str:
+        """`.png`, or `.tif` for images that PNG cannot hold."""
+        return ".png" if is_pillow_form(self.channels, self.bits) else ".tif"
+
+    def encode(self, image: Tensor) -> bytes:
+        """The content of the file of an image (C, H, W)."""
+        file = io.BytesIO()
+        if self.suffix == ".png":
+            to_pil(image).save(file, format="PNG")
+        else:
+            first, *others = (to_pil(channel) for channel in image.split(1))
+            first.save(file, format="TIFF", save_all=True, append_images=others, compression="tiff_adobe_deflate")
+        return file.getvalue()
+
+    def decode(self, file: Path | io.BytesIO) -> np.ndarray:
+        """The image (C, H, W) in a file that :meth:`encode` wrote."""
+        with Image.open(file) as image:
+            return image_to_pixels(image, self.size, self.channels, bits=self.bits)
+
+    def is_intact(self, file: Path | io.BytesIO) -> bool:
+        """Whether the file holds an image of this form."""
+        try:
+            with Image.open(file) as image:
+                for page in ImageSequence.Iterator(image):
+                    page.load()
+                return image.size == self.size[::-1] and num_pages(image) == (
+                    self.channels if self.suffix == ".tif" else 1
+                )
+        except Exception:  # missing, or broken: decoders of TIFF raise many types
+            return False
+
+
+@dataclass(frozen=True)
+class NumberedFiles:
+    """000000.png, 000001.png ..., see :attr:`ImageForm.suffix`."""
 
     folder: Path
-    image_size: tuple[int, int]
-    channels: int
+    form: ImageForm
 
     def missing(self, num_images: int) -> list[int]:
         """Files that are missing, damaged, or of another size."""
-        return [i for i in range(num_images) if not _is_intact(self._file(i), self.image_size)]
+        return [i for i in range(num_images) if not self.form.is_intact(self._file(i))]
 
     def part_size(self, batch_size: int) -> int:
         """A batch. If any of its images is missing, the whole batch is drawn again: in a batch of another size, the
@@ -54,25 +97,29 @@ class PngFiles:
     def write(self, part: range, pixels: Tensor, labels: list[int] | None) -> None:
         """One file per image; the labels are in settings.json."""
         for number, image in zip(part, pixels, strict=True):
-            if not _is_intact(self._file(number), self.image_size):
-                save_image(to_pil(image), self._file(number))
+            if not self.form.is_intact(self._file(number)):
+                self.write_one(number, image)
+
+    def write_one(self, number: int, image: Tensor) -> None:
+        """Write an image (C, H, W); other processes never see half of it."""
+        with replacing(self._file(number)) as partial:
+            partial.write_bytes(self.form.encode(image))
 
     def read(self, count: int) -> Tensor:
         """Decodes the first files."""
-        return _decoded([self._file(number) for number in range(count)], self.image_size, self.channels)
+        return torch.from_numpy(np.stack([self.form.decode(self._file(number)) for number in range(count)]))
 
     def _file(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.png"
+        return self.folder / f"{number:06d}{self.form.suffix}"
 
 
 @dataclass(frozen=True)
 class ParquetShards:
-    """shard_00000.parquet ... with 1,000 images each (PNG bytes, and the class if there are any), which Hugging Face
+    """shard_00000.parquet ... with 1,000 images each (encoded, and the class if there are any), which Hugging Face
     datasets and `data.source` can read."""
 
     folder: Path
-    image_size: tuple[int, int]
-    channels: int
+    form: ImageForm
     class_names: list[str] | None
 
     def missing(self, num_images: int) -> list[int]:
@@ -88,7 +135,9 @@ class ParquetShards:
         """A shard."""
         import datasets  # takes a second
 
-        columns: dict[str, list[Any]] = {"image": [{"bytes": _png(image), "path": None} for image in pixels]}
+        columns: dict[str, list[Any]] = {
+            "image": [{"bytes": self.form.encode(image), "path": None} for image in pixels]
+        }
         features = datasets.Features({"image": datasets.Image()})
         if labels is not None and self.class_names:
             columns["label"] = labels
@@ -101,7 +150,7 @@ class ParquetShards:
         """Decodes the first images."""
         shards = (self._stored_images(range(start, start + 1)) for start in itertools.count(0, SHARD_IMAGES))
         files = itertools.islice(itertools.chain.from_iterable(shards), count)
-        return _decoded([io.BytesIO(file) for file in files], self.image_size, self.channels)
+        return torch.from_numpy(np.stack([self.form.decode(io.BytesIO(file)) for file in files]))
 
     def _stored_images(self, part: range) -> list[bytes]:
         return [image["bytes"] for image in pq.read_table(self._file(part), columns=["image"])["image"].to_pylist()]
@@ -114,39 +163,16 @@ class ParquetShards:
             images = self._stored_images(part)
         except (OSError, pa.ArrowException, KeyError, TypeError):  # missing, or not a shard
             return False
-        return len(images) >= len(part) and all(_is_intact(io.BytesIO(file), self.image_size) for file in images)
+        return len(images) >= len(part) and all(self.form.is_intact(io.BytesIO(file)) for file in images)
 
 
-ImageFiles = PngFiles | ParquetShards
+ImageFiles = NumberedFiles | ParquetShards
 
 
-def _png(image: Tensor) -> bytes:
-    file = io.BytesIO()
-    to_pil(image).save(file, format="PNG")
-    return file.getvalue()
-
-
-def _is_intact(file: Path | io.BytesIO, image_size: tuple[int, int]) -> bool:
-    try:
-        with Image.open(file) as image:
-            image.load()
-            return image.size == image_size[::-1]
-    except (OSError, SyntaxError, ValueError):  # missing, or what Pillow raises for a broken PNG
-        return False
-
-
-def _decoded(files: Sequence[Path | io.BytesIO], image_size: tuple[int, int], channels: int) -> Tensor:
-    images = []
-    for file in files:
-        with Image.open(file) as image:
-            images.append(image_to_uint8(image, image_size, channels))
-    return torch.from_numpy(np.stack(images))
-
-
-def check_new_folder(out: Path) -> None:
+def check_new_folder(out: Path, option: str = "--out") -> None:
     """Refuses a folder that is not empty, so that nothing is overwritten."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out}: already exists and is not empty. Choose a new folder, or remove this one")
+        raise InputError(f"{option} {out}: already exists and is not empty. Choose a new folder, or remove this one")
 
 
 def check_output_file(out: Path, images: list[Path]) -> None:
@@ -158,6 +184,9 @@ def check_output_file(out: Path, images: list[Path]) -> None:
 
 
 def write_images(out: Path, images: Tensor) -> None:
-    """Writes images (n, C, H, W) uint8 as ``out``/000000.png ..."""
+    """Writes images (n, C, H, W) uint8 or uint16 as ``out``/000000.png ..., see :class:`NumberedFiles`."""
+    out.mkdir(parents=True, exist_ok=True)
+    height, width = images.shape[2:]
+    files = NumberedFiles(out, ImageForm((height, width), images.shape[1], 8 * images.element_size()))
     for number, image in enumerate(images):
-        save_image(to_pil(image), out / f"{number:06d}.png")
+        files.write_one(number, image)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipelines.files.given_images import open_given_image
 from twostage.core.errors import InputError
-from twostage.core.images.conversion import image_to_uint8
+from twostage.core.images.conversion import image_to_pixels
 
 __all__ = ["MASK_NAMES", "brushed_mask", "mark_masked", "named_mask", "read_mask"]
 
@@ -58,7 +58,7 @@ def read_mask(mask: str | Path, image: str | Path, size: tuple[int, int]) -> Ten
             f"{mask}: has {drawn.width}x{drawn.height} pixels, expected {original.width}x{original.height} as in "
             f"{image}. Draw the mask over the image itself, or give one of: {', '.join(MASK_NAMES)}"
         )
-    *colours, alpha = image_to_uint8(drawn, (drawn.height, drawn.width), 4).astype(np.float32)
+    *colours, alpha = image_to_pixels(drawn, (drawn.height, drawn.width), 4).astype(np.float32)
     white = sum(colours) / 3 * alpha / 255 >= WHITE
     # The mean over the area of each pixel is above 0 if any of it is masked.
     shares = ImageOps.fit(Image.fromarray(white.astype(np.float32)), (size[1], size[0]), Image.Resampling.BOX)

@@ -43,7 +43,7 @@ class PageImage:
     """An image of the model's size that was uploaded or generated."""
 
     pixels: Tensor
-    """(C, H, W) uint8."""
+    """(C, H, W) uint8 or uint16."""
     class_name: str | None = None
     """Its class, if it is known."""
     prompt: str | None = None
@@ -67,7 +67,7 @@ class Handlers:
         name = Path(path).name
         config = self.pipeline.tokenizer.config
         try:
-            pixels, changes = read_image(path, config.image_size, config.channels, config.value_range)
+            pixels, changes = read_image(path, config.image_size, config.channels, config.value_range, config.bits)
         except InputError as error:
             raise InputError(str(error).replace(path, name)) from None
         return PageImage(pixels, note=f"{name}: {changes or 'used as it is'}.")
@@ -108,7 +108,7 @@ class Handlers:
         return [PageImage(*each) for each in zip(output.images, names, prompts, strict=True)]
 
     def reconstruct(self, image: PageImage) -> tuple[Tensor, Tensor | None, str]:
-        """The reconstruction (C, H, W) uint8, the codes (h, w) or None, and the PSNR in words."""
+        """The reconstruction (C, H, W), the codes (h, w) or None, and the PSNR in words."""
         pixels = self.pipeline.reconstruct(image.pixels[None])
         codes = self.pipeline.tokenizer.encode(to_float(image.pixels[None]).to(self.pipeline.device)).indices
         ratio = psnr(pixels, image.pixels[None]).item()

@@ -131,7 +131,11 @@ def _generate_tab(handlers: Handlers, generated: gr.State, selected: gr.State) -
         settings = dict(zip(controls, sampling, strict=True))
         given_map = canvas.painted(below, edited["background"], edited["layers"]) if canvas and edited else None
         images = handlers.generate(count, name, number, settings, _shown(progress), *texts, given_map)
-        return [(to_pil(image.pixels), image.prompt or image.class_name) for image in images], images, None
+        return (
+            [(to_pil(handlers.pipeline.to_shown(image.pixels)), image.prompt or image.class_name) for image in images],
+            images,
+            None,
+        )
 
     inputs = [num_images, class_name, prompt, negative_prompt, seed, uploaded, editor, *controls.values()]
     _on(button.click, generate, inputs, [gallery, generated, selected])
@@ -183,7 +187,8 @@ def _reconstruct_tab(handlers: Handlers, generated: gr.State, selected: gr.State
     def reconstruct(image: PageImage) -> tuple[Any, ...]:
         pixels, indices, quality = handlers.reconstruct(image)
         drawn = None if indices is None else draw_all_codes(indices, pipeline.tokenizer)
-        return enlarge(image.pixels), enlarge(pixels), drawn, f"{image.note} {quality}"
+        given, rebuilt = (enlarge(pipeline.to_shown(each)) for each in (image.pixels, pixels))
+        return given, rebuilt, drawn, f"{image.note} {quality}"
 
     def taken(images: list[PageImage], index: int | None) -> tuple[Any, ...]:
         return reconstruct(_taken(handlers, images, index, 0))
@@ -219,7 +224,7 @@ def _inpaint_tab(handlers: Handlers, generated: gr.State, selected: gr.State) ->
     def show(chosen: PageImage) -> tuple[Any, ...]:
         return (
             chosen,
-            _ground(enlarge(chosen.pixels)),
+            _ground(enlarge(handlers.pipeline.to_shown(chosen.pixels))),
             chosen.note,
             chosen.class_name or (NO_CLASS if NO_CLASS in choices else names[0]),
         )
@@ -234,7 +239,7 @@ def _inpaint_tab(handlers: Handlers, generated: gr.State, selected: gr.State) ->
         settings = dict(zip(controls, sampling, strict=True))
         asked = chosen, layers, which, count, name, number, width, settings
         images = handlers.inpaint(*asked, _shown(progress), _given(text))
-        return [to_pil(pixels) for pixels in images]
+        return [to_pil(handlers.pipeline.to_shown(pixels)) for pixels in images]
 
     inputs = [image, editor, part, num_images, class_name, prompt, seed, feather, *controls.values()]
     _on(button.click, inpaint, inputs, [gallery])
@@ -250,7 +255,7 @@ def _interpolate_tab(handlers: Handlers, generated: gr.State, selected: gr.State
                 note = gr.Markdown()
 
             def show(chosen: PageImage) -> tuple[Any, ...]:
-                return chosen, enlarge(chosen.pixels), chosen.note
+                return chosen, enlarge(handlers.pipeline.to_shown(chosen.pixels)), chosen.note
 
             def taken(images: list[PageImage], index: int | None, place: int = place) -> tuple[Any, ...]:
                 return show(_taken(handlers, images, index, place))
@@ -264,7 +269,7 @@ def _interpolate_tab(handlers: Handlers, generated: gr.State, selected: gr.State
     gallery = _gallery("From the first to the second", 9, height=330)
 
     def interpolate(first: PageImage | None, second: PageImage | None, count: int) -> list[Any]:
-        return [to_pil(pixels) for pixels in handlers.interpolate(first, second, count)]
+        return [to_pil(handlers.pipeline.to_shown(pixels)) for pixels in handlers.interpolate(first, second, count)]
 
     _on(button.click, interpolate, [*ends, num_images], [gallery])
 

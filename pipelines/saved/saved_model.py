@@ -148,6 +148,7 @@ class SavedModel:
         document = ((self.run.stored_config() or {})["data"]) if self.run else {}
         model = read_json(self.folder / "config.json", "copy the model again")
         document |= {key: model[key] for key in ("image_size", "channels") if key in model}
+        document |= {"bits": model.get("bits", 8), "shown_channels": model.get("shown_channels")}
         if source:  # tables have columns of their own, and drawn images no range
             document |= {"source": source, "label_column": AUTO, "caption_column": AUTO}
             document |= {"vector_column": None, "maps": None} | (

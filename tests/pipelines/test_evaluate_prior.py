@@ -19,7 +19,7 @@ from pipelines.evaluation.evaluate_prior import evaluate_prior
 from pipelines.evaluation.evaluation_report import Evaluation
 from pipelines.evaluation.judged_images import RealImages
 from pipelines.evaluation.judges import OwnFeatures
-from pipelines.evaluation.likelihood import MIN_SCALE, NUM_SCALE_IMAGES, fit_likelihood, standard_error
+from pipelines.evaluation.likelihood import NUM_SCALE_IMAGES, fit_likelihood, min_scale, standard_error
 from pipelines.evaluation.measurement import HeldOutImages, figures_of
 from pipelines.evaluation.samples import SAMPLE_FIGURES, SampleRequest, Samples, Stopwatch, measure_samples
 from pipelines.evaluation.shared_work import SharedWork
@@ -232,7 +232,7 @@ def test_the_scale_of_other_likelihoods(runs, data, kind, expected):
     with torch.no_grad():
         error = (model.run_decoder(model.encode(images).z) - images).abs().mean().item()
     assert fitted.likelihood_scale == pytest.approx(error, rel=1e-5)
-    assert error > MIN_SCALE
+    assert error > min_scale(8)
 
 
 def test_without_the_tokenizer_codes_are_measured_and_the_reason_is_said(runs, tmp_path):

@@ -10,6 +10,7 @@ __all__ = [
     "JsonOption",
     "LabelColumnOption",
     "OverridesArgument",
+    "ShownChannelsOption",
     "TimeLimitOption",
     "ValueRangeOption",
     "WeightsDirOption",
@@ -37,6 +38,9 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Write what --dr
 LabelColumnOption = Annotated[
     str,
     typer.Option(help="The table column that holds the classes. auto finds it by its name; null ignores the classes."),
+]
+ShownChannelsOption = Annotated[
+    str | None, typer.Option(help="The channels on the sheet: one as grey, or 3,1,0 for red, green and blue.")
 ]
 ValueRangeOption = Annotated[
     tuple[float, float] | None,

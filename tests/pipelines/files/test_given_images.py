@@ -9,7 +9,7 @@ from PIL import Image
 from pipelines.files.given_images import MAX_PIXELS, find_images, open_given_image, read_image
 from pipelines.files.masks import MASK_NAMES, named_mask, read_mask
 from twostage.core.errors import InputError
-from twostage.core.images.conversion import image_to_uint8
+from twostage.core.images.conversion import image_to_pixels
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_an_image_is_converted_and_the_changes_are_named(image_file):
     assert np.array_equal(found.permute(1, 2, 0), pixels)
     assert said is None
     found, said = read_image(image_file("a.png", pixels), (8, 8), 1)
-    assert np.array_equal(found, image_to_uint8(Image.fromarray(pixels), (8, 8), 1))
+    assert np.array_equal(found, image_to_pixels(Image.fromarray(pixels), (8, 8), 1))
     assert said == "20x12 cropped at its centre and resized to 8x8 pixels; mode RGB converted to L"
 
 

@@ -3,9 +3,19 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from twostage.core.config.sections import CHANGES_NO_NUMBER, Count, Flag, Number, PathName, Section
+from twostage.core.config.sections import (
+    CHANGES_NO_NUMBER,
+    MAY_CHANGE,
+    Count,
+    Flag,
+    Number,
+    PathName,
+    Section,
+    Size,
+    Width,
+)
 from twostage.core.data.cache_files import cache_folder
 from twostage.core.data.decoded_cache import DecodedCache
 from twostage.core.data.maps import MapKind
@@ -27,8 +37,13 @@ class DataConfig(Section):
     (npy, npz) or a folder of these, a name under $TWOSTAGE_DATA, or a Hugging Face dataset `owner/name`."""
     image_size: Count | tuple[Count, Count] = 32
     """Pixels: one number for squares, or [height, width]. Other images are cropped at the centre, then resized."""
-    channels: Literal[1, 3, 4] = 3
-    """1 grey, 3 RGB, 4 RGBA."""
+    channels: Width = 3
+    """1 grey, 3 RGB, 4 RGBA; any other number for arrays and for TIFF files with a page for each channel."""
+    bits: Annotated[Literal[8, 16] | None, MAY_CHANGE] = None
+    """Bits per pixel and channel; null: 16 if the files need them, else 8."""
+    shown_channels: Annotated[tuple[Size, ...] | None, CHANGES_NO_NUMBER] = None
+    """The channels that sheets show, counted from 0: one as grey, or three as red, green and blue, such as [3, 1, 0];
+    null: all of 1, 3 or 4, the first of 2, and the first three of more."""
     label_column: Annotated[str, Field(min_length=1)] | None = AUTO
     """The column of a table with the classes; `auto` looks for `label`, `class` and similar names; null: no classes."""
     caption_column: Annotated[str, Field(min_length=1)] | None = AUTO
@@ -92,6 +107,16 @@ class DataConfig(Section):
         if value is not None and not value[0] < value[1]:
             raise ValueError(f"expected [black, white] with black below white, such as [0, 4095], got {list(value)}")
         return value
+
+    @model_validator(mode="after")
+    def _shows_what_there_is(self) -> "DataConfig":
+        shown = self.shown_channels
+        if shown is not None and (len(shown) not in (1, 3) or max(shown) >= self.channels):
+            raise ValueError(
+                f"shown_channels {list(shown)}: expected one or three of the channels 0 to {self.channels - 1} "
+                f"(channels={self.channels})"
+            )
+        return self
 
     @property
     def size(self) -> tuple[int, int]:

@@ -1,10 +1,9 @@
 """From `data.source` to the images of each split.
 
-A dataset that fits ``in_memory_gb`` is decoded once into one uint8 array. A larger one is checked once and then decoded
-on demand, in threads.
+A dataset that fits ``in_memory_gb`` is decoded once into one array, uint8 or, if its files have more than 8 bits,
+uint16. A larger one is checked once and then decoded on demand, in threads.
 """
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from twostage.core.data.captions import has_captions
 from twostage.core.data.data_config import DataConfig
 from twostage.core.data.decoded_cache import DecodedCache, decode_all
-from twostage.core.data.decoding import Findings
+from twostage.core.data.decoding import Findings, probable_bits
 from twostage.core.data.drawn_sources import DRAWN_SOURCES, draw_split, drawn_splits
 from twostage.core.data.image_data import ImageData, ImageSplit, check_readable
 from twostage.core.data.maps import decode_maps
@@ -22,8 +21,8 @@ from twostage.core.data.shapes import CLASS_NAMES
 from twostage.core.data.sources import find_source
 from twostage.core.data.vectors import add_vectors
 from twostage.core.errors import InputError
-from twostage.core.images.conversion import quiet_decoders
-from twostage.core.images.pixel_values import UsedValues, is_grey
+from twostage.core.images.conversion import MODES, quiet_decoders
+from twostage.core.images.pixel_values import HALVED, UsedValues, is_grey
 from twostage.core.machine.memory import check_bytes
 from twostage.core.wording import some_of
 
@@ -51,7 +50,7 @@ def load_larger(data: ImageData, size: tuple[int, int]) -> ImageSplit:
     _check_memory(config, len(train) if in_memory else 1)
     if in_memory:
         form, cache = (config.channels, *size), config.decoded_cache
-        pixels, found = decode_all(train.records, form, config.value_range, in_memory, cache)
+        pixels, found = decode_all(train.records, form, config.value_range, in_memory, cache, bits=larger.bits)
         check_readable(train.records, found)
         larger.pixels = None if pixels is None else torch.from_numpy(pixels)
     return larger
@@ -83,26 +82,13 @@ def _load_stored(config: DataConfig) -> ImageData:
         source.splits = add_vectors(source.splits, config.vector_file)
     _apply_caption_policy(source, config)
     _limit_and_hold_out(source, config)
-    count = sum(map(len, source.splits.values()))
-    in_memory = count * _bytes_each(config) <= config.in_memory_gb * 1e9
-    _check_memory(config, count if in_memory else 1)
-    splits, bad, total = {}, [], Findings()
-    for name, records in source.splits.items():
-        pixels, found = decode_all(records, (config.channels, *config.size), config.value_range, in_memory, cache)
-        bad += [f"{records.names[row]} ({reason})" for row, reason in found.bad.items()]
-        total.add(found)
-        if found.bad:
-            good = np.array([row for row in range(len(records)) if row not in found.bad], dtype=np.int64)
-            records, pixels = records.take(good), None if pixels is None else pixels[good]
-        splits[name] = ImageSplit(
-            records.labels, pixels, records, config, captions=records.captions, vectors=records.vectors
-        )
+    splits, bad, total = _decode(source, config, cache)
     _report_bad(bad, source, config)
     for name, split in splits.items():
         if not len(split):
             raise InputError(f"data.source {config.source}: expected readable images in `{name}`, got {some_of(bad)}")
-    _add_maps(splits, config, in_memory, cache)
-    notices = [*source.notices, *_value_notices(total.values, config), *_mode_notices(total.modes, config.channels)]
+    _add_maps(splits, config, splits["train"].in_memory, cache)
+    notices = [*source.notices, *_value_notices(total.values, config), *_mode_notices(total, splits["train"])]
     notices += cache.notices
     if total.animated:
         notices.append(f"{total.animated} images have several frames; only the first is used")
@@ -126,6 +112,36 @@ def _load_stored(config: DataConfig) -> ImageData:
     return data
 
 
+def _decode(
+    source: Source, config: DataConfig, cache: DecodedCache
+) -> tuple[dict[str, ImageSplit], list[str], Findings]:
+    """The readable images of each split, the others with the reason, and what was found.
+
+    Whether the images need 16 bits is known when all are decoded, so a wrong guess costs time.
+    """
+    if config.bits is None:
+        guess = probable_bits(source.splits.values(), config.channels, config.value_range)
+        decoded = _decode(source, config.model_copy(update={"bits": guess}), cache)
+        if (needed := decoded[2].bits) == guess:
+            return decoded
+        return _decode(source, config.model_copy(update={"bits": needed}), cache)
+    count = sum(map(len, source.splits.values()))
+    in_memory = count * _bytes_each(config) <= config.in_memory_gb * 1e9
+    _check_memory(config, count if in_memory else 1)
+    splits, bad, total, form = {}, [], Findings(), (config.channels, *config.size)
+    for name, records in source.splits.items():
+        pixels, found = decode_all(records, form, config.value_range, in_memory, cache, bits=config.bits)
+        bad += [f"{records.names[row]} ({reason})" for row, reason in found.bad.items()]
+        total.add(found)
+        if found.bad:
+            good = np.array([row for row in range(len(records)) if row not in found.bad], dtype=np.int64)
+            records, pixels = records.take(good), None if pixels is None else pixels[good]
+        splits[name] = ImageSplit(
+            records.labels, pixels, records, config, captions=records.captions, vectors=records.vectors
+        )
+    return splits, bad, total
+
+
 def _add_maps(splits: dict[str, ImageSplit], config: DataConfig, in_memory: bool, cache: DecodedCache) -> None:
     records = {name: split.records.maps for name, split in splits.items() if split.records and split.records.maps}
     if records:
@@ -137,7 +153,7 @@ def _add_maps(splits: dict[str, ImageSplit], config: DataConfig, in_memory: bool
 
 def _bytes_each(config: DataConfig) -> int:
     map_channels = 0 if config.maps is None else 1 if config.map_kind == "labels" else 3
-    return (config.channels + map_channels) * config.size[0] * config.size[1]
+    return (config.channels * (config.bits or 8) // 8 + map_channels) * config.size[0] * config.size[1]
 
 
 def _check_memory(config: DataConfig, count: int) -> None:
@@ -163,6 +179,13 @@ def _load_drawn(config: DataConfig) -> ImageData:
             "data.channels 1: expected 3 or 4 for data.source=captioned_shapes, whose captions name colours. Set "
             "data.channels=3, or data.source=shapes"
         )
+    if config.channels not in MODES or config.bits == 16:
+        key, given, expected = ("bits", 16, "8") if config.bits == 16 else ("channels", config.channels, "1, 3 or 4")
+        raise InputError(
+            f"data.{key} {given}: expected {expected} for data.source={config.source}, whose images twostage draws. "
+            f"Remove data.{key}"
+        )
+    config = config.model_copy(update={"bits": 8})
     counts = drawn_splits(config.source, config.num_images)
     _check_memory(config, sum(counts.values()))
     splits = {name: _draw_images(config, name, count) for name, count in counts.items()}
@@ -270,11 +293,19 @@ def _value_notices(values: dict[str, UsedValues], config: DataConfig) -> list[st
     return notices
 
 
-def _mode_notices(modes: Counter[str], channels: int) -> list[str]:
-    total = sum(modes.values())
-    grey = sum(count for mode, count in modes.items() if is_grey(mode))
+def _mode_notices(found: Findings, split: ImageSplit) -> list[str]:
+    """What the modes of the files, and the number of their bits, mean for the images."""
+    total, channels, notices = sum(found.modes.values()), split.config.channels, []
+    grey = sum(count for mode, count in found.modes.items() if is_grey(mode))
     if channels > 1 and grey:
-        return [f"{grey} of {total} images are grey and are copied to all colours (data.channels={channels})"]
+        notices.append(f"{grey} of {total} images are grey and are copied to all colours (data.channels={channels})")
     if channels == 1 and grey < total:
-        return [f"{total - grey} of {total} images have colour and are converted to grey (data.channels=1)"]
-    return []
+        notices.append(f"{total - grey} of {total} images have colour and are converted to grey (data.channels=1)")
+    if halved := sum(count for mode, count in found.modes.items() if mode.endswith(HALVED)):
+        notices.append(
+            f"{halved} of {total} images have colours of 16 bits, of which Pillow only reads 8; to keep 16, save them "
+            "as .npy, or as TIFF files with a page for each channel"
+        )
+    if split.bits == 8 and found.bits == 16:
+        notices.append("the files have more than 8 bits, which are rounded to 8 (data.bits=8)")
+    return notices

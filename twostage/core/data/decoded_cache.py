@@ -21,6 +21,7 @@ from twostage.core.data.cache_files import replacing_in_cache
 from twostage.core.data.decoding import Findings, decode
 from twostage.core.data.records import Records
 from twostage.core.errors import InputError
+from twostage.core.images.conversion import MODES
 from twostage.core.images.pixel_values import UsedValues, ValueRange
 from twostage.core.machine.progress import announced
 
@@ -97,6 +98,7 @@ def decode_all(
     in_memory: bool,
     cache: DecodedCache,
     classes: bool = False,
+    bits: int = 8,
 ) -> tuple[np.ndarray | None, Findings]:
     """Decode every image, or find the result of an earlier start.
 
@@ -105,11 +107,15 @@ def decode_all(
         in_memory: whether to keep the pixels; if not, images are only checked.
         cache: where results are kept; gets a sentence if the pixels are not.
         classes: see :func:`twostage.core.data.decoding.decode`.
+        bits: of the pixels: 8 or 16.
 
     Returns:
-        The pixels (n, C, H, W) uint8, or None; and what was found.
+        The pixels (n, C, H, W) uint8 or uint16, or None; and what was found.
     """
-    kept = f"{form} {value_range}" if in_memory else ""
+    kept = f"{form} {value_range}" + f" {bits} bits" * (bits != 8) if in_memory else ""
+    if not in_memory and (value_range or form[0] not in MODES):  # what else decides whether an image is readable
+        kept = f"{form[0]} {value_range}"
+    dtype = np.uint8 if bits == 8 else np.uint16
     key = f"5 {PIL.__version__} {'classes' if classes else ''} {kept} {records.state()}"
     name, folder = hashlib.sha256(key.encode()).hexdigest()[:32], cache.folder or Path(os.devnull)
     scan, copy = folder / "scans" / f"{name}.json", folder / "decoded" / f"{name}.npy"
@@ -121,15 +127,15 @@ def decode_all(
         if not in_memory:
             return None, findings
         pixels = np.load(copy, mmap_mode="c")  # changes in memory never reach the file
-        if (pixels.shape, pixels.dtype) == (shape, np.uint8):
+        if (pixels.shape, pixels.dtype) == (shape, dtype):
             os.utime(copy)
             return pixels, findings
-    pixels = np.zeros(shape, dtype=np.uint8) if in_memory else None
+    pixels = np.zeros(shape, dtype=dtype) if in_memory else None
     findings = Findings()
     with announced(f"{'decoding' if in_memory else 'checking'} {len(records):,} images of {records.origin} ..."):
         for start in range(0, len(records), ROWS_AT_ONCE):
             rows = list(range(start, min(start + ROWS_AT_ONCE, len(records))))
-            out = np.empty((len(rows), *form), dtype=np.uint8) if pixels is None else pixels[start : start + len(rows)]
+            out = np.empty((len(rows), *form), dtype=dtype) if pixels is None else pixels[start : start + len(rows)]
             findings.add(decode(records, rows, out, value_range, classes))
     with contextlib.suppress(OSError):
         if cache.folder and (pixels is None or cache.store(pixels, copy)):
@@ -143,6 +149,10 @@ def _read_scan(file: Path) -> Findings:
     values = {
         kind: UsedValues(**used | {"type_range": tuple(used["type_range"])}) for kind, used in stored["values"].items()
     }
+    if any("deep" not in used for used in stored["values"].values()) and (
+        stored["animated"] or set(values) != {"8-bit"}
+    ):
+        raise KeyError("deep")  # an earlier version did not ask whether 8 bits are enough, and ignored further pages
     return Findings(bad, Counter(stored["modes"]), Counter(stored["sizes"]), stored["animated"], values)
 
 

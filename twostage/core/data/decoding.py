@@ -1,6 +1,8 @@
 """Decode images in threads, and count their modes, sizes and values."""
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -9,11 +11,16 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from twostage.core.data.records import Records
-from twostage.core.images.conversion import classes_to_uint8, image_to_uint8
-from twostage.core.images.pixel_values import UsedValues, ValueRange
+from twostage.core.data.spread import spread
+from twostage.core.images.arrays import num_pages
+from twostage.core.images.conversion import classes_to_uint8, image_to_pixels
+from twostage.core.images.pixel_values import UsedValues, ValueRange, described_mode, is_wide
 from twostage.core.wording import one_line, printable
 
-__all__ = ["Findings", "decode"]
+__all__ = ["Findings", "decode", "probable_bits"]
+
+PROBED = 3
+"""Images of a split by which its bits are guessed."""
 
 
 @dataclass
@@ -26,9 +33,14 @@ class Findings:
     sizes: Counter[str] = field(default_factory=Counter)
     """"width x height"."""
     animated: int = 0
-    """The number of images with several frames."""
+    """The number of images with several frames, of which only the first is used."""
     values: dict[str, UsedValues] = field(default_factory=dict)
     """The values in the files, by their type (`8-bit`, `16-bit`, `float` ...)."""
+
+    @property
+    def bits(self) -> int:
+        """The bits that hold all values: 8 or 16."""
+        return 16 if any(used.deep for used in self.values.values()) else 8
 
     def add(self, other: "Findings") -> None:
         """Add the counts of ``other``."""
@@ -43,27 +55,30 @@ class Findings:
 def decode(
     records: Records, rows: list[int], out: np.ndarray, value_range: ValueRange | None, classes: bool = False
 ) -> Findings:
-    """Decode ``rows`` into ``out``, (len(rows), C, H, W) uint8, in threads (Pillow releases Python's lock).
+    """Decode ``rows`` into ``out``, (len(rows), C, H, W) uint8 or uint16, in threads (Pillow releases Python's lock).
 
     Args:
         classes: whether they are maps of classes (C = 1), not images.
     """
-    channels, height, width = out.shape[1:]
+    (channels, *size), bits = out.shape[1:], 8 * out.itemsize
+    size = (size[0], size[1])
 
     def work(chunk: range) -> Findings:
         findings = Findings()
         for place in chunk:
             try:
                 with records.open(rows[place]) as image:
-                    mode, size = image.mode, "{} x {}".format(*image.size)
+                    mode, form = described_mode(image), "{} x {}".format(*image.size)
                     animated = bool(getattr(image, "is_animated", False))
+                    if animated and num_pages(image) == channels:
+                        mode, animated = f"{channels} pages of {mode}", False
                     if classes:
                         assert isinstance(image, Image.Image), "arrays have no maps"
-                        out[place] = classes_to_uint8(image, (height, width))
+                        out[place] = classes_to_uint8(image, size)
                     else:
-                        out[place] = image_to_uint8(image, (height, width), channels, value_range, findings.values)
+                        out[place] = image_to_pixels(image, size, channels, value_range, findings.values, bits)
                 findings.modes[mode] += 1
-                findings.sizes[size] += 1
+                findings.sizes[form] += 1
                 findings.animated += animated
             except Exception as error:  # a broken file can raise almost any error in a decoder
                 findings.bad[rows[place]] = _reason(error)
@@ -78,6 +93,17 @@ def decode(
         for findings in pool.map(work, chunks):
             total.add(findings)
     return total
+
+
+def probable_bits(splits: Iterable[Records], channels: int, value_range: ValueRange | None) -> int:
+    """The bits that images need, judged by a few of each split: 8 or 16."""
+    used: dict[str, UsedValues] = {}
+    for records in splits:
+        for row in spread(len(records), PROBED).tolist():
+            with contextlib.suppress(Exception), records.open(row) as image:  # decoding all images reports bad ones
+                if is_wide(image):
+                    image_to_pixels(image, (image.size[1], image.size[0]), channels, value_range, used)
+    return Findings(values=used).bits
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Classes, captions, vectors and maps of a folder of images: from metadata files, text files and other folders."""
+"""Splits, classes, captions, vectors and maps of a folder of images: from metadata files, texts and other folders."""
 
 import json
 import re
@@ -11,12 +11,13 @@ import pyarrow as pa
 
 from twostage.core.data.captions import CAPTION_NAMES, has_captions, read_captions
 from twostage.core.data.folder_content import FolderContent, file_records
-from twostage.core.data.image_folder import ImageFolder
+from twostage.core.data.image_folder import ImageFolder, understand_folder
 from twostage.core.data.labels import LABEL_NAMES, read_labels
 from twostage.core.data.maps import map_files, with_maps
 from twostage.core.data.metadata_files import Metadata, read_metadata
 from twostage.core.data.records import AUTO, Captions, Columns, Records, Source
 from twostage.core.data.sample_files import CLASS_COLUMN, read_samples
+from twostage.core.data.splits import SPLIT_COLUMN, exact_split
 from twostage.core.data.vectors import check_same_length, read_vectors
 from twostage.core.errors import InputError
 from twostage.core.wording import printable, short_repr, some_of
@@ -32,23 +33,25 @@ Paths = dict[str, list[Path]]
 """The images of each split, relative to the folder."""
 
 
-def source_of_folder(content: FolderContent, found: ImageFolder, columns: Columns) -> Source:
+def source_of_folder(content: FolderContent, columns: Columns) -> Source:
     """The splits of a folder of images.
 
     Args:
-        content: everything in the folder; files that are used for captions or classes are removed from `skipped`.
-        found: the splits and classes in the names of files and folders.
+        content: everything in the folder; files that are used for splits, captions or classes are removed from
+            `skipped`.
         columns: what to read beside the images.
 
     Raises:
-        InputError: a column does not exist, or what lies beside the images is damaged, missing or contradictory.
+        InputError: a column does not exist, or what lies beside the images is damaged, missing or contradictory, or the
+            names of the folders can be read in two ways.
     """
-    images = found.splits
-    reads_metadata = (columns.label, columns.caption, columns.vector) != (None, None, None)
-    metadata = read_metadata(content) if reads_metadata else Metadata()
-    if reads_metadata:
-        read_samples(content, metadata)
-    notices = found.notices
+    metadata = read_metadata(content)
+    read_samples(content, metadata)
+    splits_given = _splits(content, metadata)
+    if splits_given is None and (columns.label, columns.caption, columns.vector) == (None, None, None):
+        metadata = Metadata()
+    found = understand_folder(content, splits_given)
+    images, notices = found.splits, found.notices
     class_names, labels, more = _labels(content, found, metadata, columns.label)
     notices += more
     captions, unmatched = _captions(content, images, metadata, columns.caption)
@@ -75,6 +78,33 @@ def source_of_folder(content: FolderContent, found: ImageFolder, columns: Column
         classes = f"{'one folder per class' if in_folders else 'images with classes'} ({len(class_names)} classes)"
     description = f"{content.kind} {printable(content.root)}: {found.layout}{classes}"
     return Source(description, splits, class_names, notices, skipped, unmatched)
+
+
+def _splits(content: FolderContent, metadata: Metadata) -> dict[Path, str] | None:
+    """The split of each image by the column `split`; None without one.
+
+    Raises:
+        InputError: it has other words, or nothing for an image.
+    """
+    named = metadata.columns.get(SPLIT_COLUMN)
+    if not named:
+        return None
+    if missing := [path for path in content.images if path not in named]:
+        raise InputError(
+            f"data.source {content.root}: the column {SPLIT_COLUMN!r} of the files beside the images says nothing "
+            f"about {len(missing):,} of {len(content.images):,} images ({some_of(map(printable, missing))}), expected "
+            "a split for each. Add them, or rename the column"
+        )
+    splits = {}
+    for path in content.images:
+        split = exact_split(str(named[path]).strip())
+        if split is None:
+            raise InputError(
+                f"data.source {content.name(path)}: the column {SPLIT_COLUMN!r} says {short_repr(named[path], 60)}, "
+                "expected train, val (validation, dev) or test. Fix the word, or rename the column"
+            )
+        splits[path] = split
+    return splits
 
 
 def _labels(

@@ -1,4 +1,4 @@
-"""Images by split and row, as uint8 batches: in memory, or decoded on demand in threads."""
+"""Images by split and row, as uint8 or uint16 batches: in memory, or decoded on demand in threads."""
 
 import hashlib
 from collections import Counter
@@ -33,7 +33,7 @@ class ImageSplit(Dataset[tuple[Tensor, int]]):
 
     Args:
         labels: (n,) int64, or None.
-        pixels: (n, C, H, W) uint8; None: ``records`` are decoded on demand.
+        pixels: (n, C, H, W) uint8 or uint16; None: ``records`` are decoded on demand.
         records: None for images that twostage draws.
         captions: the captions of each image, () for none; None: no image has captions.
         vectors: (n, d) float32, or None.
@@ -78,14 +78,24 @@ class ImageSplit(Dataset[tuple[Tensor, int]]):
     def in_memory(self) -> bool:
         return self.pixels is not None
 
+    @property
+    def bits(self) -> int:
+        """Those of a pixel's channel: 8, or 16 if the images need them."""
+        if self.config.train_on == "maps" and self.map_form is not None:
+            return 8
+        if self.pixels is not None:
+            return 16 if self.pixels.dtype == torch.uint16 else 8
+        return self.config.bits or 8
+
     def read(self, rows: Tensor) -> Tensor:
-        """(len(rows), C, H, W) uint8; maps as images, if they are what is trained on."""
+        """(len(rows), C, H, W) uint8 or uint16; maps as images (uint8), if they are what is trained on."""
         if self.config.train_on == "maps" and (maps := self.read_maps(rows)) is not None:
             return maps_as_images(maps, self.config.channels)
         if self.pixels is not None:
             return self.pixels[rows]
         assert self.records is not None
-        out = np.empty((len(rows), self.config.channels, *self.config.size), dtype=np.uint8)
+        form = (len(rows), self.config.channels, *self.config.size)
+        out = np.empty(form, dtype=np.uint8 if self.bits == 8 else np.uint16)
         check_readable(self.records, decode(self.records, rows.tolist(), out, self.config.value_range))
         return torch.from_numpy(out)
 

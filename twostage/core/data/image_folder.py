@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twostage.core.data.folder_content import IMAGE_SUFFIXES, FolderContent
-from twostage.core.data.splits import HELD_OUT, exact_split, reads_as_held_out, spelled_splits
+from twostage.core.data.splits import HELD_OUT, SPLIT_COLUMN, exact_split, reads_as_held_out, spelled_splits
 from twostage.core.errors import InputError
 from twostage.core.wording import printable, some_of
 
@@ -27,8 +27,11 @@ class ImageFolder:
     """Warnings about names that could be read in another way."""
 
 
-def understand_folder(content: FolderContent) -> ImageFolder:
+def understand_folder(content: FolderContent, given: dict[Path, str] | None = None) -> ImageFolder:
     """Find the splits and classes of images from the names of their folders.
+
+    Args:
+        given: the split of each image, from a column of the files beside them; None: the names say it.
 
     Raises:
         InputError: there are no images, or the layout can be read in two ways.
@@ -40,15 +43,17 @@ def understand_folder(content: FolderContent) -> ImageFolder:
             f"data.source {root}: expected images in it ({known}), or tables, archives or arrays of images (.parquet "
             ".arrow .tar .zip .npy .npz), got none"
         )
-    depth, notices = _split_depth(root, images), []
+    depth, notices = _split_depth(root, images, strict=given is None), []
     split_of = dict.fromkeys(images, "train")
     if depth is not None:
         split_of = {path: _split_at(path, depth) for path in images}
     elif _split_by_file_names(images):
         split_of = {path: spelled_splits(path.stem).pop() for path in images}
-    else:
+    elif given is None:
         notices = _possible_splits(images)
-    if depth is not None and set(split_of.values()) == {"train"}:
+    if given is not None:
+        split_of = _given_splits(root, split_of, given)
+    elif depth is not None and set(split_of.values()) == {"train"}:
         notices = _possible_splits([Path(*path.parts[depth + 1 :]) for path in images])
     _check_splits(root, split_of, depth)
     class_of = _class_folders(images, depth)
@@ -68,7 +73,24 @@ def understand_folder(content: FolderContent) -> ImageFolder:
                 notices.append(f"`{split}` has no class folders and is used without classes")
     if empty := [printable(path) for path in content.empty if path.parts]:
         notices.append(f"folders without images: {some_of(empty)}")
-    return ImageFolder(splits, labels, class_names, _describe_splits(splits, depth), notices)
+    where = _describe_splits(splits, depth) if given is None else _listed(splits, f"the column {SPLIT_COLUMN!r}")
+    return ImageFolder(splits, labels, class_names, where, notices)
+
+
+def _given_splits(root: Path, by_name: dict[Path, str], given: dict[Path, str]) -> dict[Path, str]:
+    """The splits that a column gives.
+
+    Raises:
+        InputError: folders or file names spell other splits.
+    """
+    if len(set(by_name.values())) > 1:  # everything in train/ is often divided by a column
+        for path, split in by_name.items():
+            if given[path] != split:
+                raise InputError(
+                    f"data.source {root}: {printable(path)} is in `{split}` by its name and in `{given[path]}` by the "
+                    f"column {SPLIT_COLUMN!r}, expected the same. Fix the column, or rename it"
+                )
+    return given
 
 
 def _folders_at(images: list[Path], depth: int) -> set[str]:
@@ -87,7 +109,7 @@ def _split_at(path: Path, depth: int) -> str:
     return split
 
 
-def _split_depth(root: Path, images: list[Path]) -> int | None:
+def _split_depth(root: Path, images: list[Path], strict: bool) -> int | None:
     """The number of folders above the split folders (0 for `train/cat/1.png`, 1 for `cat/train/1.png`); None without
     split folders.
 
@@ -96,7 +118,7 @@ def _split_depth(root: Path, images: list[Path]) -> int | None:
     all `train`, the next folders are splits only if there are training and held-out folders side by side.
 
     Raises:
-        InputError: only some of the folders at one depth are splits.
+        InputError: only some of the folders at one depth are splits, and ``strict`` is true; else these are classes.
     """
     only_train = None  # the depth at which all folders are `train`
     for depth in range(max(len(path.parts) for path in images) - 1):
@@ -113,6 +135,8 @@ def _split_depth(root: Path, images: list[Path]) -> int | None:
             only_train = depth
             continue
         if both or any(exact_split(name) in HELD_OUT for name in exact) or (exact and depth == 0):
+            if not strict:
+                return None
             named = [printable(name) for name in meanings if (name in exact if exact else meanings[name])]
             others = [printable(name) for name in meanings if name not in exact and (exact or not meanings[name])]
             beside = f"the folders {some_of(others)}" if others else "images outside these folders"
@@ -223,7 +247,11 @@ def _describe_splits(splits: dict[str, list[Path]], depth: int | None) -> str:
     if len(splits) == 1:
         return ""
     if depth is None:
-        return f"the splits {', '.join(splits)} from the file names, each with "
+        return _listed(splits, "the file names")
     folders = {split: sorted({path.parts[depth] for path in paths}) for split, paths in splits.items()}
     named = [split if folders[split] == [split] else f"{split} ({printable(folders[split][0])})" for split in splits]
     return f"the splits {', '.join(named)}, each with "
+
+
+def _listed(splits: dict[str, list[Path]], source: str) -> str:
+    return f"the splits {', '.join(splits)} from {source}, each with "

@@ -16,6 +16,7 @@ from typing import Any
 from twostage.core.data.captions import CAPTION_NAMES
 from twostage.core.data.folder_content import FolderContent
 from twostage.core.data.labels import LABEL_NAMES
+from twostage.core.data.splits import SPLIT_COLUMN
 from twostage.core.errors import InputError
 from twostage.core.wording import one_line, printable, short_repr, some_of
 
@@ -180,7 +181,7 @@ def _named_rows(content: FolderContent, file: Path, names: _Names) -> list[Row] 
     column = next((name for name in _NAME_COLUMNS if name in header), None)
     if column is None:
         return None
-    usual = [name for name in (*LABEL_NAMES, *CAPTION_NAMES) if name in header]
+    usual = [name for name in (*LABEL_NAMES, *CAPTION_NAMES, SPLIT_COLUMN) if name in header]
     for row in rows:
         row[_FILE_NAME] = row.pop(header[column])
         for name in usual:

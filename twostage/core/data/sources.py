@@ -14,7 +14,6 @@ from twostage.core.data.arrays import find_arrays, read_arrays
 from twostage.core.data.drawn_sources import DRAWN_SOURCES
 from twostage.core.data.folder_columns import source_of_folder
 from twostage.core.data.folder_content import FolderContent, list_folder
-from twostage.core.data.image_folder import understand_folder
 from twostage.core.data.records import Columns, Source
 from twostage.core.data.tables import TABLE_SUFFIXES, find_tables, read_hub, read_tables
 from twostage.core.errors import InputError
@@ -89,7 +88,7 @@ def _read_local(path: Path, columns: Columns) -> Source:
     if not content.images:
         for file in content.skipped:
             refuse_compressed(path / file)
-    return source_of_folder(content, understand_folder(content), columns)
+    return source_of_folder(content, columns)
 
 
 def _read_file(path: Path, columns: Columns) -> Source:
@@ -98,7 +97,7 @@ def _read_file(path: Path, columns: Columns) -> Source:
         return read_tables(path, [], columns, None)
     if suffix in ARCHIVE_SUFFIXES:
         content = open_archives(path, [], None)
-        return source_of_folder(content, understand_folder(content), columns)
+        return source_of_folder(content, columns)
     if is_array_file(path):
         return read_arrays(path, [], columns, None)
     refuse_compressed(path)

@@ -2,7 +2,7 @@
 
 import re
 
-__all__ = ["HELD_OUT", "SPLIT_WORDS", "exact_split", "reads_as_held_out", "spelled_splits"]
+__all__ = ["HELD_OUT", "SPLIT_COLUMN", "SPLIT_WORDS", "exact_split", "reads_as_held_out", "spelled_splits"]
 
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -11,6 +11,8 @@ SPLIT_WORDS = {
 }
 """The words for each split, as in Hugging Face's `datasets.data_files.SPLIT_KEYWORDS`."""
 HELD_OUT = {"val", "test"}
+SPLIT_COLUMN = "split"
+"""The column of files beside images that names the split of each."""
 _SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 _WORD = re.compile(rf"(?<![^-._\s0-9])(?:{'|'.join(_SPLIT_OF)})(?![^-._\s0-9])", re.IGNORECASE)
 _HELD_OUT_LIKE = re.compile(

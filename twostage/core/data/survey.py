@@ -5,7 +5,6 @@ Only headers are read, but up to 16 images with an alpha channel are decoded, to
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -15,7 +14,7 @@ from twostage.core.data.records import AUTO, Columns, Records
 from twostage.core.data.shapes import CLASS_NAMES
 from twostage.core.data.sources import find_source
 from twostage.core.data.spread import spread
-from twostage.core.images.arrays import OpenedImage
+from twostage.core.images.arrays import ArrayImage, OpenedImage, num_pages
 from twostage.core.images.conversion import quiet_decoders, upright_size
 from twostage.core.images.pixel_values import is_grey
 
@@ -33,9 +32,9 @@ class Survey:
 
     size: tuple[int, int]
     """(height, width) in pixels: the commonest one if at least half of the images have its shape, else a square."""
-    channels: Literal[1, 3, 4]
-    """1 if all images are grey; 4 if most have an alpha channel, and most of those have transparent pixels; else
-    3."""
+    channels: int
+    """1 if all images are grey; 4 if most have an alpha channel, and most of those have transparent pixels; the number
+    of channels or pages if most images are arrays or TIFF files with several; else 3."""
     num_train: int
     """Images in the training split, before any are held out."""
     class_counts: dict[str, int]
@@ -68,21 +67,27 @@ def survey(source: str, label_column: str | None = AUTO) -> Survey:
     return Survey(_usual_size(sizes), channels, len(records), counts)
 
 
-def _forms(records: Records) -> tuple[Counter[tuple[int, int]], Literal[1, 3, 4]]:
+def _forms(records: Records) -> tuple[Counter[tuple[int, int]], int]:
     """How often each (height, width) occurs, and the channels. Unreadable images are skipped."""
     sizes: Counter[tuple[int, int]] = Counter()
+    several: Counter[int] = Counter()
     grey, with_alpha, transparent = 0, 0, 0
     for row in spread(len(records), OPENED).tolist():
         try:
             with records.open(row) as image:
                 width, height = upright_size(image)
                 mode, has_alpha = image.mode, _has_alpha(image)
+                planes = image.values.shape[2] if isinstance(image, ArrayImage) else num_pages(image)
                 transparent += has_alpha and with_alpha < DECODED and _is_transparent(image)
         except Exception:  # load_images counts and reports these
             continue
+        several[planes] += planes > 1
         grey += is_grey(mode)
         with_alpha += has_alpha
         sizes[height, width] += 1
+    usual, count = several.most_common(1)[0] if several else (1, 0)
+    if 2 * count > sizes.total():
+        return sizes, usual
     if 2 * with_alpha > sizes.total() and 2 * transparent > min(with_alpha, DECODED):
         return sizes, 4
     return sizes, 1 if 0 < grey == sizes.total() else 3

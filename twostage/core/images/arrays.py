@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, ImageSequence
 
-__all__ = ["ArrayImage", "OpenedImage", "channels_last"]
+__all__ = ["ArrayImage", "OpenedImage", "channels_last", "num_pages", "stacked_pages"]
 
 _PILLOW_CHANNELS = (1, 3, 4)
 
@@ -24,7 +24,7 @@ class ArrayImage:
         values = self.values * np.uint8(255) if self.values.dtype == np.bool_ else self.values
         if values.dtype == np.uint8 and values.shape[2] in _PILLOW_CHANNELS:
             return Image.fromarray(np.ascontiguousarray(values[..., 0] if values.shape[2] == 1 else values))
-        return self
+        return ArrayImage(values)
 
     @property
     def mode(self) -> str:
@@ -52,6 +52,29 @@ class ArrayImage:
 
 
 OpenedImage = Image.Image | ArrayImage
+
+
+def num_pages(image: OpenedImage) -> int:
+    """The pages of a grey TIFF, which can be the channels of one image; 1 for all other images."""
+    if getattr(image, "format", None) != "TIFF" or not (image.mode in ("1", "L", "F") or image.mode.startswith("I")):
+        return 1
+    return getattr(image, "n_frames", 1)
+
+
+def stacked_pages(image: Image.Image) -> ArrayImage:
+    """The pages of a grey TIFF as the channels of one image, each with its EXIF orientation applied.
+
+    Raises:
+        ValueError: they differ in size or in mode.
+    """
+    pages = []
+    for page in ImageSequence.Iterator(image):
+        upright = ImageOps.exif_transpose(page)
+        pages.append((upright.mode, np.array(upright)))
+    if len({(mode, page.shape) for mode, page in pages}) > 1:
+        found = ", ".join(f"{page.shape[1]}x{page.shape[0]} {mode}" for mode, page in pages[:4])
+        raise ValueError(f"pages of different sizes or types ({found}), expected the channels of one image")
+    return ArrayImage(np.stack([page for _, page in pages], axis=-1))
 
 
 def channels_last(images: np.ndarray) -> np.ndarray:

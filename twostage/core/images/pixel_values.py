@@ -8,12 +8,16 @@ import numpy as np
 from twostage.core.images.arrays import ArrayImage, OpenedImage
 
 __all__ = [
+    "HALVED",
+    "WIDENED",
     "UsedValues",
     "ValueRange",
+    "described_mode",
+    "fit_in_8_bits",
     "is_grey",
     "is_wide",
     "pixel_values",
-    "scaled_to_8_bits",
+    "scaled_to_bits",
     "value_type",
     "white_is_zero",
 ]
@@ -25,17 +29,29 @@ BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 UNSIGNED, SIGNED = 1, 2
 MIN_USED_SHARE = 0.3
 """If all images use less of their range, they were probably meant for another range."""
+WIDENED = 257
+"""A shade of 8 bits as one of 16: 255 times this is 65,535."""
+HALVED = " (16 bits, read as 8)"
 TOLERANCE = 0.01
 """Share of the range: floats outside by less (resizing produces them) are clipped without a warning."""
 
 
 def is_grey(mode: str) -> bool:
-    """Whether images of this Pillow mode have no colour: `1`, `L`, `LA`, `F`, and all kinds of `I`."""
+    """Whether images of this mode, see :func:`described_mode`, have no colour: `1`, `L`, `LA`, `F`, and all kinds of
+    `I`."""
+    mode = mode.removesuffix(HALVED)
     return mode in ("1", "L", "LA", "La", "F") or mode.startswith("I")
 
 
+def described_mode(image: OpenedImage) -> str:
+    """Pillow's mode, with :data:`HALVED` if Pillow only reads 8 of the 16 bits of each colour."""
+    tiles = getattr(image, "tile", None) or []
+    return image.mode + HALVED * (not is_wide(image) and any(";16" in str(tile[3]) for tile in tiles))
+
+
 def is_wide(image: OpenedImage) -> bool:
-    """Whether its pixels are not 8-bit numbers, but 12, 16 or 32 bits or floats. Pillow only has grey ones."""
+    """Whether its pixels are not 8-bit numbers that Pillow knows, but 12, 16 or 32 bits or floats, of which Pillow only
+    has grey ones, or any number of channels."""
     if isinstance(image, ArrayImage):
         return True
     return image.mode == "F" or image.mode.startswith("I")
@@ -70,10 +86,8 @@ def _integers(bits: int, signed: bool) -> tuple[str, ValueRange]:
 def pixel_values(image: OpenedImage, kind: str) -> np.ndarray:
     """The values in the file of a wide image, (H, W) or (H, W, C) float64; ``kind`` is the type from
     :func:`value_type`."""
-    if isinstance(image, ArrayImage):
-        return image.values.astype(np.float64)
-    values = np.asarray(image)
-    if kind == "32-bit":
+    values = image.values if isinstance(image, ArrayImage) else np.asarray(image)
+    if kind == "32-bit" and values.dtype == np.int32:
         values = values.view(np.uint32)  # Pillow reads them as signed numbers
     return values.astype(np.float64)
 
@@ -83,11 +97,18 @@ def white_is_zero(image: OpenedImage) -> bool:
     return is_wide(image) and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
 
 
-def scaled_to_8_bits(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
-    """Values (...) as uint8: the range is mapped to 0 ... 255, values outside are clipped, NaN becomes 0."""
-    low, high = value_range
-    scaled = (values.astype(np.float64) - low) * (255 / (high - low))
-    return np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0).clip(0, 255).round().astype(np.uint8)
+def scaled_to_bits(values: np.ndarray, value_range: ValueRange, bits: int) -> np.ndarray:
+    """Values (...) as uint8 or uint16: the range is mapped to 0 ... 2^bits - 1, values outside are clipped, NaN becomes
+    0."""
+    low, high, white = *value_range, 2**bits - 1
+    scaled = (values.astype(np.float64) - low) * (white / (high - low))
+    clipped = np.nan_to_num(scaled, nan=0.0, posinf=white, neginf=0.0).clip(0, white)
+    return clipped.round().astype(np.uint8 if bits == 8 else np.uint16)
+
+
+def fit_in_8_bits(values: np.ndarray, value_range: ValueRange) -> bool:
+    """Whether 8 bits hold the values (...) as exactly as 16 do, as for numbers of 8 bits that are stored as floats."""
+    return not (scaled_to_bits(values, value_range, 16) % WIDENED).any()
 
 
 @dataclass
@@ -100,11 +121,14 @@ class UsedValues:
     high: float = float("-inf")
     not_finite: int = 0
     """The number of images with NaN or infinite pixels."""
+    deep: bool = False
+    """Whether 8 bits cannot hold them exactly."""
 
     def add(self, other: "UsedValues") -> None:
         """Add the images of ``other``."""
         self.images += other.images
         self.not_finite += other.not_finite
+        self.deep |= other.deep
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
 
     def one_shade(self, value_range: ValueRange | None) -> bool:

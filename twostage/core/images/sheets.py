@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from twostage.core.files import replacing
-from twostage.core.images.conversion import to_pil
+from twostage.core.images.conversion import to_pil, to_shown
 from twostage.core.images.fonts import class_labels, figure_families, fit_width, font_for, legible, load_matplotlib
 
 __all__ = ["class_sheet", "contact_sheet", "draw_curves", "figure_canvas", "prompt_sheet", "save_image", "to_image"]
@@ -63,12 +63,12 @@ def contact_sheet(
     :func:`twostage.core.images.fonts.class_labels`).
 
     Args:
-        pixels: (n, C, H, W) uint8, row by row.
+        pixels: (n, C, H, W), row by row; see :func:`to_shown`, which chooses among their channels.
         captions: one below each image, shortened to its width; below a row of None there is no room for them.
         row_titles: one to the left of each row.
         lines: the largest number of lines of a caption.
     """
-    height, width = pixels.shape[-2:]
+    pixels, (height, width) = to_shown(pixels), pixels.shape[-2:]
     scale = max(1, round(88 / max(height, width)))
     below_each = [_wrapped(caption or "", width * scale + MARGIN - 2, lines) for caption in captions or ()]
     room = 3 + LINE_HEIGHT * max([1, *map(len, below_each)])
@@ -93,7 +93,7 @@ def contact_sheet(
 
 
 def class_sheet(pixels: Tensor, names: list[str] | None, numbers: Sequence[int] | None = None) -> Image.Image:
-    """A contact sheet of images (n, C, H, W) uint8, where image i belongs to the class ``names[i % len(names)]``. Each
+    """A contact sheet of images (n, C, H, W), where image i belongs to the class ``names[i % len(names)]``. Each
     class gets a column of its own if there are 4 to 12 of them.
 
     Args:
@@ -106,7 +106,7 @@ def class_sheet(pixels: Tensor, names: list[str] | None, numbers: Sequence[int] 
 
 
 def prompt_sheet(pixels: Tensor, prompts: Sequence[str]) -> Image.Image:
-    """A contact sheet of images (n, C, H, W) uint8 with their whole prompts below; image i has the prompt
+    """A contact sheet of images (n, C, H, W) with their whole prompts below; image i has the prompt
     ``prompts[i % len(prompts)]``."""
     captions = [prompts[i % len(prompts)] for i in range(len(pixels))]
     return contact_sheet(pixels, min(8, len(pixels)), captions, lines=MAX_PROMPT_LINES)

@@ -71,7 +71,7 @@ def test_a_damaged_file_is_named(tmp_path, name):
 
 def test_images_of_five_channels_say_so(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((3, 8, 6, 5), np.uint8))
-    with refuses("3 unreadable images", "5 channels, expected 1, 3 or 4"):
+    with refuses("3 unreadable images", "5 channels, expected data.channels=3; set data.channels=5"):
         load(tmp_path / "x.npy")
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from twostage.core.data.data_config import DataConfig
 from twostage.core.data.dataset import load_images
 from twostage.core.data.image_data import ImageData, ImageSplit
-from twostage.core.images.conversion import classes_to_uint8, image_to_uint8
+from twostage.core.images.conversion import classes_to_uint8, image_to_pixels
 
 MEMORY = pytest.mark.parametrize("mode", [{}, {"in_memory_gb": 0}], ids=["in memory", "on disk"])
 
@@ -122,7 +122,7 @@ def test_classes_are_resized_and_cropped_like_their_image():
             image.save(files[-1], format="PNG", exif=exif)
         image, found = (Image.open(file) for file in files)
         for size in ((12, 12), (10, 20), (36, 54), (50, 40)):
-            grey, small = image_to_uint8(image, size, 1)[0].astype(int), classes_to_uint8(found, size)[0].astype(int)
+            grey, small = image_to_pixels(image, size, 1)[0].astype(int), classes_to_uint8(found, size)[0].astype(int)
             assert set(np.unique(small)) <= {0, 1, 2}
             assert (np.abs(grey - 100 * small) < 50).mean() > 0.85, "another place, but for pixels at borders"
             assert (grey == 100 * small).mean() > 0.15

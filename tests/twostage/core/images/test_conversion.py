@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from twostage.core.images.conversion import image_to_uint8, to_float, to_pil, to_uint8
+from twostage.core.images.conversion import image_to_pixels, to_float, to_pil, to_uint8
 
 
 def gradient(height: int, width: int) -> Image.Image:
@@ -17,7 +17,7 @@ def gradient(height: int, width: int) -> Image.Image:
 
 
 def first_pixel(image: Image.Image, channels: int) -> list[int]:
-    pixels = image_to_uint8(image, (image.height, image.width), channels)
+    pixels = image_to_pixels(image, (image.height, image.width), channels)
     assert pixels.dtype == np.uint8
     return pixels[:, 0, 0].tolist()
 
@@ -61,7 +61,7 @@ def test_modes(mode, colour, channels, expected):
 
 def test_sixteen_bit_png_keeps_its_range():
     ramp = Image.fromarray(np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16))
-    pixels = image_to_uint8(reopened(ramp, "PNG"), (16, 16), 1)
+    pixels = image_to_pixels(reopened(ramp, "PNG"), (16, 16), 1)
     assert np.abs(pixels.flatten().astype(int) - np.arange(256)).max() <= 1
 
 
@@ -80,14 +80,14 @@ def test_exif_orientation_is_applied(orientation, transposed):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = gradient(8, 8)
-    seen = image_to_uint8(reopened(stored, "PNG", exif=exif), (8, 8), 3)
-    assert np.array_equal(seen, image_to_uint8(stored.transpose(transposed), (8, 8), 3))
-    assert not np.array_equal(seen, image_to_uint8(stored, (8, 8), 3))
+    seen = image_to_pixels(reopened(stored, "PNG", exif=exif), (8, 8), 3)
+    assert np.array_equal(seen, image_to_pixels(stored.transpose(transposed), (8, 8), 3))
+    assert not np.array_equal(seen, image_to_pixels(stored, (8, 8), 3))
 
 
 def test_same_size_is_not_resampled():
     noise = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
-    assert np.array_equal(image_to_uint8(Image.fromarray(noise), (7, 5), 3), noise.transpose(2, 0, 1))
+    assert np.array_equal(image_to_pixels(Image.fromarray(noise), (7, 5), 3), noise.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_same_size_is_not_resampled():
 )
 def test_non_square_sizes_are_cropped_at_the_centre_and_not_stretched(size, box):
     height, width = size
-    pixels = image_to_uint8(gradient(60, 60), size, 3)
+    pixels = image_to_pixels(gradient(60, 60), size, 3)
     assert pixels.shape == (3, height, width)
     cropped = gradient(60, 60).crop(box).resize((width, height), Image.Resampling.LANCZOS)
     assert np.array_equal(pixels, np.asarray(cropped).transpose(2, 0, 1))
@@ -103,7 +103,7 @@ def test_non_square_sizes_are_cropped_at_the_centre_and_not_stretched(size, box)
 
 def test_shrinking_is_antialiased():
     checks = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
-    assert np.abs(image_to_uint8(checks, (16, 16), 1).astype(int) - 127).max() <= 5
+    assert np.abs(image_to_pixels(checks, (16, 16), 1).astype(int) - 127).max() <= 5
 
 
 def test_every_byte_survives_the_way_to_float_and_back():
@@ -126,7 +126,7 @@ def test_to_pil_is_the_inverse(channels, mode):
     pixels = torch.randint(256, (channels, 5, 7), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     image = to_pil(pixels)
     assert (image.mode, image.size) == (mode, (7, 5))
-    assert np.array_equal(image_to_uint8(image, (5, 7), channels), pixels.numpy())
+    assert np.array_equal(image_to_pixels(image, (5, 7), channels), pixels.numpy())
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
@@ -135,8 +135,8 @@ def test_large_photographs_are_decoded_smaller(orientation: int):
     exif = Image.Exif()
     exif[0x0112] = orientation
     photograph = reopened(gradient(450, 600), "JPEG", quality=95, exif=exif)
-    whole = image_to_uint8(photograph.copy(), (40, 90), 3)
-    smaller = image_to_uint8(reopened(gradient(450, 600), "JPEG", quality=95, exif=exif), (40, 90), 3)
+    whole = image_to_pixels(photograph.copy(), (40, 90), 3)
+    smaller = image_to_pixels(reopened(gradient(450, 600), "JPEG", quality=95, exif=exif), (40, 90), 3)
     difference = np.abs(whole.astype(int) - smaller.astype(int))
     assert 0 < difference.mean() < 0.5
     assert difference.max() <= 2

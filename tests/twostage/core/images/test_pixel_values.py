@@ -13,7 +13,7 @@ from PIL import Image
 from twostage.core.data.data_config import DataConfig
 from twostage.core.data.dataset import load_images
 from twostage.core.errors import InputError
-from twostage.core.images.conversion import image_to_uint8
+from twostage.core.images.conversion import image_to_pixels
 from twostage.core.images.pixel_values import is_grey
 
 RAMP = np.tile(np.linspace(0, 1, 64), (64, 1))
@@ -55,8 +55,10 @@ def load(folder: Path, **options: object):
     return load_images(DataConfig.model_validate({"source": str(folder), "image_size": 64, "channels": 1, **options}))
 
 
-def seen(data) -> list[int]:
-    return data.splits["train"].pixels[0, 0, 0, COLUMNS].tolist()
+def seen(data) -> list[float]:
+    """A row of pixels, in units of 8 bits."""
+    pixels = data.splits["train"].pixels[0, 0, 0, COLUMNS]
+    return (pixels.double() / (257 if pixels.dtype == torch.uint16 else 1)).tolist()
 
 
 @pytest.fixture(params=["in memory", "on disk"])
@@ -82,6 +84,7 @@ def mode(request) -> dict[str, float]:
 )
 def test_the_range_is_that_of_the_type(tmp_path, name, values):
     data = load(save(tmp_path / "images", name, values))
+    assert data.splits["train"].bits == (8 if values.dtype == np.uint8 else 16)
     assert np.abs(np.array(seen(data)) - SEEN).max() <= 1
     assert data.notices == ["no `val` or `test` split: 1 of 2 training images are held out as `val`"]
 
@@ -103,7 +106,9 @@ def test_another_range_is_given(tmp_path, mode, values, value_range):
     folder = save(tmp_path / "images", "x.tif", values)
     data = load(folder, value_range=value_range, **mode)
     found = data.splits["train"].read(torch.arange(1)).numpy()[0, 0, 0, COLUMNS]
-    assert np.abs(found.astype(int) - SEEN).max() <= 1
+    needs_16 = values.dtype.kind == "f" or value_range != [0, 255]
+    assert found.dtype == (np.uint16 if needs_16 else np.uint8), "only as many bits as the values need"
+    assert np.abs(found / (257 if needs_16 else 1) - SEEN).max() <= 1
     # Without it, a notice or an error tells which range to set.
     try:
         said = " ".join(load(folder, **mode).notices)
@@ -118,8 +123,8 @@ def test_one_range_for_all_images_not_each_its_own(tmp_path):
     folder = save(tmp_path / "images", "dark.tif", (RAMP * 6553).astype("<u2"))
     save(folder, "bright.tif", (RAMP * 65535).astype("<u2"))
     data = load(folder, validation_share=0.25)
-    brightest = sorted(split.pixels[i].max().item() for split in data.splits.values() for i in range(len(split)))
-    assert brightest == [25, 25, 255, 255]
+    brightest = sorted(split.pixels[i].int().max().item() for split in data.splits.values() for i in range(len(split)))
+    assert brightest == [6553, 6553, 65535, 65535]
     assert not any("small part" in line for line in data.notices), "together they use all of it"
 
 
@@ -142,7 +147,7 @@ def test_what_is_remembered_of_a_dataset_is_read_as_it_was(tmp_path):
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_a_range_of_8_bits_leaves_transparency_alone(channels):
     image = Image.new("RGBA", (2, 2), (10, 20, 30, 128))
-    found = image_to_uint8(image, (2, 2), channels, (0, 51))[:, 0, 0].tolist()
+    found = image_to_pixels(image, (2, 2), channels, (0, 51))[:, 0, 0].tolist()
     assert found == {1: [172], 3: [152, 177, 202], 4: [50, 100, 150, 128]}[channels], "the range first, then on white"
 
 
@@ -173,7 +178,7 @@ def test_values_that_are_no_numbers_are_black_and_said(tmp_path):
     values = RAMP.astype("<f4")
     values[0, :32], values[0, 48] = np.nan, np.inf
     data = load(save(tmp_path / "images", "x.tif", values))
-    assert seen(data) == [0, 0, 130, 255, 255]
+    assert np.round(seen(data)).tolist() == [0, 0, 130, 255, 255]
     assert_names(str(data.notices), "2 images have NaN or infinite values", "NaN becomes black")
 
 
