@@ -2,6 +2,7 @@
 training step makes the host wait. The GPU has no data."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fake_gpu import GPU, different_configs, fake_gpu, outside, take_one_step
 
 from stage2_prior import masked_transformer, train_prior
 from stage2_prior.autoregressive import sample_in_order
-from stage2_prior.codes import CodeCache
+from stage2_prior.codes import CodeCache, Manifest
 from stage2_prior.prior import Prior, prior_config
 from stage2_prior.sampling import Branches, CodeNoise
 from stage2_prior.sampling_config import SamplingConfig
@@ -62,6 +63,15 @@ MORE = {
     "masked of digits": {"model": {"type": "masked_transformer", **SMALL, "codes": [4, 4], "predict_replaced": True}},
     "parallel of digits": {"model": {"type": "parallel_transformer", **SMALL, "codes": [4, 4]}},
     "PixelCNN of digits": {"model": {"type": "pixelcnn", "depth": 2, "codes": [2, 8]}},
+    "scale transformer of every condition": {
+        "model": {"type": "scale_transformer", **SMALL, "code_dropout": 0.1}, "condition": EVERY_CONDITION,
+    },
+    "scale by scale of every condition": {
+        "model": {"type": "scale_by_scale", "networks": [
+            {"type": "causal_transformer", **SMALL}, {"type": "pixelcnn", "channels": 8, "depth": 2,
+                                                      "context_channels": 32}]},
+        "condition": EVERY_CONDITION,
+    },
     "PixelCNN of every condition": {"model": {"type": "pixelcnn", "depth": 2}, "condition": EVERY_CONDITION},
 }  # fmt: skip
 
@@ -88,16 +98,32 @@ def codes(tmp_path_factory, write_codes) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def scaled_codes(codes, tmp_path_factory) -> Path:
+    """The same images as codes of two scales."""
+    folder, random = tmp_path_factory.mktemp("scaled") / "codes", np.random.default_rng(0)
+    shutil.copytree(codes, folder)
+    for name in ("train", "val"):
+        np.save(folder / f"{name}.codes.npy", random.integers(16, size=(8, 1, 20)).astype(np.uint16))
+    manifest = Manifest.model_validate_json((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = manifest.model_copy(update={"grid": (1, 20), "scales": ((2, 2), (4, 4))})
+    (folder / "manifest.json").write_text(manifest.model_dump_json(), encoding="utf-8")
+    return folder
+
+
 def more(name: str, codes: Path) -> dict[str, Any]:
     document = {"run": {"dir": "runs/none"}, **copy.deepcopy(MORE[name]), "codes": str(codes)}
     return document | {"train": {"max_steps": 2, "lr": 1e-3} | document.get("train", {})}
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, *MORE])
-def test_a_prior_trains(name, codes, new_process, monkeypatch):
+def test_a_prior_trains(name, codes, scaled_codes, new_process, monkeypatch):
+    document = MORE.get(name) or CONFIGS[name]
+    codes = scaled_codes if document["model"]["type"].startswith("scale_") else codes
     document = more(name, codes) if name in MORE else {**copy.deepcopy(CONFIGS[name]), "codes": str(codes)}
     document["train"] |= {"batch_size": 4, "mixed_precision": "bf16"}
-    document["model"]["depth"] = 2
+    for network in document["model"].get("networks", [document["model"]]):
+        network["depth"] = 2
     take_one_step(monkeypatch, OUTSIDE)
     new_process()
     config = parse_config(PriorTrainingConfig, document, name)
