@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from stage1_tokenizer.lookup_free import LookupFreeConfig
     from stage1_tokenizer.loss_term import LossTermConfig
     from stage1_tokenizer.mlp_backbone import MLPConfig
+    from stage1_tokenizer.multi_scale import MultiScaleConfig
     from stage1_tokenizer.objective import CorruptionConfig, ObjectiveConfig
     from stage1_tokenizer.product_quantizer import ProductConfig
     from stage1_tokenizer.projected_codebook import ProjectedCodebookConfig
     from stage1_tokenizer.residual_quantizer import ResidualConfig
+    from stage1_tokenizer.two_level import TwoLevelConfig
     from stage1_tokenizer.vector_quantizer import VectorConfig
     from stage1_tokenizer.vqgan_backbone import VQGANConfig
     from stage2_prior.causal_transformer import CausalTransformerConfig
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from stage2_prior.pixelcnn import PixelCNNConfig
     from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
     from stage2_prior.sampling_config import SamplingConfig
+    from stage2_prior.scale_by_scale import ScaleByScaleConfig
+    from stage2_prior.scale_transformer import ScaleTransformerConfig
     from twostage.core.conditions.text_condition import TextConditionConfig
     from twostage.core.conditions.vocabulary import Vocabulary
     from twostage.core.config.sections import load_config
@@ -73,6 +77,7 @@ __all__ = [
     "MLPConfig",
     "MaskedTransformerConfig",
     "ModelConfig",
+    "MultiScaleConfig",
     "NetworkConfig",
     "ObjectiveConfig",
     "ParallelTransformerConfig",
@@ -85,7 +90,10 @@ __all__ = [
     "Quantizer",
     "ResidualConfig",
     "SamplingConfig",
+    "ScaleByScaleConfig",
+    "ScaleTransformerConfig",
     "TextConditionConfig",
+    "TwoLevelConfig",
     "TwoStagePipeline",
     "VQGANConfig",
     "VectorConfig",
@@ -125,6 +133,7 @@ MODULES = {
     "MLPConfig": "stage1_tokenizer.mlp_backbone",
     "MaskedTransformerConfig": "stage2_prior.masked_transformer",
     "ModelConfig": "stage1_tokenizer.autoencoder",
+    "MultiScaleConfig": "stage1_tokenizer.multi_scale",
     "NetworkConfig": "stage2_prior.network",
     "ObjectiveConfig": "stage1_tokenizer.objective",
     "ParallelTransformerConfig": "stage2_prior.parallel_transformer",
@@ -137,7 +146,10 @@ MODULES = {
     "Quantizer": "stage1_tokenizer.bottleneck",
     "ResidualConfig": "stage1_tokenizer.residual_quantizer",
     "SamplingConfig": "stage2_prior.sampling_config",
+    "ScaleByScaleConfig": "stage2_prior.scale_by_scale",
+    "ScaleTransformerConfig": "stage2_prior.scale_transformer",
     "TextConditionConfig": "twostage.core.conditions.text_condition",
+    "TwoLevelConfig": "stage1_tokenizer.two_level",
     "TwoStagePipeline": "pipelines.drawing.two_stage",
     "VQGANConfig": "stage1_tokenizer.vqgan_backbone",
     "VectorConfig": "stage1_tokenizer.vector_quantizer",
