@@ -45,6 +45,9 @@ from twostage.core.scales import describe_grids
 
 __all__ = ["encode_dataset"]
 
+CHANGE_NO_CODE = {"bits", "shown_channels", "cache", "cache_gb"}
+"""Settings of `data` that may change before an encoding resumes; the images themselves are compared."""
+
 
 def encode_dataset(
     tokenizer: str | Path,
@@ -193,7 +196,7 @@ def _partial_codes(
     coder: MapCoder | None,
 ) -> PartialCodes:
     augmentation = splits["train"].augmentation.model_dump(mode="json")
-    group = config.model_dump(mode="json", exclude={"bits", "shown_channels"})  # the images themselves are compared
+    group = config.model_dump(mode="json", exclude=CHANGE_NO_CODE)
     common = {"tokenizer": reference.hash, "augmentation": augmentation}
     common |= {"map_tokenizer": coder.about.hash} if coder else {}
     places = dict.fromkeys(("source", "maps", *(("vector_column",) if config.vector_file else ())))

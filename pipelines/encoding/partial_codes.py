@@ -88,7 +88,8 @@ class PartialCodes:
         stored = read_json(self.identity_file, f"remove {self.folder} and run it again") if complete else None
         if stored is not None and isinstance(stored.get("data"), dict):
             # Settings that the previous version did not have yet have their defaults.
-            stored["data"] = DataConfig().model_dump(mode="json") | stored["data"]
+            defaults = DataConfig().model_dump(mode="json", include=set(self.identity["data"]))
+            stored["data"] = defaults | stored["data"]
         if stored is not None and stored in (self.identity, self.former):
             self._write_captions()
             total = sum(split.rows for split in self.splits.values())

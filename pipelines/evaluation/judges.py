@@ -215,10 +215,10 @@ def open_judge(inception: str | Path | None, features: str | Path | None, channe
     network = InceptionFeatures(inception) if inception else OwnFeatures(features or "")
     if channels not in (1, network.channels):
         option = f"--inception {inception}" if inception else f"--features {features}"
+        other = " or --features imagenet" if channels in MODES else ""
         raise InputError(
             f"{option}: the network takes images with {network.channels} channels, but the model's images have "
-            f"{channels}. {'Use --features imagenet, or' if channels in MODES else 'Use'} a network trained with "
-            f"--channels {channels}."
+            f"{channels}. Use a network trained with --channels {channels}{other}."
         )
     return network
 
