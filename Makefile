@@ -56,7 +56,7 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "Open build/site/index.html"
 
-# Runs the notebooks and stores their outputs: about fifteen minutes on one core. NOTEBOOKS="docs/notebooks/01*" runs one.
+# Runs the notebooks and stores their outputs: about twenty minutes on one core. NOTEBOOKS="docs/notebooks/01*" runs one.
 notebooks: $(VENV)/.installed-docs
 	$(BIN)/python docs/site/run_notebooks.py $(NOTEBOOKS)
 
