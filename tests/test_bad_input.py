@@ -85,7 +85,7 @@ def write_images(folder: Path, count: int = 20, mode: str = "RGB") -> Path:
         (["train.lr=fast"], ["train.lr: ", "valid number", "got 'fast'"]),
         (["train.batch_size=4.5"], ["train.batch_size: ", "got 4.5"]),
         (["model.bottleneck={type: vectr}"], ["model.bottleneck.type: got 'vectr'", "did you mean 'vector'?"]),
-        (["train.lr=-1", "data.channels=2"], ["2 mistakes", "train.lr: ", "data.channels: "]),
+        (["train.lr=-1", "data.channels=0"], ["2 mistakes", "train.lr: ", "data.channels: "]),
         (["train.max_steps=null"], ["give either max_steps or epochs"]),
         (["train.lr"], ["override 'train.lr': expected key=value"]),
         (["data.source=./nowhere"], ["data.source './nowhere': not found"]),

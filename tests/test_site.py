@@ -48,7 +48,7 @@ def test_notes_stand_beside_their_lines(site):
     noted = [row for row in rows if "Straight through" in row]
     assert len(noted) == 1
     code = re.sub(r"<[^>]+>", "", noted[0].partition('<div class="highlight">')[2])
-    assert re.match(r"\s*\d+ +z = pass_gradient\(", code)
+    assert re.match(r"\s*\d+ +return pass_gradient\(", code)
 
 
 def test_equations_need_no_script(site):

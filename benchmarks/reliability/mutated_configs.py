@@ -301,11 +301,15 @@ def _tiny_configs(folder: Path) -> dict[str, dict[str, Any]]:
         document["run"] = {"dir": "run", "trackers": []}
         document["data"] = TINY["data"] | {"channels": document["data"].get("channels", 3)}
         model = document["model"]
+        if model.get("condition") is not None:  # shapes without captions have classes
+            model["condition"] = "class"
         model["backbone"] = dict(TINY[model.get("backbone", {}).get("type", "conv")])
         model["latent_channels"] = min(model.get("latent_channels", 4), 4) if "levels" not in model["bottleneck"] else (
             len(model["bottleneck"]["levels"]))  # fmt: skip
         if "codebook_size" in model["bottleneck"]:
             model["bottleneck"]["codebook_size"] = 8
+        if "scales" in model["bottleneck"]:
+            model["bottleneck"] |= {"scales": [1, 2, 4], "codes": {"type": "vector", "codebook_size": 8}}
         loss = document.get("loss", {})
         if "perceptual" in loss:
             path = str(folder / f"features_{document['data']['channels']}")
@@ -314,21 +318,35 @@ def _tiny_configs(folder: Path) -> dict[str, dict[str, Any]]:
             loss["adversarial"] |= {"channels": 4, "num_layers": 2, "start": 0.0}
         document["train"] = {k: v for k, v in document["train"].items() if k not in SLOW} | TINY["train"]
         found[f"tokenizer/{file.stem}"] = document
-    status, said = _command("tokenizer", yaml.safe_dump(found["tokenizer/vqvae_shapes"]).encode(), [], folder)
-    assert status == 0, said
-    shutil.copytree(folder / "work/run", folder / "trained")
-    encode = ["encode", str(folder / "trained"), "--data", "captioned_shapes", "--out", str(folder / "codes")]
-    assert _run(encode, folder)[0] == 0
+    one_grid, two_grids = (
+        _codes_of(found[f"tokenizer/{name}"], folder, name) for name in ("vqvae_shapes", "two_level_mnist")
+    )
     for file in sorted(CONFIGS.glob("prior/*.yaml")):
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
-        document |= {"run": {"dir": "run", "trackers": []}, "codes": str(folder / "codes")}
+        model = document["model"]
+        codes = two_grids if model["type"].startswith("scale_") else one_grid
+        document |= {"run": {"dir": "run", "trackers": []}, "codes": str(codes)}
         if document.get("condition") == {"type": "vector"}:
             del document["condition"]  # these codes have captions, maps and classes
         small = {"hidden_size": 16, "depth": 1, "num_heads": 2, "channels": 8, "head_channels": 8}
-        document["model"] |= {key: value for key, value in small.items() if key in document["model"]}
+        for network in model.get("networks", [model]):
+            network |= {key: value for key, value in small.items() if key in network}
+        if "codes" in model:
+            model["codes"] = [2, 4]
         document["train"] = {k: v for k, v in document["train"].items() if k not in SLOW} | TINY["train"]
         found[f"prior/{file.stem}"] = document
     return found
+
+
+def _codes_of(document: dict[str, Any], folder: Path, name: str) -> Path:
+    """A folder with the codes of a tokenizer that is trained for it."""
+    document = document | {"data": document["data"] | {"channels": 3}}
+    status, said = _command("tokenizer", yaml.safe_dump(document).encode(), [], folder)
+    assert status == 0, said
+    trained, codes = folder / f"trained_{name}", folder / f"codes_{name}"
+    shutil.move(folder / "work/run", trained)
+    assert _run(["encode", str(trained), "--data", "captioned_shapes", "--out", str(codes)], folder)[0] == 0
+    return codes
 
 
 SLOW = ("epochs", "validate_every", "checkpoint_every", "warmup_steps", "mixed_precision")

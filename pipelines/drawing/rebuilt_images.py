@@ -97,11 +97,12 @@ def check_image(tokenizer: Autoencoder, image: Tensor, name: str = "image", batc
         InputError: another shape or type.
     """
     expected = (tokenizer.config.channels, *tokenizer.config.image_size)
-    dtype = torch.uint8 if tokenizer.config.bits == 8 else torch.uint16
-    if image.dtype != dtype or tuple(image.shape[-3:]) != expected or image.ndim != 3 + batch:
+    bits = tokenizer.config.bits
+    if image.dtype != getattr(torch, f"uint{bits}") or tuple(image.shape[-3:]) != expected or image.ndim != 3 + batch:
         axes = "(channels, height, width)" + " each" * batch
         raise InputError(
-            f"{name}: expected {dtype} with the shape {expected}, {axes}, got {image.dtype} with {tuple(image.shape)}. "
+            f"{name}: expected uint{bits} with the shape {expected}, {axes}, got {image.dtype} with "
+            f"{tuple(image.shape)}. "
             "given_images.read_image converts an image file to that shape"
         )
 

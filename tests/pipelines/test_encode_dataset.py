@@ -277,9 +277,9 @@ def test_missing_chunks_are_noticed(runs, twostage, tmp_path, monkeypatch):
     """The second of two processes wrote to a disk of its own."""
     encode_split = dataset_codes._encode_split
 
-    def one_of_two(model, images, name, partial, state, shard):
+    def one_of_two(model, images, name, partial, state, *given):
         first = SimpleNamespace(process_index=0, num_processes=2, is_main_process=True, device=state.device)
-        encode_split(model, images, name, partial, first, shard)
+        encode_split(model, images, name, partial, first, *given)
 
     words = ["encode", runs.tokenizer, "--out", tmp_path / "codes"]
     with monkeypatch.context() as patch:

@@ -331,7 +331,7 @@ def test_mistakes_cost_one_sentence(runs, features, twostage, tmp_path):
         ((tokenizer, "--inception", tmp_path / "other.pth"), ("other.pth: other weights", "pt_inception")),
         ((tokenizer, "--inception", "x", "--features", features), ("--inception x", "--features", features)),
         ((tokenizer, "--features", runs.tokenizer), (runs.tokenizer, "tokenizer")),
-        ((tokenizer, "--features", grey), ("--features", grey, "1 channels", "3", "data.channels=3")),
+        ((tokenizer, "--features", grey), ("--features", grey, "1 channels", "3", "--channels 3")),
         ((tokenizer, "--json", tmp_path), ("--json", tmp_path, "expected a file")),
     ):
         assert_names(refused(*words), *parts)
