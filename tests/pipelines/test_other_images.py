@@ -189,7 +189,7 @@ def test_inpainted_pixels_stay_as_they_were(trained, pipeline):
     mask[SIDE // 2 :] = True
     images = pipeline.inpaint(image, mask, 2, class_name="0" if trained.channels == 5 else None).images
     assert torch.equal(images[:, :, : SIDE // 2], image[None, :, : SIDE // 2].expand(2, -1, -1, -1))
-    with refuses("image: expected torch.uint16"):
+    with refuses("image: expected uint16"):
         pipeline.inpaint(to_integers(to_float(image), 8), mask)
 
 
