@@ -24,7 +24,8 @@ from torch import Tensor
 from benchmarks.quantizers import DIM
 from benchmarks.reporting import Row, markdown_table, parser, report, write_section
 from pipelines.drawing.batch_size import fitting_batch_size
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig, ModelConfig
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator
 from stage1_tokenizer.train_tokenizer import TokenizerConfig, adversary_loss
 from stage1_tokenizer.train_tokenizer import train as train_tokenizer

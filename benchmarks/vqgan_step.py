@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks.reporting import alternate, compared, parser, report
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig, ModelConfig
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, discriminator_loss, generator_loss
 from stage1_tokenizer.perceptual import TRUNK, LPIPSConfig
 from stage1_tokenizer.training_losses import ImageLosses, LossConfig

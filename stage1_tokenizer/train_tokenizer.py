@@ -15,7 +15,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from stage1_tokenizer.augmentation import crop, flip_half
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig, PerceptualNetwork
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig, ModelConfig, PerceptualNetwork
 from stage1_tokenizer.diagnosis import Diagnosis
 from stage1_tokenizer.discriminator import Discriminator, discriminator_loss, r1_penalty
 from stage1_tokenizer.latent_term import LatentTerms, latent_gradient

@@ -14,7 +14,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from stage1_tokenizer import causal_term, semantic_term  # noqa: F401  # register the types of `loss.latents`
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderOutput, PerceptualNetwork
+from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderOutput
+from stage1_tokenizer.autoencoder_config import PerceptualNetwork
 from stage1_tokenizer.code_perturbation import PerturbationConfig
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, adversarial_weight, generator_loss
 from stage1_tokenizer.equivariance import EquivarianceConfig

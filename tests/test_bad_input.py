@@ -12,7 +12,8 @@ import torch
 from messages import assert_names
 from PIL import Image
 
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import Prior
 from twostage.core.config.sections import parse_config

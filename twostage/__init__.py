@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipelines.drawing.two_stage import TwoStagePipeline
     from pipelines.encoding.new_prior import new_prior
-    from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderOutput, ModelConfig
+    from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderOutput
+    from stage1_tokenizer.autoencoder_config import AutoencoderConfig, ModelConfig
     from stage1_tokenizer.backbone import BackboneConfig
     from stage1_tokenizer.binary_spherical import BinarySphericalConfig
     from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput, Quantizer
@@ -108,7 +109,7 @@ __all__ = [
 
 MODULES = {
     "Autoencoder": "stage1_tokenizer.autoencoder",
-    "AutoencoderConfig": "stage1_tokenizer.autoencoder",
+    "AutoencoderConfig": "stage1_tokenizer.autoencoder_config",
     "AutoencoderOutput": "stage1_tokenizer.autoencoder",
     "AveragedCopy": "twostage.core.training.optimizer",
     "BackboneConfig": "stage1_tokenizer.backbone",
@@ -132,7 +133,7 @@ MODULES = {
     "LossTermConfig": "stage1_tokenizer.loss_term",
     "MLPConfig": "stage1_tokenizer.mlp_backbone",
     "MaskedTransformerConfig": "stage2_prior.masked_transformer",
-    "ModelConfig": "stage1_tokenizer.autoencoder",
+    "ModelConfig": "stage1_tokenizer.autoencoder_config",
     "MultiScaleConfig": "stage1_tokenizer.multi_scale",
     "NetworkConfig": "stage2_prior.network",
     "ObjectiveConfig": "stage1_tokenizer.objective",

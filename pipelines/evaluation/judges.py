@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.evaluation.linear_probe import PROBE_DESCRIPTION, fit_linear_probe
-from stage1_tokenizer.autoencoder import AutoencoderConfig, PerceptualNetwork
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig, PerceptualNetwork
 from stage1_tokenizer.feature_network import FeatureNetwork
 from stage1_tokenizer.imagenet_network import JUDGE_WEIGHTS, ImageNetNetwork, enlarge_small, to_rgb
 from twostage.core.errors import InputError

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from stage1_tokenizer.autoencoder import AutoencoderConfig
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig
 from twostage.core.data.folder_content import IMAGE_SUFFIXES
 from twostage.core.errors import InputError
 from twostage.core.images.arrays import num_pages

@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 
 from pipelines.sharing.foreign_tokenizers import ForeignTokenizer, read_tokenizer
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig
 from stage1_tokenizer.vqgan_backbone import VQGANConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.errors import InputError

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pipelines.drawing.two_stage import TwoStagePipeline
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.data.shapes import CLASS_NAMES
 

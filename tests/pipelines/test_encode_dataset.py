@@ -17,7 +17,8 @@ from PIL import Image
 
 from pipelines.encoding import dataset_codes, partial_codes
 from pipelines.encoding.new_prior import new_prior
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig, ModelConfig
 from stage1_tokenizer.lookup_free import LookupFreeConfig
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import Augmentation, CodeCache

@@ -15,7 +15,8 @@ from messages import assert_names, refuses
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.sharing import exported_programs
 from pipelines.sharing.exported_programs import Encoder, export_programs
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.machine.installation import pip_install
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig, ModelConfig
 from stage1_tokenizer.training_losses import LossConfig
 from twostage.core.training.random import BatchRandom
 

@@ -6,7 +6,8 @@ import torch
 from messages import assert_names, refuses
 from torch import nn
 
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig
 from stage1_tokenizer.training_losses import LossConfig
 from twostage.core.errors import InputError
 from twostage.core.runs.model_folder import save_model_folder

@@ -6,7 +6,7 @@ from einops import rearrange
 from messages import refuses
 from torch import Tensor
 
-from stage1_tokenizer.autoencoder import ModelConfig
+from stage1_tokenizer.autoencoder_config import ModelConfig
 from stage1_tokenizer.binary_spherical import BinarySpherical, BinarySphericalConfig
 from twostage.core.config.sections import parse_config
 

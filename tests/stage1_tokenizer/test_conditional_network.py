@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from messages import refuses
 from torch import nn
 
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig
 from stage1_tokenizer.conditional_network import ConditionalNetwork
 from twostage.core.conditions.context import Context, ContextForm
 from twostage.core.config.sections import parse_config

@@ -5,7 +5,7 @@ import torch
 from messages import refuses
 from torch import Tensor
 
-from stage1_tokenizer.autoencoder import ModelConfig
+from stage1_tokenizer.autoencoder_config import ModelConfig
 from stage1_tokenizer.gumbel_softmax import Annealing, GumbelSoftmax, GumbelSoftmaxConfig, annealed
 from twostage.core.config.sections import parse_config
 from twostage.core.training.random import BatchRandom

@@ -228,7 +228,8 @@ def test_latent_terms_need_a_trained_encoder(document, start, tmp_path):
 def test_the_model_remembers_the_imagenet_network():
     from accelerate import Accelerator
 
-    from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+    from stage1_tokenizer.autoencoder import Autoencoder
+    from stage1_tokenizer.autoencoder_config import AutoencoderConfig
     from stage1_tokenizer.training_losses import ImageLosses
 
     model = Autoencoder(AutoencoderConfig(image_size=16))

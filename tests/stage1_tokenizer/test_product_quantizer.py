@@ -3,7 +3,8 @@ import torch
 from messages import refuses
 from torch import Tensor
 
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, ModelConfig
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig, ModelConfig
 from stage1_tokenizer.product_quantizer import ProductConfig
 from stage1_tokenizer.residual_quantizer import ResidualConfig
 from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer

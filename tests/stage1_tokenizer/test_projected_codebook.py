@@ -6,7 +6,7 @@ from messages import refuses
 from torch import Tensor
 
 from stage1_tokenizer import projected_codebook
-from stage1_tokenizer.autoencoder import ModelConfig
+from stage1_tokenizer.autoencoder_config import ModelConfig
 from stage1_tokenizer.projected_codebook import ProjectedCodebook, ProjectedCodebookConfig
 from twostage.core.config.sections import parse_config
 

@@ -10,7 +10,7 @@ from einops import rearrange
 from messages import refuses
 from torch import Tensor
 
-from stage1_tokenizer.autoencoder import ModelConfig
+from stage1_tokenizer.autoencoder_config import ModelConfig
 from stage1_tokenizer.binary_spherical import BinarySpherical, BinarySphericalConfig
 from stage1_tokenizer.bottleneck import Quantizer, pass_gradient
 from stage1_tokenizer.differentiable_vector import DiVeQ, DiVeQConfig

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig
 from stage1_tokenizer.sample_sheets import MAX_POINTS, draw_images
 from twostage.core.config.sections import parse_config
 from twostage.core.data.data_config import DataConfig

@@ -8,7 +8,8 @@ from messages import refuses
 
 from pipelines.drawing import rebuilt_images, redraw
 from pipelines.files import masks
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.images.conversion import to_float, to_uint8
 

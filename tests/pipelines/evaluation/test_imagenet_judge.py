@@ -18,7 +18,8 @@ from pipelines.evaluation.judges import ImageNetFeatures, not_evidence, open_jud
 from pipelines.evaluation.linear_probe import PENALTY, fit_linear_probe
 from pipelines.evaluation.measurement import HeldOutImages
 from pipelines.evaluation.shared_work import SharedWork
-from stage1_tokenizer.autoencoder import Autoencoder, PerceptualNetwork
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder_config import PerceptualNetwork
 from stage1_tokenizer.imagenet_network import JUDGE_WEIGHTS, LOSS_WEIGHTS
 from twostage.core.data.data_config import DataConfig
 from twostage.core.data.dataset import load_images

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from pipelines.evaluation.judges import OwnFeatures, not_evidence
 from pipelines.saved.model_card import CardFields
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, PerceptualNetwork
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig, PerceptualNetwork
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.data.shapes import CLASS_NAMES

@@ -11,7 +11,8 @@ from scipy.ndimage import gaussian_filter
 
 from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
 from pipelines.evaluation.reconstructions import ssim, ssim_window
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig
 from stage1_tokenizer.validation import psnr
 from twostage.core.config.sections import parse_config
 from twostage.core.data.data_config import DataConfig

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from test_import_diffusers import tiny_vq, vq_results
 
 from pipelines.import_tokenizer import command
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.autoencoder_config import AutoencoderConfig
 from twostage.core.config.sections import parse_config
 
 SHARDED = {"max_shard_size": "20KB"}
