@@ -4,6 +4,7 @@ Axes: B images, C latent channels, h and w cells of the latent grid, N = B h w v
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -23,6 +24,7 @@ __all__ = [
     "GradientRule",
     "Quantizer",
     "code_counts",
+    "full_precision",
     "pass_gradient",
 ]
 
@@ -180,6 +182,12 @@ def code_counts(bottleneck: Bottleneck, indices: Tensor) -> Tensor:
     num_codebooks = int(codebooks.max()) + 1
     numbered = indices + codebooks.to(indices.device) * size
     return torch.bincount(numbered.flatten(), minlength=num_codebooks * size).view(num_codebooks, size)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """A region without autocast. While a model is exported it does nothing, because torch.export.save cannot write such
+    a region in every graph."""
+    return nullcontext() if torch.compiler.is_exporting() else torch.autocast(device.type, enabled=False)
 
 
 def pass_gradient(encoded: Tensor, quantized: Tensor, rule: GradientRule = "straight_through") -> Tensor:

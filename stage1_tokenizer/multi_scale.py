@@ -5,7 +5,6 @@ scales, N codes of all scales, K codes in the codebook, which all scales share.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
@@ -14,7 +13,14 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from stage1_tokenizer.bottleneck import Bottleneck, BottleneckConfig, BottleneckOutput, Quantizer, pass_gradient
+from stage1_tokenizer.bottleneck import (
+    Bottleneck,
+    BottleneckConfig,
+    BottleneckOutput,
+    Quantizer,
+    full_precision,
+    pass_gradient,
+)
 from stage1_tokenizer.finite_scalar import FiniteScalarConfig
 from stage1_tokenizer.vector_quantizer import VectorConfig
 from twostage.core.config.sections import Sides
@@ -135,8 +141,7 @@ class MultiScale(Bottleneck):
 
     def encode(self, encoded: Tensor) -> BottleneckOutput:
         """The codes (B, 1, N) of (B, C, h, w) and their z, without losses."""
-        exporting = torch.compiler.is_exporting()  # torch.export.save cannot write an autocast region in every graph
-        with nullcontext() if exporting else torch.autocast(encoded.device.type, enabled=False):
+        with full_precision(encoded.device):
             _, grids, sums = self._quantize(encoded.float())
         return BottleneckOutput(sums[-1], join_scales(grids)[:, None])
 

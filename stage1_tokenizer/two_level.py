@@ -6,14 +6,13 @@ which is the backbone's grid, N codes of both grids.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.bottleneck import Bottleneck, BottleneckConfig, BottleneckOutput
+from stage1_tokenizer.bottleneck import Bottleneck, BottleneckConfig, BottleneckOutput, full_precision
 from stage1_tokenizer.vector_quantizer import CodebookConfig, VectorQuantizer
 from twostage.core.config.sections import Depth
 from twostage.core.errors import InputError
@@ -87,8 +86,7 @@ class TwoLevel(Bottleneck):
 
     def encode(self, encoded: Tensor) -> BottleneckOutput:
         """The codes (B, 1, N) of (B, C, h, w), the top's first, and their z, without losses."""
-        exporting = torch.compiler.is_exporting()  # torch.export.save cannot write an autocast region in every graph
-        with nullcontext() if exporting else torch.autocast(encoded.device.type, enabled=False):
+        with full_precision(encoded.device):
             encoded = encoded.float()
             top = self.top.encode(self.up(encoded))
             decoded = self._decoded(top.z)

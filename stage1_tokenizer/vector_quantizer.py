@@ -4,7 +4,6 @@ VQ-VAE, van den Oord et al. 2017 (arXiv 1711.00937). Axes: N = B h w vectors, D 
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -13,7 +12,14 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput, GradientRule, Quantizer, pass_gradient
+from stage1_tokenizer.bottleneck import (
+    BottleneckConfig,
+    BottleneckOutput,
+    GradientRule,
+    Quantizer,
+    full_precision,
+    pass_gradient,
+)
 from stage1_tokenizer.nearest_codes import k_means, nearest_codes
 from twostage.core.config.sections import Flag, Number, Share
 from twostage.core.training.random import BatchRandom
@@ -137,8 +143,7 @@ class VectorQuantizer(Quantizer):
 
     def encode(self, encoded: Tensor) -> BottleneckOutput:
         """The codes of (B, D, h, w) and their vectors, without losses."""
-        exporting = torch.compiler.is_exporting()  # torch.export.save cannot write an autocast region in every graph
-        with nullcontext() if exporting else torch.autocast(encoded.device.type, enabled=False):
+        with full_precision(encoded.device):
             vectors = self._normalized(rearrange(encoded.float(), "b d h w -> (b h w) d"))
             indices = self.choose(vectors).view(-1, *encoded.shape[2:])
             return BottleneckOutput(self.lookup(indices), indices)
