@@ -76,13 +76,15 @@ sys.argv = ["twostage", *sys.argv[1:]]
 try:
     main()
 finally:
-    print("LOADED", sorted({"torch._dynamo", "triton", "datasets"} & sys.modules.keys()))
+    slow = {"torch._dynamo", "torch.distributed.tensor", "triton", "datasets"}
+    print("LOADED", sorted(slow & sys.modules.keys()))
 """
 
 
 def test_no_slow_imports(runs, configs, tmp_path):
-    """A training that is finished, and sampling, do without torch's compiler."""
+    """A new training, a finished one, and sampling do without the compiler of torch."""
     for words, said in {
+        ("train-tokenizer", configs / "tokenizer.yaml", f"run.dir={tmp_path / 'run'}", "train.max_steps=2"): "step 2/2",
         ("train-tokenizer", configs / "tokenizer.yaml", f"run.dir={runs.tokenizer}"): "nothing left to do",
         ("generate", runs.prior, "--num-images", "2", "--out", tmp_path / "generated"): "2 images",
     }.items():

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+
+from twostage.core.training.eager_adamw import EagerAdamW
 
 __all__ = ["Muon", "hidden_matrices", "orthogonalized"]
 
@@ -26,7 +27,7 @@ MIN_CHANNELS = 8
 """Layers with fewer input or output channels are left to AdamW. Most of them read or write an image."""
 
 
-class Muon(AdamW):
+class Muon(EagerAdamW):
     """Muon for the parameter groups that have ``matrices=True``, AdamW for the others.
 
     Args:
