@@ -1,12 +1,13 @@
 """Every tokenizer with the same prior, and every prior on the same tokenizer, each with the same training time.
 
 python -m benchmarks.family [--sets mnist cifar10 emoji] [--minutes 1 2] [--seeds 0 1 2] [--only vector gpt]
-                            [--dir runs/family] [--results docs/results.md] [--json FILE]
+                            [--finished] [--dir runs/family] [--results docs/results.md] [--json FILE]
 
-For each dataset and seed: train each tokenizer for as many steps as fit the first time, encode, train the dataset's GPT
-on its codes for the second time, and evaluate both. (A multi-scale tokenizer has its own kind of prior.) Then train the
-other priors on the codes of the first tokenizer for the second time. Times are processor time, so other programs on the
-machine hardly matter. What exists is reused: the same command resumes, and more seeds add to what is there.
+For each dataset and seed: train each tokenizer for as many steps as fit the first time, encode, and train the dataset's
+GPT on its codes for the second time. On the codes of the first tokenizer, all other priors are trained too; tokenizers
+of several scales have priors of their own. All tokenizers spend about the same number of bits on an image. Times are
+processor time, so other programs on the machine hardly matter. What exists is reused: the same command resumes, and
+more seeds add to what is there. `--finished` shows the rows that are finished and trains nothing.
 """
 
 import json
@@ -16,35 +17,42 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from pyarrow import parquet
+from torch import Tensor
 
 from benchmarks.reporting import Row, described_machine, markdown_table, parser, report, set_title, write_section
 from pipelines.comparison.step_budget import TIMED_STEPS, seconds_per_step
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.encoding.dataset_codes import encode_dataset
-from pipelines.evaluation.evaluate_prior import evaluate_prior
-from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
-from pipelines.evaluation.samples import SampleRequest
+from pipelines.evaluation.distances import frechet_distance
+from pipelines.evaluation.judged_images import judge_training_images
+from pipelines.evaluation.judges import Judge, open_judge
+from pipelines.evaluation.measurement import HeldOutImages
+from pipelines.evaluation.shared_work import SharedWork
 from stage1_tokenizer.feature_training import features_config
 from stage1_tokenizer.feature_training import train as train_features
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage1_tokenizer.train_tokenizer import train as train_tokenizer
-from stage2_prior.sampling_config import SamplingConfig
 from stage2_prior.train_prior import PriorTrainingConfig
 from stage2_prior.train_prior import train as train_prior
 from twostage.core.config.sections import load_config
+from twostage.core.data.dataset import load_images
+from twostage.core.data.sources import find_local
+from twostage.core.data.spread import spread
 from twostage.core.images.sheets import contact_sheet, save_image
+from twostage.core.runs.run_folder import read_metrics
 from twostage.core.training.dry_run import DryRun
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GUIDANCE = 2.0
-HELD_OUT = 2_000
-"""Held-out images that are measured, at most."""
-BATCHES = (1, 32)
-"""Images that are drawn at a time when sampling is timed."""
+NUM_SAMPLES, BATCH = 1_000, 32
+"""Samples that are judged, and how many of them are drawn at a time."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +82,22 @@ SETS = {
     "emoji": ImageSet("emoji_64", "gpt_emoji_64", 512, (8, 8, 8), (1, 2, 4, 8, 16), None,
                       "{type: pixelcnn, channels: 96, depth: 12, head_channels: 256}"),
 }  # fmt: skip
+CODED_IMAGES = {"train": 25_000, "test": 2_000}
+"""Images, at most, whose codes priors learn, and are measured on; they are spread evenly over a split."""
+SAMPLED = "sampled.json"
+"""The file in a prior's run with the figures of its samples."""
 BASE = "vector"
-"""The tokenizer whose codes all priors learn."""
+PRIORS = {
+    BASE: ("gpt", "maskgit", "parallel", "pixelcnn"),
+    "two_level": ("scale_by_scale",),
+    "multi_scale": ("scale_transformer", "gpt"),
+}
+"""The priors that learn a tokenizer's codes; those of the others are only learnt by the GPT."""
 COLUMNS = {
     "name": "tokenizer",
     "prior": "prior",
     "steps": "steps, one and two",
+    "bits": "bits per image",
     "psnr": "PSNR, dB",
     "perplexity": "perplexity",
     "nats": "nats per image",
@@ -92,49 +110,63 @@ COLUMNS = {
 
 
 def tokenizers(images: ImageSet) -> dict[str, list[str]]:
-    """The changes to a dataset's config that make each tokenizer; about as many codes, or bits, per cell in all."""
-    bits, codes = round(math.log2(images.codes)), images.codes
-    half = 2 ** (bits // 2)
+    """The changes to a dataset's config that make each tokenizer, all with about as many bits per image."""
+    bits, codes, sides = round(math.log2(images.codes)), images.codes, images.scales
+    cells = sides[-1] ** 2
+
+    def size(num_codes: int) -> int:
+        """Of the codebook for images of so many codes."""
+        return round(codes ** (cells / num_codes))
 
     def bottleneck(settings: str, channels: int | None = None) -> list[str]:
         return [f"model.bottleneck={{{settings}}}", *([f"model.latent_channels={channels}"] if channels else [])]
 
+    of_scales = f"{{type: vector, codebook_size: {size(sum(side**2 for side in sides))}}}"
     return {
         BASE: [],
         "vector, learned": ["model.bottleneck.codebook=learned"],
+        "vector, equivariance": ["loss.equivariance={}"],
+        "vector, causal": ["loss.latents=[{type: causal}]"],
+        "vector, semantic": ["loss.latents=[{type: semantic}]"],
         "finite_scalar": bottleneck(f"type: finite_scalar, levels: {list(images.levels)}", len(images.levels)),
         "lookup_free": bottleneck("type: lookup_free", bits),
         "binary_spherical": bottleneck("type: binary_spherical", bits),
-        "residual": bottleneck(f"type: residual, depth: 2, codebook_size: {half}"),
-        "product": bottleneck(f"type: product, groups: 2, each: {{type: vector, codebook_size: {half}}}"),
+        "residual": bottleneck(f"type: residual, depth: 2, codebook_size: {size(2 * cells)}"),
+        "product": bottleneck(f"type: product, groups: 2, each: {{type: vector, codebook_size: {size(2 * cells)}}}"),
         "gumbel_softmax": bottleneck(f"type: gumbel_softmax, codebook_size: {codes}"),
         "index_backpropagation": bottleneck(f"type: index_backpropagation, codebook_size: {codes}"),
         "diveq": bottleneck(f"type: diveq, codebook_size: {codes}"),
         "projected": bottleneck(f"type: projected, codebook_size: {codes}"),
-        "multi_scale": bottleneck(
-            f"type: multi_scale, scales: {list(images.scales)}, codes: {{type: vector, codebook_size: {codes}}}"
-        ),
+        "two_level": bottleneck(f"type: two_level, codebook_size: {size(cells + math.ceil(sides[-1] / 2) ** 2)}"),
+        "multi_scale": bottleneck(f"type: multi_scale, scales: {list(sides)}, codes: {of_scales}"),
     }
 
 
 def priors(images: ImageSet) -> dict[str, list[str]]:
     """The changes to a dataset's GPT config that make each prior of about the same size."""
+    gpt = yaml.safe_load(_file("prior", images.gpt).read_text(encoding="utf-8"))["model"]
+    half = gpt | {"depth": math.ceil(gpt["depth"] / 2)}
     return {
         "gpt": [],
-        "scale": ["model.type=scale_transformer", "model.positions=rotary"],
         "maskgit": ["model.type=masked_transformer"],
         "parallel": ["model.type=parallel_transformer"],
         "pixelcnn": [
             f"model={images.pixelcnn}", "train.optimizer=adamw", "train.lr=1.5e-3", "train.weight_decay=0.01",
         ],
+        "scale_transformer": ["model.type=scale_transformer", "model.positions=rotary"],
+        "scale_by_scale": [f"model={json.dumps({'type': 'scale_by_scale', 'networks': [half, half]})}"],
     }  # fmt: skip
+
+
+def _file(stage: str, name: str) -> Path:
+    return CONFIGS / stage / f"{name}.yaml"
 
 
 class Runs:
     """The trainings and evaluations of one dataset and one seed, in one folder."""
 
     def __init__(self, name: str, seed: int, minutes: list[float], folder: Path) -> None:
-        self.name, self.images, self.minutes, self.judges = name, SETS[name], minutes, folder
+        self.name, self.images, self.minutes, self.shared = name, SETS[name], minutes, folder
         self.seed, self.folder = seed, folder / f"seed_{seed}"
 
     @property
@@ -142,14 +174,30 @@ class Runs:
         """The feature network that judges, trained if it is missing; or ImageNet features."""
         if self.images.judge is None:
             return "imagenet"
-        if not (self.judges / "judge" / "model").exists():
-            train_features(features_config(self.name, self.judges / "judge", seed=1, **self.images.judge))
-        return self.judges / "judge"
+        if not (self.shared / "judge" / "model").exists():
+            train_features(features_config(self.name, self.shared / "judge", seed=1, **self.images.judge))
+        return self.shared / "judge"
+
+    @property
+    def coded_images(self) -> Path:
+        """A folder with the images that are encoded, made if it is missing."""
+        folder, found = self.shared / "images", find_local(self.name)
+        assert found, f"{self.name}: put train.parquet and test.parquet into $TWOSTAGE_DATA/{self.name}"
+        for split, count in CODED_IMAGES.items():
+            if not (folder / f"{split}.parquet").exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                table = parquet.read_table(found / f"{split}.parquet")
+                parquet.write_table(table.take(spread(len(table), count).numpy()), folder / f"{split}.parquet")
+        return folder
+
+    def run(self, name: str) -> Path:
+        """The run folder of a tokenizer; those of its priors are inside."""
+        return self.folder / name.replace(", ", "_")
 
     def tokenizer(self, name: str) -> Path:
-        """The run of a tokenizer, trained, encoded and evaluated."""
-        run = self.folder / name.replace(", ", "_")
-        file, changes = CONFIGS / "tokenizer" / f"{self.images.tokenizer}.yaml", tokenizers(self.images)[name]
+        """The run of a tokenizer, trained and encoded."""
+        run = self.run(name)
+        file, changes = _file("tokenizer", self.images.tokenizer), tokenizers(self.images)[name]
         changes = [*changes, f"data.source={self.name}"]
 
         def train(*overrides: str, dry_run: bool = False) -> Any:
@@ -157,29 +205,22 @@ class Runs:
 
         self._train(run, self.minutes[0], train)
         if not (run / "codes").exists():
-            encode_dataset(run, run / "codes")
-        if not (run / "evaluation").exists():
-            evaluate_tokenizer(run, features=self.judge, num_images=HELD_OUT).write(run / "evaluation")
+            encode_dataset(run, run / "codes", str(self.coded_images))
         return run
 
     def prior(self, name: str, tokenizer: Path) -> Path:
-        """The run of a prior over a tokenizer's codes, trained and evaluated."""
+        """The run of a prior over a tokenizer's codes, trained, with its samples judged."""
         run = tokenizer / name
-        file, changes = CONFIGS / "prior" / f"{self.images.gpt}.yaml", priors(self.images)[name]
+        file, changes = _file("prior", self.images.gpt), priors(self.images)[name]
         changes = [*changes, f"codes={tokenizer / 'codes'}"]
 
         def train(*overrides: str, dry_run: bool = False) -> Any:
             return train_prior(load_config(PriorTrainingConfig, file, [*changes, *overrides]), dry_run=dry_run)
 
         self._train(run, self.minutes[1], train)
-        if not (run / "evaluation").exists():
-            samples = SampleRequest(sampling=SamplingConfig(guidance_scale=GUIDANCE))
-            given: dict[str, Any] = {"features": self.judge, "samples": samples, "num_images": HELD_OUT}
-            evaluate_prior(run, codes=tokenizer / "codes", **given).write(run / "evaluation")
-        if not (run / "speed.json").exists():
-            pipeline = TwoStagePipeline.from_runs(run)
-            speed = {f"per_s_{batch}": images_per_second(pipeline, batch) for batch in BATCHES}
-            (run / "speed.json").write_text(json.dumps(speed), encoding="utf-8")
+        if not (run / SAMPLED).exists():
+            figures = judge_samples(TwoStagePipeline.from_runs(run), *judge_and_features(self.name, self.judge))
+            (run / SAMPLED).write_text(json.dumps(figures), encoding="utf-8")
         return run
 
     def _train(self, run: Path, minutes: float, train: Callable[..., Any]) -> None:
@@ -202,36 +243,62 @@ class Runs:
 
     def row(self, tokenizer: Path, prior: Path) -> Row:
         """The figures of a finished pair."""
-        first, second = (
-            json.loads((run / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))["figures"]
-            for run in (tokenizer, prior)
-        )
+        first, second = (read_metrics(run / "metrics.jsonl")[-1] for run in (tokenizer, prior))  # of held-out images
         plans = [
             json.loads(run.with_name(f"{run.name}_plan.json").read_text(encoding="utf-8")) for run in (tokenizer, prior)
         ]
-        exact = "nats_per_image" in second
+        sampled = json.loads((prior / SAMPLED).read_text(encoding="utf-8"))
         return {
             "steps": [plan["steps"] for plan in plans],
             "psnr": first["psnr"],
             "perplexity": first["perplexity"],
-            "nats": second["nats_per_image" if exact else "nats_per_image_bound"],
-            "bound": not exact,
-            "accuracy": 100 * second["class_accuracy"],
-            "distance": second["frechet_distance"],
+            "nats": second["loss"] * sampled["codes"],
             "memory": plans[1]["bytes"] / 2**20,
-            **json.loads((prior / "speed.json").read_text(encoding="utf-8")),
+            **sampled,
         }
 
 
-def images_per_second(pipeline: TwoStagePipeline, batch: int, least_s: float = 3.0) -> float:
-    """Images that a second of processor time of all threads draws, codes and pixels, in batches of ``batch``."""
-    options: dict[str, Any] = {"batch_size": batch, "output_type": "pt", "guidance_scale": GUIDANCE}
-    pipeline(batch, **options)
-    start, drawn = time.process_time(), 0
-    while time.process_time() - start < least_s:
-        pipeline(batch, seed=drawn, **options)
-        drawn += batch
-    return drawn / (time.process_time() - start)
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def judge_and_features(name: str, judge: Path | str) -> tuple[Judge, Tensor]:
+    """The network that judges, and its features of a dataset's training images, (n, F)."""
+    config = load_config(TokenizerConfig, _file("tokenizer", SETS[name].tokenizer), [f"data.source={name}"]).data
+    network = open_judge(None, judge, config.channels)
+    assert network
+    images = HeldOutImages.choose(config, load_images(config), None, None)
+    return network, judge_training_images(network, images, SharedWork())[0].features
+
+
+@torch.no_grad()
+def judge_samples(pipeline: TwoStagePipeline, judge: Judge, training: Tensor) -> dict[str, Any]:
+    """Draws samples and judges them by training images' features (n, F). Seconds are processor time of all threads."""
+    prior = pipeline.prior
+    assert prior
+    options: dict[str, Any] = {"output_type": "pt", "guidance_scale": GUIDANCE}
+    start = time.process_time()
+    drawn = pipeline(NUM_SAMPLES, batch_size=BATCH, **options)
+    together = time.process_time() - start
+    start, alone = time.process_time(), 0
+    while time.process_time() - start < 3:
+        pipeline(1, seed=alone, batch_size=1, **options)
+        alone += 1
+    one_by_one = time.process_time() - start
+    features = torch.cat([judge(part) for part in drawn.images.split(64)])
+    right = judge.logits(features).argmax(1) == torch.tensor(drawn.labels)
+    return {
+        "codes": math.prod(prior.config.grid),
+        "bits": math.prod(prior.config.grid) * math.log2(prior.config.codebook_size),
+        "bound": not prior.exact_likelihood,
+        "accuracy": 100 * right.double().mean().item(),
+        "distance": frechet_distance(features, training, features.device),
+        "per_s_1": alone / one_by_one,
+        "per_s_32": NUM_SAMPLES / together,
+    }
+
+
+# --- the results -----------------------------------------------------------------------------------------------------
 
 
 def over_seeds(name: str, prior: str, rows: list[Row]) -> Row:
@@ -248,7 +315,7 @@ def over_seeds(name: str, prior: str, rows: list[Row]) -> Row:
     return {"name": name, "prior": prior, "steps": " / ".join(f"{each:,}" for each in rows[0]["steps"])} | row
 
 
-def picture(name: str, pairs: dict[str, Path], out: Path) -> None:
+def picture(pairs: dict[str, Path], out: Path) -> None:
     """A row of samples for each pair of tokenizer and prior, one class per column where there are classes."""
     strips, names = [], []
     for run in pairs.values():
@@ -261,10 +328,10 @@ def picture(name: str, pairs: dict[str, Path], out: Path) -> None:
 TEXT = """## The family on {title}
 
 Written by `python -m benchmarks.family`, on {machine}. {device} Every tokenizer has {first:g} minutes of processor
-time, and every prior {second:g} on its codes. Nats per image are the cost of held-out code grids: they compare priors
-over the same codes, and tokenizers only together with their PSNR. Samples are drawn with guidance {guidance:g}.
-1,000 of them are judged by {judge}, whose distances are not FIDs; at most {held_out:,} held-out images are measured.
-Images per second count the processor time of all threads. {seeds}
+time, and every prior {second:g} on codes of up to {train:,} images. PSNR and perplexity are those of all held-out
+images. Nats are the cost of the codes of up to {test:,} of them: they compare priors over the same codes, and
+tokenizers only together with their PSNR. {samples:,} samples are drawn with guidance {guidance:g} and judged by
+{judge}, whose distances are not FIDs. Images per second count the processor time of all threads. {seeds}
 
 {table}
 
@@ -276,27 +343,36 @@ def measure(name: str, options: Any) -> list[Row]:
     """Everything about one dataset: its rows, which are also written into the results."""
     found: dict[tuple[str, str], list[Row]] = {}
     runs: dict[str, Path] = {}
+    pairs = [(each, prior) for each in tokenizers(SETS[name]) for prior in PRIORS.get(each, ("gpt",))]
     for seed in options.seeds:
         there = Runs(name, seed, options.minutes, options.dir / name)
-        pairs = [(each, "scale" if each == "multi_scale" else "gpt") for each in tokenizers(SETS[name])]
-        pairs += [(BASE, each) for each in priors(SETS[name]) if each not in ("gpt", "scale")]
         for first, second in pairs:
             if options.only and not (first in options.only and second in options.only):
                 continue
-            tokenizer = there.tokenizer(first)
-            prior = there.prior(second, tokenizer)
+            tokenizer, prior = there.run(first), there.run(first) / second
+            if not options.finished:
+                there.prior(second, there.tokenizer(first))
+            elif not (prior / SAMPLED).exists():
+                continue
             found.setdefault((first, second), []).append(there.row(tokenizer, prior))
             runs.setdefault(f"{first}\n{second}", prior)
-    rows = [over_seeds(*pair, each) for pair, each in found.items()]
-    picture(name, runs, options.results.parent / "images" / f"family_{name}.png")
-    seeds = f"One run each, seed {options.seeds[0]}." if len(options.seeds) == 1 else "Means and ranges over seeds."
+    rows = [over_seeds(*pair, each) for pair, each in sorted(found.items(), key=lambda item: pairs.index(item[0]))]
+    picture(runs, options.results.parent / "images" / f"family_{name}.png")
     judge = "a network trained here" if SETS[name].judge else "a linear probe on ImageNet features"
     text = TEXT.format(
         title=set_title(name), **described_machine(), first=options.minutes[0], second=options.minutes[1],
-        guidance=GUIDANCE, judge=judge, held_out=HELD_OUT, seeds=seeds, table=markdown_table(COLUMNS, rows), name=name,
+        guidance=GUIDANCE, judge=judge, samples=NUM_SAMPLES, **CODED_IMAGES, name=name,
+        seeds=_described_seeds(list(found.values())), table=markdown_table(COLUMNS, rows),
     )  # fmt: skip
     write_section(options.results, f"family {name}", text)
     return [row | {"name": f"{name} {row['name']}"} for row in rows]
+
+
+def _described_seeds(rows: list[list[Row]]) -> str:
+    counts = {len(each) for each in rows}
+    if counts == {1}:
+        return "One run each."
+    return f"Means and ranges over {max(counts)} seeds." + (" Rows without a range are one run." if 1 in counts else "")
 
 
 def main() -> None:
@@ -305,6 +381,7 @@ def main() -> None:
     arguments.add_argument("--minutes", type=float, nargs=2, default=[1.0, 2.0], metavar=("TOKENIZER", "PRIOR"))
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments.add_argument("--only", nargs="+", default=[], help="tokenizers and priors to train; all by default")
+    arguments.add_argument("--finished", action="store_true", help="show what is finished, and train nothing")
     arguments.add_argument("--dir", type=Path, default=Path("runs/family"))
     arguments.add_argument("--results", type=Path, default=Path("docs/results.md"))
     options = arguments.parse_args()
