@@ -1,12 +1,16 @@
-"""How fast does the MNIST VAE train next to another training run on the same two cores?
+"""How fast do the configs train on quiet cores and next to another training, with twostage's threads and with torch's?
 
-python -m benchmarks.busy_cores [--repeats 3] [--seconds 4] [--spin 0 500 2000] [--config FILE] [--json FILE]
+python -m benchmarks.busy_cores [FILE ...] [--repeats 3] [--seconds 2] [--spin 500 2000] [--quiet 600] [--json FILE]
 
-Each measurement is a real training run in its own process (`train`, without validation and checkpoints). It runs alone
-on one of two cores, alone on both, and on both next to a second run that was started the same way. This is repeated
-with twostage's default spin limit for OpenMP's waiting threads, with every ``--spin``, and with no limit. `of_pinned`
-is the speed relative to the run alone on one core, `of_unlimited` relative to the same measurement without a limit.
-The images must be in $TWOSTAGE_DATA/mnist (otherwise they are downloaded as ylecun/mnist).
+FILE is a config of configs/tokenizer/ or configs/prior/; by default vae_mnist. Each measurement is a real training run
+in its own process (`train`, without validation and checkpoints). Those of one config stay alive and take turns: on one
+of two cores (`pinned`), on both as twostage starts it (`ours`), on both with a thread per core whose waiting spins as
+long as OpenMP likes (`default`), and like `ours` with every ``--spin``. Each except `pinned` also runs next to a second
+run of its kind. `of_default` and `of_pinned` are speeds relative to those of the same repeat, as medians.
+
+``--quiet`` waits for at most so many seconds, before each measurement, until other programs leave both cores alone;
+`others` is the median of how many cores they used. A prior is trained on random codes in the form of its config's
+tokenizer. The images must be in $TWOSTAGE_DATA (otherwise they are downloaded).
 """
 
 import json
@@ -18,117 +22,228 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+import psutil
+
 import twostage  # noqa: F401 - limits how long threads spin; the next line imports torch
 from benchmarks.reporting import Row, parser, report
 
-CONFIG = Path(__file__).parents[1] / "configs" / "tokenizer" / "vae_mnist.yaml"
+CONFIGS = Path(__file__).parents[1] / "configs"
 UNLIMITED = "300000"  # libgomp's own default
-WARM_UP = 1.0  # seconds
+WARM_UP = 3  # steps
+QUIET = 0.1  # cores
+CODES = {"train": 2048, "test": 256}  # rows
 
 
-def train_for(seconds: float, config_file: str) -> None:
-    """Print `ready` after a warm-up, then train for ``seconds`` and print the steps per second."""
-    from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
-    from twostage.core.config.sections import load_config
+# --- a training run that waits for its turn ---------------------------------------------------------------------------
+
+
+def train_in_turns(file: str) -> None:
+    """Print `ready` after a warm-up; then, for each number of seconds on stdin, train that long and print the steps per
+    second."""
     from twostage.core.training.training_run import TrainingRun
 
-    advance, ended = TrainingRun.advance, []
+    advance, steps, turn = TrainingRun.advance, [0], [0.0, 0.0]  # from, to
 
-    class Done(Exception):
-        pass
-
-    def timed(run: TrainingRun) -> dict[str, float] | None:
-        metrics = advance(run)
-        ended.append(time.perf_counter())
-        if len(ended) == 1:
-            ended.append(ended[0])
-        if len(ended) > 2 and ended[1] == ended[0] and ended[-1] - ended[0] > WARM_UP:
-            ended[1] = ended[-1]
-            del ended[2:]
-            print("ready", flush=True)
-        if ended[1] != ended[0] and ended[-1] - ended[1] > seconds:
-            raise Done
+    def timed(self: TrainingRun) -> dict[str, float] | None:
+        metrics = advance(self)
+        steps[0] += 1
+        now = time.perf_counter()
+        if steps[0] == WARM_UP or (steps[0] > WARM_UP and now >= turn[1]):
+            print("ready" if steps[0] == WARM_UP else json.dumps((steps[0] - WARM_UP) / (now - turn[0])), flush=True)
+            if not (line := sys.stdin.readline()):
+                raise SystemExit
+            steps[0], start = WARM_UP, time.perf_counter()
+            turn[:] = start, start + float(line)
         return metrics
 
     TrainingRun.advance = timed
+    rare = ["train.epochs=null", "train.max_steps=100000000", "run.trackers=[]"]
+    rare += [f"train.{what}_every=1000000000" for what in ("validate", "checkpoint")]
     with tempfile.TemporaryDirectory() as folder:
-        rare = ["train.epochs=1000000", *(f"train.{what}_every=1000000000" for what in ("validate", "checkpoint"))]
-        try:
-            train(load_config(TokenizerConfig, config_file, [f"run.dir={folder}/run", "run.trackers=[]", *rare]))
-        except Done:
-            print(json.dumps((len(ended) - 2) / (ended[-1] - ended[1])), flush=True)
+        train_config(Path(file), Path(folder), rare)
 
 
-def start(cores: set[int], spin: str | None, seconds: float, config: Path) -> subprocess.Popen[str]:
-    """A training run on ``cores``; ``spin`` None: twostage's default."""
-    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    environment |= {"GOMP_SPINCOUNT": spin} if spin else {}
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)  # inherited by the process
-    try:
-        words = [sys.executable, "-m", "benchmarks.busy_cores", "--config", str(config), "--work", str(seconds)]
-        return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
-    finally:
+def train_config(file: Path, folder: Path, settings: list[str]) -> None:
+    """Train by a config in ``folder``."""
+    from stage1_tokenizer import train_tokenizer
+    from stage2_prior import train_prior
+    from twostage.core.config.sections import load_config
+
+    settings = [*settings, f"run.dir={folder / 'run'}"]
+    if file.parent.name == "prior":
+        write_random_codes(load_config(train_prior.PriorTrainingConfig, file).codes, folder / "codes")
+        settings.append(f"codes={folder / 'codes'}")
+        train_prior.train(load_config(train_prior.PriorTrainingConfig, file, settings))
+    else:
+        train_tokenizer.train(load_config(train_tokenizer.TokenizerConfig, file, settings))
+
+
+def write_random_codes(named: str, folder: Path) -> None:
+    """Codes as the tokenizer's config would give them whose name the folder ``named`` has, drawn at random."""
+    from stage1_tokenizer.autoencoder import Autoencoder
+    from stage1_tokenizer.autoencoder_config import AutoencoderConfig
+    from stage1_tokenizer.train_tokenizer import TokenizerConfig
+    from stage2_prior.codes import Manifest, SplitFiles, TokenizerReference, code_statistics
+    from twostage.core.config.sections import load_config
+    from twostage.core.files import write_json
+
+    config = load_config(TokenizerConfig, CONFIGS / "tokenizer" / f"{Path(named).name}.yaml")
+    classes = [f"class {label}" for label in range(10)]
+    tokenizer = Autoencoder(
+        AutoencoderConfig(
+            image_size=config.data.size, channels=config.data.channels, class_names=classes, model=config.model
+        )
+    )
+    quantizer, draw = tokenizer.bottleneck, np.random.default_rng(0)
+    grid = tokenizer.code_grid
+    folder.mkdir(parents=True)
+    codes = {split: draw.integers(quantizer.codebook_size, size=(rows, *grid)) for split, rows in CODES.items()}
+    for split, rows in CODES.items():
+        np.save(folder / f"{split}.codes.npy", codes[split].astype(np.uint16))
+        np.save(folder / f"{split}.labels.npy", draw.integers(len(classes), size=rows).astype(np.int32))
+    manifest = Manifest(
+        tokenizer=TokenizerReference(hash="none: drawn codes", path=str(folder)),
+        source="random codes",
+        image_size=config.data.size,
+        channels=config.data.channels,
+        grid=grid,
+        scales=quantizer.scales,
+        codebook_size=quantizer.codebook_size,
+        digits=list(quantizer.digits) or None,
+        class_names=classes,
+        validation_split="test",
+        splits={
+            split: SplitFiles(rows=rows, codes=f"{split}.codes.npy", labels=f"{split}.labels.npy")
+            for split, rows in CODES.items()
+        },
+        **code_statistics(codes, quantizer.codebook_size),
+    )
+    write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
+
+
+# --- their turns ------------------------------------------------------------------------------------------------------
+
+
+class Turns:
+    """A training run in its own process, on ``cores``.
+
+    Args:
+        variables: of the environment, in place of those that set threads.
+    """
+
+    def __init__(self, config: Path, cores: set[int], variables: dict[str, str]) -> None:
+        threads = ("GOMP_SPINCOUNT", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS")
+        environment = {name: value for name, value in os.environ.items() if name not in threads} | variables
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, cores)  # inherited by the process
+        words = [sys.executable, "-m", "benchmarks.busy_cores", str(config), "--work"]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(words, env=environment, stdin=pipe, stdout=pipe, text=True)
         os.sched_setaffinity(0, before)
+        self._read("ready")
+
+    def begin(self, seconds: float) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{seconds}\n")
+        self.process.stdin.flush()
+
+    def speed(self) -> float:
+        """The steps per second since :meth:`begin`."""
+        return float(self._read(""))
+
+    def _read(self, expected: str) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.strip() == expected or (not expected and line[:1].isdecimal()):
+                return line
+        raise RuntimeError(f"{self.process.args}: exited before it was measured")
 
 
-def steps_per_second(cores: set[int], spin: str | None, seconds: float, config: Path, beside: bool = False) -> float:
-    """Measure one training run; with ``beside``, a second one runs at the same time."""
-    other = start(cores, spin, 1e9, config) if beside else None
+def busy_seconds(cores: set[int]) -> float:
+    """The seconds for which ``cores`` have worked since the machine started."""
+    times = psutil.cpu_times(percpu=True)
+    return sum(sum(times[core]) - times[core].idle - times[core].iowait for core in cores)
+
+
+def wait_until_quiet(cores: set[int], seconds: float) -> None:
+    """Wait until other programs use less than `QUIET` cores, for at most ``seconds``."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        before = busy_seconds(cores)
+        time.sleep(0.5)
+        if busy_seconds(cores) - before < 0.5 * QUIET:
+            return
+
+
+def measure(running: list[Turns], seconds: float, cores: set[int]) -> tuple[float, float]:
+    """The first one's steps per second while all ``running`` train, and how many cores other programs used."""
+    processes = [psutil.Process(each.process.pid) for each in running]
+    before, start = busy_seconds(cores) - sum(sum(each.cpu_times()[:2]) for each in processes), time.monotonic()
+    for other in running[1:]:
+        other.begin(seconds + 1)
+    time.sleep(0.5 * (len(running) > 1))
+    running[0].begin(seconds)
+    speed = running[0].speed()
+    for other in running[1:]:
+        other.speed()
+    others = busy_seconds(cores) - sum(sum(each.cpu_times()[:2]) for each in processes) - before
+    return speed, others / (time.monotonic() - start)
+
+
+def rows_of(config: Path, spins: list[str], repeats: int, seconds: float, quiet: float) -> list[Row]:
+    """A row for each way to start ``config``, alone and next to a second run."""
+    cores = set(sorted(os.sched_getaffinity(0))[:2])
+    kinds = {"default": {"GOMP_SPINCOUNT": UNLIMITED, "OMP_NUM_THREADS": str(len(cores))}, "ours": {}}
+    kinds |= {f"spin {count}": {"GOMP_SPINCOUNT": count} for count in spins}
+    started: list[Turns] = []
     try:
-        if other:
-            _wait_until_ready(other)
-        with start(cores, spin, seconds, config) as measured:
-            _wait_until_ready(measured)
-            assert measured.stdout is not None
-            return float([line for line in measured.stdout if line.strip()][-1])
+        cells = {("alone", "pinned"): [Turns(config, {min(cores)}, {})]}
+        started += cells["alone", "pinned"]
+        for kind, variables in kinds.items():
+            pair = [Turns(config, cores, variables) for _ in range(2)]
+            started += pair
+            cells |= {("alone", kind): pair[:1], ("beside", kind): pair}
+        measured: dict[tuple[str, str], list[tuple[float, float]]] = {cell: [] for cell in cells}
+        for _ in range(repeats):  # alternating, so that noise affects all alike
+            for cell, running in cells.items():
+                wait_until_quiet(cores, quiet)
+                measured[cell].append(measure(running, seconds, cores))
     finally:
-        if other:
-            other.kill()
-            other.wait()
-
-
-def _wait_until_ready(process: subprocess.Popen[str]) -> None:
-    assert process.stdout is not None
-    if not any(line.strip() == "ready" for line in process.stdout):
-        raise RuntimeError("a training run exited before it was measured")
+        for each in started:
+            each.process.kill()
+            each.process.wait()
+    rows: list[Row] = []
+    for (where, kind), found in measured.items():
+        speeds = [speed for speed, _ in found]
+        row = {"name": f"{config.stem}, {where}, {kind}", "steps_per_s": statistics.median(speeds)}
+        for other in ("default", "pinned"):
+            peers = measured["alone" if other == "pinned" else where, other]
+            ratios = [speed / peer for speed, (peer, _) in zip(speeds, peers, strict=True)]
+            row[f"of_{other}"] = statistics.median(ratios)
+            row |= {f"of_{other}_min": min(ratios), f"of_{other}_max": max(ratios)}
+        rows.append(row | {"others": statistics.median(share for _, share in found)})
+    return rows
 
 
 def main() -> None:
-    arguments = parser(__doc__.splitlines()[0])
+    arguments = parser((__doc__ or "").splitlines()[0])
+    arguments.add_argument("configs", nargs="*", type=Path, metavar="FILE")
     arguments.add_argument("--repeats", type=int, default=3)
-    arguments.add_argument("--seconds", type=float, default=4.0)
+    arguments.add_argument("--seconds", type=float, default=2.0)
     arguments.add_argument("--spin", nargs="*", default=[], metavar="COUNT", help="values of GOMP_SPINCOUNT")
-    arguments.add_argument("--config", type=Path, default=CONFIG, help="a file of configs/tokenizer/")
-    arguments.add_argument("--work", type=float, help="seconds; used internally")
+    arguments.add_argument("--quiet", type=float, default=0.0, metavar="SECONDS", help="wait for quiet cores")
+    arguments.add_argument("--work", action="store_true", help="used internally")
     options = arguments.parse_args()
+    configs = options.configs or [CONFIGS / "tokenizer" / "vae_mnist.yaml"]
     if options.work:
-        train_for(options.work, str(options.config))
+        train_in_turns(str(configs[0]))
         return
-    both = set(sorted(os.sched_getaffinity(0))[:2])
-    one = {min(both)}
-    spins: dict[str, str | None] = {"as started now": None, "no limit": UNLIMITED}
-    spins |= {f"spin {count}": count for count in options.spin}
-    measured: dict[tuple[str, str], list[float]] = {}
-    for _ in range(options.repeats):  # alternating, so that noise affects all alike
-        found = {("alone on one core", "as started now"): (one, None, False)}
-        for name, spin in spins.items():
-            found |= {("alone", name): (both, spin, False), ("beside another training", name): (both, spin, True)}
-        for key, (cores, spin, beside) in found.items():
-            speed = steps_per_second(cores, spin, options.seconds, options.config, beside)
-            measured.setdefault(key, []).append(speed)
-            print(f"{', '.join(key)}: {speed:.1f} steps per second", file=sys.stderr, flush=True)
-    medians = {key: statistics.median(values) for key, values in measured.items()}
-    pinned = medians["alone on one core", "as started now"]
     rows: list[Row] = []
-    for (where, name), speed in medians.items():
-        row = {"name": f"{where}, {name}", "steps_per_s": speed, "of_pinned": speed / pinned}
-        if (where, "no limit") in medians:
-            row["of_unlimited"] = speed / medians[where, "no limit"]
-        values = measured[where, name]
-        rows.append(row | {"slowest": min(values), "fastest": max(values)})
-    settings = {"config": options.config.stem, "seconds": options.seconds, "repeats": options.repeats}
-    report(settings | {"cores": len(both)}, rows, options.json)
+    for config in configs:
+        rows += rows_of(config, options.spin, options.repeats, options.seconds, options.quiet)
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    report({"seconds": options.seconds, "repeats": options.repeats}, rows, options.json)
 
 
 if __name__ == "__main__":

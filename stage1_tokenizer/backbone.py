@@ -32,8 +32,9 @@ Networks = tuple[nn.Module, nn.Module]
 class BackboneConfig(OpenUnion, Section):
     """The group `model.backbone`; its `type` selects the encoder and the decoder."""
 
-    fast_in_bf16: ClassVar[bool] = True
-    """Whether `mixed_precision: auto` may choose bf16 on a CPU."""
+    fully_connected: ClassVar[bool] = False
+    """Whether each weight is used once per image. On a CPU, such a network is not faster in bf16, which
+    `mixed_precision: auto` then does not choose, nor with many threads if it is small."""
 
     @property
     def factor(self) -> int:

@@ -20,7 +20,7 @@ __all__ = ["MLPConfig"]
 class MLPConfig(BackboneConfig):
     """Fully connected layers: 784-400-20 is ``hidden_sizes: [400]`` with 20 latent channels."""
 
-    fast_in_bf16: ClassVar[bool] = False
+    fully_connected: ClassVar[bool] = True
     type: Literal["mlp"] = "mlp"
     hidden_sizes: list[Width] = Field(default=[400], min_length=1, max_length=64)
     """Widths from the image to the latent; the decoder mirrors them."""

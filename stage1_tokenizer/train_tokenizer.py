@@ -113,9 +113,9 @@ class TokenizerConfig(Section):
         return self
 
     @property
-    def fast_in_bf16(self) -> bool:
-        """Whether `mixed_precision: auto` may choose bf16 on a CPU."""
-        return self.model.backbone.fast_in_bf16
+    def fully_connected(self) -> bool:
+        """Whether the network consists of fully connected layers, see `BackboneConfig`."""
+        return self.model.backbone.fully_connected
 
 
 def autoencoder_config(config: TokenizerConfig, data: ImageData) -> AutoencoderConfig:

@@ -118,6 +118,35 @@ def test_whether_the_user_set_the_threads(monkeypatch, variables, launched_with,
     assert processes.threads_of(4) == (5 if threads else 1)
 
 
+@pytest.mark.parametrize(
+    ("multiplications", "variable", "threads", "words"),
+    [
+        (None, None, 6, "cores available: 6"),
+        (1, None, 1, "so small a network"),
+        (2 << 27, None, 2, "so small a network"),
+        (99 << 27, None, 6, "cores available: 6"),
+        (1, "5", 5, "OMP_NUM_THREADS=5"),
+    ],
+)
+def test_the_threads_of_a_training(monkeypatch, multiplications, variable, threads, words):
+    chosen: list[int] = []
+    monkeypatch.setattr(processes, "find_launch", lambda: None)
+    monkeypatch.setattr(processes, "available_cores", lambda: 6)
+    monkeypatch.setattr(processes.torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(processes.torch, "set_num_threads", chosen.append)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert_names(processes.choose_threads(multiplications), f"CPU threads: {threads} (", words)
+    assert chosen == [threads]
+
+
+@pytest.mark.parametrize(("limit", "cores"), [(None, 2), (0.5, 1), (1.5, 1), (2.0, 2), (64.0, 2)])
+def test_the_limit_of_a_container_counts(monkeypatch, limit, cores):
+    monkeypatch.setattr(processes.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(processes, "limit_of_container", lambda: limit)
+    assert processes.available_cores() == cores
+
+
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
 @pytest.mark.parametrize("value", ["many", "0", "-2", "1.5"])
 def test_a_number_of_threads_that_makes_no_sense_is_refused(monkeypatch, name, value):
@@ -146,7 +175,7 @@ def test_a_lack_of_cores_is_reported(monkeypatch, threads, local_processes, busy
     if threads:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
         monkeypatch.setattr(processes.torch, "get_num_threads", lambda: int(threads))
-    found = processes.lack_of_cores()
+    found = processes.lack_of_cores(processes.threads_of(int(local_processes)))
     assert (found is None) == (not words)
     assert [word for word in words if word not in (found or "")] == []
 

@@ -82,39 +82,34 @@ def check_cpu() -> Iterator[Finding]:
     import torch
 
     from twostage.core.machine.precision import reason_for_precision
-    from twostage.core.machine.processes import available_cores, lack_of_cores, thread_variable, threads_of
+    from twostage.core.machine.processes import (
+        available_cores,
+        lack_of_cores,
+        limit_of_container,
+        thread_variable,
+        threads_of,
+    )
 
-    cores, all_cores, quota = available_cores(), os.cpu_count() or 1, _cgroup_cores()
+    cores, all_cores, limit, threads = available_cores(), os.cpu_count() or 1, limit_of_container(), threads_of(1)
     memory, variable = psutil.virtual_memory(), thread_variable()
     message = (
         f"{cores}{f' of {all_cores}' if cores < all_cores else ''} cores available; threads in one process: "
-        f"{threads_of(1)}, in each of two: {threads_of(2)}"
+        f"{threads}, in each of two: {threads_of(2)}"
         f"{f' ({variable}={os.environ[variable]})' if variable else ''}; "
         f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of memory free"
     )
-    if quota is not None and quota < threads_of(1):
-        advice = f"export OMP_NUM_THREADS={max(1, round(quota))}, or start the container with --cpuset-cpus"
-        yield warning("CPU", f"{message}; the container limits it to {quota:g} cores, so threads have to wait", advice)
-    elif lack := lack_of_cores():
-        advice = f"Stop other programs, or export OMP_NUM_THREADS={max(1, cores // 2)}."
-        yield warning("CPU", f"{message}; {lack}", advice)
+    if limit is not None and limit < threads:
+        advice = f"export {variable}={cores}" if cores < threads else "Give the container at least one whole core."
+        yield warning("CPU", f"{message}; the container limits it to {limit:g} cores, so threads have to wait", advice)
+    elif lack := lack_of_cores(threads):
+        fewer = max(1, cores // 2)
+        advice = f", or export {variable or 'OMP_NUM_THREADS'}={fewer}" if fewer < threads else ""
+        yield warning("CPU", f"{message}; {lack}", f"Stop other programs{advice}.")
     else:
         yield ok("CPU", message)
     precision, reason = reason_for_precision(torch.device("cpu"))
     exception = ", but no for the backbone mlp" if precision == "bf16" else ""
     yield ok("CPU", f"train.mixed_precision=auto means {precision} here: {reason}{exception}")
-
-
-def _cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """The CPU time that a container may use, in cores; None if it is not limited."""
-    try:
-        if (root / "cpu.max").is_file():  # version 2
-            quota, period = (root / "cpu.max").read_text().split()
-        else:
-            quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError):  # no cgroups; "max"
-        return None
 
 
 def check_gpus() -> Iterator[Finding]:

@@ -11,8 +11,9 @@ from messages import assert_names
 from pipelines.checks.disk_checks import check_data, check_run_folder, check_weight_files
 from pipelines.checks.environment_checks import LAUNCH_VARIABLES, RULES, check_accelerate_file, check_environment
 from pipelines.checks.findings import Finding
-from pipelines.checks.machine_checks import _cgroup_cores, check_cpu, check_gpus, check_packages
+from pipelines.checks.machine_checks import check_cpu, check_gpus, check_packages
 from pipelines.checks.two_processes import check_two_processes
+from twostage.core.machine import processes
 
 TIME_LIMIT = 300  # seconds for two processes on a busy machine
 
@@ -237,7 +238,29 @@ def test_the_limit_of_a_container(tmp_path, files, cores):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert _cgroup_cores(tmp_path) == cores
+    assert processes.limit_of_container(tmp_path) == cores
+
+
+@pytest.mark.parametrize(
+    ("variables", "limit", "busy", "advice"),
+    [
+        ({}, None, 1.9, "Stop other programs, or export OMP_NUM_THREADS=1."),
+        ({"OMP_NUM_THREADS": "1"}, None, 1.9, "Stop other programs."),
+        ({"MKL_NUM_THREADS": "2"}, None, 1.9, "Stop other programs, or export MKL_NUM_THREADS=1."),
+        ({"OMP_NUM_THREADS": "2"}, 1.5, 0.0, "export OMP_NUM_THREADS=1"),
+        ({}, 0.5, 0.0, "Give the container at least one whole core."),
+        ({}, 2.0, 0.0, ""),
+    ],
+)
+def test_the_advice_about_threads_can_be_followed(monkeypatch, variables, limit, busy, advice):
+    monkeypatch.setattr(processes.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(processes, "limit_of_container", lambda: limit)
+    monkeypatch.setattr(processes, "busy_cores", lambda: busy)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+        monkeypatch.setattr(processes.torch, "get_num_threads", lambda value=value: int(value))
+    (cores, _) = check_cpu()
+    assert (cores.advice, cores.status) == (advice, "warning" if advice else "ok")
 
 
 def test_datasets_and_cache(tmp_path, monkeypatch):

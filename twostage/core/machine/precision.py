@@ -9,11 +9,11 @@ __all__ = ["MixedPrecision", "reason_for_precision", "state_float32"]
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
 
 
-def reason_for_precision(device: torch.device, fast_in_bf16: bool = True) -> tuple[Literal["no", "bf16"], str]:
+def reason_for_precision(device: torch.device, fully_connected: bool = False) -> tuple[Literal["no", "bf16"], str]:
     """`bf16` if the device is faster with it than with float32, else `no`; and why (measured in docs/scaling.md).
 
     Args:
-        fast_in_bf16: whether the network gains from bf16 on a CPU: small fully connected ones do not.
+        fully_connected: whether the network only has fully connected layers, which do not gain from bf16 on a CPU.
     """
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -23,7 +23,7 @@ def reason_for_precision(device: torch.device, fast_in_bf16: bool = True) -> tup
         return "no", f"bf16 was not measured on {device.type}"
     if not torch.backends.mkldnn.is_available():
         return "no", "this build of torch lacks oneDNN, which bf16 needs"
-    if not fast_in_bf16:
+    if fully_connected:
         return "no", "fully connected networks are not faster in bf16 on a CPU"
     processor = torch.cpu.get_capabilities()
     if processor.get("amx_tile") and processor.get("amx_bf16"):

@@ -1,6 +1,7 @@
 """The processes that work on one command, and how many threads each of them uses."""
 
 import os
+from pathlib import Path
 
 import psutil
 import torch
@@ -9,12 +10,37 @@ from accelerate.utils import parse_flag_from_env, patch_environment
 
 from twostage.core.machine.launch import THREAD_VARIABLES, check_flags, check_threads, find_launch, is_thread_count
 
-__all__ = ["available_cores", "join_processes", "lack_of_cores", "share_cores", "thread_variable", "threads_of"]
+__all__ = [
+    "available_cores",
+    "choose_threads",
+    "join_processes",
+    "lack_of_cores",
+    "limit_of_container",
+    "share_cores",
+    "thread_variable",
+    "threads_of",
+]
+
+MULTIPLICATIONS_PER_THREAD = 1 << 27
+"""Multiplications of a fully connected network's forward pass that occupy one thread (measured in docs/scaling.md)."""
 
 
 def available_cores() -> int:
-    """The number of cores that this process may use, by its affinity."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The number of cores that this process may use, by its affinity and by the limit of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, int(limit_of_container() or cores)))
+
+
+def limit_of_container(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """The CPU time that a container may use, in cores; None if it is not limited."""
+    try:
+        if (root / "cpu.max").is_file():  # version 2
+            quota, period = (root / "cpu.max").read_text().split()
+        else:
+            quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError):  # no cgroups; "max"
+        return None
 
 
 def thread_variable() -> str | None:
@@ -50,13 +76,40 @@ def share_cores() -> None:
     torch.set_num_threads(threads_of(_local_processes()))
 
 
-def lack_of_cores() -> str | None:
-    """A sentence if this command's threads and other programs want more cores than there are, else None.
+def choose_threads(multiplications: int | None) -> str:
+    """Set this process's CPU threads for training a network; the same at every start on this machine.
+
+    A small fully connected network gets fewer than its share of the cores: its threads would mostly wait for each
+    other, and be far slower if other programs use the cores. A number that the user set always counts.
+
+    Args:
+        multiplications: of a forward pass in this process, if the network is fully connected; else None.
+
+    Returns:
+        How many threads, and why.
+    """
+    processes, variable = _local_processes(), thread_variable()
+    threads, reason = threads_of(processes), f"cores available: {available_cores()}"
+    if processes > 1:
+        reason += f", shared by {processes} processes"
+    if variable:
+        reason = f"{variable}={os.environ[variable]}"
+    elif multiplications is not None and (useful := max(1, multiplications // MULTIPLICATIONS_PER_THREAD)) < threads:
+        threads, reason = useful, "so small a network does not need more"
+    torch.set_num_threads(threads)
+    return f"CPU threads: {threads} ({reason})"
+
+
+def lack_of_cores(threads: int) -> str | None:
+    """A sentence if this command's processes and other programs want more cores than there are, else None.
 
     Call it before the command computes: it measures for a fifth of a second.
+
+    Args:
+        threads: of each process.
     """
     processes, cores = _local_processes(), available_cores()
-    threads = processes * threads_of(processes)
+    threads *= processes
     others = 0.0 if processes > 1 else busy_cores()
     if threads + others <= cores + 0.5:
         return None

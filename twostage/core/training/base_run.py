@@ -19,6 +19,7 @@ from twostage.core.config.sections import RunConfig
 from twostage.core.errors import InputError
 from twostage.core.machine.launch import overruled
 from twostage.core.machine.precision import reason_for_precision, state_float32
+from twostage.core.machine.processes import choose_threads
 from twostage.core.runs.contents import Contents
 from twostage.core.training.batches import Batches
 from twostage.core.training.journal import print_above_bar
@@ -112,6 +113,10 @@ class BaseRun(Generic[ConfigT]):
         self.report(
             f"{parameters:,} parameters, {batches.steps_per_epoch} steps per epoch, {batches.max_steps} in total"
         )
+        if self.accelerator.device.type == "cpu":
+            parts = self.accelerator.num_processes * self.config.train.gradient_accumulation_steps
+            per_pass = batches.batch_size // parts * parameters
+            self.report(choose_threads(per_pass if is_fully_connected(self.config) else None))
 
     @property
     def progress(self) -> float:
@@ -167,6 +172,11 @@ class BaseRun(Generic[ConfigT]):
         return self.accelerator.reduce(tensor, "sum")  # type: ignore[return-value]
 
 
+def is_fully_connected(config: _TrainingSections) -> bool:
+    """Whether each weight of the network is used once per image; only tokenizers' configs say so."""
+    return getattr(config, "fully_connected", False)
+
+
 def resolve_precision(
     config: ConfigT, state: PartialState, is_sharded: bool, stored_config: dict[str, Any] | None = None
 ) -> ConfigT:
@@ -184,9 +194,8 @@ def resolve_precision(
         raise InputError("train.mixed_precision 'fp16': does not work with FSDP. Set it to bf16 or no")
     if precision != "auto":
         return config
-    fast_in_bf16 = getattr(config, "fast_in_bf16", True)
     stored = (stored_config or {}).get("train", {}).get("mixed_precision")
-    choice = [stored or reason_for_precision(device, fast_in_bf16)[0]]
+    choice = [stored or reason_for_precision(device, is_fully_connected(config))[0]]
     if state.num_processes > 1:
         broadcast_object_list(choice)
     return config.model_copy(update={"train": config.train.model_copy(update={"mixed_precision": choice[0]})})

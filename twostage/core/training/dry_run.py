@@ -33,7 +33,6 @@ class DryRun(BaseRun[ConfigT]):
     def __init__(self, config: ConfigT, shardable: bool = False) -> None:
         units = units_to_shard(shardable)
         super().__init__(resolve_precision(config, join_processes(), bool(units)), units)
-        self._lack_of_cores = lack_of_cores()
         self.figures: dict[str, Any] = {}
 
     @property
@@ -46,6 +45,7 @@ class DryRun(BaseRun[ConfigT]):
         from twostage.core.training.flops import count_flops
 
         device = self.accelerator.device
+        lack = lack_of_cores(torch.get_num_threads())
         seconds = []
         for _ in range(2):
             start = self._now()
@@ -72,6 +72,8 @@ class DryRun(BaseRun[ConfigT]):
             "mixed_precision": train.mixed_precision,
             "processes": self.accelerator.num_processes,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(),
+            "lack_of_cores": lack,
         }
 
     def record(self, metrics: dict[str, Tensor]) -> None:
@@ -83,7 +85,7 @@ class DryRun(BaseRun[ConfigT]):
         Args:
             num_held_out: held-out images.
         """
-        self.figures |= {"num_held_out": num_held_out, "lack_of_cores": self._lack_of_cores}
+        self.figures["num_held_out"] = num_held_out
         self.report(*_describe(self.figures), f"dry run: nothing was written to {self.config.run.dir}")
 
     def _now(self) -> float:

@@ -85,9 +85,16 @@ def test_the_figures_describe_the_run(measured, capsys):
     assert figures["seconds_first_step"] > 0
     assert figures["seconds_per_step"] > 0
     assert figures["mixed_precision"] == "no"
+    assert figures["threads"] == 1
     out = capsys.readouterr().out
     assert_names(
-        out, "parameters ", "FLOPs per step ", "peak memory ", "50 (40 per epoch)", "640 for training, 64 held"
+        out,
+        "CPU threads: 1 (",
+        "parameters ",
+        "FLOPs per step ",
+        "peak memory ",
+        "50 (40 per epoch)",
+        "640 for training, 64 held",
     )
     assert "nothing was written" in out
 
