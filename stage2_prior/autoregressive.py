@@ -128,7 +128,8 @@ class Autoregressive(nn.Module):
     ) -> Tensor:
         """Codes (B, N), see `PriorNetwork.sample`. With guidance, all branches are predicted as one batch."""
         head = self.code_head
-        context, noise = branches.context.in_order(self.order), CodeNoise(seeds, sum(head.choices))
+        context = branches.context.in_order(self.order)
+        noise = CodeNoise(seeds, sum(head.choices), self.order.device)
         codes = torch.full((len(seeds), len(self.order)), -1, device=self.order.device) if known is None else known
         codes = codes[:, self.order]
         if len(seeds) == 1 and (windows := self.window_decoder(context, sampling.weights)):
@@ -167,12 +168,12 @@ def sample_in_order(
     """
     codes = known.clone()
     images, cells = codes.shape
-    noise.next(first)
+    noise.skip(first)
     for cell in range(first, cells):
         before = codes[:, cell - 1] if cell else None
         predictions = step(None if before is None else branches.repeat(before))
-        noise_here = noise.next(1)[:, 0].to(predictions.device)
-        sampled = sample_codes(head, predictions, branches, guidance_at(cell, cells, sampling), sampling, noise_here)
+        share = guidance_at(cell, cells, sampling)
+        sampled = sample_codes(head, predictions, branches, share, sampling, noise.next(1)[:, 0])
         codes[:, cell] = torch.where(codes[:, cell] < 0, sampled, codes[:, cell])
         if on_progress:
             on_progress(images)

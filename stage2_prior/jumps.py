@@ -58,7 +58,7 @@ def sample_in_jumps(
     """
     cells, size = known.shape[1], windows.size
     guesses = torch.cat([known.new_zeros(1), known[0].clamp(min=0)])  # guesses[i + 1] is that of cell i
-    ahead = noise.next(size)[0].to(known.device)  # of the cells in the window, a row each
+    ahead = noise.next(size)[0]  # of the cells in the window, a row each
     cell, begin = 0, 0
     while cell < cells:
         here = slice(begin, begin + size)
@@ -74,7 +74,7 @@ def sample_in_jumps(
             on_progress(int((known[0, cell:right] < 0).sum()))
         cell = right
         if cell < cells and (moved := windows.begin(cell) - begin):
-            entering = noise.next(moved)[0].to(known.device)
+            entering = noise.next(moved)[0]
             begin, ahead = begin + moved, torch.cat([ahead[moved:], entering])
             # Their first guesses: what the last prediction makes of their noise.
             last = predictions[:, -1:].expand(-1, moved, -1).flatten(0, 1)

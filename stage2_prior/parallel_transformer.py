@@ -194,7 +194,7 @@ class ParallelTransformer(Transformer):
     ) -> Tensor:
         """Samples the codes (B, N) of all cells but the ``known`` ones."""
         head, unknown = self.code_head, self.cells - len(known)
-        noise = CodeNoise(seeds, sum(head.choices))
+        noise = CodeNoise(seeds, sum(head.choices), codes.device)
         if not unknown:
             return codes
         sizes = group_sizes(unknown, min(unknown, sampling.num_steps or self.config.default_steps(self.grid)))
@@ -203,7 +203,7 @@ class ParallelTransformer(Transformer):
         first, unread = len(known), written[:, : len(known)]
         for step, size in enumerate(sizes):
             predictions = decoder.step(branches.repeat(unread), size).flatten(0, 1)  # (n B size, P)
-            share, noise_here = guidance_at(step, len(sizes), sampling), noise.next(size).to(predictions.device)
+            share, noise_here = guidance_at(step, len(sizes), sampling), noise.next(size)
             unread = sample_codes(head, predictions, branches, share, sampling, noise_here.flatten(0, 1))
             unread = unread.view(len(seeds), size)
             written[:, first : first + size] = unread

@@ -20,10 +20,18 @@ __all__ = [
     "CodeNoise",
     "choose",
     "filter_logits",
+    "gumbel_noise",
     "guidance_at",
     "image_seeds",
     "uniform_noise",
 ]
+
+
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+FIRST_MIXES, LAST_SHIFT = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)), 31
+"""The constants of SplitMix64, as int64 holds them."""
+NOISE_BLOCK = 2**15
+"""The numbers that :class:`CodeNoise` computes at a time, or those of one cell: many small operations take longer."""
 
 
 def image_seeds(seed: int, first: int, count: int) -> list[int]:
@@ -37,20 +45,65 @@ def uniform_noise(seeds: list[int], count: int) -> Tensor:
 
 
 class CodeNoise:
-    """Gumbel noise for the codes of each cell, for each seed from its own generator: the code with the largest sum of
-    logit and noise is a sample (the Gumbel-max trick). Unlike a code that inverts its cumulative distribution, it
-    mostly stays the same if the logits change a little, which :mod:`stage2_prior.jumps` needs.
+    """Gumbel noise for the codes of each cell: the code with the largest sum of logit and noise is a sample (the
+    Gumbel-max trick). Unlike a code that inverts its cumulative distribution, it mostly stays the same if the logits
+    change a little, which :mod:`stage2_prior.jumps` needs.
+
+    Each number is a hash of its seed, its cell and its code, namely an output of SplitMix64 (Steele, Lea and Flood
+    2014, figure 13), which can be computed in any order and on the device that needs it. Its bits are the same on all
+    devices. (A GPU would wait for a processor: 64 images and 16,384 codes are a million numbers for each cell.)
+
+    Args:
+        seeds: of the B images, at least 0.
+        device: where the noise is needed; None: the CPU.
     """
 
-    def __init__(self, seeds: list[int], codebook_size: int) -> None:
-        self.generators = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
-        self.codebook_size = codebook_size
+    def __init__(self, seeds: list[int], codebook_size: int, device: torch.device | None = None) -> None:
+        self.codebook_size, self.cell = codebook_size, 0
+        hashes = -(-codebook_size // 2)  # each gives the numbers of two codes
+        self.block = max(1, NOISE_BLOCK // (len(seeds) * codebook_size))
+        self._starts = torch.tensor([_signed(seed) for seed in seeds]).to(device, non_blocking=True)[:, None, None]
+        self._of_codes = torch.arange(1, hashes + 1, device=device) * GOLDEN_GAMMA
+        self._per_cell = _signed(hashes * GOLDEN_GAMMA)
+        self._ahead = self._starts.new_empty(len(seeds), 0, codebook_size, dtype=torch.float32)
+
+    def at(self, cells: Tensor) -> Tensor:
+        """The noise of some cells, (n,) int64 on the device: (B, n, K) float32, finite."""
+        hashed = self._starts + (cells * self._per_cell)[:, None] + self._of_codes
+        for shift, factor in FIRST_MIXES:
+            _xor_shifted(hashed, shift).mul_(factor)
+        return gumbel_noise(_xor_shifted(hashed, LAST_SHIFT).view(torch.int32)[..., : self.codebook_size])
 
     def next(self, cells: int) -> Tensor:
-        """The noise of the next cells, (len(seeds), cells, K) float32."""
-        shape = cells, self.codebook_size
-        uniform = torch.from_numpy(np.stack([each.random(shape, dtype=np.float32) for each in self.generators]))
-        return uniform.add_(2**-25).log_().neg_().log_().neg_()  # numbers are multiples of 2^-24, and 0 is one
+        """The noise of the next cells, (B, cells, K) float32."""
+        if cells > self._ahead.shape[1]:
+            ready = self._ahead.shape[1]
+            numbers = torch.arange(self.cell + ready, self.cell + max(cells, self.block), device=self._of_codes.device)
+            self._ahead = torch.cat([self._ahead, self.at(numbers)], 1)
+        noise, self._ahead = self._ahead[:, :cells], self._ahead[:, cells:]
+        self.cell += cells
+        return noise
+
+    def skip(self, cells: int) -> None:
+        """Goes on after the next cells, whose noise is never computed."""
+        self.cell, self._ahead = self.cell + cells, self._ahead[:, cells:]
+
+
+def gumbel_noise(bits: Tensor) -> Tensor:
+    """Gumbel noise, float32 and finite, from random bits, int32, of which it uses 23: as odd multiples of 2^-24, which
+    are neither 0 nor 1."""
+    uniform = bits.bitwise_and(2**23 - 1).float().mul_(2.0**-23).add_(2.0**-24)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _xor_shifted(x: Tensor, shift: int) -> Tensor:
+    """x ^ (x >> shift) in place, with x as an unsigned number."""
+    return x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (64 - shift) - 1))
+
+
+def _signed(number: int) -> int:
+    """An integer modulo 2^64, as int64 holds it."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 @dataclass(frozen=True)

@@ -173,12 +173,12 @@ class ScaleTransformer(Transformer):
         from scale to scale. All branches are predicted as one batch."""
         decoder = ScaleDecoder(self, branches.context, sampling.weights)
         head, grids = self.code_head, list[Tensor]()
-        noise = CodeNoise(seeds, sum(head.choices))
+        noise = CodeNoise(seeds, sum(head.choices), self.norm.weight.device)
         given = [None] * len(self.scales) if known is None else split_scales(known, self.scales)
         for scale, (size, here) in enumerate(zip(self.scales, given, strict=True)):
             predictions = decoder.step(branches.repeat(grids[-1]) if grids else None).flatten(0, 1)
             share = guidance_at(scale, len(self.scales), sampling)
-            gumbel = noise.next(math.prod(size)).to(predictions.device).flatten(0, 1)
+            gumbel = noise.next(math.prod(size)).flatten(0, 1)
             codes = sample_codes(head, predictions, branches, share, sampling, gumbel).view(-1, *size)
             grids.append(codes if here is None else torch.where(here < 0, codes, here))
             if on_progress:

@@ -144,10 +144,9 @@ def test_a_prior_trains(name, codes, scaled_codes, new_process, monkeypatch):
         ("PixelCNN of digits", "float32"),
     ],
 )
-def test_an_autoregressive_prior_samples_without_waiting(name, weights, known, codes, monkeypatch):
+def test_an_autoregressive_prior_samples_without_waiting(name, weights, known, codes):
     settings = parse_config(PriorTrainingConfig, more(name, codes), name)
     form = prior_config(settings.model, settings.condition, settings.loss, CodeCache(codes))
-    monkeypatch.setattr(CodeNoise, "next", outside(CodeNoise.next))
     top_k = 5 if form.model.ranks_codes else None
     sampling = SamplingConfig(guidance_scale=2.0, guidance_schedule="cosine", top_k=top_k, top_p=0.9, weights=weights)
     with fake_gpu():
@@ -161,16 +160,15 @@ def test_an_autoregressive_prior_samples_without_waiting(name, weights, known, c
         with torch.no_grad():
             step = prior.network.continued(branches.context, weights, branches.repeat(grids[:, :known]))
             drawn = sample_in_order(
-                step, head, branches, CodeNoise([0, 1], sum(head.choices)), sampling, grids, None, known
+                step, head, branches, CodeNoise([0, 1], sum(head.choices), GPU), sampling, grids, None, known
             )
         assert (drawn.device.type, drawn.dtype, drawn.shape) == ("cuda", torch.long, (2, 16))
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
-def test_a_parallel_prior_samples_without_waiting(weights, codes, monkeypatch):
+def test_a_parallel_prior_samples_without_waiting(weights, codes):
     settings = parse_config(PriorTrainingConfig, more("parallel of every condition", codes), "parallel")
     form = prior_config(settings.model, settings.condition, settings.loss, CodeCache(codes))
-    monkeypatch.setattr(CodeNoise, "next", outside(CodeNoise.next))
     sampling = SamplingConfig(guidance_scale=2.0, guidance_schedule="cosine", top_k=5, num_steps=4, weights=weights)
     with fake_gpu():
         prior = Prior(form).to(GPU).eval()

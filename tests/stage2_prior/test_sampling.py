@@ -1,8 +1,19 @@
+import math
+
 import pytest
 import torch
 from messages import refuses
 
-from stage2_prior.sampling import Branches, CodeNoise, choose, filter_logits, guidance_at, image_seeds, uniform_noise
+from stage2_prior.sampling import (
+    Branches,
+    CodeNoise,
+    choose,
+    filter_logits,
+    guidance_at,
+    gumbel_noise,
+    image_seeds,
+    uniform_noise,
+)
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.conditions.context import Context
 from twostage.core.config.sections import parse_config
@@ -44,6 +55,41 @@ def test_the_noise_of_codes_depends_only_on_an_images_seed_and_gives_the_distrib
     counts = (shares.log() + noise).argmax(-1).flatten().bincount(minlength=5)
     torch.testing.assert_close(counts / counts.sum(), shares, atol=0.01, rtol=0)
     assert noise.isfinite().all()
+
+
+def test_the_noise_of_codes_is_a_hash_that_starts_anywhere():
+    def splitmix(seed: int, number: int) -> int:
+        """Output ``number``, from 1, as Steele, Lea and Flood 2014 write it."""
+        z = (seed + number * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+
+    assert splitmix(1234567, 1) == 6457827717110365317  # as others publish it
+    seeds, codes = [0, 7, 2**62 + 3], 5
+    noise = CodeNoise(seeds, codes).next(6)
+    for image, seed in enumerate(seeds):
+        for cell, code in ((0, 0), (2, 3), (5, 4)):
+            bits = splitmix(seed, cell * 3 + code // 2 + 1) >> 32 * (code % 2)
+            uniform = (bits % 2**23 + 0.5) / 2**23
+            assert noise[image, cell, code].item() == pytest.approx(-math.log(-math.log(uniform)), rel=1e-5)
+    assert torch.equal(CodeNoise(seeds, codes).at(torch.tensor([5, 2])), noise[:, [5, 2]])
+    later = CodeNoise(seeds, codes)
+    later.next(1)
+    later.skip(3)
+    assert torch.equal(later.next(2), noise[:, 4:])
+    later = CodeNoise(seeds, 2**15)  # more than a block
+    later.skip(3)
+    assert torch.equal(later.next(1), CodeNoise(seeds, 2**15).next(4)[:, 3:])
+
+
+def test_the_noise_of_codes_is_finite_whatever_the_bits():
+    smallest, largest = gumbel_noise(torch.tensor([0, -1], dtype=torch.int32)).tolist()  # no bit, all bits
+    assert smallest == pytest.approx(-math.log(24 * math.log(2)))
+    assert largest == pytest.approx(24 * math.log(2), rel=1e-4)  # an infinite number would choose any code
+    gumbel = CodeNoise(image_seeds(0, 0, 4), 4096).next(500).double()
+    assert gumbel.mean().item() == pytest.approx(0.57722, abs=0.002)
+    assert gumbel.var().item() == pytest.approx(math.pi**2 / 6, abs=0.004)
 
 
 def test_noise_is_uniform_and_depends_only_on_a_rows_seed():
