@@ -45,8 +45,8 @@ PREDICTED_ROWS = 2048
 SAMPLED_ROWS = 1024
 """Rows whose codes are chosen at a time: each takes a few float64 numbers for each of the K codes."""
 
-Predict = Callable[[Tensor], Tensor]
-"""Takes codes (B, N), some of them masked; returns the predictions (M, P) of the masked ones."""
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""Takes codes (B, N), and the masked ones among the B N as numbers (M,); returns the predictions (M, P) of these."""
 
 
 class MaskedTransformerConfig(TransformerConfig):
@@ -157,7 +157,8 @@ class MaskedTransformer(Transformer):
         known: Tensor | None = None,
         on_progress: OnProgress | None = None,
     ) -> Tensor:
-        """Codes (B, N), see `PriorNetwork.sample`. With guidance, all branches are predicted as one batch."""
+        """Codes (B, N), see `PriorNetwork.sample`. With guidance, all branches are predicted as one batch. A GPU is only
+        waited for to count the known codes."""
         device = self.norm.weight.device
         steps = min(sampling.num_steps or self.config.default_steps(self.grid), self.cells)
         numbers = len(self.code_head.choices) + 1
@@ -166,12 +167,12 @@ class MaskedTransformer(Transformer):
             MaskedPredictor(self, branches.context, sampling.weights),
             self.code_head,
             branches,
-            noise.to(device),
+            noise.to(device, non_blocking=True),
             sampling,
             sampling.mask_schedule or self.config.mask_schedule,
             CHOICE_TEMPERATURE if sampling.choice_temperature is None else sampling.choice_temperature,
             self.mask_token_id,
-            halton_order(self.grid).to(device) if sampling.cell_choice == "halton" else None,
+            halton_order(self.grid).to(device, non_blocking=True) if sampling.cell_choice == "halton" else None,
             known,
             on_progress,
         )
@@ -219,34 +220,36 @@ class MaskedPredictor(FastTransformer):
     def __init__(self, model: MaskedTransformer, context: Context, weights: Weights = "float32") -> None:
         super().__init__(model, weights)
         self.context, self.mask_token_id = context, model.mask_token_id
-        on_cpu = model.norm.weight.device.type == "cpu"
-        self.images = max(1, PREDICTED_ROWS // model.cells) if on_cpu else max(1, context.size)
-        self.kind = same_context(context).to(model.norm.weight.device)
+        self.images = max(1, PREDICTED_ROWS // model.cells)
+        self.kind = same_context(context) if model.norm.weight.device.type == "cpu" else None
         self.memory = [
             None if context.sequence is None else block.sequence_kv(context.sequence) for block in self.blocks
         ]
         """The keys and values of the sequence in each block, (2, B, H, L, E)."""
 
     @torch.no_grad()
-    def __call__(self, codes: Tensor) -> Tensor:
-        """Codes (B, N), some of them masked -> predictions (M, P) of the masked ones.
-
-        Skips images without masked codes and computes equal images once: in the first step all images with the same
-        conditions are equal.
-        """
+    def __call__(self, codes: Tensor, cells: Tensor) -> Tensor:
+        """See `Predict`. On a CPU, it skips images without masked codes and computes equal images once: in the first step
+        all images with the same conditions are equal. On a GPU, the host would have to wait to know them."""
+        if self.kind is None:
+            return self._predictions(codes, cells, None)
         masked = codes == self.mask_token_id
         unfilled = masked.any(1)
         images = torch.cat([self.kind[:, None], codes], 1)[unfilled]
         distinct, which = images.unique(dim=0, return_inverse=True)
-        parts = [self._predictions(part[:, 1:], part[:, 0]) for part in distinct.split(self.images)]
         predicted = distinct[:, 1:] == self.mask_token_id
+        parts = [
+            self._predictions(part[:, 1:], masked_here.flatten().nonzero()[:, 0], part[:, 0])
+            for part, masked_here in zip(distinct.split(self.images), predicted.split(self.images), strict=True)
+        ]
         place = predicted.flatten().cumsum(0).view_as(predicted) - 1  # of each masked code among those predicted
         return torch.cat(parts)[place[which][masked[unfilled]]]
 
-    def _predictions(self, codes: Tensor, rows: Tensor) -> Tensor:
-        """Predictions of the masked ones of codes (b, N) with the contexts of the images ``rows`` (b,)."""
-        model, batch, context = self.model, len(codes), self.context.rows(rows)
-        masked = (codes == self.mask_token_id).flatten()
+    def _predictions(self, codes: Tensor, cells: Tensor, rows: Tensor | None) -> Tensor:
+        """Predictions of some ``cells`` (M,) of codes (b, N) with the contexts of the images ``rows`` (b,), or of
+        all."""
+        model, batch = self.model, len(codes)
+        context = self.context if rows is None else self.context.rows(rows)
         x = model.code_embedding(codes) + model.added(context)
         x = (x if model.positions is None else x + model.positions).flatten(0, 1)  # (B N, D)
         for block, bias, memory in zip(self.blocks, self.biases, self.memory, strict=True):
@@ -256,12 +259,13 @@ class MaskedPredictor(FastTransformer):
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, E)
             mask = bias
             if memory is not None and context.present is not None:
-                k, v = (torch.cat(pair, 2) for pair in zip(memory[:, rows], (k, v), strict=True))
+                memory = memory if rows is None else memory[:, rows]
+                k, v = (torch.cat(pair, 2) for pair in zip(memory, (k, v), strict=True))
                 mask = sequence_mask(context.present, bias, model.cells, x.dtype)
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
             attended = attended.transpose(1, 2).reshape(x.shape)  # (B N, D)
             if block is self.blocks[-1]:  # from here on, no cell depends on another
-                x, attended = x[masked], attended[masked]  # (M, D)
+                x, attended = x[cells], attended[cells]  # (M, D)
             x = block.finish(x, attended)
         return self.predictions(x)
 
@@ -372,7 +376,7 @@ def sample_in_parallel(
     and top-p: with `top_k: 1`, for example, filtered probabilities would all be 1.
 
     Args:
-        predict: predicts for all n ``branches`` at once: (n B, N) -> (n M, P).
+        predict: predicts for all n ``branches`` at once: (n B, N) and (n M,) -> (n M, P).
         noise: uniform, (B, T, J + 1, N) float64: for each step and cell, a number for each of the J choices of a code,
             and one to choose the cell.
         schedule: the share of the unknown codes that is masked after each step.
@@ -384,26 +388,40 @@ def sample_in_parallel(
     """
     images, num_steps, _, cells = noise.shape
     codes = torch.full((images, cells), -1, device=noise.device) if known is None else known
-    codes = codes.masked_fill(codes < 0, mask_token_id)
-    unknown = (codes == mask_token_id).sum(1)
-    steps = unknown.clamp(max=num_steps)  # (B,)
+    codes = codes.masked_fill(codes < 0, mask_token_id).flatten()
+    # The CPU knows how many codes each step fills, and so all shapes: a GPU need not be waited for.
+    left = _plan([cells] * images if known is None else (known < 0).sum(1).tolist(), num_steps, schedule)
+    steps = [min(unknown, num_steps) for unknown in left[0]]
     turns = None if order is None else order.argsort().double()  # (N,): when each cell is filled
-    for step in range(int(steps.max())):
-        masked = codes == mask_token_id
-        image = masked.nonzero()[:, 0]  # (M,)
-        grown = noise.new_tensor([guidance_at(step, count, sampling) for count in steps.tolist()])
-        numbers = noise[:, step].transpose(1, 2)[masked]  # (M, J + 1)
-        sampled, surprise = _fill(head, predict(branches.repeat(codes)), branches, grown[image], sampling, numbers)
-        confidence = noise.new_full((images, cells), torch.inf)  # of codes that are filled already
-        if turns is None:
-            temperature = choice_temperature * (1 - (step + 1) / steps)
-            confidence[masked] = temperature[image] * gumbel(numbers[:, -1]) - surprise
-        else:
-            confidence[masked] = -turns.expand_as(confidence)[masked]
-        left = num_left_masked(step + 1, steps, unknown, masked.sum(1), schedule)
+    for step, (before, after) in enumerate(itertools.pairwise(left)):
+        masked = (codes == mask_token_id).nonzero_static(size=sum(before)).squeeze(1)  # (M,)
+        predictions = predict(branches.repeat(codes.view(images, cells)), _in_branches(masked, len(codes), branches))
+        numbers = noise[:, step].transpose(1, 2).flatten(0, 1)[masked]  # (M, J + 1)
+        grown = [guidance_at(step, count, sampling) for count in steps]
+        heat = [choice_temperature * (1 - (step + 1) / max(1, count)) for count in steps]
+        of_images = torch.tensor([grown, heat, after], dtype=noise.dtype).to(noise.device, non_blocking=True)
+        of_cells = of_images[:, masked // cells]
+        sampled, surprise = _fill(head, predictions, branches, of_cells[0], sampling, numbers)
+        confident = of_cells[1] * gumbel(numbers[:, -1]) - surprise if turns is None else -turns[masked % cells]
+        confidence = noise.new_full(codes.shape, torch.inf)  # of codes that are filled already
+        confidence = confidence.index_copy(0, masked, confident.to(noise)).view(images, cells)
         rank = confidence.argsort(stable=True, dim=1).argsort(1)
-        codes[masked] = sampled
-        codes.masked_fill_(rank < left[:, None], mask_token_id)
+        hidden = (rank < of_images[2, :, None]).flatten()
+        codes = codes.index_copy(0, masked, sampled).masked_fill(hidden, mask_token_id)
         if on_progress:
-            on_progress(len(image) - int(left.sum()))
-    return codes
+            on_progress(sum(before) - sum(after))
+    return codes.view(images, cells)
+
+
+def _plan(unknown: list[int], num_steps: int, schedule: MaskSchedule) -> list[list[int]]:
+    """How many codes of each image are masked at first, and after each step."""
+    masked = [torch.tensor(unknown)]
+    steps = masked[0].clamp(max=num_steps)
+    for step in range(max(steps.tolist(), default=0)):
+        masked.append(num_left_masked(step + 1, steps, masked[0], masked[-1], schedule))
+    return [left.tolist() for left in masked]
+
+
+def _in_branches(masked: Tensor, codes: int, branches: Branches) -> Tensor:
+    """The numbers (M,) of masked ``codes`` as those of all branches, (n M,)."""
+    return (masked + codes * torch.arange(branches.count, device=masked.device)[:, None]).flatten()

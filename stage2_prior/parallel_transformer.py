@@ -198,7 +198,7 @@ class ParallelTransformer(Transformer):
         if not unknown:
             return codes
         sizes = group_sizes(unknown, min(unknown, sampling.num_steps or self.config.default_steps(self.grid)))
-        order = grouped_cells(self.config.order, self.grid, tuple(known), sizes).to(codes.device)
+        order = grouped_cells(self.config.order, self.grid, tuple(known), sizes).to(codes.device, non_blocking=True)
         decoder, written = ParallelDecoder(self, branches.context, order, sampling.weights), codes[:, order]
         first, unread = len(known), written[:, : len(known)]
         for step, size in enumerate(sizes):
@@ -297,7 +297,7 @@ class ParallelDecoder(FastTransformer):
         heads, cells = cast(Block, model.blocks[0]).num_heads, model.cells
         added = model.added(context.in_order(order)).expand(-1, cells, -1)
         self.base = added if model.positions is None else added + model.positions[order]  # (B, N, D)
-        self.query = model.embed(order.new_tensor([model.query_id]))
+        self.query = model.embed(torch.full((1,), model.query_id, device=order.device))
         self.codes_read, self.context, self.order = 0, context, order
         self.places = 0 if context.sequence is None else context.sequence.shape[1]
         if self.rotation is not None:

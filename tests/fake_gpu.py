@@ -13,11 +13,12 @@ import torch
 import yaml
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from twostage.core.training.dry_run import DryRun
 from twostage.core.training.random import BatchRandom
 
-__all__ = ["GPU", "different_configs", "fake_gpu", "gradients", "outside", "take_one_step"]
+__all__ = ["GPU", "different_configs", "fake_gpu", "gradients", "outside", "take_one_step", "without_waiting"]
 
 GPU = torch.device("cuda")
 
@@ -41,6 +42,31 @@ def fake_gpu() -> Iterator[None]:
         patch.setattr(nn.Module, "_apply", _apply)
         patch.setattr(torch.autograd, "grad", _grad)
         patch.setattr(Tensor, "backward", _backward)
+        yield
+
+
+class _NoBlockingCopies(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        match func.overloadpacket.__name__:
+            case "_to_copy":
+                source, target = args[0].device, kwargs.get("device") or args[0].device
+                blocks = not kwargs.get("non_blocking", False)
+            case "copy_":
+                source, target = args[1].device, args[0].device
+                blocks = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+            case _:
+                return func(*args, **kwargs)
+        if blocks and source.type != target.type:
+            raise AssertionError(f"a copy from {source} to {target}: the host waits for the GPU. Set non_blocking=True")
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_waiting() -> Iterator[None]:
+    """Inside, under :func:`fake_gpu`, copies between the host and the GPU fail if the host waits for them. (A real GPU
+    first does all work that it was given before.)"""
+    with _NoBlockingCopies():
         yield
 
 

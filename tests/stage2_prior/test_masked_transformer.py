@@ -56,6 +56,11 @@ def some_known(count: int) -> Tensor:
     return random_codes(count, seed=7).masked_fill(given >= torch.linspace(0, CELLS, count).long()[:, None], -1)
 
 
+def masked_of(codes: Tensor) -> Tensor:
+    """The numbers of the masked codes."""
+    return (codes == MASK).flatten().nonzero()[:, 0]
+
+
 def watch_inputs(model: MaskedTransformer) -> list[Tensor]:
     """The codes (B, N) that the model receives from now on, one tensor for each forward pass."""
     inputs: list[Tensor] = []
@@ -334,9 +339,9 @@ def test_each_step_follows_the_schedule_and_never_changes_filled_codes(model, nu
     inputs: list[Tensor] = []
     told: list[int] = []
 
-    def predict(codes: Tensor) -> Tensor:
+    def predict(codes: Tensor, masked: Tensor) -> Tensor:
         inputs.append(codes.clone())
-        return predictor(codes)
+        return predictor(codes, masked)
 
     codes = sample_in_parallel(
         predict, Softmax(CODES), unguided, noise, sampling, "cosine", 4.5, MASK, None, known, told.append
@@ -401,9 +406,18 @@ def test_logits_of_masked_codes_equal_those_of_the_whole_grid(config, dtype, tol
     codes[5], codes[3] = codes[1], random_codes(1)[0]  # two equal images, and one with nothing to predict
     with torch.no_grad():
         expected = model(codes, of(labels))[codes == MASK]
-    logits = MaskedPredictor(model, of(labels))(codes)
+    logits = MaskedPredictor(model, of(labels))(codes, masked_of(codes))
     torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
     assert logits.dtype == dtype
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_gpu_that_predicts_all_images_draws_the_same_codes(model, known, monkeypatch):
+    labels, seeds, given = torch.arange(12) % CLASSES, image_seeds(1, 0, 12), some_known(12) if known else None
+    sampling = SamplingConfig(guidance_scale=2.0, guidance_schedule="cosine", num_steps=5)
+    expected = sample(model, labels, sampling, seeds, given)
+    monkeypatch.setattr("stage2_prior.masked_transformer.same_context", lambda context: None)  # as on a GPU
+    assert torch.equal(sample(model, labels, sampling, seeds, given), expected)
 
 
 @pytest.mark.parametrize(("weights", "tolerance"), [("bfloat16", 0.05), ("int8", 0.1)])
@@ -412,10 +426,10 @@ def test_rounded_weights_change_logits_only_slightly(weights, tolerance):
     codes, labels = random_codes(4), torch.tensor([0, 1, 2, NO_CLASS])
     codes[:, ::2] = MASK
     try:
-        coarse = MaskedPredictor(model, of(labels), weights)(codes)
+        coarse = MaskedPredictor(model, of(labels), weights)(codes, masked_of(codes))
     except InputError as error:
         pytest.skip(str(error))
-    exact = MaskedPredictor(model, of(labels))(codes)
+    exact = MaskedPredictor(model, of(labels))(codes, masked_of(codes))
     assert not torch.equal(coarse, exact)
     assert (coarse - exact).norm() < tolerance * exact.norm()
 

@@ -2,6 +2,7 @@
 training step makes the host wait. The GPU has no data."""
 
 import copy
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_gpu import GPU, different_configs, fake_gpu, outside, take_one_step
+from fake_gpu import GPU, different_configs, fake_gpu, outside, take_one_step, without_waiting
 
 from stage2_prior import masked_transformer, train_prior
 from stage2_prior.autoregressive import sample_in_order
@@ -30,7 +31,7 @@ OUTSIDE = {
     CodeCache: ["check_codes", "contents"],
     TextConditionConfig: ["notices"],
     Conditions: ["complete"],
-    masked_transformer: ["_num_masked"],
+    masked_transformer: ["_num_masked", "_plan"],
 }
 """What reads data, on the CPU."""
 EVERY_CONDITION = ["class", "text", "map", "vector"]
@@ -165,14 +166,20 @@ def test_an_autoregressive_prior_samples_without_waiting(name, weights, known, c
         assert (drawn.device.type, drawn.dtype, drawn.shape) == ("cuda", torch.long, (2, 16))
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
-def test_a_parallel_prior_samples_without_waiting(weights, codes):
-    settings = parse_config(PriorTrainingConfig, more("parallel of every condition", codes), "parallel")
-    form = prior_config(settings.model, settings.condition, settings.loss, CodeCache(codes))
-    sampling = SamplingConfig(guidance_scale=2.0, guidance_schedule="cosine", top_k=5, num_steps=4, weights=weights)
+@pytest.mark.parametrize("settings", [{"weights": "bfloat16", "top_k": 5}, {"num_steps": 3, "cell_choice": "halton"}])
+@pytest.mark.parametrize("name", [name for name in MORE if name != "masked, replaced codes"])
+def test_the_sampler_of_a_prior_never_waits(name, settings, codes, scaled_codes, monkeypatch):
+    monkeypatch.setattr(masked_transformer, "_plan", outside(masked_transformer._plan))
+    codes = scaled_codes if MORE[name]["model"]["type"].startswith("scale_") else codes
+    training = parse_config(PriorTrainingConfig, more(name, codes), name)
+    form = prior_config(training.model, training.condition, training.loss, CodeCache(codes))
+    known = form.model.sampling_settings - (set() if form.model.ranks_codes else {"top_k"})
+    settings = {"guidance_scale": 2.0, "guidance_schedule": "cosine", "top_p": 0.9} | settings
+    sampling = SamplingConfig(**{key: value for key, value in settings.items() if key in known})
     with fake_gpu():
         prior = Prior(form).to(GPU).eval()
         values = {key: value.to(GPU) for key, value in outside(prior.conditions.nothing)(2).items()}
         branches = Branches(join_contexts([prior.conditions(values, 2)] * 2), (2.0,))
-        drawn = prior.network.sample(branches, sampling, [0, 1], None, None)
-        assert (drawn.device.type, drawn.dtype, drawn.shape) == ("cuda", torch.long, (2, 16))
+        with without_waiting():
+            drawn = prior.network.sample(branches, sampling, [0, 1], None, None)
+        assert (drawn.device.type, drawn.dtype, drawn.shape) == ("cuda", torch.long, (2, math.prod(form.grid)))
