@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from stage2_prior.captured_step import FixedDecoder, sample_with_fixed_shapes
 from stage2_prior.code_head import CodeHead, Softmax, sample_codes
 from stage2_prior.jumps import Windows, sample_in_jumps
 from stage2_prior.network import OnProgress
@@ -88,6 +89,10 @@ class Autoregressive(nn.Module):
         """What predicts several cells at once, for exact jumps; None: there is no such thing."""
         return None
 
+    def fixed_decoder(self, context: Context, weights: Weights, codes: Tensor) -> "FixedDecoder | None":
+        """:meth:`continued` with fixed shapes, for a GPU; None: there is no such thing."""
+        return None
+
     @property
     def code_head(self) -> CodeHead:
         """What its predictions mean. By default they are logits."""
@@ -131,13 +136,17 @@ class Autoregressive(nn.Module):
         context = branches.context.in_order(self.order)
         noise = CodeNoise(seeds, sum(head.choices), self.order.device)
         codes = torch.full((len(seeds), len(self.order)), -1, device=self.order.device) if known is None else known
-        codes = codes[:, self.order]
-        if len(seeds) == 1 and (windows := self.window_decoder(context, sampling.weights)):
+        codes, on_gpu = codes[:, self.order], codes.device.type == "cuda"
+        if len(seeds) == 1 and not on_gpu and (windows := self.window_decoder(context, sampling.weights)):
             found = sample_in_jumps(windows, head, branches, noise, sampling, codes, on_progress)
         else:
             first = 0 if known is None else int((codes >= 0).all(0).cumprod(0).sum())
-            step = self.continued(context, sampling.weights, branches.repeat(codes[:, :first]))
-            found = sample_in_order(step, head, branches, noise, sampling, codes, on_progress, first)
+            start = context, sampling.weights, branches.repeat(codes[:, :first])
+            rest = head, branches, noise, sampling, codes, on_progress, first
+            if on_gpu and (fixed := self.fixed_decoder(*start)):
+                found = sample_with_fixed_shapes(fixed, *rest)
+            else:
+                found = sample_in_order(self.continued(*start), *rest)
         return found[:, self.order.argsort()]
 
 

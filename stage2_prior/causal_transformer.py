@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stage2_prior.autoregressive import Autoregressive, Order, Step, cell_order
+from stage2_prior.captured_step import FixedDecoder
 from stage2_prior.code_head import CodeHead
 from stage2_prior.digits import head_for_codes
 from stage2_prior.jumps import WINDOW, Windows
@@ -19,7 +20,7 @@ from stage2_prior.transformer import Block, FastTransformer, Transformer, Transf
 from twostage.core.conditions.context import Context, ContextForm
 from twostage.core.training.random import BatchRandom
 
-__all__ = ["CausalTransformer", "CausalTransformerConfig", "CausalTransformerDecoder"]
+__all__ = ["CausalTransformer", "CausalTransformerConfig", "CausalTransformerDecoder", "FixedTransformerDecoder"]
 
 
 class CausalTransformerConfig(TransformerConfig):
@@ -82,6 +83,9 @@ class CausalTransformer(Autoregressive, Transformer):
 
     def window_decoder(self, context: Context, weights: Weights) -> Windows:
         return CausalTransformerDecoder(self, context, weights)
+
+    def fixed_decoder(self, context: Context, weights: Weights, codes: Tensor) -> FixedDecoder:
+        return FixedTransformerDecoder(self, context, weights, codes)
 
     @torch.no_grad()
     def decoded_nats(self, codes: Tensor, context: Context, weights: Weights = "float32") -> Tensor:
@@ -206,3 +210,45 @@ class CausalTransformerDecoder(FastTransformer):
         if bias is None:
             bias = self.absent.new_zeros(len(self.absent), 1, cell + 1)
         return torch.cat([self.absent, bias], 2)
+
+
+class FixedTransformerDecoder(FastTransformer):
+    """A `FixedDecoder` after the ``codes`` (B, n) of the first n cells. Each cell attends to all up to an ``end``, of
+    which a mask hides the later ones. Rounded weights also round the keys and values that are kept."""
+
+    @torch.no_grad()
+    def __init__(self, model: CausalTransformer, context: Context, weights: Weights, codes: Tensor) -> None:
+        super().__init__(model, weights)
+        decoder = CausalTransformerDecoder(model, context, weights)
+        if codes.shape[1]:
+            decoder.read(codes)
+        self.places = places = decoder.places
+        self.base = decoder.added if model.positions is None else decoder.added + model.positions  # (B, N, D)
+        kept = torch.bfloat16 if weights == "bfloat16" else self.base.dtype
+        self.caches = [cache.to(kept) for cache in decoder.caches]
+        for cache in self.caches:
+            cache[:, :, :, places + codes.shape[1] :] = 0  # a mask does not hide NaN
+        self.biases = [None if bias is None else F.pad(bias, (places, 0)) for bias in self.biases]
+        self.numbers = torch.arange(model.cells, device=self.base.device)
+        present = decoder.present if places else None
+        self.present = self.numbers.new_ones(1, places, dtype=torch.bool) if present is None else present
+
+    @torch.no_grad()
+    def predict(self, cell: Tensor, before: Tensor, end: int) -> Tensor:
+        """See `FixedDecoder.predict`."""
+        x = self.base.index_select(1, cell)[:, 0] + self.model.code_embedding(before) * (cell > 0)  # (B, D)
+        visible = F.pad(self.present, (0, end), value=True)  # (1 or B, L + end)
+        visible[:, self.places :] = self.numbers[:end] <= cell
+        hidden = x.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)[:, None, None]
+        rotation = None if self.rotation is None else self.rotation.index_select(0, cell)
+        place, seen = cell + self.places, self.places + end
+        for block, cache, bias in zip(self.blocks, self.caches, self.biases, strict=True):
+            qkv = block.qkv(x)  # (B, 3, H, E)
+            if rotation is not None:
+                turn(qkv, rotation)
+            cache.index_copy_(3, place, qkv[:, 1:].transpose(0, 1).unsqueeze(3).to(cache.dtype))
+            mask = hidden if bias is None else hidden + bias.index_select(1, cell)[:, :, :seen]
+            query, (keys, values) = qkv[:, 0].unsqueeze(2).to(cache.dtype), cache[:, :, :, :seen]
+            attended = F.scaled_dot_product_attention(query, keys, values, mask.to(cache.dtype), scale=1.0)
+            x = block.finish(x, attended.flatten(1).to(x.dtype))
+        return self.predictions(x)

@@ -157,8 +157,8 @@ class MaskedTransformer(Transformer):
         known: Tensor | None = None,
         on_progress: OnProgress | None = None,
     ) -> Tensor:
-        """Codes (B, N), see `PriorNetwork.sample`. With guidance, all branches are predicted as one batch. A GPU is only
-        waited for to count the known codes."""
+        """Codes (B, N), see `PriorNetwork.sample`. With guidance, all branches are predicted as one batch. Only the
+        number of known codes makes the host wait for a GPU."""
         device = self.norm.weight.device
         steps = min(sampling.num_steps or self.config.default_steps(self.grid), self.cells)
         numbers = len(self.code_head.choices) + 1
@@ -229,8 +229,8 @@ class MaskedPredictor(FastTransformer):
 
     @torch.no_grad()
     def __call__(self, codes: Tensor, cells: Tensor) -> Tensor:
-        """See `Predict`. On a CPU, it skips images without masked codes and computes equal images once: in the first step
-        all images with the same conditions are equal. On a GPU, the host would have to wait to know them."""
+        """See `Predict`. On a CPU, it skips images without masked codes and computes equal images once: in the first
+        step all images with the same conditions are equal. For that, the host would have to wait for a GPU."""
         if self.kind is None:
             return self._predictions(codes, cells, None)
         masked = codes == self.mask_token_id

@@ -20,8 +20,8 @@ __all__ = [
     "CodeNoise",
     "choose",
     "filter_logits",
-    "gumbel_noise",
     "guidance_at",
+    "gumbel_noise",
     "image_seeds",
     "uniform_noise",
 ]

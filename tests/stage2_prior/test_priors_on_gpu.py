@@ -14,6 +14,7 @@ from fake_gpu import GPU, different_configs, fake_gpu, outside, take_one_step, w
 
 from stage2_prior import masked_transformer, train_prior
 from stage2_prior.autoregressive import sample_in_order
+from stage2_prior.captured_step import sample_with_fixed_shapes
 from stage2_prior.codes import CodeCache, Manifest
 from stage2_prior.prior import Prior, prior_config
 from stage2_prior.sampling import Branches, CodeNoise
@@ -158,11 +159,14 @@ def test_an_autoregressive_prior_samples_without_waiting(name, weights, known, c
         prior.check_sampling(sampling)
         head = prior.network.code_head
         grids = torch.zeros(2, 16, dtype=torch.long, device=GPU)
+        start = branches.context, weights, branches.repeat(grids[:, :known])
         with torch.no_grad():
-            step = prior.network.continued(branches.context, weights, branches.repeat(grids[:, :known]))
-            drawn = sample_in_order(
-                step, head, branches, CodeNoise([0, 1], sum(head.choices), GPU), sampling, grids, None, known
-            )
+            samplers = [(prior.network.continued(*start), sample_in_order)]
+            if fixed := prior.network.fixed_decoder(*start):
+                samplers.append((fixed, sample_with_fixed_shapes))
+            for step, sample in samplers:
+                noise = CodeNoise([0, 1], sum(head.choices), GPU)
+                drawn = sample(step, head, branches, noise, sampling, grids, None, known)
         assert (drawn.device.type, drawn.dtype, drawn.shape) == ("cuda", torch.long, (2, 16))
 
 
