@@ -33,10 +33,6 @@ __all__ = ["MultiScale", "MultiScaleConfig"]
 COMMITMENT = 0.25
 """The weight of the loss `commitment` for codes without a weight of their own."""
 
-PHI_SHARE = 0.1
-"""The share of the convolution in phi(x). The authors take 0.5; a smaller one keeps the large first steps of a training
-from mixing up the codes."""
-
 
 @BottleneckConfig.register
 class MultiScaleConfig(BottleneckConfig):
@@ -88,10 +84,11 @@ class MultiScaleConfig(BottleneckConfig):
 
 
 class MultiScale(Bottleneck):
-    """z is the sum over the scales of phi_s(codes, interpolated to h x w), with a convolution phi_s for each scale.
+    """z is the sum over the scales of the codes' vectors, interpolated to h x w.
 
     Scale s encodes the difference between the encoder's output and this sum so far, averaged down to its grid
-    (algorithm 1 of the paper).
+    (algorithm 1 of the paper). The authors add a convolution after each interpolation. We do not: with grids as small
+    as ours, it made reconstructions worse (docs/results.md).
     """
 
     ema_scale_counts: Tensor
@@ -108,18 +105,17 @@ class MultiScale(Bottleneck):
         self.starts_from_data = quantizer.starts_from_data
         self.down = nn.ModuleList(Resize((grid[0], grid[1]), scale) for scale in self.scales)
         self.up = nn.ModuleList(Resize(scale, (grid[0], grid[1])) for scale in self.scales)
-        self.convolutions = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in self.scales)
-        for weight in self.convolutions.parameters():  # phi(x) = x before training: random kernels would mix up codes
-            nn.init.dirac_(weight)
         counts = torch.ones(len(self.scales), self.codebook_size)
         self.register_buffer("ema_scale_counts", counts)
         self.register_buffer("pending_scale_counts", torch.zeros_like(counts), persistent=False)
 
     def forward(self, encoded: Tensor, labels: Tensor | None, random: BatchRandom) -> BottleneckOutput:
         """Quantizes (B, C, h, w). The gradient reaches the encoder as if z were its output. The losses compare the
-        encoder's output with the sum after each scale, as a mean over the scales (as the authors' code does): `sums`
-        trains the convolutions and, unless the codebook is `ema`, the codes; `commitment` trains the encoder. With the
-        last sum alone, the encoder's output grew without bound in some runs."""
+        encoder's output with the sum after each scale, both averaged down to the grid of the scale, so that no loss
+        asks a coarse scale for details. Each is the sum over the scales: `commitment` (weighted) trains the encoder
+        and, unless the codebook is `ema`, `codebook` trains the codes. With the last sum alone, the encoder's output
+        grew without bound in some runs."""
+        codes = self.config.codes
         with torch.autocast(encoded.device.type, enabled=False):
             encoded = encoded.float()
             lefts, grids, sums = self._quantize(encoded)
@@ -128,12 +124,14 @@ class MultiScale(Bottleneck):
             metrics = self.quantizer(row, labels, random).metrics
             if self.training:
                 self._count(grids)
-            target, weight = encoded.detach(), getattr(self.config.codes, "commitment_weight", COMMITMENT)
-            errors = torch.stack([F.mse_loss(total, target) for total in sums])
-            commitment = torch.stack([F.mse_loss(encoded, total.detach()) for total in sums])
-            losses = {"sums": errors.mean(), "commitment": weight * commitment.mean()}
+            pairs = [(down(encoded), down(total)) for down, total in zip(self.down, sums, strict=True)]
+            commitment = torch.stack([F.mse_loss(mine, total.detach()) for mine, total in pairs]).sum()
+            losses = {"commitment": getattr(codes, "commitment_weight", COMMITMENT) * commitment}
+            if isinstance(codes, VectorConfig) and codes.codebook != "ema":
+                losses["codebook"] = torch.stack([F.mse_loss(total, mine.detach()) for mine, total in pairs]).sum()
+            errors = [F.mse_loss(total, encoded).detach() for total in sums]
             z = pass_gradient(encoded, sums[-1].detach())
-        for scale, error, counts in zip(self.scales, errors.detach(), self.ema_scale_counts, strict=True):
+        for scale, error, counts in zip(self.scales, errors, self.ema_scale_counts, strict=True):
             name = describe_grids(scale)
             metrics[f"error_{name}"] = error
             metrics[f"perplexity_{name}"] = torch.special.entr(counts / counts.sum()).sum().exp()
@@ -148,7 +146,7 @@ class MultiScale(Bottleneck):
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes (B, 1, N) -> z (B, C, h, w)."""
         grids = split_scales(indices[:, 0], self.scales)
-        parts = [self._part(scale, self.quantizer.lookup(grid)) for scale, grid in enumerate(grids)]
+        parts = [up(self.quantizer.lookup(grid)) for up, grid in zip(self.up, grids, strict=True)]
         return torch.stack(parts).sum(0)
 
     def codebook_numbers(self, width: int) -> Tensor:
@@ -159,19 +157,14 @@ class MultiScale(Bottleneck):
         (B, C, h, w)."""
         lefts, grids, sums = [], [], []
         total = torch.zeros_like(encoded)
-        for scale, down in enumerate(self.down):
+        for down, up in zip(self.down, self.up, strict=True):
             lefts.append(down((encoded - total).detach()))
             latent = self.quantizer.encode(lefts[-1])
             assert latent.indices is not None
-            total = total + self._part(scale, latent.z)
+            total = total + up(latent.z)
             grids.append(latent.indices)
             sums.append(total)
         return lefts, grids, sums
-
-    def _part(self, scale: int, vectors: Tensor) -> Tensor:
-        """What vectors (B, C, h_s, w_s) add to z: phi of the interpolated vectors."""
-        x = self.up[scale](vectors)
-        return torch.lerp(x, self.convolutions[scale](x), PHI_SHARE)
 
     @torch.no_grad()
     def initialize(self, encoded: Tensor, generator: torch.Generator) -> None:
