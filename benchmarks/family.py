@@ -121,7 +121,7 @@ def tokenizers(images: ImageSet) -> dict[str, list[str]]:
     def bottleneck(settings: str, channels: int | None = None) -> list[str]:
         return [f"model.bottleneck={{{settings}}}", *([f"model.latent_channels={channels}"] if channels else [])]
 
-    of_scales = f"{{type: vector, codebook_size: {size(sum(side**2 for side in sides))}}}"
+    of_scales = f"{{type: vector, codebook_size: {size(sum(side**2 for side in sides))}, commitment_weight: 1.0}}"
     return {
         BASE: [],
         "vector, learned": ["model.bottleneck.codebook=learned"],
