@@ -28,14 +28,19 @@ __all__ = ["CodebookConfig", "LearnedCodebookConfig", "VectorConfig", "VectorQua
 
 MAX_CANDIDATES = 1024
 
+TRIAL = 2.0
+"""A restarted code has this multiple of the count below which it is dead: without use it restarts again after
+ln(TRIAL) / (1 - ema_decay) updates."""
+
 
 class LearnedCodebookConfig(BottleneckConfig):
     """A codebook of ``codebook_size`` vectors, which the optimizer trains."""
 
     codebook_size: Annotated[int, Field(strict=True, ge=2, le=2**31 - 1)] = 512
     """The number of codes. On disk a code takes 16 bits up to 65,536 codes, 32 bits above."""
-    ema_decay: Share = 0.99
-    """Decay of the codes' statistics: their usage and, with `codebook: ema`, the codes themselves."""
+    ema_decay: Share = 0.95
+    """Decay of the counts of the codes' usage. The optimizer moves codes slowly, so the encoder may leave some behind;
+    a lower decay notices it sooner."""
     revive_below: Share = 0.05
     """A code used less than this share of the average moves onto a vector of the current batch; 0: never."""
 
@@ -47,6 +52,8 @@ class CodebookConfig(LearnedCodebookConfig):
     """How codes are updated. `ema`: by a moving average of the vectors that chose them. `learned`: by the optimizer.
     `simvq`: by the optimizer, through one linear map of fixed random codes, so that all codes move (SimVQ, Zhu et al.
     2024, arXiv 2411.02038)."""
+    ema_decay: Share = 0.99
+    """Decay of the codes' statistics: their usage and, with `codebook: ema`, the codes themselves."""
     gradient: GradientRule = "straight_through"
     """How the decoder's gradient reaches the encoder: unchanged, or rotated with the vector (the rotation trick)."""
     commitment_weight: Number = Field(default=0.25, ge=0)
@@ -84,6 +91,7 @@ class VectorQuantizer(Quantizer):
     ema_sums: Tensor
     pending_sums: Tensor
     pending_candidates: Tensor
+    restarted: Tensor
     starts_from_data = True
 
     def __init__(self, config: LearnedCodebookConfig, latent_channels: int) -> None:
@@ -102,6 +110,8 @@ class VectorQuantizer(Quantizer):
         if self.kind == "ema":
             self.register_buffer("ema_sums", codes.clone())
             self.register_buffer("pending_sums", torch.zeros(size, dim), persistent=False)
+        # The codes that the last update has restarted: see `restart_like`.
+        self.register_buffer("restarted", torch.zeros(size, dtype=torch.bool), persistent=False)
         candidates = min(size, MAX_CANDIDATES)
         self.register_buffer("pending_candidates", torch.zeros(candidates, dim), persistent=False)
 
@@ -175,7 +185,8 @@ class VectorQuantizer(Quantizer):
         """Applies the statistics collected since the last call.
 
         Counts and sums decay by ``ema_decay`` (appendix A.1 of the paper; Laplace smoothing as in sonnet). A dead code
-        moves onto a vector of the batch and gets fresh statistics, because the old ones would move it back.
+        restarts: it moves onto a vector of the batch and gets fresh statistics, because the old ones would move it
+        back. If the vectors leave it behind, it soon restarts again.
         """
         super().update_codebook(reduce_sum)
         size, total = self.codebook_size, self.ema_counts.sum()
@@ -189,9 +200,21 @@ class VectorQuantizer(Quantizer):
         dead = self.ema_counts < self.config.revive_below * average
         fresh = candidates[torch.arange(size, device=candidates.device) % len(candidates)]
         dead &= fresh.any(1)  # a candidate of zeros comes from a skipped batch
-        self._place(fresh, dead, average)
-        self.ema_counts.copy_(torch.where(dead, average, self.ema_counts))
+        start = TRIAL * self.config.revive_below * average
+        self._place(fresh, dead, start)
+        self.ema_counts.copy_(torch.where(dead, start, self.ema_counts))
+        self.restarted.copy_(dead)
         self.pending_candidates.zero_()
+
+    @torch.no_grad()
+    def restart_like(self, current: "VectorQuantizer") -> None:
+        """Restarts the codes that the last update of ``current`` has restarted, at the same places.
+
+        A copy with averaged weights calls it before it averages: halfway between a code's old and new place there may
+        be no vectors.
+        """
+        if self.kind != "ema":
+            self._place(current.codes(), current.restarted, self.ema_counts[0])
 
     def _place(self, vectors: Tensor, where: Tensor, count: Tensor) -> None:
         """Moves the codes marked in ``where`` (K,) onto ``vectors`` (K, D), each as if chosen ``count`` times."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from messages import refuses
-from torch import Tensor
+from torch import Tensor, nn
 
 from stage1_tokenizer.autoencoder_config import ModelConfig
 from stage1_tokenizer.binary_spherical import BinarySpherical, BinarySphericalConfig
@@ -23,6 +23,7 @@ from stage1_tokenizer.projected_codebook import ProjectedCodebook, ProjectedCode
 from stage1_tokenizer.residual_quantizer import ResidualConfig, ResidualQuantizer
 from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
 from twostage.core.config.sections import parse_config
+from twostage.core.training.optimizer import AveragedCopy
 from twostage.core.training.random import BatchRandom
 
 
@@ -184,6 +185,7 @@ def test_simvq_starts_on_the_data_under_any_map():
 
 @pytest.mark.parametrize("name", [*CODEBOOKS, *LATER_CODEBOOKS, "product"])
 def test_every_codebook_recovers_from_identical_distant_codes(name, whole_batch):
+    """With vectors that drift away from the codes, as an encoder's do; measured with averaged weights."""
     quantizer = build(name, size=32, ema_decay=0.95)
     levels = [each for each in quantizer.modules() if isinstance(each, VectorQuantizer)]
     far = torch.tensor([[100.0, 90.0, 80.0, 70.0]])
@@ -194,11 +196,13 @@ def test_every_codebook_recovers_from_identical_distant_codes(name, whole_batch)
     clusters = 3 * torch.randn(32, 4, generator=generator())
 
     def data(seed: int) -> Tensor:
-        members = clusters[torch.randint(32, (32, 2, 3), generator=generator(seed))]
+        members = (1 + seed / 1000) * clusters[torch.randint(32, (32, 2, 3), generator=generator(seed))]
         return (members + 0.3 * torch.randn(members.shape, generator=generator(seed))).movedim(-1, 1)
 
     assert len(levels[0].encode(data(0)[:, : levels[0].encoded_channels]).indices.unique()) == 1
     optimizer = torch.optim.Adam(quantizer.parameters(), lr=1e-3) if list(quantizer.parameters()) else None
+    tokenizer = nn.ModuleList([quantizer, nn.Linear(1, 1)])  # torch averages no model without parameters
+    averaged = AveragedCopy(tokenizer, 0.999)
     for seed in range(1, 400):
         output = quantizer(data(seed), None, whole_batch(32, seed))
         if optimizer:
@@ -206,9 +210,34 @@ def test_every_codebook_recovers_from_identical_distant_codes(name, whole_batch)
             (F.mse_loss(output.z, data(seed)) + sum(output.losses.values())).backward()
             optimizer.step()
         quantizer.update_codebook(alone)
-    codes = torch.cat([quantizer.encode(data(seed)).indices.flatten(1) for seed in range(400, 410)])
+        averaged.update_parameters(tokenizer)
+    codes = torch.cat([averaged.module[0].encode(data(seed)).indices.flatten(1) for seed in range(400, 410)])
     used = [len(codes[:, level :: len(levels)].unique()) for level in range(len(levels))]
     assert min(used) > 0.9 * 32
+
+
+@pytest.mark.parametrize("name", ["learned", "simvq", "diveq", "projected"])
+def test_a_code_restarts_in_the_averaged_weights_too(name, whole_batch):
+    quantizer = build(name, size=8, ema_decay=0.5, revive_below=0.2)
+    averaged = AveragedCopy(quantizer, 0.999)
+    averaged.update_parameters(quantizer)
+    with torch.no_grad():
+        quantizer.codebook[0] = 1e3
+        quantizer.codebook[1:] += 0.1
+    for step in range(4):
+        quantizer(encodings(8), None, whole_batch(8, step))
+        quantizer.update_codebook(alone)
+        if quantizer.restarted[0]:
+            break
+    assert quantizer.restarted[0]
+    before = averaged.module.codes().clone()
+    averaged.update_parameters(quantizer)
+    moved, codes, averages = quantizer.restarted, quantizer.codes(), averaged.module.codes()
+    torch.testing.assert_close(averages[moved], codes[moved])
+    assert codes[moved].abs().max() < 10
+    if name not in ("simvq", "projected"):  # theirs are buffers, which are copied
+        assert not torch.equal(averages[~moved], codes[~moved])
+        torch.testing.assert_close(averages[~moved], (before + 0.1 * 9 / 11)[~moved], atol=0.05, rtol=0)
 
 
 # --- finite scalar --------------------------------------------------------------------------------------------------

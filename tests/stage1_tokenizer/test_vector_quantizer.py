@@ -270,16 +270,16 @@ def test_a_dead_code_moves_onto_a_vector_of_the_batch_and_stays_alive(codebook, 
     vectors = as_vectors(encodings())
     quantizer(encodings(), None, whole_batch(8))
     quantizer.update_codebook(alone)
-    revived, average = quantizer.codebook[0].detach().clone(), quantizer.ema_counts[0].item()
+    revived, count = quantizer.codebook[0].detach().clone(), quantizer.ema_counts[0].item()
     assert (vectors == revived).all(1).any()
-    assert average == pytest.approx((6 + len(vectors)) / 2 / 6)  # as used as the codes are on average
+    assert count == pytest.approx(2 * 0.2 * (6 + len(vectors)) / 2 / 6)  # twice the count below which a code is dead
 
     indices = quantizer(encodings(), None, whole_batch(8, seed=1)).indices
     quantizer.update_codebook(alone)
     chosen = vectors[indices.flatten() == 0]
     assert len(chosen)
-    assert quantizer.ema_counts[0] == pytest.approx(0.5 * average + 0.5 * len(chosen))
-    moved = (average * revived + chosen.sum(0)) / (average + len(chosen))
+    assert quantizer.ema_counts[0] == pytest.approx(0.5 * count + 0.5 * len(chosen))
+    moved = (count * revived + chosen.sum(0)) / (count + len(chosen))
     torch.testing.assert_close(quantizer.codebook[0], moved if codebook == "ema" else revived, rtol=1e-4, atol=1e-4)
 
 

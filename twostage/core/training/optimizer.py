@@ -1,7 +1,7 @@
 """A network together with its optimizer and the average of its weights; its gradients are checked and clipped."""
 
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +17,7 @@ from twostage.core.training.eager_adamw import EagerAdamW
 from twostage.core.training.muon import Muon, hidden_matrices
 from twostage.core.training.train_config import TrainConfig
 
-__all__ = ["FUSED_DEVICES", "AveragedCopy", "TrainedNetwork", "check_gradient", "make_optimizer"]
+__all__ = ["FUSED_DEVICES", "AveragedCopy", "Restarting", "TrainedNetwork", "check_gradient", "make_optimizer"]
 
 FUSED_DEVICES = ("cpu", "cuda")
 """Devices whose optimizer updates all weights at once, and can skip an update by a flag on the device."""
@@ -84,9 +84,17 @@ def check_gradient(net: nn.Module, optimizer: Optimizer, accelerator: Accelerato
     return norm
 
 
+@runtime_checkable
+class Restarting(Protocol):
+    """A module that sometimes replaces weights by unrelated ones, so that an average of both would be neither."""
+
+    def restart_like(self, current: Any) -> None:
+        """Replaces the weights that the last update of ``current``, the same module, has replaced."""
+
+
 class AveragedCopy(AveragedModel, Generic[ModuleT]):
     """A copy of a model, ``module``, with the moving average (EMA) of its weights. Call ``update_parameters(model)``
-    after each update; buffers are copied.
+    after each update; buffers are copied, and a :class:`Restarting` module restarts with the model's.
 
     The decay warms up as (1 + t) / (10 + t) until it reaches ``decay`` (as TensorFlow's ExponentialMovingAverage does),
     so that the first weights do not hold back a short run.
@@ -97,6 +105,14 @@ class AveragedCopy(AveragedModel, Generic[ModuleT]):
     def __init__(self, model: ModuleT, decay: float) -> None:
         super().__init__(model, multi_avg_fn=self._average)
         self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Averages in the weights of ``model``."""
+        for averaged, current in zip(self.module.modules(), model.modules(), strict=True):
+            if isinstance(averaged, Restarting):
+                averaged.restart_like(current)
+        super().update_parameters(model)
 
     @torch.no_grad()
     def _average(self, weights: Any, current: Any, num_averaged: Tensor | int) -> None:
