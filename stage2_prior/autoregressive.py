@@ -175,7 +175,7 @@ def sample_in_order(
     Returns:
         (B, N) int64.
     """
-    codes = known.clone()
+    codes, unknown = known.clone(), known < 0
     images, cells = codes.shape
     noise.skip(first)
     for cell in range(first, cells):
@@ -183,7 +183,7 @@ def sample_in_order(
         predictions = step(None if before is None else branches.repeat(before))
         share = guidance_at(cell, cells, sampling)
         sampled = sample_codes(head, predictions, branches, share, sampling, noise.next(1)[:, 0])
-        codes[:, cell] = torch.where(codes[:, cell] < 0, sampled, codes[:, cell])
+        codes[:, cell] = torch.where(unknown[:, cell], sampled, known[:, cell])
         if on_progress:
             on_progress(images)
     return codes

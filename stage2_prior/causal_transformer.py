@@ -121,7 +121,7 @@ class CausalTransformerDecoder(FastTransformer):
             for block, cache in zip(self.blocks, self.caches, strict=True):
                 if (keys_values := block.sequence_kv(context.sequence)) is not None:
                     cache[:, :, :, : self.places] = keys_values
-        # The same memory in the shapes of the products: keys (B H, E, N), values (B H, N, E).
+        # The same memory in the shapes of the products: keys (B H, E, L + N), values (B H, L + N, E).
         self.keys = [cache[0].flatten(0, 1).transpose(1, 2) for cache in self.caches]
         self.values = [cache[1].flatten(0, 1) for cache in self.caches]
 
@@ -137,9 +137,9 @@ class CausalTransformerDecoder(FastTransformer):
         """Reads the codes (B, n) of the first n cells in one pass; then :meth:`step` predicts the cell after them."""
         count = self.cell = codes.shape[1]
         x = self._embedded(0, F.pad(codes[:, :-1], (1, 0))).flatten(0, 1)  # (B n, D)
-        later = x.new_full((count, count), -torch.inf).triu(1)
+        later, here = x.new_full((count, count), -torch.inf).triu(1), slice(0, count)
         for number, block in enumerate(self.blocks):
-            qkv = self._cached(number, block.qkv(x), 0, count)
+            qkv = self._cached(number, block.qkv(x), here, self._rotation(here))
             if block is self.blocks[-1]:  # only its keys and values are needed
                 return
             bias = self.biases[number]
@@ -153,14 +153,16 @@ class CausalTransformerDecoder(FastTransformer):
     def begin(self, cell: int) -> int:
         return min(cell, self.model.cells - self.size)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def predict(self, first: int, before: Tensor) -> Tensor:
         """Predictions (B, W, P) of the cells from ``first`` on, given the codes (B, W) before each of them. What it
         writes to the caches for uncertain cells is written again when they are predicted again."""
-        x = self._embedded(first, before).flatten(0, 1)
+        x, here = self._embedded(first, before).flatten(0, 1), slice(first, first + before.shape[1])
+        rotation = self._rotation(here)
         for number, block in enumerate(self.blocks):
-            x = block.finish(x, self._attend(number, block.qkv(x), first, before.shape[1]))
-        return self.predictions(x).unflatten(0, before.shape)
+            qkv = self._cached(number, block.qkv(x), here, rotation)
+            x = block.finish(x, self._attend(number, qkv, first))
+        return self.predictions(x).view(*before.shape, -1)
 
     def _embedded(self, first: int, before: Tensor) -> Tensor:
         """The input of the first block at the cells from ``first`` on, for the codes (B, W) before them: (B, W, D)."""
@@ -173,43 +175,40 @@ class CausalTransformerDecoder(FastTransformer):
             embedded[:, 0] = 0  # the first cell sees only the conditions
         return x + embedded
 
-    def _cached(self, number: int, qkv: Tensor, first: int, count: int) -> Tensor:
-        """Writes the keys and values of ``count`` cells, (B W, 3, H, E), to the block's cache; returns (B, W, 3, H, E),
+    def _rotation(self, cells: slice) -> Tensor | None:
+        return None if self.rotation is None else self.rotation[cells, None, None]
+
+    def _cached(self, number: int, qkv: Tensor, cells: slice, rotation: Tensor | None) -> Tensor:
+        """Writes the keys and values of these cells, (B W, 3, H, E), to the block's cache; returns (B, W, 3, H, E),
         rotated."""
-        qkv = qkv.unflatten(0, (-1, count))
-        if self.rotation is not None:
-            turn(qkv, self.rotation[first : first + count, None, None])
-        start = self.places + first
-        self.caches[number][:, :, :, start : start + count] = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
+        qkv = qkv.view(self.added.shape[0], -1, *qkv.shape[1:])
+        if rotation is not None:
+            turn(qkv, rotation)
+        written = self.caches[number][:, :, :, self.places + cells.start : self.places + cells.stop]
+        written.copy_(qkv[:, :, 1:].permute(2, 0, 3, 1, 4))
         return qkv
 
-    def _attend(self, number: int, qkv: Tensor, first: int, count: int) -> Tensor:
-        """Writes the keys and values of ``count`` cells to the block's cache. Each attends to itself and all before it.
+    def _attend(self, number: int, qkv: Tensor, first: int) -> Tensor:
+        """Each of the cells from ``first`` on attends to itself and all before it: (B, W, 3, H, E) -> (B W, D).
 
-        Takes (B W, 3, H, E), returns (B W, D). In float32 on a CPU, two products for each cell are faster than torch's
-        fused kernel, if the query is a row: with the keys on the left they take four times as long.
+        In float32 on a CPU, two products for each cell are faster than torch's fused kernel, if the query is a row:
+        with the keys on the left they take four times as long.
         """
-        qkv = self._cached(number, qkv, first, count)
-        keys, values, attended = self.keys[number], self.values[number], []
-        for cell in range(first, first + count):
-            seen, query = self.places + cell + 1, qkv[:, cell - first, 0].reshape(len(keys), 1, -1)
-            added = self._added_scores(number, cell)
-            scores = keys[:, :, :seen]  # (B H, E, n)
-            scores = torch.bmm(query, scores) if added is None else torch.baddbmm(added, query, scores)
-            attended.append(torch.bmm(scores.softmax(-1), values[:, :seen]).view(len(qkv), -1))
-        return torch.stack(attended, 1).flatten(0, 1)
-
-    def _added_scores(self, number: int, cell: int) -> Tensor | None:
-        """What is added to a block's scores of a cell, (B H, 1, L + cell + 1), if anything."""
-        bias = self.biases[number]
-        if bias is not None:
-            bias = bias[:, cell : cell + 1, : cell + 1]
-            bias = bias if len(self.added) == 1 else bias.repeat(len(self.added), 1, 1)
-        if self.absent is None:
-            return bias
-        if bias is None:
-            bias = self.absent.new_zeros(len(self.absent), 1, cell + 1)
-        return torch.cat([self.absent, bias], 2)
+        images, count = qkv.shape[:2]
+        keys, values, bias = self.keys[number], self.values[number], self.biases[number]
+        queries = qkv[:, :, 0].transpose(0, 1).reshape(count, keys.shape[0], 1, -1)  # (W, B H, 1, E)
+        attended = qkv.new_empty(queries.shape)
+        rows = [None] * count if bias is None else bias[:, first : first + count].unbind(1)  # each (H, N)
+        cells = zip(range(first, first + count), queries.unbind(), rows, attended.unbind(), strict=True)
+        for cell, query, row, result in cells:
+            seen = self.places + cell + 1
+            scores = torch.bmm(query, keys.narrow(2, 0, seen))  # (B H, 1, L + n)
+            if self.absent is not None:
+                scores[:, :, : self.places].add_(self.absent)
+            if row is not None:
+                scores.view(images, -1, seen)[:, :, self.places :].add_(row.narrow(1, 0, cell + 1))
+            torch.bmm(scores.softmax(-1), values.narrow(1, 0, seen), out=result)
+        return attended.view(count, images, -1).transpose(0, 1).flatten(0, 1)
 
 
 class FixedTransformerDecoder(FastTransformer):

@@ -83,7 +83,7 @@ def sample_codes(
         share: how far guidance has grown, see `guidance_at`; a number, or (R, 1).
         noise: Gumbel noise for each value of each choice, (R, sum of the choices).
     """
-    of_choices = noise.split(head.choices, -1)
+    of_choices = noise.split_with_sizes(head.choices, -1)
 
     def pick(logits: Tensor, choice: int) -> Tensor:
         logits = filter_logits(branches.combine(logits, share), sampling)

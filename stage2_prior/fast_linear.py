@@ -125,13 +125,14 @@ def _int8(weight: Tensor, bias: Tensor | None, gelu: bool) -> Linear:
         warnings.simplefilter("ignore", UserWarning)
         quantized = torch.quantize_per_channel(weight, scales, torch.zeros(len(scales)).long(), 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(quantized, None)
-    offset = weight.new_zeros(()) if bias is None else bias
 
     def multiply(x: Tensor, added: Tensor | None = None) -> Tensor:
-        largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_(min=1e-30)  # (R, 1)
-        y = torch.addcmul(offset, quantized_product(x / largest, 1 / LEVELS, LEVELS + 1, packed), largest)
-        y = _activated(y, gelu)
-        return y if added is None else added + y
+        # For many rows, `vector_norm` and `addcmul` would take several times as long. A row of zeros becomes NaN here,
+        # which is some integer in the product, and then zero again.
+        largest = x.abs().amax(1, keepdim=True)  # (R, 1)
+        y = quantized_product(x / largest, 1 / LEVELS, LEVELS + 1, packed).mul_(largest)
+        y = _activated(y if bias is None else y.add_(bias), gelu)
+        return y if added is None else y.add_(added)
 
     return multiply
 

@@ -56,22 +56,23 @@ def sample_in_jumps(
         windows: predicts for all n ``branches`` at once.
         known: (1, N) int64: codes to keep, -1 where a code is to be sampled.
     """
-    cells, size = known.shape[1], windows.size
+    cells, size, unknown = known.shape[1], windows.size, known[0] < 0
     guesses = torch.cat([known.new_zeros(1), known[0].clamp(min=0)])  # guesses[i + 1] is that of cell i
     ahead = noise.next(size)[0]  # of the cells in the window, a row each
+    guidance = torch.tensor([guidance_at(i, cells, sampling) for i in range(cells)], device=known.device)[:, None]
     cell, begin = 0, 0
     while cell < cells:
         here = slice(begin, begin + size)
         predictions = windows.predict(begin, branches.repeat(guesses[None, here]))
-        shares = torch.tensor([guidance_at(i, cells, sampling) for i in range(begin, begin + size)])
-        shares = shares[:, None].to(predictions)
+        shares = guidance[here].to(predictions.dtype)
         drawn = sample_codes(head, predictions.flatten(0, 1), branches, shares, sampling, ahead)
-        drawn = torch.where(known[0, here] < 0, drawn, known[0, here])
-        wrong = (drawn != guesses[begin + 1 : begin + 1 + size])[cell - begin :].nonzero()
-        right = cell + int(wrong[0]) + 1 if len(wrong) else begin + size  # the first cell that is not certain
+        drawn = torch.where(unknown[here], drawn, known[0, here])
+        is_right = (drawn == guesses[begin + 1 : begin + 1 + size])[cell - begin :].tolist()
+        # The first cell that is not certain. A wrong guess has only right ones before it, so its code is right now.
+        right = cell + is_right.index(False) + 1 if False in is_right else begin + size
         guesses[begin + 1 : begin + 1 + size] = drawn
         if on_progress:
-            on_progress(int((known[0, cell:right] < 0).sum()))
+            on_progress(int(unknown[cell:right].sum()))
         cell = right
         if cell < cells and (moved := windows.begin(cell) - begin):
             entering = noise.next(moved)[0]
@@ -80,5 +81,5 @@ def sample_in_jumps(
             last = predictions[:, -1:].expand(-1, moved, -1).flatten(0, 1)
             guess = sample_codes(head, last, branches, shares[-1:], sampling, entering)
             there = slice(begin + size - moved, begin + size)
-            guesses[1:][there] = torch.where(known[0, there] < 0, guess, known[0, there])
+            guesses[1:][there] = torch.where(unknown[there], guess, known[0, there])
     return guesses[None, 1:]

@@ -141,6 +141,8 @@ class Branches:
         plus scale x difference. With several conditions the differences are added up (Brooks et al. 2022, arXiv
         2211.09800, equation 3).
         """
+        if self.count == 1:
+            return logits
         parts = logits.chunk(self.count)
         total = parts[-1]
         for scale, more, fewer in zip(self.scales[::-1], parts[-2::-1], parts[:0:-1], strict=True):
@@ -164,7 +166,8 @@ def guidance_at(step: int, steps: int, sampling: SamplingConfig) -> float:
 
 def filter_logits(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     """Applies temperature, then top-k (at most K), then top-p to logits (..., K). Excluded codes become -inf."""
-    logits = logits / sampling.temperature
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
     if sampling.top_k is not None:
         likely = logits.topk(sampling.top_k, dim=-1).indices  # exactly k, even if others tie with the last one
         logits = torch.full_like(logits, -torch.inf).scatter(-1, likely, logits.gather(-1, likely))

