@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/twostage encode $(DEMO)/tokenizer --out $(DEMO)/codes
 	$(BIN)/twostage train-prior configs/prior/gpt_shapes.yaml codes=$(DEMO)/codes run.dir=$(DEMO)/prior $(DEMO_OPTIONS)
 	$(BIN)/twostage reconstruct $(DEMO)/tokenizer --out $(DEMO)/reconstructions.png
-	$(BIN)/twostage generate $(DEMO)/prior --num-images 64 --guidance-scale 1.5 --temperature 0.9 --out $(DEMO)/generated
+	$(BIN)/twostage generate $(DEMO)/prior --num-images 64 --guidance-scale 1.75 --temperature 0.6 --out $(DEMO)/generated
 	@echo "Look at $(DEMO)/: reconstructions.png, generated/grid.png, tokenizer/losses.png, prior/losses.png"
 
 # From nothing to images by caption; the results are in runs/demo_text/.
