@@ -101,6 +101,7 @@ COLUMNS = {
     "psnr": "PSNR, dB",
     "perplexity": "perplexity",
     "nats": "nats per image",
+    "bits_per_dim": "bits per dimension",
     "accuracy": "class accuracy",
     "distance": "Frechet distance",
     "per_s_1": "images/s, batch 1",
@@ -248,11 +249,15 @@ class Runs:
             json.loads(run.with_name(f"{run.name}_plan.json").read_text(encoding="utf-8")) for run in (tokenizer, prior)
         ]
         sampled = json.loads((prior / SAMPLED).read_text(encoding="utf-8"))
+        config = load_config(TokenizerConfig, _file("tokenizer", self.images.tokenizer))
+        values, nats = config.data.channels * math.prod(config.data.size), second["loss"] * sampled["codes"]
+        of_pixel = nats_per_value(config.loss.reconstruction, first["reconstruction"])
         return {
             "steps": [plan["steps"] for plan in plans],
             "psnr": first["psnr"],
             "perplexity": first["perplexity"],
-            "nats": second["loss"] * sampled["codes"],
+            "nats": nats,
+            "bits_per_dim": (of_pixel + nats / values) / math.log(2),
             "memory": plans[1]["bytes"] / 2**20,
             **sampled,
         }
@@ -301,6 +306,14 @@ def judge_samples(pipeline: TwoStagePipeline, judge: Judge, training: Tensor) ->
 # --- the results -----------------------------------------------------------------------------------------------------
 
 
+def nats_per_value(reconstruction: str, error: float) -> float:
+    """-log p(a value of an image | its codes) for a mean reconstruction loss. Gaussian and Laplace have the most likely
+    scale; their density is over [-1, 1], so the width of a grey level is added."""
+    level = math.log(2 / 255)
+    densities = {"l2": math.log(2 * math.pi * math.e * error) / 2, "l1": math.log(2 * math.e * error)}
+    return error if reconstruction == "bce" else densities[reconstruction] - level
+
+
 def over_seeds(name: str, prior: str, rows: list[Row]) -> Row:
     """One row of the table: means over the seeds, and their range where there are several."""
 
@@ -311,7 +324,7 @@ def over_seeds(name: str, prior: str, rows: list[Row]) -> Row:
 
     row = {key: shown(key) for key in COLUMNS if key in rows[0] and key != "steps"}
     if rows[0]["bound"]:
-        row["nats"] = f"at most {row['nats']}"
+        row |= {key: f"at most {row[key]}" for key in ("nats", "bits_per_dim")}
     return {"name": name, "prior": prior, "steps": " / ".join(f"{each:,}" for each in rows[0]["steps"])} | row
 
 
@@ -329,9 +342,10 @@ TEXT = """## The family on {title}
 
 Written by `python -m benchmarks.family`, on {machine}. {device} Every tokenizer has {first:g} minutes of processor
 time, and every prior {second:g} on codes of up to {train:,} images. PSNR and perplexity are those of all held-out
-images. Nats are the cost of the codes of up to {test:,} of them: they compare priors over the same codes, and
-tokenizers only together with their PSNR. {samples:,} samples are drawn with guidance {guidance:g} and judged by
-{judge}, whose distances are not FIDs. Images per second count the processor time of all threads. {seeds}
+images. Nats are the cost of the codes of up to {test:,} of them, and compare priors over the same codes. Bits per
+dimension add the cost of the pixels given the codes, so they compare all rows. {samples:,} samples are drawn with
+guidance {guidance:g} and judged by {judge}, whose distances are not FIDs. Images per second count the processor
+time of all threads. {seeds}
 
 {table}
 
