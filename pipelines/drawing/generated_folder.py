@@ -19,6 +19,7 @@ from twostage.core.config.sections import describe_differences
 from twostage.core.errors import InputError
 from twostage.core.files import read_json, write_json
 from twostage.core.images.sheets import class_sheet, prompt_sheet, save_image
+from twostage.core.machine.overlap import BackgroundWriter
 from twostage.core.machine.processes import join_processes
 from twostage.core.machine.progress import ProgressBar
 from twostage.core.runs.model_folder import check_format, hash_tensors
@@ -76,12 +77,13 @@ def generate_folder(sampler: ImageSampler, request: GenerateRequest, out: Path) 
     wanted, mine = sum(map(len, parts)), parts[state.process_index :: state.num_processes]
     # The bar shows all processes together, assuming that the others are as fast as this one.
     speedup = wanted / max(1, sum(map(len, mine)))
-    with ProgressBar(total=wanted, unit="images", disable=not state.is_main_process) as bar:
+    bar = ProgressBar(total=wanted, unit="images", disable=not state.is_main_process)
+    with bar, BackgroundWriter() as writer:
         for part in mine:
             drawn = sampler.draw(
                 part, cycle, request.sampling, request.seed, batch_size, lambda n: bar.update(n * speedup)
             )
-            files.write(part, torch.cat([pixels for pixels, _ in drawn]), cycle.labels_of(part))
+            writer(files.write, part, torch.cat([pixels for pixels, _ in drawn]), cycle.labels_of(part))
     state.wait_for_everyone()
     if state.is_main_process:
         seconds, total = time.perf_counter() - start, request.num_images

@@ -1,10 +1,12 @@
 """Encodes every image of a dataset with a trained tokenizer, into a code cache that a prior is trained on."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from pipelines.encoding.condition_data import (
     MapCoder,
@@ -38,6 +40,8 @@ from twostage.core.data.sources import find_local
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
 from twostage.core.machine.command import print_once
+from twostage.core.machine.overlap import BackgroundWriter, read_ahead
+from twostage.core.machine.placement import copy_to
 from twostage.core.machine.processes import join_processes
 from twostage.core.machine.progress import ProgressBar
 from twostage.core.runs.contents import Contents, Record, same_place
@@ -220,19 +224,25 @@ def _encode_split(
     chunks = torch.arange(len(images.images)).split(CHUNK)
     of_shard = range(shard[0] - 1, len(chunks), shard[1])
     mine = [chunk for chunk in of_shard[state.process_index :: state.num_processes] if not done[chunk]]
-    for chunk in ProgressBar(mine, desc=name, unit="batch", disable=not state.is_main_process, leave=False):
-        first = chunk * CHUNK
-        for pixels in images.read(chunks[chunk]):
-            indices = model.encode(to_float(pixels.to(state.device))).indices
-            assert indices is not None
-            codes[first : first + len(pixels)] = indices.cpu().numpy()
-            first += len(images.images)
-        codes.flush()
-        if maps is not None and (variants := images.read_maps(chunks[chunk])) is not None:
-            for first, pixels in zip(range(chunk * CHUNK, len(maps), len(images.images)), variants, strict=True):
-                maps[first : first + len(pixels)] = (coder.encode(pixels) if coder else pixels).numpy()
-            maps.flush()
+
+    def read(chunk: int) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
+        return images.read(chunks[chunk]), images.read_maps(chunks[chunk]) or iter(())
+
+    def write(chunk: int, indices: list[Tensor], map_values: list[Tensor]) -> None:
+        for array, variants in ((codes, indices), (maps, map_values)):
+            if array is None:
+                continue
+            for variant, rows in enumerate(variants):
+                first = variant * len(images.images) + chunk * CHUNK
+                array[first : first + len(rows)] = rows.cpu().numpy()
+            array.flush()
         done[chunk] = 1
+
+    bar = ProgressBar(mine, desc=name, unit="batch", disable=not state.is_main_process, leave=False)
+    with BackgroundWriter() as writer:
+        for chunk, (variants, of_maps) in read_ahead(bar, read, in_thread=not images.images.in_memory):
+            indices = [model.encode_indices(to_float(copy_to(model.device, pixels))) for pixels in variants]
+            writer(write, chunk, indices, [coder.encode(each) if coder else each for each in of_maps])
 
 
 def _manifest(

@@ -13,6 +13,8 @@ from pipelines.evaluation.measurement import HeldOutImages
 from pipelines.evaluation.shared_work import RowDigests, SharedWork
 from twostage.core.data.image_data import ImageSplit
 from twostage.core.data.spread import spread
+from twostage.core.machine.overlap import read_ahead
+from twostage.core.machine.placement import copy_to
 
 __all__ = ["JudgedImages", "RealImages", "judge_training_images"]
 
@@ -33,15 +35,16 @@ class JudgedImages:
     def read(cls, network: Judge, split: ImageSplit, rows: Tensor, work: SharedWork, name: str) -> "JudgedImages":
         """The images ``rows`` of a split, under a progress bar called ``name``."""
         judged = cls(network, len(rows), work)
-        for places in work.batches(len(rows), name):
-            judged.update(places, split.read(rows[places]))
+        batches = work.batches(len(rows), name)
+        for places, pixels in read_ahead(batches, lambda places: split.read(rows[places]), not split.in_memory):
+            judged.update(places, pixels)
         judged.gather()
         return judged
 
     def update(self, places: Tensor, pixels: Tensor) -> None:
         """Adds uint8 or uint16 images (B, C, H, W) at the ``places`` (B,) that they have among all images."""
         self.digests.update(places, pixels)
-        self.features[places] = self.network(pixels.to(self._work.device)).float().cpu()
+        self.features[places] = self.network(copy_to(self._work.device, pixels)).float().cpu()
 
     def gather(self) -> None:
         """Combines what the processes collected."""

@@ -33,6 +33,8 @@ from stage1_tokenizer.validation import ACTIVE_VARIANCE, psnr
 from twostage.core.errors import InputError
 from twostage.core.files import file_sha256, shorten_home
 from twostage.core.images.conversion import to_float, to_integers, white_level
+from twostage.core.machine.overlap import read_ahead
+from twostage.core.machine.placement import copy_to
 from twostage.core.training.random import seed_for
 
 __all__ = [
@@ -125,10 +127,11 @@ def measure_reconstructions(
         judge = ReconstructionJudge(network, len(rows), work, images.data.class_names, perturbation)
     codes = code_counts(model.bottleneck, torch.zeros(0, *model.code_grid, dtype=torch.long))
     moments = torch.zeros(2, math.prod(model.latent_shape), dtype=torch.float64)  # sums of means and of their squares
-    for places in work.batches(len(rows), "evaluate"):
-        pixels, labels = split.read(rows[places]), split.read_labels(rows[places])
+    batches = work.batches(len(rows), "evaluate")
+    for places, pixels in read_ahead(batches, lambda places: split.read(rows[places]), not split.in_memory):
+        originals, labels = copy_to(work.device, pixels), split.read_labels(rows[places])
+        labels = None if labels is None else labels.to(work.device)
         digests.update(places, pixels)
-        originals, labels = pixels.to(work.device), None if labels is None else labels.to(work.device)
         given = model.read_given(split, rows[places])
         latent = model.encode(to_float(originals), given)
         decoded = to_integers(model.decode(latent.z, given), split.bits)

@@ -5,6 +5,7 @@ Nothing is lost: images are PNG files, or TIFF files with a page for each channe
 
 import io
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -96,9 +97,9 @@ class NumberedFiles:
 
     def write(self, part: range, pixels: Tensor, labels: list[int] | None) -> None:
         """One file per image; the labels are in settings.json."""
-        for number, image in zip(part, pixels, strict=True):
-            if not self.form.is_intact(self._file(number)):
-                self.write_one(number, image)
+        missing = [place for place, number in enumerate(part) if not self.form.is_intact(self._file(number))]
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(lambda place: self.write_one(part[place], pixels[place]), missing))
 
     def write_one(self, number: int, image: Tensor) -> None:
         """Write an image (C, H, W); other processes never see half of it."""
@@ -135,9 +136,9 @@ class ParquetShards:
         """A shard."""
         import datasets  # takes a second
 
-        columns: dict[str, list[Any]] = {
-            "image": [{"bytes": self.form.encode(image), "path": None} for image in pixels]
-        }
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            encoded = pool.map(self.form.encode, pixels)
+            columns: dict[str, list[Any]] = {"image": [{"bytes": each, "path": None} for each in encoded]}
         features = datasets.Features({"image": datasets.Image()})
         if labels is not None and self.class_names:
             columns["label"] = labels

@@ -258,8 +258,10 @@ def test_a_negative_number_of_crops_is_refused(runs, twostage, tmp_path):
 KILLED = """
 import os, signal, sys
 from twostage.core.data.image_data import ImageSplit
+from twostage.core.machine.overlap import BackgroundWriter
 from pipelines.cli import main
 
+BackgroundWriter.__call__ = lambda writer, function, *arguments: function(*arguments)  # what was encoded is written
 left, read = int(os.environ["READS"]), ImageSplit.read
 
 def counted(self, rows):

@@ -1,7 +1,6 @@
 """The order in which training reads its data."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
@@ -10,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from twostage.core.errors import InputError
+from twostage.core.machine.overlap import read_ahead
 from twostage.core.training.random import BatchRandom, seed_for
 from twostage.core.training.train_config import TrainConfig
 
@@ -66,10 +66,4 @@ class Batches:
 
     def read_ahead(self, start: int, read: Callable[[Tensor], DataT]) -> Iterator[list[tuple[DataT, BatchRandom]]]:
         """:meth:`at` from ``start`` to the last step; a thread reads each batch during the step before."""
-        with ThreadPoolExecutor(1) as pool:
-            upcoming = pool.submit(self.at, start, read)
-            for step in range(start + 1, self.max_steps + 1):
-                batch = upcoming.result()
-                if step < self.max_steps:
-                    upcoming = pool.submit(self.at, step, read)
-                yield batch
+        return (batch for _, batch in read_ahead(range(start, self.max_steps), lambda step: self.at(step, read)))
