@@ -28,6 +28,7 @@ from twostage.core.conditions.context import Context
 from twostage.core.config.registry import plugins_of
 from twostage.core.config.sections import parse_config
 from twostage.core.errors import InputError
+from twostage.core.machine.placement import ConvolutionalNetwork
 from twostage.core.runs.model_folder import check_rebuilds, filled, hash_tensors, load_model_folder, save_model_folder
 from twostage.core.scales import num_codes
 from twostage.core.training.random import BatchRandom
@@ -58,7 +59,7 @@ class AutoencoderOutput:
     """Detached scalars by name, `loss` among them."""
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(ConvolutionalNetwork):
     """Images -> latent -> images.
 
     Use ``encode``, ``decode``, ``encode_indices``, ``decode_indices``, ``reconstruct`` and ``sample``; training (and
@@ -253,7 +254,7 @@ class Autoencoder(nn.Module):
                 f"and decoder see it. Use images with {seen.plural}, or a model that was trained with "
                 "model.condition=null."
             )
-        return self.condition(given.to(self.device))
+        return self.condition(given.to(self.device, non_blocking=True))
 
     def run_encoder(self, images: Tensor, given: "Tensor | Context | None" = None) -> Tensor:
         """The encoder's raw output (B, encoded_channels, h, w) for images (B, C, H, W), padded if needed."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stage1_tokenizer.backbone import group_norm
 from twostage.core.config.sections import Count, Flag, Number, Section, Share, Width
 from twostage.core.errors import InputError
+from twostage.core.machine.placement import ConvolutionalNetwork
 from twostage.core.training.train_config import Beta
 
 __all__ = [
@@ -72,7 +73,7 @@ class AdversarialConfig(Section):
         return self
 
 
-class Discriminator(nn.Module):
+class Discriminator(ConvolutionalNetwork):
     """Images (B, C, H, W) in [-1, 1] -> one logit per patch (B, 1, p, q), above 0 for real.
 
     Args:

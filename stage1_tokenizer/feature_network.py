@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from twostage.core.config.sections import Count, Section, parse_config
 from twostage.core.errors import InputError
+from twostage.core.machine.placement import ConvolutionalNetwork
 from twostage.core.runs.model_folder import filled, hash_tensors, load_model_folder, save_model_folder
 
 __all__ = ["WIDTHS", "FeatureNetwork", "FeatureNetworkConfig"]
@@ -33,7 +34,7 @@ class FeatureNetworkConfig(Section):
     """Channels at each resolution, full resolution first; each further one halves the sides, rounded up."""
 
 
-class FeatureNetwork(nn.Module):
+class FeatureNetwork(ConvolutionalNetwork):
     """A classifier, images -> class logits, that is used for its feature maps and its pooled features.
 
     Group normalisation instead of batch normalisation, so that an image's features depend on that image alone.

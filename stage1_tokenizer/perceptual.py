@@ -25,6 +25,7 @@ from stage1_tokenizer.imagenet_network import LOSS_WEIGHTS, ImageNetNetwork, enl
 from twostage.core.config.sections import Number, PathName, Section
 from twostage.core.errors import InputError
 from twostage.core.machine.installation import pip_install
+from twostage.core.machine.placement import ConvolutionalNetwork
 from twostage.core.machine.progress import on_terminal
 from twostage.core.runs.model_folder import load_saved_tensors
 from twostage.core.wording import one_line
@@ -87,7 +88,7 @@ AnyPerceptualConfig = LPIPSConfig | FeaturePerceptualConfig | ImageNetPerceptual
 PerceptualConfig = Annotated[AnyPerceptualConfig, Field(discriminator="type")]
 
 
-class Perceptual(nn.Module, ABC):
+class Perceptual(ConvolutionalNetwork, ABC):
     """Two batches of images -> their mean distance in the features of ``network``.
 
     The network follows the module to other devices, but is not among its parameters and state: nothing trains,

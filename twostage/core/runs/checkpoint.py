@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -133,7 +134,10 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str,
         if key == "step":  # counted on the CPU, or beside the parameter by a fused optimizer
             optimizer.state[parameter][key] = value.to(parameter.device if fused else "cpu")
         else:
-            optimizer.state[parameter][key] = share_like(value.to(parameter.device), parameter)
+            value = share_like(value.to(parameter.device), parameter)
+            if value.shape == parameter.shape and value.stride() != parameter.stride():  # channels last, on a GPU
+                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            optimizer.state[parameter][key] = value
 
 
 def _damage(folder: Path) -> str | None:
