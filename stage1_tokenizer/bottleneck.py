@@ -180,7 +180,7 @@ def code_counts(bottleneck: Bottleneck, indices: Tensor) -> Tensor:
     """How often each code of each codebook occurs in ``indices`` (B, ..., width): (codebooks, K) int64."""
     codebooks, size = bottleneck.codebook_numbers(indices.shape[-1]), bottleneck.codebook_size
     num_codebooks = int(codebooks.max()) + 1
-    numbered = indices + codebooks.to(indices.device) * size
+    numbered = indices + codebooks.to(indices.device, non_blocking=True) * size
     return torch.bincount(numbered.flatten(), minlength=num_codebooks * size).view(num_codebooks, size)
 
 

@@ -63,7 +63,7 @@ class SemanticTerm(nn.Module):
     @torch.no_grad()
     def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """The ImageNet features of images (B, C, H, W) at each cell of ``grid`` (h, w), (B, F, h, w)."""
-        network = self._hidden[0].to(images.device)
+        network = self._hidden[0].to(images.device, non_blocking=True)
         assert isinstance(network, ImageNetNetwork)
         with torch.autocast(images.device.type, enabled=False):
             seen = enlarge_small(to_rgb(images.float(), 1.0), MIN_SIDE)

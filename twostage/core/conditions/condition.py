@@ -137,5 +137,5 @@ class Condition(nn.Module, ABC):
 
     def hide(self, values: Tensor, hidden: Tensor) -> Tensor:
         """The values (B, ...), with nothing where ``hidden`` (B,) is True."""
-        nothing = self.nothing(1).to(values.device)
+        nothing = self.nothing(1).to(values.device, non_blocking=True)
         return torch.where(hidden.view(-1, *[1] * (values.ndim - 1)), nothing, values)
