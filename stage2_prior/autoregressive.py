@@ -142,11 +142,11 @@ class Autoregressive(nn.Module):
         else:
             first = 0 if known is None else int((codes >= 0).all(0).cumprod(0).sum())
             start = context, sampling.weights, branches.repeat(codes[:, :first])
-            rest = head, branches, noise, sampling, codes, on_progress, first
+            rest = head, branches, noise, sampling, codes, on_progress
             if on_gpu and (fixed := self.fixed_decoder(*start)):
                 found = sample_with_fixed_shapes(fixed, *rest)
             else:
-                found = sample_in_order(self.continued(*start), *rest)
+                found = sample_in_order(self.continued(*start), *rest, first)
         return found[:, self.order.argsort()]
 
 

@@ -25,12 +25,18 @@ __all__ = ["FixedDecoder", "repeat_captured", "sample_with_fixed_shapes"]
 
 EAGER_CALLS = 2
 """The calls before a function is captured. Libraries allocate memory in their first calls, which a graph cannot."""
-CELLS_PER_GRAPH = 64
-"""Each graph attends to the cells up to its last one, so several short graphs read less memory than one."""
 
 
 class FixedDecoder(Protocol):
-    """Predicts one cell after another, with shapes and addresses that do not depend on the cell."""
+    """Predicts one cell after another, with shapes and addresses that do not depend on the cell, or only on its place
+    among the cells of a call."""
+
+    first: int
+    """The first cell whose code is not known. The first call is the one with this cell."""
+    cells_per_call: int
+    """The cells that are predicted in one captured call; it divides N."""
+    cells_per_graph: int
+    """The cells after which another graph is captured, for another ``end``."""
 
     def predict(self, cell: Tensor, before: Tensor, end: int) -> Tensor:
         """The prediction (n B, P) of a cell, whose number (1,) is below ``end``, from the codes (n B,) of the cell
@@ -47,28 +53,32 @@ def sample_with_fixed_shapes(
     sampling: SamplingConfig,
     known: Tensor,
     on_progress: OnProgress | None,
-    first: int = 0,
 ) -> Tensor:
     """The codes (B, N) int64 of `sample_in_order`, which describes the arguments. On a CPU, nothing is captured."""
     images, cells = known.shape
     written = F.pad(known, (1, 0))  # the code of cell i is in column i + 1
-    cell = torch.full((1,), first, device=known.device)
+    done = decoder.first - decoder.first % decoder.cells_per_call
+    cell = torch.full((1,), done, device=known.device)
     grown = torch.tensor([guidance_at(number, cells, sampling) for number in range(cells)], dtype=torch.float64)
     grown = grown.to(known.device, non_blocking=True)
 
-    def step(end: int) -> None:
-        before, here = written.index_select(1, cell)[:, 0], known.index_select(1, cell)[:, 0]
-        predictions = decoder.predict(cell, branches.repeat(before), end)
-        share = grown.index_select(0, cell).to(predictions.dtype)
-        drawn = sample_codes(head, predictions, branches, share, sampling, noise.at(cell)[:, 0])
-        written.index_copy_(1, cell + 1, torch.where(here < 0, drawn, here)[:, None])
-        cell.add_(1)
+    def call(end: int) -> None:
+        for _ in range(decoder.cells_per_call):
+            before, here = written.index_select(1, cell)[:, 0], known.index_select(1, cell)[:, 0]
+            predictions = decoder.predict(cell, branches.repeat(before), end)
+            share = grown.index_select(0, cell).to(predictions.dtype)
+            drawn = sample_codes(head, predictions, branches, share, sampling, noise.at(cell)[:, 0])
+            written.index_copy_(1, cell + 1, torch.where(here < 0, drawn, here)[:, None])
+            cell.add_(1)
 
-    borders = [first, *range(first - first % CELLS_PER_GRAPH + CELLS_PER_GRAPH, cells, CELLS_PER_GRAPH), cells]
+    each = decoder.cells_per_graph
+    borders = [done, *range(done - done % each + each, cells, each), cells]
     for start, end in itertools.pairwise(borders):
-        for _ in repeat_captured(lambda end=end: step(end), end - start, known.device):
+        calls = (end - start) // decoder.cells_per_call
+        for _ in repeat_captured(lambda end=end: call(end), calls, known.device):
+            before, done = max(done, decoder.first), done + decoder.cells_per_call
             if on_progress:
-                on_progress(images)
+                on_progress(images * (done - before))
     return written[:, 1:]
 
 

@@ -215,18 +215,22 @@ class FixedTransformerDecoder(FastTransformer):
     """A `FixedDecoder` after the ``codes`` (B, n) of the first n cells. Each cell attends to all up to an ``end``, of
     which a mask hides the later ones. Rounded weights also round the keys and values that are kept."""
 
+    cells_per_call = 1
+    cells_per_graph = 64
+    """A graph reads the keys and values up to its last cell, so several short graphs read less than a long one."""
+
     @torch.no_grad()
     def __init__(self, model: CausalTransformer, context: Context, weights: Weights, codes: Tensor) -> None:
         super().__init__(model, weights)
-        decoder = CausalTransformerDecoder(model, context, weights)
-        if codes.shape[1]:
+        decoder, self.first = CausalTransformerDecoder(model, context, weights), codes.shape[1]
+        if self.first:
             decoder.read(codes)
         self.places = places = decoder.places
         self.base = decoder.added if model.positions is None else decoder.added + model.positions  # (B, N, D)
         kept = torch.bfloat16 if weights == "bfloat16" else self.base.dtype
         self.caches = [cache.to(kept) for cache in decoder.caches]
         for cache in self.caches:
-            cache[:, :, :, places + codes.shape[1] :] = 0  # a mask does not hide NaN
+            cache[:, :, :, places + self.first :] = 0  # a mask does not hide NaN
         self.biases = [None if bias is None else F.pad(bias, (places, 0)) for bias in self.biases]
         self.numbers = torch.arange(model.cells, device=self.base.device)
         present = decoder.present if places else None
@@ -239,12 +243,12 @@ class FixedTransformerDecoder(FastTransformer):
         visible = F.pad(self.present, (0, end), value=True)  # (1 or B, L + end)
         visible[:, self.places :] = self.numbers[:end] <= cell
         hidden = x.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)[:, None, None]
-        rotation = None if self.rotation is None else self.rotation.index_select(0, cell)
+        angles = None if self.rotation is None else self.rotation.index_select(0, cell)
         place, seen = cell + self.places, self.places + end
         for block, cache, bias in zip(self.blocks, self.caches, self.biases, strict=True):
             qkv = block.qkv(x)  # (B, 3, H, E)
-            if rotation is not None:
-                turn(qkv, rotation)
+            if angles is not None:
+                turn(qkv, angles)
             cache.index_copy_(3, place, qkv[:, 1:].transpose(0, 1).unsqueeze(3).to(cache.dtype))
             mask = hidden if bias is None else hidden + bias.index_select(1, cell)[:, :, :seen]
             query, (keys, values) = qkv[:, 0].unsqueeze(2).to(cache.dtype), cache[:, :, :, :seen]

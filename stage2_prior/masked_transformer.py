@@ -202,7 +202,7 @@ def _num_masked(random: BatchRandom, cells: int, schedule: MaskSchedule | None =
 def _random_cells(counts: Tensor, codes: Tensor, random: BatchRandom) -> Tensor:
     """``counts`` (B,) random cells of each image of ``codes`` (B, N): (B, N) bool."""
     ranks = random.uniform("mask", (codes.shape[1],), codes.device).argsort(1).argsort(1)
-    return ranks < counts.to(codes.device)[:, None]
+    return ranks < counts.to(codes.device, non_blocking=True)[:, None]
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from stage2_prior.autoregressive import Autoregressive, Step, cell_order
+from stage2_prior.captured_step import FixedDecoder
 from stage2_prior.code_head import CodeHead
 from stage2_prior.digits import DigitEmbedding, DigitHead, DigitsConfig, digit_floats, head_for_codes
 from stage2_prior.sampling_config import Weights
@@ -208,6 +209,9 @@ class PixelCNN(Autoregressive):
     def decoder(self, context: Context, weights: Weights) -> Step:
         return PixelCNNDecoder(self, context).step
 
+    def fixed_decoder(self, context: Context, weights: Weights, codes: Tensor) -> FixedDecoder:
+        return FixedPixelCNNDecoder(self, context, codes)
+
 
 @dataclass
 class HorizontalStep:
@@ -280,25 +284,48 @@ class PixelCNNDecoder:
     @torch.no_grad()
     def step(self, codes: Tensor | None) -> Tensor:
         """The prediction (B, P) of the next cell; ``codes`` (B,) are those of the cell before, None at the first."""
-        model, column = self.model, self.cell % self.model.grid[1]
+        row, column = divmod(self.cell, self.model.grid[1])
         if codes is not None:
-            self.cells[0][column - 1].copy_(model.code_embedding(codes))
+            self.cells[0][column - 1].copy_(self.model.code_embedding(codes))
         if column == 0:
-            self._start_row()
+            self._start_row(self.halving.new_full((1,), row, dtype=torch.long))
+        return self._predict_column(column)
+
+    def _predict_column(self, column: int) -> Tensor:
+        """Runs the horizontal stack; the memory holds all that it sees."""
         for step in self.columns[column]:
             step.run()
         self.cell += 1
-        return model.predict(model.head_in(self.cells[-1][column]).relu_())
+        return self.model.predict(self.model.head_in(self.cells[-1][column]).relu_())
 
-    def _start_row(self) -> None:
-        """Runs the vertical stack at a new row, on the codes of the row before (zeros at the first row)."""
+    def _start_row(self, number: Tensor) -> None:
+        """Runs the vertical stack at the row ``number`` (1,), on the codes of the row before (zeros at the first)."""
         row = torch.stack(self.cells[0], 2).unsqueeze(2)  # (B, C, 1, w)
-        number = self.cell // self.model.grid[1]
         for i, layer in enumerate(self.layers):
             added = self.added[i]
             if added.shape[2] > 1:
-                added = added[:, :, number : number + 1]
-            self.above[i] = torch.cat([self.above[i][:, :, 1:], row], 2)
+                added = added.index_select(2, number)
+            self.above[i].copy_(torch.cat([self.above[i][:, :, 1:], row], 2))
             down, to_horizontal = layer.down(F.pad(self.above[i], (layer.reach, layer.reach)), added)
             row = down if layer.first else row + down
             torch.mul(to_horizontal.squeeze(2).permute(2, 0, 1), self.halving, out=self.hidden[i])
+
+
+class FixedPixelCNNDecoder(PixelCNNDecoder):
+    """A `FixedDecoder` after the ``codes`` (B, n) of the first n cells. A call predicts a row, since the memory of a
+    column is the same in all rows."""
+
+    def __init__(self, model: PixelCNN, context: Context, codes: Tensor) -> None:
+        super().__init__(model, context)
+        self.first, self.cells_per_call, self.cells_per_graph = codes.shape[1], model.grid[1], len(model.order)
+        for cell in range(self.first - self.first % self.cells_per_call):
+            self.step(codes[:, cell - 1] if cell else None)
+
+    @torch.no_grad()
+    def predict(self, cell: Tensor, before: Tensor, end: int) -> Tensor:
+        """See `FixedDecoder.predict`."""
+        column = self.cell % self.cells_per_call
+        self.cells[0][column - 1].copy_(self.model.code_embedding(before) * (cell > 0))
+        if column == 0:
+            self._start_row(cell // self.cells_per_call)
+        return self._predict_column(column)

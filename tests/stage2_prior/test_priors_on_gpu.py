@@ -161,12 +161,10 @@ def test_an_autoregressive_prior_samples_without_waiting(name, weights, known, c
         grids = torch.zeros(2, 16, dtype=torch.long, device=GPU)
         start = branches.context, weights, branches.repeat(grids[:, :known])
         with torch.no_grad():
-            samplers = [(prior.network.continued(*start), sample_in_order)]
-            if fixed := prior.network.fixed_decoder(*start):
-                samplers.append((fixed, sample_with_fixed_shapes))
-            for step, sample in samplers:
-                noise = CodeNoise([0, 1], sum(head.choices), GPU)
-                drawn = sample(step, head, branches, noise, sampling, grids, None, known)
+            rest = head, branches, CodeNoise([0, 1], sum(head.choices), GPU), sampling, grids, None
+            drawn = sample_in_order(prior.network.continued(*start), *rest, known)
+            fixed = sample_with_fixed_shapes(prior.network.fixed_decoder(*start), *rest)
+        assert (fixed.device, fixed.shape) == (drawn.device, drawn.shape)
         assert (drawn.device.type, drawn.dtype, drawn.shape) == ("cuda", torch.long, (2, 16))
 
 
