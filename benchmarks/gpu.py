@@ -2,19 +2,23 @@
 
 python -m benchmarks.gpu [--tiny] [--json FILE] [--write docs/scaling.md]
 
-Takes at most ten minutes: parts that would begin later are left out. `--tiny` runs everything in a small size, on a CPU
-too. Batches are random. `share` is that of the GPU's peak: of its bfloat16 operations in training, and of its memory's
-bandwidth in sampling, where the bound is that each step reads all weights once.
+Takes at most ten minutes: what would begin later is left out. A row takes about four seconds, or two calls if these are
+slower. `--tiny` runs everything in a small size, on a CPU too. Batches are random. `share` is that of the GPU's peak:
+of its bfloat16 operations in training, and of its memory's bandwidth in sampling, where the bound is that each step
+reads all weights once.
 """
 
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
@@ -31,24 +35,30 @@ from stage1_tokenizer.train_tokenizer import TokenizerConfig, adversary_loss
 from stage1_tokenizer.train_tokenizer import train as train_tokenizer
 from stage1_tokenizer.training_losses import ImageLosses, LossConfig
 from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
+from stage2_prior import captured_step
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import TokenizerReference
 from stage2_prior.masked_transformer import MaskedTransformerConfig
 from stage2_prior.network import NetworkConfig
+from stage2_prior.parallel_transformer import ParallelTransformerConfig
 from stage2_prior.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
 from stage2_prior.sampling import image_seeds
 from stage2_prior.sampling_config import SamplingConfig
+from stage2_prior.scale_transformer import ScaleTransformerConfig
 from twostage.core.conditions.class_condition import ClassConditionConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.machine.precision import reason_for_precision, state_float32
+from twostage.core.scales import num_codes
 from twostage.core.training.flops import count_flops
 from twostage.core.training.optimizer import TrainedNetwork
 from twostage.core.training.random import BatchRandom
 from twostage.core.training.train_config import TrainConfig
 
-LIMIT = 570.0
-"""Seconds after which no part begins."""
+LIMIT = 550.0
+"""Seconds after which no row begins."""
+ROW_SECONDS, MAX_ROW_SECONDS = 4.0, 25.0
+"""How long the calls of a row take together, after two to warm up, and with them."""
 PEAKS = {"H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12), "A100": (312e12, 2.04e12), "RTX 4090": (165e12, 1.01e12)}
 """Dense bfloat16 operations and bytes of memory per second, from the data sheets."""
 GPTS = {"GPT 100M": (12, 768, 12), "GPT 340M": (24, 1024, 16), "GPT 750M": (36, 1280, 20)}
@@ -72,13 +82,17 @@ class Machine:
         if is_gpu:
             torch.cuda.reset_peak_memory_stats()
         seconds: list[float] = []
-        while len(seconds) < 3 or sum(seconds) < (0.0 if self.tiny else 6.0):
+        wanted = 0.0 if self.tiny else ROW_SECONDS
+        while (len(seconds) < 3 or sum(seconds[2:]) < wanted) and sum(seconds) < MAX_ROW_SECONDS:
             start = time.perf_counter()
-            run()
+            try:
+                run()
+            except torch.OutOfMemoryError:
+                return {"name": name, "batch": batch, "unit": unit, "note": "out of memory"}
             if is_gpu:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-        seconds = seconds[2:]
+        seconds = seconds[2:] or seconds[-1:]
         memory = torch.cuda.max_memory_allocated() / 1e9 if is_gpu else None
         rate = batch * each / statistics.median(seconds)
         return {"name": name, "batch": batch, "rate": rate, "unit": unit, "share": None, "memory_gb": memory,
@@ -89,7 +103,7 @@ class Machine:
         with count_flops() as counter:
             run()
         row = self.measure(name, run, batch, unit, each)
-        if self.peak:
+        if self.peak and "rate" in row:
             row["share"] = counter.get_total_flops() * row["rate"] / (batch * each) / self.peak
         return row
 
@@ -146,12 +160,13 @@ def tokenizer_training(machine: Machine) -> Iterator[Row]:
 
 def prior(network: NetworkConfig, machine: Machine) -> Prior:
     codes, side, classes = (16, 4, 2) if machine.tiny else (16384, 16, 1000)
+    scales = network.scales if isinstance(network, ScaleTransformerConfig) else ()
     config = PriorConfig(
         model=network,
         conditions=[ClassConditionConfig(num_classes=classes)],
         loss=PriorLossConfig(),
         codebook_size=codes,
-        grid=(side, side),
+        grid=(1, num_codes(scales)) if scales else (side, side),
         class_names=[str(i) for i in range(classes)],
         image_size=(256, 256),
         channels=3,
@@ -193,6 +208,11 @@ def sampling(machine: Machine) -> Iterator[Row]:
         "hidden_size": 768, "depth": 12, "num_heads": 12}  # fmt: skip
     others: dict[str, NetworkConfig] = {
         "masked transformer 100M": MaskedTransformerConfig.model_validate(sizes),
+        "parallel transformer 100M": ParallelTransformerConfig.model_validate(sizes),
+        "scale transformer 100M": ScaleTransformerConfig.model_validate(
+            sizes
+            | {"scales": [(1, 1), (2, 2), (4, 4)] if machine.tiny else [(s, s) for s in (1, 2, 3, 4, 6, 9, 13, 16)]}
+        ),
         "PixelCNN": PixelCNNConfig(depth=2 if machine.tiny else 15),
     }
     for name, config in {**gpts(machine), **others}.items():
@@ -202,12 +222,22 @@ def sampling(machine: Machine) -> Iterator[Row]:
         bytes_read = sum(weight.numel() for weight in model.network.parameters()) * (2 if is_rounded else 4)  # type: ignore[attr-defined]
         largest = min(1024, fitting_batch_size(model, settings, machine.device))
         for batch in (1, 2) if machine.tiny else sorted({1, 64, largest}):
-            seeds = image_seeds(0, 0, batch)
-            row = machine.measure(f"sample {name}", lambda: model.sample(None, settings, seeds), batch, "images")  # noqa: B023
-            steps = 8 if name.startswith("masked") else model.config.grid[0] * model.config.grid[1]
-            if machine.bandwidth:
-                row["share"] = steps * bytes_read / machine.bandwidth * row["rate"] / batch
-            yield row | {"note": settings.weights}
+            call = partial(model.sample, None, settings, image_seeds(0, 0, batch))
+            ways = {"": nullcontext, ", no CUDA graph": without_graphs}
+            for note, way in ways.items() if name.startswith("GPT") and batch <= 64 else [("", nullcontext)]:
+                with way():
+                    row = machine.measure(f"sample {name}", call, batch, "images")
+                if machine.bandwidth and "rate" in row:
+                    bytes_of_steps = bytes_read * config.default_steps(model.config.grid)
+                    row["share"] = bytes_of_steps / machine.bandwidth * row["rate"] / batch
+                yield {"note": settings.weights + note} | row
+
+
+@contextmanager
+def without_graphs() -> Iterator[None]:
+    """No step of a GPT is captured."""
+    with mock.patch.object(captured_step, "EAGER_CALLS", sys.maxsize):
+        yield
 
 
 def coding(machine: Machine) -> Iterator[Row]:
@@ -288,7 +318,7 @@ def resuming(machine: Machine) -> Iterator[Row]:
     yield {"name": "two accumulation steps", "note": f"relative difference of the weights {difference:.1e}"}
 
 
-PARTS = (resuming, tokenizer_training, prior_training, sampling, coding, quantizers)
+PARTS = (resuming, tokenizer_training, prior_training, coding, quantizers, sampling)
 
 
 def main() -> None:
@@ -310,7 +340,7 @@ def main() -> None:
                 rows.append({"name": part.__name__, "note": "out of memory"})
                 break
         else:
-            rows.append({"name": part.__name__, "note": "left out: ten minutes are over"})
+            rows.append({"name": part.__name__, "note": "left out: the ten minutes are over"})
         measured.close()
         if machine.device.type == "cuda":
             torch.cuda.empty_cache()

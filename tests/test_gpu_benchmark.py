@@ -19,6 +19,8 @@ def test_every_part_of_the_benchmark_runs(tmp_path):
         "train GPT",
         "sample GPT",
         "sample masked",
+        "sample parallel",
+        "sample scale",
         "sample PixelCNN",
         "encode",
         "decode",
@@ -26,3 +28,4 @@ def test_every_part_of_the_benchmark_runs(tmp_path):
     ):
         assert all(row["rate"] > 0 for name, row in found.items() if name.startswith(part))
         assert any(name.startswith(part) for name in found)
+    assert {row["note"] for row in rows if row["name"] == "sample GPT tiny"} == {"float32", "float32, no CUDA graph"}
