@@ -126,8 +126,9 @@ class ImageSampler:
 
     @property
     def draws_alone(self) -> bool:
-        """Whether a single image has the codes that it has in a batch, so that it needs no batch of `ROWS`."""
-        return self.prior is not None and self.prior.config.model.draws_alone
+        """Whether a single image has the codes that it has in a batch, so that it needs no batch of `ROWS`. On a
+        GPU, kernels for other batches may differ in their last bits, and `ROWS` images take no longer than one."""
+        return self.prior is not None and self.prior.config.model.draws_alone and self.device.type == "cpu"
 
     @property
     def device(self) -> torch.device:

@@ -5,9 +5,10 @@ from messages import refuses
 from torch import Tensor, nn
 
 from stage2_prior import fast_linear as module
-from stage2_prior.fast_linear import TrainedLinear, fast_linear, linear
+from stage2_prior.fast_linear import TrainedLinear, check_weights, fast_linear, linear
 from twostage.core.errors import InputError
 from twostage.core.machine.onednn import AVAILABLE
+from twostage.core.machine.precision import reason_for_precision
 
 needs_onednn = pytest.mark.skipif(not AVAILABLE, reason="this torch has no oneDNN")
 
@@ -101,6 +102,17 @@ def test_without_such_products_the_message_names_alternatives(weights, missing, 
         monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", [])
     with refuses(f"weights '{weights}'", "Use float32"):
         fast_linear(torch.ones(4, 4), None, weights)
+
+
+def test_a_gpu_without_bfloat16_is_told_what_works(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with refuses("weights 'bfloat16'", "emulates", "float32"):
+        check_weights("bfloat16", torch.device("cuda"))
+    check_weights("float32", torch.device("cuda"))
+    assert reason_for_precision(torch.device("cuda"))[0] == "no"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    check_weights("bfloat16", torch.device("cuda"))
+    assert reason_for_precision(torch.device("cuda"))[0] == "bf16"
 
 
 # --- training --------------------------------------------------------------------------------------------------------
