@@ -13,6 +13,7 @@ run of its kind. `of_default` and `of_pinned` are speeds relative to those of th
 tokenizer. The images must be in $TWOSTAGE_DATA (otherwise they are downloaded).
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -141,6 +142,16 @@ class Turns:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(words, env=environment, stdin=pipe, stdout=pipe, text=True)
         os.sched_setaffinity(0, before)
+
+    def __enter__(self) -> "Turns":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def wait_until_ready(self) -> None:
+        """Wait for the end of the warm-up."""
         self._read("ready")
 
     def begin(self, seconds: float) -> None:
@@ -196,23 +207,22 @@ def rows_of(config: Path, spins: list[str], repeats: int, seconds: float, quiet:
     cores = set(sorted(os.sched_getaffinity(0))[:2])
     kinds = {"default": {"GOMP_SPINCOUNT": UNLIMITED, "OMP_NUM_THREADS": str(len(cores))}, "ours": {}}
     kinds |= {f"spin {count}": {"GOMP_SPINCOUNT": count} for count in spins}
-    started: list[Turns] = []
-    try:
-        cells = {("alone", "pinned"): [Turns(config, {min(cores)}, {})]}
-        started += cells["alone", "pinned"]
+    with contextlib.ExitStack() as running:
+
+        def start(cores: set[int], variables: dict[str, str]) -> Turns:
+            turns = running.enter_context(Turns(config, cores, variables))
+            turns.wait_until_ready()
+            return turns
+
+        cells = {("alone", "pinned"): [start({min(cores)}, {})]}
         for kind, variables in kinds.items():
-            pair = [Turns(config, cores, variables) for _ in range(2)]
-            started += pair
+            pair = [start(cores, variables) for _ in range(2)]
             cells |= {("alone", kind): pair[:1], ("beside", kind): pair}
         measured: dict[tuple[str, str], list[tuple[float, float]]] = {cell: [] for cell in cells}
         for _ in range(repeats):  # alternating, so that noise affects all alike
-            for cell, running in cells.items():
+            for cell, pair in cells.items():
                 wait_until_quiet(cores, quiet)
-                measured[cell].append(measure(running, seconds, cores))
-    finally:
-        for each in started:
-            each.process.kill()
-            each.process.wait()
+                measured[cell].append(measure(pair, seconds, cores))
     rows: list[Row] = []
     for (where, kind), found in measured.items():
         speeds = [speed for speed, _ in found]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.reporting import parser, report
-from stage1_tokenizer import train_tokenizer
+from stage1_tokenizer import tokenizer_training
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.gumbel_softmax import GumbelSoftmax
 from stage1_tokenizer.projected_codebook import ProjectedCodebook
@@ -65,7 +65,7 @@ def main() -> None:
     arguments.add_argument("--only", nargs="+", choices=QUANTIZERS, default=list(QUANTIZERS))
     arguments.add_argument("--dir", type=Path, default=Path("runs/recovery"))
     options = arguments.parse_args()
-    train_tokenizer.initialize_codebook = collapse
+    tokenizer_training.initialize_codebook = collapse
     rows = []
     for name in options.only:
         overrides = QUANTIZERS[name]
@@ -78,7 +78,7 @@ def main() -> None:
             f"run.dir={options.dir / name}",
         ]
         config = load_config(TokenizerConfig, CONFIG, [*SMALL, *overrides, *length, *start])
-        train_tokenizer.train(config)
+        tokenizer_training.train(config)
         lines = [line for line in read_metrics(options.dir / name / "metrics.jsonl") if line["split"] == "val"]
         usage = {f"usage_{line['step']}": line["codebook_usage"] for line in lines}
         rows.append({"name": name, **usage, "perplexity": lines[-1]["perplexity"], "psnr": lines[-1]["psnr"]})

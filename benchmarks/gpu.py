@@ -31,8 +31,8 @@ from pipelines.drawing.batch_size import fitting_batch_size
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.autoencoder_config import AutoencoderConfig, ModelConfig
 from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator
-from stage1_tokenizer.train_tokenizer import TokenizerConfig, adversary_loss
-from stage1_tokenizer.train_tokenizer import train as train_tokenizer
+from stage1_tokenizer.tokenizer_training import TokenizerConfig, adversary_loss
+from stage1_tokenizer.tokenizer_training import train as train_tokenizer
 from stage1_tokenizer.training_losses import ImageLosses, LossConfig
 from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
 from stage2_prior import captured_step

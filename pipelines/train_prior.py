@@ -6,12 +6,19 @@ accelerate launch -m pipelines.train_prior codes/my_photos_tokenizer [key=value 
 """
 
 import shlex
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from twostage.core.machine.command import run_command
 from twostage.core.options import DryRunOption, JsonOption, TimeLimitOption
+from twostage.core.runs.finished_answer import FinishedAnswer
+from twostage.core.training.training_command import run_training
+
+if TYPE_CHECKING:
+    from stage2_prior.prior_training import PriorTrainingConfig
+    from twostage.core.training.base_run import BaseRun
 
 __all__ = ["command"]
 
@@ -32,21 +39,20 @@ def command(
 ) -> None:
     """Train a prior over a tokenizer's codes. It draws samples at each validation. Run the same command again to
     resume."""
-    from pipelines.drawing.rebuilt_images import find_decoder
-    from pipelines.recipes.fitting_config import is_config, open_prior_config
-    from stage2_prior.train_prior import PriorTrainingConfig, train
-    from twostage.core.training.base_run import BaseRun
-    from twostage.core.training.dry_run import run_training
-    from twostage.core.training.training_run import TrainingRun
 
-    def start() -> BaseRun[PriorTrainingConfig]:
+    def start() -> "BaseRun[PriorTrainingConfig]":
+        from pipelines.drawing.rebuilt_images import find_decoder
+        from pipelines.recipes.fitting_config import is_config, open_prior_config
+        from stage2_prior.prior_training import train
+        from twostage.core.training.training_run import TrainingRun
+
         opened = open_prior_config(config, overrides or [], dry_run)
         run = train(opened, dry_run, time_limit, None if dry_run else find_decoder(opened.codes))
         if isinstance(run, TrainingRun) and not is_config(config):
             run.report(f"Next: {shlex.join(['twostage', 'generate', str(run.folder.path)])}")
         return run
 
-    run_training(start, dry_run, json_file)
+    run_training(start, dry_run, json_file, FinishedAnswer(Path(config), overrides or []))
 
 
 if __name__ == "__main__":

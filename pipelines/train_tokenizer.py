@@ -5,12 +5,19 @@ accelerate launch -m pipelines.train_tokenizer my_photos [key=value ...]
 """
 
 import shlex
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from twostage.core.machine.command import run_command
 from twostage.core.options import DryRunOption, JsonOption, OverridesArgument, TimeLimitOption, WeightsDirOption
+from twostage.core.runs.finished_answer import FinishedAnswer
+from twostage.core.training.training_command import run_training
+
+if TYPE_CHECKING:
+    from stage1_tokenizer.tokenizer_training import TokenizerConfig
+    from twostage.core.training.base_run import BaseRun
 
 __all__ = ["command"]
 
@@ -32,13 +39,12 @@ def command(
 ) -> None:
     """Train a tokenizer or another autoencoder, by a config file or one that fits your images. Run the same command
     again to resume."""
-    from pipelines.recipes.fitting_config import is_config, open_tokenizer_config
-    from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
-    from twostage.core.training.base_run import BaseRun
-    from twostage.core.training.dry_run import run_training
-    from twostage.core.training.training_run import TrainingRun
 
-    def start() -> BaseRun[TokenizerConfig]:
+    def start() -> "BaseRun[TokenizerConfig]":
+        from pipelines.recipes.fitting_config import is_config, open_tokenizer_config
+        from stage1_tokenizer.tokenizer_training import train
+        from twostage.core.training.training_run import TrainingRun
+
         run = train(open_tokenizer_config(config, overrides or [], dry_run), weights_dir, dry_run, time_limit)
         if isinstance(run, TrainingRun) and not is_config(config):
             folder, data = run.folder.path, run.config.data
@@ -47,7 +53,7 @@ def command(
             run.report(f"Next: {encode}", f"Then: {shlex.join(['twostage', 'train-prior', f'codes/{folder.name}'])}")
         return run
 
-    run_training(start, dry_run, json_file)
+    run_training(start, dry_run, json_file, FinishedAnswer(Path(config), overrides or []))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import typer
 
 from twostage.core.machine.command import run_command
 from twostage.core.options import DryRunOption, JsonOption, LabelColumnOption, TimeLimitOption, ValueRangeOption
+from twostage.core.training.training_command import run_training
 
 __all__ = ["command"]
 
@@ -41,7 +42,6 @@ def command(
 
     Run the same command again to resume."""
     from stage1_tokenizer.feature_training import features_config, train
-    from twostage.core.training.dry_run import run_training
 
     out = out or Path("runs") / f"features_{Path(data).resolve().stem}"
     config = features_config(

@@ -61,20 +61,20 @@ import hashlib, json, os, sys
 from pathlib import Path
 from accelerate import PartialState
 from twostage.core.config.sections import load_config
-from stage1_tokenizer import train_tokenizer
+from stage1_tokenizer import tokenizer_training
 from stage1_tokenizer.autoencoder import Autoencoder
 
 def watched(*args):
     trained.append(Autoencoder(*args))
     return trained[-1]
 
-train_tokenizer.Autoencoder = watched
+tokenizer_training.Autoencoder = watched
 PartialState.destroy_process_group = lambda *_: None  # the next training needs it
 config, out, runs = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 hashes = {}
 for name, overrides in runs.items():
     trained = []
-    train_tokenizer.train(load_config(train_tokenizer.TokenizerConfig, config, overrides))
+    tokenizer_training.train(load_config(tokenizer_training.TokenizerConfig, config, overrides))
     assert PartialState().num_processes == 2
     digest = hashlib.sha256()
     # The last model: an earlier one only counts the weights. Codebooks and their statistics:

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 from typing import get_args
 
 import twostage
-from stage1_tokenizer.train_tokenizer import TokenizerConfig
-from stage2_prior.train_prior import PriorTrainingConfig
+from stage1_tokenizer.tokenizer_training import TokenizerConfig
+from stage2_prior.prior_training import PriorTrainingConfig
 from twostage.core.config.registry import is_open
 from twostage.core.config.sections import Section
 
@@ -17,8 +17,8 @@ MORE: dict[str, dict[str, list[str]]] = {
         "stage2_prior.sampling": ["Branches", "image_seeds", "filter_logits", "choose"],
     },
     "Training from Python": {
-        "stage1_tokenizer.train_tokenizer": ["train"],
-        "stage2_prior.train_prior": ["train"],
+        "stage1_tokenizer.tokenizer_training": ["train"],
+        "stage2_prior.prior_training": ["train"],
     },
 }
 """Names that the face `twostage` does not export: by heading and module."""

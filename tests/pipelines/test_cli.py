@@ -10,23 +10,33 @@ import pytest
 from pipelines.cli import VERBS
 from stage2_prior.sampling_config import SamplingConfig
 
+MODULES = [*dict.fromkeys([module for module, _ in VERBS.values()]), "stage1_tokenizer.train_tokenizer",
+           "stage2_prior.train_prior"]  # fmt: skip
+"""Those that `python -m` and launchers start."""
 HELP_OF_ALL = """
-import sys
+import runpy, sys
 from pipelines.cli import VERBS, main
-for verb in ([], *([verb] for verb in VERBS)):
-    sys.argv = ["twostage", *verb, "--help"]
+for words in ([], *([verb] for verb in VERBS), *(["-m", module] for module in sys.argv[1:])):
+    sys.argv = ["twostage", *words, "--help"]
     try:
+        if words[:1] == ["-m"]:
+            sys.modules.pop(words[1], None)
+            sys.argv = [words[1], "--help"]
+            runpy.run_module(words[1], run_name="__main__")
         main()
     except SystemExit as ended:
-        print("LOADED", verb, sorted({"torch", "numpy", "accelerate", "datasets", "PIL"} & sys.modules.keys()), ended)
+        slow = {"torch", "numpy", "accelerate", "datasets", "PIL"} & sys.modules.keys()
+        print("LOADED", *words, sorted(slow), ended)
 """
 
 
-def test_help_of_every_verb_is_instant():
-    """One process shows them all, so a slow import of any verb remains loaded."""
-    shown = subprocess.run([sys.executable, "-c", HELP_OF_ALL], capture_output=True, text=True, check=True).stdout
+def test_help_of_every_verb_and_module_is_instant():
+    """One process shows them all, so a slow import of any of them remains loaded."""
+    words = [sys.executable, "-c", HELP_OF_ALL, *MODULES]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     loaded = [line for line in shown.splitlines() if line.startswith("LOADED")]
-    assert loaded == [f"LOADED {verb} [] 0" for verb in ([], *([verb] for verb in VERBS))]
+    expected = ["LOADED", *(f"LOADED {verb}" for verb in VERBS), *(f"LOADED -m {module}" for module in MODULES)]
+    assert loaded == [f"{line} [] 0" for line in expected]
     assert [verb for verb in VERBS if f"Usage: twostage {verb} " not in shown] == []
 
 

@@ -9,7 +9,7 @@ import torch
 from messages import assert_names
 from safetensors.torch import load_file
 
-from stage1_tokenizer import train_tokenizer
+from stage1_tokenizer import tokenizer_training
 from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
 from twostage.core.training.random import BatchRandom
 from twostage.core.training.training_run import TrainingRun
@@ -42,7 +42,7 @@ def broken_gradient(monkeypatch) -> list[str]:
 @pytest.fixture
 def broken_images(monkeypatch) -> None:
     """Puts a NaN into the batch of the step BROKEN, as an overflow in the encoder would."""
-    to_float, seen = train_tokenizer.to_float, []
+    to_float, seen = tokenizer_training.to_float, []
     begin = TrainingRun.begin_step
 
     def spoil(pixels):
@@ -53,7 +53,7 @@ def broken_images(monkeypatch) -> None:
         return images
 
     monkeypatch.setattr(TrainingRun, "begin_step", lambda run: (seen.append(run.step), begin(run))[1])
-    monkeypatch.setattr(train_tokenizer, "to_float", spoil)
+    monkeypatch.setattr(tokenizer_training, "to_float", spoil)
 
 
 def tensors(step: int, name: str = "model") -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from fake_gpu import GPU, different_configs, fake_gpu, gradients, take_one_step
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from stage1_tokenizer import autoencoder, feature_training, perceptual, semantic_term, train_tokenizer
+from stage1_tokenizer import autoencoder, feature_training, perceptual, semantic_term, tokenizer_training
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage1_tokenizer.feature_training import FeaturesTrainingConfig
@@ -21,7 +21,7 @@ from twostage.core.training.running_means import RunningMeans
 
 CONFIGS = different_configs(Path(__file__).parents[2] / "configs" / "tokenizer")
 READS_DATA = {
-    train_tokenizer: ["load_images", "larger_images", "autoencoder_config", "condition_notices"],
+    tokenizer_training: ["load_images", "larger_images", "autoencoder_config", "condition_notices"],
     Autoencoder: ["read_given"],
     perceptual: ["_build_imagenet"],
     semantic_term: ["_imagenet_network"],
@@ -58,10 +58,10 @@ MORE = {
 def gpu_training(monkeypatch, new_process):
     """The step of each training, with any perceptual network, and without what comes before the first step."""
     take_one_step(monkeypatch, READS_DATA)
-    monkeypatch.setattr(train_tokenizer, "initialize_codebook", lambda *_: None)
+    monkeypatch.setattr(tokenizer_training, "initialize_codebook", lambda *_: None)
     monkeypatch.setattr(autoencoder, "check_range", lambda images: None)
     monkeypatch.setattr(FeatureNetwork, "features_hash", lambda self: "")
-    monkeypatch.setattr(train_tokenizer, "other_sources", lambda config: {})
+    monkeypatch.setattr(tokenizer_training, "other_sources", lambda config: {})
     monkeypatch.setattr(perceptual, "_fetch_trunk", lambda *_, **__: Path())
     monkeypatch.setattr(perceptual, "_fill_trunk", lambda *_: None)
     monkeypatch.setattr(perceptual, "_build_features", lambda config, channels, size: perceptual.FeaturePerceptual(
@@ -86,7 +86,7 @@ def test_a_tokenizer_trains_and_draws(name, gpu_training):
     document["data"] = form | {"image_size": min(32, form["image_size"])}
     config = parse_config(TokenizerConfig, document, name)
     with fake_gpu():
-        run = train_tokenizer.train(config, dry_run=True)
+        run = tokenizer_training.train(config, dry_run=True)
         assert run.step == 1
         model = run._networks[0].final.eval()
         assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}

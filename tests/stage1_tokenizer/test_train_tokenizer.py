@@ -10,7 +10,7 @@ from messages import assert_names, refuses
 from PIL import Image
 from safetensors.torch import load_file
 
-from stage1_tokenizer import train_tokenizer
+from stage1_tokenizer import tokenizer_training
 from stage1_tokenizer.augmentation import crop
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.train_tokenizer import TokenizerConfig, command, train
@@ -220,7 +220,9 @@ def test_only_training_images_are_changed(group, setting, document, start, tmp_p
 
 def test_windows_are_cut_out_of_larger_images(document, start, monkeypatch):
     seen = []
-    monkeypatch.setattr(train_tokenizer, "crop", lambda images, *rest: seen.append(images.shape) or crop(images, *rest))
+    monkeypatch.setattr(
+        tokenizer_training, "crop", lambda images, *rest: seen.append(images.shape) or crop(images, *rest)
+    )
     config = document(max_steps=1)
     config["data"] |= {"image_size": [8, 12], "random_crop": 0.8}
     run = start(config)

@@ -11,7 +11,7 @@ from messages import assert_names, refuses
 from PIL import Image
 from safetensors.torch import load_file
 
-from stage1_tokenizer import train_tokenizer
+from stage1_tokenizer import tokenizer_training
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
@@ -151,7 +151,7 @@ def test_sync_batch_norm_on_several_cpu_processes_is_refused(document, vqgan):
 
     config = parse_config(TokenizerConfig, document(vqgan(norm="sync_batch")), "config")
     with refuses("loss.adversarial.norm", "'sync_batch'", "2 processes", "loss.adversarial.norm=group"):
-        train_tokenizer.make_discriminator(config, TwoProcesses())
+        tokenizer_training.make_discriminator(config, TwoProcesses())
 
 
 # --- starting from others -------------------------------------------------------------------------------------------
@@ -268,14 +268,14 @@ def test_a_loss_that_is_not_finite_names_the_term_step_and_images(document, vqga
         return logits_fake.mean() * (float("nan") if train_run.step == 4 else 1.0)
 
     train_run = None
-    original = train_tokenizer.TrainingRun.__init__
+    original = tokenizer_training.TrainingRun.__init__
 
     def remember(run, config, **options):
         nonlocal train_run
         train_run = run
         original(run, config, **options)
 
-    monkeypatch.setattr(train_tokenizer.TrainingRun, "__init__", remember)
+    monkeypatch.setattr(tokenizer_training.TrainingRun, "__init__", remember)
     monkeypatch.setattr("stage1_tokenizer.training_losses.generator_loss", broken)
     with refuses("step 5: adversarial", "not finite", f"last good checkpoint in {tmp_path / 'run' / 'checkpoints'}"):
         start(document(vqgan(start=0.2), log_every=6, max_steps=12, checkpoint_every=4, validate_every=12))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fake_gpu import GPU, different_configs, fake_gpu, outside, take_one_step, without_waiting
 
-from stage2_prior import masked_transformer, train_prior
+from stage2_prior import masked_transformer, prior_training
 from stage2_prior.autoregressive import sample_in_order
 from stage2_prior.captured_step import sample_with_fixed_shapes
 from stage2_prior.codes import CodeCache, Manifest
@@ -28,7 +28,7 @@ from twostage.core.config.sections import parse_config
 
 CONFIGS = different_configs(Path(__file__).parents[2] / "configs" / "prior")
 OUTSIDE = {
-    train_prior: ["CodeCache", "check_entropy", "describe_codes", "prior_config"],
+    prior_training: ["CodeCache", "check_entropy", "describe_codes", "prior_config"],
     CodeCache: ["check_codes", "contents"],
     TextConditionConfig: ["notices"],
     Conditions: ["complete"],
@@ -130,7 +130,7 @@ def test_a_prior_trains(name, codes, scaled_codes, new_process, monkeypatch):
     new_process()
     config = parse_config(PriorTrainingConfig, document, name)
     with fake_gpu():
-        run = train_prior.train(config, dry_run=True)
+        run = prior_training.train(config, dry_run=True)
     assert run.step == 1
     assert {weight.device.type for weight in run._networks[0].module.parameters()} == {"cuda"}
 

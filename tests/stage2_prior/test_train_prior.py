@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from stage2_prior.codes import Augmentation, CodeCache, TokenizerReference
 from stage2_prior.prior import Prior
-from stage2_prior.train_prior import PriorTrainingConfig, command, keep_best, train
+from stage2_prior.prior_training import PriorTrainingConfig, keep_best, train
+from stage2_prior.train_prior import command
 from twostage.core.config.sections import parse_config
 from twostage.core.training.training_run import TrainingRun
 

@@ -1,23 +1,19 @@
 """`--dry-run` of the training commands: measures the first steps of the real training and writes nothing."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from twostage.core.errors import InputError
-from twostage.core.files import write_json
 from twostage.core.machine.memory import MEASURED_BY, peak_memory
 from twostage.core.machine.processes import join_processes, lack_of_cores
 from twostage.core.machine.sharding import units_to_shard
-from twostage.core.machine.stopping import resumable
 from twostage.core.training.base_run import BaseRun, ConfigT, DataT, resolve_precision
 from twostage.core.training.random import BatchRandom
 
-__all__ = ["DryRun", "run_training"]
+__all__ = ["DryRun"]
 
 
 class DryRun(BaseRun[ConfigT]):
@@ -92,25 +88,6 @@ class DryRun(BaseRun[ConfigT]):
         if self.accelerator.device.type != "cpu":
             torch.accelerator.synchronize()
         return self.clock()
-
-
-def run_training(train: Callable[[], BaseRun[Any]], dry_run: bool, json_file: Path | None) -> None:
-    """Runs a training command: ``train`` resumes after SIGTERM, and its dry run's figures go to ``json_file``.
-
-    Raises:
-        InputError: a ``json_file`` without a dry run, or one that cannot be written. Nothing has run then.
-    """
-    if json_file and not dry_run:
-        raise InputError(
-            f"--json {json_file}: only works with --dry-run. Add --dry-run or remove --json (a real run writes "
-            "metrics.jsonl)"
-        )
-    if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
-        raise InputError(f"--json {json_file}: expected a file in an existing folder")
-    with resumable():
-        run = train()
-    if json_file and isinstance(run, DryRun) and run.accelerator.is_main_process:
-        write_json(json_file, run.figures)
 
 
 def _count(net: nn.Module) -> dict[str, int]:

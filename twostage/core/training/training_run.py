@@ -17,6 +17,7 @@ from twostage.core.machine.processes import join_processes
 from twostage.core.machine.sharding import share_like, units_to_shard
 from twostage.core.machine.stopping import StopRequests
 from twostage.core.runs.checkpoint import optimizer_tensors, restore_optimizer
+from twostage.core.runs.finished_answer import FinishedAnswer, stamp
 from twostage.core.runs.model_folder import fill
 from twostage.core.runs.run_folder import STOPPED, RunFolder, read_metrics
 from twostage.core.training.base_run import BaseRun, ConfigT, DataT, resolve_precision
@@ -52,6 +53,7 @@ class TrainingRun(BaseRun[ConfigT]):
         self.health = Health(self.accelerator, self.folder)
         self.journal = Journal(self.folder, self.accelerator, config.train.keep_checkpoints)
         self._stop: StopAsked | None = None
+        self._stamps: dict[str, str | None] = {}  # of the data, when it was read
 
     @property
     def finished(self) -> str | None:
@@ -112,7 +114,7 @@ class TrainingRun(BaseRun[ConfigT]):
         means = {names: part.to(self.accelerator.device) for names, part in tensors.get("means", {}).items()}
         self.journal.means.restore(means, self.accelerator.process_index, processes)
         if self.finished:
-            self.report(f"{self.folder.path}: finished at step {self.step} ({self.finished}); nothing left to do")
+            self.report(self._answer())
             return
         self.report(f"Resuming from step {self.step} ({checkpoint})")
         if processes_before != processes:
@@ -120,6 +122,16 @@ class TrainingRun(BaseRun[ConfigT]):
                 f"with {_count_processes(processes)} instead of {processes_before}: the batches and the random numbers "
                 "stay the same, only the order of sums changes"
             )
+
+    def _answer(self) -> str:
+        return f"{self.folder.path}: finished at step {self.step} ({self.finished}); nothing left to do"
+
+    def keep_answer(self, answer: FinishedAnswer) -> None:
+        """Stores what to say if the same command is given again, which then starts nothing."""
+        if self.accelerator.is_main_process and self.finished:
+            own = (self.folder.config_file, self.folder.sources_file, self.folder.checkpoints)
+            stamps = {str(path.absolute()): stamp(path) for path in own} | self._stamps
+            answer.keep([self._answer(), self.folder.results], stamps)
 
     def _report_length(self, state: dict[str, Any], shares: str) -> None:
         """Reports what it means if the run has another length than at its checkpoint, and keeps the planned steps."""
@@ -187,6 +199,8 @@ class TrainingRun(BaseRun[ConfigT]):
         """Creates the folder, or drops its records of later steps."""
         self.accelerator.wait_for_everyone()  # no process writes before all have checked the folder
         if self.accelerator.is_main_process:
+            places = [one.place for one in self._sources.values() if one.place and not one.only_to_begin]
+            self._stamps = {str(place): stamp(place) for place in places}
             self.folder.create(self.config, self._sources)  # type: ignore[arg-type]
             self.folder.cut_metrics(self.step)
         self.accelerator.wait_for_everyone()
