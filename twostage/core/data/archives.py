@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from twostage.core.data.cache_files import cache_folder, replacing_in_cache
+from twostage.core.cache_files import cache_folder, replacing_in_cache
 from twostage.core.errors import InputError
 from twostage.core.machine.progress import announced
 from twostage.core.wording import one_line, printable

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from twostage.core.cache_files import cache_folder
 from twostage.core.config.sections import (
     CHANGES_NO_NUMBER,
     MAY_CHANGE,
@@ -16,7 +17,6 @@ from twostage.core.config.sections import (
     Size,
     Width,
 )
-from twostage.core.data.cache_files import cache_folder
 from twostage.core.data.decoded_cache import DecodedCache
 from twostage.core.data.maps import MapKind
 from twostage.core.data.records import AUTO, Columns

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from twostage.core.data.cache_files import replacing_in_cache
+from twostage.core.cache_files import replacing_in_cache
 from twostage.core.data.decoding import Findings, decode
 from twostage.core.data.records import Records
 from twostage.core.errors import InputError

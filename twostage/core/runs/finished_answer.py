@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from twostage.core.data.cache_files import cache_folder, replacing_in_cache
+from twostage.core.cache_files import cache_folder, replacing_in_cache
 
 __all__ = ["FinishedAnswer", "stamp"]
 
