@@ -14,16 +14,18 @@ from twostage.core.runs.finished_answer import FinishedAnswer
 from twostage.core.training.training_command import run_training
 
 if TYPE_CHECKING:
-    from stage1_tokenizer.tokenizer_training import TokenizerConfig, TokenizerTrainConfig, autoencoder_config, train
+    from stage1_tokenizer.tokenizer_training import TokenizerConfig, TokenizerTrainConfig, autoencoder_config, train  # noqa: F401
     from twostage.core.training.base_run import BaseRun
 
-__all__ = ["TokenizerConfig", "TokenizerTrainConfig", "autoencoder_config", "command", "train"]
+__all__ = ["command"]
+
+TRAINING = ("TokenizerConfig", "TokenizerTrainConfig", "autoencoder_config", "train")
 
 
 def __getattr__(name: str) -> Any:
     """The names of `tokenizer_training` for Python code, imported at their first use: `--help` needs no torch."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    if name not in TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(TRAINING)}")
     from stage1_tokenizer import tokenizer_training
 
     return getattr(tokenizer_training, name)

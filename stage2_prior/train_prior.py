@@ -14,16 +14,18 @@ from twostage.core.runs.finished_answer import FinishedAnswer
 from twostage.core.training.training_command import run_training
 
 if TYPE_CHECKING:
-    from stage2_prior.prior_training import PriorTrainConfig, PriorTrainingConfig, train
+    from stage2_prior.prior_training import PriorTrainConfig, PriorTrainingConfig, train  # noqa: F401
     from twostage.core.training.base_run import BaseRun
 
-__all__ = ["PriorTrainConfig", "PriorTrainingConfig", "command", "train"]
+__all__ = ["command"]
+
+TRAINING = ("PriorTrainConfig", "PriorTrainingConfig", "train")
 
 
 def __getattr__(name: str) -> Any:
     """The names of `prior_training` for Python code, imported at their first use: `--help` needs no torch."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    if name not in TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(TRAINING)}")
     from stage2_prior import prior_training
 
     return getattr(prior_training, name)
