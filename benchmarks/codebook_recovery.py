@@ -5,7 +5,7 @@ python -m benchmarks.codebook_recovery [--steps 500] [--batch-size 128] [--only 
 
 For every codebook quantizer, all codes are set to the same vector far from the data. Then a small CIFAR-10 tokenizer
 (`vqvae_cifar10.yaml` with a small backbone and AdamW) trains from there with the default settings. The table shows the
-fraction of codes that the 10,000 test images use every 100 steps, and the final PSNR.
+fraction of codes that the 10,000 test images use after half of the steps and at the end, and the final PSNR.
 """
 
 from pathlib import Path
@@ -35,6 +35,7 @@ QUANTIZERS = {
     "l2": ["model.bottleneck={type: vector, codebook_size: 512, l2_normalize: true}", "model.latent_channels=8"],
     "rotation": ["model.bottleneck={type: vector, codebook_size: 512, gradient: rotation}"],
     "residual": ["model.bottleneck={type: residual, depth: 2, codebook_size: 512}"],
+    "multi_scale": ["model.bottleneck={type: multi_scale, codes: {type: vector, codebook_size: 512}}"],
     "diveq": ["model.bottleneck={type: diveq, codebook_size: 512}"],
     "index_backpropagation": ["model.bottleneck={type: index_backpropagation, codebook_size: 512}"],
     "projected": ["model.bottleneck={type: projected, codebook_size: 512}"],
@@ -70,7 +71,7 @@ def main() -> None:
     for name in options.only:
         overrides = QUANTIZERS[name]
         length = [f"train.max_steps={options.steps}", f"train.batch_size={options.batch_size}"]
-        length += ["train.validate_every=100", "train.checkpoint_every=100"]
+        length += [f"train.validate_every={options.steps // 2}", f"train.checkpoint_every={options.steps}"]
         start = [
             "run.trackers=[]",
             "train.lr_schedule=constant",

@@ -45,7 +45,10 @@ class IndexBackpropagationConfig(LearnedCodebookConfig):
 
 
 class IndexBackpropagation(VectorQuantizer):
-    """The code with the largest product z.e, and z_q = onehot E with onehot = hard + soft - sg[soft] (equation 4).
+    """The nearest code: z_q = onehot E with onehot = hard + soft - sg[soft] (equation 4).
+
+    The logits are z.e - |e|^2 / 2 = (|z|^2 - |z - e|^2) / 2 (our choice; the paper has z.e). With z.e alone, a code far
+    from all vectors can be the best choice of most of them, because it is long. Then no restart helps.
 
     The gradient needs the softmax over all K codes of each of the N vectors. It is computed in parts and once more in
     the backward pass, so no (N, K) matrix is kept: the peak is one part of 4 MiB on a CPU, 256 MiB on a GPU, times the
@@ -92,14 +95,6 @@ class IndexBackpropagation(VectorQuantizer):
         """``chosen`` (N, D): it has its gradient from :meth:`quantize`."""
         return chosen
 
-    @torch.no_grad()
-    def choose(self, vectors: Tensor) -> Tensor:
-        """The codes (N,) with the largest product z.e for vectors z (N, D)."""
-        codes = self.codebook.t()
-        if torch.compiler.is_exporting():
-            return (vectors @ codes).argmax(1)
-        return torch.cat([(part @ codes).argmax(1) for part in vectors.split(self._part(vectors))])
-
     def _part(self, vectors: Tensor) -> int:
         return max(16, (CPU_TILE if vectors.device.type == "cpu" else GPU_TILE) // self.codebook_size)
 
@@ -116,7 +111,7 @@ def _part(
     vectors: Tensor, codebook: Tensor, indices: Tensor, temperature: float, measured: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z_q (n, D), and over the vectors of the part the sums of their soft choices (K,) and of its entropies."""
-    logits = vectors @ codebook.t()
+    logits = torch.addmm(codebook.square().sum(1), vectors, codebook.t(), beta=-0.5)
     z = straight_through_choice(logits, indices, codebook)
     if not measured:
         return z, codebook.new_zeros(len(codebook)), codebook.new_zeros(())

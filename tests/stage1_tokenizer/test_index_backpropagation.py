@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from stage1_tokenizer import index_backpropagation
+from stage1_tokenizer import index_backpropagation, vector_quantizer
 from stage1_tokenizer.index_backpropagation import IndexBackpropagation, IndexBackpropagationConfig
 
 SIZE, DIM = 12, 5
@@ -30,13 +30,14 @@ def small_parts(monkeypatch):
 
 
 def test_values_and_gradients_are_those_of_a_matrix_of_all_choices(whole_batch, monkeypatch):
-    """Equations 4 to 6 with the (N, K) one-hot and softmax, in float64."""
+    """Equations 4 to 6 with the (N, K) one-hot and softmax of -|z - e|^2 / 2, in float64."""
     monkeypatch.setattr(IndexBackpropagation, "_gather_statistics", lambda *_: None)
+    monkeypatch.setattr(vector_quantizer, "nearest_codes", lambda x, codes: torch.cdist(x, codes).argmin(1))
     quantizer = make(temperature=0.3, entropy_weight=0.2).double()
     vectors = as_vectors(encodings()).double().requires_grad_()
     indices, z, losses = quantizer.quantize(vectors, whole_batch(8))
     codebook = quantizer.codebook
-    logits = vectors @ codebook.T
+    logits = (vectors[:, None] - codebook).square().sum(2) / -2
     soft = logits.softmax(1)
     one_hot = F.one_hot(logits.argmax(1), SIZE) + soft - soft.detach()
     expected = one_hot @ codebook

@@ -216,7 +216,7 @@ def test_every_codebook_recovers_from_identical_distant_codes(name, whole_batch)
     assert min(used) > 0.9 * 32
 
 
-@pytest.mark.parametrize("name", ["learned", "simvq", "diveq", "projected"])
+@pytest.mark.parametrize("name", ["learned", "simvq", *LATER_CODEBOOKS])
 def test_a_code_restarts_in_the_averaged_weights_too(name, whole_batch):
     quantizer = build(name, size=8, ema_decay=0.5, revive_below=0.2)
     averaged = AveragedCopy(quantizer, 0.999)
