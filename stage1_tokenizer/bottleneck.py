@@ -30,6 +30,10 @@ __all__ = [
 
 GradientRule = Literal["straight_through", "rotation"]
 
+TRIAL = 2.0
+"""A restarted code has this multiple of the count below which it is dead: without use it restarts again after
+ln(TRIAL) / (1 - usage_decay) updates."""
+
 
 @dataclass
 class BottleneckOutput:
@@ -164,6 +168,19 @@ class Quantizer(Bottleneck):
         """Moves the average counts towards the counts since the last call."""
         self.ema_counts.lerp_(reduce_sum(self.pending_counts), 1 - self.usage_decay)
         self.pending_counts.zero_()
+
+    @torch.no_grad()
+    def restart(self, below: float, possible: Tensor) -> Tensor:
+        """Marks (K,) the dead codes, whose count is less than the share ``below`` of the average, and sets their counts
+        so that they stay alive for a while. The caller makes sure that they are chosen again.
+
+        Args:
+            possible: a scalar or (K,); codes where it is false are left alone.
+        """
+        least = below * self.ema_counts.mean()
+        dead = (self.ema_counts < least) & possible
+        self.ema_counts.copy_(torch.where(dead, TRIAL * least, self.ema_counts))
+        return dead
 
     @torch.no_grad()
     def usage_metrics(self) -> dict[str, Tensor]:

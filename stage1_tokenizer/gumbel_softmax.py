@@ -4,6 +4,7 @@ dVAE, Ramesh et al. 2021 (DALL-E, arXiv 2102.12092), appendix A.2. Axes: B image
 """
 
 import math
+from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -13,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput, Quantizer
+from stage1_tokenizer.vector_quantizer import LearnedCodebookConfig
 from twostage.core.config.sections import Number, Section, Share, Width
 from twostage.core.training.random import BatchRandom
 
@@ -47,20 +49,23 @@ class KLWeight(Annealing):
 
 
 @BottleneckConfig.register
-class GumbelSoftmaxConfig(BottleneckConfig):
+class GumbelSoftmaxConfig(LearnedCodebookConfig):
     """A codebook of ``codebook_size`` vectors; the encoder's last layer has one channel for each."""
 
     type: Literal["gumbel_softmax"] = "gumbel_softmax"
     codebook_size: Annotated[Width, Field(ge=2)] = 512
     """The number of codes."""
+    revive_below: Share = 0.05
+    """A code chosen less than this share of the average gets the mean score of the code with the highest one; 0: never.
+    A softmax that is sure of one code has no gradient."""
     temperature: Temperature = Temperature()
     """Temperature of the soft choice in training. DALL-E's goes from 1 to 1/16."""
     kl_weight: KLWeight = KLWeight()
     """Weight of the mean over cells of KL(choice | uniform), in nats. DALL-E's 6.6 multiplies a sum that is divided by
     the 192 values of a cell, so it is 0.034 here."""
     collapse_remedy: ClassVar[str] = (
-        "a higher model.bottleneck.kl_weight.end, a higher model.bottleneck.temperature.end, or a smaller "
-        "model.bottleneck.codebook_size"
+        "model.bottleneck.revive_below=0.2, a higher model.bottleneck.kl_weight.end, a higher "
+        "model.bottleneck.temperature.end, or a smaller model.bottleneck.codebook_size"
     )
     scheduled: ClassVar[str] = "model.bottleneck.temperature.over and kl_weight.over"
 
@@ -74,24 +79,31 @@ class GumbelSoftmax(Quantizer):
     In evaluation and in ``encode`` a cell's code is the one with the highest score, without noise. All codes get a
     gradient. The encoder's output is the (B, K, h, w) matrix of scores, so training keeps a few tensors of that size:
     B h w K x 4 bytes each, 3 MiB for 128 images of 7x7 cells and 128 codes, 256 MiB for 8 of 32x32 and 8,192.
+
+    ``offset`` is added to the encoder's scores. It is 0 until a code is dead.
     """
 
+    offset: Tensor
+    pending_scores: Tensor
+
     def __init__(self, config: GumbelSoftmaxConfig, latent_channels: int) -> None:
-        super().__init__(config.codebook_size, encoded_channels=config.codebook_size)
+        super().__init__(config.codebook_size, config.codebook_size, config.ema_decay)
         self.config = config
         codes = torch.empty(config.codebook_size, latent_channels)
         self.codebook = nn.Parameter(nn.init.normal_(codes))
+        self.register_buffer("offset", torch.zeros(config.codebook_size))
+        self.register_buffer("pending_scores", torch.zeros(config.codebook_size + 1), persistent=False)
 
     def forward(self, encoded: Tensor, labels: Tensor | None, random: BatchRandom) -> BottleneckOutput:
         """The soft choice of scores (B, K, h, w). The loss `choice_kl` (weighted) is the mean over cells of
         KL(softmax(l) | uniform) = sum_k q_k log(K q_k) in nats."""
         with torch.autocast(encoded.device.type, enabled=False):
-            scores = encoded.float()
+            scores = self._scores(encoded)
             logs = torch.log_softmax(scores, 1)
             divergence = (logs.exp() * (logs + math.log(self.codebook_size))).sum(1).mean()
             indices = scores.argmax(1)
             if self.training:
-                self.count(indices.flatten())
+                self._gather_statistics(scores.detach(), indices)
                 z = self._relaxed(scores, random)
             else:
                 z = self.lookup(indices)
@@ -107,8 +119,28 @@ class GumbelSoftmax(Quantizer):
 
     def encode(self, encoded: Tensor) -> BottleneckOutput:
         """The codes with the highest of the scores (B, K, h, w), and their vectors."""
-        indices = encoded.argmax(1)
+        indices = self._scores(encoded).argmax(1)
         return BottleneckOutput(self.lookup(indices), indices)
+
+    @torch.no_grad()
+    def update_codebook(self, reduce_sum: Callable[[Tensor], Tensor]) -> None:
+        """Raises the scores of dead codes: their mean over the last batch becomes the highest mean."""
+        super().update_codebook(reduce_sum)
+        sums = reduce_sum(self.pending_scores)
+        means, cells = sums[:-1] / sums[-1].clamp(min=1), sums[-1]
+        dead = self.restart(self.config.revive_below, cells > 0)
+        self.offset += torch.where(dead, means.max() - means, 0.0)
+        self.pending_scores.zero_()
+
+    @torch.no_grad()
+    def _gather_statistics(self, scores: Tensor, indices: Tensor) -> None:
+        finite = scores.sum().isfinite()  # a batch whose update is skipped must leave no trace
+        self.count(indices.flatten(), finite)
+        sums = torch.cat([scores.sum((0, 2, 3)), scores.new_full((1,), indices.numel())])
+        self.pending_scores += torch.where(finite, sums, 0.0)
+
+    def _scores(self, encoded: Tensor) -> Tensor:
+        return encoded.float() + self.offset[:, None, None]
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes (B, h, w) -> their vectors (B, D, h, w)."""

@@ -147,7 +147,7 @@ class ProjectedCodebook(VectorQuantizer):
     def restart_like(self, current: VectorQuantizer) -> None:
         """Nothing: a copy with averaged weights gets ``projected`` as it is."""
 
-    def _place(self, vectors: Tensor, where: Tensor, count: Tensor) -> None:
+    def _place(self, vectors: Tensor, where: Tensor) -> None:
         """Moves the projected codes marked in ``where`` (K,) close to ``vectors`` (K, D). A code that moves changes
         what the bridge adds to it, so this is repeated."""
         for _ in range(PLACEMENTS):

@@ -28,10 +28,6 @@ __all__ = ["CodebookConfig", "LearnedCodebookConfig", "VectorConfig", "VectorQua
 
 MAX_CANDIDATES = 1024
 
-TRIAL = 2.0
-"""A restarted code has this multiple of the count below which it is dead: without use it restarts again after
-ln(TRIAL) / (1 - ema_decay) updates."""
-
 
 class LearnedCodebookConfig(BottleneckConfig):
     """A codebook of ``codebook_size`` vectors, which the optimizer trains."""
@@ -177,8 +173,8 @@ class VectorQuantizer(Quantizer):
         """Moves the codes onto the k-means centres of encoded images (B, D, h, w)."""
         vectors = self._normalized(rearrange(encoded.float(), "b d h w -> (b h w) d"))
         centres = self._normalized(k_means(vectors, self.codebook_size, generator))
-        self._place(centres, torch.ones_like(self.ema_counts, dtype=torch.bool), torch.ones_like(self.ema_counts[0]))
         self.ema_counts.fill_(1.0)
+        self._place(centres, torch.ones_like(self.ema_counts, dtype=torch.bool))
 
     @torch.no_grad()
     def update_codebook(self, reduce_sum: Callable[[Tensor], Tensor]) -> None:
@@ -189,20 +185,17 @@ class VectorQuantizer(Quantizer):
         back. If the vectors leave it behind, it soon restarts again.
         """
         super().update_codebook(reduce_sum)
-        size, total = self.codebook_size, self.ema_counts.sum()
-        average = total / size
+        size = self.codebook_size
         if self.kind == "ema":
+            total = self.ema_counts.sum()
             self.ema_sums.lerp_(reduce_sum(self.pending_sums), 1 - self.config.ema_decay)
             smoothed = (self.ema_counts + 1e-5) / (total + size * 1e-5) * total
             self.codebook.copy_(self._normalized(self.ema_sums / smoothed[:, None]))
             self.pending_sums.zero_()
         candidates = reduce_sum(self.pending_candidates)
-        dead = self.ema_counts < self.config.revive_below * average
         fresh = candidates[torch.arange(size, device=candidates.device) % len(candidates)]
-        dead &= fresh.any(1)  # a candidate of zeros comes from a skipped batch
-        start = TRIAL * self.config.revive_below * average
-        self._place(fresh, dead, start)
-        self.ema_counts.copy_(torch.where(dead, start, self.ema_counts))
+        dead = self.restart(self.config.revive_below, fresh.any(1))  # a candidate of zeros comes from a skipped batch
+        self._place(fresh, dead)
         self.restarted.copy_(dead)
         self.pending_candidates.zero_()
 
@@ -214,10 +207,10 @@ class VectorQuantizer(Quantizer):
         be no vectors.
         """
         if self.kind != "ema":
-            self._place(current.codes(), current.restarted, self.ema_counts[0])
+            self._place(current.codes(), current.restarted)
 
-    def _place(self, vectors: Tensor, where: Tensor, count: Tensor) -> None:
-        """Moves the codes marked in ``where`` (K,) onto ``vectors`` (K, D), each as if chosen ``count`` times."""
+    def _place(self, vectors: Tensor, where: Tensor) -> None:
+        """Moves the codes marked in ``where`` (K,) onto ``vectors`` (K, D), each as if chosen as often as its count."""
         if self.projection is None:
             self.codebook.copy_(torch.where(where[:, None], vectors, self.codebook))
         else:
@@ -229,7 +222,7 @@ class VectorQuantizer(Quantizer):
             identity = torch.eye(len(self.projection), dtype=moved.dtype, device=moved.device)
             self.projection.copy_(torch.where(some, identity, self.projection))
         if self.kind == "ema":
-            self.ema_sums.copy_(torch.where(where[:, None], vectors * count, self.ema_sums))
+            self.ema_sums.copy_(torch.where(where[:, None], vectors * self.ema_counts[:, None], self.ema_sums))
 
     @torch.no_grad()
     def _gather_statistics(self, vectors: Tensor, indices: Tensor, random: BatchRandom) -> None:

@@ -106,6 +106,31 @@ def test_the_divergence_spreads_scores_that_agree_on_one_code(whole_batch):
     assert quantizer(points, None, whole_batch(16)).losses["choice_kl"] < 0.05
 
 
+@pytest.mark.parametrize("revive_below", [0.0, 0.05])
+def test_codes_without_a_gradient_restart(revive_below, whole_batch):
+    """An encoder that is sure of one code has no gradient; a restart gives all codes a chance."""
+    torch.manual_seed(0)
+    encoder, quantizer = torch.nn.Conv2d(DIM, SIZE, 1), make(revive_below=revive_below)
+    with torch.no_grad():
+        encoder.bias[0] += 100.0
+    optimizer = torch.optim.Adam([*encoder.parameters(), *quantizer.parameters()], lr=0.01)
+    points = torch.randn(64, DIM, 2, 3, generator=torch.Generator().manual_seed(3))
+
+    def used() -> int:
+        return len(quantizer.encode(encoder(points)).indices.unique())
+
+    assert used() == 1
+    for step in range(150):
+        optimizer.zero_grad()
+        output = quantizer(encoder(points), None, whole_batch(64, step))
+        ((output.z - points).square().mean() + sum(output.losses.values())).backward()
+        if step == 0:
+            assert encoder.weight.grad.abs().max() < 1e-6
+        optimizer.step()
+        quantizer.update_codebook(lambda statistics: statistics)
+    assert used() == (SIZE if revive_below else 1)
+
+
 def test_extreme_scores_stay_finite(whole_batch):
     logits = (1e4 * scores()).requires_grad_()
     output = make()(logits, None, whole_batch(8))

@@ -192,7 +192,7 @@ def test_every_codebook_recovers_from_identical_distant_codes(name, whole_batch)
     with torch.no_grad():
         for level in levels:
             away = level._normalized(far[:, : level.encoded_channels].expand(32, -1))
-            level._place(away, torch.ones(32, dtype=torch.bool), torch.tensor(1.0))
+            level._place(away, torch.ones(32, dtype=torch.bool))
     clusters = 3 * torch.randn(32, 4, generator=generator())
 
     def data(seed: int) -> Tensor:
