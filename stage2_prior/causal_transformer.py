@@ -206,7 +206,8 @@ class CausalTransformerDecoder(FastTransformer):
             if self.absent is not None:
                 scores[:, :, : self.places].add_(self.absent)
             if row is not None:
-                scores.view(images, -1, seen)[:, :, self.places :].add_(row.narrow(1, 0, cell + 1))
+                of_cells = scores[:, :, self.places :] if self.places else scores
+                of_cells.view(images, -1, cell + 1).add_(row.narrow(1, 0, cell + 1))
             torch.bmm(scores.softmax(-1), values.narrow(1, 0, seen), out=result)
         return attended.view(count, images, -1).transpose(0, 1).flatten(0, 1)
 
