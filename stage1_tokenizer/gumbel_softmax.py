@@ -55,7 +55,7 @@ class GumbelSoftmaxConfig(LearnedCodebookConfig):
     type: Literal["gumbel_softmax"] = "gumbel_softmax"
     codebook_size: Annotated[Width, Field(ge=2)] = 512
     """The number of codes."""
-    revive_below: Share = 0.05
+    revive_below: Share = 0.0
     """A code chosen less than this share of the average gets the mean score of the code with the highest one; 0: never.
     A softmax that is sure of one code has no gradient."""
     temperature: Temperature = Temperature()
