@@ -85,7 +85,7 @@ class CodeNoise:
         return noise
 
     def skip(self, cells: int) -> None:
-        """Goes on after the next cells, whose noise is never computed."""
+        """Continues after the next cells, whose noise is never computed."""
         self.cell, self._ahead = self.cell + cells, self._ahead[:, cells:]
 
 

@@ -28,4 +28,5 @@ def test_every_part_of_the_benchmark_runs(tmp_path):
     ):
         assert all(row["rate"] > 0 for name, row in found.items() if name.startswith(part))
         assert any(name.startswith(part) for name in found)
-    assert {row["note"] for row in rows if row["name"] == "sample GPT tiny"} == {"float32", "float32, no CUDA graph"}
+    notes = [row["note"] for row in rows if row["name"] == "sample GPT tiny"]
+    assert {note.endswith("no CUDA graph") for note in notes} == {True, False}

@@ -13,7 +13,6 @@ from pipelines.evaluation.measurement import HeldOutImages
 from pipelines.evaluation.shared_work import RowDigests, SharedWork
 from twostage.core.data.image_data import ImageSplit
 from twostage.core.data.spread import spread
-from twostage.core.machine.overlap import read_ahead
 from twostage.core.machine.placement import copy_to
 
 __all__ = ["JudgedImages", "RealImages", "judge_training_images"]
@@ -35,8 +34,7 @@ class JudgedImages:
     def read(cls, network: Judge, split: ImageSplit, rows: Tensor, work: SharedWork, name: str) -> "JudgedImages":
         """The images ``rows`` of a split, under a progress bar called ``name``."""
         judged = cls(network, len(rows), work)
-        batches = work.batches(len(rows), name)
-        for places, pixels in read_ahead(batches, lambda places: split.read(rows[places]), not split.in_memory):
+        for places, pixels in work.read(split, rows, name):
             judged.update(places, pixels)
         judged.gather()
         return judged

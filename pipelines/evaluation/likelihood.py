@@ -23,6 +23,7 @@ from twostage.core.data.image_data import ImageSplit
 from twostage.core.data.spread import spread
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_float
+from twostage.core.machine.placement import copy_to
 from twostage.core.training.random import BatchRandom, seed_for
 
 __all__ = [
@@ -182,10 +183,9 @@ def image_costs(
     split, rows = images.split, images.rows
     table = torch.zeros(len(rows), 1 + _num_draws(prior), dtype=torch.float64)
     digests = RowDigests(len(rows))
-    for places in work.batches(len(rows), "images"):
-        pixels, given = split.read(rows[places]), pipeline.read_given(split, rows[places])
+    for places, pixels in work.read(split, rows, "images"):
+        originals, given = to_float(copy_to(work.device, pixels)), pipeline.read_given(split, rows[places])
         digests.update(places, pixels)
-        originals = to_float(pixels.to(work.device))
         latent = tokenizer.encode(originals)
         assert latent.indices is not None
         decoded = tokenizer.run_decoder(latent.z)
@@ -226,8 +226,8 @@ def fit_likelihood(model: Autoencoder, split: ImageSplit, rows: Tensor, work: Sh
     if loss.reconstruction == "bce":
         return loss
     errors = torch.zeros(len(rows), dtype=torch.float64)
-    for places in work.batches(len(rows), "scale"):
-        images = to_float(split.read(rows[places]).to(work.device))
+    for places, pixels in work.read(split, rows, "scale"):
+        images = to_float(copy_to(work.device, pixels))
         decoded = model.run_decoder(model.encode(images).z)
         pairs = zip(decoded.split(1), images.split(1), strict=True)
         errors[places] = torch.stack([reconstruction_loss(*pair, loss.reconstruction) for pair in pairs]).cpu().double()

@@ -33,7 +33,6 @@ from stage1_tokenizer.validation import ACTIVE_VARIANCE, psnr
 from twostage.core.errors import InputError
 from twostage.core.files import file_sha256, shorten_home
 from twostage.core.images.conversion import to_float, to_integers, white_level
-from twostage.core.machine.overlap import read_ahead
 from twostage.core.machine.placement import copy_to
 from twostage.core.training.random import seed_for
 
@@ -127,8 +126,7 @@ def measure_reconstructions(
         judge = ReconstructionJudge(network, len(rows), work, images.data.class_names, perturbation)
     codes = code_counts(model.bottleneck, torch.zeros(0, *model.code_grid, dtype=torch.long))
     moments = torch.zeros(2, math.prod(model.latent_shape), dtype=torch.float64)  # sums of means and of their squares
-    batches = work.batches(len(rows), "evaluate")
-    for places, pixels in read_ahead(batches, lambda places: split.read(rows[places]), not split.in_memory):
+    for places, pixels in work.read(split, rows, "evaluate"):
         originals, labels = copy_to(work.device, pixels), split.read_labels(rows[places])
         labels = None if labels is None else labels.to(work.device)
         digests.update(places, pixels)

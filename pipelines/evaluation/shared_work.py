@@ -4,7 +4,7 @@ Axes: n rows (images or code grids), B of them in a batch.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -13,6 +13,8 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
 
+from twostage.core.data.image_data import ImageSplit
+from twostage.core.machine.overlap import read_ahead
 from twostage.core.machine.processes import join_processes
 from twostage.core.machine.progress import ProgressBar
 from twostage.core.training.random import BatchRandom, seed_for
@@ -48,6 +50,12 @@ class SharedWork:
             disable=not self.state.is_main_process,
             leave=False,
         )
+
+    def read(self, split: ImageSplit, rows: Tensor, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's batches of the images ``rows`` of a split: their places (B,) among the rows, and their pixels
+        (B, C, H, W). Those that are not in memory are read in a thread, one batch ahead."""
+        batches = self.batches(len(rows), name)
+        return read_ahead(batches, lambda places: split.read(rows[places]), in_thread=not split.in_memory)
 
     def share(self, items: Sequence[ItemT]) -> Sequence[ItemT]:
         """The items that this process works on: every nth of them, for n processes."""
