@@ -1,6 +1,7 @@
 """What does a full VQ-GAN step cost, compared with taming-transformers' way of computing it?
 
-python -m benchmarks.vqgan_step [--repeats 7] [--model taming] [--image-size 64] [--batch-size 8] [--json FILE]
+python -m benchmarks.vqgan_step [--repeats 7] [--model taming] [--image-size 64] [--batch-size 8] [--channels-last]
+                              [--json FILE]
 
 Tokenizer + LPIPS (VGG-16) + PatchGAN with an adaptive weight, both networks updated, float32. Both sides use the same
 modules with the same weights (VGG's are random, which costs the same). The peer follows taming-transformers'
@@ -112,12 +113,16 @@ def main() -> None:
     arguments.add_argument("--model", choices=MODELS, default="taming")
     arguments.add_argument("--image-size", type=int, default=64)
     arguments.add_argument("--batch-size", type=int, default=8)
+    arguments.add_argument("--channels-last", action="store_true", help="our kernels as a GPU keeps them")
     options = arguments.parse_args()
     warnings.filterwarnings("ignore", module="torchvision")
     with tempfile.TemporaryDirectory() as folder:
         random_trunk(Path(folder))
         ours = Step(MODELS[options.model], options.image_size, options.batch_size, Path(folder))
         peer = Step(MODELS[options.model], options.image_size, options.batch_size, Path(folder))
+    if options.channels_last:
+        for network in filter(None, (ours.autoencoder, ours.discriminator, ours.losses.perceptual)):
+            network.to(memory_format=torch.channels_last)
     ours.ours()
     peer.peer()
     difference = (ours.gradient() - peer.gradient()).norm() / peer.gradient().norm()
@@ -128,6 +133,7 @@ def main() -> None:
         "model": options.model,
         "image_size": options.image_size,
         "batch_size": options.batch_size,
+        "channels_last": options.channels_last,
         "repeats": options.repeats,
     }
     report(settings, [row], options.json)
