@@ -5,6 +5,7 @@ Axes: B images, C channels, H and W pixels, h and w cells of the latent grid, c 
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -18,6 +19,9 @@ from stage1_tokenizer.backbone import ACTIVATIONS, Activation, BackboneConfig, N
 from twostage.core.config.sections import Count, Depth, Flag, Width
 
 __all__ = ["VQGANConfig", "VQGANDecoder", "VQGANEncoder"]
+
+MIN_CELLS = 256
+"""The grid from which on upsampling is a transposed convolution; the weights outweigh smaller ones."""
 
 
 @BackboneConfig.register
@@ -122,13 +126,21 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Doubles H and W: repeats each cell four times, then applies a 3x3 convolution."""
+    """Doubles H and W: repeats each cell four times, then applies a 3x3 convolution.
+
+    The nine pixels under a kernel are only four different cells. So both steps are one transposed convolution, whose
+    weight for a cell is the sum of those for its pixels.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__(width, width, 3, padding=1)
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest"))
+        if math.prod(input.shape[2:]) < MIN_CELLS:
+            return super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest"))
+        taps = F.pad(self.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))  # (c, c, 5, 5)
+        taps = taps[:, :, 1:] + taps[:, :, :-1]
+        return F.conv_transpose2d(input, taps[..., 1:] + taps[..., :-1], self.bias, stride=2, padding=1)
 
 
 class Level(nn.Module):

@@ -81,9 +81,22 @@ def test_halving_pads_below_and_on_the_right(row, column):
     )
 
 
-def test_doubling_repeats_each_cell():
-    x = torch.randn(1, 2, 2, 3)
+@pytest.mark.parametrize("grid", [(2, 3), (16, 17)])
+def test_doubling_repeats_each_cell(grid):
+    x = torch.randn(1, 2, *grid)
     assert torch.equal(only_tap(Upsample(2), 1, 1)(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+@pytest.mark.parametrize("grid", [(15, 17), (16, 17)])  # fewer than 256 cells, and more
+def test_doubling_in_one_operation_has_the_gradients_of_the_two_steps(grid):
+    torch.manual_seed(2)
+    layer, x = Upsample(3).double(), torch.randn(2, 3, *grid).double().requires_grad_()
+    wanted = [x, layer.weight, layer.bias]
+    two_steps = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), layer.weight, layer.bias, padding=1)
+    one = layer(x)
+    torch.testing.assert_close(one, two_steps)
+    pull = torch.randn_like(one)
+    torch.testing.assert_close(torch.autograd.grad(one, wanted, pull), torch.autograd.grad(two_steps, wanted, pull))
 
 
 def test_attention_is_softmax_attention_in_one_head_plus_its_input():

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.transformer import (
+    QUERIES,
     Block,
     FastBlock,
     Transformer,
@@ -40,12 +41,19 @@ def test_rotated_heads_see_only_the_distance_between_two_cells():
     torch.testing.assert_close(turned.norm(dim=1), q.norm(dim=1))
 
 
+@pytest.mark.parametrize("cells", [7, QUERIES, 2 * QUERIES + 5])
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_in_bfloat16_equals_that_in_float32(causal):
-    q, k, v = (torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(3))
-    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal)
-    torch.testing.assert_close(attention(q, k, v, causal).float(), expected, rtol=0.02, atol=0.02)
-    changed = v.clone()
+def test_attention_in_bfloat16_equals_that_in_float32(causal, cells):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, pull = torch.randn(4, 2, 3, cells, 8, generator=generator).bfloat16()
+    wanted = [x.requires_grad_() for x in (q, k, v)]
+    attended = attention(q, k, v, causal)
+    expected = F.scaled_dot_product_attention(*(x.float() for x in wanted), is_causal=causal)
+    torch.testing.assert_close(attended.float(), expected, rtol=0.02, atol=0.02)
+    gradients = torch.autograd.grad(attended, wanted, pull), torch.autograd.grad(expected, wanted, pull.float())
+    for ours, exact in zip(*gradients, strict=True):
+        assert (ours.float() - exact.float()).norm() < 0.02 * exact.float().norm()
+    changed = v.detach().clone()
     changed[:, :, 4:] += 1
     same = attention(q, k, changed, causal)[:, :, :4] == attention(q, k, v, causal)[:, :, :4]
     assert same.all() if causal else not same.any(-1).all()
