@@ -178,9 +178,9 @@ def train(
 
     # 1. The images.
     data = load_images(config.data)
-    run.report(data.description, *data.notices)
     split = data.splits["train"]
     larger = split if config.data.random_crop is None else larger_images(data, config.data.random_crop)
+    run.report(data.description, *data.notices)
     batches = Batches(len(split), config.train, run.seed, accelerator, "images (data.num_images)")
 
     # 2. The autoencoder, its average, its discriminator, and their optimizers.

@@ -191,7 +191,7 @@ class _CausalAttention(torch.autograd.Function):
             rows, stop = slice(number * QUERIES, weight.shape[-1]), weight.shape[-1]
             of_v[:, :, :stop] += weight.mT @ gradient[:, :, rows]
             of_weight = gradient[:, :, rows] @ v[:, :, :stop].mT
-            of_scores = torch._softmax_backward_data(of_weight, weight, -1, weight.dtype)
+            of_scores = torch.ops.aten._softmax_backward_data(of_weight, weight, -1, weight.dtype)
             of_q[:, :, rows] = of_scores @ k[:, :, :stop]
             of_k[:, :, :stop] += of_scores.mT @ q[:, :, rows]
         return of_q.mul_(q.shape[-1] ** -0.5), of_k, of_v

@@ -15,6 +15,7 @@ from stage1_tokenizer.augmentation import crop
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.train_tokenizer import TokenizerConfig, command, train
 from twostage.core.config.sections import parse_config
+from twostage.core.data import decoded_cache
 from twostage.core.data.dataset import load_images
 from twostage.core.images.conversion import to_float, to_uint8
 
@@ -181,6 +182,28 @@ def test_an_extended_run_keeps_its_discriminator(document, start, capsys):
     lines = [line for line in read_metrics(start(config)) if line["split"] == "train"]
     assert ["adversarial" in line for line in lines] == [False, True, True, True]
     assert_names(capsys.readouterr().out, "4 steps instead of 2", "loss.adversarial.start and ramp", "the 2 steps")
+
+
+def test_a_resumed_run_may_keep_decoded_images_in_another_folder(document, start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(decoded_cache, "MIN_IMAGES", 1)
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        Image.new("RGB", (12, 12), (12 * i, 40, 80)).save(tmp_path / "images" / f"{i:02}.png")
+    config = document(max_steps=2, batch_size=4, checkpoint_every=2)
+    config["data"] = {"source": str(tmp_path / "images"), "image_size": 8, "cache": str(tmp_path / "first")}
+    config["data"]["random_crop"] = 0.8
+    start(config)
+    config["train"]["max_steps"] = 4
+    config["data"] |= {"cache": str(tmp_path / "second"), "cache_gb": 5e-6}  # has room for the plain images alone
+    resumed = start(config)
+    assert len(list((tmp_path / "first" / "decoded").iterdir())) == 3
+    assert len(list((tmp_path / "second" / "decoded").iterdir())) == 2
+    assert_names(capsys.readouterr().out, "19 decoded images (5.7e-06 GB) are not kept", "data.cache_gb")
+    config["run"]["dir"] = str(tmp_path / "whole")
+    whole = start(config)
+    weights = [(run / "model" / "model.safetensors").read_bytes() for run in (resumed, whole)]
+    assert weights[0] == weights[1]
+    assert read_metrics(whole) == read_metrics(resumed)
 
 
 def test_a_different_config_is_refused_and_changes_nothing(document, start):

@@ -33,7 +33,8 @@ def load_larger(data: ImageData, size: tuple[int, int]) -> ImageSplit:
     """The training images of ``data`` in the same order at another size (H, W), for cutting windows out of them.
 
     They come from their files again, because enlarged images would lack the detail of large ones. They are kept in
-    memory if they fit into ``in_memory_gb`` beside those of ``data``.
+    memory if they fit into ``in_memory_gb`` beside those of ``data``. The notices of ``data`` get a sentence if the
+    cache does not keep them.
 
     Raises:
         InputError: an image is no longer readable, or they do not fit in memory.
@@ -53,6 +54,7 @@ def load_larger(data: ImageData, size: tuple[int, int]) -> ImageSplit:
         pixels, found = decode_all(train.records, form, config.value_range, in_memory, cache, bits=larger.bits)
         check_readable(train.records, found)
         larger.pixels = None if pixels is None else torch.from_numpy(pixels)
+        data.notices += cache.notices
     return larger
 
 

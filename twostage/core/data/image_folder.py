@@ -1,5 +1,6 @@
 """The splits and classes of a folder of images, from the names of its folders and files."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def understand_folder(content: FolderContent, given: dict[Path, str] | None = No
     class_names = _class_names(root, split_of, class_of, depth)
     number = {name: i for i, name in enumerate(class_names or [])}
     splits: dict[str, list[Path]] = {}
-    for path in sorted(images, key=lambda path: (number.get(class_of[path] or "", 0), path)):
+    for path in sorted(images, key=lambda path: (number.get(class_of[path] or "", 0), path.parts)):
         splits.setdefault(split_of[path], []).append(path)
     splits = {split: splits[split] for split in sorted(splits)}
     labels = None
@@ -97,6 +98,7 @@ def _folders_at(images: list[Path], depth: int) -> set[str]:
     return {path.parts[depth] for path in images if len(path.parts) > depth + 1}
 
 
+@functools.cache  # asked for each image
 def _meaning(name: str) -> str | None:
     """The split that a folder's name spells; None if it spells none or several."""
     spelled = {exact} if (exact := exact_split(name)) else spelled_splits(name)

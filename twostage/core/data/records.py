@@ -58,14 +58,14 @@ class Records:
     def state(self) -> str:
         """The sha256 of the names, sizes and times of the files: it changes whenever an image may have changed."""
         digest = hashlib.sha256("\n".join([self.version, *self.names]).encode("utf-8", "surrogatepass"))
+        here = Path.cwd()
         for place in self.files or []:
-            file = Path(place)
             try:
-                stat = file.stat()
+                stat = os.stat(place)  # noqa: PTH116  # a Path takes three times as long
             except OSError:  # a table can name a missing file
                 stat = None
             about = f"|{stat.st_size}|{stat.st_mtime_ns}\n" if stat else "|missing\n"
-            digest.update(os.fsencode(file.absolute()) + about.encode())
+            digest.update(os.fsencode(os.path.join(here, place)) + about.encode())  # noqa: PTH118
         return digest.hexdigest()
 
     def take(self, rows: np.ndarray) -> "Records":

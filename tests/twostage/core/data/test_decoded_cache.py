@@ -148,6 +148,13 @@ def test_images_beyond_the_limit_are_not_kept(images):
     assert list((ROOT / "decoded").iterdir()) == []
 
 
+def test_larger_images_beyond_the_limit_are_named_beside_the_plain_ones(images):
+    data = load(images("train/0.png", "test/1.png"), cache_gb=2e-7)
+    assert not any("not kept" in notice for notice in data.notices)
+    load_larger(data, (10, 10))
+    assert "1 decoded images (3e-07 GB) are not kept: 2e-07 GB is the limit" in data.notices[-1]
+
+
 @pytest.mark.parametrize("nowhere", [False, None, "false"])
 def test_the_cache_is_another_folder_or_none(images, decoded, nowhere):
     root = images("train/0.png", "test/1.png")
