@@ -94,10 +94,8 @@ def encode_dataset(
         if state.is_main_process:
             discard_leftover(final, reference.hash)  # of a call that was killed in its last step
         return final
-    data = _load(config, map_tokenizer)
-    splits, contents = image_variants(data, augmentation), data.contents()
-    for line in [data.description, *data.notices, *mirrored_words(data, augmentation)]:
-        print_once(line)
+    data, splits = _load(config, augmentation, map_tokenizer)
+    contents = data.contents()
     partial = _partial_codes(final, reference, config, contents, splits, shard, coder)
     if state.is_main_process:
         for message in partial.begin(model.code_grid, code_dtype(model.codebook_size or 0)):
@@ -181,13 +179,18 @@ def _is_free(final: Path) -> bool:
     return not final.exists() or (final.is_dir() and not any(final.iterdir()))
 
 
-def _load(config: DataConfig, map_tokenizer: str | Path | None) -> ImageData:
-    """The images, with captions for all of them or for none."""
+def _load(
+    config: DataConfig, augmentation: Augmentation, map_tokenizer: str | Path | None
+) -> tuple[ImageData, dict[str, ImageVariants]]:
+    """The images, with captions for all of them or for none, and their variants."""
     data = load_images(config)
     if map_tokenizer and data.splits["train"].map_form is None:
         raise InputError(f"--map-tokenizer {map_tokenizer}: there are no maps. Set data.maps, or omit it")
     check_captions(data, config)
-    return data
+    splits = image_variants(data, augmentation)
+    for line in [data.description, *data.notices, *mirrored_words(data, augmentation)]:
+        print_once(line)
+    return data, splits
 
 
 def _partial_codes(
