@@ -18,6 +18,9 @@ from stage1_tokenizer.vector_quantizer import LearnedCodebookConfig
 from twostage.core.config.sections import Number, Section, Share, Width
 from twostage.core.training.random import BatchRandom
 
+NO_GRADIENT = 1e-3
+"""A code with less than this share of the average probability gets next to no gradient."""
+
 __all__ = ["Annealing", "GumbelSoftmax", "GumbelSoftmaxConfig", "annealed"]
 
 
@@ -55,9 +58,9 @@ class GumbelSoftmaxConfig(LearnedCodebookConfig):
     type: Literal["gumbel_softmax"] = "gumbel_softmax"
     codebook_size: Annotated[Width, Field(ge=2)] = 512
     """The number of codes."""
-    revive_below: Share = 0.0
-    """A code chosen less than this share of the average gets the mean score of the code with the highest one; 0: never.
-    A softmax that is sure of one code has no gradient."""
+    revive_below: Share = 0.05
+    """A code chosen less than this share of the average, and without a gradient because the softmax is sure of others,
+    gets the mean score of the code with the highest one; 0: never."""
     temperature: Temperature = Temperature()
     """Temperature of the soft choice in training. DALL-E's goes from 1 to 1/16."""
     kl_weight: KLWeight = KLWeight()
@@ -84,7 +87,7 @@ class GumbelSoftmax(Quantizer):
     """
 
     offset: Tensor
-    pending_scores: Tensor
+    pending_sums: Tensor
 
     def __init__(self, config: GumbelSoftmaxConfig, latent_channels: int) -> None:
         super().__init__(config.codebook_size, config.codebook_size, config.ema_decay)
@@ -92,7 +95,8 @@ class GumbelSoftmax(Quantizer):
         codes = torch.empty(config.codebook_size, latent_channels)
         self.codebook = nn.Parameter(nn.init.normal_(codes))
         self.register_buffer("offset", torch.zeros(config.codebook_size))
-        self.register_buffer("pending_scores", torch.zeros(config.codebook_size + 1), persistent=False)
+        # Sums over the cells of an update: of the scores, and of the choices softmax(l).
+        self.register_buffer("pending_sums", torch.zeros(2, config.codebook_size), persistent=False)
 
     def forward(self, encoded: Tensor, labels: Tensor | None, random: BatchRandom) -> BottleneckOutput:
         """The soft choice of scores (B, K, h, w). The loss `choice_kl` (weighted) is the mean over cells of
@@ -103,7 +107,7 @@ class GumbelSoftmax(Quantizer):
             divergence = (logs.exp() * (logs + math.log(self.codebook_size))).sum(1).mean()
             indices = scores.argmax(1)
             if self.training:
-                self._gather_statistics(scores.detach(), indices)
+                self._gather_statistics(scores.detach(), logs.detach().exp(), indices)
                 z = self._relaxed(scores, random)
             else:
                 z = self.lookup(indices)
@@ -124,20 +128,25 @@ class GumbelSoftmax(Quantizer):
 
     @torch.no_grad()
     def update_codebook(self, reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        """Raises the scores of dead codes: their mean over the last batch becomes the highest mean."""
+        """Raises the scores of dead codes without a gradient: their mean over the batch becomes the highest mean.
+
+        Raising codes that are only rare cost 1.8 dB on MNIST.
+        """
         super().update_codebook(reduce_sum)
-        sums = reduce_sum(self.pending_scores)
-        means, cells = sums[:-1] / sums[-1].clamp(min=1), sums[-1]
-        dead = self.restart(self.config.revive_below, cells > 0)
+        scores, choices = reduce_sum(self.pending_sums)
+        cells = choices.sum()
+        stuck = (choices < NO_GRADIENT * choices.mean()) & (cells > 0)  # a skipped batch has no cells
+        means = scores / cells.clamp(min=1)
+        dead = self.restart(self.config.revive_below, stuck)
         self.offset += torch.where(dead, means.max() - means, 0.0)
-        self.pending_scores.zero_()
+        self.pending_sums.zero_()
 
     @torch.no_grad()
-    def _gather_statistics(self, scores: Tensor, indices: Tensor) -> None:
+    def _gather_statistics(self, scores: Tensor, choices: Tensor, indices: Tensor) -> None:
         finite = scores.sum().isfinite()  # a batch whose update is skipped must leave no trace
         self.count(indices.flatten(), finite)
-        sums = torch.cat([scores.sum((0, 2, 3)), scores.new_full((1,), indices.numel())])
-        self.pending_scores += torch.where(finite, sums, 0.0)
+        sums = torch.stack([scores.sum((0, 2, 3)), choices.sum((0, 2, 3))])
+        self.pending_sums += torch.where(finite, sums, 0.0)
 
     def _scores(self, encoded: Tensor) -> Tensor:
         return encoded.float() + self.offset[:, None, None]

@@ -131,6 +131,15 @@ def test_codes_without_a_gradient_restart(revive_below, whole_batch):
     assert used() == (SIZE if revive_below else 1)
 
 
+def test_a_code_that_is_only_rare_keeps_its_score(whole_batch):
+    quantizer, logits = make(ema_decay=0.0, revive_below=0.5), scores()
+    logits[:, 0] -= 5  # 0.7% of the average probability
+    quantizer(logits, None, whole_batch(8))
+    quantizer.update_codebook(lambda statistics: statistics)
+    assert quantizer.ema_counts[0] == 0
+    assert torch.equal(quantizer.offset, torch.zeros(SIZE))
+
+
 def test_extreme_scores_stay_finite(whole_batch):
     logits = (1e4 * scores()).requires_grad_()
     output = make()(logits, None, whole_batch(8))
