@@ -335,7 +335,8 @@ def picture(pairs: dict[str, Path], out: Path) -> None:
         pipeline = TwoStagePipeline.from_runs(run)
         names = (pipeline.class_names or [])[:10]
         strips.append(pipeline(10, seed=0, output_type="pt", guidance_scale=GUIDANCE).images)
-    save_image(contact_sheet(torch.cat(strips), 10, names * len(strips), row_titles=list(pairs)), out)
+    sheet = contact_sheet(torch.cat(strips), 10, names * len(strips), row_titles=list(pairs))
+    save_image(sheet.convert("L") if strips[0].shape[1] == 1 else sheet, out)
 
 
 TEXT = """## The family on {title}
