@@ -12,11 +12,11 @@ from functools import partial
 import torch
 
 from benchmarks.reporting import alternate, compared, parser, report
-from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import TokenizerReference
-from stage2_prior.masked_transformer import MaskedTransformerConfig
-from stage2_prior.network import NetworkConfig
-from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.networks.causal_transformer import CausalTransformerConfig
+from stage2_prior.networks.masked_transformer import MaskedTransformerConfig
+from stage2_prior.networks.network import NetworkConfig
+from stage2_prior.networks.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.conditions.class_condition import ClassConditionConfig

@@ -16,10 +16,10 @@ import torch
 from benchmarks.reporting import parser, report
 from stage1_tokenizer import tokenizer_training
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.gumbel_softmax import GumbelSoftmax
-from stage1_tokenizer.projected_codebook import ProjectedCodebook
+from stage1_tokenizer.bottlenecks.gumbel_softmax import GumbelSoftmax
+from stage1_tokenizer.bottlenecks.projected_codebook import ProjectedCodebook
+from stage1_tokenizer.bottlenecks.vector_quantizer import VectorQuantizer
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
-from stage1_tokenizer.vector_quantizer import VectorQuantizer
 from twostage.core.config.sections import load_config
 from twostage.core.runs.run_folder import read_metrics
 

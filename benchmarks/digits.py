@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from benchmarks.reporting import Row, alternate, compared, parser, report
-from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
 from stage2_prior.codes import CodeCache, CodeSplit
+from stage2_prior.networks.causal_transformer import CausalTransformer, CausalTransformerConfig
 from stage2_prior.prior import Prior, PriorLossConfig, prior_config
 from twostage.core.conditions.context import Context, ContextForm
 from twostage.core.machine.processes import share_cores

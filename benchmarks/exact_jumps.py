@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.reporting import Row, alternate, compared, parser, report
-from stage2_prior.autoregressive import Autoregressive
-from stage2_prior.jumps import Windows
+from stage2_prior.networks.autoregressive import Autoregressive
+from stage2_prior.networks.jumps import Windows
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import image_seeds
 from stage2_prior.sampling_config import SamplingConfig

@@ -18,9 +18,9 @@ from benchmarks.reporting import Row, described_machine, markdown_table, parser,
 from pipelines.comparison.step_budget import TIMED_STEPS, seconds_per_step
 from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.feature_network import WIDTHS
-from stage1_tokenizer.feature_training import features_config
-from stage1_tokenizer.feature_training import train as train_features
+from stage1_tokenizer.features.feature_network import WIDTHS
+from stage1_tokenizer.features.feature_training import features_config
+from stage1_tokenizer.features.feature_training import train as train_features
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage1_tokenizer.train_tokenizer import train as train_tokenizer
 from twostage.core.config.sections import load_config

@@ -35,8 +35,8 @@ from pipelines.evaluation.judged_images import judge_training_images
 from pipelines.evaluation.judges import Judge, open_judge
 from pipelines.evaluation.measurement import HeldOutImages
 from pipelines.evaluation.shared_work import SharedWork
-from stage1_tokenizer.feature_training import features_config
-from stage1_tokenizer.feature_training import train as train_features
+from stage1_tokenizer.features.feature_training import features_config
+from stage1_tokenizer.features.feature_training import train as train_features
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage1_tokenizer.train_tokenizer import train as train_tokenizer
 from stage2_prior.train_prior import PriorTrainingConfig

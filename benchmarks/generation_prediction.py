@@ -21,8 +21,8 @@ from pipelines.encoding.dataset_codes import encode_dataset
 from pipelines.evaluation.evaluate_prior import evaluate_prior
 from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
 from pipelines.evaluation.samples import SampleRequest
-from stage1_tokenizer.feature_training import features_config
-from stage1_tokenizer.feature_training import train as train_features
+from stage1_tokenizer.features.feature_training import features_config
+from stage1_tokenizer.features.feature_training import train as train_features
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage1_tokenizer.train_tokenizer import train as train_tokenizer
 from stage2_prior.sampling_config import SamplingConfig

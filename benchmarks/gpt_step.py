@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.reporting import alternate, compared, parser, report
-from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
+from stage2_prior.networks.causal_transformer import CausalTransformer, CausalTransformerConfig
 from twostage.core.conditions.context import Context, ContextForm
 from twostage.core.machine.processes import share_cores
 from twostage.core.training.random import BatchRandom

@@ -30,22 +30,22 @@ from benchmarks.reporting import Row, markdown_table, parser, report, write_sect
 from pipelines.drawing.batch_size import fitting_batch_size
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.autoencoder_config import AutoencoderConfig, ModelConfig
-from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator
+from stage1_tokenizer.bottlenecks.vector_quantizer import VectorConfig, VectorQuantizer
+from stage1_tokenizer.losses.discriminator import AdversarialConfig, Discriminator
 from stage1_tokenizer.tokenizer_training import TokenizerConfig, adversary_loss
 from stage1_tokenizer.tokenizer_training import train as train_tokenizer
 from stage1_tokenizer.training_losses import ImageLosses, LossConfig
-from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
-from stage2_prior import captured_step
-from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import TokenizerReference
-from stage2_prior.masked_transformer import MaskedTransformerConfig
-from stage2_prior.network import NetworkConfig
-from stage2_prior.parallel_transformer import ParallelTransformerConfig
-from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.networks import captured_step
+from stage2_prior.networks.causal_transformer import CausalTransformerConfig
+from stage2_prior.networks.masked_transformer import MaskedTransformerConfig
+from stage2_prior.networks.network import NetworkConfig
+from stage2_prior.networks.parallel_transformer import ParallelTransformerConfig
+from stage2_prior.networks.pixelcnn import PixelCNNConfig
+from stage2_prior.networks.scale_transformer import ScaleTransformerConfig
 from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
 from stage2_prior.sampling import image_seeds
 from stage2_prior.sampling_config import SamplingConfig
-from stage2_prior.scale_transformer import ScaleTransformerConfig
 from twostage.core.conditions.class_condition import ClassConditionConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.machine.precision import reason_for_precision, state_float32

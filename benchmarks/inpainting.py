@@ -27,7 +27,7 @@ from pipelines.drawing.redraw import known_codes, paste
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.files.masks import MASK_NAMES, mark_masked, named_mask
 from pipelines.saved.saved_model import SavedModel
-from stage1_tokenizer.feature_network import FeatureNetwork
+from stage1_tokenizer.features.feature_network import FeatureNetwork
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.data.spread import spread
 from twostage.core.images.conversion import to_float

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from benchmarks.reporting import parser, report
 from pipelines.evaluation.evaluate_prior import evaluate_prior
-from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import Manifest, SplitFiles, TokenizerReference, code_statistics
-from stage2_prior.masked_transformer import MaskedTransformerConfig
-from stage2_prior.network import NetworkConfig
-from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.networks.causal_transformer import CausalTransformerConfig
+from stage2_prior.networks.masked_transformer import MaskedTransformerConfig
+from stage2_prior.networks.network import NetworkConfig
+from stage2_prior.networks.pixelcnn import PixelCNNConfig
+from stage2_prior.networks.scale_transformer import ScaleTransformerConfig
 from stage2_prior.prior import PriorLossConfig
-from stage2_prior.scale_transformer import ScaleTransformerConfig
 from stage2_prior.train_prior import PriorTrainConfig, PriorTrainingConfig, train
 from twostage.core.config.sections import RunConfig
 from twostage.core.files import write_json

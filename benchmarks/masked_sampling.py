@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.reporting import alternate, compared, parser, report
-from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
-from stage2_prior.masked_transformer import MaskedTransformer, MaskedTransformerConfig
-from stage2_prior.parallel_transformer import ParallelTransformer, ParallelTransformerConfig
+from stage2_prior.networks.causal_transformer import CausalTransformer, CausalTransformerConfig
+from stage2_prior.networks.masked_transformer import MaskedTransformer, MaskedTransformerConfig
+from stage2_prior.networks.parallel_transformer import ParallelTransformer, ParallelTransformerConfig
+from stage2_prior.networks.transformer import Block, rotate
 from stage2_prior.sampling import Branches
 from stage2_prior.sampling_config import SamplingConfig, Weights
-from stage2_prior.transformer import Block, rotate
 from twostage.core.conditions.context import Context, ContextForm
 from twostage.core.machine.processes import share_cores
 

@@ -15,7 +15,7 @@ from typing import cast
 from benchmarks.family import BATCH, GUIDANCE, SETS, Runs, judge_and_features, judge_samples
 from benchmarks.reporting import Row, parser, report
 from pipelines.drawing.two_stage import TwoStagePipeline
-from stage2_prior.parallel_transformer import ParallelTransformer
+from stage2_prior.networks.parallel_transformer import ParallelTransformer
 
 
 def network_of(pipeline: TwoStagePipeline) -> ParallelTransformer:

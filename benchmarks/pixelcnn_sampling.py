@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.reporting import alternate, compared, parser, report
-from stage2_prior.pixelcnn import PixelCNN, PixelCNNConfig
+from stage2_prior.networks.pixelcnn import PixelCNN, PixelCNNConfig
 from stage2_prior.sampling import Branches, CodeNoise
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.conditions.context import Context, ContextForm

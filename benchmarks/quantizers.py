@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.reporting import alternate, compared, parser, report
-from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
+from stage1_tokenizer.bottlenecks.vector_quantizer import VectorConfig, VectorQuantizer
 from twostage.core.training.random import BatchRandom
 
 BATCH, SIDE, DIM = 32, 16, 64

@@ -17,8 +17,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.reporting import Row, alternate, compared, parser, report
-from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
 from stage2_prior.codes import CodeCache
+from stage2_prior.networks.causal_transformer import CausalTransformer, CausalTransformerConfig
 from stage2_prior.prior import Prior
 from stage2_prior.sampling import Branches
 from stage2_prior.sampling_config import SamplingConfig, Weights

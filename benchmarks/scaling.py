@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import vgg16
 
 from benchmarks.reporting import Row, markdown_table, parser, report, write_section
-from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator
-from stage1_tokenizer.vqgan_backbone import VQGANConfig
-from stage2_prior.causal_transformer import CausalTransformer, CausalTransformerConfig
+from stage1_tokenizer.backbones.vqgan_backbone import VQGANConfig
+from stage1_tokenizer.losses.discriminator import AdversarialConfig, Discriminator
+from stage2_prior.networks.causal_transformer import CausalTransformer, CausalTransformerConfig
 from twostage.core.conditions.context import Context, ContextForm
 
 IMAGES, CLASSES, SIDE, GRID, CODES = 1_281_167, 1000, 256, (16, 16), 16_384

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from benchmarks.reporting import alternate, compared, parser, report
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.autoencoder_config import AutoencoderConfig, ModelConfig
-from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, discriminator_loss, generator_loss
-from stage1_tokenizer.perceptual import TRUNK, LPIPSConfig
+from stage1_tokenizer.backbones.vqgan_backbone import Upsample, VQGANConfig
+from stage1_tokenizer.bottlenecks.vector_quantizer import VectorConfig
+from stage1_tokenizer.losses.discriminator import AdversarialConfig, Discriminator, discriminator_loss, generator_loss
+from stage1_tokenizer.losses.perceptual import TRUNK, LPIPSConfig
 from stage1_tokenizer.training_losses import ImageLosses, LossConfig
-from stage1_tokenizer.vector_quantizer import VectorConfig
-from stage1_tokenizer.vqgan_backbone import Upsample, VQGANConfig
 from twostage.core.training.optimizer import make_optimizer
 from twostage.core.training.random import BatchRandom
 from twostage.core.training.train_config import TrainConfig

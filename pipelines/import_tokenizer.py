@@ -30,8 +30,8 @@ def command(
 ) -> None:
     """Import a pretrained VQ tokenizer from taming-transformers, diffusers or LlamaGen."""
     from pipelines.sharing.imported_tokenizer import import_tokenizer
-    from stage1_tokenizer.vector_quantizer import VectorConfig
-    from stage1_tokenizer.vqgan_backbone import VQGANConfig
+    from stage1_tokenizer.backbones.vqgan_backbone import VQGANConfig
+    from stage1_tokenizer.bottlenecks.vector_quantizer import VectorConfig
 
     model, weights = import_tokenizer(source, out, config, kind, image_size)
     backbone, quantizer = model.config.model.backbone, model.config.model.bottleneck

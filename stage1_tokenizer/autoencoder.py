@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from stage1_tokenizer.autoencoder_config import AutoencoderConfig
-from stage1_tokenizer.bottleneck import BottleneckOutput
-from stage1_tokenizer.code_perturbation import PerturbationConfig, perturb_latent
-from stage1_tokenizer.conditional_network import ConditionalNetwork, context_space
-from stage1_tokenizer.equivariance import EquivarianceConfig, draw_transform
-from stage1_tokenizer.objective import corrupt, negative_log_likelihood, reconstruction_loss
+from stage1_tokenizer.backbones.conditional_network import ConditionalNetwork, context_space
+from stage1_tokenizer.bottlenecks.bottleneck import BottleneckOutput
+from stage1_tokenizer.bottlenecks.code_perturbation import PerturbationConfig, perturb_latent
+from stage1_tokenizer.losses.equivariance import EquivarianceConfig, draw_transform
+from stage1_tokenizer.losses.objective import corrupt, negative_log_likelihood, reconstruction_loss
 from twostage.core.conditions.class_condition import ClassCondition, ClassConditionConfig
 from twostage.core.conditions.condition import Condition, ConditionConfig, ConditionedSplit
 from twostage.core.conditions.conditions import examples_of, parse_values

@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 # These modules register the types of `model.backbone` and `model.bottleneck`.
-from stage1_tokenizer import (  # noqa: F401
+from stage1_tokenizer.backbones import mlp_backbone, vqgan_backbone  # noqa: F401
+from stage1_tokenizer.backbones.backbone import BackboneConfig
+from stage1_tokenizer.backbones.conv_backbone import ConvConfig
+from stage1_tokenizer.bottlenecks import (  # noqa: F401
     binary_spherical,
     continuous,
     differentiable_vector,
@@ -13,19 +16,15 @@ from stage1_tokenizer import (  # noqa: F401
     gumbel_softmax,
     index_backpropagation,
     lookup_free,
-    mlp_backbone,
     multi_scale,
     product_quantizer,
     projected_codebook,
     residual_quantizer,
     two_level,
-    vqgan_backbone,
 )
-from stage1_tokenizer.backbone import BackboneConfig
-from stage1_tokenizer.bottleneck import BottleneckConfig
-from stage1_tokenizer.conv_backbone import ConvConfig
-from stage1_tokenizer.objective import ObjectiveConfig
-from stage1_tokenizer.vector_quantizer import VectorConfig
+from stage1_tokenizer.bottlenecks.bottleneck import BottleneckConfig
+from stage1_tokenizer.bottlenecks.vector_quantizer import VectorConfig
+from stage1_tokenizer.losses.objective import ObjectiveConfig
 from twostage.core.conditions.class_condition import ClassConditionConfig
 from twostage.core.conditions.condition import ConditionConfig
 from twostage.core.config.sections import Count, Flag, Section, Sides, Width

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.objective import corrupt
+from stage1_tokenizer.losses.objective import corrupt
 from twostage.core.data.image_data import ImageData, ImageSplit
 from twostage.core.data.spread import spread_over_classes
 from twostage.core.images.conversion import to_float, to_shown, to_uint8

@@ -14,9 +14,9 @@ from stage1_tokenizer.augmentation import crop, flip_half
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.autoencoder_config import AutoencoderConfig, ModelConfig, PerceptualNetwork
 from stage1_tokenizer.diagnosis import Diagnosis
-from stage1_tokenizer.discriminator import Discriminator, discriminator_loss, r1_penalty
-from stage1_tokenizer.latent_term import LatentTerms, latent_gradient
-from stage1_tokenizer.perceptual import FeaturePerceptualConfig
+from stage1_tokenizer.losses.discriminator import Discriminator, discriminator_loss, r1_penalty
+from stage1_tokenizer.losses.latent_term import LatentTerms, latent_gradient
+from stage1_tokenizer.losses.perceptual import FeaturePerceptualConfig
 from stage1_tokenizer.sample_sheets import draw_images
 from stage1_tokenizer.training_losses import ImageLosses, LossConfig
 from stage1_tokenizer.validation import validate

@@ -41,7 +41,7 @@ def command(
     """Train a feature network for perceptual losses, Frechet distances and class accuracy.
 
     Run the same command again to resume."""
-    from stage1_tokenizer.feature_training import features_config, train
+    from stage1_tokenizer.features.feature_training import features_config, train
 
     out = out or Path("runs") / f"features_{Path(data).resolve().stem}"
     config = features_config(

@@ -13,18 +13,18 @@ from accelerate import Accelerator
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from stage1_tokenizer import causal_term, semantic_term  # noqa: F401  # register the types of `loss.latents`
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderOutput
 from stage1_tokenizer.autoencoder_config import PerceptualNetwork
-from stage1_tokenizer.code_perturbation import PerturbationConfig
-from stage1_tokenizer.discriminator import AdversarialConfig, Discriminator, adversarial_weight, generator_loss
-from stage1_tokenizer.equivariance import EquivarianceConfig
-from stage1_tokenizer.feature_network import FeatureNetwork
-from stage1_tokenizer.imagenet_network import LOSS_WEIGHTS
-from stage1_tokenizer.latent_term import LatentTermConfig
-from stage1_tokenizer.loss_term import LossTermConfig
-from stage1_tokenizer.objective import ObjectiveConfig
-from stage1_tokenizer.perceptual import ImageNetPerceptualConfig, LPIPSConfig, PerceptualConfig, build_perceptual
+from stage1_tokenizer.bottlenecks.code_perturbation import PerturbationConfig
+from stage1_tokenizer.features.feature_network import FeatureNetwork
+from stage1_tokenizer.features.imagenet_network import LOSS_WEIGHTS
+from stage1_tokenizer.losses import causal_term, semantic_term  # noqa: F401  # register the types of `loss.latents`
+from stage1_tokenizer.losses.discriminator import AdversarialConfig, Discriminator, adversarial_weight, generator_loss
+from stage1_tokenizer.losses.equivariance import EquivarianceConfig
+from stage1_tokenizer.losses.latent_term import LatentTermConfig
+from stage1_tokenizer.losses.loss_term import LossTermConfig
+from stage1_tokenizer.losses.objective import ObjectiveConfig
+from stage1_tokenizer.losses.perceptual import ImageNetPerceptualConfig, LPIPSConfig, PerceptualConfig, build_perceptual
 from twostage.core.training.random import BatchRandom
 
 __all__ = ["ImageLosses", "LossConfig"]

@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.bottleneck import code_counts
+from stage1_tokenizer.bottlenecks.bottleneck import code_counts
 from twostage.core.data.image_data import ImageSplit
 from twostage.core.images.conversion import to_float, to_integers, white_level
 from twostage.core.training.random import BatchRandom, seed_for

@@ -13,17 +13,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import CodeCache, TokenizerReference
-from stage2_prior.fast_linear import check_weights
-from stage2_prior.masked_transformer import MaskedTransformerConfig
-from stage2_prior.network import NetworkConfig, OnProgress, PriorNetwork
-from stage2_prior.parallel_transformer import ParallelTransformerConfig
-from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.networks.causal_transformer import CausalTransformerConfig
+from stage2_prior.networks.fast_linear import check_weights
+from stage2_prior.networks.masked_transformer import MaskedTransformerConfig
+from stage2_prior.networks.network import NetworkConfig, OnProgress, PriorNetwork
+from stage2_prior.networks.parallel_transformer import ParallelTransformerConfig
+from stage2_prior.networks.pixelcnn import PixelCNNConfig
+from stage2_prior.networks.scale_by_scale import ScaleByScaleConfig
+from stage2_prior.networks.scale_transformer import ScaleTransformerConfig
 from stage2_prior.sampling import Branches
 from stage2_prior.sampling_config import SamplingConfig
-from stage2_prior.scale_by_scale import ScaleByScaleConfig
-from stage2_prior.scale_transformer import ScaleTransformerConfig
 from twostage.core.conditions.class_condition import ClassConditionConfig
 from twostage.core.conditions.condition import ConditionConfig
 from twostage.core.conditions.conditions import NAMES, Conditions, Given, context_form, examples_of

@@ -9,14 +9,14 @@ from accelerate import Accelerator
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from stage2_prior.autoregressive import images_at_once
-from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import CodeCache, CodeSplit, Manifest
-from stage2_prior.network import NetworkConfig
+from stage2_prior.networks.autoregressive import images_at_once
+from stage2_prior.networks.causal_transformer import CausalTransformerConfig
+from stage2_prior.networks.network import NetworkConfig
+from stage2_prior.networks.transformer import TransformerConfig
 from stage2_prior.prior import Prior, PriorLossConfig, ReplaceSchedule, prior_config
 from stage2_prior.sample_sheets import Decoder, draw_samples
 from stage2_prior.start_from import network_of, start_from
-from stage2_prior.transformer import TransformerConfig
 from twostage.core.conditions.condition import ConditionConfig
 from twostage.core.config.sections import MAY_CHANGE, Count, PathName, Plugins, RunConfig, Section
 from twostage.core.errors import InputError

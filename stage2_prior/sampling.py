@@ -47,7 +47,7 @@ def uniform_noise(seeds: list[int], count: int) -> Tensor:
 class CodeNoise:
     """Gumbel noise for the codes of each cell: the code with the largest sum of logit and noise is a sample (the
     Gumbel-max trick). Unlike a code that inverts its cumulative distribution, it mostly stays the same if the logits
-    change a little, which :mod:`stage2_prior.jumps` needs.
+    change a little, which :mod:`stage2_prior.networks.jumps` needs.
 
     Each number is a hash of its seed, its cell and its code, namely an output of SplitMix64 (Steele, Lea and Flood
     2014, figure 13), which can be computed in any order and on the device that needs it. Its bits are the same on all

@@ -14,7 +14,7 @@ from PIL import Image
 
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.autoencoder_config import AutoencoderConfig
-from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.networks.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import Prior
 from twostage.core.config.sections import parse_config
 
@@ -279,9 +279,11 @@ def test_wrong_sampling_settings_block_nothing(refused, works, runs, tmp_path, o
 def test_unsupported_rounded_weights_block_nothing(refused, works, runs, monkeypatch):
     words = ["generate", runs.prior, "--num-images", 2, "--out", "out"]
     with monkeypatch.context() as patch:
-        patch.setattr("stage2_prior.fast_linear.has_bfloat16", lambda: False)
+        patch.setattr("stage2_prior.networks.fast_linear.has_bfloat16", lambda: False)
         assert "weights 'bfloat16': this torch or this processor has no" in refused(*words, "--weights", "bfloat16")
-        patch.setattr("stage2_prior.fast_linear.torch.backends.quantized", SimpleNamespace(supported_engines=[]))
+        patch.setattr(
+            "stage2_prior.networks.fast_linear.torch.backends.quantized", SimpleNamespace(supported_engines=[])
+        )
         assert "weights 'int8': this torch has no" in refused(*words, "--weights", "int8")
     works(*words)  # the corrected command works in the same folder
 

@@ -10,10 +10,10 @@ import pytest
 from messages import assert_names
 
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.backbone import BackboneConfig
-from stage1_tokenizer.bottleneck import BottleneckConfig
-from stage1_tokenizer.loss_term import LossTermConfig
-from stage2_prior.network import NetworkConfig
+from stage1_tokenizer.backbones.backbone import BackboneConfig
+from stage1_tokenizer.bottlenecks.bottleneck import BottleneckConfig
+from stage1_tokenizer.losses.loss_term import LossTermConfig
+from stage2_prior.networks.network import NetworkConfig
 from stage2_prior.prior import Prior
 from twostage.core.config import registry
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines.drawing.two_stage import TwoStagePipeline
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.feature_network import FeatureNetwork
+from stage1_tokenizer.features.feature_network import FeatureNetwork
 from twostage.core.data.shapes import draw_shapes
 from twostage.core.images.conversion import to_float
 

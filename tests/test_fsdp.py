@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from pipelines.drawing.rebuilt_images import decode_codes
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage2_prior import autoregressive
 from stage2_prior.codes import CodeCache
+from stage2_prior.networks import autoregressive
 from stage2_prior.prior import Prior
 from stage2_prior.sample_sheets import draw_samples
 from stage2_prior.sampling import image_seeds
@@ -45,7 +45,7 @@ import json, runpy, shutil, sys
 from pathlib import Path
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from stage2_prior import autoregressive
+from stage2_prior.networks import autoregressive
 autoregressive.MAX_LOGITS = {MAX_LOGITS}
 PartialState.destroy_process_group = lambda *_: None  # the next training needs it
 def train(words):

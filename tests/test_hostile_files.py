@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from pipelines.drawing.two_stage import TwoStagePipeline
-from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
+from stage1_tokenizer.features.feature_network import FeatureNetwork, FeatureNetworkConfig
 
 
 @pytest.fixture(autouse=True)

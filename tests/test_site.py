@@ -39,7 +39,7 @@ def test_the_api_has_what_the_package_exports(site):
     for name in ("pipelines.drawing.two_stage.TwoStagePipeline", "twostage.core.data.dataset.load_images"):
         assert f'id="{name}"' in text
     text = (site / "api" / "configuration.html").read_text(encoding="utf-8")
-    assert 'id="stage1_tokenizer.vector_quantizer.VectorConfig.l2_normalize"' in text
+    assert 'id="stage1_tokenizer.bottlenecks.vector_quantizer.VectorConfig.l2_normalize"' in text
 
 
 def test_notes_stand_beside_their_lines(site):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
+from stage1_tokenizer.features.feature_network import FeatureNetwork, FeatureNetworkConfig
 from twostage.core.data.shapes import CLASS_NAMES
 
 ROOT = Path(__file__).parents[1]

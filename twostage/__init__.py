@@ -10,35 +10,35 @@ if TYPE_CHECKING:
     from pipelines.encoding.new_prior import new_prior
     from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderOutput
     from stage1_tokenizer.autoencoder_config import AutoencoderConfig, ModelConfig
-    from stage1_tokenizer.backbone import BackboneConfig
-    from stage1_tokenizer.binary_spherical import BinarySphericalConfig
-    from stage1_tokenizer.bottleneck import BottleneckConfig, BottleneckOutput, Quantizer
-    from stage1_tokenizer.continuous import ClassGaussianConfig, GaussianConfig, IdentityConfig
-    from stage1_tokenizer.conv_backbone import ConvConfig
-    from stage1_tokenizer.differentiable_vector import DiVeQConfig
-    from stage1_tokenizer.finite_scalar import FiniteScalarConfig
-    from stage1_tokenizer.gumbel_softmax import GumbelSoftmaxConfig
-    from stage1_tokenizer.index_backpropagation import IndexBackpropagationConfig
-    from stage1_tokenizer.lookup_free import LookupFreeConfig
-    from stage1_tokenizer.loss_term import LossTermConfig
-    from stage1_tokenizer.mlp_backbone import MLPConfig
-    from stage1_tokenizer.multi_scale import MultiScaleConfig
-    from stage1_tokenizer.objective import CorruptionConfig, ObjectiveConfig
-    from stage1_tokenizer.product_quantizer import ProductConfig
-    from stage1_tokenizer.projected_codebook import ProjectedCodebookConfig
-    from stage1_tokenizer.residual_quantizer import ResidualConfig
-    from stage1_tokenizer.two_level import TwoLevelConfig
-    from stage1_tokenizer.vector_quantizer import VectorConfig
-    from stage1_tokenizer.vqgan_backbone import VQGANConfig
-    from stage2_prior.causal_transformer import CausalTransformerConfig
-    from stage2_prior.masked_transformer import MaskedTransformerConfig
-    from stage2_prior.network import NetworkConfig
-    from stage2_prior.parallel_transformer import ParallelTransformerConfig
-    from stage2_prior.pixelcnn import PixelCNNConfig
+    from stage1_tokenizer.backbones.backbone import BackboneConfig
+    from stage1_tokenizer.backbones.conv_backbone import ConvConfig
+    from stage1_tokenizer.backbones.mlp_backbone import MLPConfig
+    from stage1_tokenizer.backbones.vqgan_backbone import VQGANConfig
+    from stage1_tokenizer.bottlenecks.binary_spherical import BinarySphericalConfig
+    from stage1_tokenizer.bottlenecks.bottleneck import BottleneckConfig, BottleneckOutput, Quantizer
+    from stage1_tokenizer.bottlenecks.continuous import ClassGaussianConfig, GaussianConfig, IdentityConfig
+    from stage1_tokenizer.bottlenecks.differentiable_vector import DiVeQConfig
+    from stage1_tokenizer.bottlenecks.finite_scalar import FiniteScalarConfig
+    from stage1_tokenizer.bottlenecks.gumbel_softmax import GumbelSoftmaxConfig
+    from stage1_tokenizer.bottlenecks.index_backpropagation import IndexBackpropagationConfig
+    from stage1_tokenizer.bottlenecks.lookup_free import LookupFreeConfig
+    from stage1_tokenizer.bottlenecks.multi_scale import MultiScaleConfig
+    from stage1_tokenizer.bottlenecks.product_quantizer import ProductConfig
+    from stage1_tokenizer.bottlenecks.projected_codebook import ProjectedCodebookConfig
+    from stage1_tokenizer.bottlenecks.residual_quantizer import ResidualConfig
+    from stage1_tokenizer.bottlenecks.two_level import TwoLevelConfig
+    from stage1_tokenizer.bottlenecks.vector_quantizer import VectorConfig
+    from stage1_tokenizer.losses.loss_term import LossTermConfig
+    from stage1_tokenizer.losses.objective import CorruptionConfig, ObjectiveConfig
+    from stage2_prior.networks.causal_transformer import CausalTransformerConfig
+    from stage2_prior.networks.masked_transformer import MaskedTransformerConfig
+    from stage2_prior.networks.network import NetworkConfig
+    from stage2_prior.networks.parallel_transformer import ParallelTransformerConfig
+    from stage2_prior.networks.pixelcnn import PixelCNNConfig
+    from stage2_prior.networks.scale_by_scale import ScaleByScaleConfig
+    from stage2_prior.networks.scale_transformer import ScaleTransformerConfig
     from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
     from stage2_prior.sampling_config import SamplingConfig
-    from stage2_prior.scale_by_scale import ScaleByScaleConfig
-    from stage2_prior.scale_transformer import ScaleTransformerConfig
     from twostage.core.conditions.text_condition import TextConditionConfig
     from twostage.core.conditions.vocabulary import Vocabulary
     from twostage.core.config.sections import load_config
@@ -112,48 +112,48 @@ MODULES = {
     "AutoencoderConfig": "stage1_tokenizer.autoencoder_config",
     "AutoencoderOutput": "stage1_tokenizer.autoencoder",
     "AveragedCopy": "twostage.core.training.optimizer",
-    "BackboneConfig": "stage1_tokenizer.backbone",
+    "BackboneConfig": "stage1_tokenizer.backbones.backbone",
     "BatchRandom": "twostage.core.training.random",
-    "BinarySphericalConfig": "stage1_tokenizer.binary_spherical",
-    "BottleneckConfig": "stage1_tokenizer.bottleneck",
-    "BottleneckOutput": "stage1_tokenizer.bottleneck",
-    "CausalTransformerConfig": "stage2_prior.causal_transformer",
-    "ClassGaussianConfig": "stage1_tokenizer.continuous",
-    "ConvConfig": "stage1_tokenizer.conv_backbone",
-    "CorruptionConfig": "stage1_tokenizer.objective",
+    "BinarySphericalConfig": "stage1_tokenizer.bottlenecks.binary_spherical",
+    "BottleneckConfig": "stage1_tokenizer.bottlenecks.bottleneck",
+    "BottleneckOutput": "stage1_tokenizer.bottlenecks.bottleneck",
+    "CausalTransformerConfig": "stage2_prior.networks.causal_transformer",
+    "ClassGaussianConfig": "stage1_tokenizer.bottlenecks.continuous",
+    "ConvConfig": "stage1_tokenizer.backbones.conv_backbone",
+    "CorruptionConfig": "stage1_tokenizer.losses.objective",
     "DataConfig": "twostage.core.data.data_config",
-    "DiVeQConfig": "stage1_tokenizer.differentiable_vector",
-    "FiniteScalarConfig": "stage1_tokenizer.finite_scalar",
-    "GaussianConfig": "stage1_tokenizer.continuous",
-    "GumbelSoftmaxConfig": "stage1_tokenizer.gumbel_softmax",
-    "IdentityConfig": "stage1_tokenizer.continuous",
-    "IndexBackpropagationConfig": "stage1_tokenizer.index_backpropagation",
+    "DiVeQConfig": "stage1_tokenizer.bottlenecks.differentiable_vector",
+    "FiniteScalarConfig": "stage1_tokenizer.bottlenecks.finite_scalar",
+    "GaussianConfig": "stage1_tokenizer.bottlenecks.continuous",
+    "GumbelSoftmaxConfig": "stage1_tokenizer.bottlenecks.gumbel_softmax",
+    "IdentityConfig": "stage1_tokenizer.bottlenecks.continuous",
+    "IndexBackpropagationConfig": "stage1_tokenizer.bottlenecks.index_backpropagation",
     "InputError": "twostage.core.errors",
-    "LookupFreeConfig": "stage1_tokenizer.lookup_free",
-    "LossTermConfig": "stage1_tokenizer.loss_term",
-    "MLPConfig": "stage1_tokenizer.mlp_backbone",
-    "MaskedTransformerConfig": "stage2_prior.masked_transformer",
+    "LookupFreeConfig": "stage1_tokenizer.bottlenecks.lookup_free",
+    "LossTermConfig": "stage1_tokenizer.losses.loss_term",
+    "MLPConfig": "stage1_tokenizer.backbones.mlp_backbone",
+    "MaskedTransformerConfig": "stage2_prior.networks.masked_transformer",
     "ModelConfig": "stage1_tokenizer.autoencoder_config",
-    "MultiScaleConfig": "stage1_tokenizer.multi_scale",
-    "NetworkConfig": "stage2_prior.network",
-    "ObjectiveConfig": "stage1_tokenizer.objective",
-    "ParallelTransformerConfig": "stage2_prior.parallel_transformer",
-    "PixelCNNConfig": "stage2_prior.pixelcnn",
+    "MultiScaleConfig": "stage1_tokenizer.bottlenecks.multi_scale",
+    "NetworkConfig": "stage2_prior.networks.network",
+    "ObjectiveConfig": "stage1_tokenizer.losses.objective",
+    "ParallelTransformerConfig": "stage2_prior.networks.parallel_transformer",
+    "PixelCNNConfig": "stage2_prior.networks.pixelcnn",
     "Prior": "stage2_prior.prior",
     "PriorConfig": "stage2_prior.prior",
     "PriorLossConfig": "stage2_prior.prior",
-    "ProductConfig": "stage1_tokenizer.product_quantizer",
-    "ProjectedCodebookConfig": "stage1_tokenizer.projected_codebook",
-    "Quantizer": "stage1_tokenizer.bottleneck",
-    "ResidualConfig": "stage1_tokenizer.residual_quantizer",
+    "ProductConfig": "stage1_tokenizer.bottlenecks.product_quantizer",
+    "ProjectedCodebookConfig": "stage1_tokenizer.bottlenecks.projected_codebook",
+    "Quantizer": "stage1_tokenizer.bottlenecks.bottleneck",
+    "ResidualConfig": "stage1_tokenizer.bottlenecks.residual_quantizer",
     "SamplingConfig": "stage2_prior.sampling_config",
-    "ScaleByScaleConfig": "stage2_prior.scale_by_scale",
-    "ScaleTransformerConfig": "stage2_prior.scale_transformer",
+    "ScaleByScaleConfig": "stage2_prior.networks.scale_by_scale",
+    "ScaleTransformerConfig": "stage2_prior.networks.scale_transformer",
     "TextConditionConfig": "twostage.core.conditions.text_condition",
-    "TwoLevelConfig": "stage1_tokenizer.two_level",
+    "TwoLevelConfig": "stage1_tokenizer.bottlenecks.two_level",
     "TwoStagePipeline": "pipelines.drawing.two_stage",
-    "VQGANConfig": "stage1_tokenizer.vqgan_backbone",
-    "VectorConfig": "stage1_tokenizer.vector_quantizer",
+    "VQGANConfig": "stage1_tokenizer.backbones.vqgan_backbone",
+    "VectorConfig": "stage1_tokenizer.bottlenecks.vector_quantizer",
     "Vocabulary": "twostage.core.conditions.vocabulary",
     "load_config": "twostage.core.config.sections",
     "load_images": "twostage.core.data.dataset",

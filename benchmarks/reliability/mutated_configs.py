@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from pipelines.cli import main
-from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
+from stage1_tokenizer.features.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage2_prior.train_prior import PriorTrainingConfig
 from twostage.core.data.shapes import CLASS_NAMES

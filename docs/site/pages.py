@@ -1,6 +1,6 @@
 """A hook of MkDocs: adds the pages that are made from other files, and lets links to files of the repository work.
 
-The documents link files as a Git host needs it, for example `../stage2_prior/pixelcnn.py`. In the site, such a link
+The documents link files as a Git host needs it, for example `../stage2_prior/prior.py`. In the site, such a link
 leads to a page with that file. All these pages are made when the site is built; none is stored.
 """
 

@@ -130,7 +130,7 @@ def check_weight_files() -> Iterator[Finding]:
     """The pretrained weights that losses and distances use."""
     import torch
 
-    from stage1_tokenizer.perceptual import TRUNK, find_trunk
+    from stage1_tokenizer.losses.perceptual import TRUNK, find_trunk
 
     trunk, folders = find_trunk(None)
     if trunk:

@@ -21,9 +21,9 @@ from pipelines.evaluation.reconstructions import measure_reconstructions
 from pipelines.evaluation.samples import SampleRequest
 from pipelines.evaluation.shared_work import SharedWork
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.feature_network import WIDTHS
-from stage1_tokenizer.feature_training import FeaturesTrainingConfig, features_config
-from stage1_tokenizer.feature_training import train as train_features
+from stage1_tokenizer.features.feature_network import WIDTHS
+from stage1_tokenizer.features.feature_training import FeaturesTrainingConfig, features_config
+from stage1_tokenizer.features.feature_training import train as train_features
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from stage1_tokenizer.train_tokenizer import train as train_tokenizer
 from stage2_prior.sampling_config import SamplingConfig

@@ -76,7 +76,7 @@ FAMILIES = {
         "It gets a corrupted image and must restore the clean one, so it has to learn what images look like.",
         "z = E(corrupted x);  minimise |x - D(z)|^2",
         "Compared with the AE: its inputs are noisy and a third of their values is missing; the target stays clean.",
-        "stage1_tokenizer/objective.py",
+        "stage1_tokenizer/losses/objective.py",
         "ae",
         {"loss": {"corruption": {"masked_share": 0.3, "noise_std": 0.2}}},
     ),
@@ -87,7 +87,7 @@ FAMILIES = {
         "minimise E_q[-log p(x | z)] + KL(q(z | x) || N(0, 1)),  q(z | x) = N(mean(x), std(x)^2)",
         "Compared with the AE: noise in z, and the KL term. It is the first family that makes new images. They are "
         "blurry, because one z stands for many images and the best guess for all of them is their mean.",
-        "stage1_tokenizer/continuous.py",
+        "stage1_tokenizer/bottlenecks/continuous.py",
         "ae",
         {"model": {"bottleneck": {"type": "gaussian"}}, "train": {"max_grad_norm": 1000.0}},
     ),
@@ -96,7 +96,7 @@ FAMILIES = {
         "A VAE that pulls z towards a learned mean of the image's class, so you can ask for a class.",
         "minimise E_q[-log p(x | z)] + KL(q(z | x) || N(m_class, 1))",
         "Compared with the VAE: each class has its own mean in the prior. Samples show the class, but are as blurry.",
-        "stage1_tokenizer/continuous.py",
+        "stage1_tokenizer/bottlenecks/continuous.py",
         "vae",
         {"model": {"bottleneck": {"type": "class_gaussian"}}},
     ),
@@ -107,7 +107,7 @@ FAMILIES = {
         "Compared with the AE: a convolutional network that keeps a grid of cells, and 256 codes instead of numbers. "
         "Nothing pulls the codes towards a distribution, so nothing blurs them. But the model cannot tell which grids "
         "are images: that is the task of stage two.",
-        "stage1_tokenizer/vector_quantizer.py",
+        "stage1_tokenizer/bottlenecks/vector_quantizer.py",
         "ae",
         {
             "model": {
@@ -125,7 +125,7 @@ FAMILIES = {
         "from D(e_k)",
         "Compared with the VQ-VAE: L1, a perceptual and an adversarial term. The mean of several sharp edges is a grey "
         "edge. The squared error rewards it, but a discriminator recognises it. Steps take longer, so fewer fit.",
-        "stage1_tokenizer/discriminator.py, stage1_tokenizer/perceptual.py",
+        "stage1_tokenizer/losses/discriminator.py, stage1_tokenizer/losses/perceptual.py",
         "vqvae",
         {
             "loss": {
@@ -148,7 +148,7 @@ FAMILIES = {
         "Stage two: a convolutional network samples the codes of the grid one by one, each given the codes before it.",
         "p(k | class) = product over i of p(k_i | k_1 ... k_(i-1), class)",
         "Compared with the VAEs: the distribution of the codes is learned afterwards instead of being imposed on them.",
-        "stage2_prior/pixelcnn.py",
+        "stage2_prior/networks/pixelcnn.py",
         None,
         merged(
             PRIOR,
@@ -164,7 +164,7 @@ FAMILIES = {
         "The same with a transformer: each code depends on all codes before it, not only on its neighbours.",
         "p(k | class) = product over i of p(k_i | k_1 ... k_(i-1), class), by attention",
         "Compared with the PixelCNN: attention instead of convolutions. It has to learn what a neighbour is.",
-        "stage2_prior/causal_transformer.py",
+        "stage2_prior/networks/causal_transformer.py",
         "pixelcnn",
         {"model": {"type": "causal_transformer", **TRANSFORMER}, "loss": {"replace_prob": 0.05}, "train": {"lr": 3e-3}},
         is_prior=True,
@@ -175,7 +175,7 @@ FAMILIES = {
         "minimise the sum over masked i of -log p(k_i | the codes not masked, class)",
         "Compared with the GPT: no order, a whole image in 8 steps instead of one step per code, and any part of the "
         "image can be given. Its nats are an upper bound.",
-        "stage2_prior/masked_transformer.py",
+        "stage2_prior/networks/masked_transformer.py",
         "gpt",
         {"model": {"type": "masked_transformer", **TRANSFORMER}, "loss": {"replace_prob": 0.0}},
         is_prior=True,

@@ -23,7 +23,7 @@ from pipelines.drawing import rebuilt_images
 from pipelines.evaluation.shared_work import RowRandom
 from pipelines.files.report import Report
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.objective import corrupt
+from stage1_tokenizer.losses.objective import corrupt
 from twostage.core.data.spread import spread
 from twostage.core.files import write_json
 from twostage.core.images.conversion import to_float, to_integers

@@ -1,9 +1,9 @@
 """A new prior for a tokenizer, built in Python without a config file."""
 
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import TokenizerReference
-from stage2_prior.network import NetworkConfig
+from stage2_prior.networks.causal_transformer import CausalTransformerConfig
+from stage2_prior.networks.network import NetworkConfig
 from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
 from twostage.core.conditions.class_condition import ClassConditionConfig
 from twostage.core.conditions.condition import ConditionConfig

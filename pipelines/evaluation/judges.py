@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from pipelines.evaluation.linear_probe import PROBE_DESCRIPTION, fit_linear_probe
 from stage1_tokenizer.autoencoder_config import AutoencoderConfig, PerceptualNetwork
-from stage1_tokenizer.feature_network import FeatureNetwork
-from stage1_tokenizer.imagenet_network import JUDGE_WEIGHTS, ImageNetNetwork, enlarge_small, to_rgb
+from stage1_tokenizer.features.feature_network import FeatureNetwork
+from stage1_tokenizer.features.imagenet_network import JUDGE_WEIGHTS, ImageNetNetwork, enlarge_small, to_rgb
 from twostage.core.errors import InputError
 from twostage.core.files import file_sha256
 from twostage.core.images.conversion import MODES, to_float, to_shown

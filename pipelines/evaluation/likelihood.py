@@ -15,7 +15,7 @@ from pipelines.evaluation.measurement import HeldOutImages, Measurement, chosen_
 from pipelines.evaluation.shared_work import RowDigests, SharedWork
 from pipelines.saved.evaluation_figures import CodeCost, Cost, ImageCost
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.objective import ObjectiveConfig, negative_log_likelihood, reconstruction_loss
+from stage1_tokenizer.losses.objective import ObjectiveConfig, negative_log_likelihood, reconstruction_loss
 from stage2_prior.codes import CodeCache, CodeSplit
 from stage2_prior.prior import Prior
 from twostage.core.conditions.conditions import Given

@@ -26,9 +26,9 @@ from pipelines.saved.evaluation_figures import (
     LikelihoodBound,
 )
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.bottleneck import code_counts
-from stage1_tokenizer.code_perturbation import code_vectors, perturb_codes
-from stage1_tokenizer.perceptual import MIN_SIDE, TRUNK, LPIPSConfig, build_perceptual, find_trunk
+from stage1_tokenizer.bottlenecks.bottleneck import code_counts
+from stage1_tokenizer.bottlenecks.code_perturbation import code_vectors, perturb_codes
+from stage1_tokenizer.losses.perceptual import MIN_SIDE, TRUNK, LPIPSConfig, build_perceptual, find_trunk
 from stage1_tokenizer.validation import ACTIVE_VARIANCE, psnr
 from twostage.core.errors import InputError
 from twostage.core.files import file_sha256, shorten_home

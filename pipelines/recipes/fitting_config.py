@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic
 import yaml
 
 from pipelines.recipes.recipe import recipe_for, training_size
-from stage1_tokenizer.imagenet_network import is_installed
+from stage1_tokenizer.features.imagenet_network import is_installed
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from twostage.core.config.overrides import apply_overrides
 from twostage.core.config.sections import ConfigT, load_config, parse_config, path_values

@@ -1,6 +1,6 @@
 """Imports a published tokenizer: its weights, under our names, in a model folder like that of a trained one.
 
-Three families share the architecture of `stage1_tokenizer/vqgan_backbone.py`: taming-transformers' `VQModel`,
+Three families share the architecture of `stage1_tokenizer/backbones/vqgan_backbone.py`: taming-transformers' `VQModel`,
 diffusers' `VQModel` and LlamaGen's VQ.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from pipelines.sharing.foreign_tokenizers import ForeignTokenizer, read_tokenizer
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.autoencoder_config import AutoencoderConfig
-from stage1_tokenizer.vqgan_backbone import VQGANConfig
+from stage1_tokenizer.backbones.vqgan_backbone import VQGANConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.errors import InputError
 from twostage.core.wording import some_of

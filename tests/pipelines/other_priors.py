@@ -5,10 +5,10 @@ from typing import Any
 import torch
 
 from pipelines.drawing.two_stage import TwoStagePipeline
-from stage2_prior.causal_transformer import CausalTransformerConfig
-from stage2_prior.masked_transformer import MaskedTransformerConfig
-from stage2_prior.parallel_transformer import ParallelTransformerConfig
-from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.networks.causal_transformer import CausalTransformerConfig
+from stage2_prior.networks.masked_transformer import MaskedTransformerConfig
+from stage2_prior.networks.parallel_transformer import ParallelTransformerConfig
+from stage2_prior.networks.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import Prior
 
 MASKED = MaskedTransformerConfig(hidden_size=32, depth=2, num_heads=2, dropout=0.0)

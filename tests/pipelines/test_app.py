@@ -24,7 +24,7 @@ from pipelines.page.app_handlers import (
     enlarge,
 )
 from pipelines.page.painted_maps import LABEL_COLOURS, painted_labels
-from stage2_prior.masked_transformer import MaskedTransformerConfig
+from stage2_prior.networks.masked_transformer import MaskedTransformerConfig
 from stage2_prior.prior import Prior
 from twostage.core.conditions.map_condition import MapConditionConfig
 from twostage.core.errors import InputError

@@ -12,7 +12,7 @@ from PIL import Image
 from pipelines.evaluation.embeddings import embed, features_of
 from pipelines.evaluation.judges import OwnFeatures
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
+from stage1_tokenizer.features.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage2_prior.codes import CodeCache
 from twostage.core.data.data_config import DataConfig
 from twostage.core.data.dataset import load_images

@@ -19,9 +19,9 @@ from pipelines.encoding import dataset_codes, partial_codes
 from pipelines.encoding.new_prior import new_prior
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.autoencoder_config import AutoencoderConfig, ModelConfig
-from stage1_tokenizer.lookup_free import LookupFreeConfig
-from stage2_prior.causal_transformer import CausalTransformerConfig
+from stage1_tokenizer.bottlenecks.lookup_free import LookupFreeConfig
 from stage2_prior.codes import Augmentation, CodeCache
+from stage2_prior.networks.causal_transformer import CausalTransformerConfig
 from stage2_prior.prior import prior_config
 from twostage.core.config.sections import parse_config
 from twostage.core.data.data_config import DataConfig

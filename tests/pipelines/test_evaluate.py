@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
 from pipelines.evaluation.reconstructions import ssim
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
+from stage1_tokenizer.features.feature_network import FeatureNetwork, FeatureNetworkConfig
 from twostage.core.data.data_config import DataConfig
 from twostage.core.data.dataset import load_images
 from twostage.core.data.shapes import CLASS_NAMES

@@ -24,10 +24,10 @@ from pipelines.evaluation.measurement import HeldOutImages, figures_of
 from pipelines.evaluation.samples import SAMPLE_FIGURES, SampleRequest, Samples, Stopwatch, measure_samples
 from pipelines.evaluation.shared_work import SharedWork
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
-from stage1_tokenizer.objective import ObjectiveConfig
+from stage1_tokenizer.features.feature_network import FeatureNetwork, FeatureNetworkConfig
+from stage1_tokenizer.losses.objective import ObjectiveConfig
 from stage2_prior.codes import CodeCache
-from stage2_prior.masked_transformer import MaskedTransformerConfig
+from stage2_prior.networks.masked_transformer import MaskedTransformerConfig
 from stage2_prior.prior import Prior
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.conditions.context import Context

@@ -12,7 +12,7 @@ from PIL import Image
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.evaluation.samples import held_out_cycle
 from pipelines.files.given_conditions import with_lines
-from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
+from stage1_tokenizer.features.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage2_prior.codes import CodeCache
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.data.spread import spread

@@ -12,7 +12,7 @@ from pipelines.encoding.new_prior import new_prior
 from pipelines.page.app_handlers import draw_all_codes
 from pipelines.page.app_page import describe
 from stage2_prior.codes import CodeCache
-from stage2_prior.scale_transformer import ScaleTransformerConfig
+from stage2_prior.networks.scale_transformer import ScaleTransformerConfig
 
 FEW = ["train.max_steps=4", "train.validate_every=4", "train.checkpoint_every=4"]
 SMALL = "hidden_size: 16, depth: 1, num_heads: 2, dropout: 0"

@@ -10,7 +10,7 @@ from messages import assert_names
 from safetensors.torch import load_file
 
 from stage1_tokenizer import tokenizer_training
-from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
+from stage1_tokenizer.bottlenecks.vector_quantizer import VectorConfig, VectorQuantizer
 from twostage.core.training.random import BatchRandom
 from twostage.core.training.training_run import TrainingRun
 

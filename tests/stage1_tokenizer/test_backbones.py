@@ -3,9 +3,9 @@ import torch
 from messages import refuses
 from torch import nn
 
-from stage1_tokenizer.backbone import ResBlock, group_norm
-from stage1_tokenizer.conv_backbone import AttentionBlock, ConvConfig
-from stage1_tokenizer.mlp_backbone import MLPConfig, UnitRange
+from stage1_tokenizer.backbones.backbone import ResBlock, group_norm
+from stage1_tokenizer.backbones.conv_backbone import AttentionBlock, ConvConfig
+from stage1_tokenizer.backbones.mlp_backbone import MLPConfig, UnitRange
 from twostage.core.config.sections import parse_config
 
 CONV = ConvConfig(channels=8, channel_mult=[1, 2, 1], num_res_blocks=[0, 1, 1])

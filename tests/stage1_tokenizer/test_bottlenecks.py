@@ -3,17 +3,17 @@ import torch
 from messages import refuses
 from torch.distributions import Normal, kl_divergence
 
-from stage1_tokenizer.binary_spherical import BinarySphericalConfig
-from stage1_tokenizer.continuous import ClassGaussianConfig, Gaussian, GaussianConfig, IdentityConfig
-from stage1_tokenizer.differentiable_vector import DiVeQConfig
-from stage1_tokenizer.finite_scalar import FiniteScalarConfig
-from stage1_tokenizer.gumbel_softmax import GumbelSoftmaxConfig
-from stage1_tokenizer.index_backpropagation import IndexBackpropagationConfig
-from stage1_tokenizer.lookup_free import LookupFreeConfig
-from stage1_tokenizer.product_quantizer import ProductConfig
-from stage1_tokenizer.projected_codebook import ProjectedCodebookConfig
-from stage1_tokenizer.residual_quantizer import ResidualConfig
-from stage1_tokenizer.vector_quantizer import VectorConfig
+from stage1_tokenizer.bottlenecks.binary_spherical import BinarySphericalConfig
+from stage1_tokenizer.bottlenecks.continuous import ClassGaussianConfig, Gaussian, GaussianConfig, IdentityConfig
+from stage1_tokenizer.bottlenecks.differentiable_vector import DiVeQConfig
+from stage1_tokenizer.bottlenecks.finite_scalar import FiniteScalarConfig
+from stage1_tokenizer.bottlenecks.gumbel_softmax import GumbelSoftmaxConfig
+from stage1_tokenizer.bottlenecks.index_backpropagation import IndexBackpropagationConfig
+from stage1_tokenizer.bottlenecks.lookup_free import LookupFreeConfig
+from stage1_tokenizer.bottlenecks.product_quantizer import ProductConfig
+from stage1_tokenizer.bottlenecks.projected_codebook import ProjectedCodebookConfig
+from stage1_tokenizer.bottlenecks.residual_quantizer import ResidualConfig
+from stage1_tokenizer.bottlenecks.vector_quantizer import VectorConfig
 from twostage.core.training.random import BatchRandom
 
 

@@ -10,11 +10,11 @@ from messages import refuses
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stage1_tokenizer import semantic_term
-from stage1_tokenizer.causal_term import CausalTermConfig
-from stage1_tokenizer.imagenet_network import LOSS_WEIGHTS, is_installed
-from stage1_tokenizer.latent_term import LatentTermConfig, LatentTerms, latent_gradient
-from stage1_tokenizer.semantic_term import FEATURES, SemanticTerm, SemanticTermConfig
+from stage1_tokenizer.features.imagenet_network import LOSS_WEIGHTS, is_installed
+from stage1_tokenizer.losses import semantic_term
+from stage1_tokenizer.losses.causal_term import CausalTermConfig
+from stage1_tokenizer.losses.latent_term import LatentTermConfig, LatentTerms, latent_gradient
+from stage1_tokenizer.losses.semantic_term import FEATURES, SemanticTerm, SemanticTermConfig
 from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
 from stage1_tokenizer.training_losses import LossConfig
 from twostage.core.config.sections import parse_config

@@ -11,17 +11,17 @@ from messages import refuses
 from torch import Tensor, nn
 
 from stage1_tokenizer.autoencoder_config import ModelConfig
-from stage1_tokenizer.binary_spherical import BinarySpherical, BinarySphericalConfig
-from stage1_tokenizer.bottleneck import Quantizer, pass_gradient
-from stage1_tokenizer.differentiable_vector import DiVeQ, DiVeQConfig
-from stage1_tokenizer.finite_scalar import FiniteScalar, FiniteScalarConfig
-from stage1_tokenizer.gumbel_softmax import GumbelSoftmax, GumbelSoftmaxConfig
-from stage1_tokenizer.index_backpropagation import IndexBackpropagation, IndexBackpropagationConfig
-from stage1_tokenizer.lookup_free import LookupFree, LookupFreeConfig, mean_choice
-from stage1_tokenizer.product_quantizer import ProductConfig, ProductQuantizer
-from stage1_tokenizer.projected_codebook import ProjectedCodebook, ProjectedCodebookConfig
-from stage1_tokenizer.residual_quantizer import ResidualConfig, ResidualQuantizer
-from stage1_tokenizer.vector_quantizer import VectorConfig, VectorQuantizer
+from stage1_tokenizer.bottlenecks.binary_spherical import BinarySpherical, BinarySphericalConfig
+from stage1_tokenizer.bottlenecks.bottleneck import Quantizer, pass_gradient
+from stage1_tokenizer.bottlenecks.differentiable_vector import DiVeQ, DiVeQConfig
+from stage1_tokenizer.bottlenecks.finite_scalar import FiniteScalar, FiniteScalarConfig
+from stage1_tokenizer.bottlenecks.gumbel_softmax import GumbelSoftmax, GumbelSoftmaxConfig
+from stage1_tokenizer.bottlenecks.index_backpropagation import IndexBackpropagation, IndexBackpropagationConfig
+from stage1_tokenizer.bottlenecks.lookup_free import LookupFree, LookupFreeConfig, mean_choice
+from stage1_tokenizer.bottlenecks.product_quantizer import ProductConfig, ProductQuantizer
+from stage1_tokenizer.bottlenecks.projected_codebook import ProjectedCodebook, ProjectedCodebookConfig
+from stage1_tokenizer.bottlenecks.residual_quantizer import ResidualConfig, ResidualQuantizer
+from stage1_tokenizer.bottlenecks.vector_quantizer import VectorConfig, VectorQuantizer
 from twostage.core.config.sections import parse_config
 from twostage.core.training.optimizer import AveragedCopy
 from twostage.core.training.random import BatchRandom

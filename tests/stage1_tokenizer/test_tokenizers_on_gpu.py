@@ -9,10 +9,12 @@ import torch
 from fake_gpu import GPU, different_configs, fake_gpu, gradients, take_one_step
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from stage1_tokenizer import autoencoder, feature_training, perceptual, semantic_term, tokenizer_training
+from stage1_tokenizer import autoencoder, tokenizer_training
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
-from stage1_tokenizer.feature_training import FeaturesTrainingConfig
+from stage1_tokenizer.features import feature_training
+from stage1_tokenizer.features.feature_network import FeatureNetwork, FeatureNetworkConfig
+from stage1_tokenizer.features.feature_training import FeaturesTrainingConfig
+from stage1_tokenizer.losses import perceptual, semantic_term
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.data.image_data import ImageData

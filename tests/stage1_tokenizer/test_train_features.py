@@ -9,8 +9,8 @@ import yaml
 from messages import refuses
 from PIL import Image
 
-from stage1_tokenizer.feature_network import FeatureNetwork
-from stage1_tokenizer.feature_training import FeaturesTrainingConfig, features_config, train
+from stage1_tokenizer.features.feature_network import FeatureNetwork
+from stage1_tokenizer.features.feature_training import FeaturesTrainingConfig, features_config, train
 from stage1_tokenizer.train_features import command
 from twostage.core.config.sections import parse_config
 from twostage.core.data.dataset import load_images

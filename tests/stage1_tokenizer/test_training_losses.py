@@ -6,8 +6,8 @@ from accelerate import Accelerator
 
 from stage1_tokenizer import training_losses
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.discriminator import Discriminator, generator_loss
-from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
+from stage1_tokenizer.features.feature_network import FeatureNetwork, FeatureNetworkConfig
+from stage1_tokenizer.losses.discriminator import Discriminator, generator_loss
 from stage1_tokenizer.training_losses import ImageLosses, LossConfig
 from twostage.core.config.sections import parse_config
 

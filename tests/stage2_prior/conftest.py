@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import Manifest, SplitFiles, TokenizerReference
-from stage2_prior.masked_transformer import MaskedTransformerConfig
-from stage2_prior.network import NetworkConfig
-from stage2_prior.parallel_transformer import ParallelTransformerConfig
-from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.networks.causal_transformer import CausalTransformerConfig
+from stage2_prior.networks.masked_transformer import MaskedTransformerConfig
+from stage2_prior.networks.network import NetworkConfig
+from stage2_prior.networks.parallel_transformer import ParallelTransformerConfig
+from stage2_prior.networks.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
 from twostage.core.conditions.class_condition import ClassConditionConfig
 from twostage.core.training.random import BatchRandom

@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stage2_prior.network import OnProgress, PriorNetwork
+from stage2_prior.networks.network import OnProgress, PriorNetwork
 from stage2_prior.sampling import Branches
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.conditions.context import Context

@@ -9,9 +9,9 @@ import yaml
 from messages import assert_names, refuses
 from torch import Tensor, nn
 
-from stage2_prior.autoregressive import Autoregressive, Step, cell_order
-from stage2_prior.causal_transformer import CausalTransformer
-from stage2_prior.network import NetworkConfig
+from stage2_prior.networks.autoregressive import Autoregressive, Step, cell_order
+from stage2_prior.networks.causal_transformer import CausalTransformer
+from stage2_prior.networks.network import NetworkConfig
 from stage2_prior.prior import Prior, PriorConfig
 from stage2_prior.sampling import image_seeds
 from stage2_prior.sampling_config import SamplingConfig, Weights

@@ -12,10 +12,11 @@ import pytest
 import torch
 from fake_gpu import GPU, different_configs, fake_gpu, outside, take_one_step, without_waiting
 
-from stage2_prior import masked_transformer, prior_training
-from stage2_prior.autoregressive import sample_in_order
-from stage2_prior.captured_step import sample_with_fixed_shapes
+from stage2_prior import prior_training
 from stage2_prior.codes import CodeCache, Manifest
+from stage2_prior.networks import masked_transformer
+from stage2_prior.networks.autoregressive import sample_in_order
+from stage2_prior.networks.captured_step import sample_with_fixed_shapes
 from stage2_prior.prior import Prior, prior_config
 from stage2_prior.sampling import Branches, CodeNoise
 from stage2_prior.sampling_config import SamplingConfig

@@ -9,8 +9,8 @@ import torch
 from messages import assert_names, refuses
 from torch import Tensor, nn
 
-from stage2_prior.causal_transformer import CausalTransformerConfig
 from stage2_prior.codes import TokenizerReference
+from stage2_prior.networks.causal_transformer import CausalTransformerConfig
 from stage2_prior.prior import Prior
 from stage2_prior.start_from import start_from
 from stage2_prior.train_prior import PriorTrainingConfig, train

@@ -6,8 +6,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pipelines.drawing.batch_size import fitting_batch_size, sampling_bytes
-from stage2_prior.masked_transformer import MaskedTransformerConfig
-from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.networks.masked_transformer import MaskedTransformerConfig
+from stage2_prior.networks.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import Prior
 from stage2_prior.sampling_config import SamplingConfig
 

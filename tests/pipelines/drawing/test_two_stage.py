@@ -8,8 +8,8 @@ from PIL import Image
 
 from pipelines.drawing.two_stage import TwoStagePipeline
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage2_prior.masked_transformer import MaskedTransformerConfig
-from stage2_prior.pixelcnn import PixelCNNConfig
+from stage2_prior.networks.masked_transformer import MaskedTransformerConfig
+from stage2_prior.networks.pixelcnn import PixelCNNConfig
 from stage2_prior.prior import Prior
 from twostage.core.errors import InputError
 from twostage.core.images.conversion import to_uint8

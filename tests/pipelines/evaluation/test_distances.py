@@ -16,7 +16,7 @@ from pipelines.evaluation.distances import (
     subset_size,
 )
 from pipelines.evaluation.shared_work import SharedWork
-from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
+from stage1_tokenizer.features.feature_network import FeatureNetwork, FeatureNetworkConfig
 from twostage.core.data.data_config import DataConfig
 from twostage.core.data.dataset import load_images
 from twostage.core.data.shapes import CLASS_NAMES

@@ -12,7 +12,7 @@ from pipelines.evaluation.distances import frechet_distance
 from pipelines.evaluation.judges import InceptionFeatures, OwnFeatures
 from pipelines.evaluation.reconstructions import ReconstructionJudge
 from pipelines.evaluation.shared_work import SharedWork
-from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
+from stage1_tokenizer.features.feature_network import FeatureNetwork, FeatureNetworkConfig
 from twostage.core.data.shapes import draw_shapes
 
 

@@ -20,7 +20,7 @@ from pipelines.evaluation.measurement import HeldOutImages
 from pipelines.evaluation.shared_work import SharedWork
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.autoencoder_config import PerceptualNetwork
-from stage1_tokenizer.imagenet_network import JUDGE_WEIGHTS, LOSS_WEIGHTS
+from stage1_tokenizer.features.imagenet_network import JUDGE_WEIGHTS, LOSS_WEIGHTS
 from twostage.core.data.data_config import DataConfig
 from twostage.core.data.dataset import load_images
 from twostage.core.data.shapes import CLASS_NAMES

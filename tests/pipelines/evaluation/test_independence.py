@@ -13,7 +13,7 @@ from pipelines.evaluation.judges import OwnFeatures, not_evidence
 from pipelines.saved.model_card import CardFields
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.autoencoder_config import AutoencoderConfig, PerceptualNetwork
-from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
+from stage1_tokenizer.features.feature_network import FeatureNetwork, FeatureNetworkConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.data.shapes import CLASS_NAMES
 

@@ -14,7 +14,7 @@ from pipelines.evaluation.novelty import Neighbours, memorisation_warning, neigh
 from pipelines.evaluation.samples import SampleRequest, Samples, measure_samples
 from pipelines.evaluation.shared_work import SharedWork
 from pipelines.saved.evaluation_figures import SampleNovelty
-from stage1_tokenizer.feature_network import FeatureNetwork, FeatureNetworkConfig
+from stage1_tokenizer.features.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage2_prior.sampling_config import SamplingConfig
 from twostage.core.data.data_config import DataConfig
 from twostage.core.data.dataset import load_images

@@ -24,7 +24,7 @@ from PIL import Image
 
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.files.given_images import read_image
-from stage2_prior.masked_transformer import MaskedTransformerConfig
+from stage2_prior.networks.masked_transformer import MaskedTransformerConfig
 from stage2_prior.prior import Prior
 from twostage.core.conditions.map_condition import MapConditionConfig
 from twostage.core.images.conversion import to_float, to_pil

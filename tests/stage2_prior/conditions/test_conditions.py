@@ -6,11 +6,11 @@ import torch
 from messages import refuses
 from torch import Tensor, nn
 
-from stage2_prior.causal_transformer import CausalTransformerConfig, CausalTransformerDecoder
 from stage2_prior.codes import TokenizerReference
-from stage2_prior.masked_transformer import MaskedPredictor, MaskedTransformerConfig
-from stage2_prior.network import NetworkConfig
-from stage2_prior.pixelcnn import PixelCNNConfig, PixelCNNDecoder
+from stage2_prior.networks.causal_transformer import CausalTransformerConfig, CausalTransformerDecoder
+from stage2_prior.networks.masked_transformer import MaskedPredictor, MaskedTransformerConfig
+from stage2_prior.networks.network import NetworkConfig
+from stage2_prior.networks.pixelcnn import PixelCNNConfig, PixelCNNDecoder
 from stage2_prior.prior import Prior, PriorConfig, PriorLossConfig
 from stage2_prior.sampling import Branches, image_seeds
 from stage2_prior.sampling_config import SamplingConfig

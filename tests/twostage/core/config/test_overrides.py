@@ -9,7 +9,7 @@ import yaml
 from messages import assert_names, refuses
 from pydantic import Field
 
-from stage1_tokenizer.perceptual import LPIPSConfig
+from stage1_tokenizer.losses.perceptual import LPIPSConfig
 from stage1_tokenizer.train_tokenizer import TokenizerConfig
 from twostage.core.config.sections import Count, Flag, Number, PathName, Section, load_config
 from twostage.core.errors import InputError

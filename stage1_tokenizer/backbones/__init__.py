@@ -1,0 +1,1 @@
+"""The networks of an autoencoder: encoders and decoders."""

@@ -1,0 +1,1 @@
+"""What stands between encoder and decoder: continuous latents, and every quantizer."""

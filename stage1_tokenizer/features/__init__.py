@@ -1,0 +1,1 @@
+"""Networks whose features compare images, for losses and for judging."""

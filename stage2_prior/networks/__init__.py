@@ -1,0 +1,1 @@
+"""The networks that predict codes, and how each is sampled."""
