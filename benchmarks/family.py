@@ -122,7 +122,10 @@ def tokenizers(images: ImageSet) -> dict[str, list[str]]:
     def bottleneck(settings: str, channels: int | None = None) -> list[str]:
         return [f"model.bottleneck={{{settings}}}", *([f"model.latent_channels={channels}"] if channels else [])]
 
-    of_scales = f"{{type: vector, codebook_size: {size(sum(side**2 for side in sides))}, commitment_weight: 1.0}}"
+    of_scales = (
+        f"{{type: vector, codebook_size: {size(sum(side**2 for side in sides))}, commitment_weight: 1.0, "
+        "ema_decay: 0.95, revive_below: 0.2}"
+    )
     return {
         BASE: [],
         "vector, learned": ["model.bottleneck.codebook=learned"],
@@ -135,7 +138,9 @@ def tokenizers(images: ImageSet) -> dict[str, list[str]]:
         "residual": bottleneck(f"type: residual, depth: 2, codebook_size: {size(2 * cells)}"),
         "product": bottleneck(f"type: product, groups: 2, each: {{type: vector, codebook_size: {size(2 * cells)}}}"),
         "gumbel_softmax": bottleneck(f"type: gumbel_softmax, codebook_size: {codes}"),
-        "index_backpropagation": bottleneck(f"type: index_backpropagation, codebook_size: {codes}"),
+        "index_backpropagation": bottleneck(
+            f"type: index_backpropagation, codebook_size: {codes}, entropy_weight: 0.001"
+        ),
         "diveq": bottleneck(f"type: diveq, codebook_size: {codes}"),
         "projected": bottleneck(f"type: projected, codebook_size: {codes}"),
         "two_level": bottleneck(f"type: two_level, codebook_size: {size(cells + math.ceil(sides[-1] / 2) ** 2)}"),
@@ -154,7 +159,7 @@ def priors(images: ImageSet) -> dict[str, list[str]]:
         "pixelcnn": [
             f"model={images.pixelcnn}", "train.optimizer=adamw", "train.lr=1.5e-3", "train.weight_decay=0.01",
         ],
-        "scale_transformer": ["model.type=scale_transformer", "model.positions=rotary"],
+        "scale_transformer": ["model.type=scale_transformer", "model.positions=both"],
         "scale_by_scale": [f"model={json.dumps({'type': 'scale_by_scale', 'networks': [half, half]})}"],
     }  # fmt: skip
 

@@ -116,7 +116,7 @@ def test_a_read_only_folder(configs, done, fails, small_disk, tmp_path):
     done(tokenizer_words(configs, disk / "run", "train.max_steps=20"), tmp_path)
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     for name in ("run", "new"):
-        message = fails(tokenizer_words(configs, disk / name, "train.max_steps=20"), tmp_path)
+        message = fails(tokenizer_words(configs, disk / name, "train.max_steps=40"), tmp_path)
         assert_names(message, "Read-only file system", disk / name)
 
 

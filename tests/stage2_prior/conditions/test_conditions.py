@@ -192,8 +192,9 @@ def test_cached_equals_uncached_with_all_conditions(model):
     with torch.no_grad():
         if model == "masked":
             codes[:, ::2] = network.mask_token_id
-            expected = network(codes, context)[codes == network.mask_token_id]
-            found = MaskedPredictor(network, context)(codes)
+            masked = codes == network.mask_token_id
+            expected = network(codes, context)[masked]
+            found = MaskedPredictor(network, context)(codes, masked.flatten().nonzero()[:, 0])
         else:
             ordered, context = codes[:, network.order], context.in_order(network.order)
             expected = network(ordered, context)
