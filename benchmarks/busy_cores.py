@@ -67,24 +67,24 @@ def train_in_turns(file: str) -> None:
 
 def train_config(file: Path, folder: Path, settings: list[str]) -> None:
     """Train by a config in ``folder``."""
-    from stage1_tokenizer import train_tokenizer
-    from stage2_prior import train_prior
+    from stage1_tokenizer import tokenizer_training
+    from stage2_prior import prior_training
     from twostage.core.config.sections import load_config
 
     settings = [*settings, f"run.dir={folder / 'run'}"]
     if file.parent.name == "prior":
-        write_random_codes(load_config(train_prior.PriorTrainingConfig, file).codes, folder / "codes")
+        write_random_codes(load_config(prior_training.PriorTrainingConfig, file).codes, folder / "codes")
         settings.append(f"codes={folder / 'codes'}")
-        train_prior.train(load_config(train_prior.PriorTrainingConfig, file, settings))
+        prior_training.train(load_config(prior_training.PriorTrainingConfig, file, settings))
     else:
-        train_tokenizer.train(load_config(train_tokenizer.TokenizerConfig, file, settings))
+        tokenizer_training.train(load_config(tokenizer_training.TokenizerConfig, file, settings))
 
 
 def write_random_codes(named: str, folder: Path) -> None:
     """Codes as the tokenizer's config would give them whose name the folder ``named`` has, drawn at random."""
     from stage1_tokenizer.autoencoder import Autoencoder
     from stage1_tokenizer.autoencoder_config import AutoencoderConfig
-    from stage1_tokenizer.train_tokenizer import TokenizerConfig
+    from stage1_tokenizer.tokenizer_training import TokenizerConfig
     from stage2_prior.codes import Manifest, SplitFiles, TokenizerReference, code_statistics
     from twostage.core.config.sections import load_config
     from twostage.core.files import write_json

@@ -19,7 +19,7 @@ from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.bottlenecks.gumbel_softmax import GumbelSoftmax
 from stage1_tokenizer.bottlenecks.projected_codebook import ProjectedCodebook
 from stage1_tokenizer.bottlenecks.vector_quantizer import VectorQuantizer
-from stage1_tokenizer.train_tokenizer import TokenizerConfig
+from stage1_tokenizer.tokenizer_training import TokenizerConfig
 from twostage.core.config.sections import load_config
 from twostage.core.runs.run_folder import read_metrics
 

@@ -21,8 +21,8 @@ from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.features.feature_network import WIDTHS
 from stage1_tokenizer.features.feature_training import features_config
 from stage1_tokenizer.features.feature_training import train as train_features
-from stage1_tokenizer.train_tokenizer import TokenizerConfig
-from stage1_tokenizer.train_tokenizer import train as train_tokenizer
+from stage1_tokenizer.tokenizer_training import TokenizerConfig
+from stage1_tokenizer.tokenizer_training import train as train_tokenizer
 from twostage.core.config.sections import load_config
 from twostage.core.data.dataset import load_images
 from twostage.core.data.image_data import ImageData

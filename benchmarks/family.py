@@ -37,10 +37,10 @@ from pipelines.evaluation.measurement import HeldOutImages
 from pipelines.evaluation.shared_work import SharedWork
 from stage1_tokenizer.features.feature_training import features_config
 from stage1_tokenizer.features.feature_training import train as train_features
-from stage1_tokenizer.train_tokenizer import TokenizerConfig
-from stage1_tokenizer.train_tokenizer import train as train_tokenizer
-from stage2_prior.train_prior import PriorTrainingConfig
-from stage2_prior.train_prior import train as train_prior
+from stage1_tokenizer.tokenizer_training import TokenizerConfig
+from stage1_tokenizer.tokenizer_training import train as train_tokenizer
+from stage2_prior.prior_training import PriorTrainingConfig
+from stage2_prior.prior_training import train as train_prior
 from twostage.core.config.sections import load_config
 from twostage.core.data.dataset import load_images
 from twostage.core.data.sources import find_local

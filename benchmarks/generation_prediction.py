@@ -23,11 +23,11 @@ from pipelines.evaluation.evaluate_tokenizer import evaluate_tokenizer
 from pipelines.evaluation.samples import SampleRequest
 from stage1_tokenizer.features.feature_training import features_config
 from stage1_tokenizer.features.feature_training import train as train_features
-from stage1_tokenizer.train_tokenizer import TokenizerConfig
-from stage1_tokenizer.train_tokenizer import train as train_tokenizer
+from stage1_tokenizer.tokenizer_training import TokenizerConfig
+from stage1_tokenizer.tokenizer_training import train as train_tokenizer
+from stage2_prior.prior_training import PriorTrainingConfig
+from stage2_prior.prior_training import train as train_prior
 from stage2_prior.sampling_config import SamplingConfig
-from stage2_prior.train_prior import PriorTrainingConfig
-from stage2_prior.train_prior import train as train_prior
 from twostage.core.config.sections import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"

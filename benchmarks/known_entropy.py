@@ -29,7 +29,7 @@ from stage2_prior.networks.network import NetworkConfig
 from stage2_prior.networks.pixelcnn import PixelCNNConfig
 from stage2_prior.networks.scale_transformer import ScaleTransformerConfig
 from stage2_prior.prior import PriorLossConfig
-from stage2_prior.train_prior import PriorTrainConfig, PriorTrainingConfig, train
+from stage2_prior.prior_training import PriorTrainConfig, PriorTrainingConfig, train
 from twostage.core.config.sections import RunConfig
 from twostage.core.files import write_json
 from twostage.core.scales import join_scales, num_codes

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.family import BASE, CONFIGS, Runs
 from benchmarks.reporting import markdown_table, parser, report, write_section
 from pipelines.evaluation.evaluate_prior import evaluate_prior
-from stage2_prior.train_prior import PriorTrainingConfig, train
+from stage2_prior.prior_training import PriorTrainingConfig, train
 from twostage.core.config.sections import load_config
 from twostage.core.runs.run_folder import read_metrics
 

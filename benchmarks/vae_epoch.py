@@ -21,7 +21,7 @@ from torchvision import transforms
 
 from benchmarks.reporting import compared, parser, report
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.train_tokenizer import TokenizerConfig, autoencoder_config
+from stage1_tokenizer.tokenizer_training import TokenizerConfig, autoencoder_config
 from twostage.core.config.sections import load_config
 from twostage.core.data.dataset import load_images
 from twostage.core.data.image_data import ImageData, ImageSplit

@@ -4,7 +4,7 @@ accelerate launch -m stage1_tokenizer.train_tokenizer configs/tokenizer/vqvae_ci
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,21 +14,10 @@ from twostage.core.runs.finished_answer import FinishedAnswer
 from twostage.core.training.training_command import run_training
 
 if TYPE_CHECKING:
-    from stage1_tokenizer.tokenizer_training import TokenizerConfig, TokenizerTrainConfig, autoencoder_config, train  # noqa: F401
+    from stage1_tokenizer.tokenizer_training import TokenizerConfig
     from twostage.core.training.base_run import BaseRun
 
 __all__ = ["command"]
-
-TRAINING = ("TokenizerConfig", "TokenizerTrainConfig", "autoencoder_config", "train")
-
-
-def __getattr__(name: str) -> Any:
-    """The names of `tokenizer_training` for Python code, imported at their first use: `--help` needs no torch."""
-    if name not in TRAINING:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(TRAINING)}")
-    from stage1_tokenizer import tokenizer_training
-
-    return getattr(tokenizer_training, name)
 
 
 def command(

@@ -4,7 +4,7 @@ accelerate launch -m stage2_prior.train_prior configs/prior/gpt_cifar10.yaml cod
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,21 +14,10 @@ from twostage.core.runs.finished_answer import FinishedAnswer
 from twostage.core.training.training_command import run_training
 
 if TYPE_CHECKING:
-    from stage2_prior.prior_training import PriorTrainConfig, PriorTrainingConfig, train  # noqa: F401
+    from stage2_prior.prior_training import PriorTrainingConfig
     from twostage.core.training.base_run import BaseRun
 
 __all__ = ["command"]
-
-TRAINING = ("PriorTrainConfig", "PriorTrainingConfig", "train")
-
-
-def __getattr__(name: str) -> Any:
-    """The names of `prior_training` for Python code, imported at their first use: `--help` needs no torch."""
-    if name not in TRAINING:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(TRAINING)}")
-    from stage2_prior import prior_training
-
-    return getattr(prior_training, name)
 
 
 def command(

@@ -14,7 +14,7 @@ from messages import assert_names, refuses
 from PIL import Image
 
 from pipelines.saved.proxies import broken_proxy
-from stage1_tokenizer.train_tokenizer import TokenizerConfig
+from stage1_tokenizer.tokenizer_training import TokenizerConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.machine import launch, precision, processes, progress
 from twostage.core.machine.launch import Launch, _command, is_thread_count

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
+from stage1_tokenizer.tokenizer_training import TokenizerConfig, train
 from twostage import (
     Autoencoder,
     AutoencoderConfig,

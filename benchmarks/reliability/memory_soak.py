@@ -15,11 +15,11 @@ from benchmarks.reliability.drawn_images import draw_images
 from pipelines.drawing.generated_folder import GenerateRequest, generate_folder
 from pipelines.drawing.two_stage import TwoStagePipeline
 from pipelines.encoding.dataset_codes import encode_dataset
-from stage1_tokenizer.train_tokenizer import TokenizerConfig
-from stage1_tokenizer.train_tokenizer import train as train_tokenizer
+from stage1_tokenizer.tokenizer_training import TokenizerConfig
+from stage1_tokenizer.tokenizer_training import train as train_tokenizer
+from stage2_prior.prior_training import PriorTrainingConfig
+from stage2_prior.prior_training import train as train_prior
 from stage2_prior.sampling_config import SamplingConfig
-from stage2_prior.train_prior import PriorTrainingConfig
-from stage2_prior.train_prior import train as train_prior
 from twostage.core.config.sections import parse_config
 
 __all__ = ["soak"]

@@ -26,8 +26,8 @@ from pydantic import BaseModel
 
 from pipelines.cli import main
 from stage1_tokenizer.features.feature_network import FeatureNetwork, FeatureNetworkConfig
-from stage1_tokenizer.train_tokenizer import TokenizerConfig
-from stage2_prior.train_prior import PriorTrainingConfig
+from stage1_tokenizer.tokenizer_training import TokenizerConfig
+from stage2_prior.prior_training import PriorTrainingConfig
 from twostage.core.data.shapes import CLASS_NAMES
 
 __all__ = ["fuzz_configs"]

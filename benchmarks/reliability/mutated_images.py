@@ -101,7 +101,7 @@ def _train(folder: Path, in_memory_gb: float) -> list[str]:
     sources = json.loads((run / "run/sources.json").read_text(encoding="utf-8"))
     script = (
         "import json, torch; from twostage import load_config, load_images\n"
-        "from stage1_tokenizer.train_tokenizer import TokenizerConfig\n"
+        "from stage1_tokenizer.tokenizer_training import TokenizerConfig\n"
         f"data = load_images(load_config(TokenizerConfig, 'config.yaml', {words}).data)\n"
         "names = [name for split in data.splits.values() for name in split.names(torch.arange(len(split)))]\n"
         "print(json.dumps([data.identity(), names]))"

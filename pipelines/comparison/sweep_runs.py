@@ -10,10 +10,10 @@ from pipelines.comparison.combinations import Combination
 from pipelines.drawing.rebuilt_images import find_decoder
 from pipelines.files.text_table import text_table
 from pipelines.saved.saved_model import SavedModel
-from stage1_tokenizer.train_tokenizer import TokenizerConfig
-from stage1_tokenizer.train_tokenizer import train as train_tokenizer
-from stage2_prior.train_prior import PriorTrainingConfig
-from stage2_prior.train_prior import train as train_prior
+from stage1_tokenizer.tokenizer_training import TokenizerConfig
+from stage1_tokenizer.tokenizer_training import train as train_tokenizer
+from stage2_prior.prior_training import PriorTrainingConfig
+from stage2_prior.prior_training import train as train_prior
 from twostage.core.config.sections import CHANGES_NO_NUMBER, keys_marked, load_config
 from twostage.core.config.yaml_text import read_yaml
 from twostage.core.errors import InputError

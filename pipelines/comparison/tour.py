@@ -24,11 +24,11 @@ from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.features.feature_network import WIDTHS
 from stage1_tokenizer.features.feature_training import FeaturesTrainingConfig, features_config
 from stage1_tokenizer.features.feature_training import train as train_features
-from stage1_tokenizer.train_tokenizer import TokenizerConfig
-from stage1_tokenizer.train_tokenizer import train as train_tokenizer
+from stage1_tokenizer.tokenizer_training import TokenizerConfig
+from stage1_tokenizer.tokenizer_training import train as train_tokenizer
+from stage2_prior.prior_training import PriorTrainingConfig
+from stage2_prior.prior_training import train as train_prior
 from stage2_prior.sampling_config import SamplingConfig
-from stage2_prior.train_prior import PriorTrainingConfig
-from stage2_prior.train_prior import train as train_prior
 from twostage.core.config.sections import parse_config
 from twostage.core.data.data_config import DataConfig
 from twostage.core.data.dataset import load_images

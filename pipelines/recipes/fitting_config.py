@@ -16,7 +16,7 @@ import yaml
 
 from pipelines.recipes.recipe import recipe_for, training_size
 from stage1_tokenizer.features.imagenet_network import is_installed
-from stage1_tokenizer.train_tokenizer import TokenizerConfig
+from stage1_tokenizer.tokenizer_training import TokenizerConfig
 from twostage.core.config.overrides import apply_overrides
 from twostage.core.config.sections import ConfigT, load_config, parse_config, path_values
 from twostage.core.data.data_config import DataConfig
@@ -32,7 +32,7 @@ from twostage.core.runs.contents import same_place
 from twostage.core.scales import describe_grids
 
 if TYPE_CHECKING:
-    from stage2_prior.train_prior import PriorTrainingConfig
+    from stage2_prior.prior_training import PriorTrainingConfig
 
 __all__ = ["describe_survey", "is_config", "open_prior_config", "open_tokenizer_config"]
 
@@ -74,7 +74,7 @@ def open_tokenizer_config(given: str, overrides: Sequence[str], dry_run: bool = 
 
 def open_prior_config(given: str, overrides: Sequence[str], dry_run: bool = False) -> "PriorTrainingConfig":
     """:func:`open_tokenizer_config` for a prior; ``given`` is a config file or a folder of codes."""
-    from stage2_prior.train_prior import PriorTrainingConfig  # a fifth of a second that tokenizers need not wait for
+    from stage2_prior.prior_training import PriorTrainingConfig  # a fifth of a second that tokenizers need not wait for
 
     given = expand_home(given)
     if is_config(given):

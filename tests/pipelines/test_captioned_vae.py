@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from pipelines.drawing.two_stage import TwoStagePipeline
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.train_tokenizer import TokenizerConfig
+from stage1_tokenizer.tokenizer_training import TokenizerConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.data.shapes import draw_shapes
 from twostage.core.images.conversion import to_float, to_uint8

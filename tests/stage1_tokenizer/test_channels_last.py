@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
+from stage1_tokenizer.tokenizer_training import TokenizerConfig, train
 from twostage.core.config.sections import parse_config
 from twostage.core.machine import placement
 

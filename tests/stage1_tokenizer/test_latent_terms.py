@@ -15,7 +15,7 @@ from stage1_tokenizer.losses import semantic_term
 from stage1_tokenizer.losses.causal_term import CausalTermConfig
 from stage1_tokenizer.losses.latent_term import LatentTermConfig, LatentTerms, latent_gradient
 from stage1_tokenizer.losses.semantic_term import FEATURES, SemanticTerm, SemanticTermConfig
-from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
+from stage1_tokenizer.tokenizer_training import TokenizerConfig, train
 from stage1_tokenizer.training_losses import LossConfig
 from twostage.core.config.sections import parse_config
 

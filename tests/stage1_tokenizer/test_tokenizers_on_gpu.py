@@ -15,7 +15,7 @@ from stage1_tokenizer.features import feature_training
 from stage1_tokenizer.features.feature_network import FeatureNetwork, FeatureNetworkConfig
 from stage1_tokenizer.features.feature_training import FeaturesTrainingConfig
 from stage1_tokenizer.losses import perceptual, semantic_term
-from stage1_tokenizer.train_tokenizer import TokenizerConfig
+from stage1_tokenizer.tokenizer_training import TokenizerConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.data.image_data import ImageData
 from twostage.core.training.optimizer import AveragedCopy

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from stage1_tokenizer import tokenizer_training
 from stage1_tokenizer.augmentation import crop
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.train_tokenizer import TokenizerConfig, command, train
+from stage1_tokenizer.tokenizer_training import TokenizerConfig, train
+from stage1_tokenizer.train_tokenizer import command
 from twostage.core.config.sections import parse_config
 from twostage.core.data import decoded_cache
 from twostage.core.data.dataset import load_images

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from stage1_tokenizer import tokenizer_training
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.features.feature_network import FeatureNetwork, FeatureNetworkConfig
-from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
+from stage1_tokenizer.tokenizer_training import TokenizerConfig, train
 from twostage.core.config.sections import parse_config
 
 TRAINING = (train, TokenizerConfig)  # what `start` starts

@@ -18,10 +18,10 @@ from stage2_prior.networks import masked_transformer
 from stage2_prior.networks.autoregressive import sample_in_order
 from stage2_prior.networks.captured_step import sample_with_fixed_shapes
 from stage2_prior.prior import Prior, prior_config
+from stage2_prior.prior_training import PriorTrainingConfig
 from stage2_prior.sampling import Branches, CodeNoise
 from stage2_prior.sampling_config import SamplingConfig
 from stage2_prior.stored_captions import StoredCaptions
-from stage2_prior.train_prior import PriorTrainingConfig
 from twostage.core.conditions.conditions import Conditions
 from twostage.core.conditions.context import join_contexts
 from twostage.core.conditions.text_condition import TextConditionConfig

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from stage2_prior.codes import TokenizerReference
 from stage2_prior.networks.causal_transformer import CausalTransformerConfig
 from stage2_prior.prior import Prior
+from stage2_prior.prior_training import PriorTrainingConfig, train
 from stage2_prior.start_from import start_from
-from stage2_prior.train_prior import PriorTrainingConfig, train
 from twostage.core.conditions.condition import ConditionConfig
 from twostage.core.conditions.map_condition import MapConditionConfig
 from twostage.core.conditions.text_condition import TextConditionConfig

@@ -13,8 +13,8 @@ from pipelines.comparison.tour import open_plan, steps_for, take_tour
 from pipelines.comparison.tour_families import FAMILIES, document_of, merged
 from pipelines.comparison.tour_page import random_latents
 from pipelines.evaluation.samples import SampleRequest
-from stage1_tokenizer.train_tokenizer import TokenizerConfig
-from stage2_prior.train_prior import PriorTrainingConfig
+from stage1_tokenizer.tokenizer_training import TokenizerConfig
+from stage2_prior.prior_training import PriorTrainingConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.runs.run_folder import read_metrics
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from pipelines.recipes.fitting_config import open_prior_config, open_tokenizer_config
 from pipelines.recipes.recipe import RECIPES, recipe_for, training_size
-from stage1_tokenizer.train_tokenizer import TokenizerConfig
+from stage1_tokenizer.tokenizer_training import TokenizerConfig
 from stage2_prior.prior import Prior
-from stage2_prior.train_prior import PriorTrainingConfig
+from stage2_prior.prior_training import PriorTrainingConfig
 from twostage.core.config.sections import parse_config
 from twostage.core.data.survey import Survey
 from twostage.core.machine.installation import pip_install

@@ -41,8 +41,10 @@ class FinishedAnswer:
 
     def lines(self) -> list[str]:
         """The lines of the answer; [] if there is none that is still valid."""
+        if self._file is None:
+            return []
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            stored = json.loads(self._file.read_text(encoding="utf-8")) if self._file else {"stamps": {"": None}}
+            stored = json.loads(self._file.read_text(encoding="utf-8"))
             if all(known is not None and stamp(Path(path)) == known for path, known in stored["stamps"].items()):
                 return [str(line) for line in stored["lines"]]
         return []

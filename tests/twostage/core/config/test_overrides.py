@@ -10,7 +10,7 @@ from messages import assert_names, refuses
 from pydantic import Field
 
 from stage1_tokenizer.losses.perceptual import LPIPSConfig
-from stage1_tokenizer.train_tokenizer import TokenizerConfig
+from stage1_tokenizer.tokenizer_training import TokenizerConfig
 from twostage.core.config.sections import Count, Flag, Number, PathName, Section, load_config
 from twostage.core.errors import InputError
 

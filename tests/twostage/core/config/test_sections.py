@@ -9,8 +9,8 @@ import yaml
 from messages import refuses
 from pydantic import Field
 
-from stage1_tokenizer.train_tokenizer import TokenizerConfig
-from stage2_prior.train_prior import PriorTrainingConfig
+from stage1_tokenizer.tokenizer_training import TokenizerConfig
+from stage2_prior.prior_training import PriorTrainingConfig
 from twostage.core.config.sections import (
     Count,
     Flag,

@@ -16,7 +16,7 @@ import yaml
 from messages import assert_names
 
 from stage1_tokenizer.autoencoder import Autoencoder
-from stage1_tokenizer.train_tokenizer import TokenizerConfig, train
+from stage1_tokenizer.tokenizer_training import TokenizerConfig, train
 from twostage.core.config.sections import parse_config
 from twostage.core.machine.memory import peak_memory
 from twostage.core.training.dry_run import DryRun
