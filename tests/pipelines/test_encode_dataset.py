@@ -28,6 +28,7 @@ from twostage.core.data.data_config import DataConfig
 from twostage.core.data.dataset import load_images
 from twostage.core.data.image_data import ImageSplit
 from twostage.core.images.conversion import to_float
+from twostage.core.machine.overlap import BackgroundWriter
 from twostage.core.training.random import seed_for
 
 ROOT = Path(__file__).parents[2]
@@ -334,11 +335,12 @@ EVENTS = {"read": ImageSplit, "flush": np.memmap, "rename": Path, "replace": Pat
 @pytest.fixture
 def killed_before(twostage) -> Callable[..., bool]:
     """``killed_before(n, names, *words)``: `twostage WORDS`, ended before its n-th event of these names; False if it
-    finished."""
+    finished. What is written in the background is written at once, so that events have one order."""
 
     def killed_before(number: int, names: list[str], *words: object) -> bool:
         numbers = iter(range(1, 1000))
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(BackgroundWriter, "__call__", lambda writer, function, *arguments: function(*arguments))
             for name in names:
                 original = getattr(EVENTS[name], name)
 
